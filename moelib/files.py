@@ -1,0 +1,126 @@
+"""Files that are whole or absent: atomic writes, digests, locks that die with their owner, disk space."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, dataclass_transform
+
+T = TypeVar("T")
+
+
+class FileError(RuntimeError):
+    """Disk space, a lock or a file stands in the way; the message says what to do."""
+
+
+@dataclass_transform(frozen_default=True)
+def stored(cls: type[T]) -> type[T]:
+    """A frozen dataclass that goes to disk: when it is read back, pydantic refuses unknown keys."""
+    cls.__pydantic_config__ = {"extra": "forbid"}
+    return dataclass(frozen=True)(cls)
+
+
+def canonical(data: Any) -> bytes:
+    """The bytes that a digest is taken of: sorted keys, no spaces, no NaN."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def digest(data: Any) -> str:
+    return hashlib.sha256(canonical(data)).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, read in chunks."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; renamed over it on success, removed on failure.
+
+    The name carries the process id, so that a partial file of a killed process is never mistaken for a good one and
+    is swept by the next writer.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{path.name}.*.partial"):
+        if not _alive(stale):
+            stale.unlink(missing_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        with partial.open("rb") as f:
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+        fd = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _alive(partial: Path) -> bool:
+    try:
+        os.kill(int(partial.name.split(".")[-2]), 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, ValueError):
+        return False
+    return True
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write atomically: after a crash the old file or the new one is there, never a part."""
+    with replacing(path) as partial:
+        partial.write_bytes(data)
+
+
+def write_json(path: Path, data: Any) -> None:
+    text = json.dumps(data, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False)
+    write_bytes(path, (text + "\n").encode())
+
+
+@contextmanager
+def lock(path: Path, what: str, wait_s: float = 10.0) -> Iterator[None]:
+    """Hold an exclusive flock on `path`; the kernel releases it however its owner ends.
+
+    Waits `wait_s` for a dying owner, then raises FileError naming the owner.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + wait_s
+    with path.open("a+") as f:
+        while True:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    f.seek(0)
+                    owner = f.read().strip() or "another process"
+                    raise FileError(f"{what} is in use by {owner}; wait for it to end, then run again") from None
+                time.sleep(0.05)
+        f.truncate(0)
+        f.write(f"process {os.getpid()}")
+        f.flush()
+        yield
+
+
+def need_space(folder: Path, nbytes: int, what: str) -> None:
+    """Raise FileError if `folder`'s disk has less than `nbytes` and 64 MiB free."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < nbytes + (64 << 20):
+        raise FileError(
+            f"{what} needs {nbytes / 2**30:.2f} GiB in {folder.name}/, {free / 2**30:.2f} GiB are free; "
+            "free some space or set MOELIB_MODELS to a folder on another disk"
+        )

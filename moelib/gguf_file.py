@@ -1,0 +1,235 @@
+"""Header of a GGUF file: architecture, tensors, types and exact bytes.
+
+A bounded reader for files from anywhere: every length is checked against the file before it is believed, and a
+truncated, corrupt or foreign file raises GGUFError before an engine sees it. Weights are not read.
+Format: the GGUF specification of ggml (versions 2 and 3, little-endian).
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+import struct
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+MAX_TENSORS = 1 << 20
+MAX_KEYS = 1 << 16
+MAX_STRING_BYTES = 1 << 26  # a chat template or a merges entry is far below this
+KEEP_ARRAY_ITEMS = 1024  # longer arrays (vocabularies) are walked, not kept
+
+EXPERT_TENSOR = re.compile(r"^blk\.(\d+)\.ffn_(up|down|gate|gate_up)_(ch|)exps\.(weight|bias|scale)$")
+"""What `--cpu-moe` overrides: llama.cpp's `\\.ffn_(up|down|gate|gate_up)_(ch|)exps`."""
+
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_STRING, _ARRAY = 8, 9
+
+
+class GGUFError(ValueError):
+    """The file is not a GGUF that can be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    name: str
+    shape: tuple[int, ...]
+    """Elements along each dimension, fastest first (ggml's `ne`)."""
+    type: str
+    nbytes: int
+    offset: int
+    """From the start of the file."""
+
+    @property
+    def block(self) -> int | None:
+        """Index of the transformer block that the tensor belongs to, None for the others."""
+        m = re.match(r"blk\.(\d+)\.", self.name)
+        return int(m.group(1)) if m else None
+
+    @property
+    def is_expert(self) -> bool:
+        return EXPERT_TENSOR.match(self.name) is not None
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a GGUF says of itself."""
+
+    path: Path
+    file_bytes: int
+    metadata: dict[str, Any]
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def architecture(self) -> str:
+        return str(self.metadata.get("general.architecture", ""))
+
+    @cached_property
+    def type_counts(self) -> dict[str, int]:
+        """Number of tensors by type: the label of a quant is not its types."""
+        return dict(sorted(Counter(t.type for t in self.tensors).items()))
+
+    @cached_property
+    def expert_types(self) -> dict[str, int]:
+        return dict(sorted(Counter(t.type for t in self.tensors if t.is_expert).items()))
+
+    @property
+    def parameters(self) -> int:
+        return sum(prod(t.shape) for t in self.tensors)
+
+    @property
+    def tensor_bytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.tensor_bytes / self.parameters
+
+    def moved(self, placement: str) -> tuple[Tensor, ...]:
+        """Expert tensors that `placement` keeps on the CPU: none for baseline, those of the first N blocks for
+        `n-cpu-moe=N`. Dense first blocks count among the N and move nothing."""
+        if placement == "baseline":
+            return ()
+        limit = None if placement == "cpu-moe" else int(placement.removeprefix("n-cpu-moe="))
+        return tuple(t for t in self.tensors if t.is_expert and (limit is None or (t.block or 0) < limit))
+
+    def moved_bytes(self, placement: str) -> int:
+        return sum(t.nbytes for t in self.moved(placement))
+
+    def device_bytes(self, placement: str) -> int:
+        """Bytes of the weights that llama.cpp puts on the device with all layers offloaded: everything but the token
+        embedding (always on the CPU, and copied to the device where it is also the output) and what was moved."""
+        embedding = sum(t.nbytes for t in self.tensors if t.name == "token_embd.weight")
+        tied = embedding if not any(t.name == "output.weight" for t in self.tensors) else 0
+        return self.tensor_bytes - embedding + tied - self.moved_bytes(placement)
+
+
+class _Cursor:
+    """Bounds-checked reads from a mapped file."""
+
+    def __init__(self, data: mmap.mmap):
+        self.data, self.at = data, 0
+
+    def take(self, n: int) -> bytes:
+        if n > len(self.data) - self.at:
+            raise GGUFError(f"truncated: {n} bytes wanted at {self.at}, the file has {len(self.data)}")
+        self.at += n
+        return self.data[self.at - n : self.at]
+
+    def scalar(self, fmt: str) -> Any:
+        return struct.unpack(fmt, self.take(struct.calcsize(fmt)))[0]
+
+    def string(self) -> str:
+        n = self.scalar("<Q")
+        if n > MAX_STRING_BYTES:
+            raise GGUFError(f"corrupt: a string of {n} bytes at {self.at}")
+        return self.take(n).decode("utf-8", errors="replace")
+
+    def value(self, kind: int) -> Any:
+        if kind in _SCALARS:
+            return self.scalar(_SCALARS[kind])
+        if kind == _STRING:
+            return self.string()
+        if kind != _ARRAY:
+            raise GGUFError(f"corrupt: value type {kind} does not exist")
+        item, n = self.scalar("<I"), self.scalar("<Q")
+        if item in _SCALARS:
+            size = struct.calcsize(_SCALARS[item])
+            if n * size > len(self.data) - self.at:
+                raise GGUFError(f"truncated: an array of {n} items at {self.at}")
+            raw = self.take(n * size) if n <= KEEP_ARRAY_ITEMS else None
+            if raw is None:
+                self.at += n * size
+                return f"<{n} items>"
+            return [struct.unpack_from(_SCALARS[item], raw, i * size)[0] for i in range(n)]
+        if item != _STRING:  # arrays of arrays exist in the format, not in any model file
+            raise GGUFError(f"corrupt: array of type {item}")
+        if n * 8 > len(self.data) - self.at:
+            raise GGUFError(f"truncated: an array of {n} strings at {self.at}")
+        kept = [s for i in range(n) if (s := self.string()) is not None and i < KEEP_ARRAY_ITEMS]
+        return kept if n <= KEEP_ARRAY_ITEMS else f"<{n} items>"
+
+
+def tensor_bytes(shape: Iterable[int], type_name: str) -> int:
+    """Bytes of a tensor of `shape` (fastest dimension first) in ggml type `type_name`.
+
+    Raises GGUFError if its rows do not divide into the type's blocks.
+    """
+    shape = tuple(shape)
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
+    if shape[0] % block:
+        raise GGUFError(f"a row of {shape[0]} does not divide into {type_name} blocks of {block}")
+    return prod(shape) // block * size
+
+
+def read_header(path: str | Path) -> Header:
+    """Read and check the header of `path`. Raises GGUFError, or OSError if the file cannot be opened."""
+    path = Path(path)
+    with path.open("rb") as f:
+        size = f.seek(0, 2)
+        if size < 24:
+            raise GGUFError(f"{path.name}: truncated: {size} bytes is less than any GGUF")
+        with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            try:
+                return _parse(path, size, data)
+            except GGUFError as err:
+                raise GGUFError(f"{path.name}: {err}; fetch or write the file again") from None
+
+
+def _parse(path: Path, size: int, data: mmap.mmap) -> Header:
+    c = _Cursor(data)
+    magic = c.take(4)
+    if magic != b"GGUF":
+        raise GGUFError(f"not a GGUF file (it starts with {magic!r})")
+    version = c.scalar("<I")
+    if version not in (2, 3):
+        raise GGUFError(f"GGUF version {version} (2 and 3 are read; a big-endian file reads as a huge version)")
+    n_tensors, n_keys = c.scalar("<Q"), c.scalar("<Q")
+    if n_tensors > MAX_TENSORS or n_keys > MAX_KEYS:
+        raise GGUFError(f"corrupt: {n_tensors} tensors and {n_keys} keys announced")
+    if n_tensors == 0:
+        raise GGUFError("it holds no tensors")
+
+    metadata: dict[str, Any] = {}
+    for _ in range(n_keys):
+        key = c.string()
+        if key in metadata:
+            raise GGUFError(f"corrupt: key {key!r} twice")
+        metadata[key] = c.value(c.scalar("<I"))
+    if not metadata.get("general.architecture"):
+        raise GGUFError("corrupt: no general.architecture")
+
+    infos = []
+    for _ in range(n_tensors):
+        name, n_dims = c.string(), c.scalar("<I")
+        if not 1 <= n_dims <= 4:
+            raise GGUFError(f"corrupt: tensor {name!r} has {n_dims} dimensions")
+        shape = tuple(c.scalar("<Q") for _ in range(n_dims))
+        kind, offset = c.scalar("<I"), c.scalar("<Q")
+        if kind not in GGMLQuantizationType._value2member_map_:
+            raise GGUFError(f"tensor {name!r} has type {kind}, which this reader does not know")
+        if min(shape) < 1 or prod(shape) > 1 << 48:
+            raise GGUFError(f"corrupt: tensor {name!r} has shape {shape}")
+        infos.append((name, shape, GGMLQuantizationType(kind).name, offset))
+
+    align = metadata.get("general.alignment", 32)
+    if not isinstance(align, int) or align < 1 or align & (align - 1) or align > 1 << 20:
+        raise GGUFError(f"corrupt: alignment {align!r}")
+    start = -(-c.at // align) * align
+    tensors = tuple(Tensor(n, s, t, tensor_bytes(s, t), start + o) for n, s, t, o in infos)
+    if len({t.name for t in tensors}) != len(tensors):
+        raise GGUFError("corrupt: a tensor name stands twice")
+    end = start
+    for t in sorted(tensors, key=lambda t: t.offset):
+        if t.offset % align or t.offset < end:
+            raise GGUFError(f"corrupt: tensor {t.name!r} overlaps or is not aligned")
+        end = t.offset + t.nbytes
+    if end > size:
+        raise GGUFError(f"truncated: the tensors need {end} bytes, the file has {size}")
+    return Header(path, size, metadata, tensors)

@@ -1,0 +1,95 @@
+"""Source files to quantise: for now geometry twins, written on demand and kept under `models/`.
+
+Beside each file stands a note with its SHA-256 and the file's size and time: a file that no longer matches its note
+is hashed again, and made again if it changed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moelib import files, gguf_file, params, twin
+
+log = logging.getLogger(__name__)
+
+TWIN_SEED = 0
+
+
+@dataclass(frozen=True)
+class Source:
+    """An unquantised file and what it is."""
+
+    model: str
+    weights: str
+    """twin: random weights in the model's geometry; real: the published weights."""
+    scale: str
+    header: gguf_file.Header
+    sha256: str
+
+    @property
+    def path(self) -> Path:
+        return self.header.path
+
+
+def folder(model: str, weights: str, scale: str) -> Path:
+    """Where the files of a source live: $MOELIB_MODELS or `models/` in the clone."""
+    base = Path(os.environ.get("MOELIB_MODELS") or params.root() / "models")
+    return base / model / f"{weights}-{scale}"
+
+
+def _note(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+def _stat(path: Path) -> dict[str, int]:
+    s = path.stat()
+    return {"bytes": s.st_size, "mtime_ns": s.st_mtime_ns}
+
+
+def remember(path: Path, facts: dict[str, Any]) -> None:
+    """Write the note of a finished file; `facts` hold its `sha256`."""
+    files.write_json(_note(path), {"facts": facts, "file": _stat(path)})
+
+
+def recall(path: Path, expected: dict[str, Any]) -> dict[str, Any] | None:
+    """The facts noted of `path` if they agree with `expected` and the file is still what was noted, else None.
+
+    A file whose size or time changed is hashed; where the hash stands, the note is refreshed.
+    """
+    try:
+        note = json.loads(_note(path).read_text())
+        facts, noted = note["facts"], note["file"]
+        now = _stat(path)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if any(facts.get(k) != v for k, v in expected.items()):
+        return None
+    if noted != now:
+        log.info("%s changed on disk since it was made; checking its hash", path.name)
+        if now["bytes"] != noted.get("bytes") or files.sha256(path) != facts["sha256"]:
+            log.warning("%s is not the file that was made; making it again", path.name)
+            return None
+        remember(path, facts)
+    return facts
+
+
+def make_twin(model: str, scale: str, seed: int = TWIN_SEED, out: Path | None = None) -> Source:
+    """The twin of a catalogued model at `scale`, written unless it is already there.
+
+    Raises params.ParamsError for an unknown or excluded model, files.FileError if the disk is too small.
+    """
+    entry = params.model(model)
+    geometry = entry.at_scale(scale)
+    path = out or folder(model, "twin", scale) / f"{model}-F16.gguf"
+    facts = {"model": model, "seed": seed, "geometry": geometry.model_dump(), "weights": "twin"}
+    with files.lock(path.with_suffix(".lock"), path.name, wait_s=3600):
+        known = recall(path, facts)
+        if known is None:
+            known = {**facts, "sha256": twin.write(path, geometry, title=entry.title, seed=seed)}
+            remember(path, known)
+    return Source(model, "twin", scale, gguf_file.read_header(path), known["sha256"])

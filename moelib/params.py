@@ -1,0 +1,244 @@
+"""The only reader of `params/`: models, workloads and studies as frozen, schema-checked objects.
+
+Unknown keys and names are refused with the allowed values, before any work starts.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+QUANTS = ("Q4_K_M", "Q2_K", "Q8_0")
+"""llama-quantize type names that a study may ask for."""
+
+DEVICES = ("auto", "cuda", "loopback", "none")
+
+
+class ParamsError(ValueError):
+    """A name or a file in `params/` is wrong; the message lists what is allowed."""
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Geometry(Strict):
+    """Shape of a model, in llama.cpp's GGUF terms (lengths in elements)."""
+
+    architecture: Literal["phimoe", "deepseek"]
+    block_count: PositiveInt
+    leading_dense_block_count: int = Field(0, ge=0)
+    """The first blocks have one dense feed-forward network instead of experts."""
+    embedding_length: PositiveInt
+    feed_forward_length: PositiveInt
+    expert_feed_forward_length: PositiveInt
+    expert_count: PositiveInt
+    expert_used_count: PositiveInt
+    expert_shared_count: int = Field(0, ge=0)
+    head_count: PositiveInt
+    head_count_kv: PositiveInt
+    vocab_size: int = Field(ge=320)
+    """At least the special and byte tokens and the words of the plan's prompt."""
+    context_length: PositiveInt
+    original_context_length: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _divides(self) -> Geometry:
+        if self.embedding_length % self.head_count or self.head_count % self.head_count_kv:
+            raise ValueError("embedding_length must divide by head_count, and head_count by head_count_kv")
+        if self.expert_used_count > self.expert_count:
+            raise ValueError("expert_used_count is more than expert_count")
+        if self.leading_dense_block_count > self.block_count:
+            raise ValueError("leading_dense_block_count is more than block_count")
+        return self
+
+    def scaled(self, factor: float) -> Geometry:
+        """Blocks, widths and vocabulary times `factor` (0 < factor <= 1); experts, head size and quirks stay.
+
+        A width that k-quants (rows of 256) cannot take stays one that they cannot take.
+        """
+        if not 0 < factor <= 1:
+            raise ParamsError(f"scale {factor} is not in (0, 1]")
+        if factor == 1:
+            return self
+        head = self.embedding_length // self.head_count
+        heads = max(2, round(self.head_count * factor / 2) * 2)
+        heads_kv = max(1, round(heads * self.head_count_kv / self.head_count))
+        while heads % heads_kv:
+            heads_kv -= 1
+
+        def width(n: int) -> int:
+            if n % 256 == 0:
+                return max(256, round(n * factor / 256) * 256)
+            w = max(32, round(n * factor / 32) * 32)
+            return w if w % 256 else w + 32
+
+        return self.model_copy(
+            update={
+                "block_count": max(self.leading_dense_block_count + 1, round(self.block_count * factor)),
+                "embedding_length": heads * head,
+                "head_count": heads,
+                "head_count_kv": heads_kv,
+                "feed_forward_length": width(self.feed_forward_length),
+                "expert_feed_forward_length": width(self.expert_feed_forward_length),
+                "vocab_size": max(512, round(self.vocab_size * factor / 32) * 32),
+            }
+        )
+
+
+class Model(Strict):
+    name: str
+    title: str
+    geometry: Geometry | None = None
+    scales: dict[str, dict[str, int]] = {}
+    excluded: str | None = None
+    """Why no quants of this model can be made; such a model can be named but not used."""
+
+    def at_scale(self, scale: str) -> Geometry:
+        """Geometry at `full`, at a named scale, or at a factor such as `0.25`. Raises ParamsError."""
+        if self.geometry is None:
+            raise ParamsError(f"{self.name} is excluded: {self.excluded}")
+        if scale == "full":
+            return self.geometry
+        if scale in self.scales:
+            return Geometry.model_validate({**self.geometry.model_dump(), **self.scales[scale]})
+        if re.fullmatch(r"[0-9.]+", scale):
+            try:
+                return self.geometry.scaled(float(scale))
+            except ValueError as err:
+                raise ParamsError(f"scale {scale!r} of {self.name}: {err}") from None
+        raise _unknown("scale", scale, ["full", *self.scales, "a factor in (0, 1]"])
+
+
+class Workload(Strict):
+    name: str
+    title: str
+    text: str = Field(min_length=1)
+    prompt_tokens: PositiveInt | None = None
+    generate_tokens: int = Field(ge=2)
+
+
+def _placement(value: str) -> str:
+    if not re.fullmatch(r"baseline|cpu-moe|n-cpu-moe=[1-9][0-9]*", value):
+        raise ValueError(f"{value!r} is not baseline, cpu-moe or n-cpu-moe=N")
+    return value
+
+
+class Arm(Strict):
+    """One way to run a file; a block runs every arm of its study once."""
+
+    placement: Annotated[str, AfterValidator(_placement)]
+    load_mode: Literal["mmap", "none"] = "mmap"
+
+    @property
+    def label(self) -> str:
+        return f"{self.placement}/{self.load_mode}"
+
+
+class Study(Strict):
+    name: str
+    title: str
+    models: tuple[str, ...] = Field(min_length=1)
+    weights: Literal["twin"]
+    scale: str = "full"
+    quants: tuple[Literal[QUANTS], ...] = Field(min_length=1)
+    arms: tuple[Arm, ...] = Field(min_length=1)
+    workloads: tuple[str, ...] = Field(min_length=1)
+    requests: PositiveInt = 2
+    """Requests of each workload in a run, in order; the first is flagged as first."""
+    blocks: PositiveInt = 5
+    context: PositiveInt = 1024
+    device: Literal[DEVICES] = "auto"
+    seed: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _unique(self) -> Study:
+        for field in ("models", "quants", "workloads", "arms"):
+            values = getattr(self, field)
+            if len(set(values)) != len(values):
+                raise ValueError(f"{field} names something twice")
+        if self.arms[0].placement != "baseline":
+            raise ValueError("the first arm is what the others are compared with: it must be a baseline")
+        return self
+
+
+def root() -> Path:
+    """Folder that holds `params/` and `outputs/`: $MOELIB_HOME, or the clone this package is installed from."""
+    home = os.environ.get("MOELIB_HOME")
+    return Path(home) if home else Path(__file__).resolve().parent.parent
+
+
+def _unknown(kind: str, name: str, allowed: list[str]) -> ParamsError:
+    return ParamsError(f"unknown {kind} {name!r}; allowed: {', '.join(allowed)}")
+
+
+T = TypeVar("T", bound=Strict)
+
+
+def _build(cls: type[T], where: str, data: Any, **extra: Any) -> T:
+    if not isinstance(data, dict):
+        raise ParamsError(f"{where}: expected a mapping, found {type(data).__name__}")
+    try:
+        return cls.model_validate({**data, **extra})
+    except ValidationError as err:
+        lines = [f"{'.'.join(map(str, e['loc'])) or 'entry'}: {e['msg']}" for e in err.errors()]
+        raise ParamsError(f"{where}: " + "; ".join(lines)) from None
+
+
+@cache
+def _yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ParamsError(f"{path.name} is missing from {path.parent}; run from a clone or set MOELIB_HOME") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as err:
+        raise ParamsError(f"{path.name} is not YAML: {err}") from None
+
+
+def _entry(cls: type[T], kind: str, file: str, name: str) -> T:
+    entries = _yaml(root() / "params" / file)
+    if name not in entries:
+        raise _unknown(kind, name, sorted(entries))
+    return _build(cls, f"params/{file}, {name}", entries[name], name=name)
+
+
+def model_names() -> list[str]:
+    return list(_yaml(root() / "params" / "models.yaml"))
+
+
+def model(name: str) -> Model:
+    """The catalogue's entry. Raises ParamsError for a name that is not in it."""
+    return _entry(Model, "model", "models.yaml", name)
+
+
+def workload(name: str) -> Workload:
+    return _entry(Workload, "workload", "workloads.yaml", name)
+
+
+def quant(name: str) -> str:
+    """`name` itself, if a study may ask for it."""
+    if name not in QUANTS:
+        raise _unknown("quant", name, list(QUANTS))
+    return name
+
+
+def study_names() -> list[str]:
+    return sorted(p.stem for p in (root() / "params" / "studies").glob("*.yaml"))
+
+
+def study(name: str) -> Study:
+    """The study `params/studies/<name>.yaml` with every name in it checked. Raises ParamsError."""
+    if name not in study_names():
+        raise _unknown("study", name, study_names())
+    found = _build(Study, f"params/studies/{name}.yaml", _yaml(root() / "params/studies" / f"{name}.yaml"), name=name)
+    for m in found.models:
+        model(m).at_scale(found.scale)
+    for w in found.workloads:
+        workload(w)
+    return found

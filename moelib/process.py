@@ -1,0 +1,196 @@
+"""Supervised children: own log file, deadline, clean end, and no orphan however the parent dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+POLL_S = 0.005
+
+ENV_ALLOWED = (
+    "PATH LD_LIBRARY_PATH HOME TMPDIR LANG CUDA_VISIBLE_DEVICES CUDA_DEVICE_ORDER NVIDIA_VISIBLE_DEVICES"
+).split()
+"""What a child may inherit. llama.cpp applies every LLAMA_ARG_* variable silently, so nothing else gets through."""
+
+# Runs between fork and the tool, in a fresh interpreter: code in a forked copy of a threaded parent can deadlock.
+# PR_SET_PDEATHSIG (1) survives exec; the parent is checked after setting it, as it may have died just before.
+_LAUNCH = (
+    "import ctypes,os,signal,sys\n"
+    "if sys.platform=='linux':\n"
+    "    ctypes.CDLL(None).prctl(1,int(signal.SIGKILL))\n"
+    "    if os.getppid()!=int(sys.argv[1]): sys.exit(1)\n"
+    "os.execv(sys.argv[2],sys.argv[2:])\n"
+)
+
+
+class ProcessError(RuntimeError):
+    """A child did not do what was expected. `reason` is a code for the record, the message is for people."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Exit:
+    code: int | None
+    killed: bool
+    """True if it did not end by itself or by SIGTERM within the grace time."""
+
+
+def environment(scratch: Path, extra: dict[str, str] | None = None) -> dict[str, str]:
+    """A child's environment: the allow-list, empty configuration folders, and `extra`."""
+    env = {k: os.environ[k] for k in ENV_ALLOWED if k in os.environ}
+    for name in ("XDG_CONFIG_HOME", "XDG_CACHE_HOME"):
+        folder = scratch / name.lower()
+        folder.mkdir(parents=True, exist_ok=True)
+        env[name] = str(folder)
+    return {**env, **(extra or {})}
+
+
+class Child:
+    """One running tool. Use as a context manager: leaving it ends the tool."""
+
+    def __init__(self, argv: list[str], log: Path, env: dict[str, str]):
+        self.argv, self.log, self.exit = argv, log, None
+        log.parent.mkdir(parents=True, exist_ok=True)
+        launch = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), *argv]
+        self.started = time.monotonic()
+        with log.open("wb") as out:
+            # a session of its own: Ctrl-C reaches us alone, and we end the child in order
+            self._popen = subprocess.Popen(
+                launch, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True
+            )
+        self.pid = self._popen.pid
+        self._note = log.with_suffix(".child.json")
+        self._note.write_text(json.dumps({"child": _identity(self.pid), "parent": _identity(os.getpid())}))
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def name(self) -> str:
+        return Path(self.argv[0]).name
+
+    def text(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def tail(self, lines: int = 8) -> str:
+        return "\n".join(self.text().splitlines()[-lines:])
+
+    def running(self) -> bool:
+        return self._popen.poll() is None
+
+    def check(self) -> None:
+        """Raise ProcessError if the child has ended."""
+        code = self._popen.poll()
+        if code is not None:
+            raise ProcessError("engine-ended", f"{self.name} ended with {code}; its log ends:\n{self.tail()}")
+
+    def wait_for(self, pattern: str, timeout_s: float) -> re.Match[str]:
+        """The first match of `pattern` in the child's log. Raises ProcessError at its end or the deadline."""
+        deadline, want = time.monotonic() + timeout_s, re.compile(pattern)
+        while True:
+            if m := want.search(self.text()):
+                return m
+            self.check()
+            if time.monotonic() > deadline:
+                raise ProcessError("engine-timeout", f"{self.name} was not ready in {timeout_s:g} s:\n{self.tail()}")
+            time.sleep(POLL_S)
+
+    def wait_listening(self, port: int, timeout_s: float) -> None:
+        """Wait until the child itself listens on `port`: on a taken port another server would answer."""
+        deadline, process = time.monotonic() + timeout_s, psutil.Process(self.pid)
+        while not any(c.status == "LISTEN" and c.laddr.port == port for c in process.net_connections("tcp")):
+            self.check()
+            if time.monotonic() > deadline:
+                raise ProcessError("engine-timeout", f"{self.name} did not listen in {timeout_s:g} s:\n{self.tail()}")
+            time.sleep(POLL_S)
+
+    def stop(self, grace_s: float = 10.0) -> Exit:
+        """End the child: SIGTERM, `grace_s` seconds, SIGKILL. Safe to call again."""
+        if self.exit is None:
+            killed = False
+            if self._popen.poll() is None:
+                self._popen.terminate()
+                try:
+                    self._popen.wait(grace_s)
+                except subprocess.TimeoutExpired:
+                    killed = True
+                    os.killpg(self.pid, signal.SIGKILL)
+                    self._popen.wait(grace_s)
+            self.exit = Exit(self._popen.returncode, killed)
+            self._note.unlink(missing_ok=True)
+        return self.exit
+
+
+def _identity(pid: int) -> list[float]:
+    """Process id and start time: together they name one process, whatever is reused."""
+    return [pid, psutil.Process(pid).create_time()]
+
+
+def _running(identity: list[float]) -> psutil.Process | None:
+    try:
+        process = psutil.Process(int(identity[0]))
+        return process if process.create_time() == identity[1] else None
+    except psutil.NoSuchProcess:
+        return None
+
+
+def sweep(folder: Path) -> list[int]:
+    """End children that a dead parent left behind under `folder`, by their recorded identity; return their ids."""
+    ended = []
+    for note in sorted(folder.rglob("*.child.json")):
+        try:
+            data = json.loads(note.read_text())
+            parent, child = _running(data["parent"]), _running(data["child"])
+        except (ValueError, KeyError, IndexError, TypeError, OSError):
+            parent = child = None  # a note cut short by a kill: its child died with the parent
+        if parent is not None:
+            continue
+        if child is not None:
+            child.kill()
+            ended.append(child.pid)
+        note.unlink(missing_ok=True)
+    return ended
+
+
+def free_port() -> int:
+    """A loopback port that was free a moment ago; whoever uses it must check that it got it."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def usable_cpus() -> int:
+    """CPUs this process may use: affinity and the cgroup's quota, not the host's count."""
+    try:
+        n = len(os.sched_getaffinity(0))
+    except AttributeError:
+        n = os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            n = min(n, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass
+    return n
+
+
+def new_key() -> str:
+    """An api key for one server process; it travels in the environment and is never written down."""
+    return secrets.token_hex(16)

@@ -1,0 +1,145 @@
+"""Source + quant -> a verified file and its sheet.
+
+llama-quantize writes the final name as it goes and returns 1 for every failure, so it works on a temporary name here;
+the result is checked against the source's header, hashed and only then renamed. The sheet says what is really in the
+file: a quant's label is not its types.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from tqdm.auto import tqdm
+
+from moelib import files, gguf_file, models, params, process
+from moelib.engine import Engine
+
+UNQUANTISED = {"F32", "F16", "BF16"}
+SUPER_BLOCK = 256  # k-quants work on rows of whole super-blocks
+READY_S = 600.0
+SLOWEST_BYTES_PER_S = 2e6  # of source; far below any machine seen (25e6 on one core), so that only a hang is ended
+
+
+class QuantizeError(RuntimeError):
+    """A file could not be made or is not what it should be; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A quantised file and its sheet."""
+
+    header: gguf_file.Header
+    sheet: dict[str, Any]
+
+    @property
+    def path(self) -> Path:
+        return self.header.path
+
+
+def refuse_quantised(source: gguf_file.Header) -> None:
+    """Raise QuantizeError if the source's weights are already quantised."""
+    types = sorted(set(source.type_counts) - UNQUANTISED)
+    if types:
+        raise QuantizeError(
+            f"{source.path.name} is already quantised ({', '.join(types)}); quantising again adds error that no record "
+            "could separate, and llama-quantize refuses it: start from an F16 or BF16 file"
+        )
+
+
+def fallbacks(header: gguf_file.Header, quant: str) -> list[dict[str, Any]]:
+    """Tensors that a k-quant could not take because their rows are not whole super-blocks, and what they became."""
+    if "_K" not in quant:
+        return []
+    return [
+        {"tensor": t.name, "columns": t.shape[0], "type": t.type}
+        for t in header.tensors
+        if t.shape[0] % SUPER_BLOCK and t.type not in UNQUANTISED
+    ]
+
+
+def predict_bytes(engine: Engine, source: gguf_file.Header, quant: str, scratch: Path) -> int | None:
+    """File size by `llama-quantize --dry-run` and the source's header, None where the build has no dry run."""
+    argv = [engine.tool("llama-quantize"), "--dry-run", str(source.path), quant]
+    with process.Child(argv, scratch / f"dry-run-{quant}.log", process.environment(scratch)) as child:
+        _wait(child, READY_S)
+        m = re.search(r"quant size\s*=\s*([0-9.]+) MiB", child.text())
+    return round(float(m[1]) * 2**20) + source.file_bytes - source.tensor_bytes if m else None
+
+
+def _wait(child: process.Child, timeout_s: float, total: int = 0, label: str = "") -> int:
+    """Wait for the child's end, showing `[ 12/ 51]` as progress; return its exit code."""
+    deadline = time.monotonic() + timeout_s
+    with tqdm(total=total, desc=label, unit="tensor", disable=not total, leave=False) as bar:
+        while child.running():
+            if time.monotonic() > deadline:
+                raise QuantizeError(f"{child.name} did not end in {timeout_s:.0f} s:\n{child.tail()}")
+            if total and (done := re.findall(r"\[ *(\d+)/ *\d+\]", child.tail(3))):
+                bar.update(int(done[-1]) - bar.n)
+            time.sleep(0.02)
+    return child.stop().code or 0
+
+
+def make(source: models.Source, quant: str, engine: Engine, scratch: Path) -> Quantised:
+    """The quantised file of `source`, made unless it is already there and unchanged.
+
+    `scratch` takes the tool's logs. Raises QuantizeError, files.FileError or gguf_file.GGUFError.
+    """
+    params.quant(quant)
+    refuse_quantised(source.header)
+    path = source.path.with_name(f"{source.model}-{quant}.gguf")
+    expected = {"model": source.model, "quant": quant, "source_sha256": source.sha256, "engine_build": engine.build}
+    with files.lock(path.with_suffix(".lock"), path.name, wait_s=3600):
+        sheet = models.recall(path, expected)
+        if sheet is None:
+            sheet = _make(source, quant, engine, scratch, path, expected)
+            models.remember(path, sheet)
+    return Quantised(gguf_file.read_header(path), sheet)
+
+
+def _make(
+    source: models.Source, quant: str, engine: Engine, scratch: Path, path: Path, expected: dict[str, Any]
+) -> dict[str, Any]:
+    predicted = predict_bytes(engine, source.header, quant, scratch)
+    files.need_space(path.parent, predicted or source.header.file_bytes, f"quantising to {path.name}")
+    with files.replacing(path) as partial:
+        argv = [engine.tool("llama-quantize"), str(source.path), str(partial), quant, str(process.usable_cpus())]
+        started = time.monotonic()
+        with process.Child(argv, scratch / f"{path.stem}.quantize.log", process.environment(scratch)) as child:
+            limit = READY_S + source.header.file_bytes / SLOWEST_BYTES_PER_S
+            code = _wait(child, limit, len(source.header.tensors), path.name)
+        seconds = time.monotonic() - started
+        if code:
+            raise QuantizeError(f"llama-quantize ended with {code} on {path.name}; its log ends:\n{child.tail()}")
+        header = gguf_file.read_header(partial)
+        _check(source.header, header, quant)
+        sha256 = files.sha256(partial)
+    return {
+        **expected,
+        "weights": source.weights,
+        "scale": source.scale,
+        "file_name": path.name,
+        "file_bytes": header.file_bytes,
+        "predicted_bytes": predicted,
+        "sha256": sha256,
+        "parameters": header.parameters,
+        "bits_per_weight": round(header.bits_per_weight, 4),
+        "tensor_types": header.type_counts,
+        "expert_types": header.expert_types,
+        "expert_bytes": header.moved_bytes("cpu-moe"),
+        "fallbacks": fallbacks(header, quant),
+        "engine_version": engine.version,
+        "quantize_s": round(seconds, 3),
+    }
+
+
+def _check(source: gguf_file.Header, made: gguf_file.Header, quant: str) -> None:
+    if {t.name: t.shape for t in source.tensors} != {t.name: t.shape for t in made.tensors}:
+        raise QuantizeError(f"the {quant} file does not hold the source's tensors; the engine's build is suspect")
+    widest = max(made.tensors, key=lambda t: t.nbytes)
+    if GGML_QUANT_SIZES[GGMLQuantizationType[widest.type]][0] == 1:
+        raise QuantizeError(f"the {quant} file is not quantised: its largest tensor is {widest.type}")
