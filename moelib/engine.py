@@ -120,7 +120,7 @@ class Engine:
     def tool(self, name: str) -> str:
         if name not in self.tools:
             built = " with -DGGML_RPC=ON" if name == "rpc-server" else ""
-            raise EngineError(f"{self} has no {name}; use a build{built}: `moelib engine build`, or set MOELIB_LLAMA_CPP")
+            raise EngineError(f"{self} has no {name}; `moelib engine build`, or set MOELIB_LLAMA_CPP to a build{built}")
         return str(self.tools[name])
 
     def need(self, *spellings: str) -> str:
@@ -218,7 +218,7 @@ def find(explicit: str | Path | None = None) -> Engine:
             if (place / "llama-server").is_file():
                 return _load(place.resolve(), how)
         if how != PACKAGE:
-            raise EngineError(f"{how} names {folder}, which holds no llama-server; name the folder of llama.cpp's tools")
+            raise EngineError(f"{how} names {folder}, which holds no llama-server; name the folder of the tools")
     raise EngineError(
         "llama.cpp's tools were not found; run `moelib engine build`, put them on PATH, or set MOELIB_LLAMA_CPP"
     )

@@ -110,6 +110,4 @@ def reconcile(kind: str, readings: list[Reading], idle: Reading, report: Report,
     elif value > ceiling:
         invalid.append("above-ceiling")
     status = "invalid" if invalid else "degraded" if reasons else "valid"
-    return Memory(
-        None if invalid else value, status, method, (*invalid, *reasons), engine, before, tuple(readings)
-    )
+    return Memory(None if invalid else value, status, method, (*invalid, *reasons), engine, before, tuple(readings))

@@ -18,9 +18,7 @@ import psutil
 
 POLL_S = 0.005
 
-ENV_ALLOWED = (
-    "PATH LD_LIBRARY_PATH HOME TMPDIR LANG CUDA_VISIBLE_DEVICES CUDA_DEVICE_ORDER NVIDIA_VISIBLE_DEVICES"
-).split()
+ENV_ALLOWED = ("PATH", "LD_LIBRARY_PATH", "HOME", "TMPDIR", "LANG", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
 """What a child may inherit. llama.cpp applies every LLAMA_ARG_* variable silently, so nothing else gets through."""
 
 # Runs between fork and the tool, in a fresh interpreter: code in a forked copy of a threaded parent can deadlock.
@@ -126,7 +124,7 @@ class Child:
         if self.exit is None:
             killed = False
             if self._popen.poll() is None:
-                self._popen.terminate()
+                os.killpg(self.pid, signal.SIGTERM)  # its own session: what it started ends with it
                 try:
                     self._popen.wait(grace_s)
                 except subprocess.TimeoutExpired:

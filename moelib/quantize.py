@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from moelib import files, gguf_file, models, params, process
 from moelib.engine import Engine
@@ -74,7 +74,7 @@ def predict_bytes(engine: Engine, source: gguf_file.Header, quant: str, scratch:
 def _wait(child: process.Child, timeout_s: float, total: int = 0, label: str = "") -> int:
     """Wait for the child's end, showing `[ 12/ 51]` as progress; return its exit code."""
     deadline = time.monotonic() + timeout_s
-    with tqdm(total=total, desc=label, unit="tensor", disable=not total, leave=False) as bar:
+    with tqdm(total=total, desc=label, unit="tensor", disable=None if total else True, leave=False) as bar:
         while child.running():
             if time.monotonic() > deadline:
                 raise QuantizeError(f"{child.name} did not end in {timeout_s:.0f} s:\n{child.tail()}")

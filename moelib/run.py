@@ -184,7 +184,8 @@ def _observe(
             sampler.server_pid = server.pid
             sampler.start()
             try:
-                port = _port(server.wait_for(engines.LISTENING, LOAD_S + quantised.header.file_bytes / LOAD_BYTES_PER_S))
+                limit = LOAD_S + quantised.header.file_bytes / LOAD_BYTES_PER_S
+                port = _port(server.wait_for(engines.LISTENING, limit))
                 load_s = time.monotonic() - server.started
                 url, auth = f"http://127.0.0.1:{port}", {"Authorization": f"Bearer {key}"}
                 timeout = httpx.Timeout(STALL_S, connect=10)
@@ -221,7 +222,7 @@ def _ours(client: httpx.Client, model: Path) -> str | None:
     """Check that the server behind the port holds our file; this also opens the connection before any clock starts."""
     answer = client.get("/props")
     if answer.status_code != 200 or Path(answer.json().get("model_path", "")).name != model.name:
-        raise RunError("not-our-server", f"another server answers on this port: {answer.status_code} {answer.text[:200]}")
+        raise RunError("not-our-server", f"another server answers here: {answer.status_code} {answer.text[:200]}")
     return answer.json().get("build_info")
 
 
@@ -239,7 +240,7 @@ def _peak_rss(pid: int) -> int | None:
 
 
 def _ask_all(client: httpx.Client, spec: Spec, started: float) -> tuple[Request, ...]:
-    done = []
+    prompts, done = [], []
     for name in spec.workloads:
         workload = params.workload(name)
         prompt = prompt_ids(client, workload)
@@ -249,8 +250,24 @@ def _ask_all(client: httpx.Client, spec: Spec, started: float) -> tuple[Request,
                 f"{name} needs {len(prompt)} + {workload.generate_tokens} tokens, the context is {spec.context}: "
                 "raise `context` in the study",
             )
-        done += [_ask(client, workload, prompt, i, started) for i in range(spec.requests)]
+        prompts.append((workload, prompt))
+    for workload, prompt in prompts:
+        for i in range(spec.requests):
+            _connect(client)
+            done.append(_ask(client, workload, prompt, i, started))
     return tuple(done)
+
+
+def _connect(client: httpx.Client) -> None:
+    """Have an open connection before the clock starts. The server closes it after a stream, whatever its headers say,
+    and a pooled connection can be found closed at any moment."""
+    for _ in range(3):
+        try:
+            client.get("/health")
+            return
+        except httpx.TransportError as err:
+            last = err
+    raise RunError("request-failed", f"no connection to the server: {last}")
 
 
 def prompt_ids(client: httpx.Client, workload: params.Workload) -> list[int]:
@@ -264,7 +281,7 @@ def prompt_ids(client: httpx.Client, workload: params.Workload) -> list[int]:
             raise RunError("tokenizer", f"the engine returned no token ids for {workload.name}: {answer.text[:200]}")
         if want is None or len(ids) >= want:
             return ids if want is None else ids[:want]
-        text += (" " + workload.text) * (want // len(ids) + 1)
+        text += (" " + workload.text) * want
 
 
 def _ask(client: httpx.Client, workload: params.Workload, prompt: list[int], index: int, started: float) -> Request:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from moelib import files
 from moelib.params import Geometry
@@ -169,7 +169,7 @@ class _Pool:
             left, k = left - n, k + 1
 
 
-def write(path: Path, g: Geometry, *, title: str = "a model", seed: int = 0, progress: bool = True) -> str:
+def write(path: Path, g: Geometry, *, title: str = "a model", seed: int = 0) -> str:
     """Write the twin of geometry `g` to `path`, atomically, and return its SHA-256.
 
     Raises files.FileError if the disk is too small.
@@ -184,7 +184,7 @@ def write(path: Path, g: Geometry, *, title: str = "a model", seed: int = 0, pro
         writer.write_ti_data_to_file()
         writer.close()
         sha.update(partial.read_bytes())
-        bar = tqdm(total=nbytes(g), unit="B", unit_scale=True, desc=path.name, disable=not progress, leave=False)
+        bar = tqdm(total=nbytes(g), unit="B", unit_scale=True, desc=path.name, disable=None, leave=False)
         # hashing releases the interpreter lock, so it runs beside the write instead of after it
         with partial.open("ab", buffering=0) as f, ThreadPoolExecutor(1) as hasher, bar:
             pending: list[Future] = []

