@@ -148,8 +148,8 @@ def compare(results: Results, quantity: Quantity) -> list[Comparison]:
             estimates = (None,) * 4
             if pairs:
                 estimates = (
-                    stats.mean([a for a, _ in pairs]),
-                    stats.mean([b for _, b in pairs]),
+                    stats.geometric_mean([a for a, _ in pairs]),
+                    stats.geometric_mean([b for _, b in pairs]),
                     stats.ratio(pairs),
                     stats.mean([a - b for a, b in pairs]),
                 )

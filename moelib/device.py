@@ -34,7 +34,8 @@ class Session:
     args: list[str] = field(default_factory=list)
     """What llama-server must be told."""
     env: dict[str, str] = field(default_factory=dict)
-    log: Path | None = None
+    cpus: tuple[int, ...] = ()
+    """The only CPUs that llama-server may use; empty for all."""
 
     def read(self, server_pid: int | None, t_s: float) -> Reading:
         return Reading(t_s, None, None)
@@ -81,7 +82,7 @@ class Loopback:
     """llama.cpp's RPC server as a device: a real one to the engine, and its memory is that process's RSS.
 
     The cores are divided between the two processes: their threads spin while they wait, and on shared cores each
-    would take the other's time (seen on 2 cores: 64 tok/s shared, 440 divided).
+    would take the other's time (seen on 2 cores: 64 tok/s shared, 440 divided; not pinned, 350 or 900 by chance).
     """
 
     kind = "loopback"
@@ -90,6 +91,10 @@ class Loopback:
         cpus = process.usable_cpus()
         self.threads = max(1, cpus // 2)
         self.device_threads = max(1, cpus - self.threads)
+        ids = process.cpu_ids()
+        divided = len(ids) > 1 and len(ids) == cpus  # under a quota the scheduler does it
+        self.cpus = tuple(ids[: self.threads]) if divided else ()
+        self.device_cpus = tuple(ids[self.threads :]) if divided else ()
 
     def identity(self) -> dict[str, Any]:
         name = f"ggml-rpc-server, {self.device_threads} threads on {host.facts()['cpu']}"
@@ -99,14 +104,14 @@ class Loopback:
     def session(self, engine: Engine, work: Path) -> Iterator[Session]:
         port, log = process.free_port(), work / "device.log"
         argv = [engine.tool("rpc-server"), "-H", "127.0.0.1", "-p", str(port), "-t", str(self.device_threads)]
-        with process.Child(argv, log, process.environment(work)) as child:
+        with process.Child(argv, log, process.environment(work), self.device_cpus) as child:
             child.wait_listening(port, 30)
             address = f"127.0.0.1:{port}"
             rpc = [engine.need("--rpc"), address]
             names = [n for n, text in engine.devices(*rpc).items() if address in (n + text)]
             if not names:
                 raise EngineError(f"{engine} does not list the RPC device at {address}; use a build with RPC")
-            session = _RpcSession(args=[*rpc, "--device", names[0]], log=log)
+            session = _RpcSession(args=[*rpc, "--device", names[0]], cpus=self.cpus)
             session.process = psutil.Process(child.pid)
             yield session
 

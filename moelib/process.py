@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,8 @@ _LAUNCH = (
     "if sys.platform=='linux':\n"
     "    ctypes.CDLL(None).prctl(1,int(signal.SIGKILL))\n"
     "    if os.getppid()!=int(sys.argv[1]): sys.exit(1)\n"
-    "os.execv(sys.argv[2],sys.argv[2:])\n"
+    "    if sys.argv[2]: os.sched_setaffinity(0,map(int,sys.argv[2].split(',')))\n"
+    "os.execv(sys.argv[3],sys.argv[3:])\n"
 )
 
 
@@ -58,12 +60,13 @@ def environment(scratch: Path, extra: dict[str, str] | None = None) -> dict[str,
 
 
 class Child:
-    """One running tool. Use as a context manager: leaving it ends the tool."""
+    """One running tool. Use as a context manager: leaving it ends the tool. `cpus`: the only ones it may use."""
 
-    def __init__(self, argv: list[str], log: Path, env: dict[str, str]):
+    def __init__(self, argv: list[str], log: Path, env: dict[str, str], cpus: Sequence[int] = ()):
         self.argv, self.log, self.exit = argv, log, None
         log.parent.mkdir(parents=True, exist_ok=True)
-        launch = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), *argv]
+        only = ",".join(map(str, cpus))
+        launch = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), only, *argv]
         self.started = time.monotonic()
         with log.open("wb") as out:
             # a session of its own: Ctrl-C reaches us alone, and we end the child in order
@@ -174,12 +177,17 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def usable_cpus() -> int:
-    """CPUs this process may use: affinity and the cgroup's quota, not the host's count."""
+def cpu_ids() -> list[int]:
+    """CPUs that this process may be scheduled on."""
     try:
-        n = len(os.sched_getaffinity(0))
-    except AttributeError:
-        n = os.cpu_count() or 1
+        return sorted(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        return list(range(os.cpu_count() or 1))
+
+
+def usable_cpus() -> int:
+    """How many CPUs this process may use: affinity and the cgroup's quota, not the host's count."""
+    n = len(cpu_ids())
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         if quota != "max":

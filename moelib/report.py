@@ -44,11 +44,10 @@ class Table:
 
     def source(self) -> str:
         """Where the numbers came from, and how to see that they still do."""
-        note = f"{self.note} " if self.note else ""
-        if not self.records:
-            return f"*{note}*" if note else ""
         ids = sorted(set(self.records))
-        return f"*{note}Table `{self.name}`: {len(ids)} records, set digest `{files.digest(ids)[:12]}`.*"
+        found = f"Table `{self.name}`: {len(ids)} records, set digest `{files.digest(ids)[:12]}`." if ids else ""
+        text = " ".join(t for t in (self.note, found) if t)
+        return f"*{text}*" if text else ""
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, str], dict[str, Any]]:
         provenance = {"table": self.name, "records": sorted(set(self.records))}
@@ -91,7 +90,8 @@ def answer(results: Results) -> str:
 
 def files_table(results: Results) -> Table:
     rows = []
-    for s in sorted(results.sheets, key=lambda s: (s["model"], results.study.quants.index(s["quant"]))):
+    study = results.study
+    for s in sorted(results.sheets, key=lambda s: (study.models.index(s["model"]), study.quants.index(s["quant"]))):
         types = ", ".join(f"{n}x{t}" for t, n in s["expert_types"].items())
         rows.append(
             {
@@ -138,7 +138,7 @@ def memory_table(results: Results) -> Table:
             "experts in the file": units.size(expert_bytes.get((c.model, c.quant))),
         }
 
-    note = "Mean [95 % interval] of the peak of the run's processes."
+    note = "Peak of the run's processes, mean [95 % interval]."
     return _compared("device-memory", analyse.compare(results, analyse.device_memory()), show, note)
 
 
@@ -151,19 +151,19 @@ def _rates(scale: float) -> Any:
 
 
 def speed_table(results: Results, workload: str) -> Table:
-    note = "Tokens per second, mean [95 % interval]; the ratio is paired within blocks."
+    note = "Tokens per second, geometric mean [95 % interval]; the ratio is paired within blocks."
     return _compared(f"speed-{workload}", analyse.compare(results, analyse.decode_rate(workload)), _rates(1), note)
 
 
 def first_token_table(results: Results, workload: str, warm: bool) -> Table:
     which = "warm" if warm else "first"
-    note = f"Milliseconds from request to first token, {which} request of a server; mean [95 % interval]."
+    note = f"Milliseconds from request to first token, {which} request of a server; geometric mean [95 % interval]."
     found = analyse.compare(results, analyse.first_token(workload, warm))
     return _compared(f"ttft-{which}-{workload}", found, _rates(1000), note)
 
 
 def load_table(results: Results) -> Table:
-    note = "Milliseconds from the start of the server process until it takes requests; mean [95 % interval]."
+    note = "Milliseconds from the start of the server process until it takes requests; geometric mean [95 % interval]."
     return _compared("load", analyse.compare(results, analyse.load_time()), _rates(1000), note)
 
 

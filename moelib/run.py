@@ -180,7 +180,7 @@ def _observe(
             quantised.path, spec.placement, spec.load_mode, spec.context, device.threads, session.args
         )
         env = process.environment(work, {**session.env, "LLAMA_API_KEY": key})
-        with process.Child(argv, work / "server.log", env) as server:
+        with process.Child(argv, work / "server.log", env, session.cpus) as server:
             sampler.server_pid = server.pid
             sampler.start()
             try:

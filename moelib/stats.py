@@ -40,6 +40,11 @@ def mean(values: Sequence[float], level: float = LEVEL) -> Estimate:
     return Estimate(centre, *(None, None) if half is None else (centre - half, centre + half), len(values))
 
 
+def geometric_mean(values: Sequence[float], level: float = LEVEL) -> Estimate:
+    """Geometric mean of positive values with the t interval on logarithms: it cannot reach below zero."""
+    return ratio([(1.0, v) for v in values], level)
+
+
 def ratio(pairs: Sequence[tuple[float, float]], level: float = LEVEL) -> Estimate:
     """Geometric mean of second / first over pairs, with the paired t interval on logarithms.
 

@@ -1,0 +1,55 @@
+# Everything starts here: `make demo` and `make test` set up what they need. `make help` lists the rest.
+PYTHON ?= python3
+VENV   ?= .venv
+STUDY  ?= demo
+BIN    := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup engine demo test lint docs lab doctor bench killtest clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+$(VENV)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "moelib needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) -V 2>&1): install one and run make PYTHON=python3.x"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(PYTHON) cannot make virtual environments: apt-get install python3-venv"; exit 1; }
+	@echo "setting up $(VENV) (about a minute)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+setup: $(VENV)/.ready ## virtual environment with moelib and all it imports
+
+engine: setup ## llama.cpp's tools, built if no build is found
+	@$(BIN)/moelib engine build --if-missing
+
+demo: ## the whole demo study, to its document
+	@echo "demo: two small MoE models in F16, six quantised files, 36 measured runs, six notebooks, one document."
+	@echo "On 2 cores: about 1 minute to set up, 7 to build llama.cpp (each once), 3 to measure. Ctrl-C is safe; run again to go on."
+	@$(MAKE) --no-print-directory engine
+	@$(BIN)/moelib study run demo
+
+test: engine lint ## the test suite
+	@$(BIN)/python -m pytest
+
+lint: setup ## ruff, and notebooks without outputs
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
+	@$(BIN)/nbstripout --verify --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
+
+docs: setup ## rebuild the document of STUDY from its records alone
+	@$(BIN)/moelib report $(STUDY)
+
+lab: setup ## open JupyterLab on the notebooks
+	@$(BIN)/jupyter lab --notebook-dir notebooks
+
+doctor: setup ## what is installed, what is missing, and what mends it
+	@$(BIN)/moelib doctor
+
+bench: setup ## the benchmarks: ratios within one run
+	@$(BIN)/python benchmarks/twin_write.py
+	@$(BIN)/python benchmarks/run_overhead.py outputs/$(STUDY)
+
+clean: ## remove the environment, models and the demo's products
+	rm -rf $(VENV) models outputs/demo
