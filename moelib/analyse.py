@@ -176,7 +176,6 @@ class LedgerRow:
     """Where the engine put the weights that are not on the device."""
     splits: tuple[int, int]
     """Graph splits, baseline and offload."""
-    records: tuple[str, str]
 
 
 def ledger(blocks: Iterable[Block]) -> list[LedgerRow]:
@@ -203,7 +202,6 @@ def ledger(blocks: Iterable[Block]) -> list[LedgerRow]:
                     b.memory.value_bytes - o.memory.value_bytes if known else None,
                     ", ".join(hosts),
                     (max(b.report.graph_splits, default=0), max(o.report.graph_splits, default=0)),
-                    (base.run_id, r.run_id),
                 )
             )
     return rows

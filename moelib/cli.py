@@ -136,14 +136,18 @@ def study_run(name: str, cell: str | None) -> None:
     planned = sum(len(c.specs) for c in cells)
     click.echo(f"{name}: {len(cells)} notebooks, {planned} runs, {runner.done(folder, cells)} of them done")
     with _progress(planned, lambda: runner.done(folder, cells)):
-        problems = runner.run(folder, cells)
+        problems = runner.run(folder, cells, say=tqdm.write)
     for p in problems:
         click.echo(f"  {p}", err=True)
     if not cell:
         click.echo(f"{planned - len(problems)} of {planned} runs valid")
-        click.echo(f"document: {render.report(name)}")
+        click.echo(f"document: {_short(render.report(name, progress=False))}")
     if problems:
         sys.exit(FAILED)
+
+
+def _short(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 class _progress:
@@ -192,5 +196,5 @@ def report(name: str) -> None:
     from moelib import render
 
     started = time.monotonic()
-    path = render.report(name)
+    path = _short(render.report(name))
     click.echo(f"document: {path} ({time.monotonic() - started:.0f} s)")

@@ -94,11 +94,7 @@ def examine(explicit: str | None = None) -> list[Finding]:
         *tools,
         *_devices(llama),
         Finding("CPU", f"{facts['cpu']}, {facts['cpus']} usable"),
-        Finding(
-            "RAM", f"{units.size(psutil.virtual_memory().available)} of {units.size(facts['ram_bytes'])} available"
-        ),
+        Finding("RAM", ram),
         _disk(),
-        Finding(
-            "params", ", ".join(params.study_names()) or "none", None if params.study_names() else "run in a clone"
-        ),
+        Finding("studies", ", ".join(studies) or "none", None if studies else "run in a clone, or set MOELIB_HOME"),
     ]

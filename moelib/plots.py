@@ -48,7 +48,9 @@ def _bars(axis: Any, frame: pd.DataFrame, y: str, quants: Sequence[str], arms: S
 
     common = {"data": frame, "x": "quant", "y": y, "hue": "arm", "order": quants, "hue_order": arms, "ax": axis}
     sns.barplot(**common, palette=COLOURS[: len(arms)], errorbar=None, alpha=0.75, legend=False)
-    sns.stripplot(**common, palette=["#222222"] * len(arms), dodge=True, size=3.2, alpha=0.8, jitter=0.12, legend=False)
+    sns.stripplot(
+        **common, palette=["#222222"] * len(arms), dodge=True, size=3.2, alpha=0.8, jitter=False, legend=False
+    )
     axis.set_xlabel("")
 
 

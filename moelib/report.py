@@ -29,9 +29,10 @@ class Table:
 
     name: str
     rows: Sequence[dict[str, Any]]
-    records: tuple[str, ...] = ()
+    records: dict[str, str] = field(default_factory=dict)
+    """Run id -> digest of every record that a number here came from."""
     note: str = ""
-    numbers: tuple[str, ...] = field(default=())
+    numbers: tuple[str, ...] = ()
     """Columns to set flush right."""
 
     def markdown(self) -> str:
@@ -44,14 +45,19 @@ class Table:
 
     def source(self) -> str:
         """Where the numbers came from, and how to see that they still do."""
-        ids = sorted(set(self.records))
-        found = f"Table `{self.name}`: {len(ids)} records, set digest `{files.digest(ids)[:12]}`." if ids else ""
+        cited = f"Table `{self.name}`: {len(self.records)} records, set digest `{files.digest(self.records)[:12]}`."
+        found = cited if self.records else ""
         text = " ".join(t for t in (self.note, found) if t)
         return f"*{text}*" if text else ""
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, str], dict[str, Any]]:
-        provenance = {"table": self.name, "records": sorted(set(self.records))}
+        provenance = {"table": self.name, "records": self.records}
         return {"text/markdown": self.markdown(), "text/plain": self.name}, {"moelib": provenance}
+
+
+def _cite(records: Iterable[Record], ids: Iterable[str] | None = None) -> dict[str, str]:
+    wanted = None if ids is None else set(ids)
+    return {r.run_id: r.digest for r in records if wanted is None or r.run_id in wanted}
 
 
 def headline(results: Results) -> str:
@@ -109,8 +115,8 @@ def files_table(results: Results) -> Table:
     return Table("files", rows, note=note, numbers=("file", "bits/weight", "experts", "fallbacks"))
 
 
-def _compared(name: str, comparisons: Iterable[analyse.Comparison], show: Any, note: str = "") -> Table:
-    comparisons = list(comparisons)
+def _compared(name: str, results: Results, quantity: analyse.Quantity, show: Any, note: str) -> Table:
+    comparisons = analyse.compare(results, quantity)
     many = len({c.load_mode for c in comparisons}) > 1
     rows = [
         {
@@ -123,7 +129,7 @@ def _compared(name: str, comparisons: Iterable[analyse.Comparison], show: Any, n
         for c in comparisons
     ]
     numbers = tuple(k for k in (rows[0] if rows else ()) if k not in ("model", "quant", "placement"))
-    return Table(name, rows, tuple(i for c in comparisons for i in c.records), note, numbers)
+    return Table(name, rows, _cite(results.records, (i for c in comparisons for i in c.records)), note, numbers)
 
 
 def memory_table(results: Results) -> Table:
@@ -139,7 +145,7 @@ def memory_table(results: Results) -> Table:
         }
 
     note = "Peak of the run's processes, mean [95 % interval]."
-    return _compared("device-memory", analyse.compare(results, analyse.device_memory()), show, note)
+    return _compared("device-memory", results, analyse.device_memory(), show, note)
 
 
 def _rates(scale: float) -> Any:
@@ -152,23 +158,23 @@ def _rates(scale: float) -> Any:
 
 def speed_table(results: Results, workload: str) -> Table:
     note = "Tokens per second, geometric mean [95 % interval]; the ratio is paired within blocks."
-    return _compared(f"speed-{workload}", analyse.compare(results, analyse.decode_rate(workload)), _rates(1), note)
+    return _compared(f"speed-{workload}", results, analyse.decode_rate(workload), _rates(1), note)
 
 
 def first_token_table(results: Results, workload: str, warm: bool) -> Table:
     which = "warm" if warm else "first"
     note = f"Milliseconds from request to first token, {which} request of a server; geometric mean [95 % interval]."
-    found = analyse.compare(results, analyse.first_token(workload, warm))
-    return _compared(f"ttft-{which}-{workload}", found, _rates(1000), note)
+    return _compared(f"ttft-{which}-{workload}", results, analyse.first_token(workload, warm), _rates(1000), note)
 
 
 def load_table(results: Results) -> Table:
     note = "Milliseconds from the start of the server process until it takes requests; geometric mean [95 % interval]."
-    return _compared("load", analyse.compare(results, analyse.load_time()), _rates(1000), note)
+    return _compared("load", results, analyse.load_time(), _rates(1000), note)
 
 
 def ledger_table(blocks: Iterable[analyse.Block]) -> Table:
     """Placement proof of every block: header against engine."""
+    blocks = list(blocks)
     rows = analyse.ledger(blocks)
     shown = [
         {
@@ -186,7 +192,7 @@ def ledger_table(blocks: Iterable[analyse.Block]) -> Table:
         for r in rows
     ]
     numbers = ("block", "by the header", "off the device (engine)", "off the device (memory)", "graph splits")
-    return Table("placement", shown, tuple(i for r in rows for i in r.records), numbers=numbers)
+    return Table("placement", shown, _cite(r for b in blocks for r in b), numbers=numbers)
 
 
 def runs_table(records: Sequence[Record]) -> Table:
@@ -206,7 +212,7 @@ def runs_table(records: Sequence[Record]) -> Table:
             row[f"{q.workload} #{q.index + 1}"] = f"{tps} tok/s, {ttft} ms"
         shown.append(row)
     numbers = ("block", "device memory", "engine's buffers", "rest", "load, s")
-    return Table("runs", shown, tuple(r.run_id for r in records), numbers=numbers)
+    return Table("runs", shown, _cite(records), numbers=numbers)
 
 
 def completeness_table(results: Results) -> Table:
@@ -216,7 +222,7 @@ def completeness_table(results: Results) -> Table:
         valid = sum(len(b) for b in s.blocks)
         row = {"cell": name, "planned runs": s.planned, "in whole, valid blocks": valid, "missing": s.planned - valid}
         rows.append({**row, **{f"{k} records": count[k] for k in ("valid", "degraded", "invalid", "failed")}})
-    return Table("completeness", rows, numbers=tuple(rows[0])[1:])
+    return Table("completeness", rows, _cite(results.records), numbers=tuple(rows[0])[1:])
 
 
 def problems(results: Results) -> str:
@@ -245,7 +251,7 @@ def environment_table(results: Results) -> Table:
         for k, v in row.items():
             facts.setdefault(k, set()).add(v)
     rows = [{"what": k, "value": "; ".join(sorted(v))} for k, v in facts.items()]
-    return Table("environment", rows, tuple(r.run_id for r in runs))
+    return Table("environment", rows, _cite(runs))
 
 
 def workloads_table(results: Results) -> Table:
@@ -260,13 +266,13 @@ def workloads_table(results: Results) -> Table:
                 "tokens generated": w.generate_tokens,
             }
         )
-    return Table("workloads", rows, tuple(r.run_id for r in results.records if r.done))
+    return Table("workloads", rows, _cite(r for r in results.records if r.done))
 
 
 def records_table(results: Results) -> Table:
     """Every record by id, status and digest: what the set digests of the other tables stand for."""
     rows = [{"record": f"`{r.run_id}`", "status": r.status, "digest": f"`{r.digest[:12]}`"} for r in results.records]
-    return Table("records", rows, tuple(r.run_id for r in results.records))
+    return Table("records", rows, _cite(results.records))
 
 
 def sheet_table(sheet: dict[str, Any]) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from moelib import notebook, params
 from moelib.study import Cell, Folder, standing
@@ -26,15 +27,18 @@ def done(folder: Folder, cells: list[Cell]) -> int:
     return sum(r.done for r in found if f"{r.spec.model}/{r.spec.quant}" in here)
 
 
-def run(folder: Folder, cells: list[Cell]) -> list[str]:
+def run(folder: Folder, cells: list[Cell], say: Callable[[str], object] = log.info) -> list[str]:
     """Execute the notebook of every cell that is not done; a cell that fails leaves the rest running.
+
+    `say` is told of each cell as its turn comes.
 
     Returns what has no valid result, run by run, with reasons; empty if all is done.
     """
     problems = []
-    for cell in cells:
+    for i, cell in enumerate(cells):
         out = folder.notebook(cell)
         if not (folder.status(cell).complete and notebook.is_whole(out)):
+            say(f"{cell.name} ({i + 1} of {len(cells)})")
             try:
                 parameters = {"study": folder.study.name, "model": cell.model, "quant": cell.quant}
                 notebook.execute("run", out, parameters, progress=False)

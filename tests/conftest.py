@@ -1,0 +1,57 @@
+"""Shared fixtures: a home of its own for every test that writes, and the real engine on the loopback device."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from moelib import engine as engines
+from moelib import params
+
+REPO = Path(__file__).resolve().parent.parent
+FIXTURES = Path(__file__).parent / "fixtures"
+
+SMOKE = """
+title: Smoke test on the smallest twins
+models: [deepseek-moe-16b]
+weights: twin
+scale: nano
+quants: [Q8_0]
+arms:
+  - {placement: baseline, load_mode: mmap}
+  - {placement: cpu-moe, load_mode: mmap}
+workloads: [smoke]
+requests: 2
+blocks: 2
+context: 256
+device: loopback
+seed: 1
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, models_folder: Path) -> Path:
+    """A home with the repository's params and notebooks and a study `smoke`; outputs stay inside it."""
+    for name in ("params", "notebooks"):
+        shutil.copytree(REPO / name, tmp_path / name)
+    (tmp_path / "params/studies/smoke.yaml").write_text(SMOKE)
+    monkeypatch.setenv("MOELIB_HOME", str(tmp_path))
+    monkeypatch.setenv("MOELIB_MODELS", str(models_folder))
+    monkeypatch.delenv("MOELIB_OUTPUTS", raising=False)
+    params._yaml.cache_clear()
+    yield tmp_path
+    params._yaml.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twins and quants, made once for the whole session."""
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="session")
+def engine() -> engines.Engine:
+    """The real llama.cpp. `make test` builds it; without it these tests fail rather than pass unseen."""
+    return engines.find()
