@@ -1,0 +1,92 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from moelib import files, gguf_file, models, params, twin
+
+
+def write(path, name="deepseek-moe-16b", scale="nano", seed=0):
+    return twin.write(path, params.model(name).at_scale(scale), seed=seed)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_the_hash_returned_is_theirs(tmp_path):
+    first, second = write(tmp_path / "a.gguf"), write(tmp_path / "b.gguf")
+    assert first == second == files.sha256(tmp_path / "a.gguf") == files.sha256(tmp_path / "b.gguf")
+    assert write(tmp_path / "c.gguf", seed=1) != first
+
+
+@pytest.mark.parametrize("scale", ["tiny", "nano"])
+@pytest.mark.parametrize("name", ["phi-3.5-moe", "deepseek-moe-16b"])
+def test_small_twins_keep_the_quirks(name, scale):
+    g = params.model(name).at_scale(scale)
+    names = {t.name for t in twin.tensors(g)}
+    phi = name == "phi-3.5-moe"
+    assert ("blk.0.attn_q.bias" in names) == ("output.bias" in names) == phi
+    assert ("blk.0.ffn_gate.weight" in names) == ("blk.1.ffn_up_shexp.weight" in names) == (not phi)
+    assert ("blk.0.ffn_gate_exps.weight" in names) == phi
+    assert (g.expert_feed_forward_length % 256 == 0) == phi
+
+
+def test_weights_are_random_finite_and_norms_are_one(tmp_path):
+    write(tmp_path / "a.gguf", "phi-3.5-moe")
+    header, data = gguf_file.read_header(tmp_path / "a.gguf"), (tmp_path / "a.gguf").read_bytes()
+    for t in header.tensors:
+        kind = np.float16 if t.type == "F16" else np.float32
+        values = np.frombuffer(data, kind, count=t.nbytes // kind().itemsize, offset=t.offset).astype(float)
+        if t.name.endswith("norm.weight"):
+            assert (values == 1).all()
+        else:
+            assert np.abs(values).max() <= twin.WEIGHT_RANGE * 1.001
+            if values.size > 10_000:  # uniform in +-range has a deviation of range / sqrt(3)
+                assert values.std() == pytest.approx(twin.WEIGHT_RANGE / 3**0.5, rel=0.02)
+
+
+def test_memory_stays_below_a_gibibyte_whatever_the_size(tmp_path):
+    code = (
+        "import resource, sys; from pathlib import Path; from moelib import params, twin\n"
+        "g = params.model('phi-3.5-moe').at_scale('0.25')\n"
+        f"assert twin.nbytes(g) > 1 << 30; twin.write(Path({str(tmp_path / 'big.gguf')!r}), g)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert 0 < int(done.stdout) * unit < 512 << 20
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    with pytest.raises(files.FileError, match="free some space"):
+        write(tmp_path / "a.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(twin._Pool, "pieces", lambda *_: (_ for _ in ()).throw(OSError("disk on fire")))
+    with pytest.raises(OSError, match="fire"):
+        write(tmp_path / "a.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_make_twin_writes_once_and_again_only_if_the_file_changed(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOELIB_MODELS", str(tmp_path / "m"))
+    source = models.make_twin("phi-3.5-moe", "nano")
+    written = []
+    real = twin.write
+    monkeypatch.setattr(twin, "write", lambda *a, **k: written.append(a) or real(*a, **k))
+    assert models.make_twin("phi-3.5-moe", "nano").sha256 == source.sha256
+    source.path.touch()  # another time, the same bytes: hashed, not written
+    assert models.make_twin("phi-3.5-moe", "nano").sha256 == source.sha256
+    assert not written
+    with source.path.open("r+b") as f:
+        f.seek(-1000, 2)
+        f.write(b"flipped")
+    assert models.make_twin("phi-3.5-moe", "nano").sha256 == source.sha256
+    assert len(written) == 1
+
+
+def test_the_vocabulary_has_its_size_and_no_token_twice():
+    tokens, scores, types = twin.vocabulary(2048)
+    assert len(tokens) == len(set(tokens)) == len(scores) == len(types) == 2048
