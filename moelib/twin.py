@@ -24,6 +24,7 @@ POOL_BYTES = 1 << 26
 PIECE_BYTES = 1 << 23
 WEIGHT_RANGE = 0.035  # uniform in +-range: standard deviation 0.02, what models are initialised with
 ALIGNMENT = 32
+UNSPOKEN = 3 + 256  # special and byte tokens, first in the vocabulary
 PROMPT_WORDS = ("▁Explain", "▁quantum", "▁computing", "▁in", "▁simple", "▁terms", ".")
 
 
@@ -158,9 +159,13 @@ class _Pool:
         if t.name.endswith("norm.weight"):
             yield memoryview(np.ones(t.shape, np.float32)).cast("B")
             return
+        left, k = t.nbytes, 0
+        if t.name == "output.weight":  # zero logits: the greedy choice is never half a character, which is not streamed
+            zeros = UNSPOKEN * t.shape[0] * 2
+            yield memoryview(bytes(zeros))
+            left -= zeros
         values = self._f32 if t.type is GGMLQuantizationType.F32 else self._f16
         pool = memoryview(values).cast("B")
-        left, k = t.nbytes, 0
         while left:
             n = min(left, PIECE_BYTES, len(pool) // 2)
             key = hashlib.sha256(f"{self._seed}:{t.name}:{k}".encode()).digest()

@@ -72,12 +72,17 @@ def test_a_violation_is_flagged_by_its_check_alone(check):
         {"predicted_n": 4},
         {"prompt_n": None},
         {"predicted_n": None},
-        {"tokens": (1, 2, 3, 4)},
+        {"tokens": (1, 2, 3, 4, 5, 6)},
         {"token_n": (1, 2, 3, 4, 6)},
     ],
 )
 def test_counts_have_many_ways_to_be_wrong(change):
     assert failed(*one_request(**change)) == ("invalid", ("counts-exact",))
+
+
+def test_an_incomplete_character_at_the_end_is_not_an_error():
+    held = {"token_s": (0.02, 0.04), "token_n": (1, 3), "tokens": (7, 8)}
+    assert failed(*one_request(**held)) == ("valid", ())
 
 
 @pytest.mark.parametrize("token_s", [(), (0.0, 0.01, 0.02, 0.03, 0.04)])

@@ -38,6 +38,9 @@ def test_weights_are_random_finite_and_norms_are_one(tmp_path):
         if t.name.endswith("norm.weight"):
             assert (values == 1).all()
         else:
+            if t.name == "output.weight":
+                unspoken, values = np.split(values, [twin.UNSPOKEN * t.shape[0]])
+                assert (unspoken == 0).all()
             assert np.abs(values).max() <= twin.WEIGHT_RANGE * 1.001
             if values.size > 10_000:  # uniform in +-range has a deviation of range / sqrt(3)
                 assert values.std() == pytest.approx(twin.WEIGHT_RANGE / 3**0.5, rel=0.02)

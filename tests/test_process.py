@@ -1,0 +1,156 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from moelib import process
+
+SLEEP = [sys.executable, "-c", "import time; print('ready', flush=True); time.sleep(300)"]
+
+
+def child(tmp_path, argv=SLEEP, **env):
+    return process.Child(argv, tmp_path / "child.log", process.environment(tmp_path, env))
+
+
+def gone(pid, within_s=10):
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_a_child_is_waited_for_and_ended(tmp_path):
+    with child(tmp_path) as c:
+        assert c.wait_for("rea(dy)", 30)[1] == "dy"
+        assert c.running()
+    assert gone(c.pid)
+    assert c.stop() == process.Exit(-signal.SIGTERM, False)
+    assert list(tmp_path.glob("*.child.json")) == []
+
+
+def test_a_child_that_ignores_the_request_to_end_is_killed(tmp_path):
+    argv = [
+        sys.executable,
+        "-c",
+        "import signal, time; signal.signal(15, signal.SIG_IGN); print('ready', flush=True); time.sleep(300)",
+    ]
+    with child(tmp_path, argv) as c:
+        c.wait_for("ready", 30)
+        assert c.stop(grace_s=0.2) == process.Exit(-signal.SIGKILL, True)
+    assert gone(c.pid)
+
+
+def test_a_child_that_ends_says_so_with_its_last_words(tmp_path):
+    with child(tmp_path, ["/bin/sh", "-c", "echo last words; exit 3"]) as c:
+        with pytest.raises(process.ProcessError, match="ended with 3.*\nlast words") as caught:
+            c.wait_for("never", 30)
+    assert caught.value.reason == "engine-ended"
+
+
+def test_a_deadline_is_kept(tmp_path):
+    started = time.monotonic()
+    with child(tmp_path) as c, pytest.raises(process.ProcessError, match="not ready in 0.3 s") as caught:
+        c.wait_for("never", 0.3)
+    assert caught.value.reason == "engine-timeout"
+    assert time.monotonic() - started < 20
+
+
+def test_only_the_allow_list_reaches_a_child(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLAMA_ARG_CPU_MOE", "1")
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-x")
+    with child(tmp_path, ["/usr/bin/env"], LLAMA_API_KEY="k") as c:
+        while c.running():
+            time.sleep(0.01)
+    seen = dict(line.split("=", 1) for line in c.text().splitlines() if "=" in line)
+    assert set(seen) <= {
+        *process.ENV_ALLOWED,
+        "XDG_CONFIG_HOME",
+        "XDG_CACHE_HOME",
+        "LLAMA_API_KEY",
+        "PWD",
+        "SHLVL",
+        "_",
+    }
+    assert seen["CUDA_VISIBLE_DEVICES"] == "GPU-x"
+    assert os.listdir(seen["XDG_CONFIG_HOME"]) == []
+
+
+def test_cpus_are_kept_to(tmp_path):
+    one = process.cpu_ids()[-1]
+    argv = [sys.executable, "-c", "import os; print(sorted(os.sched_getaffinity(0)))"]
+    with process.Child(argv, tmp_path / "c.log", process.environment(tmp_path), cpus=[one]) as c:
+        while c.running():
+            time.sleep(0.01)
+    assert c.text().strip() == f"[{one}]"
+
+
+PARENT = """
+import sys, time
+from pathlib import Path
+from moelib import process
+here = Path(sys.argv[1])
+c = process.Child(["/bin/sleep", "300"], here / "child.log", process.environment(here))
+print(c.pid, flush=True)
+time.sleep(300)
+"""
+
+
+def test_no_orphan_after_kill_9_of_the_parent(tmp_path):
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    pid = int(parent.stdout.readline())
+    time.sleep(0.3)  # the launcher has become the tool
+    assert psutil.Process(pid).name() == "sleep"
+    parent.kill()
+    parent.wait()
+    assert gone(pid)
+
+
+def test_a_parent_that_dies_at_once_leaves_no_child_either(tmp_path):
+    for _ in range(5):
+        parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        pid = int(parent.stdout.readline())
+        parent.kill()
+        parent.wait()
+        assert gone(pid)
+
+
+def test_the_sweep_ends_children_of_dead_parents_by_identity_only(tmp_path):
+    orphan, living, reused = (subprocess.Popen(["/bin/sleep", "300"]) for _ in range(3))
+    born = {p.pid: psutil.Process(p.pid).create_time() for p in (orphan, living, reused)}
+    me = [os.getpid(), psutil.Process().create_time()]
+
+    def note(name, parent, who):
+        (tmp_path / f"{name}.child.json").write_text(json.dumps({"parent": parent, "child": who}))
+
+    try:
+        note("orphan", [me[0], me[1] - 50], [orphan.pid, born[orphan.pid]])
+        note("living", me, [living.pid, born[living.pid]])
+        note("reused", [me[0], me[1] - 50], [reused.pid, born[reused.pid] - 50])
+        (tmp_path / "cut.child.json").write_text('{"par')
+        assert process.sweep(tmp_path) == [orphan.pid]
+        assert orphan.wait(10) == -signal.SIGKILL
+        assert living.poll() is None
+        assert reused.poll() is None
+        assert [p.name for p in tmp_path.glob("*.child.json")] == ["living.child.json"]
+    finally:
+        for p in (orphan, living, reused):
+            p.kill()
+            p.wait()
+
+
+def test_listening_is_proven_for_the_child_itself(tmp_path):
+    port = process.free_port()
+    serve = f"import socket, time; s = socket.socket(); s.bind(('127.0.0.1', {port})); s.listen(); time.sleep(300)"
+    with child(tmp_path, [sys.executable, "-c", serve]) as c:
+        c.wait_listening(port, 30)
+        other = process.Child(SLEEP, tmp_path / "other.log", process.environment(tmp_path))
+        with other, pytest.raises(process.ProcessError, match="did not listen"):
+            other.wait_listening(port, 0.3)

@@ -1,0 +1,144 @@
+import json
+
+import pytest
+from conftest import FIXTURES
+from factory import made, observation, spec
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moelib import files, record
+
+
+def test_a_record_comes_back_as_it_was(tmp_path):
+    written = record.write(tmp_path, made())
+    assert record.read(tmp_path / "records" / f"{written.run_id}.json") == written
+    assert written.digest
+
+
+def test_a_record_is_never_overwritten(tmp_path):
+    record.write(tmp_path, made())
+    with pytest.raises(record.RecordError, match="never overwritten"):
+        record.write(tmp_path, made())
+
+
+@pytest.fixture
+def written(tmp_path):
+    r = record.write(tmp_path, made())
+    return tmp_path / "records" / f"{r.run_id}.json"
+
+
+@given(share=st.floats(0, 1, exclude_max=True))
+def test_a_truncated_record_is_seen(tmp_path_factory, share):
+    folder = tmp_path_factory.mktemp("r")
+    r = record.write(folder, made())
+    path = folder / "records" / f"{r.run_id}.json"
+    data = path.read_bytes().rstrip()
+    path.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(record.RecordError):
+        record.read(path)
+
+
+def test_a_changed_number_is_seen(written):
+    text = written.read_text()
+    assert '"load_s":0.1' in text
+    written.write_text(text.replace('"load_s":0.1', '"load_s":0.2'))
+    with pytest.raises(record.RecordError, match="digest"):
+        record.read(written)
+
+
+def forge(path, change):
+    """Change a record and give it a digest that fits: only the schema can object now."""
+    data = json.loads(path.read_text())
+    change(data)
+    data.pop("digest")
+    data["digest"] = files.digest(data)
+    path.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d.update(note="x"),
+        lambda d: d["spec"].update(note="x"),
+        lambda d: d["observed"]["memory"].update(value_mib=1),
+        lambda d: d["observed"]["requests"][0].update(tps=1.0),
+        lambda d: d.update(status="fine"),
+        lambda d: d.update(schema_version=2),
+        lambda d: d.pop("audit"),
+        lambda d: d.update(run_id="another"),
+    ],
+)
+def test_what_the_schema_does_not_know_is_refused(written, change):
+    forge(written, change)
+    with pytest.raises(record.RecordError):
+        record.read(written)
+
+
+def test_damaged_records_are_set_aside_and_the_others_read(tmp_path):
+    good = record.write(tmp_path, made())
+    bad = tmp_path / "records" / "bad.json"
+    for n in range(2):
+        bad.write_text("{")
+        records, damaged = record.read_all(tmp_path, set_aside=True)
+        assert [r.run_id for r in records] == [good.run_id]
+        assert len(damaged) == 1
+        assert not bad.exists()
+        assert (bad.parent / "damaged" / f"bad.json.{n}").read_text() == "{"
+
+
+def test_reading_without_setting_aside_touches_nothing(tmp_path):
+    (tmp_path / "records").mkdir()
+    (tmp_path / "records" / "bad.json").write_text("{")
+    assert len(record.read_all(tmp_path)[1]) == 1
+    assert (tmp_path / "records" / "bad.json").exists()
+
+
+def test_a_failed_run_is_a_record_too(tmp_path):
+    failed = record.write(tmp_path, made(status="failed"))
+    again = record.read_all(tmp_path)[0]
+    assert again == [failed]
+    assert (failed.observed, failed.done) == (None, False)
+
+
+def test_ids_name_the_run_and_the_attempt():
+    one, two = made(attempt=1), made(attempt=2)
+    assert one.run_id != two.run_id
+    assert one.key == two.key != made(block=1).key
+    assert one.run_id.endswith("_a1")
+    assert record.spec_key(spec()) == one.key
+
+
+def test_logs_are_kept_compressed_the_same_each_time(tmp_path):
+    log = tmp_path / "server.log"
+    log.write_text("words\n" * 100)
+    first = record.keep_logs(tmp_path, "run", [log, tmp_path / "missing.log"])
+    assert list(first) == ["run.server.log.gz"]
+    assert record.keep_logs(tmp_path, "run", [log]) == first
+
+
+GOLDEN = FIXTURES / "record-v1.json"
+
+
+def test_the_first_schema_can_still_be_read(tmp_path):
+    """A record as it was written when the schema was new, from a run of the real engine on the loopback device."""
+    (tmp_path / GOLDEN.name).write_bytes(GOLDEN.read_bytes())
+    run = json.loads(GOLDEN.read_text())["run_id"]
+    path = (tmp_path / GOLDEN.name).rename(tmp_path / f"{run}.json")
+    r = record.read(path)
+    assert (r.status, r.spec.quant, r.device["kind"]) == ("valid", "Q4_K_M", "loopback")
+    assert len(r.observed.requests) == 4
+    assert r.observed.memory.value_bytes > r.observed.memory.engine_bytes
+    assert r.observed.requests[1].tps == pytest.approx(
+        99 / (r.observed.requests[1].token_s[-1] - r.observed.requests[1].token_s[0])
+    )
+
+
+def test_rates_and_latencies_are_derived_not_stored():
+    q = observation().requests[0]
+    assert q.ttft_s == 0.02
+    assert q.tps == pytest.approx(4 / 0.04)
+    from dataclasses import replace
+
+    assert replace(q, token_s=(), token_n=()).ttft_s is None
+    assert replace(q, token_s=(0.02,), token_n=(1,)).tps is None
+    assert replace(q, token_n=(2, 3, 4, 5, 6)).ttft_s is None

@@ -1,0 +1,215 @@
+"""Single runs of the real llama-server on the loopback device, and of servers that misbehave."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from factory import spec
+
+from moelib import audit, device, gguf_file, models, params, quantize, run, twin
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture
+def loopback():
+    return device.Loopback()
+
+
+@pytest.fixture
+def quantised(home, engine, tmp_path):
+    source = models.make_twin("deepseek-moe-16b", "tiny")
+    return quantize.make(source, "Q4_K_M", engine, tmp_path / "q")
+
+
+def wanted(**change):
+    return spec(**{"workloads": ("plan-short", "long-512"), **change})
+
+
+def execute(engine, quantised, where, tmp_path, **change):
+    asked = wanted(**change)
+    outcome = run.execute(asked, quantised, engine, where, tmp_path / "work")
+    assert outcome.reason is None, outcome.message
+    return outcome.observation, audit.run(asked, outcome.observation)
+
+
+def failed(checks):
+    return {c.id for c in checks if not c.passed}
+
+
+def test_a_block_is_valid_and_memory_falls_by_the_experts(engine, quantised, loopback, tmp_path):
+    base, checks = execute(engine, quantised, loopback, tmp_path)
+    assert failed(checks) == set()
+    moe, checks = execute(engine, quantised, loopback, tmp_path, placement="cpu-moe")
+    assert failed(checks) == set()
+    saved = base.memory.value_bytes - moe.memory.value_bytes
+    assert saved >= moe.placement.moved_bytes == quantised.sheet["expert_bytes"]
+    assert max(moe.report.graph_splits) > max(base.report.graph_splits)
+    assert {b.name.partition("[")[0] for b in base.report.buffers if b.on_device} <= {"RPC0", "RPC"}
+    for seen in (base, moe):
+        assert [(r.workload, r.index, r.prompt_n, r.predicted_n) for r in seen.requests] == [
+            ("plan-short", 0, 8, 100),
+            ("plan-short", 1, 8, 100),
+            ("long-512", 0, 512, 100),
+            ("long-512", 1, 512, 100),
+        ]
+        assert all(0 < r.ttft_s < 10 and 1 < r.tps < 1e5 for r in seen.requests)
+        assert seen.engine_s < seen.wall_s
+        assert seen.exit_code == 0
+    # the same weights on either side compute the same tokens, almost always: kernels differ in rounding
+    assert base.requests[0].tokens[0] == moe.requests[0].tokens[0]
+
+
+def test_n_cpu_moe_moves_the_first_blocks_only(engine, quantised, loopback, tmp_path):
+    seen, checks = execute(engine, quantised, loopback, tmp_path, placement="n-cpu-moe=2", workloads=("smoke",))
+    assert failed(checks) == set()
+    assert (seen.placement.moved_blocks, seen.placement.moved_tensors) == (1, 3)  # block 0 is dense
+
+
+def test_load_mode_none_is_obeyed(engine, quantised, loopback, tmp_path):
+    seen, checks = execute(
+        engine, quantised, loopback, tmp_path, placement="cpu-moe", load_mode="none", workloads=("smoke",)
+    )
+    assert failed(checks) == set()
+    assert "CPU_Mapped" not in {b.name for b in seen.report.buffers}
+
+
+def test_without_a_device_the_record_says_so(engine, quantised, tmp_path):
+    seen, checks = execute(engine, quantised, device.NoDevice(), tmp_path, workloads=("smoke",))
+    assert (seen.memory.value_bytes, seen.memory.reasons) == (None, ("no-device",))
+    assert audit.verdict(checks) == ("degraded", ("memory-undoubted",))
+    seen, checks = execute(engine, quantised, device.NoDevice(), tmp_path, placement="cpu-moe", workloads=("smoke",))
+    assert "placement-moves" in failed(checks)
+
+
+def test_a_dense_model_makes_cpu_moe_invalid(engine, home, loopback, tmp_path):
+    """llama.cpp accepts the flag on a model without experts, and nothing moves."""
+    geometry = params.model("deepseek-moe-16b").at_scale("nano")
+    dense = geometry.model_copy(update={"leading_dense_block_count": geometry.block_count})
+    path = tmp_path / "dense-F16.gguf"
+    sha256 = twin.write(path, dense)
+    source = models.Source("dense", "twin", "nano", gguf_file.read_header(path), sha256)
+    made = quantize.make(source, "Q8_0", engine, tmp_path / "q")
+    base, checks = execute(engine, made, loopback, tmp_path, workloads=("smoke",))
+    assert failed(checks) == set()
+    moe, checks = execute(engine, made, loopback, tmp_path, placement="cpu-moe", workloads=("smoke",))
+    assert audit.verdict(checks) == ("invalid", ("placement-moves",))
+    assert moe.report.device_bytes("model") == base.report.device_bytes("model")
+
+
+def wrapped(engine, tmp_path, script):
+    """The real tools with llama-server behind a shell script; REAL in it becomes the real one."""
+    path = tmp_path / "llama-server"
+    path.write_text("#!/bin/sh\n" + script.replace("REAL", engine.tool("llama-server")))
+    path.chmod(0o755)
+    return replace(engine, tools={**engine.tools, "llama-server": path})
+
+
+IGNORES = 'for a; do shift; [ "$a" = --cpu-moe ] || set -- "$@" "$a"; done; exec REAL "$@"'
+
+
+def test_a_server_that_ignores_the_flag_is_caught(engine, quantised, loopback, tmp_path):
+    deaf = wrapped(engine, tmp_path, IGNORES)
+    seen, checks = execute(deaf, quantised, loopback, tmp_path, placement="cpu-moe", workloads=("smoke",))
+    assert audit.verdict(checks) == ("invalid", ("placement-on-device",))
+    assert "--cpu-moe" in seen.argv  # it was told
+
+
+@pytest.mark.parametrize(
+    ("script", "reason", "words"),
+    [
+        ("echo out of luck; exit 7", "engine-ended", "out of luck"),
+        ('case "$*" in *--list-devices*) exec REAL "$@";; esac; kill -9 $$', "engine-ended", "ended with -9"),
+        (
+            'case "$*" in *--list-devices*) exec REAL "$@";; esac; exec REAL -m /nowhere/x.gguf',
+            "engine-ended",
+            "x.gguf",
+        ),
+    ],
+)
+def test_a_server_that_does_not_start_is_a_failed_run_with_its_words(
+    engine, quantised, loopback, tmp_path, script, reason, words
+):
+    if "list-devices" not in script:
+        script = f'case "$*" in *--list-devices*) exec REAL "$@";; esac; {script}'
+    outcome = run.execute(wanted(), quantised, wrapped(engine, tmp_path, script), loopback, tmp_path / "work")
+    assert (outcome.observation, outcome.reason) == (None, reason)
+    assert words in outcome.message
+
+
+def test_a_server_that_hangs_at_load_is_ended_at_the_deadline(engine, quantised, loopback, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "LOAD_S", 0.5)
+    monkeypatch.setattr(run, "LOAD_BYTES_PER_S", 1e12)
+    script = 'case "$*" in *--list-devices*) exec REAL "$@";; esac; exec sleep 300'
+    outcome = run.execute(wanted(), quantised, wrapped(engine, tmp_path, script), loopback, tmp_path / "work")
+    assert outcome.reason == "engine-timeout"
+
+
+def test_a_prompt_that_does_not_fit_is_said(engine, quantised, loopback, tmp_path):
+    outcome = run.execute(wanted(context=256), quantised, engine, loopback, tmp_path / "work")
+    assert outcome.reason == "context-too-small"
+    assert "512 + 100 tokens" in outcome.message
+
+
+def test_no_key_on_the_command_line_or_in_a_log(engine, quantised, loopback, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.process, "new_key", lambda: "sesame-open-0123456789")
+    seen, _ = execute(engine, quantised, loopback, tmp_path, workloads=("smoke",))
+    assert not any("sesame" in a for a in seen.argv)
+    for log in (tmp_path / "work").glob("*.log"):
+        assert "sesame" not in log.read_text(errors="replace")
+
+
+def test_an_environment_that_would_turn_a_baseline_into_an_offload_is_kept_out(
+    engine, quantised, loopback, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("LLAMA_ARG_CPU_MOE", "1")
+    _, checks = execute(engine, quantised, loopback, tmp_path, workloads=("smoke",))
+    assert failed(checks) == set()
+
+
+def test_the_old_spelling_of_everything_is_understood(engine, quantised, loopback, tmp_path):
+    """A server that knows only what b6666 knew, with the real one behind it."""
+    from conftest import FIXTURES
+
+    from moelib.engine import Help
+
+    old = replace(engine, help=Help((FIXTURES / "llama-server-help-b6666.txt").read_text()))
+    asked = old.server_argv(quantised.path, "cpu-moe", "mmap", 1024, 1, [])
+    assert not {a for a in asked if a.startswith("--")} - old.help.flags
+
+
+def test_a_stream_is_read_by_the_engines_counts_not_by_events():
+    """Two tokens in one event, as when a character's bytes come in two tokens."""
+    workload = params.workload("smoke")
+
+    def event(**data):
+        return "data: " + json.dumps(data)
+
+    lines = [
+        (0.1, event(tokens=[5], stop=False, timings={"predicted_n": 1})),
+        (0.1, ""),
+        (0.3, event(tokens=[6, 7], stop=False, timings={"predicted_n": 3})),
+        (0.31, event(tokens=[], stop=True, timings={"prompt_n": 4, "cache_n": 0, "predicted_n": 3, "prompt_ms": 90.0})),
+    ]
+    r = run._request(workload, 4, 0, 1.0, lines)
+    assert (r.token_n, r.token_s, r.tokens, r.finished) == ((1, 3), (0.1, 0.3), (5, 6, 7), True)
+    assert r.tps == pytest.approx(2 / 0.2)
+    assert (r.engine_prompt_s, r.engine_predicted_s) == (0.09, None)
+    cut = run._request(workload, 4, 0, 1.0, lines[:3])
+    assert (cut.finished, cut.prompt_n, cut.predicted_n) == (False, None, None)
+
+
+def test_an_error_in_the_stream_is_an_error():
+    with pytest.raises(run.RunError, match="slot"):
+        run._request(params.workload("smoke"), 4, 0, 0.0, [(0.1, 'data: {"error": {"message": "no slot"}}')])
+
+
+def test_choose_takes_loopback_where_there_is_no_gpu_and_says_what_is_missing(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "Cuda", lambda: (_ for _ in ()).throw(device.DeviceError("no NVIDIA GPU")))
+    assert device.choose("auto", engine).kind == "loopback"
+    without = replace(engine, tools={k: v for k, v in engine.tools.items() if k != "rpc-server"})
+    assert device.choose("auto", without).kind == "none"
+    with pytest.raises(device.DeviceError, match="engine build"):
+        device.choose("loopback", without)
+    with pytest.raises(device.DeviceError, match="no NVIDIA GPU"):
+        device.choose("cuda", engine)
