@@ -198,3 +198,7 @@ def report(name: str) -> None:
     started = time.monotonic()
     path = _short(render.report(name))
     click.echo(f"document: {path} ({time.monotonic() - started:.0f} s)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Notebooks as people call them: papermill from a clone."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import REPO
+
+from moelib import notebook
+from moelib.params import ParamsError
+
+PAPERMILL = [sys.executable, "-m", "papermill", "--no-progress-bar"]
+
+
+def papermill(home, models_folder, *args):
+    env = {**os.environ, "MOELIB_HOME": str(home), "MOELIB_MODELS": str(models_folder)}
+    argv = [*PAPERMILL, "notebooks/run.ipynb", str(home / "out.ipynb"), *args]
+    return subprocess.run(argv, capture_output=True, text=True, env=env, cwd=REPO, timeout=300)
+
+
+@pytest.mark.engine
+def test_run_works_by_itself_and_from_a_file_of_parameters(home, models_folder):
+    (home / "p.yaml").write_text("study: smoke\nmodel: deepseek-moe-16b\nquant: Q8_0\n")
+    done = papermill(home, models_folder, "-f", str(home / "p.yaml"))
+    assert done.returncode == 0, done.stderr
+    notebook.require_whole(home / "out.ipynb")
+    cells = json.loads((home / "out.ipynb").read_text())["cells"]
+    shown = [o for c in cells if c["cell_type"] == "code" for o in c["outputs"]]
+    assert sum("image/png" in o.get("data", {}) for o in shown) == 2
+    told = [o["metadata"]["moelib"] for o in shown if "moelib" in o.get("metadata", {})]
+    assert {t["table"] for t in told} == {"sheet", "placement", "runs"}
+    assert len(list((home / "outputs/smoke/records").glob("*.json"))) == 4
+    # again with -p: nothing is done twice
+    args = ["-p", "study", "smoke", "-p", "model", "deepseek-moe-16b", "-p", "quant", "Q8_0"]
+    assert papermill(home, models_folder, *args).returncode == 0
+    assert len(list((home / "outputs/smoke/records").glob("*.json"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["-p", "qaunt", "Q2_K"], "unknown parameter qaunt; this notebook has: study, model, quant"),
+        (["-p", "quant", "Q3_K"], "allowed: Q4_K_M, Q2_K, Q8_0"),
+        (["-p", "model", "phi"], "allowed: deepseek-moe-16b, gpt-oss-20b, phi-3.5-moe"),
+        (["-p", "study", "dmeo"], "allowed: demo, smoke"),
+        (["-p", "model", "gpt-oss-20b"], "MXFP4"),
+    ],
+)
+def test_a_wrong_parameter_fails_before_any_work_and_names_what_is_allowed(home, tmp_path, args, words):
+    own = tmp_path / "own-models"
+    done = papermill(home, own, *args)
+    assert done.returncode != 0
+    assert words in done.stderr
+    assert not own.exists()
+    assert not list((home / "outputs").rglob("records")) if (home / "outputs").exists() else True
+
+
+def test_injected_names_are_read_from_the_cell_that_papermill_adds():
+    good, bad = '# Parameters\nquant = "Q2_K"\n', '# Parameters\nqunt = "Q2_K"\nx = [1]\n'
+    notebook.check_injected(["quant"], ["", "import os\nunrelated = 1", good])
+    with pytest.raises(ParamsError, match="unknown parameter qunt, x; this notebook has: quant"):
+        notebook.check_injected(["quant"], ["", bad])
+
+
+def test_names_are_compared_before_the_kernel_starts(home, monkeypatch):
+    import papermill
+
+    monkeypatch.setattr(papermill, "execute_notebook", lambda *a, **k: pytest.fail("a kernel was started"))
+    with pytest.raises(ParamsError, match="unknown parameter qaunt"):
+        notebook.execute("run", home / "out.ipynb", {"qaunt": "Q2_K"})
+    with pytest.raises(ParamsError, match="unknown parameter"):
+        notebook.execute("run", home / "out.ipynb", {"quant = __import__('os'); x": "Q2_K"})
+
+
+def cell(count=1, outputs=(), source="x"):
+    return {"cell_type": "code", "source": [source], "execution_count": count, "outputs": list(outputs)}
+
+
+@pytest.mark.parametrize(
+    ("cells", "words"),
+    [
+        ([], "no code cells"),
+        ([cell(), cell(None)], "code cell 2 was not executed"),
+        ([cell(outputs=[{"output_type": "error", "evalue": "boom"}])], "code cell 1 failed: boom"),
+    ],
+)
+def test_a_notebook_that_is_not_whole_is_not_believed(tmp_path, cells, words):
+    path = tmp_path / "n.ipynb"
+    path.write_text(json.dumps({"cells": cells}))
+    with pytest.raises(notebook.NotebookError, match=words):
+        notebook.require_whole(path)
+    path.write_text("{")
+    assert not notebook.is_whole(path)
+    assert not notebook.is_whole(tmp_path / "missing.ipynb")
+
+
+@pytest.mark.engine
+def test_a_dead_kernel_is_seen(home, monkeypatch):
+    """papermill's saved copy then says that every cell is completed."""
+    path = home / "notebooks/run.ipynb"
+    book = json.loads(path.read_text())
+    code = [c for c in book["cells"] if c["cell_type"] == "code"]
+    code[2]["source"] = ["import os\n", "os._exit(9)"]
+    path.write_text(json.dumps(book))
+    out = home / "out.ipynb"
+    with pytest.raises(notebook.NotebookError):
+        notebook.execute("run", out, {"study": "smoke"}, progress=False)
+    assert not notebook.is_whole(out)

@@ -1,0 +1,309 @@
+"""Plans, standing, resume; whole studies through papermill and the real engine on the loopback device."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import SMOKE
+from factory import block, made, spec
+
+from moelib import measure, notebook, params, record, render, run, runner, study
+from moelib.study import Folder, StudyError
+
+MOELIB = [sys.executable, "-m", "moelib.cli"]
+
+
+def test_a_plan_is_seeded_complete_and_random(home):
+    demo = params.study("demo")
+    cells = study.plan(demo)
+    assert study.plan(demo) == cells
+    assert study.plan(demo.model_copy(update={"seed": 2})) != cells
+    assert {c.name for c in cells} == {f"{m}/{q}" for m in demo.models for q in demo.quants}
+    assert sum(len(c.specs) for c in cells) == 36
+    assert len({record.spec_key(s) for c in cells for s in c.specs}) == 36
+    firsts = {b[0].placement for c in cells for b in c.blocks}
+    assert firsts == {"baseline", "cpu-moe"}
+    for c in cells:
+        for i, b in enumerate(c.blocks):
+            assert {s.placement for s in b} == {"baseline", "cpu-moe"}
+            assert {s.block for s in b} == {i}
+
+
+def test_the_plan_is_written_first_and_another_one_is_refused(home):
+    folder = Folder("smoke")
+    plan = json.loads((folder.path / "plan.json").read_text())
+    assert len(plan["cells"]) == 1
+    Folder("smoke")
+    path = home / "params/studies/smoke.yaml"
+    path.write_text(SMOKE.replace("blocks: 2", "blocks: 3"))
+    params._yaml.cache_clear()
+    with pytest.raises(StudyError, match="another name"):
+        Folder("smoke")
+
+
+def test_an_unknown_cell_names_the_known_ones(home):
+    with pytest.raises(params.ParamsError, match="deepseek-moe-16b/Q8_0"):
+        Folder("smoke").cell("phi-3.5-moe", "Q8_0")
+    with pytest.raises(params.ParamsError, match="allowed: Q4_K_M"):
+        Folder("smoke").cell("deepseek-moe-16b", "Q8")
+
+
+def test_the_record_that_stands_is_the_last_done_one_else_the_last():
+    bad1, bad2 = (made(status="failed", attempt=n) for n in (1, 3))
+    good = made(attempt=2)
+    assert study.standing([bad1, bad2]) == {bad1.key: bad2}
+    assert study.standing([bad2, good, bad1]) == {good.key: good}
+    assert study.standing([]) == {}
+
+
+def test_status_lists_every_run_that_is_missing_or_wrong():
+    cell = study.Cell("deepseek-moe-16b", "Q4_K_M", ((spec(), spec(placement="cpu-moe", order=1)),))
+    base, moe = block()
+    whole = study.Status.of(cell, [base, moe])
+    assert whole.complete
+    assert whole.blocks == ((base, moe),)
+    assert study.Status.of(cell, []).problems == (
+        "deepseek-moe-16b/Q4_K_M baseline/mmap block 1: not run",
+        "deepseek-moe-16b/Q4_K_M cpu-moe/mmap block 1: not run",
+    )
+    bad = made(status="failed", placement="cpu-moe", order=1)
+    assert study.Status.of(cell, [base, bad]).problems[0].endswith("block 1: failed (engine-ended)")
+    other = moe.model_copy(update={"sheet": {**moe.sheet, "sha256": "c" * 64}})
+    mixed = study.Status.of(cell, [base, other])
+    assert mixed.blocks == ()
+    assert "block-alike" in mixed.problems[0]
+
+
+def test_a_study_without_records_is_an_error(home):
+    with pytest.raises(StudyError, match="holds no plan"):
+        study.results(home / "outputs/smoke")
+    folder = Folder("smoke")
+    with pytest.raises(StudyError, match="no valid record"):
+        study.results(folder.path)
+    with pytest.raises(StudyError, match="no valid record"):
+        render.report("smoke")
+
+
+def test_a_plan_that_was_changed_by_hand_is_seen(home):
+    path = Folder("smoke").path / "plan.json"
+    path.write_text(path.read_text().replace('"blocks": 2', '"blocks": 1'))
+    with pytest.raises(StudyError, match="was changed"):
+        study.results(path.parent)
+
+
+def tree(folder):
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, models_folder):
+    """A home whose smoke study was run from the command line; copied by the tests that change it."""
+    home = tmp_path_factory.mktemp("whole")
+    from conftest import REPO
+
+    for name in ("params", "notebooks"):
+        shutil.copytree(REPO / name, home / name)
+    (home / "params/studies/smoke.yaml").write_text(SMOKE)
+    done = command(home, models_folder, "study", "run", "smoke")
+    assert done.returncode == 0, done.stderr
+    assert "4 of 4 runs valid" in done.stdout
+    assert "MOE-TECHNICAL-VALIDATION.md" in done.stdout.splitlines()[-1]
+    return home
+
+
+def command(home, models_folder, *args, **env):
+    env = {**os.environ, "MOELIB_HOME": str(home), "MOELIB_MODELS": str(models_folder), **env}
+    return subprocess.run([*MOELIB, *args], capture_output=True, text=True, env=env, timeout=300, cwd=home)
+
+
+@pytest.fixture
+def copy(whole, tmp_path, monkeypatch, models_folder):
+    home = tmp_path / "home"
+    shutil.copytree(whole, home)
+    monkeypatch.setenv("MOELIB_HOME", str(home))
+    monkeypatch.setenv("MOELIB_MODELS", str(models_folder))
+    monkeypatch.delenv("MOELIB_OUTPUTS", raising=False)
+    params._yaml.cache_clear()
+    yield home
+    params._yaml.cache_clear()
+
+
+@pytest.mark.engine
+def test_a_study_leaves_its_evidence(whole):
+    out = whole / "outputs/smoke"
+    records, damaged = record.read_all(out)
+    assert not damaged
+    assert [r.status for r in records] == ["valid"] * 4
+    for r in records:
+        assert {name: hashlib.sha256((out / "raw" / name).read_bytes()).hexdigest() for name in r.raw} == r.raw
+        assert len(r.raw) == 2
+    assert (out / "quants/deepseek-moe-16b-Q8_0.json").exists()
+    assert notebook.is_whole(out / "notebooks/deepseek-moe-16b-Q8_0.ipynb")
+    assert list((out / "work").rglob("*.log")) == []
+
+
+@pytest.mark.engine
+def test_a_second_run_repeats_nothing(copy, models_folder):
+    out = copy / "outputs/smoke"
+    before = {k: v for k, v in tree(out).items() if not k.startswith("notebooks/analysis")}
+    done = command(copy, models_folder, "study", "run", "smoke")
+    assert done.returncode == 0
+    assert {k: v for k, v in tree(out).items() if not k.startswith("notebooks/analysis")} == before
+
+
+@pytest.mark.engine
+def test_the_document_is_rebuilt_from_records_alone_byte_by_byte(copy):
+    out = copy / "outputs/smoke"
+
+    def document():
+        return {k: v for k, v in tree(out).items() if k.startswith(("MOE", "figures/", "provenance"))}
+
+    before = document()
+    assert len(before) >= 6
+    for gone in ("work", "raw", "figures"):
+        shutil.rmtree(out / gone)
+    for gone in ("MOE-TECHNICAL-VALIDATION.md", "provenance.json"):
+        (out / gone).unlink()
+    render.report("smoke", progress=False)
+    assert document() == before
+    text = (out / "MOE-TECHNICAL-VALIDATION.md").read_text()
+    assert str(copy) not in text
+    assert "geometry twins" in text.split("## ")[1] or "geometry twins" in text.split("## ")[0]
+    for figure in (out / "figures").iterdir():
+        assert f"figures/{figure.name}" in text
+
+
+@pytest.mark.engine
+def test_the_provenance_names_every_record_and_its_digest(copy):
+    out = copy / "outputs/smoke"
+    provenance = json.loads((out / "provenance.json").read_text())
+    digests = {r.run_id: r.digest for r in record.read_all(out)[0]}
+    assert {"device-memory", "speed-smoke", "ttft-warm-smoke", "load", "placement", "environment"} <= set(provenance)
+    for table, cited in provenance.items():
+        assert cited.items() <= digests.items(), table
+    assert provenance["device-memory"] == digests
+
+
+@pytest.mark.engine
+def test_missing_cells_are_listed_and_damaged_records_reported(copy):
+    out = copy / "outputs/smoke"
+    paths = sorted((out / "records").glob("*_b1_*.json"))
+    paths[0].unlink()
+    paths[1].write_text(paths[1].read_text()[:1000])
+    render.report("smoke", progress=False)
+    text = (out / "MOE-TECHNICAL-VALIDATION.md").read_text()
+    assert text.count("block 2: not run") == 2
+    assert f"damaged: {paths[1].name}" in text
+
+
+@pytest.mark.engine
+def test_a_damaged_record_is_set_aside_and_its_run_alone_done_again(copy, models_folder):
+    out = copy / "outputs/smoke"
+    path = sorted((out / "records").glob("*.json"))[0]
+    path.write_text("{")
+    before = tree(out / "records")
+    assert command(copy, models_folder, "study", "status", "smoke").returncode == 1
+    done = command(copy, models_folder, "study", "run", "smoke")
+    assert done.returncode == 0, done.stderr
+    after = tree(out / "records")
+    assert [k for k in after if k.startswith("damaged/")] == [f"damaged/{path.name}.0"]
+    assert {k: v for k, v in before.items() if k != path.name}.items() <= after.items()
+    assert record.read(path).done
+
+
+@pytest.mark.engine
+def test_a_failed_cell_leaves_the_rest_running_and_the_exit_code_says_so(home, models_folder):
+    """One quant's tool fails; the other quant's runs are all there."""
+    path = home / "params/studies/smoke.yaml"
+    path.write_text(SMOKE.replace("[Q8_0]", "[Q2_K, Q8_0]").replace("blocks: 2", "blocks: 1"))
+    from moelib import engine
+
+    real = engine.find()
+    tools = home / "tools"
+    tools.mkdir()
+    for name, tool in real.tools.items():
+        script = f'exec {tool} "$@"'
+        if name == "llama-quantize":
+            script = f'case "$*" in *Q2_K*) echo broken on purpose; exit 1;; esac; {script}'
+        (tools / tool.name).write_text(f"#!/bin/sh\n{script}\n")
+        (tools / tool.name).chmod(0o755)
+    own = home / "models"
+    done = command(home, own, "study", "run", "smoke", MOELIB_LLAMA_CPP=str(tools))
+    assert done.returncode == 1
+    assert "2 of 4 runs valid" in done.stdout
+    assert "Q2_K" in done.stderr
+    assert "broken on purpose" in done.stderr
+    out = home / "outputs/smoke"
+    assert {r.spec.quant for r in record.read_all(out)[0]} == {"Q8_0"}
+    text = (out / "MOE-TECHNICAL-VALIDATION.md").read_text()
+    assert text.count("Q2_K baseline/mmap block 1: not run") == 1
+    # the copy of the failed notebook is kept, and not believed
+    assert not notebook.is_whole(out / "notebooks/deepseek-moe-16b-Q2_K.ipynb")
+    # mended, only what is missing is done
+    before = tree(out / "records")
+    quantize = tools / real.tools["llama-quantize"].name
+    quantize.write_text(f'#!/bin/sh\nexec {real.tool("llama-quantize")} "$@"\n')
+    done = command(home, own, "study", "run", "smoke", MOELIB_LLAMA_CPP=str(tools))
+    assert done.returncode == 0, done.stderr
+    after = tree(out / "records")
+    assert before.items() <= after.items()
+    assert len(after) == 4
+
+
+@pytest.mark.engine
+def test_a_failed_run_is_recorded_and_tried_again_next_time(home, monkeypatch):
+    folder = Folder("smoke")
+    cell = folder.cells[0]
+    real = run.execute
+    calls = []
+
+    def flaky(asked, *rest):
+        calls.append(asked)
+        if len(calls) == 2:
+            return run.Outcome(None, "engine-ended", "made up for this test", ())
+        return real(asked, *rest)
+
+    monkeypatch.setattr(run, "execute", flaky)
+    statuses = [r.status for r in measure.measure(folder, cell)]
+    assert statuses == ["valid", "failed", "valid", "valid"]
+    status = folder.status(cell)
+    assert [p for p in status.problems if "engine-ended" in p]
+    with pytest.raises(StudyError, match="engine-ended"):
+        measure.require_complete(status)
+    assert [r.status for r in measure.measure(folder, cell)] == ["valid"] * 4
+    assert len(calls) == 5
+    assert folder.status(cell).complete
+    assert sorted(r.attempt for r in folder.records()) == [1, 1, 1, 1, 2]
+    measure.require_complete(folder.status(cell))
+
+
+@pytest.mark.engine
+def test_runs_of_another_engine_are_not_mixed_in(copy):
+    folder = Folder("smoke")
+    cell = folder.cells[0]
+    path = sorted((folder.path / "records").glob("*.json"))[0]
+    old = record.read(path)
+    path.unlink()
+    for r in folder.records():
+        p = folder.path / "records" / f"{r.run_id}.json"
+        p.unlink()
+        record.write(folder.path, r.model_copy(update={"engine": {**r.engine, "server_sha256": "0" * 64}}))
+    with pytest.raises(StudyError, match="another engine"):
+        list(measure.measure(folder, cell))
+    assert old.done
+
+
+def test_a_cell_can_be_chosen_alone(home):
+    folder, cells = runner.select("demo", "phi-3.5-moe/Q2_K")
+    assert [c.name for c in cells] == ["phi-3.5-moe/Q2_K"]
+    assert runner.done(folder, cells) == 0
+    with pytest.raises(params.ParamsError):
+        runner.select("demo", "phi-3.5-moe")
