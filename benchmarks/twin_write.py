@@ -1,0 +1,62 @@
+"""Speed of writing a twin, as a ratio to a plain sequential write of as many bytes to the same disk, in turn.
+
+python benchmarks/twin_write.py [--model deepseek-moe-16b] [--scale 0.35] [--folder .] [--rounds 3]
+"""
+
+import os
+import resource
+import statistics
+import time
+from pathlib import Path
+
+import click
+
+from moelib import params, twin
+
+BLOCK = bytes(range(256)) * (1 << 15)  # 8 MiB, the size of the twin's own writes
+
+
+def plain(path: Path, nbytes: int) -> float:
+    started = time.monotonic()
+    with path.open("wb", buffering=0) as f:
+        for _ in range(nbytes // len(BLOCK)):
+            f.write(BLOCK)
+        f.write(BLOCK[: nbytes % len(BLOCK)])
+        os.fsync(f.fileno())
+    return time.monotonic() - started
+
+
+def twins(path: Path, geometry: params.Geometry) -> float:
+    started = time.monotonic()
+    twin.write(path, geometry)
+    return time.monotonic() - started
+
+
+@click.command()
+@click.option("--model", default="deepseek-moe-16b")
+@click.option("--scale", default="0.35", help="Of the twin; full is 30.5 GiB (DeepSeek) or 78 GiB (Phi).")
+@click.option("--folder", default=".", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--rounds", default=3)
+def main(model: str, scale: str, folder: Path, rounds: int) -> None:
+    geometry = params.model(model).at_scale(scale)
+    path, nbytes = folder / "twin-benchmark.gguf", twin.nbytes(geometry)
+    print(f"{model} at {scale}: {nbytes / 2**30:.2f} GiB, {rounds} rounds in {folder.resolve().name}/")
+    ratios = []
+    try:
+        for i in range(rounds):
+            base = plain(path, nbytes)
+            path.unlink()
+            took = twins(path, geometry)
+            path.unlink()
+            ratios.append(base / took)
+            speeds = f"plain {nbytes / base / 1e9:.2f} GB/s, twin {nbytes / took / 1e9:.2f} GB/s"
+            print(f"round {i + 1}: {speeds}, ratio {ratios[-1]:.2f}", flush=True)
+    finally:
+        path.unlink(missing_ok=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"ratio twin / plain: median {statistics.median(ratios):.2f} of {min(ratios):.2f} to {max(ratios):.2f}")
+    print(f"peak memory: {peak:.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()
