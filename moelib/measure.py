@@ -126,11 +126,7 @@ def _same_setup(
     quantised: quantize.Quantised,
 ) -> None:
     """Refuse to add runs to those of another engine, device or file: they could not be compared."""
-    here = {
-        "engine": llama.server_sha256,
-        "device": where.identity()["name"],
-        "file": quantised.sheet["sha256"],
-    }
+    here = {"engine": llama.server_sha256, "device": where.identity()["name"], "file": quantised.sheet["sha256"]}
     for r in records:
         if not r.done or (r.spec.model, r.spec.quant) != (cell.model, cell.quant):
             continue
