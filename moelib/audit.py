@@ -162,6 +162,11 @@ def verdict(checks: Sequence[Check]) -> tuple[str, tuple[str, ...]]:
     return ("degraded" if failed else "valid"), failed
 
 
+def baseline(runs: Sequence[Run]) -> Run:
+    """The run that the others of its block are compared with."""
+    return next(r for r in runs if r.spec.placement == "baseline")
+
+
 def block_complete(runs: Sequence[Run]) -> tuple[bool, str]:
     """A baseline and something to compare with it, each measured once."""
     arms = [r.spec.arm for r in runs]
@@ -192,7 +197,7 @@ def block_alike(runs: Sequence[Run]) -> tuple[bool, str]:
 def block_placement(runs: Sequence[Run]) -> tuple[bool, str]:
     """What left the device between baseline and offload is what the header says the placement moves, and the graph
     was cut where the experts went."""
-    base = next(r for r in runs if r.spec.placement == "baseline").observed
+    base = baseline(runs).observed
     if base.memory.reasons == ("no-device",):
         return True, "no device"
     found = []

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from moelib import build, device, engine, host, models, params, units
+from moelib import build, device, engine, host, models, params, stats
 
 PACKAGES = ("jupyterlab", "papermill", "nbconvert", "pandas", "seaborn", "nvidia-ml-py", "huggingface_hub", "gguf")
 
@@ -61,7 +61,7 @@ def _engine(explicit: str | None) -> tuple[list[Finding], engine.Engine | None]:
 def _devices(llama: engine.Engine | None) -> list[Finding]:
     try:
         gpu = device.Cuda()
-        found = [Finding("GPU", f"{gpu.name}, {units.size(gpu.identity()['total_bytes'])}, {gpu.uuid}")]
+        found = [Finding("GPU", f"{gpu.name}, {stats.size(gpu.identity()['total_bytes'])}, {gpu.uuid}")]
     except device.DeviceError as err:
         found = [Finding("GPU", f"none ({err})")]
     if llama:
@@ -75,7 +75,7 @@ def _disk() -> Finding:
     folder = models.folder("x", "twin", "tiny").parent.parent
     place = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(place).free
-    return Finding(f"disk at {folder}", f"{units.size(free)} free", None if free > 2 << 30 else "free 2 GiB")
+    return Finding(f"disk at {folder}", f"{stats.size(free)} free", None if free > 2 << 30 else "free 2 GiB")
 
 
 def examine(explicit: str | None = None) -> list[Finding]:
@@ -85,7 +85,7 @@ def examine(explicit: str | None = None) -> list[Finding]:
     builds = None if compiler or llama else "apt-get install g++ make"
     cuda = "GPU driver and nvcc found" if build.has_cuda() else "no GPU driver with nvcc"
     facts, studies = host.facts(), params.study_names()
-    ram = f"{units.size(psutil.virtual_memory().available)} of {units.size(facts['ram_bytes'])} available"
+    ram = f"{stats.size(psutil.virtual_memory().available)} of {stats.size(facts['ram_bytes'])} available"
     return [
         Finding("moelib", f"{facts['moelib']}, commit {facts['commit'] or 'unknown (no git clone)'}"),
         _python(),

@@ -12,7 +12,7 @@ import yaml
 from conftest import REPO
 
 # Each module may import those before it, never those after.
-LAYERS = """params files gguf_file stats units twin process host engine build models quantize memory device run audit
+LAYERS = """params files gguf_file stats twin process host engine build models quantize memory device run audit
 record study measure analyse plots report notebook render runner doctor cli""".split()
 
 
