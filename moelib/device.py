@@ -3,12 +3,10 @@
 Each kind opens a session for one run, which says how llama-server reaches the device and reads its memory.
 """
 
-from __future__ import annotations
-
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,17 +29,18 @@ class DeviceError(RuntimeError):
 class Session:
     """A device during one run."""
 
-    args: list[str] = field(default_factory=list)
+    args: list[str]
     """What llama-server must be told."""
+    read: Callable[[int | None, float], Reading] = lambda server_pid, t_s: Reading(t_s, None, None)
+    """Reads the memory, given the server's process id and the seconds since the run's start."""
     env: dict[str, str] = field(default_factory=dict)
     cpus: tuple[int, ...] = ()
     """The only CPUs that llama-server may use; empty for all."""
-
-    def read(self, server_pid: int | None, t_s: float) -> Reading:
-        return Reading(t_s, None, None)
+    pid: int | None = None
+    """The process that plays the device, where one does."""
 
     def peak_bytes(self) -> int | None:
-        return None
+        return process.peak_rss(self.pid) if self.pid else None
 
 
 class NoDevice:
@@ -55,27 +54,7 @@ class NoDevice:
 
     @contextmanager
     def session(self, engine: Engine, work: Path) -> Iterator[Session]:
-        yield Session(args=["--device", "none"])
-
-
-class _RpcSession(Session):
-    process: psutil.Process
-
-    def read(self, server_pid: int | None, t_s: float) -> Reading:
-        try:
-            rss = self.process.memory_info().rss
-        except psutil.Error:
-            rss = None
-        return Reading(t_s, rss, None)
-
-    def peak_bytes(self) -> int | None:
-        try:
-            for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-        except OSError:
-            pass
-        return None
+        yield Session(["--device", "none"])
 
 
 class Loopback:
@@ -91,10 +70,9 @@ class Loopback:
         cpus = process.usable_cpus()
         self.threads = max(1, cpus // 2)
         self.device_threads = max(1, cpus - self.threads)
-        ids = process.cpu_ids()
+        ids = tuple(process.cpu_ids())
         divided = len(ids) > 1 and len(ids) == cpus  # under a quota the scheduler does it
-        self.cpus = tuple(ids[: self.threads]) if divided else ()
-        self.device_cpus = tuple(ids[self.threads :]) if divided else ()
+        self.cpus, self.device_cpus = (ids[: self.threads], ids[self.threads :]) if divided else ((), ())
 
     def identity(self) -> dict[str, Any]:
         name = f"ggml-rpc-server, {self.device_threads} threads on {host.facts()['cpu']}"
@@ -111,16 +89,15 @@ class Loopback:
             names = [n for n, text in engine.devices(*rpc).items() if address in (n + text)]
             if not names:
                 raise EngineError(f"{engine} does not list the RPC device at {address}; use a build with RPC")
-            session = _RpcSession(args=[*rpc, "--device", names[0]], cpus=self.cpus)
-            session.process = psutil.Process(child.pid)
-            yield session
+            device = psutil.Process(child.pid)
 
+            def read(server_pid: int | None, t_s: float) -> Reading:
+                try:
+                    return Reading(t_s, device.memory_info().rss, None)
+                except psutil.Error:
+                    return Reading(t_s, None, None)
 
-class _NvmlSession(Session):
-    gpu: Cuda
-
-    def read(self, server_pid: int | None, t_s: float) -> Reading:
-        return self.gpu.read(server_pid, t_s)
+            yield Session([*rpc, "--device", names[0]], read, cpus=self.cpus, pid=child.pid)
 
 
 class Cuda:
@@ -135,17 +112,15 @@ class Cuda:
         self._nvml = pynvml
         try:
             pynvml.nvmlInit()
-            self._handle = self._first_visible()
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+            if visible.startswith("GPU-"):
+                self._handle = pynvml.nvmlDeviceGetHandleByUUID(visible)
+            else:
+                self._handle = pynvml.nvmlDeviceGetHandleByIndex(int(visible) if visible.isdigit() else 0)
             self.uuid = pynvml.nvmlDeviceGetUUID(self._handle)
             self.name = pynvml.nvmlDeviceGetName(self._handle)
         except pynvml.NVMLError as err:
             raise DeviceError(f"no NVIDIA GPU can be used: {err}; check the driver with nvidia-smi") from None
-
-    def _first_visible(self) -> Any:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
-        if visible.startswith("GPU-"):
-            return self._nvml.nvmlDeviceGetHandleByUUID(visible)
-        return self._nvml.nvmlDeviceGetHandleByIndex(int(visible) if visible.isdigit() else 0)
 
     def identity(self) -> dict[str, Any]:
         return {
@@ -179,9 +154,7 @@ class Cuda:
 
     @contextmanager
     def session(self, engine: Engine, work: Path) -> Iterator[Session]:
-        session = _NvmlSession(args=["--device", "CUDA0"], env={"CUDA_VISIBLE_DEVICES": self.uuid})
-        session.gpu = self
-        yield session
+        yield Session(["--device", "CUDA0"], self.read, {"CUDA_VISIBLE_DEVICES": self.uuid})
 
 
 def _tree(pid: int | None) -> set[int]:
@@ -201,23 +174,20 @@ def choose(kind: str, engine: Engine) -> Device:
     """
     if kind == "none":
         return NoDevice()
-    has_rpc = "--rpc" in engine.help.flags and "rpc-server" in engine.tools
-    if kind == "auto":
+    if kind in ("auto", "cuda"):
         try:
             gpu = Cuda()
             if any(name.startswith("CUDA") for name in engine.devices()):
                 return gpu
+            raise DeviceError(f"{engine} has no CUDA device; use a CUDA build or `device: loopback`")
         except DeviceError:
-            pass
-        return Loopback() if has_rpc else NoDevice()
-    if kind == "loopback":
-        if not has_rpc:
-            raise DeviceError(f"{engine} has no RPC; run `moelib engine build` or set MOELIB_LLAMA_CPP to one that has")
+            if kind == "cuda":
+                raise
+    if "--rpc" in engine.help.flags and "rpc-server" in engine.tools:
         return Loopback()
-    gpu = Cuda()
-    if not any(name.startswith("CUDA") for name in engine.devices()):
-        raise DeviceError(f"{engine} has no CUDA device; use a CUDA build or `device: loopback`")
-    return gpu
+    if kind == "auto":
+        return NoDevice()
+    raise DeviceError(f"{engine} has no RPC; run `moelib engine build` or set MOELIB_LLAMA_CPP to one that has")
 
 
 class Sampler(threading.Thread):
@@ -230,10 +200,8 @@ class Sampler(threading.Thread):
         self.readings: list[Reading] = []
         self._halt = threading.Event()
 
-    def take(self) -> Reading:
-        reading = self.session.read(self.server_pid, round(time.monotonic() - self.started, 4))
-        self.readings.append(reading)
-        return reading
+    def take(self) -> None:
+        self.readings.append(self.session.read(self.server_pid, round(time.monotonic() - self.started, 4)))
 
     def run(self) -> None:
         while not self._halt.wait(SAMPLE_S):

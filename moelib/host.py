@@ -1,7 +1,5 @@
 """The machine and the code, as every record names them."""
 
-from __future__ import annotations
-
 import platform
 import subprocess
 from functools import cache

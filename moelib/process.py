@@ -1,7 +1,6 @@
 """Supervised children: own log file, deadline, clean end, and no orphan however the parent dies."""
 
-from __future__ import annotations
-
+import functools
 import json
 import os
 import re
@@ -11,9 +10,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -59,14 +60,13 @@ def environment(scratch: Path, extra: dict[str, str] | None = None) -> dict[str,
     return {**env, **(extra or {})}
 
 
-class Child:
+class Child(AbstractContextManager):
     """One running tool. Use as a context manager: leaving it ends the tool. `cpus`: the only ones it may use."""
 
     def __init__(self, argv: list[str], log: Path, env: dict[str, str], cpus: Sequence[int] = ()):
         self.argv, self.log, self.exit = argv, log, None
         log.parent.mkdir(parents=True, exist_ok=True)
-        only = ",".join(map(str, cpus))
-        launch = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), only, *argv]
+        launch = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), ",".join(map(str, cpus)), *argv]
         self.started = time.monotonic()
         with log.open("wb") as out:
             # a session of its own: Ctrl-C reaches us alone, and we end the child in order
@@ -76,9 +76,6 @@ class Child:
         self.pid = self._popen.pid
         self._note = log.with_suffix(".child.json")
         self._note.write_text(json.dumps({"child": _identity(self.pid), "parent": _identity(os.getpid())}))
-
-    def __enter__(self) -> Child:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
@@ -98,35 +95,34 @@ class Child:
 
     def check(self) -> None:
         """Raise ProcessError if the child has ended."""
-        code = self._popen.poll()
-        if code is not None:
+        if not self.running():
+            code = self._popen.returncode
             raise ProcessError("engine-ended", f"{self.name} ended with {code}; its log ends:\n{self.tail()}")
 
     def wait_for(self, pattern: str, timeout_s: float) -> re.Match[str]:
         """The first match of `pattern` in the child's log. Raises ProcessError at its end or the deadline."""
-        deadline, want = time.monotonic() + timeout_s, re.compile(pattern)
-        while True:
-            if m := want.search(self.text()):
-                return m
-            self.check()
-            if time.monotonic() > deadline:
-                raise ProcessError("engine-timeout", f"{self.name} was not ready in {timeout_s:g} s:\n{self.tail()}")
-            time.sleep(POLL_S)
+        return self._until(lambda: re.search(pattern, self.text()), "was not ready", timeout_s)
 
     def wait_listening(self, port: int, timeout_s: float) -> None:
         """Wait until the child itself listens on `port`: on a taken port another server would answer."""
-        deadline, process = time.monotonic() + timeout_s, psutil.Process(self.pid)
-        while not any(c.status == "LISTEN" and c.laddr.port == port for c in process.net_connections("tcp")):
+        tcp = functools.partial(psutil.Process(self.pid).net_connections, "tcp")
+        here = {("LISTEN", port)}
+        self._until(lambda: here & {(c.status, c.laddr.port) for c in tcp()}, "did not listen", timeout_s)
+
+    def _until(self, look: Callable[[], Any], failed: str, timeout_s: float) -> Any:
+        deadline = time.monotonic() + timeout_s
+        while not (found := look()):
             self.check()
             if time.monotonic() > deadline:
-                raise ProcessError("engine-timeout", f"{self.name} did not listen in {timeout_s:g} s:\n{self.tail()}")
+                raise ProcessError("engine-timeout", f"{self.name} {failed} in {timeout_s:g} s:\n{self.tail()}")
             time.sleep(POLL_S)
+        return found
 
     def stop(self, grace_s: float = 10.0) -> Exit:
         """End the child: SIGTERM, `grace_s` seconds, SIGKILL. Safe to call again."""
         if self.exit is None:
             killed = False
-            if self._popen.poll() is None:
+            if self.running():
                 os.killpg(self.pid, signal.SIGTERM)  # its own session: what it started ends with it
                 try:
                     self._popen.wait(grace_s)
@@ -150,6 +146,15 @@ def _running(identity: list[float]) -> psutil.Process | None:
         return process if process.create_time() == identity[1] else None
     except psutil.NoSuchProcess:
         return None
+
+
+def peak_rss(pid: int) -> int | None:
+    """The system's own record of a process's peak RSS; None where it keeps none."""
+    try:
+        m = re.search(r"^VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.M)
+    except OSError:
+        return None
+    return int(m[1]) * 1024 if m else None
 
 
 def sweep(folder: Path) -> list[int]:
