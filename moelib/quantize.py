@@ -25,7 +25,7 @@ READY_S = 600.0
 SLOWEST_BYTES_PER_S = 2e6  # of source; far below any machine seen (25e6 on one core), so that only a hang is ended
 
 
-class QuantizeError(RuntimeError):
+class QuantizeError(params.UserError):
     """A file could not be made or is not what it should be; the message says why and what to do."""
 
 

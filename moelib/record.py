@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from moelib import files
+from moelib import files, params
 from moelib.audit import Check
 from moelib.run import Observation, Spec
 
@@ -26,7 +26,7 @@ SCHEMA_VERSION = 1
 DONE = ("valid", "degraded")
 
 
-class RecordError(ValueError):
+class RecordError(params.UserError, ValueError):
     """The file is not a record that can be believed; the message says why."""
 
 
@@ -57,6 +57,10 @@ class Record(BaseModel):
     @property
     def done(self) -> bool:
         return self.status in DONE
+
+    @property
+    def cell(self) -> str:
+        return f"{self.spec.model}/{self.spec.quant}"
 
     @property
     def key(self) -> str:

@@ -212,7 +212,7 @@ def runs_table(records: Sequence[Record]) -> Table:
 def completeness_table(results: Results) -> Table:
     rows = []
     for name, s in results.statuses.items():
-        count = Counter(r.status for r in results.records if f"{r.spec.model}/{r.spec.quant}" == name)
+        count = Counter(r.status for r in results.records if r.cell == name)
         valid = sum(len(b) for b in s.blocks)
         row = {"cell": name, "planned runs": s.planned, "in whole, valid blocks": valid, "missing": s.planned - valid}
         rows.append({**row, **{f"{k} records": count[k] for k in ("valid", "degraded", "invalid", "failed")}})

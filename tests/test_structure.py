@@ -13,7 +13,7 @@ from conftest import REPO
 
 # Each module may import those before it, never those after.
 LAYERS = """params files gguf_file stats twin process host engine build models quantize memory device run audit
-record study measure analyse plots report notebook render runner doctor cli""".split()
+record study analyse plots report notebook measure doctor cli""".split()
 
 
 def _imports(name):
