@@ -5,15 +5,11 @@ truncated, corrupt or foreign file raises GGUFError before an engine sees it. We
 Format: the GGUF specification of ggml (versions 2 and 3, little-endian).
 """
 
-from __future__ import annotations
-
 import mmap
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -72,14 +68,14 @@ class Header:
     def architecture(self) -> str:
         return str(self.metadata.get("general.architecture", ""))
 
-    @cached_property
+    @property
     def type_counts(self) -> dict[str, int]:
         """Number of tensors by type: the label of a quant is not its types."""
         return dict(sorted(Counter(t.type for t in self.tensors).items()))
 
-    @cached_property
+    @property
     def expert_types(self) -> dict[str, int]:
-        return dict(sorted(Counter(t.type for t in self.tensors if t.is_expert).items()))
+        return dict(sorted(Counter(t.type for t in self.moved("cpu-moe")).items()))
 
     @property
     def parameters(self) -> int:
@@ -141,29 +137,26 @@ class _Cursor:
         if kind != _ARRAY:
             raise GGUFError(f"corrupt: value type {kind} does not exist")
         item, n = self.scalar("<I"), self.scalar("<Q")
-        if item in _SCALARS:
-            size = struct.calcsize(_SCALARS[item])
-            if n * size > len(self.data) - self.at:
-                raise GGUFError(f"truncated: an array of {n} items at {self.at}")
-            raw = self.take(n * size) if n <= KEEP_ARRAY_ITEMS else None
-            if raw is None:
-                self.at += n * size
-                return f"<{n} items>"
-            return [struct.unpack_from(_SCALARS[item], raw, i * size)[0] for i in range(n)]
-        if item != _STRING:  # arrays of arrays exist in the format, not in any model file
+        if item != _STRING and item not in _SCALARS:  # arrays of arrays exist in the format, not in any model file
             raise GGUFError(f"corrupt: array of type {item}")
-        if n * 8 > len(self.data) - self.at:
-            raise GGUFError(f"truncated: an array of {n} strings at {self.at}")
-        kept = [s for i in range(n) if (s := self.string()) is not None and i < KEEP_ARRAY_ITEMS]
-        return kept if n <= KEEP_ARRAY_ITEMS else f"<{n} items>"
+        size = struct.calcsize(_SCALARS.get(item, "<Q"))  # a string is at least its length
+        if n * size > len(self.data) - self.at:
+            raise GGUFError(f"truncated: an array of {n} items at {self.at}")
+        if n <= KEEP_ARRAY_ITEMS:
+            return [self.value(item) for _ in range(n)]
+        if item == _STRING:
+            for _ in range(n):
+                self.string()
+        else:
+            self.at += n * size
+        return f"<{n} items>"
 
 
-def tensor_bytes(shape: Iterable[int], type_name: str) -> int:
+def tensor_bytes(shape: tuple[int, ...], type_name: str) -> int:
     """Bytes of a tensor of `shape` (fastest dimension first) in ggml type `type_name`.
 
     Raises GGUFError if its rows do not divide into the type's blocks.
     """
-    shape = tuple(shape)
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
     if shape[0] % block:
         raise GGUFError(f"a row of {shape[0]} does not divide into {type_name} blocks of {block}")

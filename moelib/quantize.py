@@ -5,8 +5,6 @@ the result is checked against the source's header, hashed and only then renamed.
 file: a quant's label is not its types.
 """
 
-from __future__ import annotations
-
 import re
 import time
 from dataclasses import dataclass
@@ -93,17 +91,11 @@ def make(source: models.Source, quant: str, engine: Engine, scratch: Path) -> Qu
     refuse_quantised(source.header)
     path = source.path.with_name(f"{source.model}-{quant}.gguf")
     expected = {"model": source.model, "quant": quant, "source_sha256": source.sha256, "engine_build": engine.build}
-    with files.lock(path.with_suffix(".lock"), path.name, wait_s=3600):
-        sheet = models.recall(path, expected)
-        if sheet is None:
-            sheet = _make(source, quant, engine, scratch, path, expected)
-            models.remember(path, sheet)
+    sheet = models.once(path, expected, lambda: expected | _make(source, quant, engine, scratch, path))
     return Quantised(gguf_file.read_header(path), sheet)
 
 
-def _make(
-    source: models.Source, quant: str, engine: Engine, scratch: Path, path: Path, expected: dict[str, Any]
-) -> dict[str, Any]:
+def _make(source: models.Source, quant: str, engine: Engine, scratch: Path, path: Path) -> dict[str, Any]:
     predicted = predict_bytes(engine, source.header, quant, scratch)
     files.need_space(path.parent, predicted or source.header.file_bytes, f"quantising to {path.name}")
     with files.replacing(path) as partial:
@@ -119,7 +111,6 @@ def _make(
         _check(source.header, header, quant)
         sha256 = files.sha256(partial)
     return {
-        **expected,
         "weights": source.weights,
         "scale": source.scale,
         "file_name": path.name,
