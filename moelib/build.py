@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from moelib import files, host, process
+from moelib import files, process
 from moelib.engine import PACKAGE, Engine, EngineError, find
 
 BUILD = 11434
@@ -60,7 +60,7 @@ def build() -> Engine:
     """
     compiler()
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    key = files.digest([BUILD, flags(), host.facts()["cpu"], platform.machine(), sys.version_info[:2]])[:12]
+    key = files.digest([BUILD, flags(), process.facts()["cpu"], platform.machine(), sys.version_info[:2]])[:12]
     cache = base / "moelib" / f"{PACKAGE}-{BUILD}-{key}"
     with files.lock(cache.with_suffix(".lock"), "the engine's build", wait_s=LIMIT_S):
         if not list(cache.glob("*.whl")):

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from moelib import host, params, process
+from moelib import params, process
 from moelib.engine import Engine, EngineError
 from moelib.memory import Reading
 
@@ -43,21 +43,27 @@ class Session:
         return process.peak_rss(self.pid) if self.pid else None
 
 
-class NoDevice:
-    """llama.cpp on the CPU alone: runs, but has nothing to offload from."""
-
+class Device:
     kind = "none"
+    name: str | None = None
+    uuid: str | None = None
     threads = process.usable_cpus()
+    """Threads of llama-server."""
 
     def identity(self) -> dict[str, Any]:
-        return {"kind": self.kind, "name": None, "uuid": None}
+        """What a record says of the device."""
+        return {"kind": self.kind, "name": self.name, "uuid": self.uuid}
+
+
+class NoDevice(Device):
+    """llama.cpp on the CPU alone: runs, but has nothing to offload from."""
 
     @contextmanager
     def session(self, engine: Engine, work: Path) -> Iterator[Session]:
         yield Session(["--device", "none"])
 
 
-class Loopback:
+class Loopback(Device):
     """llama.cpp's RPC server as a device: a real one to the engine, and its memory is that process's RSS.
 
     The cores are divided between the two processes: their threads spin while they wait, and on shared cores each
@@ -73,10 +79,7 @@ class Loopback:
         ids = tuple(process.cpu_ids())
         divided = len(ids) > 1 and len(ids) == cpus  # under a quota the scheduler does it
         self.cpus, self.device_cpus = (ids[: self.threads], ids[self.threads :]) if divided else ((), ())
-
-    def identity(self) -> dict[str, Any]:
-        name = f"ggml-rpc-server, {self.device_threads} threads on {host.facts()['cpu']}"
-        return {"kind": self.kind, "name": name, "uuid": None}
+        self.name = f"ggml-rpc-server, {self.device_threads} threads on {process.facts()['cpu']}"
 
     @contextmanager
     def session(self, engine: Engine, work: Path) -> Iterator[Session]:
@@ -100,11 +103,10 @@ class Loopback:
             yield Session([*rpc, "--device", names[0]], read, cpus=self.cpus, pid=child.pid)
 
 
-class Cuda:
+class Cuda(Device):
     """One NVIDIA GPU, addressed by its UUID and alone visible to the engine. Memory by NVML."""
 
     kind = "cuda"
-    threads = process.usable_cpus()
 
     def __init__(self) -> None:
         import pynvml
@@ -124,9 +126,7 @@ class Cuda:
 
     def identity(self) -> dict[str, Any]:
         return {
-            "kind": self.kind,
-            "name": self.name,
-            "uuid": self.uuid,
+            **super().identity(),
             "total_bytes": self._ask(lambda: self._memory().total),
             "driver": self._ask(self._nvml.nvmlSystemGetDriverVersion),
             "power_limit_watt": self._ask(lambda: self._nvml.nvmlDeviceGetEnforcedPowerLimit(self._handle) / 1000),
@@ -162,9 +162,6 @@ def _tree(pid: int | None) -> set[int]:
         return {pid, *(c.pid for c in psutil.Process(pid).children(recursive=True))} if pid else set()
     except psutil.NoSuchProcess:
         return {pid}
-
-
-Device = Cuda | Loopback | NoDevice
 
 
 def choose(kind: str, engine: Engine) -> Device:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import psutil
 
-from moelib import build, device, engine, host, models, params
+from moelib import build, device, engine, models, params, process
 from moelib.stats import size
 
 PACKAGES = ("jupyterlab", "papermill", "nbconvert", "pandas", "seaborn", "nvidia-ml-py", "huggingface_hub", "gguf")
@@ -48,7 +48,7 @@ def _gpu() -> str:
 
 def examine(explicit: str | None = None) -> Iterator[Finding]:
     """Everything a study needs, found or with what mends it."""
-    facts, studies, llama = host.facts(), params.study_names(), None
+    facts, studies, llama = process.facts(), params.study_names(), None
     try:
         llama = engine.find(explicit)
     except engine.EngineError as err:

@@ -154,9 +154,10 @@ class Engine:
 
 
 def _run(argv: list[str]) -> str:
-    env = {k: v for k, v in os.environ.items() if k in process.ENV_ALLOWED}
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, errors="replace", timeout=60, env=env)
+        done = subprocess.run(
+            argv, capture_output=True, text=True, errors="replace", timeout=60, env=process.inherited()
+        )
     except (OSError, subprocess.TimeoutExpired) as err:
         raise EngineError(f"{argv[0]} cannot be run: {err}") from None
     if done.returncode:

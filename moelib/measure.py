@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from moelib import audit, device, engine, files, host, models, notebook, process, quantize, record, run, study
+from moelib import audit, device, engine, files, models, notebook, process, quantize, record, run, study
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def _perform(folder: study.Folder, spec: run.Spec, attempt: int, setup: Setup) -
         sheet=setup.quantised.sheet,
         engine={"build": llama.build, "version": llama.version, "server_sha256": llama.server_sha256},
         device=setup.where.identity(),
-        host=host.facts(),
+        host=process.facts(),
         started_utc=started,
         observed=outcome.observation,
         audit=checks,

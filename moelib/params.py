@@ -100,12 +100,12 @@ class Model(Strict):
         """Geometry at `full`, at a named scale, or at a factor such as `0.25`. Raises ParamsError."""
         if self.geometry is None:
             raise ParamsError(f"{self.name} is excluded: {self.excluded}")
-        if re.fullmatch(r"[0-9.]+", scale):
+        scales = {"full": {}, **self.scales}
+        if scale not in scales and re.fullmatch(r"[0-9.]+", scale):
             try:
                 return self.geometry.scaled(float(scale))
             except ValueError as err:
                 raise ParamsError(f"scale {scale!r} of {self.name}: {err}") from None
-        scales = {"full": {}, **self.scales}
         _known("scale", scale, list(scales), also=", a factor in (0, 1]")
         return Geometry.model_validate({**self.geometry.model_dump(), **scales[scale]})
 

@@ -1,8 +1,12 @@
-"""Supervised children: own log file, deadline, clean end, and no orphan however the parent dies."""
+"""Supervised children: own log file, deadline, clean end, and no orphan however the parent dies.
+
+Also what the machine says of itself, as every record names it.
+"""
 
 import functools
 import json
 import os
+import platform
 import re
 import secrets
 import signal
@@ -18,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from moelib.params import UserError
+from moelib import __version__, params
 
 POLL_S = 0.005
 
@@ -37,7 +41,7 @@ _LAUNCH = (
 )
 
 
-class ProcessError(UserError):
+class ProcessError(params.UserError):
     """A child did not do what was expected. `reason` is a code for the record, the message is for people."""
 
     def __init__(self, reason: str, message: str):
@@ -52,14 +56,16 @@ class Exit:
     """True if it did not end by itself or by SIGTERM within the grace time."""
 
 
+def inherited() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k in ENV_ALLOWED}
+
+
 def environment(scratch: Path, extra: dict[str, str] | None = None) -> dict[str, str]:
     """A child's environment: the allow-list, empty configuration folders, and `extra`."""
-    env = {k: os.environ[k] for k in ENV_ALLOWED if k in os.environ}
-    for name in ("XDG_CONFIG_HOME", "XDG_CACHE_HOME"):
-        folder = scratch / name.lower()
+    own = {name: scratch / name.lower() for name in ("XDG_CONFIG_HOME", "XDG_CACHE_HOME")}
+    for folder in own.values():
         folder.mkdir(parents=True, exist_ok=True)
-        env[name] = str(folder)
-    return {**env, **(extra or {})}
+    return {**inherited(), **{k: str(v) for k, v in own.items()}, **(extra or {})}
 
 
 class Child(AbstractContextManager):
@@ -196,14 +202,46 @@ def usable_cpus() -> int:
     """How many CPUs this process may use: affinity and the cgroup's quota, not the host's count."""
     n = len(cpu_ids())
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            n = min(n, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass
-    return n
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+    except (OSError, ValueError):  # no cgroup, or "max": no quota
+        return n
+    return min(n, max(1, quota // period))
 
 
 def new_key() -> str:
     """An api key for one server process; it travels in the environment and is never written down."""
     return secrets.token_hex(16)
+
+
+def _cpu_model() -> str | None:
+    try:
+        m = re.search(r"^model name[^:\n]*:(.*)", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        return platform.processor() or None
+    return m[1].strip() if m else None
+
+
+def _git(*args: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *args], cwd=params.root(), capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+@functools.cache
+def facts() -> dict[str, Any]:
+    """CPU, RAM, system and moelib's commit. `commit` is None outside a git clone; `dirty` says whether tracked files
+    differ from it."""
+    commit = _git("rev-parse", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "cpu": _cpu_model(),
+        "cpus": usable_cpus(),
+        "ram_bytes": psutil.virtual_memory().total,
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "moelib": __version__,
+        "commit": commit,
+        "dirty": None if commit is None or changed is None else bool(changed),
+    }

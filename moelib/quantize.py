@@ -51,13 +51,8 @@ def refuse_quantised(source: gguf_file.Header) -> None:
 
 def fallbacks(header: gguf_file.Header, quant: str) -> list[dict[str, Any]]:
     """Tensors that a k-quant could not take because their rows are not whole super-blocks, and what they became."""
-    if "_K" not in quant:
-        return []
-    return [
-        {"tensor": t.name, "columns": t.shape[0], "type": t.type}
-        for t in header.tensors
-        if t.shape[0] % SUPER_BLOCK and t.type not in UNQUANTISED
-    ]
+    fell = [t for t in header.tensors if t.shape[0] % SUPER_BLOCK and t.type not in UNQUANTISED and "_K" in quant]
+    return [{"tensor": t.name, "columns": t.shape[0], "type": t.type} for t in fell]
 
 
 def predict_bytes(engine: Engine, source: gguf_file.Header, quant: str, scratch: Path) -> int | None:

@@ -208,22 +208,12 @@ def _ours(client: httpx.Client, model: Path) -> str | None:
 
 
 def _ask_all(client: httpx.Client, spec: Spec, started: float) -> tuple[Request, ...]:
-    prompts, done = [], []
-    for name in spec.workloads:
-        workload = params.workload(name)
-        prompt = prompt_ids(client, workload)
-        if len(prompt) + workload.generate_tokens > spec.context:
-            raise RunError(
-                "context-too-small",
-                f"{name} needs {len(prompt)} + {workload.generate_tokens} tokens, the context is {spec.context}: "
-                "raise `context` in the study",
-            )
-        prompts.append((workload, prompt))
-    for workload, prompt in prompts:
-        for i in range(spec.requests):
-            _connect(client)
-            done.append(_ask(client, workload, prompt, i, started))
-    return tuple(done)
+    prompts = [(w, prompt_ids(client, w)) for w in map(params.workload, spec.workloads)]
+    for w, prompt in prompts:
+        if len(prompt) + w.generate_tokens > spec.context:
+            need = f"{w.name} needs {len(prompt)} + {w.generate_tokens} tokens, the context is {spec.context}"
+            raise RunError("context-too-small", f"{need}: raise `context` in the study")
+    return tuple(_ask(client, w, prompt, i, started) for w, prompt in prompts for i in range(spec.requests))
 
 
 def _connect(client: httpx.Client) -> None:
@@ -257,6 +247,7 @@ def _ask(client: httpx.Client, workload: params.Workload, prompt: list[int], ind
     body |= {"return_tokens": True, "timings_per_token": True, "stream": True}
     body |= {"prompt": prompt, "n_predict": workload.generate_tokens}
     arrived: list[tuple[float, str]] = []
+    _connect(client)
     sent = time.monotonic()
     with client.stream("POST", "/completion", json=body) as answer:
         if answer.status_code != 200:
@@ -272,7 +263,7 @@ def _request(
     workload: params.Workload, prompt_tokens: int, index: int, started_s: float, lines: list[tuple[float, str]]
 ) -> Request:
     """A stream's lines with their arrival times -> Request. Raises RunError if the engine sent an error."""
-    times, counts, tokens, final = [], [], [], None
+    events, tokens, final = [], [], None
     for t, line in lines:
         if line.startswith("error"):
             raise RunError("request-failed", line[:300])
@@ -285,8 +276,8 @@ def _request(
             final = event
         if event.get("tokens"):
             tokens += event["tokens"]
-            times.append(round(t, 6))
-            counts.append(event["timings"]["predicted_n"] if "timings" in event else event["tokens_predicted"])
+            by_then = event["timings"]["predicted_n"] if "timings" in event else event["tokens_predicted"]
+            events.append((round(t, 6), by_then))
     timings = (final or {}).get("timings", {})
     ms = {f"engine_{k}_s": timings.get(f"{k}_ms") for k in ("prompt", "predicted")}
     return Request(
@@ -296,8 +287,8 @@ def _request(
         generate_tokens=workload.generate_tokens,
         **{k: timings.get(k) for k in ("prompt_n", "cache_n", "predicted_n")},
         **{k: None if v is None else round(v / 1000, 6) for k, v in ms.items()},
-        token_s=tuple(times),
-        token_n=tuple(counts),
+        token_s=tuple(t for t, _ in events),
+        token_n=tuple(n for _, n in events),
         tokens=tuple(tokens),
         finished=final is not None,
         started_s=round(started_s, 6),
