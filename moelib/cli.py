@@ -2,16 +2,13 @@
 
 import logging
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
 from tqdm import tqdm
 
-from moelib import __version__, files, params
+from moelib import __version__, files, params, process
 from moelib import engine as engines
 
 FAILED = 1
@@ -128,8 +125,11 @@ def study_run(name: str, cell: str | None) -> None:
 
     folder, cells = measure.select(name, cell)
     planned = sum(len(c.specs) for c in cells)
-    click.echo(f"{name}: {len(cells)} notebooks, {planned} runs, {measure.done(folder, cells)} of them done")
-    with _progress(planned, lambda: measure.done(folder, cells)):
+    before = measure.done(folder, cells)
+    click.echo(f"{name}: {len(cells)} notebooks, {planned} runs, {before} of them done")
+    bar = tqdm(total=planned, initial=before, unit="run", disable=None)
+    # the bar follows the records on disk, whichever process writes them
+    with bar, process.repeating(lambda: bar.update(measure.done(folder, cells) - bar.n), 1.0):
         problems = measure.run_cells(folder, cells, say=tqdm.write)
     for p in problems:
         click.echo(f"  {p}", err=True)
@@ -142,26 +142,6 @@ def study_run(name: str, cell: str | None) -> None:
 
 def _short(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-@contextmanager
-def _progress(total: int, count: Callable[[], int]) -> Iterator[None]:
-    """A bar that follows the records on disk, whichever process writes them."""
-    halt = threading.Event()
-    with tqdm(total=total, initial=count(), unit="run", disable=None) as bar:
-
-        def follow() -> None:
-            while not halt.wait(1.0):
-                bar.update(count() - bar.n)
-
-        thread = threading.Thread(target=follow, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            halt.set()
-            thread.join(5)
-            bar.update(count() - bar.n)
 
 
 @study.command("status")

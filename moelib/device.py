@@ -4,8 +4,6 @@ Each kind opens a session for one run, which says how llama-server reaches the d
 """
 
 import os
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +16,7 @@ from moelib import params, process
 from moelib.engine import Engine, EngineError
 from moelib.memory import Reading
 
-SAMPLE_S = 0.05
+SAMPLE_S = 0.05  # between readings of the memory
 
 
 class DeviceError(params.UserError):
@@ -185,25 +183,3 @@ def choose(kind: str, engine: Engine) -> Device:
     if kind == "auto":
         return NoDevice()
     raise DeviceError(f"{engine} has no RPC; run `moelib engine build` or set MOELIB_LLAMA_CPP to one that has")
-
-
-class Sampler(threading.Thread):
-    """Reads a session's memory every 50 ms from a sleeping thread until stopped."""
-
-    def __init__(self, session: Session, started: float):
-        super().__init__(daemon=True, name="memory-sampler")
-        self.session, self.started = session, started
-        self.server_pid: int | None = None
-        self.readings: list[Reading] = []
-        self._halt = threading.Event()
-
-    def take(self) -> None:
-        self.readings.append(self.session.read(self.server_pid, round(time.monotonic() - self.started, 4)))
-
-    def run(self) -> None:
-        while not self._halt.wait(SAMPLE_S):
-            self.take()
-
-    def stop(self) -> None:
-        self._halt.set()
-        self.join(timeout=10)

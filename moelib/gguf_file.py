@@ -34,6 +34,11 @@ class GGUFError(UserError, ValueError):
     """The file is not a GGUF that can be used; the message says why."""
 
 
+def _refuse(wrong: object, why: str) -> None:
+    if wrong:
+        raise GGUFError(why)
+
+
 @dataclass(frozen=True)
 class Tensor:
     name: str
@@ -125,8 +130,7 @@ class _Cursor:
 
     def string(self) -> str:
         n = self.scalar("<Q")
-        if n > MAX_STRING_BYTES:
-            raise GGUFError(f"corrupt: a string of {n} bytes at {self.at}")
+        _refuse(n > MAX_STRING_BYTES, f"corrupt: a string of {n} bytes at {self.at}")
         return self.take(n).decode("utf-8", errors="replace")
 
     def value(self, kind: int) -> Any:
@@ -134,14 +138,12 @@ class _Cursor:
             return self.scalar(_SCALARS[kind])
         if kind == _STRING:
             return self.string()
-        if kind != _ARRAY:
-            raise GGUFError(f"corrupt: value type {kind} does not exist")
+        _refuse(kind != _ARRAY, f"corrupt: value type {kind} does not exist")
         item, n = self.scalar("<I"), self.scalar("<Q")
-        if item != _STRING and item not in _SCALARS:  # arrays of arrays exist in the format, not in any model file
-            raise GGUFError(f"corrupt: array of type {item}")
+        # arrays of arrays exist in the format, not in any model file
+        _refuse(item != _STRING and item not in _SCALARS, f"corrupt: array of type {item}")
         size = struct.calcsize(_SCALARS.get(item, "<Q"))  # a string is at least its length
-        if n * size > len(self.data) - self.at:
-            raise GGUFError(f"truncated: an array of {n} items at {self.at}")
+        _refuse(n * size > len(self.data) - self.at, f"truncated: an array of {n} items at {self.at}")
         if n <= KEEP_ARRAY_ITEMS:
             return [self.value(item) for _ in range(n)]
         if item == _STRING:
@@ -158,8 +160,7 @@ def tensor_bytes(shape: tuple[int, ...], type_name: str) -> int:
     Raises GGUFError if its rows do not divide into the type's blocks.
     """
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
-    if shape[0] % block:
-        raise GGUFError(f"a row of {shape[0]} does not divide into {type_name} blocks of {block}")
+    _refuse(shape[0] % block, f"a row of {shape[0]} does not divide into {type_name} blocks of {block}")
     return prod(shape) // block * size
 
 
@@ -180,51 +181,46 @@ def read_header(path: str | Path) -> Header:
 def _parse(path: Path, size: int, data: mmap.mmap) -> Header:
     c = _Cursor(data)
     magic = c.take(4)
-    if magic != b"GGUF":
-        raise GGUFError(f"not a GGUF file (it starts with {magic!r})")
+    _refuse(magic != b"GGUF", f"not a GGUF file (it starts with {magic!r})")
     version = c.scalar("<I")
-    if version not in (2, 3):
-        raise GGUFError(f"GGUF version {version} (2 and 3 are read; a big-endian file reads as a huge version)")
+    _refuse(
+        version not in (2, 3), f"GGUF version {version} (2 and 3 are read; a big-endian file reads as a huge version)"
+    )
     n_tensors, n_keys = c.scalar("<Q"), c.scalar("<Q")
-    if n_tensors > MAX_TENSORS or n_keys > MAX_KEYS:
-        raise GGUFError(f"corrupt: {n_tensors} tensors and {n_keys} keys announced")
-    if n_tensors == 0:
-        raise GGUFError("it holds no tensors")
+    _refuse(n_tensors > MAX_TENSORS or n_keys > MAX_KEYS, f"corrupt: {n_tensors} tensors and {n_keys} keys announced")
+    _refuse(n_tensors == 0, "it holds no tensors")
 
     metadata: dict[str, Any] = {}
     for _ in range(n_keys):
         key = c.string()
-        if key in metadata:
-            raise GGUFError(f"corrupt: key {key!r} twice")
+        _refuse(key in metadata, f"corrupt: key {key!r} twice")
         metadata[key] = c.value(c.scalar("<I"))
-    if not metadata.get("general.architecture"):
-        raise GGUFError("corrupt: no general.architecture")
+    _refuse(not metadata.get("general.architecture"), "corrupt: no general.architecture")
 
     infos = []
     for _ in range(n_tensors):
         name, n_dims = c.string(), c.scalar("<I")
-        if not 1 <= n_dims <= 4:
-            raise GGUFError(f"corrupt: tensor {name!r} has {n_dims} dimensions")
+        _refuse(not 1 <= n_dims <= 4, f"corrupt: tensor {name!r} has {n_dims} dimensions")
         shape = tuple(c.scalar("<Q") for _ in range(n_dims))
         kind, offset = c.scalar("<I"), c.scalar("<Q")
-        if kind not in GGMLQuantizationType._value2member_map_:
-            raise GGUFError(f"tensor {name!r} has type {kind}, which this reader does not know")
-        if min(shape) < 1 or prod(shape) > 1 << 48:
-            raise GGUFError(f"corrupt: tensor {name!r} has shape {shape}")
+        _refuse(
+            kind not in GGMLQuantizationType._value2member_map_,
+            f"tensor {name!r} has type {kind}, which this reader does not know",
+        )
+        _refuse(min(shape) < 1 or prod(shape) > 1 << 48, f"corrupt: tensor {name!r} has shape {shape}")
         infos.append((name, shape, GGMLQuantizationType(kind).name, offset))
 
     align = metadata.get("general.alignment", 32)
-    if not isinstance(align, int) or align < 1 or align & (align - 1) or align > 1 << 20:
-        raise GGUFError(f"corrupt: alignment {align!r}")
+    _refuse(
+        not isinstance(align, int) or align < 1 or align & (align - 1) or align > 1 << 20,
+        f"corrupt: alignment {align!r}",
+    )
     start = -(-c.at // align) * align
     tensors = tuple(Tensor(n, s, t, tensor_bytes(s, t), start + o) for n, s, t, o in infos)
-    if len({t.name for t in tensors}) != len(tensors):
-        raise GGUFError("corrupt: a tensor name stands twice")
+    _refuse(len({t.name for t in tensors}) != len(tensors), "corrupt: a tensor name stands twice")
     end = start
     for t in sorted(tensors, key=lambda t: t.offset):
-        if t.offset % align or t.offset < end:
-            raise GGUFError(f"corrupt: tensor {t.name!r} overlaps or is not aligned")
+        _refuse(t.offset % align or t.offset < end, f"corrupt: tensor {t.name!r} overlaps or is not aligned")
         end = t.offset + t.nbytes
-    if end > size:
-        raise GGUFError(f"truncated: the tensors need {end} bytes, the file has {size}")
+    _refuse(end > size, f"truncated: the tensors need {end} bytes, the file has {size}")
     return Header(path, size, metadata, tensors)

@@ -13,9 +13,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,25 @@ class Child(AbstractContextManager):
             self.exit = Exit(self._popen.returncode, killed)
             self._note.unlink(missing_ok=True)
         return self.exit
+
+
+@contextmanager
+def repeating(action: Callable[[], object], every_s: float) -> Iterator[None]:
+    """Call `action` every `every_s` seconds from a sleeping thread while the block runs, and once at its end."""
+    halt = threading.Event()
+
+    def follow() -> None:
+        while not halt.wait(every_s):
+            action()
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        halt.set()
+        thread.join(timeout=10)
+        action()
 
 
 def _identity(pid: int) -> list[float]:

@@ -158,15 +158,16 @@ def _observe(
 ) -> Observation:
     started, key = time.monotonic(), process.new_key()
     with device.session(engine, work) as session:
-        sampler = devices.Sampler(session, started)
-        idle = session.read(None, 0.0)
-        how = (spec.placement, spec.load_mode, spec.context, device.threads, session.args)
-        argv = engine.server_argv(quantised.path, *how)
+        readings, idle = [], session.read(None, 0.0)
+        how = (spec.placement, spec.load_mode, spec.context, device.threads)
+        argv = engine.server_argv(quantised.path, *how, session.args)
         env = process.environment(work, {**session.env, "LLAMA_API_KEY": key})
         with process.Child(argv, work / "server.log", env, session.cpus) as server:
-            sampler.server_pid = server.pid
-            sampler.start()
-            try:
+
+            def take() -> None:
+                readings.append(session.read(server.pid, round(time.monotonic() - started, 4)))
+
+            with process.repeating(take, devices.SAMPLE_S):
                 limit = LOAD_S + quantised.header.file_bytes / LOAD_BYTES_PER_S
                 port = next(filter(None, server.wait_for(engines.LISTENING, limit).groups()))
                 load_s = time.monotonic() - server.started
@@ -174,10 +175,7 @@ def _observe(
                 with httpx.Client(**how, timeout=httpx.Timeout(STALL_S, connect=10), trust_env=False) as client:
                     build_info = _ours(client, quantised.path)
                     requests = _ask_all(client, spec, started)
-                sampler.take()
-                peak, rss = session.peak_bytes(), process.peak_rss(server.pid)
-            finally:
-                sampler.stop()
+            peak, rss = session.peak_bytes(), process.peak_rss(server.pid)
             ended = server.stop()
             report = engines.parse_log(server.text())
     header = quantised.header
@@ -192,7 +190,7 @@ def _observe(
         report=report,
         placement=Placement(len(moved), len({t.block for t in moved}), *there),
         requests=requests,
-        memory=reconcile(device.kind, sampler.readings, idle, report, peak),
+        memory=reconcile(device.kind, readings, idle, report, peak),
         host_rss_peak_bytes=rss,
         exit_code=ended.code,
         exit_killed=ended.killed,
