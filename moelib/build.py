@@ -33,12 +33,10 @@ def has_cuda() -> bool:
     return Path("/proc/driver/nvidia/version").exists() and shutil.which("nvcc") is not None
 
 
-def compiler() -> str:
-    """The C++ compiler. Raises EngineError with the command that installs one."""
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        if name and (path := shutil.which(name)):
-            return path
-    raise EngineError("building llama.cpp needs a C++ compiler: `apt-get install g++ make`")
+def compiler() -> str | None:
+    """The C++ compiler, if there is one."""
+    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
 def flags() -> list[str]:
@@ -58,7 +56,8 @@ def build() -> Engine:
 
     Takes minutes. Raises EngineError if it fails, with the end of the build's log and where the whole of it is.
     """
-    compiler()
+    if compiler() is None:
+        raise EngineError("building llama.cpp needs a C++ compiler: `apt-get install g++ make`")
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     key = files.digest([BUILD, flags(), process.facts()["cpu"], platform.machine(), sys.version_info[:2]])[:12]
     cache = base / "moelib" / f"{PACKAGE}-{BUILD}-{key}"

@@ -1,7 +1,6 @@
 """What is installed here, what is missing, and the command that mends it."""
 
 import importlib.metadata
-import os
 import platform
 import shutil
 import sys
@@ -57,7 +56,7 @@ def examine(explicit: str | None = None) -> Iterator[Finding]:
     new = sys.version_info >= (3, 11)
     yield "python", platform.python_version(), None if new else "install Python 3.11 or newer"
     yield from _packages()
-    compiler = next((c for n in (os.environ.get("CXX"), "c++", "g++") if n and (c := shutil.which(n))), None)
+    compiler = build.compiler()
     cuda = "GPU driver and nvcc found" if build.has_cuda() else "no GPU driver with nvcc"
     builds = None if compiler or llama else "apt-get install g++ make"
     yield "C++ compiler", f"{compiler or 'none'} (to build the engine; {cuda})", builds

@@ -27,13 +27,13 @@ class Setup(NamedTuple):
     work: Path
 
 
-def measure(folder: study.Folder, cell: study.Cell, engine_path: str | None = None) -> Iterator[record.Record]:
+def measure(folder: study.Folder, cell: study.Cell) -> Iterator[record.Record]:
     """Make the cell's file, then do every run that has no valid record; yield each run's record as it stands.
 
     A run that fails is recorded and the next one goes on. Raises what stands in the way of all of them: no engine,
     no device, no source, no disk.
     """
-    llama = engine.find(engine_path)
+    llama = engine.find()
     where = device.choose(folder.study.device, llama)
     folder.work.mkdir(parents=True, exist_ok=True)
     # one measurement at a time on a device, whichever clone or study asks: they would slow each other

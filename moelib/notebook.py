@@ -85,11 +85,10 @@ def _last_line(err: BaseException) -> str:
 
 
 def is_whole(path: Path) -> bool:
-    try:
+    with contextlib.suppress(NotebookError):
         require_whole(path)
-    except NotebookError:
-        return False
-    return True
+        return True
+    return False
 
 
 def require_whole(path: Path) -> None:
@@ -104,10 +103,9 @@ def require_whole(path: Path) -> None:
     code = [c for c in cells if c["cell_type"] == "code" and "".join(c["source"]).strip()]
     for i, cell in enumerate(code):
         errors = [o["evalue"] for o in cell["outputs"] if o["output_type"] == "error"]
-        if errors:
-            raise NotebookError(f"{path.name}: code cell {i + 1} failed: {errors[0]}")
-        if cell["execution_count"] is None:
-            raise NotebookError(f"{path.name}: code cell {i + 1} was not executed")
+        if errors or cell["execution_count"] is None:
+            what = f"failed: {errors[0]}" if errors else "was not executed"
+            raise NotebookError(f"{path.name}: code cell {i + 1} {what}")
     if not code:
         raise NotebookError(f"{path.name} has no code cells")
 

@@ -243,10 +243,10 @@ def _cpu_model() -> str | None:
 
 def _git(*args: str) -> str | None:
     try:
-        done = subprocess.run(["git", *args], cwd=params.root(), capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
+        how = {"cwd": params.root(), "capture_output": True, "text": True, "timeout": 20, "check": True}
+        return subprocess.run(["git", *args], **how).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 @functools.cache

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from tqdm import tqdm
 
 from moelib import files, gguf_file, models, params, process
@@ -103,7 +102,11 @@ def _make(source: models.Source, quant: str, engine: Engine, scratch: Path, path
         if code:
             raise QuantizeError(f"llama-quantize ended with {code} on {path.name}; its log ends:\n{child.tail()}")
         header = gguf_file.read_header(partial)
-        _check(source.header, header, quant)
+        if {t.name: t.shape for t in source.header.tensors} != {t.name: t.shape for t in header.tensors}:
+            raise QuantizeError(f"the {quant} file does not hold the source's tensors; the engine's build is suspect")
+        widest = max(header.tensors, key=lambda t: t.nbytes).type
+        if widest in UNQUANTISED:
+            raise QuantizeError(f"the {quant} file is not quantised: its largest tensor is {widest}")
         sha256 = files.sha256(partial)
     return {
         "weights": source.weights,
@@ -121,11 +124,3 @@ def _make(source: models.Source, quant: str, engine: Engine, scratch: Path, path
         "engine_version": engine.version,
         "quantize_s": round(seconds, 3),
     }
-
-
-def _check(source: gguf_file.Header, made: gguf_file.Header, quant: str) -> None:
-    if {t.name: t.shape for t in source.tensors} != {t.name: t.shape for t in made.tensors}:
-        raise QuantizeError(f"the {quant} file does not hold the source's tensors; the engine's build is suspect")
-    widest = max(made.tensors, key=lambda t: t.nbytes)
-    if GGML_QUANT_SIZES[GGMLQuantizationType[widest.type]][0] == 1:
-        raise QuantizeError(f"the {quant} file is not quantised: its largest tensor is {widest.type}")
