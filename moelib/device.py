@@ -42,6 +42,8 @@ class Session:
 
 
 class Device:
+    """What the kinds have in common; each adds `session`, which holds the device for one run."""
+
     kind = "none"
     name: str | None = None
     uuid: str | None = None
