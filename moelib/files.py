@@ -1,7 +1,5 @@
 """Files that are whole or absent: atomic writes, digests, locks that die with their owner, disk space."""
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import json
@@ -14,10 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform
 
+import psutil
+
+from moelib.params import UserError
+
 T = TypeVar("T")
 
 
-class FileError(RuntimeError):
+class FileError(UserError):
     """Disk space, a lock or a file stands in the way; the message says what to do."""
 
 
@@ -52,31 +54,25 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".{path.name}.*.partial"):
-        if not _alive(stale):
+        owner = stale.name.split(".")[-2]
+        if not (owner.isdigit() and psutil.pid_exists(int(owner))):
             stale.unlink(missing_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
-        with partial.open("rb") as f:
-            os.fsync(f.fileno())
+        _to_disk(partial)
         os.replace(partial, path)
-        fd = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        _to_disk(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _alive(partial: Path) -> bool:
+def _to_disk(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
     try:
-        os.kill(int(partial.name.split(".")[-2]), 0)
-    except PermissionError:
-        return True
-    except (ProcessLookupError, ValueError):
-        return False
-    return True
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -5,20 +5,18 @@ truncated, corrupt or foreign file raises GGUFError before an engine sees it. We
 Format: the GGUF specification of ggml (versions 2 and 3, little-endian).
 """
 
-from __future__ import annotations
-
 import mmap
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from moelib.params import UserError
 
 MAX_TENSORS = 1 << 20
 MAX_KEYS = 1 << 16
@@ -32,8 +30,13 @@ _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<
 _STRING, _ARRAY = 8, 9
 
 
-class GGUFError(ValueError):
+class GGUFError(UserError, ValueError):
     """The file is not a GGUF that can be used; the message says why."""
+
+
+def _refuse(wrong: object, why: str) -> None:
+    if wrong:
+        raise GGUFError(why)
 
 
 @dataclass(frozen=True)
@@ -70,14 +73,14 @@ class Header:
     def architecture(self) -> str:
         return str(self.metadata.get("general.architecture", ""))
 
-    @cached_property
+    @property
     def type_counts(self) -> dict[str, int]:
         """Number of tensors by type: the label of a quant is not its types."""
         return dict(sorted(Counter(t.type for t in self.tensors).items()))
 
-    @cached_property
+    @property
     def expert_types(self) -> dict[str, int]:
-        return dict(sorted(Counter(t.type for t in self.tensors if t.is_expert).items()))
+        return dict(sorted(Counter(t.type for t in self.moved("cpu-moe")).items()))
 
     @property
     def parameters(self) -> int:
@@ -127,8 +130,7 @@ class _Cursor:
 
     def string(self) -> str:
         n = self.scalar("<Q")
-        if n > MAX_STRING_BYTES:
-            raise GGUFError(f"corrupt: a string of {n} bytes at {self.at}")
+        _refuse(n > MAX_STRING_BYTES, f"corrupt: a string of {n} bytes at {self.at}")
         return self.take(n).decode("utf-8", errors="replace")
 
     def value(self, kind: int) -> Any:
@@ -136,35 +138,29 @@ class _Cursor:
             return self.scalar(_SCALARS[kind])
         if kind == _STRING:
             return self.string()
-        if kind != _ARRAY:
-            raise GGUFError(f"corrupt: value type {kind} does not exist")
+        _refuse(kind != _ARRAY, f"corrupt: value type {kind} does not exist")
         item, n = self.scalar("<I"), self.scalar("<Q")
-        if item in _SCALARS:
-            size = struct.calcsize(_SCALARS[item])
-            if n * size > len(self.data) - self.at:
-                raise GGUFError(f"truncated: an array of {n} items at {self.at}")
-            raw = self.take(n * size) if n <= KEEP_ARRAY_ITEMS else None
-            if raw is None:
-                self.at += n * size
-                return f"<{n} items>"
-            return [struct.unpack_from(_SCALARS[item], raw, i * size)[0] for i in range(n)]
-        if item != _STRING:  # arrays of arrays exist in the format, not in any model file
-            raise GGUFError(f"corrupt: array of type {item}")
-        if n * 8 > len(self.data) - self.at:
-            raise GGUFError(f"truncated: an array of {n} strings at {self.at}")
-        kept = [s for i in range(n) if (s := self.string()) is not None and i < KEEP_ARRAY_ITEMS]
-        return kept if n <= KEEP_ARRAY_ITEMS else f"<{n} items>"
+        # arrays of arrays exist in the format, not in any model file
+        _refuse(item != _STRING and item not in _SCALARS, f"corrupt: array of type {item}")
+        size = struct.calcsize(_SCALARS.get(item, "<Q"))  # a string is at least its length
+        _refuse(n * size > len(self.data) - self.at, f"truncated: an array of {n} items at {self.at}")
+        if n <= KEEP_ARRAY_ITEMS:
+            return [self.value(item) for _ in range(n)]
+        if item == _STRING:
+            for _ in range(n):
+                self.string()
+        else:
+            self.at += n * size
+        return f"<{n} items>"
 
 
-def tensor_bytes(shape: Iterable[int], type_name: str) -> int:
+def tensor_bytes(shape: tuple[int, ...], type_name: str) -> int:
     """Bytes of a tensor of `shape` (fastest dimension first) in ggml type `type_name`.
 
     Raises GGUFError if its rows do not divide into the type's blocks.
     """
-    shape = tuple(shape)
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
-    if shape[0] % block:
-        raise GGUFError(f"a row of {shape[0]} does not divide into {type_name} blocks of {block}")
+    _refuse(shape[0] % block, f"a row of {shape[0]} does not divide into {type_name} blocks of {block}")
     return prod(shape) // block * size
 
 
@@ -185,51 +181,46 @@ def read_header(path: str | Path) -> Header:
 def _parse(path: Path, size: int, data: mmap.mmap) -> Header:
     c = _Cursor(data)
     magic = c.take(4)
-    if magic != b"GGUF":
-        raise GGUFError(f"not a GGUF file (it starts with {magic!r})")
+    _refuse(magic != b"GGUF", f"not a GGUF file (it starts with {magic!r})")
     version = c.scalar("<I")
-    if version not in (2, 3):
-        raise GGUFError(f"GGUF version {version} (2 and 3 are read; a big-endian file reads as a huge version)")
+    _refuse(
+        version not in (2, 3), f"GGUF version {version} (2 and 3 are read; a big-endian file reads as a huge version)"
+    )
     n_tensors, n_keys = c.scalar("<Q"), c.scalar("<Q")
-    if n_tensors > MAX_TENSORS or n_keys > MAX_KEYS:
-        raise GGUFError(f"corrupt: {n_tensors} tensors and {n_keys} keys announced")
-    if n_tensors == 0:
-        raise GGUFError("it holds no tensors")
+    _refuse(n_tensors > MAX_TENSORS or n_keys > MAX_KEYS, f"corrupt: {n_tensors} tensors and {n_keys} keys announced")
+    _refuse(n_tensors == 0, "it holds no tensors")
 
     metadata: dict[str, Any] = {}
     for _ in range(n_keys):
         key = c.string()
-        if key in metadata:
-            raise GGUFError(f"corrupt: key {key!r} twice")
+        _refuse(key in metadata, f"corrupt: key {key!r} twice")
         metadata[key] = c.value(c.scalar("<I"))
-    if not metadata.get("general.architecture"):
-        raise GGUFError("corrupt: no general.architecture")
+    _refuse(not metadata.get("general.architecture"), "corrupt: no general.architecture")
 
     infos = []
     for _ in range(n_tensors):
         name, n_dims = c.string(), c.scalar("<I")
-        if not 1 <= n_dims <= 4:
-            raise GGUFError(f"corrupt: tensor {name!r} has {n_dims} dimensions")
+        _refuse(not 1 <= n_dims <= 4, f"corrupt: tensor {name!r} has {n_dims} dimensions")
         shape = tuple(c.scalar("<Q") for _ in range(n_dims))
         kind, offset = c.scalar("<I"), c.scalar("<Q")
-        if kind not in GGMLQuantizationType._value2member_map_:
-            raise GGUFError(f"tensor {name!r} has type {kind}, which this reader does not know")
-        if min(shape) < 1 or prod(shape) > 1 << 48:
-            raise GGUFError(f"corrupt: tensor {name!r} has shape {shape}")
+        _refuse(
+            kind not in GGMLQuantizationType._value2member_map_,
+            f"tensor {name!r} has type {kind}, which this reader does not know",
+        )
+        _refuse(min(shape) < 1 or prod(shape) > 1 << 48, f"corrupt: tensor {name!r} has shape {shape}")
         infos.append((name, shape, GGMLQuantizationType(kind).name, offset))
 
     align = metadata.get("general.alignment", 32)
-    if not isinstance(align, int) or align < 1 or align & (align - 1) or align > 1 << 20:
-        raise GGUFError(f"corrupt: alignment {align!r}")
+    _refuse(
+        not isinstance(align, int) or align < 1 or align & (align - 1) or align > 1 << 20,
+        f"corrupt: alignment {align!r}",
+    )
     start = -(-c.at // align) * align
     tensors = tuple(Tensor(n, s, t, tensor_bytes(s, t), start + o) for n, s, t, o in infos)
-    if len({t.name for t in tensors}) != len(tensors):
-        raise GGUFError("corrupt: a tensor name stands twice")
+    _refuse(len({t.name for t in tensors}) != len(tensors), "corrupt: a tensor name stands twice")
     end = start
     for t in sorted(tensors, key=lambda t: t.offset):
-        if t.offset % align or t.offset < end:
-            raise GGUFError(f"corrupt: tensor {t.name!r} overlaps or is not aligned")
+        _refuse(t.offset % align or t.offset < end, f"corrupt: tensor {t.name!r} overlaps or is not aligned")
         end = t.offset + t.nbytes
-    if end > size:
-        raise GGUFError(f"truncated: the tensors need {end} bytes, the file has {size}")
+    _refuse(end > size, f"truncated: the tensors need {end} bytes, the file has {size}")
     return Header(path, size, metadata, tensors)

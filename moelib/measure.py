@@ -3,41 +3,64 @@
 A run that fails is recorded and the rest go on; running again repeats nothing that is done.
 """
 
-from __future__ import annotations
-
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
-from moelib import audit, device, engine, files, gguf_file, host, models, params, process, quantize, record, run, study
+from moelib import audit, device, engine, files, models, notebook, process, quantize, record, run, study
+
+log = logging.getLogger(__name__)
 
 
-def measure(folder: study.Folder, cell: study.Cell, engine_path: str | None = None) -> Iterator[record.Record]:
+class Setup(NamedTuple):
+    """What the runs of a cell share, in the order that `run.execute` takes it."""
+
+    quantised: quantize.Quantised
+    llama: engine.Engine
+    where: device.Device
+    work: Path
+
+
+def measure(folder: study.Folder, cell: study.Cell) -> Iterator[record.Record]:
     """Make the cell's file, then do every run that has no valid record; yield each run's record as it stands.
 
     A run that fails is recorded and the next one goes on. Raises what stands in the way of all of them: no engine,
     no device, no source, no disk.
     """
-    llama = engine.find(engine_path)
+    llama = engine.find()
     where = device.choose(folder.study.device, llama)
     folder.work.mkdir(parents=True, exist_ok=True)
     # one measurement at a time on a device, whichever clone or study asks: they would slow each other
     held = Path(tempfile.gettempdir()) / f"moelib-{os.getuid()}" / f"{where.identity()['uuid'] or 'host'}.lock"
-    with files.lock(held, f"device {where.kind}", wait_s=30), scratch(folder) as work:
+    with files.lock(held, f"device {where.kind}", wait_s=30), _scratch(folder) as work:
         process.sweep(folder.work)
-        quantised = prepare(folder, cell, llama, work)
+        quantised = quantize.make(models.make_twin(cell.model, folder.study.scale), cell.quant, llama, work)
+        if folder.sheet(cell) != quantised.sheet:
+            files.write_json(folder.sheet_path(cell), quantised.sheet)
+        setup = Setup(quantised, llama, where, work)
         records = folder.records(set_aside=True)
-        _same_setup(records, cell, llama, where, quantised)
+        _same_setup([r for r in records if r.done and r.cell == cell.name], setup)
         for specs in cell.blocks:
-            yield from _measure_block(folder, specs, records, quantised, llama, where, work)
+            found = study.found(specs, records)
+            # runs that are valid one by one but do not fit together are all done again
+            whole = all(r and r.done for r in found)
+            again = whole and not all(c.passed for c in audit.block(found))
+            for spec, there in zip(specs, found, strict=True):
+                if not there or not there.done or again:
+                    attempt = 1 + max((r.attempt for r in records if r.key == record.spec_key(spec)), default=0)
+                    there = _perform(folder, spec, attempt, setup)
+                    records.append(there)
+                yield there
 
 
 @contextmanager
-def scratch(folder: study.Folder) -> Iterator[Path]:
+def _scratch(folder: study.Folder) -> Iterator[Path]:
     """A working folder of this process, removed at the end."""
     work = folder.work / str(os.getpid())
     work.mkdir(parents=True, exist_ok=True)
@@ -47,55 +70,12 @@ def scratch(folder: study.Folder) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def prepare(folder: study.Folder, cell: study.Cell, llama: engine.Engine, work: Path) -> quantize.Quantised:
-    """The cell's quantised file, made if need be, and its sheet in the study's folder."""
-    source = models.make_twin(cell.model, folder.study.scale)
-    quantised = quantize.make(source, cell.quant, llama, work)
-    path = folder.path / "quants" / f"{cell.model}-{cell.quant}.json"
-    if folder.sheet(cell) != quantised.sheet:
-        files.write_json(path, quantised.sheet)
-    return quantised
-
-
-def _measure_block(
-    folder: study.Folder,
-    specs: tuple[run.Spec, ...],
-    records: list[record.Record],
-    quantised: quantize.Quantised,
-    llama: engine.Engine,
-    where: device.Device,
-    work: Path,
-) -> Iterator[record.Record]:
-    latest = study.standing(records)
-    found = [latest.get(record.spec_key(s)) for s in specs]
-    whole = all(r is not None and r.done for r in found)
-    # runs that are valid one by one but do not fit together are all done again
-    again = whole and not all(c.passed for c in audit.block(found))
-    for spec, there in zip(specs, found, strict=True):
-        if there is not None and there.done and not again:
-            yield there
-            continue
-        made = perform(folder, spec, quantised, llama, where, work, records)
-        records.append(made)
-        yield made
-
-
-def perform(
-    folder: study.Folder,
-    spec: run.Spec,
-    quantised: quantize.Quantised,
-    llama: engine.Engine,
-    where: device.Device,
-    work: Path,
-    records: list[record.Record],
-) -> record.Record:
+def _perform(folder: study.Folder, spec: run.Spec, attempt: int, setup: Setup) -> record.Record:
     """Do one run and write its record, whatever comes of it."""
-    attempt = 1 + max((r.attempt for r in records if r.key == record.spec_key(spec)), default=0)
-    name = record.run_id(spec, attempt)
+    name, llama = record.run_id(spec, attempt), setup.llama
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    outcome = run.execute(spec, quantised, llama, where, work)
-    checks: tuple[audit.Check, ...] = ()
-    status, reasons = "failed", (outcome.reason,) if outcome.reason else ()
+    outcome = run.execute(spec, *setup)
+    status, reasons, checks = "failed", (outcome.reason,) if outcome.reason else (), ()
     if outcome.observation is not None:
         checks = audit.run(spec, outcome.observation)
         status, reasons = audit.verdict(checks)
@@ -106,10 +86,10 @@ def perform(
         reasons=reasons,
         message=outcome.message,
         spec=spec,
-        sheet=quantised.sheet,
+        sheet=setup.quantised.sheet,
         engine={"build": llama.build, "version": llama.version, "server_sha256": llama.server_sha256},
-        device=where.identity(),
-        host=host.facts(),
+        device=setup.where.identity(),
+        host=process.facts(),
         started_utc=started,
         observed=outcome.observation,
         audit=checks,
@@ -118,39 +98,18 @@ def perform(
     return record.write(folder.path, made)
 
 
-def _same_setup(
-    records: list[record.Record],
-    cell: study.Cell,
-    llama: engine.Engine,
-    where: device.Device,
-    quantised: quantize.Quantised,
-) -> None:
+def _same_setup(done: list[record.Record], setup: Setup) -> None:
     """Refuse to add runs to those of another engine, device or file: they could not be compared."""
-    here = {"engine": llama.server_sha256, "device": where.identity()["name"], "file": quantised.sheet["sha256"]}
-    for r in records:
-        if not r.done or (r.spec.model, r.spec.quant) != (cell.model, cell.quant):
-            continue
-        there = {"engine": r.engine["server_sha256"], "device": r.device["name"], "file": r.sheet["sha256"]}
+    here = (setup.llama.server_sha256, setup.where.identity()["name"], setup.quantised.sheet["sha256"])
+    for r in done:
+        there = (r.engine["server_sha256"], r.device["name"], r.sheet["sha256"])
         if there != here:
-            differ = ", ".join(k for k in here if here[k] != there[k])
+            parts = zip(("engine", "device", "file"), here, there, strict=True)
+            differ = ", ".join(part for part, a, b in parts if a != b)
             raise study.StudyError(
                 f"the study has runs with another {differ} ({r.run_id}); finish it with that one, "
                 "or move the study's folder away and start anew"
             )
-
-
-USABLE_ERRORS = (
-    study.StudyError,
-    engine.EngineError,
-    device.DeviceError,
-    files.FileError,
-    quantize.QuantizeError,
-    gguf_file.GGUFError,
-    params.ParamsError,
-    process.ProcessError,
-    record.RecordError,
-)
-"""What measuring raises with a message meant for people."""
 
 
 def require_complete(status: study.Status) -> None:
@@ -159,3 +118,39 @@ def require_complete(status: study.Status) -> None:
         raise study.StudyError(
             "not everything that was planned is valid; run again to retry:\n" + "\n".join(status.problems)
         )
+
+
+def select(name: str, cell: str | None = None) -> tuple[study.Folder, list[study.Cell]]:
+    """The study's folder and its cells, or the one named MODEL/QUANT. Raises ParamsError."""
+    folder = study.Folder(name)
+    if cell is None:
+        return folder, folder.cells
+    model, _, quant = cell.partition("/")
+    return folder, [folder.cell(model, quant)]
+
+
+def done(folder: study.Folder, cells: list[study.Cell]) -> int:
+    """How many of the cells' runs have a valid record."""
+    here = {c.name for c in cells}
+    return sum(r.done and r.cell in here for r in study.standing(folder.records()).values())
+
+
+def run_cells(folder: study.Folder, cells: list[study.Cell], say: Callable[[str], object] = log.info) -> list[str]:
+    """Execute the notebook of every cell that is not done; a cell that fails leaves the rest running.
+
+    `say` is told of each cell as its turn comes. Returns what has no valid result, run by run, with reasons.
+    """
+    problems = []
+    for i, cell in enumerate(cells):
+        out = folder.path / "notebooks" / f"{cell.file_name}.ipynb"
+        if not (folder.status(cell).complete and notebook.is_whole(out)):
+            say(f"{cell.name} ({i + 1} of {len(cells)})")
+            try:
+                parameters = {"study": folder.study.name, "model": cell.model, "quant": cell.quant}
+                notebook.execute("run", out, parameters, progress=False)
+            except notebook.NotebookError as err:
+                log.error("%s: %s", cell.name, err)
+                if folder.status(cell).complete:
+                    problems.append(f"{cell.name}: its runs are valid, its notebook is not: {err}")
+        problems += folder.status(cell).problems
+    return problems

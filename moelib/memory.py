@@ -3,8 +3,6 @@
 A value is never a bare number: it has a status, a method and reasons from a closed list, and an unknown one is None.
 """
 
-from __future__ import annotations
-
 from moelib.engine import Report
 from moelib.files import stored
 
@@ -72,9 +70,7 @@ def reconcile(kind: str, readings: list[Reading], idle: Reading, report: Report,
     kind: cuda, loopback or none. idle: a reading before the run. peak_bytes: the system's own record of the device
     process's peak (loopback), None where it keeps none.
     """
-    engine = report.device_bytes()
-    reasons: list[str] = []
-    value, method = None, None
+    engine, reasons = report.device_bytes(), []
     if kind == "none":
         return Memory(None, "degraded", None, ("no-device",), engine, None, ())
     if kind == "loopback":
@@ -91,10 +87,8 @@ def reconcile(kind: str, readings: list[Reading], idle: Reading, report: Report,
         growth = used - before if used is not None and before is not None else None
         foreign = any(r.foreign for r in [idle, *readings])
         if value is None:
-            value, method = growth, "nvml-device"
+            value, method = None if foreign else growth, "nvml-device"
             reasons.append("process-not-listed")
-            if foreign:
-                value = None
         elif growth is not None and not foreign and abs(growth - value) > max(AGREE_BYTES, AGREE_SHARE * value):
             reasons.append("accounts-disagree")
         if foreign:
@@ -102,12 +96,10 @@ def reconcile(kind: str, readings: list[Reading], idle: Reading, report: Report,
         floor, ceiling = engine, (engine or 0) + CONTEXT_BYTES
     invalid = []
     if value is None:
-        invalid.append("no-samples")
-    elif engine is None or floor is None:
+        invalid = ["no-samples"]
+    elif engine is None:
         reasons.append("engine-silent")
-    elif value < floor:
-        invalid.append("below-engine-buffers")
-    elif value > ceiling:
-        invalid.append("above-ceiling")
+    elif not floor <= value <= ceiling:
+        invalid = ["below-engine-buffers" if value < floor else "above-ceiling"]
     status = "invalid" if invalid else "degraded" if reasons else "valid"
     return Memory(None if invalid else value, status, method, (*invalid, *reasons), engine, before, tuple(readings))

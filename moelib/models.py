@@ -4,11 +4,10 @@ Beside each file stands a note with its SHA-256 and the file's size and time: a 
 is hashed again, and made again if it changed.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +50,15 @@ def _stat(path: Path) -> dict[str, int]:
     return {"bytes": s.st_size, "mtime_ns": s.st_mtime_ns}
 
 
+def once(path: Path, expected: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The facts of the file at `path`, by `recall` or else by `make`, which writes the file and returns its facts."""
+    with files.lock(path.with_suffix(".lock"), path.name, wait_s=3600):
+        if (facts := recall(path, expected)) is None:
+            facts = make()
+            remember(path, facts)
+    return facts
+
+
 def remember(path: Path, facts: dict[str, Any]) -> None:
     """Write the note of a finished file; `facts` hold its `sha256`."""
     files.write_json(_note(path), {"facts": facts, "file": _stat(path)})
@@ -63,8 +71,7 @@ def recall(path: Path, expected: dict[str, Any]) -> dict[str, Any] | None:
     """
     try:
         note = json.loads(_note(path).read_text())
-        facts, noted = note["facts"], note["file"]
-        now = _stat(path)
+        facts, noted, now = note["facts"], note["file"], _stat(path)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if any(facts.get(k) != v for k, v in expected.items()):
@@ -87,9 +94,9 @@ def make_twin(model: str, scale: str, seed: int = TWIN_SEED, out: Path | None = 
     geometry = entry.at_scale(scale)
     path = out or folder(model, "twin", scale) / f"{model}-F16.gguf"
     facts = {"model": model, "seed": seed, "geometry": geometry.model_dump(), "weights": "twin"}
-    with files.lock(path.with_suffix(".lock"), path.name, wait_s=3600):
-        known = recall(path, facts)
-        if known is None:
-            known = {**facts, "sha256": twin.write(path, geometry, title=entry.title, seed=seed)}
-            remember(path, known)
+
+    def make() -> dict[str, Any]:
+        return {**facts, "sha256": twin.write(path, geometry, title=entry.title, seed=seed)}
+
+    known = once(path, facts, make)
     return Source(model, "twin", scale, gguf_file.read_header(path), known["sha256"])

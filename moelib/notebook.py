@@ -1,23 +1,32 @@
-"""Notebooks through papermill: parameters checked before any work, executed copies that are whole or not believed."""
+"""Notebooks through papermill: parameters checked before any work, executed copies that are whole or not believed.
 
-from __future__ import annotations
+An executed analysis becomes document, figures and provenance; the same input gives the same bytes.
+"""
 
 import ast
 import contextlib
 import json
-import logging
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from moelib import params
-
-log = logging.getLogger(__name__)
+from moelib import files, params, study
 
 INJECTED = "# Parameters"  # papermill's comment on the cell that it adds
+DOCUMENT = "MOE-TECHNICAL-VALIDATION.md"
+FIGURES = "figures"
+
+# The document shows results; the code that made them is in the notebook. A figure's alternative text is in its output.
+TEMPLATE = """{%- extends 'markdown/index.md.j2' -%}
+{% block input %}{% endblock input %}
+{% block data_png %}
+![{{ output.metadata.alt }}]({{ output.metadata.filenames['image/png'] | path2url }})
+{% endblock data_png %}
+"""
 
 
-class NotebookError(RuntimeError):
+class NotebookError(params.UserError):
     """A notebook was called or went wrong; the message says how."""
 
 
@@ -59,15 +68,11 @@ def execute(name: str, out: Path, parameters: dict[str, Any], progress: bool = T
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     # relative paths: papermill writes them into the executed copy
+    to = out.relative_to(root.resolve()) if out.is_relative_to(root.resolve()) else out
     with contextlib.chdir(root):
         try:
-            to = out.relative_to(root.resolve())
-        except ValueError:
-            to = out
-        try:
-            papermill.execute_notebook(
-                str(source), str(to), parameters=parameters, progress_bar=progress, kernel_name="python3"
-            )
+            how = {"progress_bar": progress, "kernel_name": "python3"}
+            papermill.execute_notebook(str(source), str(to), parameters, **how)
         except PapermillException as err:
             raise NotebookError(f"{out.name}: {_last_line(err)}") from None
         except Exception as err:  # a dead kernel, a lost connection: many types, one meaning
@@ -80,11 +85,10 @@ def _last_line(err: BaseException) -> str:
 
 
 def is_whole(path: Path) -> bool:
-    try:
+    with contextlib.suppress(NotebookError):
         require_whole(path)
-    except NotebookError:
-        return False
-    return True
+        return True
+    return False
 
 
 def require_whole(path: Path) -> None:
@@ -99,9 +103,49 @@ def require_whole(path: Path) -> None:
     code = [c for c in cells if c["cell_type"] == "code" and "".join(c["source"]).strip()]
     for i, cell in enumerate(code):
         errors = [o["evalue"] for o in cell["outputs"] if o["output_type"] == "error"]
-        if errors:
-            raise NotebookError(f"{path.name}: code cell {i + 1} failed: {errors[0]}")
-        if cell["execution_count"] is None:
-            raise NotebookError(f"{path.name}: code cell {i + 1} was not executed")
+        if errors or cell["execution_count"] is None:
+            what = f"failed: {errors[0]}" if errors else "was not executed"
+            raise NotebookError(f"{path.name}: code cell {i + 1} {what}")
     if not code:
         raise NotebookError(f"{path.name} has no code cells")
+
+
+def render(executed: Path, folder: Path) -> Path:
+    """Write the document of an executed notebook into `folder` and return its path.
+
+    Beside it: `figures/`, and `provenance.json`, which names the records of every table. Raises NotebookError if the
+    notebook is not whole or shows something that Markdown cannot hold.
+    """
+    import nbformat
+    from nbconvert import MarkdownExporter
+
+    require_whole(executed)
+    book = nbformat.read(executed, as_version=4)
+    provenance = {}
+    for cell in book.cells:
+        for out in cell.get("outputs", []):
+            if out.output_type == "stream":
+                raise NotebookError(f"{executed.name} prints: {out.text[:120]!r}; the document cannot hold it")
+            if told := out.get("metadata", {}).get("moelib"):
+                provenance[told["table"]] = told["records"]
+    exporter = MarkdownExporter(raw_template=TEMPLATE)
+    text, resources = exporter.from_notebook_node(book, resources={"output_files_dir": FIGURES})
+    text = re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.splitlines())).strip() + "\n"
+    if str(params.root().resolve()) in text:
+        raise NotebookError(f"the document of {executed.name} names a folder of this machine")
+    for stale in (folder / FIGURES).glob("*.png"):
+        stale.unlink()
+    for name, data in resources.get("outputs", {}).items():
+        files.write_bytes(folder / name, data)
+    files.write_json(folder / "provenance.json", provenance)
+    files.write_bytes(folder / DOCUMENT, text.encode())
+    return folder / DOCUMENT
+
+
+def report(name: str, progress: bool = True) -> Path:
+    """Rebuild the document of study `name` from its records alone. Raises StudyError if there are none."""
+    path = study.outputs() / name
+    study.results(path)
+    executed = path / "notebooks" / "analysis.ipynb"
+    execute("analysis", executed, {"study": name}, progress)
+    return render(executed, path)

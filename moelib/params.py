@@ -3,13 +3,12 @@
 Unknown keys and names are refused with the allowed values, before any work starts.
 """
 
-from __future__ import annotations
-
 import os
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
@@ -20,7 +19,11 @@ QUANTS = ("Q4_K_M", "Q2_K", "Q8_0")
 DEVICES = ("auto", "cuda", "loopback", "none")
 
 
-class ParamsError(ValueError):
+class UserError(Exception):
+    """Raised with a message meant for people: the command line shows it without a traceback."""
+
+
+class ParamsError(UserError, ValueError):
     """A name or a file in `params/` is wrong; the message lists what is allowed."""
 
 
@@ -49,7 +52,7 @@ class Geometry(Strict):
     original_context_length: PositiveInt | None = None
 
     @model_validator(mode="after")
-    def _divides(self) -> Geometry:
+    def _divides(self) -> Self:
         if self.embedding_length % self.head_count or self.head_count % self.head_count_kv:
             raise ValueError("embedding_length must divide by head_count, and head_count by head_count_kv")
         if self.expert_used_count > self.expert_count:
@@ -58,7 +61,7 @@ class Geometry(Strict):
             raise ValueError("leading_dense_block_count is more than block_count")
         return self
 
-    def scaled(self, factor: float) -> Geometry:
+    def scaled(self, factor: float) -> Self:
         """Blocks, widths and vocabulary times `factor` (0 < factor <= 1); experts, head size and quirks stay.
 
         A width that k-quants (rows of 256) cannot take stays one that they cannot take.
@@ -67,29 +70,22 @@ class Geometry(Strict):
             raise ParamsError(f"scale {factor} is not in (0, 1]")
         if factor == 1:
             return self
-        head = self.embedding_length // self.head_count
-        heads = max(2, round(self.head_count * factor / 2) * 2)
+
+        def times(n: int, step: int, least: int) -> int:
+            return max(least, round(n * factor / step) * step)
+
+        heads = times(self.head_count, 2, 2)
         heads_kv = max(1, round(heads * self.head_count_kv / self.head_count))
         while heads % heads_kv:
             heads_kv -= 1
-
-        def width(n: int) -> int:
-            if n % 256 == 0:
-                return max(256, round(n * factor / 256) * 256)
-            w = max(32, round(n * factor / 32) * 32)
-            return w if w % 256 else w + 32
-
-        return self.model_copy(
-            update={
-                "block_count": max(self.leading_dense_block_count + 1, round(self.block_count * factor)),
-                "embedding_length": heads * head,
-                "head_count": heads,
-                "head_count_kv": heads_kv,
-                "feed_forward_length": width(self.feed_forward_length),
-                "expert_feed_forward_length": width(self.expert_feed_forward_length),
-                "vocab_size": max(512, round(self.vocab_size * factor / 32) * 32),
-            }
-        )
+        changed = {"head_count": heads, "head_count_kv": heads_kv, "vocab_size": times(self.vocab_size, 32, 512)}
+        changed["block_count"] = times(self.block_count, 1, self.leading_dense_block_count + 1)
+        changed["embedding_length"] = heads * (self.embedding_length // self.head_count)
+        for name in ("feed_forward_length", "expert_feed_forward_length"):
+            step = 32 if getattr(self, name) % 256 else 256
+            width = times(getattr(self, name), step, step)
+            changed[name] = width + 32 if step == 32 and width % 256 == 0 else width
+        return self.model_copy(update=changed)
 
 
 class Model(Strict):
@@ -104,16 +100,14 @@ class Model(Strict):
         """Geometry at `full`, at a named scale, or at a factor such as `0.25`. Raises ParamsError."""
         if self.geometry is None:
             raise ParamsError(f"{self.name} is excluded: {self.excluded}")
-        if scale == "full":
-            return self.geometry
-        if scale in self.scales:
-            return Geometry.model_validate({**self.geometry.model_dump(), **self.scales[scale]})
-        if re.fullmatch(r"[0-9.]+", scale):
+        scales = {"full": {}, **self.scales}
+        if scale not in scales and re.fullmatch(r"[0-9.]+", scale):
             try:
                 return self.geometry.scaled(float(scale))
             except ValueError as err:
                 raise ParamsError(f"scale {scale!r} of {self.name}: {err}") from None
-        raise _unknown("scale", scale, ["full", *self.scales, "a factor in (0, 1]"])
+        _known("scale", scale, list(scales), also=", a factor in (0, 1]")
+        return Geometry.model_validate({**self.geometry.model_dump(), **scales[scale]})
 
 
 class Workload(Strict):
@@ -158,7 +152,7 @@ class Study(Strict):
     seed: int = Field(ge=0)
 
     @model_validator(mode="after")
-    def _unique(self) -> Study:
+    def _unique(self) -> Self:
         for field in ("models", "quants", "workloads", "arms"):
             values = getattr(self, field)
             if len(set(values)) != len(values):
@@ -170,22 +164,23 @@ class Study(Strict):
 
 def root() -> Path:
     """Folder that holds `params/` and `outputs/`: $MOELIB_HOME, or the clone this package is installed from."""
-    home = os.environ.get("MOELIB_HOME")
-    return Path(home) if home else Path(__file__).resolve().parent.parent
+    return Path(os.environ.get("MOELIB_HOME") or Path(__file__).resolve().parent.parent)
 
 
-def _unknown(kind: str, name: str, allowed: list[str]) -> ParamsError:
-    return ParamsError(f"unknown {kind} {name!r}; allowed: {', '.join(allowed)}")
+def _known(kind: str, name: str, allowed: Sequence[str], also: str = "") -> str:
+    if name not in allowed:
+        raise ParamsError(f"unknown {kind} {name!r}; allowed: {', '.join(allowed)}{also}")
+    return name
 
 
 T = TypeVar("T", bound=Strict)
 
 
-def _build(cls: type[T], where: str, data: Any, **extra: Any) -> T:
+def _build(cls: type[T], where: str, data: Any, name: str) -> T:
     if not isinstance(data, dict):
         raise ParamsError(f"{where}: expected a mapping, found {type(data).__name__}")
     try:
-        return cls.model_validate({**data, **extra})
+        return cls.model_validate({**data, "name": name})
     except ValidationError as err:
         lines = [f"{'.'.join(map(str, e['loc'])) or 'entry'}: {e['msg']}" for e in err.errors()]
         raise ParamsError(f"{where}: " + "; ".join(lines)) from None
@@ -203,13 +198,7 @@ def _yaml(path: Path) -> Any:
 
 def _entry(cls: type[T], kind: str, file: str, name: str) -> T:
     entries = _yaml(root() / "params" / file)
-    if name not in entries:
-        raise _unknown(kind, name, sorted(entries))
-    return _build(cls, f"params/{file}, {name}", entries[name], name=name)
-
-
-def model_names() -> list[str]:
-    return list(_yaml(root() / "params" / "models.yaml"))
+    return _build(cls, f"params/{file}, {name}", entries[_known(kind, name, sorted(entries))], name)
 
 
 def model(name: str) -> Model:
@@ -223,9 +212,7 @@ def workload(name: str) -> Workload:
 
 def quant(name: str) -> str:
     """`name` itself, if a study may ask for it."""
-    if name not in QUANTS:
-        raise _unknown("quant", name, list(QUANTS))
-    return name
+    return _known("quant", name, QUANTS)
 
 
 def study_names() -> list[str]:
@@ -234,9 +221,8 @@ def study_names() -> list[str]:
 
 def study(name: str) -> Study:
     """The study `params/studies/<name>.yaml` with every name in it checked. Raises ParamsError."""
-    if name not in study_names():
-        raise _unknown("study", name, study_names())
-    found = _build(Study, f"params/studies/{name}.yaml", _yaml(root() / "params/studies" / f"{name}.yaml"), name=name)
+    path = f"params/studies/{_known('study', name, study_names())}.yaml"
+    found = _build(Study, path, _yaml(root() / path), name)
     for m in found.models:
         model(m).at_scale(found.scale)
     for w in found.workloads:

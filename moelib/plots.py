@@ -1,7 +1,5 @@
 """Frames -> figures. Each function draws one and returns it; `show` puts it into a notebook under a name."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Sequence
@@ -11,8 +9,8 @@ import pandas as pd
 
 from moelib import analyse
 from moelib.record import Record
+from moelib.stats import byte_unit
 from moelib.study import Results
-from moelib.units import byte_unit
 
 COLOURS = ["#3b6fb6", "#d1742f", "#4f9a6b", "#8d6cb3"]
 DPI = 144
@@ -37,23 +35,6 @@ def show(figure: Any, name: str, alt: str) -> None:
     display(data, raw=True, metadata={"filename": name, "alt": alt})
 
 
-def _arm(frame: pd.DataFrame) -> pd.DataFrame:
-    many = frame.load_mode.nunique() > 1
-    return frame.assign(arm=frame.placement + ("/" + frame.load_mode if many else ""))
-
-
-def _bars(axis: Any, frame: pd.DataFrame, y: str, quants: Sequence[str], arms: Sequence[str]) -> None:
-    """Bars of means with every value as a dot on them: a handful of values needs no summary beside itself."""
-    import seaborn as sns
-
-    common = {"data": frame, "x": "quant", "y": y, "hue": "arm", "order": quants, "hue_order": arms, "ax": axis}
-    sns.barplot(**common, palette=COLOURS[: len(arms)], errorbar=None, alpha=0.75, legend=False)
-    sns.stripplot(
-        **common, palette=["#222222"] * len(arms), dodge=True, size=3.2, alpha=0.8, jitter=False, legend=False
-    )
-    axis.set_xlabel("")
-
-
 def _legend(figure: Any, arms: Sequence[str]) -> None:
     from matplotlib.patches import Patch
 
@@ -62,13 +43,19 @@ def _legend(figure: Any, arms: Sequence[str]) -> None:
 
 
 def _facets(results: Results, frame: pd.DataFrame, y: str, label: str) -> Any:
-    frame = _arm(frame)
+    """Bars of means with every value as a dot on them: a handful of values needs no summary beside itself."""
+    import seaborn as sns
+
+    many = frame.load_mode.nunique() > 1
+    frame = frame.assign(arm=frame.placement + ("/" + frame.load_mode if many else ""))
     arms = list(dict.fromkeys(frame.sort_values("placement").arm))
+    how = {"x": "quant", "y": y, "hue": "arm", "order": results.study.quants, "hue_order": arms, "legend": False}
     figure, axes = _axes(len(results.study.models))
     for axis, model in zip(axes, results.study.models, strict=True):
-        _bars(axis, frame[frame.model == model], y, results.study.quants, arms)
-        axis.set_title(model)
-        axis.set_ylabel(label if axis is axes[0] else "")
+        how |= {"data": frame[frame.model == model], "ax": axis}
+        sns.barplot(**how, palette=COLOURS[: len(arms)], errorbar=None, alpha=0.75)
+        sns.stripplot(**how, palette=["#222222"] * len(arms), dodge=True, size=3.2, alpha=0.8, jitter=False)
+        axis.set(title=model, xlabel="", ylabel=label if axis is axes[0] else "")
     _legend(figure, arms)
     return figure
 
@@ -95,7 +82,7 @@ def first_token(results: Results, workload: str) -> Any:
 
 def trade(results: Results, workload: str) -> Any:
     """What offloading trades: an arrow from baseline to each offload arm, device memory across, decode rate up."""
-    memory, rate = (analyse.compare(results, q) for q in (analyse.device_memory(), analyse.decode_rate(workload)))
+    memory, rate = (analyse.compare(results, q) for q in (analyse.device_memory, analyse.decode_rate(workload)))
     known = [(m, r) for m, r in zip(memory, rate, strict=True) if m.baseline and r.baseline]
     name, unit = byte_unit(max((m.baseline.value for m, _ in known), default=0))
     figure, axes = _axes(len(results.study.models), 3.8)
@@ -110,8 +97,7 @@ def trade(results: Results, workload: str) -> Any:
             axis.annotate(m.quant, start, textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8)
         axis.set(title=model, xlabel=f"device memory, {name}", ylabel="tokens/s" if axis is axes[0] else "")
         axis.margins(0.15)
-        axis.set_xlim(left=0)
-        axis.set_ylim(bottom=0)
+        axis.set(xlim=(0, None), ylim=(0, None))
     _legend(figure, ["baseline", "experts on the CPU"])
     return figure
 
@@ -126,24 +112,20 @@ def tokens_over_time(records: Sequence[Record], workload: str) -> Any:
                 if q.workload == workload:
                     style = {"color": COLOURS[arms.index(arm)], "alpha": 0.8, "lw": 1, "ls": "-" if q.index else ":"}
                     axis.plot([t * 1000 for t in q.token_s], q.token_n, **style)
-        axis.set(title=arm, xlabel="ms since the request", ylabel="tokens" if axis is axes[0] else "")
-        axis.set_xlim(left=0)
+        axis.set(title=arm, xlabel="ms since the request", ylabel="tokens" if axis is axes[0] else "", xlim=(0, None))
     return figure
 
 
 def memory_over_time(records: Sequence[Record]) -> Any:
     """Device memory against time since the start of each run; a line a run."""
     known = [r for r in records if r.observed and any(x.process_bytes for x in r.observed.memory.readings)]
-    figure, axes = _axes(2, 3.0)
-    axis = axes[0]
-    figure.delaxes(axes[1])
-    largest = max((x.process_bytes or 0 for r in known for x in r.observed.memory.readings), default=0)
-    name, unit = byte_unit(largest)
+    figure, (axis, other) = _axes(2, 3.0)
+    figure.delaxes(other)
+    name, unit = byte_unit(max((x.process_bytes or 0 for r in known for x in r.observed.memory.readings), default=0))
     arms = sorted({r.spec.arm for r in known})
     for r in known:
         points = [(x.t_s, x.process_bytes / unit) for x in r.observed.memory.readings if x.process_bytes]
         axis.plot(*zip(*points, strict=True), color=COLOURS[arms.index(r.spec.arm)], alpha=0.8, lw=1)
-    axis.set(xlabel="s since the run's start", ylabel=f"device memory, {name}")
-    axis.set_ylim(bottom=0)
+    axis.set(xlabel="s since the run's start", ylabel=f"device memory, {name}", ylim=(0, None))
     _legend(figure, arms)
     return figure

@@ -1,21 +1,29 @@
-"""Supervised children: own log file, deadline, clean end, and no orphan however the parent dies."""
+"""Supervised children: own log file, deadline, clean end, and no orphan however the parent dies.
 
-from __future__ import annotations
+Also what the machine says of itself, as every record names it.
+"""
 
+import functools
 import json
 import os
+import platform
 import re
 import secrets
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
+
+from moelib import __version__, params
 
 POLL_S = 0.005
 
@@ -34,7 +42,7 @@ _LAUNCH = (
 )
 
 
-class ProcessError(RuntimeError):
+class ProcessError(params.UserError):
     """A child did not do what was expected. `reason` is a code for the record, the message is for people."""
 
     def __init__(self, reason: str, message: str):
@@ -49,24 +57,25 @@ class Exit:
     """True if it did not end by itself or by SIGTERM within the grace time."""
 
 
+def inherited() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k in ENV_ALLOWED}
+
+
 def environment(scratch: Path, extra: dict[str, str] | None = None) -> dict[str, str]:
     """A child's environment: the allow-list, empty configuration folders, and `extra`."""
-    env = {k: os.environ[k] for k in ENV_ALLOWED if k in os.environ}
-    for name in ("XDG_CONFIG_HOME", "XDG_CACHE_HOME"):
-        folder = scratch / name.lower()
+    own = {name: scratch / name.lower() for name in ("XDG_CONFIG_HOME", "XDG_CACHE_HOME")}
+    for folder in own.values():
         folder.mkdir(parents=True, exist_ok=True)
-        env[name] = str(folder)
-    return {**env, **(extra or {})}
+    return {**inherited(), **{k: str(v) for k, v in own.items()}, **(extra or {})}
 
 
-class Child:
+class Child(AbstractContextManager):
     """One running tool. Use as a context manager: leaving it ends the tool. `cpus`: the only ones it may use."""
 
     def __init__(self, argv: list[str], log: Path, env: dict[str, str], cpus: Sequence[int] = ()):
         self.argv, self.log, self.exit = argv, log, None
         log.parent.mkdir(parents=True, exist_ok=True)
-        only = ",".join(map(str, cpus))
-        launch = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), only, *argv]
+        launch = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), ",".join(map(str, cpus)), *argv]
         self.started = time.monotonic()
         with log.open("wb") as out:
             # a session of its own: Ctrl-C reaches us alone, and we end the child in order
@@ -76,9 +85,6 @@ class Child:
         self.pid = self._popen.pid
         self._note = log.with_suffix(".child.json")
         self._note.write_text(json.dumps({"child": _identity(self.pid), "parent": _identity(os.getpid())}))
-
-    def __enter__(self) -> Child:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
@@ -98,35 +104,34 @@ class Child:
 
     def check(self) -> None:
         """Raise ProcessError if the child has ended."""
-        code = self._popen.poll()
-        if code is not None:
+        if not self.running():
+            code = self._popen.returncode
             raise ProcessError("engine-ended", f"{self.name} ended with {code}; its log ends:\n{self.tail()}")
 
     def wait_for(self, pattern: str, timeout_s: float) -> re.Match[str]:
         """The first match of `pattern` in the child's log. Raises ProcessError at its end or the deadline."""
-        deadline, want = time.monotonic() + timeout_s, re.compile(pattern)
-        while True:
-            if m := want.search(self.text()):
-                return m
-            self.check()
-            if time.monotonic() > deadline:
-                raise ProcessError("engine-timeout", f"{self.name} was not ready in {timeout_s:g} s:\n{self.tail()}")
-            time.sleep(POLL_S)
+        return self._until(lambda: re.search(pattern, self.text()), "was not ready", timeout_s)
 
     def wait_listening(self, port: int, timeout_s: float) -> None:
         """Wait until the child itself listens on `port`: on a taken port another server would answer."""
-        deadline, process = time.monotonic() + timeout_s, psutil.Process(self.pid)
-        while not any(c.status == "LISTEN" and c.laddr.port == port for c in process.net_connections("tcp")):
+        tcp = functools.partial(psutil.Process(self.pid).net_connections, "tcp")
+        here = {("LISTEN", port)}
+        self._until(lambda: here & {(c.status, c.laddr.port) for c in tcp()}, "did not listen", timeout_s)
+
+    def _until(self, look: Callable[[], Any], failed: str, timeout_s: float) -> Any:
+        deadline = time.monotonic() + timeout_s
+        while not (found := look()):
             self.check()
             if time.monotonic() > deadline:
-                raise ProcessError("engine-timeout", f"{self.name} did not listen in {timeout_s:g} s:\n{self.tail()}")
+                raise ProcessError("engine-timeout", f"{self.name} {failed} in {timeout_s:g} s:\n{self.tail()}")
             time.sleep(POLL_S)
+        return found
 
     def stop(self, grace_s: float = 10.0) -> Exit:
         """End the child: SIGTERM, `grace_s` seconds, SIGKILL. Safe to call again."""
         if self.exit is None:
             killed = False
-            if self._popen.poll() is None:
+            if self.running():
                 os.killpg(self.pid, signal.SIGTERM)  # its own session: what it started ends with it
                 try:
                     self._popen.wait(grace_s)
@@ -137,6 +142,25 @@ class Child:
             self.exit = Exit(self._popen.returncode, killed)
             self._note.unlink(missing_ok=True)
         return self.exit
+
+
+@contextmanager
+def repeating(action: Callable[[], object], every_s: float) -> Iterator[None]:
+    """Call `action` every `every_s` seconds from a sleeping thread while the block runs, and once at its end."""
+    halt = threading.Event()
+
+    def follow() -> None:
+        while not halt.wait(every_s):
+            action()
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        halt.set()
+        thread.join(timeout=10)
+        action()
 
 
 def _identity(pid: int) -> list[float]:
@@ -150,6 +174,15 @@ def _running(identity: list[float]) -> psutil.Process | None:
         return process if process.create_time() == identity[1] else None
     except psutil.NoSuchProcess:
         return None
+
+
+def peak_rss(pid: int) -> int | None:
+    """The system's own record of a process's peak RSS; None where it keeps none."""
+    try:
+        m = re.search(r"^VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.M)
+    except OSError:
+        return None
+    return int(m[1]) * 1024 if m else None
 
 
 def sweep(folder: Path) -> list[int]:
@@ -189,14 +222,46 @@ def usable_cpus() -> int:
     """How many CPUs this process may use: affinity and the cgroup's quota, not the host's count."""
     n = len(cpu_ids())
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            n = min(n, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass
-    return n
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+    except (OSError, ValueError):  # no cgroup, or "max": no quota
+        return n
+    return min(n, max(1, quota // period))
 
 
 def new_key() -> str:
     """An api key for one server process; it travels in the environment and is never written down."""
     return secrets.token_hex(16)
+
+
+def _cpu_model() -> str | None:
+    try:
+        m = re.search(r"^model name[^:\n]*:(.*)", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        return platform.processor() or None
+    return m[1].strip() if m else None
+
+
+def _git(*args: str) -> str | None:
+    try:
+        how = {"cwd": params.root(), "capture_output": True, "text": True, "timeout": 20, "check": True}
+        return subprocess.run(["git", *args], **how).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+@functools.cache
+def facts() -> dict[str, Any]:
+    """CPU, RAM, system and moelib's commit. `commit` is None outside a git clone; `dirty` says whether tracked files
+    differ from it."""
+    commit = _git("rev-parse", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "cpu": _cpu_model(),
+        "cpus": usable_cpus(),
+        "ram_bytes": psutil.virtual_memory().total,
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "moelib": __version__,
+        "commit": commit,
+        "dirty": None if commit is None or changed is None else bool(changed),
+    }

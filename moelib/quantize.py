@@ -5,15 +5,12 @@ the result is checked against the source's header, hashed and only then renamed.
 file: a quant's label is not its types.
 """
 
-from __future__ import annotations
-
 import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from tqdm import tqdm
 
 from moelib import files, gguf_file, models, params, process
@@ -25,7 +22,7 @@ READY_S = 600.0
 SLOWEST_BYTES_PER_S = 2e6  # of source; far below any machine seen (25e6 on one core), so that only a hang is ended
 
 
-class QuantizeError(RuntimeError):
+class QuantizeError(params.UserError):
     """A file could not be made or is not what it should be; the message says why and what to do."""
 
 
@@ -53,13 +50,8 @@ def refuse_quantised(source: gguf_file.Header) -> None:
 
 def fallbacks(header: gguf_file.Header, quant: str) -> list[dict[str, Any]]:
     """Tensors that a k-quant could not take because their rows are not whole super-blocks, and what they became."""
-    if "_K" not in quant:
-        return []
-    return [
-        {"tensor": t.name, "columns": t.shape[0], "type": t.type}
-        for t in header.tensors
-        if t.shape[0] % SUPER_BLOCK and t.type not in UNQUANTISED
-    ]
+    fell = [t for t in header.tensors if t.shape[0] % SUPER_BLOCK and t.type not in UNQUANTISED and "_K" in quant]
+    return [{"tensor": t.name, "columns": t.shape[0], "type": t.type} for t in fell]
 
 
 def predict_bytes(engine: Engine, source: gguf_file.Header, quant: str, scratch: Path) -> int | None:
@@ -93,17 +85,11 @@ def make(source: models.Source, quant: str, engine: Engine, scratch: Path) -> Qu
     refuse_quantised(source.header)
     path = source.path.with_name(f"{source.model}-{quant}.gguf")
     expected = {"model": source.model, "quant": quant, "source_sha256": source.sha256, "engine_build": engine.build}
-    with files.lock(path.with_suffix(".lock"), path.name, wait_s=3600):
-        sheet = models.recall(path, expected)
-        if sheet is None:
-            sheet = _make(source, quant, engine, scratch, path, expected)
-            models.remember(path, sheet)
+    sheet = models.once(path, expected, lambda: expected | _make(source, quant, engine, scratch, path))
     return Quantised(gguf_file.read_header(path), sheet)
 
 
-def _make(
-    source: models.Source, quant: str, engine: Engine, scratch: Path, path: Path, expected: dict[str, Any]
-) -> dict[str, Any]:
+def _make(source: models.Source, quant: str, engine: Engine, scratch: Path, path: Path) -> dict[str, Any]:
     predicted = predict_bytes(engine, source.header, quant, scratch)
     files.need_space(path.parent, predicted or source.header.file_bytes, f"quantising to {path.name}")
     with files.replacing(path) as partial:
@@ -116,10 +102,13 @@ def _make(
         if code:
             raise QuantizeError(f"llama-quantize ended with {code} on {path.name}; its log ends:\n{child.tail()}")
         header = gguf_file.read_header(partial)
-        _check(source.header, header, quant)
+        if {t.name: t.shape for t in source.header.tensors} != {t.name: t.shape for t in header.tensors}:
+            raise QuantizeError(f"the {quant} file does not hold the source's tensors; the engine's build is suspect")
+        widest = max(header.tensors, key=lambda t: t.nbytes).type
+        if widest in UNQUANTISED:
+            raise QuantizeError(f"the {quant} file is not quantised: its largest tensor is {widest}")
         sha256 = files.sha256(partial)
     return {
-        **expected,
         "weights": source.weights,
         "scale": source.scale,
         "file_name": path.name,
@@ -135,11 +124,3 @@ def _make(
         "engine_version": engine.version,
         "quantize_s": round(seconds, 3),
     }
-
-
-def _check(source: gguf_file.Header, made: gguf_file.Header, quant: str) -> None:
-    if {t.name: t.shape for t in source.tensors} != {t.name: t.shape for t in made.tensors}:
-        raise QuantizeError(f"the {quant} file does not hold the source's tensors; the engine's build is suspect")
-    widest = max(made.tensors, key=lambda t: t.nbytes)
-    if GGML_QUANT_SIZES[GGMLQuantizationType[widest.type]][0] == 1:
-        raise QuantizeError(f"the {quant} file is not quantised: its largest tensor is {widest.type}")

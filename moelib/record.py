@@ -3,21 +3,17 @@
 A record is done when it parses, validates and carries its digest. Failed and invalid runs are records too.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import logging
-import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
-from moelib import files
-from moelib.audit import Check
+from moelib import files, params
 from moelib.run import Observation, Spec
 
 log = logging.getLogger(__name__)
@@ -26,13 +22,21 @@ SCHEMA_VERSION = 1
 DONE = ("valid", "degraded")
 
 
-class RecordError(ValueError):
+class RecordError(params.UserError, ValueError):
     """The file is not a record that can be believed; the message says why."""
 
 
-class Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+@files.stored
+class Check:
+    """One invariant of a run or a block, as `audit` found it."""
 
+    id: str
+    passed: bool
+    measured: str
+    """What was found, with what it was held against."""
+
+
+class Record(params.Strict):
     schema_version: Literal[SCHEMA_VERSION] = SCHEMA_VERSION
     run_id: str
     attempt: int
@@ -59,6 +63,10 @@ class Record(BaseModel):
         return self.status in DONE
 
     @property
+    def cell(self) -> str:
+        return f"{self.spec.model}/{self.spec.quant}"
+
+    @property
     def key(self) -> str:
         return spec_key(self.spec)
 
@@ -74,9 +82,8 @@ def spec_key(spec: Spec) -> str:
     return files.digest(asdict(spec))[:12]
 
 
-def run_id(spec: Spec, attempt: int) -> str:
-    parts = (spec.model, spec.quant, spec.placement, spec.load_mode, f"b{spec.block}", spec_key(spec), f"a{attempt}")
-    return "_".join(parts)
+def run_id(s: Spec, attempt: int) -> str:
+    return f"{s.model}_{s.quant}_{s.placement}_{s.load_mode}_b{s.block}_{spec_key(s)}_a{attempt}"
 
 
 def _digest(data: dict[str, Any]) -> str:
@@ -125,17 +132,15 @@ def read_all(folder: Path, set_aside: bool = False) -> tuple[list[Record], list[
                 log.warning("setting aside a damaged record: %s", err)
                 place = path.parent / "damaged"
                 place.mkdir(exist_ok=True)
-                n = len(list(place.glob(f"{path.name}*")))
-                os.replace(path, place / f"{path.name}.{n}")
+                path.rename(place / f"{path.name}.{len(list(place.glob(f'{path.name}*')))}")
     return records, damaged
 
 
 def keep_logs(folder: Path, run: str, logs: Iterable[Path]) -> dict[str, str]:
     """Compress a run's logs into `folder/raw/`; return name -> SHA-256."""
     kept = {}
-    for path in logs:
-        if path.is_file():
-            target = folder / "raw" / f"{run}.{path.stem}.log.gz"
-            files.write_bytes(target, gzip.compress(path.read_bytes(), mtime=0))
-            kept[target.name] = files.sha256(target)
+    for path in filter(Path.is_file, logs):
+        target = folder / "raw" / f"{run}.{path.stem}.log.gz"
+        files.write_bytes(target, gzip.compress(path.read_bytes(), mtime=0))
+        kept[target.name] = files.sha256(target)
     return kept

@@ -3,17 +3,16 @@
 Every table carries the ids of the records that its numbers came from; they become the document's provenance.
 """
 
-from __future__ import annotations
-
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 
-from moelib import analyse, files, units
+from moelib import analyse, audit, files, stats
 from moelib.record import Record
+from moelib.stats import number, percent, size
 from moelib.study import Results
 
 WEIGHTS = {
@@ -36,39 +35,40 @@ class Table:
     """Columns to set flush right."""
 
     def markdown(self) -> str:
+        """The table, then where its numbers came from: the digest shows whether they still do."""
         if not self.rows:
             return f"*{self.name}: nothing to show.*"
         frame = pd.DataFrame(self.rows).map(lambda v: str(v).replace("|", "\\|"))
         align = ["right" if c in self.numbers else "left" for c in frame.columns]
         text = frame.to_markdown(index=False, colalign=align, disable_numparse=True)
-        return f"{text}\n\n{self.source()}"
-
-    def source(self) -> str:
-        """Where the numbers came from, and how to see that they still do."""
         cited = f"Table `{self.name}`: {len(self.records)} records, set digest `{files.digest(self.records)[:12]}`."
-        found = cited if self.records else ""
-        text = " ".join(t for t in (self.note, found) if t)
-        return f"*{text}*" if text else ""
+        source = " ".join(t for t in (self.note, cited if self.records else "") if t)
+        return f"{text}\n\n" + (f"*{source}*" if source else "")
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, str], dict[str, Any]]:
         provenance = {"table": self.name, "records": self.records}
         return {"text/markdown": self.markdown(), "text/plain": self.name}, {"moelib": provenance}
 
 
-def _cite(records: Iterable[Record], ids: Iterable[str] | None = None) -> dict[str, str]:
-    wanted = None if ids is None else set(ids)
-    return {r.run_id: r.digest for r in records if wanted is None or r.run_id in wanted}
+def _cite(records: Iterable[Record]) -> dict[str, str]:
+    return {r.run_id: r.digest for r in records}
+
+
+def _done(results: Results) -> list[Record]:
+    return [r for r in results.records if r.done]
+
+
+def _facts(name: str, facts: dict[str, str], records: Iterable[Record] = ()) -> Table:
+    return Table(name, [{"what": k, "value": v} for k, v in facts.items()], _cite(records))
 
 
 def headline(results: Results) -> str:
     """What was measured on what, in the document's first lines."""
-    runs = [r for r in results.records if r.done]
-    machines = sorted({_machine(r) for r in runs})
-    where = "; ".join(machines)
+    runs = _done(results)
     return (
         f"Study **{results.name}**: {results.study.title}. "
-        f"{len(runs)} valid runs of {sum(s.planned for s in results.statuses.values())} planned, on {where}.\n\n"
-        f"{WEIGHTS[results.study.weights]}"
+        f"{len(runs)} valid runs of {sum(s.planned for s in results.statuses.values())} planned, on "
+        f"{'; '.join(sorted({_machine(r) for r in runs}))}.\n\n{WEIGHTS[results.study.weights]}"
     )
 
 
@@ -80,56 +80,49 @@ def _machine(r: Record) -> str:
 
 def answer(results: Results) -> str:
     """The study in three sentences, from the same comparisons as the tables."""
-    memory = [c for c in analyse.compare(results, analyse.device_memory()) if c.ratio]
-    speed = [c for w in results.study.workloads for c in analyse.compare(results, analyse.decode_rate(w)) if c.ratio]
-    if not memory or not speed:
+    rates = [analyse.decode_rate(w) for w in results.study.workloads]
+    cuts = [1 - c.ratio.value for c in analyse.compare(results, analyse.device_memory) if c.ratio]
+    kept = [c.ratio.value for rate in rates for c in analyse.compare(results, rate) if c.ratio]
+    if not cuts or not kept:
         return "No whole block holds both a baseline and an offload run, so nothing can be compared."
-    cuts = [1 - c.ratio.value for c in memory]
-    kept = [c.ratio.value for c in speed]
     return (
-        f"Keeping the experts on the CPU took {units.percent(min(cuts))} to {units.percent(max(cuts))} off device "
-        f"memory, by model and quant. Decoding then ran at {units.percent(min(kept))} to "
-        f"{units.percent(max(kept))} of the baseline's rate. Both ranges are over cells; the intervals of each cell "
-        "are in the tables."
+        f"Keeping the experts on the CPU took {percent(min(cuts))} to {percent(max(cuts))} off device memory, by model "
+        f"and quant. Decoding then ran at {percent(min(kept))} to {percent(max(kept))} of the baseline's rate. Both "
+        "ranges are over cells; the intervals of each cell are in the tables."
     )
 
 
 def files_table(results: Results) -> Table:
-    rows = []
-    study = results.study
-    for s in sorted(results.sheets, key=lambda s: (study.models.index(s["model"]), study.quants.index(s["quant"]))):
-        types = ", ".join(f"{n}x{t}" for t, n in s["expert_types"].items())
-        rows.append(
-            {
-                "model": s["model"],
-                "quant": s["quant"],
-                "file": units.size(s["file_bytes"]),
-                "bits/weight": f"{s['bits_per_weight']:.2f}",
-                "experts": units.size(s["expert_bytes"]),
-                "expert tensor types": types,
-                "fallbacks": len(s["fallbacks"]),
-                "SHA-256": f"`{s['sha256'][:12]}`",
-            }
-        )
+    models, quants = results.study.models, results.study.quants
+    rows = [
+        {
+            "model": s["model"],
+            "quant": s["quant"],
+            "file": size(s["file_bytes"]),
+            "bits/weight": f"{s['bits_per_weight']:.2f}",
+            "experts": size(s["expert_bytes"]),
+            "expert tensor types": ", ".join(f"{n}x{t}" for t, n in s["expert_types"].items()),
+            "fallbacks": len(s["fallbacks"]),
+            "SHA-256": f"`{s['sha256'][:12]}`",
+        }
+        for s in sorted(results.sheets, key=lambda s: (models.index(s["model"]), quants.index(s["quant"])))
+    ]
     note = "A fallback is a tensor whose rows k-quants cannot take; the sheets in `quants/` list them."
     return Table("files", rows, note=note, numbers=("file", "bits/weight", "experts", "fallbacks"))
 
 
-def _compared(name: str, results: Results, quantity: analyse.Quantity, show: Any, note: str) -> Table:
+Show = Callable[[analyse.Comparison], dict[str, str]]
+
+
+def _compared(name: str, results: Results, quantity: analyse.Quantity, show: Show, note: str) -> Table:
     comparisons = analyse.compare(results, quantity)
     many = len({c.load_mode for c in comparisons}) > 1
-    rows = [
-        {
-            "model": c.model,
-            "quant": c.quant,
-            "placement": c.placement + (f"/{c.load_mode}" if many else ""),
-            **show(c),
-            "blocks": c.ratio.n if c.ratio else 0,
-        }
-        for c in comparisons
-    ]
-    numbers = tuple(k for k in (rows[0] if rows else ()) if k not in ("model", "quant", "placement"))
-    return Table(name, rows, _cite(results.records, (i for c in comparisons for i in c.records)), note, numbers)
+    rows = []
+    for c in comparisons:
+        where = {"model": c.model, "quant": c.quant, "placement": c.placement + (f"/{c.load_mode}" if many else "")}
+        rows.append({**where, **show(c), "blocks": c.ratio.n if c.ratio else 0})
+    numbers = tuple(rows[0])[3:] if rows else ()
+    return Table(name, rows, _cite(r for c in comparisons for r in c.records), note, numbers)
 
 
 def memory_table(results: Results) -> Table:
@@ -137,22 +130,22 @@ def memory_table(results: Results) -> Table:
 
     def show(c: analyse.Comparison) -> dict[str, str]:
         return {
-            "baseline": units.sizes(c.baseline),
-            "offloaded": units.sizes(c.offload),
-            "saved": units.sizes(c.difference),
-            "saved, share": units.percent(1 - c.ratio.value if c.ratio else None),
-            "experts in the file": units.size(expert_bytes.get((c.model, c.quant))),
+            "baseline": stats.sizes(c.baseline),
+            "offloaded": stats.sizes(c.offload),
+            "saved": stats.sizes(c.difference),
+            "saved, share": percent(1 - c.ratio.value if c.ratio else None),
+            "experts in the file": size(expert_bytes.get((c.model, c.quant))),
         }
 
     note = "Peak of the run's processes, mean [95 % interval]."
-    return _compared("device-memory", results, analyse.device_memory(), show, note)
+    return _compared("device-memory", results, analyse.device_memory, show, note)
 
 
-def _rates(scale: float) -> Any:
+def _rates(scale: float) -> Show:
     return lambda c: {
-        "baseline": units.estimate(c.baseline, scale),
-        "offloaded": units.estimate(c.offload, scale),
-        "offloaded / baseline": units.estimate(c.ratio),
+        "baseline": stats.estimate(c.baseline, scale),
+        "offloaded": stats.estimate(c.offload, scale),
+        "offloaded / baseline": stats.estimate(c.ratio),
     }
 
 
@@ -169,56 +162,57 @@ def first_token_table(results: Results, workload: str, warm: bool) -> Table:
 
 def load_table(results: Results) -> Table:
     note = "Milliseconds from the start of the server process until it takes requests; geometric mean [95 % interval]."
-    return _compared("load", results, analyse.load_time(), _rates(1000), note)
+    return _compared("load", results, analyse.load_time, _rates(1000), note)
 
 
-def ledger_table(blocks: Iterable[analyse.Block]) -> Table:
-    """Placement proof of every block: header against engine."""
-    blocks = list(blocks)
-    rows = analyse.ledger(blocks)
-    shown = [
-        {
-            "model": r.model,
-            "quant": r.quant,
-            "arm": r.arm,
-            "block": r.block + 1,
-            "expert tensors moved": f"{r.moved_tensors} in {r.moved_blocks} blocks",
-            "by the header": units.size(r.header_bytes),
-            "off the device (engine)": units.size(r.engine_bytes),
-            "off the device (memory)": units.size(r.memory_bytes),
-            "weights on the host in": r.host_buffers,
-            "graph splits": f"{r.splits[0]} -> {r.splits[1]}",
-        }
-        for r in rows
-    ]
+def ledger_table(blocks: Sequence[Sequence[Record]]) -> Table:
+    """Placement proof of every block: what left the device by the header and by the engine's buffers."""
+    rows = []
+    for base, r in ((audit.baseline(b), r) for b in blocks for r in b if r.spec.placement != "baseline"):
+        before, after = base.observed, r.observed
+        memory = [seen.memory.value_bytes for seen in (before, after)]
+        weights = [seen.report.device_bytes("model") or 0 for seen in (before, after)]
+        splits = [max(seen.report.graph_splits, default=0) for seen in (before, after)]
+        hosts = {b.name for b in after.report.buffers if b.kind == "model" and not b.on_device}
+        moved = after.placement
+        rows.append(
+            {
+                "model": r.spec.model,
+                "quant": r.spec.quant,
+                "arm": r.spec.arm,
+                "block": r.spec.block + 1,
+                "expert tensors moved": f"{moved.moved_tensors} in {moved.moved_blocks} blocks",
+                "by the header": size(moved.moved_bytes),
+                "off the device (engine)": size(weights[0] - weights[1]),
+                "off the device (memory)": size(None if None in memory else memory[0] - memory[1]),
+                "weights on the host in": ", ".join(sorted(hosts)),
+                "graph splits": f"{splits[0]} -> {splits[1]}",
+            }
+        )
     numbers = ("block", "by the header", "off the device (engine)", "off the device (memory)", "graph splits")
-    return Table("placement", shown, _cite(r for b in blocks for r in b), numbers=numbers)
+    return Table("placement", rows, _cite(r for b in blocks for r in b), numbers=numbers)
 
 
 def runs_table(records: Sequence[Record]) -> Table:
     """One row a run: what was read of its memory, and what its requests gave."""
-    shown = []
+    rows, sizes = [], {"device memory": "value_bytes", "engine's buffers": "engine_bytes", "rest": "residual_bytes"}
     for r in sorted(records, key=lambda r: (r.spec.block, r.spec.order)):
         seen = r.observed
-        memory = seen.memory if seen else None
         row = {"block": r.spec.block + 1, "arm": r.spec.arm, "status": r.status, "why": ", ".join(r.reasons) or "-"}
-        row["device memory"] = units.size(memory.value_bytes) if memory else units.NONE
-        row["engine's buffers"] = units.size(memory.engine_bytes) if memory else units.NONE
-        row["rest"] = units.size(memory.residual_bytes) if memory else units.NONE
-        row["load, s"] = units.number(seen.load_s) if seen else units.NONE
+        row |= {k: size(getattr(seen.memory, name) if seen else None) for k, name in sizes.items()}
+        row["load, s"] = number(seen.load_s) if seen else stats.NONE
         for q in seen.requests if seen else ():
-            tps = units.number(q.tps) if q.tps else units.NONE
-            ttft = units.number(q.ttft_s * 1000) if q.ttft_s else units.NONE
+            tps = number(q.tps) if q.tps else stats.NONE
+            ttft = number(q.ttft_s * 1000) if q.ttft_s else stats.NONE
             row[f"{q.workload} #{q.index + 1}"] = f"{tps} tok/s, {ttft} ms"
-        shown.append(row)
-    numbers = ("block", "device memory", "engine's buffers", "rest", "load, s")
-    return Table("runs", shown, _cite(records), numbers=numbers)
+        rows.append(row)
+    return Table("runs", rows, _cite(records), numbers=("block", *sizes, "load, s"))
 
 
 def completeness_table(results: Results) -> Table:
     rows = []
     for name, s in results.statuses.items():
-        count = Counter(r.status for r in results.records if f"{r.spec.model}/{r.spec.quant}" == name)
+        count = Counter(r.status for r in results.records if r.cell == name)
         valid = sum(len(b) for b in s.blocks)
         row = {"cell": name, "planned runs": s.planned, "in whole, valid blocks": valid, "missing": s.planned - valid}
         rows.append({**row, **{f"{k} records": count[k] for k in ("valid", "degraded", "invalid", "failed")}})
@@ -234,39 +228,32 @@ def problems(results: Results) -> str:
 
 def environment_table(results: Results) -> Table:
     """Every distinct value of what the valid runs say of engine, device, host and code."""
-    runs = [r for r in results.records if r.done]
-    facts: dict[str, set[str]] = {}
-    for r in runs:
-        commit = f"{r.host['commit'] or 'no git clone'}{' with local changes' if r.host['dirty'] else ''}"
-        row = {
+
+    def facts(r: Record) -> dict[str, str]:
+        host, device = r.host, r.device
+        commit = f"{host['commit'] or 'no git clone'}{' with local changes' if host['dirty'] else ''}"
+        return {
             "engine": r.engine["version"],
             "llama-server SHA-256": f"`{r.engine['server_sha256'][:12]}`",
-            "device": f"{r.device['kind']}: {r.device['name']}",
-            "CPU": f"{r.host['cpu']}, {r.host['cpus']} usable",
-            "RAM": units.size(r.host["ram_bytes"]),
-            "system": f"{r.host['system']}, Python {r.host['python']}",
-            "moelib": f"{r.host['moelib']}, commit {commit}",
+            "device": f"{device['kind']}: {device['name']}",
+            "CPU": f"{host['cpu']}, {host['cpus']} usable",
+            "RAM": size(host["ram_bytes"]),
+            "system": f"{host['system']}, Python {host['python']}",
+            "moelib": f"{host['moelib']}, commit {commit}",
             "llama-server threads": str(r.observed.threads),
         }
-        for k, v in row.items():
-            facts.setdefault(k, set()).add(v)
-    rows = [{"what": k, "value": "; ".join(sorted(v))} for k, v in facts.items()]
-    return Table("environment", rows, _cite(runs))
+
+    told = pd.DataFrame([facts(r) for r in _done(results)])
+    return _facts("environment", {k: "; ".join(sorted(set(told[k]))) for k in told}, _done(results))
 
 
 def workloads_table(results: Results) -> Table:
     rows = []
     for name, w in results.workloads.items():
-        asked = {q.prompt_n for r in results.records if r.done for q in r.observed.requests if q.workload == name}
-        rows.append(
-            {
-                "workload": name,
-                "what": w.title,
-                "prompt tokens": ", ".join(str(n) for n in sorted(asked)),
-                "tokens generated": w.generate_tokens,
-            }
-        )
-    return Table("workloads", rows, _cite(r for r in results.records if r.done))
+        asked = {q.prompt_n for r in _done(results) for q in r.observed.requests if q.workload == name}
+        counts = {"prompt tokens": ", ".join(map(str, sorted(asked))), "tokens generated": w.generate_tokens}
+        rows.append({"workload": name, "what": w.title, **counts})
+    return Table("workloads", rows, _cite(_done(results)))
 
 
 def records_table(results: Results) -> Table:
@@ -277,19 +264,19 @@ def records_table(results: Results) -> Table:
 
 def sheet_table(sheet: dict[str, Any]) -> Table:
     """A quantised file's sheet."""
-    types = ", ".join(f"{n} x {t}" for t, n in sheet["tensor_types"].items())
+    types, experts = (", ".join(f"{n} x {t}" for t, n in sheet[k].items()) for k in ("tensor_types", "expert_types"))
     fell = [f"{f['tensor']} ({f['columns']} columns) -> {f['type']}" for f in sheet["fallbacks"]]
-    rows = {
+    facts = {
         "file": sheet["file_name"],
-        "size": units.size(sheet["file_bytes"]),
+        "size": size(sheet["file_bytes"]),
         "parameters": f"{sheet['parameters']:,}",
         "bits per weight": f"{sheet['bits_per_weight']:.2f}",
         "tensor types": types,
-        "expert tensors": ", ".join(f"{n} x {t}" for t, n in sheet["expert_types"].items()),
-        "expert bytes": units.size(sheet["expert_bytes"]),
+        "expert tensors": experts,
+        "expert bytes": size(sheet["expert_bytes"]),
         "fallbacks": "; ".join(fell) or "none",
         "SHA-256": f"`{sheet['sha256']}`",
-        "made by": f"{sheet['engine_version']} in {units.number(sheet['quantize_s'])} s",
+        "made by": f"{sheet['engine_version']} in {number(sheet['quantize_s'])} s",
         "weights": f"{sheet['weights']}, scale {sheet['scale']}",
     }
-    return Table("sheet", [{"what": k, "value": v} for k, v in rows.items()])
+    return _facts("sheet", facts)

@@ -3,15 +3,12 @@
 Counts come from the engine, times from this process's monotonic clock, taken before anything is parsed.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-import psutil
 
 from moelib import device as devices
 from moelib import engine as engines
@@ -25,12 +22,8 @@ STALL_S = 120.0  # without a token
 REQUEST_S = 1800.0
 
 
-class RunError(RuntimeError):
+class RunError(process.ProcessError):
     """The run did not come to its end. `reason` is a code for the record."""
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
 
 
 @stored
@@ -147,21 +140,12 @@ class Outcome:
     logs: tuple[Path, ...]
 
 
-def placement_of(quantised: Quantised, placement: str) -> Placement:
-    header = quantised.header
-    moved = header.moved(placement)
-    return Placement(
-        len(moved), len({t.block for t in moved}), sum(t.nbytes for t in moved), header.device_bytes(placement)
-    )
-
-
 def execute(spec: Spec, quantised: Quantised, engine: engines.Engine, device: devices.Device, work: Path) -> Outcome:
     """Carry out one run in the scratch folder `work`. Every failure of the engine becomes an Outcome with a reason."""
     logs = (work / "server.log", work / "device.log")
     try:
-        seen = _observe(spec, quantised, engine, device, work)
-        return Outcome(seen, None, None, logs)
-    except (process.ProcessError, RunError) as err:
+        return Outcome(_observe(spec, quantised, engine, device, work), None, None, logs)
+    except process.ProcessError as err:
         return Outcome(None, err.reason, str(err), logs)
     except (engines.EngineError, devices.DeviceError) as err:
         return Outcome(None, "engine-unusable", str(err), logs)
@@ -172,33 +156,31 @@ def execute(spec: Spec, quantised: Quantised, engine: engines.Engine, device: de
 def _observe(
     spec: Spec, quantised: Quantised, engine: engines.Engine, device: devices.Device, work: Path
 ) -> Observation:
-    started = time.monotonic()
-    key = process.new_key()
+    started, key = time.monotonic(), process.new_key()
     with device.session(engine, work) as session:
-        sampler = devices.Sampler(session, started)
-        idle = session.read(None, 0.0)
-        argv = engine.server_argv(
-            quantised.path, spec.placement, spec.load_mode, spec.context, device.threads, session.args
-        )
+        readings, idle = [], session.read(None, 0.0)
+        how = (spec.placement, spec.load_mode, spec.context, device.threads)
+        argv = engine.server_argv(quantised.path, *how, session.args)
         env = process.environment(work, {**session.env, "LLAMA_API_KEY": key})
         with process.Child(argv, work / "server.log", env, session.cpus) as server:
-            sampler.server_pid = server.pid
-            sampler.start()
-            try:
+
+            def take() -> None:
+                readings.append(session.read(server.pid, round(time.monotonic() - started, 4)))
+
+            with process.repeating(take, devices.SAMPLE_S):
                 limit = LOAD_S + quantised.header.file_bytes / LOAD_BYTES_PER_S
-                port = _port(server.wait_for(engines.LISTENING, limit))
+                port = next(filter(None, server.wait_for(engines.LISTENING, limit).groups()))
                 load_s = time.monotonic() - server.started
-                url, auth = f"http://127.0.0.1:{port}", {"Authorization": f"Bearer {key}"}
-                timeout = httpx.Timeout(STALL_S, connect=10)
-                with httpx.Client(base_url=url, headers=auth, timeout=timeout, trust_env=False) as client:
+                how = {"base_url": f"http://127.0.0.1:{port}", "headers": {"Authorization": f"Bearer {key}"}}
+                with httpx.Client(**how, timeout=httpx.Timeout(STALL_S, connect=10), trust_env=False) as client:
                     build_info = _ours(client, quantised.path)
                     requests = _ask_all(client, spec, started)
-                sampler.take()
-                peak, rss = session.peak_bytes(), _peak_rss(server.pid)
-            finally:
-                sampler.stop()
+            peak, rss = session.peak_bytes(), process.peak_rss(server.pid)
             ended = server.stop()
             report = engines.parse_log(server.text())
+    header = quantised.header
+    moved = header.moved(spec.placement)
+    there = (header.moved_bytes(spec.placement), header.device_bytes(spec.placement))
     return Observation(
         load_s=round(load_s, 6),
         wall_s=round(time.monotonic() - started, 6),
@@ -206,17 +188,13 @@ def _observe(
         threads=device.threads,
         build_info=build_info,
         report=report,
-        placement=placement_of(quantised, spec.placement),
+        placement=Placement(len(moved), len({t.block for t in moved}), *there),
         requests=requests,
-        memory=reconcile(device.kind, sampler.readings, idle, report, peak),
+        memory=reconcile(device.kind, readings, idle, report, peak),
         host_rss_peak_bytes=rss,
         exit_code=ended.code,
         exit_killed=ended.killed,
     )
-
-
-def _port(match) -> int:
-    return int(next(g for g in match.groups() if g))
 
 
 def _ours(client: httpx.Client, model: Path) -> str | None:
@@ -227,36 +205,13 @@ def _ours(client: httpx.Client, model: Path) -> str | None:
     return answer.json().get("build_info")
 
 
-def _peak_rss(pid: int) -> int | None:
-    try:
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
-        return getattr(psutil.Process(pid).memory_info(), "peak_wset", None)
-    except psutil.Error:
-        return None
-
-
 def _ask_all(client: httpx.Client, spec: Spec, started: float) -> tuple[Request, ...]:
-    prompts, done = [], []
-    for name in spec.workloads:
-        workload = params.workload(name)
-        prompt = prompt_ids(client, workload)
-        if len(prompt) + workload.generate_tokens > spec.context:
-            raise RunError(
-                "context-too-small",
-                f"{name} needs {len(prompt)} + {workload.generate_tokens} tokens, the context is {spec.context}: "
-                "raise `context` in the study",
-            )
-        prompts.append((workload, prompt))
-    for workload, prompt in prompts:
-        for i in range(spec.requests):
-            _connect(client)
-            done.append(_ask(client, workload, prompt, i, started))
-    return tuple(done)
+    prompts = [(w, prompt_ids(client, w)) for w in map(params.workload, spec.workloads)]
+    for w, prompt in prompts:
+        if len(prompt) + w.generate_tokens > spec.context:
+            need = f"{w.name} needs {len(prompt)} + {w.generate_tokens} tokens, the context is {spec.context}"
+            raise RunError("context-too-small", f"{need}: raise `context` in the study")
+    return tuple(_ask(client, w, prompt, i, started) for w, prompt in prompts for i in range(spec.requests))
 
 
 def _connect(client: httpx.Client) -> None:
@@ -273,8 +228,7 @@ def _connect(client: httpx.Client) -> None:
 
 def prompt_ids(client: httpx.Client, workload: params.Workload) -> list[int]:
     """The workload's prompt as the engine's token ids, repeated and cut to its exact length if it has one."""
-    want = workload.prompt_tokens
-    text = workload.text
+    want, text = workload.prompt_tokens, workload.text
     while True:
         answer = client.post("/tokenize", json={"content": text, "add_special": True}).raise_for_status()
         ids = answer.json()["tokens"]
@@ -286,41 +240,32 @@ def prompt_ids(client: httpx.Client, workload: params.Workload) -> list[int]:
 
 
 def _ask(client: httpx.Client, workload: params.Workload, prompt: list[int], index: int, started: float) -> Request:
-    body = {
-        "prompt": prompt,
-        "n_predict": workload.generate_tokens,
-        "temperature": 0,
-        # one candidate: the default sampler chain costs 2 % at 300 tok/s and is not what is measured
-        "samplers": ["top_k"],
-        "top_k": 1,
-        "ignore_eos": True,
-        "cache_prompt": False,
-        "return_tokens": True,
-        "timings_per_token": True,
-        "stream": True,
-    }
+    # one candidate: the default sampler chain costs 2 % at 300 tok/s and is not what is measured
+    body = {"temperature": 0, "samplers": ["top_k"], "top_k": 1, "ignore_eos": True, "cache_prompt": False}
+    body |= {"return_tokens": True, "timings_per_token": True, "stream": True}
+    body |= {"prompt": prompt, "n_predict": workload.generate_tokens}
     arrived: list[tuple[float, str]] = []
+    _connect(client)
     sent = time.monotonic()
     with client.stream("POST", "/completion", json=body) as answer:
         if answer.status_code != 200:
             raise RunError("request-refused", f"{answer.status_code}: {answer.read()[:300]!r}")
         for line in answer.iter_lines():
-            now = time.monotonic()
-            arrived.append((now, line))
-            if now - sent > REQUEST_S:
+            arrived.append((time.monotonic() - sent, line))
+            if arrived[-1][0] > REQUEST_S:
                 raise RunError("request-timeout", f"{workload.name} took more than {REQUEST_S:g} s")
-    return _request(workload, len(prompt), index, sent - started, [(t - sent, line) for t, line in arrived])
+    return _request(workload, len(prompt), index, sent - started, arrived)
 
 
 def _request(
     workload: params.Workload, prompt_tokens: int, index: int, started_s: float, lines: list[tuple[float, str]]
 ) -> Request:
     """A stream's lines with their arrival times -> Request. Raises RunError if the engine sent an error."""
-    times, counts, tokens, final = [], [], [], None
+    events, tokens, final = [], [], None
     for t, line in lines:
+        if line.startswith("error"):
+            raise RunError("request-failed", line[:300])
         if not line.startswith("data: ") or line == "data: [DONE]":
-            if line.startswith("error"):
-                raise RunError("request-failed", line[:300])
             continue
         event = json.loads(line[6:])
         if "error" in event:
@@ -329,25 +274,19 @@ def _request(
             final = event
         if event.get("tokens"):
             tokens += event["tokens"]
-            times.append(round(t, 6))
-            counts.append(event["timings"]["predicted_n"] if "timings" in event else event["tokens_predicted"])
+            by_then = event["timings"]["predicted_n"] if "timings" in event else event["tokens_predicted"]
+            events.append((round(t, 6), by_then))
     timings = (final or {}).get("timings", {})
-
-    def seconds(name: str) -> float | None:
-        return round(timings[name] / 1000, 6) if timings.get(name) is not None else None
-
+    ms = {f"engine_{k}_s": timings.get(f"{k}_ms") for k in ("prompt", "predicted")}
     return Request(
         workload=workload.name,
         index=index,
         prompt_tokens=prompt_tokens,
         generate_tokens=workload.generate_tokens,
-        prompt_n=timings.get("prompt_n"),
-        cache_n=timings.get("cache_n"),
-        predicted_n=timings.get("predicted_n"),
-        engine_prompt_s=seconds("prompt_ms"),
-        engine_predicted_s=seconds("predicted_ms"),
-        token_s=tuple(times),
-        token_n=tuple(counts),
+        **{k: timings.get(k) for k in ("prompt_n", "cache_n", "predicted_n")},
+        **{k: None if v is None else round(v / 1000, 6) for k, v in ms.items()},
+        token_s=tuple(t for t, _ in events),
+        token_n=tuple(n for _, n in events),
         tokens=tuple(tokens),
         finished=final is not None,
         started_s=round(started_s, 6),

@@ -6,18 +6,22 @@ else is done again, whenever and however often the study was interrupted.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from moelib import audit, files, params, record, run
 
 
-class StudyError(RuntimeError):
+class StudyError(params.UserError):
     """The study cannot go on, or is not whole; the message says what is wrong and what to do."""
 
 
@@ -34,43 +38,29 @@ class Cell:
         return f"{self.model}/{self.quant}"
 
     @property
+    def file_name(self) -> str:
+        return f"{self.model}-{self.quant}"
+
+    @property
     def specs(self) -> list[run.Spec]:
         return [s for block in self.blocks for s in block]
 
 
 def plan(study: params.Study) -> list[Cell]:
     """The cells in seeded random order, each with its blocks, the runs of a block in seeded random order."""
+    names = ("weights", "scale", "workloads", "requests", "context", "device", "seed")
+    same = {"study": study.name, **{k: getattr(study, k) for k in names}}
     cells = []
-    for model in study.models:
-        for quant in study.quants:
-            shuffled = random.Random(f"{study.seed}/{model}/{quant}")
-            blocks = []
-            for b in range(study.blocks):
-                arms = list(study.arms)
-                shuffled.shuffle(arms)
-                blocks.append(tuple(_spec(study, model, quant, arm, b, i) for i, arm in enumerate(arms)))
-            cells.append(Cell(model, quant, tuple(blocks)))
+    for model, quant in itertools.product(study.models, study.quants):
+        shuffled, blocks = random.Random(f"{study.seed}/{model}/{quant}"), []
+        for b in range(study.blocks):
+            arms = [arm.model_dump() for arm in study.arms]
+            shuffled.shuffle(arms)
+            here = {"model": model, "quant": quant, "block": b, **same}
+            blocks.append(tuple(run.Spec(order=i, **arm, **here) for i, arm in enumerate(arms)))
+        cells.append(Cell(model, quant, tuple(blocks)))
     random.Random(study.seed).shuffle(cells)
     return cells
-
-
-def _spec(study: params.Study, model: str, quant: str, arm: params.Arm, block: int, order: int) -> run.Spec:
-    return run.Spec(
-        study=study.name,
-        model=model,
-        weights=study.weights,
-        scale=study.scale,
-        quant=quant,
-        placement=arm.placement,
-        load_mode=arm.load_mode,
-        block=block,
-        order=order,
-        workloads=study.workloads,
-        requests=study.requests,
-        context=study.context,
-        device=study.device,
-        seed=study.seed,
-    )
 
 
 def outputs() -> Path:
@@ -87,30 +77,25 @@ class Folder:
     def __init__(self, name: str):
         self.study = params.study(name)
         self.path = outputs() / name
+        self.work = self.path / "work"
+        """Scratch: logs of running tools, locks. Git-ignored, safe to delete between runs."""
         self.cells = plan(self.study)
-        self._write_plan()
-
-    def _write_plan(self) -> None:
-        path = self.path / "plan.json"
         data = {
             "schema_version": record.SCHEMA_VERSION,
             "study": self.study.model_dump(mode="json"),
             "workloads": {w: params.workload(w).model_dump(mode="json") for w in self.study.workloads},
-            "cells": [
-                {"model": c.model, "quant": c.quant, "blocks": [[asdict(s) for s in b] for b in c.blocks]}
-                for c in self.cells
-            ],
+            "cells": [asdict(c) for c in self.cells],
         }
-        if path.exists():
-            there = json.loads(path.read_text())
-            there.pop("digest", None)
-            if there != json.loads(files.canonical(data)):
-                raise StudyError(
-                    f"{path} is the plan of a study with other parameters; give the changed study another name, "
-                    f"or move {self.path} away"
-                )
-            return
-        files.write_json(path, {**data, "digest": files.digest(data)})
+        path = self.path / "plan.json"
+        if not path.exists():
+            files.write_json(path, {**data, "digest": files.digest(data)})
+        there = json.loads(path.read_text())
+        there.pop("digest", None)
+        if there != json.loads(files.canonical(data)):
+            raise StudyError(
+                f"{path} is the plan of a study with other parameters; give the changed study another name, "
+                f"or move {self.path} away"
+            )
 
     def cell(self, model: str, quant: str) -> Cell:
         """The cell of `model` and `quant`. Raises ParamsError naming what the study has."""
@@ -122,23 +107,18 @@ class Folder:
         known = ", ".join(sorted(c.name for c in self.cells))
         raise params.ParamsError(f"study {self.study.name} has no cell {model}/{quant}; it has {known}")
 
-    @property
-    def work(self) -> Path:
-        """Scratch: logs of running tools, locks. Git-ignored, safe to delete between runs."""
-        return self.path / "work"
-
     def records(self, set_aside: bool = False) -> list[record.Record]:
         return record.read_all(self.path, set_aside)[0]
 
+    def sheet_path(self, cell: Cell) -> Path:
+        return self.path / "quants" / f"{cell.file_name}.json"
+
     def sheet(self, cell: Cell) -> dict[str, Any] | None:
-        path = self.path / "quants" / f"{cell.model}-{cell.quant}.json"
+        path = self.sheet_path(cell)
         return json.loads(path.read_text()) if path.exists() else None
 
     def status(self, cell: Cell) -> Status:
         return Status.of(cell, self.records())
-
-    def notebook(self, cell: Cell) -> Path:
-        return self.path / "notebooks" / f"{cell.model}-{cell.quant}.ipynb"
 
 
 @dataclass(frozen=True)
@@ -152,23 +132,20 @@ class Status:
     planned: int
 
     @classmethod
-    def of(cls, cell: Cell, records: list[record.Record]) -> Status:
-        latest = standing(records)
+    def of(cls, cell: Cell, records: Sequence[record.Record]) -> Status:
         blocks, problems = [], []
         for b, specs in enumerate(cell.blocks):
-            found = [latest.get(record.spec_key(s)) for s in specs]
-            for s, r in zip(specs, found, strict=True):
-                what = f"{cell.name} {s.arm} block {b + 1}"
-                if r is None:
-                    problems.append(f"{what}: not run")
-                elif not r.done:
-                    problems.append(f"{what}: {r.status} ({', '.join(r.reasons)})")
-            if all(r is not None and r.done for r in found):
-                failed = [c for c in audit.block(found) if not c.passed]
-                if failed:
-                    problems += [f"{cell.name} block {b + 1}: {c.id}: {c.measured}" for c in failed]
-                else:
-                    blocks.append(tuple(found))
+            runs, wrong = found(specs, records), []
+            for s, r in zip(specs, runs, strict=True):
+                if not r or not r.done:
+                    why = f"{r.status} ({', '.join(r.reasons)})" if r else "not run"
+                    wrong.append(f"{cell.name} {s.arm} block {b + 1}: {why}")
+            if not wrong:
+                failed = [c for c in audit.block(runs) if not c.passed]
+                wrong = [f"{cell.name} block {b + 1}: {c.id}: {c.measured}" for c in failed]
+            if not wrong:
+                blocks.append(tuple(runs))
+            problems += wrong
         return cls(tuple(blocks), tuple(problems), len(cell.specs))
 
     @property
@@ -176,13 +153,15 @@ class Status:
         return not self.problems
 
 
-def standing(records: list[record.Record]) -> dict[str, record.Record]:
+def standing(records: Sequence[record.Record]) -> dict[str, record.Record]:
     """The record that stands for each run: the last one that is done, else the last attempt."""
-    found: dict[str, record.Record] = {}
-    for r in sorted(records, key=lambda r: r.attempt):
-        if r.done or not (r.key in found and found[r.key].done):
-            found[r.key] = r
-    return found
+    return {r.key: r for r in sorted(records, key=lambda r: (r.done, r.attempt))}
+
+
+def found(specs: Sequence[run.Spec], records: Sequence[record.Record]) -> list[record.Record | None]:
+    """The record that stands for each of `specs`, None where there is none."""
+    latest = standing(records)
+    return [latest.get(record.spec_key(s)) for s in specs]
 
 
 @dataclass(frozen=True)
@@ -192,16 +171,16 @@ class Results:
     name: str
     study: params.Study
     workloads: dict[str, params.Workload]
-    cells: tuple[Cell, ...]
-    records: tuple[record.Record, ...]
-    sheets: tuple[dict[str, Any], ...]
-    damaged: tuple[str, ...]
+    cells: list[Cell]
+    records: list[record.Record]
+    damaged: list[str]
+    sheets: list[dict[str, Any]]
 
     @cached_property
     def statuses(self) -> dict[str, Status]:
         """Status of every planned cell, in the study's order of models and quants."""
-        found = {c.name: Status.of(c, list(self.records)) for c in self.cells}
-        return {f"{m}/{q}": found[f"{m}/{q}"] for m in self.study.models for q in self.study.quants}
+        cells, order = {c.name: c for c in self.cells}, itertools.product(self.study.models, self.study.quants)
+        return {name: Status.of(cells[name], self.records) for name in map("/".join, order)}
 
     @property
     def blocks(self) -> list[tuple[record.Record, ...]]:
@@ -214,30 +193,18 @@ class Results:
 
 def results(path: Path) -> Results:
     """Read a study's folder. Raises StudyError if there is no plan, or no record that stands."""
+    first = f"run the study first: `moelib study run {path.name}`"
     try:
         data = json.loads((path / "plan.json").read_text())
         told = data.pop("digest")
     except (OSError, ValueError, KeyError):
-        raise StudyError(f"{path} holds no plan; run the study first: `moelib study run {path.name}`") from None
+        raise StudyError(f"{path} holds no plan; {first}") from None
     if told != files.digest(data):
         raise StudyError(f"{path}/plan.json was changed: its digest does not fit")
-    cells = tuple(
-        Cell(c["model"], c["quant"], tuple(tuple(_read_spec(s) for s in b) for b in c["blocks"])) for c in data["cells"]
-    )
     records, damaged = record.read_all(path)
     if not any(r.done for r in records):
-        raise StudyError(f"{path} holds no valid record; run the study first: `moelib study run {path.name}`")
-    sheets = tuple(json.loads(p.read_text()) for p in sorted((path / "quants").glob("*.json")))
-    return Results(
-        path.name,
-        params.Study.model_validate(data["study"]),
-        {k: params.Workload.model_validate(v) for k, v in data["workloads"].items()},
-        cells,
-        tuple(records),
-        sheets,
-        tuple(damaged),
-    )
-
-
-def _read_spec(data: dict[str, Any]) -> run.Spec:
-    return run.Spec(**{**data, "workloads": tuple(data["workloads"])})
+        raise StudyError(f"{path} holds no valid record; {first}")
+    sheets = [json.loads(p.read_text()) for p in sorted((path / "quants").glob("*.json"))]
+    planned = {"study": params.Study, "workloads": dict[str, params.Workload], "cells": list[Cell]}
+    planned = {k: TypeAdapter(kind).validate_python(data[k]) for k, kind in planned.items()}
+    return Results(path.name, **planned, records=records, damaged=damaged, sheets=sheets)

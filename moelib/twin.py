@@ -5,16 +5,16 @@ expert routing are meaningless. Writing streams from one random pool: memory sta
 disk bounds the speed. The same geometry and seed give the same bytes.
 """
 
-from __future__ import annotations
-
 import hashlib
+import re
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType
+from gguf import GGUFWriter, LlamaFileType, TokenType
 from tqdm import tqdm
 
 from moelib import files
@@ -35,52 +35,39 @@ class TensorPlan:
     """ggml order, fastest dimension first."""
 
     @property
-    def type(self) -> GGMLQuantizationType:
+    def dtype(self) -> type[np.floating]:
         # llama.cpp's converter keeps vectors and the router in F32
         small = len(self.shape) == 1 or self.name.endswith("ffn_gate_inp.weight")
-        return GGMLQuantizationType.F32 if small else GGMLQuantizationType.F16
+        return np.float32 if small else np.float16
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * (4 if self.type is GGMLQuantizationType.F32 else 2)
+        return prod(self.shape) * self.dtype().itemsize
 
 
 def tensors(g: Geometry) -> list[TensorPlan]:
     """Tensors of a model of geometry `g`, as llama.cpp's loader names and shapes them for its architecture."""
-    biased = g.architecture == "phimoe"  # LayerNorm and attention biases, and one on the output
-    out: list[TensorPlan] = []
-
-    def add(name: str, *shape: int, bias: bool = False) -> None:
-        out.append(TensorPlan(f"{name}.weight", shape))
-        if bias and biased:
-            out.append(TensorPlan(f"{name}.bias", shape[-1:]))
-
-    n, ff, fx = g.embedding_length, g.feed_forward_length, g.expert_feed_forward_length
+    n, ff, fx, experts = g.embedding_length, g.feed_forward_length, g.expert_feed_forward_length, g.expert_count
     kv = n // g.head_count * g.head_count_kv
-    add("token_embd", n, g.vocab_size)
+    shared = fx * g.expert_shared_count
+    attention = {"attn_norm": (n,), "attn_q": (n, n), "attn_k": (n, kv), "attn_v": (n, kv), "attn_output": (n, n)}
+    attention["ffn_norm"] = (n,)
+    dense = {"ffn_gate": (n, ff), "ffn_down": (ff, n), "ffn_up": (n, ff)}
+    sparse = {"ffn_gate_inp": (n, experts)}
+    sparse |= {"ffn_gate_exps": (n, fx, experts), "ffn_down_exps": (fx, n, experts), "ffn_up_exps": (n, fx, experts)}
+    if shared:
+        sparse |= {"ffn_gate_shexp": (n, shared), "ffn_down_shexp": (shared, n), "ffn_up_shexp": (n, shared)}
+    shapes = {"token_embd": (n, g.vocab_size)}
     for i in range(g.block_count):
-        b = f"blk.{i}"
-        add(f"{b}.attn_norm", n, bias=True)
-        add(f"{b}.attn_q", n, n, bias=True)
-        add(f"{b}.attn_k", n, kv, bias=True)
-        add(f"{b}.attn_v", n, kv, bias=True)
-        add(f"{b}.attn_output", n, n, bias=True)
-        add(f"{b}.ffn_norm", n, bias=True)
-        if i < g.leading_dense_block_count:
-            add(f"{b}.ffn_gate", n, ff)
-            add(f"{b}.ffn_down", ff, n)
-            add(f"{b}.ffn_up", n, ff)
-            continue
-        add(f"{b}.ffn_gate_inp", n, g.expert_count)
-        add(f"{b}.ffn_gate_exps", n, fx, g.expert_count)
-        add(f"{b}.ffn_down_exps", fx, n, g.expert_count)
-        add(f"{b}.ffn_up_exps", n, fx, g.expert_count)
-        if g.expert_shared_count:
-            add(f"{b}.ffn_gate_shexp", n, fx * g.expert_shared_count)
-            add(f"{b}.ffn_down_shexp", fx * g.expert_shared_count, n)
-            add(f"{b}.ffn_up_shexp", n, fx * g.expert_shared_count)
-    add("output_norm", n, bias=True)
-    add("output", n, g.vocab_size, bias=True)
+        block = attention | (dense if i < g.leading_dense_block_count else sparse)
+        shapes |= {f"blk.{i}.{name}": shape for name, shape in block.items()}
+    shapes |= {"output_norm": (n,), "output": (n, g.vocab_size)}
+    out = []
+    for name, shape in shapes.items():
+        out.append(TensorPlan(f"{name}.weight", shape))
+        # LayerNorm and attention biases, and one on the output
+        if g.architecture == "phimoe" and re.search(r"attn_|norm$|^output$", name):
+            out.append(TensorPlan(f"{name}.bias", shape[-1:]))
     return out
 
 
@@ -97,51 +84,41 @@ def vocabulary(size: int) -> tuple[list[bytes], list[float], list[int]]:
     tokens = [b"<unk>", b"<s>", b"</s>", *(f"<0x{i:02X}>".encode() for i in range(256))]
     types = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL, *[TokenType.BYTE] * 256]
     prefixes = sorted({w[:k] for w in PROMPT_WORDS for k in range(1, len(w) + 1)}, key=lambda p: (len(p), p))
-    pieces = [p.encode() for p in prefixes]
-    pieces += [f"▁t{i:05d}".encode() for i in range(size - len(tokens) - len(pieces))]
-    tokens += pieces
-    types += [TokenType.NORMAL] * len(pieces)
+    tokens += [p.encode() for p in prefixes]
+    tokens += [f"▁t{i:05d}".encode() for i in range(size - len(tokens))]
+    types += [TokenType.NORMAL] * (len(tokens) - len(types))
     return tokens, [float(-i) for i in range(len(tokens))], [int(t) for t in types]
 
 
 def _writer(path: Path, g: Geometry, title: str) -> GGUFWriter:
-    w = GGUFWriter(path, g.architecture)
-    # llama.cpp takes a name with "phi-3" for another tokenizer, so the twin's name has no model name in it
-    w.add_name("geometry twin")
-    w.add_description(f"random weights in the shape of {title}; text and quality are meaningless")
-    w.add_file_type(LlamaFileType.MOSTLY_F16)
-    w.add_quantization_version(2)
-    w.add_block_count(g.block_count)
-    w.add_context_length(g.context_length)
-    w.add_embedding_length(g.embedding_length)
-    w.add_feed_forward_length(g.feed_forward_length)
-    w.add_head_count(g.head_count)
-    w.add_head_count_kv(g.head_count_kv)
-    w.add_layer_norm_rms_eps(1e-5)
-    w.add_rope_dimension_count(g.embedding_length // g.head_count)
-    w.add_rope_freq_base(10000.0)
-    w.add_expert_count(g.expert_count)
-    w.add_expert_used_count(g.expert_used_count)
-    w.add_vocab_size(g.vocab_size)
-    if g.original_context_length:
-        w.add_rope_scaling_orig_ctx_len(g.original_context_length)
-    if g.architecture == "deepseek":
-        w.add_leading_dense_block_count(g.leading_dense_block_count)
-        w.add_expert_feed_forward_length(g.expert_feed_forward_length)
-        w.add_expert_shared_count(g.expert_shared_count)
-        w.add_expert_weights_scale(1.0)
+    def of(names: str) -> dict[str, Any]:
+        return {k: getattr(g, k) for k in names.split()}
+
     tokens, scores, types = vocabulary(g.vocab_size)
-    w.add_tokenizer_model("llama")
-    w.add_token_list(tokens)
-    w.add_token_scores(scores)
-    w.add_token_types(types)
-    w.add_bos_token_id(1)
-    w.add_eos_token_id(2)
-    w.add_unk_token_id(0)
-    w.add_add_bos_token(True)
+    facts = {
+        # llama.cpp takes a name with "phi-3" for another tokenizer, so the twin's name has no model name in it
+        "name": "geometry twin",
+        "description": f"random weights in the shape of {title}; text and quality are meaningless",
+        "file_type": LlamaFileType.MOSTLY_F16,
+        "quantization_version": 2,
+        **of("block_count context_length embedding_length feed_forward_length head_count head_count_kv"),
+        "layer_norm_rms_eps": 1e-5,
+        "rope_dimension_count": g.embedding_length // g.head_count,
+        "rope_freq_base": 10000.0,
+        **of("expert_count expert_used_count vocab_size"),
+    }
+    if g.original_context_length:
+        facts["rope_scaling_orig_ctx_len"] = g.original_context_length
+    if g.architecture == "deepseek":
+        facts |= of("leading_dense_block_count expert_feed_forward_length expert_shared_count")
+        facts["expert_weights_scale"] = 1.0
+    facts |= {"tokenizer_model": "llama", "token_list": tokens, "token_scores": scores, "token_types": types}
+    facts |= {"bos_token_id": 1, "eos_token_id": 2, "unk_token_id": 0, "add_bos_token": True}
+    w = GGUFWriter(path, g.architecture)
+    for name, value in facts.items():
+        getattr(w, f"add_{name}")(value)
     for t in tensors(g):
-        dtype = np.dtype(np.float32 if t.type is GGMLQuantizationType.F32 else np.float16)
-        w.add_tensor_info(t.name, t.shape[::-1], dtype, t.nbytes)
+        w.add_tensor_info(t.name, t.shape[::-1], np.dtype(t.dtype), t.nbytes)
     return w
 
 
@@ -164,8 +141,7 @@ class _Pool:
             zeros = UNSPOKEN * t.shape[0] * 2
             yield memoryview(bytes(zeros))
             left -= zeros
-        values = self._f32 if t.type is GGMLQuantizationType.F32 else self._f16
-        pool = memoryview(values).cast("B")
+        pool = memoryview(self._f32 if t.dtype is np.float32 else self._f16).cast("B")
         while left:
             n = min(left, PIECE_BYTES, len(pool) // 2)
             key = hashlib.sha256(f"{self._seed}:{t.name}:{k}".encode()).digest()
@@ -179,7 +155,6 @@ def write(path: Path, g: Geometry, *, title: str = "a model", seed: int = 0) -> 
 
     Raises files.FileError if the disk is too small.
     """
-    plan = tensors(g)
     files.need_space(path.parent, nbytes(g), f"the twin {path.name}")
     pool, sha = _Pool(seed), hashlib.sha256()
     with files.replacing(path) as partial:
@@ -201,13 +176,10 @@ def write(path: Path, g: Geometry, *, title: str = "a model", seed: int = 0) -> 
                     pending.pop(0).result()
                 bar.update(len(piece))
 
-            pad = -f.seek(0, 2) % ALIGNMENT
-            put(bytes(pad))
-            for t in plan:
-                for piece in pool.pieces(t):
+            put(bytes(-f.seek(0, 2) % ALIGNMENT))
+            for t in tensors(g):
+                for piece in (*pool.pieces(t), bytes(-t.nbytes % ALIGNMENT)):
                     put(piece)
-                if t.nbytes % ALIGNMENT:
-                    put(bytes(-t.nbytes % ALIGNMENT))
             for p in pending:
                 p.result()
     return sha.hexdigest()

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moelib import stats, units
+from moelib import stats
 
 
 def test_known_mean_and_interval():
@@ -72,13 +72,13 @@ def test_a_95_percent_interval_covers_95_percent(n):
     ("x", "text"), [(1234.6, "1235"), (123.46, "123"), (12.346, "12.3"), (0.0123, "0.0123"), (0, "0"), (999.6, "1000")]
 )
 def test_numbers_as_people_read_them(x, text):
-    assert units.number(x) == text
+    assert stats.number(x) == text
 
 
 def test_sizes_and_the_unknown():
-    assert units.size(3 << 30) == "3.00 GiB"
-    assert units.size(1 << 20) == "1.00 MiB"
-    assert units.size(None) == units.estimate(None) == units.sizes(None) == units.percent(None) == "n/a"
-    assert units.estimate(stats.Estimate(2.0, 1.0, 3.0, 3)) == "2.00 [1.00, 3.00]"
-    assert units.estimate(stats.Estimate(2.0, None, None, 1)) == "2.00 (n = 1)"
-    assert units.sizes(stats.Estimate(2.0 * 2**20, 2**20, 3 * 2**20, 3)) == "2.00 [1.00, 3.00] MiB"
+    assert stats.size(3 << 30) == "3.00 GiB"
+    assert stats.size(1 << 20) == "1.00 MiB"
+    assert stats.size(None) == stats.estimate(None) == stats.sizes(None) == stats.percent(None) == "n/a"
+    assert stats.estimate(stats.Estimate(2.0, 1.0, 3.0, 3)) == "2.00 [1.00, 3.00]"
+    assert stats.estimate(stats.Estimate(2.0, None, None, 1)) == "2.00 (n = 1)"
+    assert stats.sizes(stats.Estimate(2.0 * 2**20, 2**20, 3 * 2**20, 3)) == "2.00 [1.00, 3.00] MiB"

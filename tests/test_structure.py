@@ -12,8 +12,8 @@ import yaml
 from conftest import REPO
 
 # Each module may import those before it, never those after.
-LAYERS = """params files gguf_file stats units twin process host engine build models quantize memory device run audit
-record study measure analyse plots report notebook render runner doctor cli""".split()
+LAYERS = """params files gguf_file stats twin process engine build models quantize memory device run record
+audit study analyse plots report notebook measure doctor cli""".split()
 
 
 def _imports(name):
@@ -36,7 +36,7 @@ def test_imports_go_one_way(name):
 
 
 def test_modules_stay_small():
-    long = {p.name: n for p in (REPO / "moelib").glob("*.py") if (n := len(p.read_text().splitlines())) > 360}
+    long = {p.name: n for p in (REPO / "moelib").glob("*.py") if (n := len(p.read_text().splitlines())) > 300}
     assert not long
 
 

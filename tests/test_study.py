@@ -11,7 +11,7 @@ import pytest
 from conftest import SMOKE
 from factory import block, made, spec
 
-from moelib import measure, notebook, params, record, render, run, runner, study
+from moelib import measure, notebook, params, record, run, study
 from moelib.study import Folder, StudyError
 
 MOELIB = [sys.executable, "-m", "moelib.cli"]
@@ -85,7 +85,7 @@ def test_a_study_without_records_is_an_error(home):
     with pytest.raises(StudyError, match="no valid record"):
         study.results(folder.path)
     with pytest.raises(StudyError, match="no valid record"):
-        render.report("smoke")
+        notebook.report("smoke")
 
 
 def test_a_plan_that_was_changed_by_hand_is_seen(home):
@@ -172,7 +172,7 @@ def test_the_document_is_rebuilt_from_records_alone_byte_by_byte(copy):
         shutil.rmtree(out / gone)
     for gone in ("MOE-TECHNICAL-VALIDATION.md", "provenance.json"):
         (out / gone).unlink()
-    render.report("smoke", progress=False)
+    notebook.report("smoke", progress=False)
     assert document() == before
     text = (out / "MOE-TECHNICAL-VALIDATION.md").read_text()
     assert str(copy) not in text
@@ -198,7 +198,7 @@ def test_missing_cells_are_listed_and_damaged_records_reported(copy):
     paths = sorted((out / "records").glob("*_b1_*.json"))
     paths[0].unlink()
     paths[1].write_text(paths[1].read_text()[:1000])
-    render.report("smoke", progress=False)
+    notebook.report("smoke", progress=False)
     text = (out / "MOE-TECHNICAL-VALIDATION.md").read_text()
     assert text.count("block 2: not run") == 2
     assert f"damaged: {paths[1].name}" in text
@@ -302,8 +302,8 @@ def test_runs_of_another_engine_are_not_mixed_in(copy):
 
 
 def test_a_cell_can_be_chosen_alone(home):
-    folder, cells = runner.select("demo", "phi-3.5-moe/Q2_K")
+    folder, cells = measure.select("demo", "phi-3.5-moe/Q2_K")
     assert [c.name for c in cells] == ["phi-3.5-moe/Q2_K"]
-    assert runner.done(folder, cells) == 0
+    assert measure.done(folder, cells) == 0
     with pytest.raises(params.ParamsError):
-        runner.select("demo", "phi-3.5-moe")
+        measure.select("demo", "phi-3.5-moe")
