@@ -136,10 +136,10 @@ def baseline(runs: Sequence[Record]) -> Record:
 
 
 def block_complete(runs: Sequence[Record]) -> tuple[bool, str]:
-    """A baseline and something to compare with it, each measured once."""
+    """One baseline and something to compare with it, each measured once."""
     arms = [r.spec.arm for r in runs]
     bases = [r for r in runs if r.spec.placement == "baseline"]
-    whole = bool(bases) and len(set(arms)) == len(arms) and all(r.observed for r in runs)
+    whole = len(bases) == 1 < len(runs) and len(set(arms)) == len(arms) and all(r.observed for r in runs)
     return whole, ", ".join(arms) or "no runs"
 
 

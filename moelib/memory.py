@@ -84,7 +84,7 @@ def reconcile(kind: str, readings: list[Reading], idle: Reading, report: Report,
         before = idle.device_bytes
         value, method = _peak([r.process_bytes for r in readings]), "nvml-process"
         used = _peak([r.device_bytes for r in readings])
-        growth = used - before if used is not None and before is not None else None
+        growth = used - before if used is not None and before is not None and used > before else None
         foreign = any(r.foreign for r in [idle, *readings])
         if value is None:
             value, method = None if foreign else growth, "nvml-device"

@@ -93,7 +93,7 @@ def make_twin(model: str, scale: str, seed: int = TWIN_SEED, out: Path | None = 
     entry = params.model(model)
     geometry = entry.at_scale(scale)
     path = out or folder(model, "twin", scale) / f"{model}-F16.gguf"
-    facts = {"model": model, "seed": seed, "geometry": geometry.model_dump(), "weights": "twin"}
+    facts = {"model": model, "title": entry.title, "seed": seed, "geometry": geometry.model_dump(), "weights": "twin"}
 
     def make() -> dict[str, Any]:
         return {**facts, "sha256": twin.write(path, geometry, title=entry.title, seed=seed)}

@@ -13,6 +13,7 @@ from typing import Any
 
 from moelib import files, params, study
 
+QUIET = ["--log-level=ERROR"]  # ipykernel warns of loopback TCP at every start
 INJECTED = "# Parameters"  # papermill's comment on the cell that it adds
 DOCUMENT = "MOE-TECHNICAL-VALIDATION.md"
 FIGURES = "figures"
@@ -48,7 +49,7 @@ def check_injected(allowed: Iterable[str], history: Iterable[str] | None = None)
 
 
 def _refuse_unknown(names: Iterable[str], allowed: list[str]) -> None:
-    unknown = sorted(set(names) - set(allowed) - {"True", "False", "None"})
+    unknown = sorted(set(names) - set(allowed))
     if unknown:
         raise params.ParamsError(f"unknown parameter {', '.join(unknown)}; this notebook has: {', '.join(allowed)}")
 
@@ -71,7 +72,7 @@ def execute(name: str, out: Path, parameters: dict[str, Any], progress: bool = T
     to = out.relative_to(root.resolve()) if out.is_relative_to(root.resolve()) else out
     with contextlib.chdir(root):
         try:
-            how = {"progress_bar": progress, "kernel_name": "python3"}
+            how = {"progress_bar": progress, "kernel_name": "python3", "extra_arguments": QUIET}
             papermill.execute_notebook(str(source), str(to), parameters, **how)
         except PapermillException as err:
             raise NotebookError(f"{out.name}: {_last_line(err)}") from None

@@ -157,8 +157,8 @@ class Study(Strict):
             values = getattr(self, field)
             if len(set(values)) != len(values):
                 raise ValueError(f"{field} names something twice")
-        if self.arms[0].placement != "baseline":
-            raise ValueError("the first arm is what the others are compared with: it must be a baseline")
+        if [a.placement == "baseline" for a in self.arms] != [True] + [False] * max(1, len(self.arms) - 1):
+            raise ValueError("the first arm, and it alone, must be a baseline, with at least one to compare with it")
         return self
 
 

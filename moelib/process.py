@@ -3,6 +3,7 @@
 Also what the machine says of itself, as every record names it.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -197,7 +198,8 @@ def sweep(folder: Path) -> list[int]:
         if parent is not None:
             continue
         if child is not None:
-            child.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
             ended.append(child.pid)
         note.unlink(missing_ok=True)
     return ended

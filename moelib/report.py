@@ -16,9 +16,9 @@ from moelib.stats import number, percent, size
 from moelib.study import Results
 
 WEIGHTS = {
-    "twin": "The weights are **geometry twins**: random numbers in the shapes of the models named. Device memory, load "
-    "time and speed depend on shapes and types, so they stand for files of this size; text, quality and the choice "
-    "of experts do not, and nothing is said of them."
+    "twin": "The weights are **geometry twins**: random numbers in the shapes of the models named, at scale {scale} "
+    "({parameters} parameters). Device memory, load time and speed depend on shapes and types, so they stand for files "
+    "of this size; text, quality and the choice of experts do not, and nothing is said of them."
 }
 
 
@@ -31,6 +31,7 @@ class Table:
     records: dict[str, str] = field(default_factory=dict)
     """Run id -> digest of every record that a number here came from."""
     note: str = ""
+    """What the table shows, said above it."""
     numbers: tuple[str, ...] = ()
     """Columns to set flush right."""
 
@@ -41,9 +42,9 @@ class Table:
         frame = pd.DataFrame(self.rows).map(lambda v: str(v).replace("|", "\\|"))
         align = ["right" if c in self.numbers else "left" for c in frame.columns]
         text = frame.to_markdown(index=False, colalign=align, disable_numparse=True)
+        about = f"{self.note}\n\n" if self.note else ""
         cited = f"Table `{self.name}`: {len(self.records)} records, set digest `{files.digest(self.records)[:12]}`."
-        source = " ".join(t for t in (self.note, cited if self.records else "") if t)
-        return f"{text}\n\n" + (f"*{source}*" if source else "")
+        return f"{about}{text}" + (f"\n\n*{cited}*" if self.records else "")
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, str], dict[str, Any]]:
         provenance = {"table": self.name, "records": self.records}
@@ -65,10 +66,12 @@ def _facts(name: str, facts: dict[str, str], records: Iterable[Record] = ()) -> 
 def headline(results: Results) -> str:
     """What was measured on what, in the document's first lines."""
     runs = _done(results)
+    parameters = " and ".join(f"{n / 1e6:,.0f} M" for n in sorted({s["parameters"] for s in results.sheets}))
+    weights = WEIGHTS[results.study.weights].format(scale=results.study.scale, parameters=parameters)
     return (
         f"Study **{results.name}**: {results.study.title}. "
         f"{len(runs)} valid runs of {sum(s.planned for s in results.statuses.values())} planned, on "
-        f"{'; '.join(sorted({_machine(r) for r in runs}))}.\n\n{WEIGHTS[results.study.weights]}"
+        f"{'; '.join(sorted({_machine(r) for r in runs}))}.\n\n{weights}"
     )
 
 
@@ -137,7 +140,7 @@ def memory_table(results: Results) -> Table:
             "experts in the file": size(expert_bytes.get((c.model, c.quant))),
         }
 
-    note = "Peak of the run's processes, mean [95 % interval]."
+    note = "Peak device memory of the run's processes, mean [95 % interval]; saved is taken within blocks."
     return _compared("device-memory", results, analyse.device_memory, show, note)
 
 
@@ -150,13 +153,14 @@ def _rates(scale: float) -> Show:
 
 
 def speed_table(results: Results, workload: str) -> Table:
-    note = "Tokens per second, geometric mean [95 % interval]; the ratio is paired within blocks."
+    note = "Tokens per second, geometric mean [95 % interval]; ratios are taken within blocks."
     return _compared(f"speed-{workload}", results, analyse.decode_rate(workload), _rates(1), note)
 
 
 def first_token_table(results: Results, workload: str, warm: bool) -> Table:
     which = "warm" if warm else "first"
-    note = f"Milliseconds from request to first token, {which} request of a server; geometric mean [95 % interval]."
+    what = "**Warm requests**" if warm else "**The first request of a fresh server**"
+    note = f"{what}: milliseconds from request to first token, geometric mean [95 % interval]."
     return _compared(f"ttft-{which}-{workload}", results, analyse.first_token(workload, warm), _rates(1000), note)
 
 

@@ -56,7 +56,7 @@ def ratio(pairs: Sequence[tuple[float, float]]) -> Estimate:
 
 def byte_unit(largest: float) -> tuple[str, int]:
     """(name, bytes) of the unit in which `largest` reads well."""
-    return ("GiB", 2**30) if largest >= 2 * 2**30 else ("MiB", 2**20)
+    return ("GiB", 2**30) if largest >= 2**30 else ("MiB", 2**20)
 
 
 def size(n: float | None) -> str:

@@ -7,7 +7,7 @@ disk bounds the speed. The same geometry and seed give the same bytes.
 
 import hashlib
 import re
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -167,19 +167,14 @@ def write(path: Path, g: Geometry, *, title: str = "a model", seed: int = 0) -> 
         bar = tqdm(total=nbytes(g), unit="B", unit_scale=True, desc=path.name, disable=None, leave=False)
         # hashing releases the interpreter lock, so it runs beside the write instead of after it
         with partial.open("ab", buffering=0) as f, ThreadPoolExecutor(1) as hasher, bar:
-            pending: list[Future] = []
 
             def put(piece) -> None:
                 f.write(piece)
-                pending.append(hasher.submit(sha.update, piece))
-                if len(pending) > 16:
-                    pending.pop(0).result()
+                hasher.submit(sha.update, piece)  # a view of the pool: waiting costs no memory
                 bar.update(len(piece))
 
             put(bytes(-f.seek(0, 2) % ALIGNMENT))
             for t in tensors(g):
                 for piece in (*pool.pieces(t), bytes(-t.nbytes % ALIGNMENT)):
                     put(piece)
-            for p in pending:
-                p.result()
     return sha.hexdigest()

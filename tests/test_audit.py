@@ -134,7 +134,9 @@ def test_block_checks_flag_what_only_a_comparison_shows():
     base, moe = block()
     assert flagged([]) == {"block-complete"}
     assert flagged([moe]) == {"block-complete"}
+    assert flagged([base]) == {"block-complete"}
     assert flagged([base, base]) == {"block-complete"}
+    assert flagged([base, made(load_mode="none", order=1)]) == {"block-complete"}
     assert flagged([base, made(status="failed", placement="cpu-moe", order=1)]) == {"block-complete"}
     assert flagged([base, with_report(moe, graph_splits=(2,))]) == {"block-placement"}
     assert flagged([base, with_report(moe, graph_splits=())]) == {"block-placement"}

@@ -46,6 +46,7 @@ def test_cuda_takes_the_process_list_held_against_growth():
         (cuda([2], [GIB + 2]), None, "invalid", "below-engine-buffers"),  # a struct skew's handful of bytes
         (cuda([0], [None]), None, "invalid", "no-samples"),
         (cuda([], []), None, "invalid", "no-samples"),
+        (cuda([None], [GIB]), None, "invalid", "no-samples"),  # nothing grew: nothing was measured
         (cuda([4 * GIB + CONTEXT_BYTES + 1], [5 * GIB + CONTEXT_BYTES + 1]), None, "invalid", "above-ceiling"),
         (reconcile("none", [], Reading(0, None, None), report(0), None), None, "degraded", "no-device"),
     ],

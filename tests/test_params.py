@@ -44,6 +44,8 @@ def test_an_excluded_model_says_why():
         ("\nquants: [Q2_K, Q2_K]\n", "names something twice"),
         ("\nquants: [Q3_K]\n", "Q4_K_M"),
         ("\narms: [{placement: cpu-moe}]\n", "must be a baseline"),
+        ("\narms: [{placement: baseline}]\n", "at least one to compare"),
+        ("\narms: [{placement: baseline}, {placement: baseline, load_mode: none}]\n", "it alone"),
         ("\narms: [{placement: baseline}, {placement: n-cpu-moe=0}]\n", "n-cpu-moe=N"),
         ("\nmodels: [nobody]\n", "unknown model"),
         ("\nmodels: [gpt-oss-20b]\n", "excluded"),
