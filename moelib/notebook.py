@@ -13,7 +13,7 @@ from typing import Any
 
 from moelib import files, params, study
 
-QUIET = ["--log-level=ERROR"]  # ipykernel warns of loopback TCP at every start
+QUIET = ["--log-level=CRITICAL"]  # ipykernel warns of loopback TCP at every start
 INJECTED = "# Parameters"  # papermill's comment on the cell that it adds
 DOCUMENT = "MOE-TECHNICAL-VALIDATION.md"
 FIGURES = "figures"

@@ -1,5 +1,6 @@
 """The commands as a person types them."""
 
+import functools
 import json
 import os
 import signal
@@ -57,7 +58,10 @@ def test_twin_and_quantize_make_files_that_are_what_they_say(home, tmp_path, mon
 def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(home, models_folder):
     argv = [sys.executable, "-m", "moelib.cli", "study", "run", "smoke"]
     env = {**os.environ, "MOELIB_MODELS": str(models_folder)}
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    # as a terminal starts it: a job in the background of a script is told to ignore Ctrl-C
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(argv, env=env, preexec_fn=listen, **pipes)
     out, deadline = home / "outputs/smoke", time.monotonic() + 60
     while not list(out.glob("records/*.json")) and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -1,0 +1,35 @@
+"""The demo's whole path, as `make demo` goes it, with one block instead of three."""
+
+import re
+
+import pytest
+from test_study import command
+
+from moelib import analyse, gguf_file, record, study
+
+
+@pytest.mark.engine
+def test_the_demo_from_nothing_to_its_document(home, models_folder):
+    path = home / "params/studies/demo.yaml"
+    path.write_text(re.sub(r"blocks: 3", "blocks: 1", path.read_text()))
+    done = command(home, models_folder, "study", "run", "demo")
+    assert done.returncode == 0, done.stderr
+    assert "12 of 12 runs valid" in done.stdout
+    found = study.results(home / "outputs/demo")
+    assert found.problems == []
+    assert {r.status for r in found.records} == {"valid"}
+    assert len(found.sheets) == 6
+    # every file: device memory falls by at least the expert bytes that its own header counts
+    rows = analyse.compare(found, analyse.device_memory)
+    assert len(rows) == 6
+    for row in rows:
+        file = models_folder / row.model / "twin-tiny" / f"{row.model}-{row.quant}.gguf"
+        assert row.difference.value >= gguf_file.read_header(file).moved_bytes("cpu-moe") > 10 << 20
+    text = (home / "outputs/demo/MOE-TECHNICAL-VALIDATION.md").read_text()
+    for model in ("phi-3.5-moe", "deepseek-moe-16b"):
+        for quant in ("Q4_K_M", "Q2_K", "Q8_0"):
+            assert len(re.findall(rf"^\| {model} +\| {quant} +\| cpu-moe", text, re.M)) >= 8
+    assert "nan" not in text
+    assert "None" not in text
+    assert len(list((home / "outputs/demo/notebooks").glob("*.ipynb"))) == 7
+    assert len(record.read_all(home / "outputs/demo")[0]) == 12
