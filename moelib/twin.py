@@ -6,6 +6,7 @@ disk bounds the speed. The same geometry and seed give the same bytes.
 """
 
 import hashlib
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -177,4 +178,5 @@ def write(path: Path, g: Geometry, *, title: str = "a model", seed: int = 0) -> 
             for t in tensors(g):
                 for piece in (*pool.pieces(t), bytes(-t.nbytes % ALIGNMENT)):
                     put(piece)
+            os.fsync(f.fileno())  # the disk works while the hash catches up
     return sha.hexdigest()
