@@ -136,11 +136,11 @@ def read_all(folder: Path, set_aside: bool = False) -> tuple[list[Record], list[
     return records, damaged
 
 
-def keep_logs(folder: Path, run: str, logs: Iterable[Path]) -> dict[str, str]:
-    """Compress a run's logs into `folder/raw/`; return name -> SHA-256."""
+def keep_logs(folder: Path, run: str, logs: Iterable[Path], models: Path) -> dict[str, str]:
+    """Compress a run's logs into `folder/raw/`, without the name of this machine's `models` folder; name -> SHA-256."""
     kept = {}
     for path in filter(Path.is_file, logs):
         target = folder / "raw" / f"{run}.{path.stem}.log.gz"
-        files.write_bytes(target, gzip.compress(path.read_bytes(), mtime=0))
+        files.write_bytes(target, gzip.compress(path.read_bytes().replace(f"{models}/".encode(), b""), mtime=0))
         kept[target.name] = files.sha256(target)
     return kept

@@ -1,4 +1,6 @@
+import gzip
 import json
+from pathlib import Path
 
 import pytest
 from conftest import FIXTURES
@@ -110,10 +112,11 @@ def test_ids_name_the_run_and_the_attempt():
 
 def test_logs_are_kept_compressed_the_same_each_time(tmp_path):
     log = tmp_path / "server.log"
-    log.write_text("words\n" * 100)
-    first = record.keep_logs(tmp_path, "run", [log, tmp_path / "missing.log"])
+    log.write_text("load /home/me/models/x.gguf\n" * 100)
+    first = record.keep_logs(tmp_path, "run", [log, tmp_path / "missing.log"], Path("/home/me/models"))
+    assert gzip.decompress((tmp_path / "raw/run.server.log.gz").read_bytes()) == b"load x.gguf\n" * 100
     assert list(first) == ["run.server.log.gz"]
-    assert record.keep_logs(tmp_path, "run", [log]) == first
+    assert record.keep_logs(tmp_path, "run", [log], Path("/home/me/models")) == first
 
 
 GOLDEN = FIXTURES / "record-v1.json"
