@@ -5,7 +5,7 @@ STUDY  ?= demo
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engine demo test lint docs lab doctor bench killtest clean
+.PHONY: help setup engine demo test lint docs lab doctor bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -27,7 +27,7 @@ engine: setup ## llama.cpp's tools, built if no build is found
 
 demo: ## the whole demo study, to its document
 	@echo "demo: two small MoE models in F16, six quantised files, 36 measured runs, six notebooks, one document."
-	@echo "On 2 cores: about 1 minute to set up, 7 to build llama.cpp (each once), 3 to measure. Ctrl-C is safe; run again to go on."
+	@echo "On 2 cores: about 1 minute to set up, 7 to build llama.cpp (each once), 2 to measure. Ctrl-C is safe; run again to go on."
 	@$(MAKE) --no-print-directory engine
 	@$(BIN)/moelib study run demo
 
@@ -47,7 +47,7 @@ lab: setup ## open JupyterLab on the notebooks
 doctor: setup ## what is installed, what is missing, and what mends it
 	@$(BIN)/moelib doctor
 
-bench: setup ## the benchmarks: ratios within one run
+bench: demo ## the benchmarks: ratios within one run
 	@$(BIN)/python benchmarks/twin_write.py
 	@$(BIN)/python benchmarks/run_overhead.py outputs/$(STUDY)
 

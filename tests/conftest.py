@@ -31,13 +31,18 @@ seed: 1
 """
 
 
+def furnish(home: Path, smoke: str = SMOKE) -> Path:
+    """Copy the repository's params and notebooks to `home` and add the study `smoke`."""
+    for name in ("params", "notebooks"):
+        shutil.copytree(REPO / name, home / name)
+    (home / "params/studies/smoke.yaml").write_text(smoke)
+    return home
+
+
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, models_folder: Path) -> Path:
     """A home with the repository's params and notebooks and a study `smoke`; outputs stay inside it."""
-    for name in ("params", "notebooks"):
-        shutil.copytree(REPO / name, tmp_path / name)
-    (tmp_path / "params/studies/smoke.yaml").write_text(SMOKE)
-    monkeypatch.setenv("MOELIB_HOME", str(tmp_path))
+    monkeypatch.setenv("MOELIB_HOME", str(furnish(tmp_path)))
     monkeypatch.setenv("MOELIB_MODELS", str(models_folder))
     monkeypatch.delenv("MOELIB_OUTPUTS", raising=False)
     params._yaml.cache_clear()

@@ -11,7 +11,7 @@ import time
 
 import psutil
 import pytest
-from conftest import REPO, SMOKE
+from conftest import SMOKE, furnish
 
 from moelib import params, record
 from moelib.study import Folder
@@ -23,9 +23,7 @@ MOELIB = [sys.executable, "-m", "moelib.cli"]
 
 @pytest.mark.engine
 def test_kill_9_at_random_moments_loses_nothing(tmp_path, monkeypatch, models_folder):
-    for name in ("params", "notebooks"):
-        shutil.copytree(REPO / name, tmp_path / name)
-    (tmp_path / "params/studies/smoke.yaml").write_text(SMOKE.replace("blocks: 2", "blocks: 3"))
+    furnish(tmp_path, SMOKE.replace("blocks: 2", "blocks: 3"))
     monkeypatch.setenv("MOELIB_HOME", str(tmp_path))
     monkeypatch.setenv("MOELIB_MODELS", str(tmp_path / "models"))
     monkeypatch.delenv("MOELIB_OUTPUTS", raising=False)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import SMOKE
+from conftest import SMOKE, furnish
 from factory import block, made, spec
 
 from moelib import measure, notebook, params, record, run, study
@@ -106,12 +106,7 @@ def tree(folder):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, models_folder):
     """A home whose smoke study was run from the command line; copied by the tests that change it."""
-    home = tmp_path_factory.mktemp("whole")
-    from conftest import REPO
-
-    for name in ("params", "notebooks"):
-        shutil.copytree(REPO / name, home / name)
-    (home / "params/studies/smoke.yaml").write_text(SMOKE)
+    home = furnish(tmp_path_factory.mktemp("whole"))
     done = command(home, models_folder, "study", "run", "smoke")
     assert done.returncode == 0, done.stderr
     assert "4 of 4 runs valid" in done.stdout
