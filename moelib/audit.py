@@ -1,133 +1,18 @@
-"""Invariants of a run and of a block, each a small function: what must hold for a number to be believed.
+"""The audit: every invariant of runs, blocks and studies, and the verdicts that follow.
 
-A check that fails makes its run (or every run of its block) invalid, or only degraded where `DEGRADES` says so.
+A block's invariant that fails makes all of its runs invalid; a study's is told with the study.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
+from moelib.invariants import INVARIANTS, Finding, Measured, agrees, holds
 from moelib.record import Check, Record
-from moelib.run import Observation, Request, Spec
+from moelib.run import Observation, Spec
 
-PLACEMENT_SHARE, PLACEMENT_BYTES = 0.001, 1 << 20
-"""Header and engine must agree on device weights to 0.1 % + 1 MiB: the engine prints MiB with two decimals and pads
-tensors; the smallest expert share worth moving is far above it."""
-
-
-def _each(requests: Sequence[Request], wrong: Callable[[Request], str | None]) -> tuple[bool, str]:
-    if not requests:
-        return False, "no requests"
-    found = [f"{r.workload}[{r.index}]: {text}" for r in requests if (text := wrong(r))]
-    return not found, "; ".join(found) or f"{len(requests)} requests"
-
-
-def counts_exact(spec: Spec, seen: Observation) -> tuple[bool, str]:
-    """The engine processed and generated what was asked, by its own counts, and streamed no more than that.
-
-    It may stream less: an incomplete character at the end has no event.
-    """
-
-    def wrong(r: Request) -> str | None:
-        last = r.token_n[-1] if r.token_n else 0
-        got, want = (r.prompt_n, r.predicted_n), (r.prompt_tokens, r.generate_tokens)
-        fits = got == want and 2 <= last <= r.generate_tokens and len(r.tokens) <= last
-        return None if fits else f"prompt, predicted {got}, asked {want}; streamed {last}, {len(r.tokens)} ids"
-
-    return _each(seen.requests, wrong)
-
-
-def requests_complete(spec: Spec, seen: Observation) -> tuple[bool, str]:
-    """Every workload was asked as often as the study says, in its order."""
-    want = [(w, i) for w in spec.workloads for i in range(spec.requests)]
-    got = [(r.workload, r.index) for r in seen.requests]
-    return got == want, f"{len(got)} of {len(want)} requests"
-
-
-def stream_finished(spec: Spec, seen: Observation) -> tuple[bool, str]:
-    """The engine's own final event arrived: the end of a stream alone proves nothing."""
-    return _each(seen.requests, lambda r: None if r.finished else "no final event")
-
-
-def cache_not_hit(spec: Spec, seen: Observation) -> tuple[bool, str]:
-    """No part of a prompt came from a cache."""
-    return _each(seen.requests, lambda r: None if r.cache_n == 0 else f"cache_n {r.cache_n}")
-
-
-def times_ordered(spec: Spec, seen: Observation) -> tuple[bool, str]:
-    """Tokens arrived after the request was sent and one after another, the first alone."""
-
-    def wrong(r: Request) -> str | None:
-        if not r.token_s or r.token_s[0] <= 0:
-            return "no first token"
-        if any(b < a for a, b in zip(r.token_s, r.token_s[1:], strict=False)):
-            return "an earlier time after a later one"
-        return None if r.token_n[0] == 1 else f"the first event carried {r.token_n[0]} tokens"
-
-    return _each(seen.requests, wrong)
-
-
-def layers_offloaded(spec: Spec, seen: Observation) -> tuple[bool, str]:
-    """All layers went to the device: otherwise the baseline is not one. Without a device there are none."""
-    on, of = seen.report.offloaded_layers, seen.report.total_layers
-    if seen.memory.reasons == ("no-device",):
-        return True, "no device"
-    return on is not None and on == of, f"{on} of {of}"
-
-
-def placement_moves(spec: Spec, seen: Observation) -> tuple[bool, str]:
-    """An offload placement moves expert weights: on a dense model the flag is accepted and does nothing."""
-    moved = seen.placement.moved_bytes
-    if spec.placement == "baseline":
-        return moved == 0, f"{moved} bytes moved"
-    if seen.memory.reasons == ("no-device",):
-        return False, "there is no device to move experts from"
-    return moved > 0, f"{moved} bytes in {seen.placement.moved_tensors} tensors moved"
-
-
-def agrees(measured: int, expected: int) -> bool:
-    return abs(measured - expected) <= PLACEMENT_SHARE * expected + PLACEMENT_BYTES
-
-
-def placement_on_device(spec: Spec, seen: Observation) -> tuple[bool, str]:
-    """The weights on the device by the engine's report are those that the file's header says must be there."""
-    if seen.memory.reasons == ("no-device",):
-        return True, "no device"
-    engine, header = seen.report.device_bytes("model"), seen.placement.device_bytes
-    return engine is not None and agrees(engine, header), f"engine {engine}, header {header} bytes"
-
-
-def memory_known(spec: Spec, seen: Observation) -> tuple[bool, str]:
-    """Device memory has a value; why not stands in its reasons."""
-    return seen.memory.status != "invalid", ", ".join(seen.memory.reasons) or f"{seen.memory.value_bytes} bytes"
-
-
-def memory_undoubted(spec: Spec, seen: Observation) -> tuple[bool, str]:
-    """All accounts of device memory could be taken and agree."""
-    return seen.memory.status == "valid", ", ".join(seen.memory.reasons) or str(seen.memory.method)
-
-
-def clean_end(spec: Spec, seen: Observation) -> tuple[bool, str]:
-    """The server ended by itself when told to."""
-    return seen.exit_code == 0 and not seen.exit_killed, f"exit {seen.exit_code}, killed {seen.exit_killed}"
-
-
-_ON_RUNS = [requests_complete, counts_exact, stream_finished, cache_not_hit, times_ordered, layers_offloaded]
-_ON_RUNS += [placement_moves, placement_on_device, memory_known, memory_undoubted, clean_end]
-RUN_CHECKS = {check.__name__.replace("_", "-"): check for check in _ON_RUNS}
-DEGRADES = {"memory-undoubted", "clean-end"}
-
-
-def run(spec: Spec, seen: Observation) -> tuple[Check, ...]:
-    """Every run check, in order."""
-    return tuple(Check(name, *check(spec, seen)) for name, check in RUN_CHECKS.items())
-
-
-def verdict(checks: Sequence[Check]) -> tuple[str, tuple[str, ...]]:
-    """(valid, degraded or invalid; the ids of the checks that failed). No checks at all is invalid."""
-    failed = tuple(c.id for c in checks if not c.passed)
-    if not checks:
-        return "invalid", ("nothing-checked",)
-    return "invalid" if set(failed) - DEGRADES else "degraded" if failed else "valid", failed
+SAME_SHARE = 1e-4  # measured shares of one block's requests differ by percents
+SPREAD_BYTES, SPREAD_SHARE = 64 << 20, 0.01  # what device memory is known to
 
 
 def baseline(runs: Sequence[Record]) -> Record:
@@ -135,26 +20,28 @@ def baseline(runs: Sequence[Record]) -> Record:
     return next(r for r in runs if r.spec.placement == "baseline")
 
 
-def block_complete(runs: Sequence[Record]) -> tuple[bool, str]:
-    """One baseline and something to compare with it, each measured once."""
+@holds("block", "one baseline and at least one more, each arm once")
+def block_complete(runs: Sequence[Record]) -> Finding:
+    """There is something to compare, and nothing twice."""
     arms = [r.spec.arm for r in runs]
     bases = [r for r in runs if r.spec.placement == "baseline"]
     whole = len(bases) == 1 < len(runs) and len(set(arms)) == len(arms) and all(r.observed for r in runs)
     return whole, ", ".join(arms) or "no runs"
 
 
-def block_alike(runs: Sequence[Record]) -> tuple[bool, str]:
+@holds("block", "equal")
+def block_alike(runs: Sequence[Record]) -> Finding:
     """Nothing but placement and load mode differs: same file, build, device, threads, requests."""
 
     def common(r: Record) -> dict[str, Any]:
-        seen = r.observed
+        asked = [(q.workload, q.index, q.prompt_tokens, q.generate_tokens) for q in r.observed.requests]
         return {
             "file": r.sheet.get("sha256"),
             "engine": r.engine.get("server_sha256"),
             "device": (r.device.get("kind"), r.device.get("name"), r.device.get("uuid")),
-            "threads": seen.threads,
+            "threads": r.observed.threads,
             "context": r.spec.context,
-            "prompts": [(q.workload, q.index, q.prompt_tokens, q.generate_tokens) for q in seen.requests],
+            "prompts": asked,
         }
 
     first = common(runs[0])
@@ -162,32 +49,97 @@ def block_alike(runs: Sequence[Record]) -> tuple[bool, str]:
     return not differs, f"differ in {', '.join(differs)}" if differs else f"{len(runs)} runs alike"
 
 
-def block_placement(runs: Sequence[Record]) -> tuple[bool, str]:
+@holds("block", "0.1 % + 1 MiB, and more graph splits")
+def block_placement(runs: Sequence[Record]) -> Finding:
     """What left the device between baseline and offload is what the header says the placement moves, and the graph
-    was cut where the experts went."""
-    base = baseline(runs).observed
-    if base.memory.reasons == ("no-device",):
-        return True, "no device"
-    found = []
-    for r in (r for r in runs if r.spec.placement != "baseline"):
+    was cut where the experts went: a flag that was accepted and ignored is caught here."""
+    base, found = baseline(runs).observed, []
+    for r in (r for r in runs if r.spec.placement != "baseline" and r.observed.device_kind != "none"):
         seen = r.observed
         on, off = base.report.device_bytes("model"), seen.report.device_bytes("model")
         if on is None or off is None or not agrees(on - off, seen.placement.moved_bytes):
             found.append(f"{r.spec.arm}: device weights {on} -> {off}, header moves {seen.placement.moved_bytes}")
-        if not seen.report.graph_splits or max(seen.report.graph_splits) <= max(base.report.graph_splits, default=0):
+        if max(seen.report.graph_splits, default=0) <= max(base.report.graph_splits, default=0):
             found.append(f"{r.spec.arm}: graph splits {base.report.graph_splits} -> {seen.report.graph_splits}")
     return not found, "; ".join(found) or "header and engine agree"
 
 
-_ON_BLOCKS = (block_complete, block_alike, block_placement)
-BLOCK_CHECKS = {check.__name__.replace("_", "-"): check for check in _ON_BLOCKS}
+@holds("block", f"relative spread above {SAME_SHARE:g}")
+def block_ttft_measured(runs: Sequence[Record]) -> Finding:
+    """Time to first token is not a constant share of the total: then it was computed, not measured."""
+    shares = [q.token_s[0] / q.total_s for r in runs for q in r.observed.requests if q.total_s]
+    spread = (max(shares) - min(shares)) / max(shares) if shares else 0.0
+    return spread > SAME_SHARE, f"spread {spread:.2g} over {len(shares)} requests"
+
+
+class Matrix(NamedTuple):
+    """What a study's invariants look at."""
+
+    planned: Sequence[str]
+    """Keys of the planned runs."""
+    runs: Sequence[Record]
+    """The record that stands for each run that has one in a whole, valid block."""
+
+
+@holds("study", "every planned run")
+def matrix_complete(study: Matrix) -> Finding:
+    """A missing run is not seen in a mean."""
+    missing = set(study.planned) - {r.key for r in study.runs}
+    return bool(study.planned) and not missing, f"{len(missing)} of {len(study.planned)} missing"
+
+
+@holds("study", "no equal timestamps")
+def no_two_alike(study: Matrix) -> Finding:
+    """Two runs with the same microseconds are one run, copied."""
+    seen = defaultdict(set)
+    for r in study.runs:
+        for q in r.observed.requests:
+            seen[q.token_s].add(r.run_id)
+    copies = sorted(min(ids) for times, ids in seen.items() if len(times) > 2 and len(ids) > 1)
+    return not copies, f"alike: {', '.join(copies[:3])}" if copies else f"{len(study.runs)} runs differ"
+
+
+@holds("study", f"{SPREAD_BYTES >> 20} MiB or {SPREAD_SHARE:.0%} within a cell and arm")
+def memory_steady(study: Matrix) -> Finding:
+    """The same file in the same place takes the same memory in every block."""
+    cells = defaultdict(list)
+    for r in study.runs:
+        if (value := r.observed.memory.value_bytes) is not None:
+            cells[f"{r.cell} {r.spec.arm}"].append(value)
+    wide = [k for k, v in cells.items() if max(v) - min(v) > max(SPREAD_BYTES, SPREAD_SHARE * max(v))]
+    return not wide, f"spread: {', '.join(wide)}" if wide else f"{len(cells)} arms steady"
+
+
+def _check(of: str, what: Any) -> Iterator[Check]:
+    for i in INVARIANTS.values():
+        if i.of == of:
+            yield Check(i.id, *i.find(what))
+
+
+def run(spec: Spec, seen: Observation, sheet: dict[str, Any]) -> tuple[Check, ...]:
+    """Every invariant of a run, in order."""
+    return tuple(_check("run", Measured(spec, seen, sheet)))
+
+
+def verdict(checks: Sequence[Check]) -> tuple[str, tuple[str, ...]]:
+    """(valid, degraded or invalid; the ids of the checks that failed). No checks at all is invalid."""
+    failed = tuple(c.id for c in checks if not c.passed)
+    if not checks:
+        return "invalid", ("nothing-checked",)
+    hard = [f for f in failed if not INVARIANTS[f].degrades]
+    return "invalid" if hard else "degraded" if failed else "valid", failed
 
 
 def block(runs: Sequence[Record]) -> tuple[Check, ...]:
-    """Every block check; the later ones only of a complete block, as they compare its runs."""
+    """Every invariant of a block; the later ones only of a complete block, as they compare its runs."""
     checks = []
-    for name, check in BLOCK_CHECKS.items():
-        checks.append(Check(name, *check(runs)))
+    for check in _check("block", runs):
+        checks.append(check)
         if not checks[0].passed:
             break
     return tuple(checks)
+
+
+def study(planned: Sequence[str], runs: Sequence[Record]) -> tuple[Check, ...]:
+    """Every invariant of a study, of its standing runs."""
+    return tuple(_check("study", Matrix(planned, runs)))

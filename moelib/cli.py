@@ -163,6 +163,21 @@ def study_status(name: str) -> None:
 
 @main.command()
 @click.argument("name")
+def audit(name: str) -> None:
+    """Check every record of study NAME against every invariant again, and say what stands."""
+    from moelib import report as reports
+    from moelib.study import outputs, results
+
+    found = results(outputs() / name)
+    click.echo(reports.audit_table(found).text())
+    click.echo(", ".join(f"{count} {what}" for what, count in found.tally.items()))
+    for p in found.problems:
+        click.echo(f"  {p}")
+    sys.exit(FAILED if found.problems else 0)
+
+
+@main.command()
+@click.argument("name")
 def report(name: str) -> None:
     """Rebuild the document of study NAME from its records alone."""
     from moelib import notebook

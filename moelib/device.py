@@ -1,9 +1,12 @@
 """What holds the offloaded part of a model: a GPU (`cuda`), a second process (`loopback`), or nothing (`none`).
 
-Each kind opens a session for one run, which says how llama-server reaches the device and reads its memory.
+Each kind opens a session for one run, which says how llama-server reaches the device and reads its memory and, on a
+GPU, its counters.
 """
 
 import os
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,11 +15,14 @@ from typing import Any
 
 import psutil
 
-from moelib import params, process
+from moelib import host, params, process
 from moelib.engine import Engine, EngineError
-from moelib.memory import Reading
+from moelib.memory import SETTLED_BYTES, Reading
+from moelib.nvml import NO_GPU, Counters, Gpu
 
 SAMPLE_S = 0.05  # between readings of the memory
+IDLE_READINGS, IDLE_S = 5, 0.02  # enough to see an idle device move
+SETTLE_S = 10.0  # for a driver to give back an ended process's memory
 
 
 class DeviceError(params.UserError):
@@ -31,14 +37,40 @@ class Session:
     """What llama-server must be told."""
     read: Callable[[int | None, float], Reading] = lambda server_pid, t_s: Reading(t_s, None, None)
     """Reads the memory, given the server's process id and the seconds since the run's start."""
+    counters: Callable[[float], Counters] | None = None
+    """Reads clocks, energy and the like, given the seconds since the run's start."""
+    energy: Callable[[], float | None] = lambda: None
+    """Reads the energy counter alone, in joules."""
     env: dict[str, str] = field(default_factory=dict)
     cpus: tuple[int, ...] = ()
     """The only CPUs that llama-server may use; empty for all."""
     pid: int | None = None
     """The process that plays the device, where one does."""
+    shared: bool = False
+    """Whether the device is there before and after the run, so that its idle state can be read."""
 
     def peak_bytes(self) -> int | None:
         return process.peak_rss(self.pid) if self.pid else None
+
+    def idle(self) -> tuple[Reading, ...]:
+        """Readings before the run."""
+        found = [self.read(None, 0.0)]
+        while self.shared and len(found) < IDLE_READINGS:
+            time.sleep(IDLE_S)
+            found.append(self.read(None, 0.0))
+        return tuple(found)
+
+    def settled(self, idle: tuple[Reading, ...], server_pid: int, now: Callable[[], float]) -> tuple[Reading, ...]:
+        """Readings after the run's end, until the device is as it was or SETTLE_S have passed."""
+        found, deadline = [], time.monotonic() + SETTLE_S
+        while self.shared:
+            found.append(self.read(server_pid, now()))
+            before, after = idle[-1].device_bytes, found[-1].device_bytes
+            gone = not found[-1].listed and None not in (before, after) and abs(after - before) <= SETTLED_BYTES
+            if gone or time.monotonic() > deadline:
+                break
+            time.sleep(SAMPLE_S)
+        return tuple(found)
 
 
 class Device:
@@ -47,12 +79,19 @@ class Device:
     kind = "none"
     name: str | None = None
     uuid: str | None = None
+    context_bytes: int | None = None
+    """An empty context on the device, where one was measured."""
     threads = process.usable_cpus()
     """Threads of llama-server."""
+    absent: dict[str, str] = NO_GPU
+    """Counters that this device does not have -> why."""
 
     def identity(self) -> dict[str, Any]:
         """What a record says of the device."""
         return {"kind": self.kind, "name": self.name, "uuid": self.uuid}
+
+    def calibrate(self, work: Path) -> None:
+        """Measure what can only be measured with no run in progress. Logs go to `work`."""
 
 
 class NoDevice(Device):
@@ -103,65 +142,50 @@ class Loopback(Device):
             yield Session([*rpc, "--device", names[0]], read, cpus=self.cpus, pid=child.pid)
 
 
+# Holds an empty context on the first visible GPU until it is ended.
+_CONTEXT = (
+    "import ctypes,time\n"
+    "cuda,context=ctypes.CDLL('libcuda.so.1'),ctypes.c_void_p()\n"
+    "print('context',cuda.cuInit(0),cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context),0),flush=True)\n"
+    "time.sleep(60)\n"
+)
+
+
 class Cuda(Device):
-    """One NVIDIA GPU, addressed by its UUID and alone visible to the engine. Memory by NVML."""
+    """One NVIDIA GPU, addressed by its UUID and alone visible to the engine. Memory and counters by NVML."""
 
     kind = "cuda"
 
     def __init__(self) -> None:
-        import pynvml
-
-        self._nvml = pynvml
         try:
-            pynvml.nvmlInit()
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
-            if visible.startswith("GPU-"):
-                self._handle = pynvml.nvmlDeviceGetHandleByUUID(visible)
-            else:
-                self._handle = pynvml.nvmlDeviceGetHandleByIndex(int(visible) if visible.isdigit() else 0)
-            self.uuid = pynvml.nvmlDeviceGetUUID(self._handle)
-            self.name = pynvml.nvmlDeviceGetName(self._handle)
-        except pynvml.NVMLError as err:
+            self.gpu = Gpu(os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip())
+        except Gpu.errors as err:
             raise DeviceError(f"no NVIDIA GPU can be used: {err}; check the driver with nvidia-smi") from None
+        self.uuid, self.name, self.absent = self.gpu.uuid, self.gpu.name, self.gpu.absent
 
     def identity(self) -> dict[str, Any]:
-        return {
-            **super().identity(),
-            "total_bytes": self._ask(lambda: self._memory().total),
-            "driver": self._ask(self._nvml.nvmlSystemGetDriverVersion),
-            "power_limit_watt": self._ask(lambda: self._nvml.nvmlDeviceGetEnforcedPowerLimit(self._handle) / 1000),
-        }
+        return {**super().identity(), **self.gpu.facts(), "context_bytes": self.context_bytes}
 
-    def _memory(self) -> Any:
-        # the first version's `used` includes what the driver reserves
-        return self._nvml.nvmlDeviceGetMemoryInfo(self._handle, version=self._nvml.nvmlMemory_v2)
-
-    def _ask(self, question: Any) -> Any:
+    def calibrate(self, work: Path) -> None:
+        before = self.gpu.read(set(), 0.0).device_bytes
+        argv = [sys.executable, "-c", _CONTEXT]
+        env = process.environment(work, {"CUDA_VISIBLE_DEVICES": self.uuid})
         try:
-            return question()
-        except self._nvml.NVMLError:
-            return None
-
-    def read(self, server_pid: int | None, t_s: float) -> Reading:
-        used: dict[int, int | None] = {}
-        for listed in ("nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetGraphicsRunningProcesses"):
-            for p in self._ask(lambda f=listed: getattr(self._nvml, f)(self._handle)) or []:
-                used[p.pid] = max(used.get(p.pid) or 0, p.usedGpuMemory or 0) or None
-        ours = _tree(server_pid)
-        mine = [b for pid, b in used.items() if pid in ours and b]
-        device = self._ask(lambda: self._memory().used)
-        return Reading(t_s, sum(mine) if mine else None, device, sum(pid not in ours for pid in used))
+            with process.Child(argv, work / "context.log", env) as child:
+                child.wait_for(r"context 0 0", 30)
+                seen = self.gpu.read({child.pid}, 0.0)
+        except process.ProcessError:
+            return  # memory is then held against a wide bound, and says so
+        if before is not None and seen.device_bytes is not None and seen.device_bytes > before:
+            self.context_bytes = max(seen.process_bytes or 0, seen.device_bytes - before)
 
     @contextmanager
     def session(self, engine: Engine, work: Path) -> Iterator[Session]:
-        yield Session(["--device", "CUDA0"], self.read, {"CUDA_VISIBLE_DEVICES": self.uuid})
+        def read(server_pid: int | None, t_s: float) -> Reading:
+            return self.gpu.read(host.tree(server_pid), t_s)
 
-
-def _tree(pid: int | None) -> set[int]:
-    try:
-        return {pid, *(c.pid for c in psutil.Process(pid).children(recursive=True))} if pid else set()
-    except psutil.NoSuchProcess:
-        return {pid}
+        env = {"CUDA_VISIBLE_DEVICES": self.uuid}
+        yield Session(["--device", "CUDA0"], read, self.gpu.counters, self.gpu.energy, env, shared=True)
 
 
 def choose(kind: str, engine: Engine) -> Device:
@@ -184,4 +208,4 @@ def choose(kind: str, engine: Engine) -> Device:
         return Loopback()
     if kind == "auto":
         return NoDevice()
-    raise DeviceError(f"{engine} has no RPC; run `moelib engine build` or set MOELIB_LLAMA_CPP to one that has")
+    raise DeviceError(f"{engine} has no RPC; run `make engine` or set MOELIB_LLAMA_CPP to one that has")

@@ -53,6 +53,8 @@ class Report:
     total_layers: int | None
     graph_splits: tuple[int, ...]
     """Splits of the large batch's graph, then of the single token's where the build prints both."""
+    built: str | None = None
+    """The build's own line: number, compiler, target, and `(debug)` where it is one."""
 
     def device_bytes(self, kind: str | None = None) -> int | None:
         """Bytes in device buffers of `kind` (all kinds without one); None if the engine reported no buffers."""
@@ -62,6 +64,7 @@ class Report:
 
 
 _BUFFER = re.compile(r"(\S+)\s+(model|KV|compute|output|RS)\s+buffer size\s*=\s*([0-9.]+) MiB")
+_BUILT = re.compile(r"\bbuild:? (\d+ \(.+)")
 _LAYERS = re.compile(r"offloaded (\d+)/(\d+) layers")
 _SPLITS = re.compile(r"splits = (\d+)(?: \(with bs=\d+\), (\d+) \(with bs=1\))?")
 LISTENING = r"server is listening on http://127\.0\.0\.1:(\d+)|: listening on http://127\.0\.0\.1:(\d+)"
@@ -76,7 +79,8 @@ def parse_log(text: str) -> Report:
     layers, splits = _LAYERS.search(text), _SPLITS.findall(text)
     buffers = tuple(Buffer(n, k, round(mib * 2**20)) for (n, k), mib in sums.items())
     on, of = map(int, layers.groups()) if layers else (None, None)
-    return Report(buffers, on, of, tuple(int(s) for s in splits[-1] if s) if splits else ())
+    built = _BUILT.search(text)
+    return Report(buffers, on, of, tuple(int(s) for s in splits[-1] if s) if splits else (), built and built[1])
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,20 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+class Hashed:
+    """A file's SHA-256, read from disk once, and again whenever the file's size or times changed since."""
+
+    def __init__(self, path: Path):
+        self.path, self._state, self._sha256 = path, (), ""
+
+    def sha256(self) -> str:
+        s = self.path.stat()
+        state = (s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)
+        if state != self._state:
+            self._sha256, self._state = sha256(self.path), state
+        return self._sha256
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`; renamed over it on success, removed on failure.

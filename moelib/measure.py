@@ -43,6 +43,8 @@ def measure(folder: study.Folder, cell: study.Cell) -> Iterator[record.Record]:
         quantised = quantize.make(models.make_twin(cell.model, folder.study.scale), cell.quant, llama, work)
         if folder.sheet(cell) != quantised.sheet:
             files.write_json(folder.sheet_path(cell), quantised.sheet)
+        quantised.content.sha256()  # here, so that no run waits for it
+        where.calibrate(work)
         setup = Setup(quantised, llama, where, work)
         records = folder.records(set_aside=True)
         _same_setup([r for r in records if r.done and r.cell == cell.name], setup)
@@ -77,7 +79,7 @@ def _perform(folder: study.Folder, spec: run.Spec, attempt: int, setup: Setup) -
     outcome = run.execute(spec, *setup)
     status, reasons, checks = "failed", (outcome.reason,) if outcome.reason else (), ()
     if outcome.observation is not None:
-        checks = audit.run(spec, outcome.observation)
+        checks = audit.run(spec, outcome.observation, setup.quantised.sheet)
         status, reasons = audit.verdict(checks)
     made = record.Record(
         run_id=name,

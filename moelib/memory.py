@@ -1,26 +1,48 @@
-"""Device memory of a run as a reconciled value: what was read, what it must lie between, and why it is not known.
+"""Device memory of a run as a reconciled value: four accounts, what each must lie between, and why it is not known.
 
-A value is never a bare number: it has a status, a method and reasons from a closed list, and an unknown one is None.
+The accounts: the driver's list of processes, the device's growth over its idle state, the engine's own buffers, and
+the weights that the file's header puts on the device. A value is never a bare number: it has a status, a method and
+reasons from a closed list. What cannot be told apart from something else is None, never 0.
 """
+
+from collections.abc import Iterable, Sequence
 
 from moelib.engine import Report
 from moelib.files import stored
 
 REASONS = {
-    "no-device": "the run had no device, so it has no device memory",
+    # invalid: the accounts contradict each other, or something disturbed them
     "no-samples": "nothing could be read while the run lasted",
-    "process-not-listed": "the driver did not list the run's processes; the value is the device's growth",
-    "foreign-process": "another process used the device, so its growth is not this run's alone",
-    "sampled-peak": "the system keeps no peak; the value is the highest sample",
-    "engine-silent": "the engine reported no buffers to hold the value against",
-    "below-engine-buffers": "less was read than the engine says it holds on the device",
-    "above-ceiling": "more was read than the engine's buffers and a context can explain",
+    "gpu-lost": "the driver lost the GPU",
+    "unstable-baseline": "the idle device's memory was moving before the run",
+    "not-returned": "the device's memory did not come back to its idle state after the run",
+    "foreign-changed": "another process came to the device, left it or grew on it while the run lasted",
     "accounts-disagree": "the process list and the device's growth differ by more than 64 MiB and 1 %",
+    "below-engine-buffers": "less was read than a context and the buffers that the engine says it holds",
+    "below-header-weights": "less was read than the weights that the file's header puts on the device",
+    "above-ceiling": "more was read than the engine's buffers and a context can explain",
+    # degraded: an account is missing; there is a value where what is left still proves it
+    "no-device": "the run had no device, so it has no device memory",
+    "process-not-listed": "the driver lists no process of the run, so its share of the device's growth is not known; "
+    "in a container, share the host's process ids",
+    "list-unsupported": "the driver cannot list processes, so the run's share of the device's growth is not known",
+    "host-pid": "the driver lists the run's process by the host's id; it is known by coming and going with the run",
+    "bytes-not-listed": "the driver lists the run's process without its bytes; the value is the device's growth",
+    "device-total-unknown": "the device's own total could not be read; the value is the process list's alone",
+    "foreign-process": "another process was on the device, and kept still",
+    "engine-silent": "the engine reported no buffers to hold the value against",
+    "context-unmeasured": "the size of an empty context could not be measured; a wide bound was used",
+    "sampled-peak": "the system keeps no peak; the value is the highest sample",
 }
+INVALID = tuple(REASONS)[:9]
 
-AGREE_BYTES, AGREE_SHARE = 64 << 20, 0.01  # what two exact NVML accounts were seen to differ by, and a margin
-CONTEXT_BYTES = 2 << 30  # CUDA context, cuBLAS workspace and pools: 0.7 GiB seen on an H200
-PROCESS_BYTES = 64 << 20  # code and heap of the device process itself: 12 MiB seen
+AGREE_BYTES, AGREE_SHARE = 64 << 20, 0.01  # two exact NVML accounts were seen to differ by 9 MiB, the rest is margin
+SETTLED_BYTES = 16 << 20  # idle GPUs were seen to move by 0; a desktop moves by more, and then growth proves nothing
+LEAST_CONTEXT_BYTES = 64 << 20  # no CUDA context is smaller: 518 MiB seen on an H200
+CONTEXTS, SHARE = 1.5, 0.01  # context, then cuBLAS workspace, pool and graphs: 1.35 contexts in all seen
+UNMEASURED_CONTEXT_BYTES = 4 << 29  # 2 GiB, where no context could be measured
+PROCESS_BYTES = 64 << 20  # code and heap of a loopback device's process: 12 MiB seen
+HEADER_SHARE, HEADER_BYTES = 0.001, 1 << 20  # the engine prints MiB with two decimals and pads tensors
 
 
 @stored
@@ -29,11 +51,25 @@ class Reading:
 
     t_s: float
     process_bytes: int | None
-    """Memory of the run's processes on the device."""
+    """Memory of the run's processes on every GPU, by the driver's list; RSS of a loopback device."""
     device_bytes: int | None
     """Memory in use on the whole device."""
-    foreign: int | None = None
-    """Processes on the device that are not the run's."""
+    listed: bool = False
+    """Whether the driver listed a process of the run, with or without its bytes."""
+    others: tuple[tuple[int, int | None], ...] = ()
+    """(process id, bytes) of the other processes on the device."""
+    errors: tuple[str, ...] = ()
+    """What could not be read: gpu-lost, list-unsupported, memory-unsupported."""
+
+
+@stored
+class Trace:
+    """Readings of the idle device, of the run, and of the device after the run's end."""
+
+    before: tuple[Reading, ...]
+    during: tuple[Reading, ...]
+    """The last one is taken after the last request, with the server still up: pools never shrink."""
+    after: tuple[Reading, ...] = ()
 
 
 @stored
@@ -43,13 +79,19 @@ class Memory:
     status: str
     """valid, degraded or invalid."""
     method: str | None
-    """rss-peak, rss-samples, nvml-process, nvml-device."""
+    """rss-peak, rss-samples, nvml-process, nvml-growth."""
     reasons: tuple[str, ...]
+    process_bytes: int | None
+    """Account 1: peak of the run's processes by the system's list."""
+    growth_bytes: int | None
+    """Account 2: peak of the device over its idle state; None on loopback."""
     engine_bytes: int | None
-    """Device buffers by the engine's own report: a part of the value."""
-    idle_bytes: int | None
-    """In use before the run: of the device process (loopback) or of the whole device (cuda)."""
-    readings: tuple[Reading, ...]
+    """Account 3: device buffers by the engine's own report, a part of the value."""
+    weights_bytes: int
+    """Account 4: weights on the device by the file's header, a part of account 3."""
+    context_bytes: int | None
+    """An empty context on this device, measured."""
+    trace: Trace
 
     @property
     def residual_bytes(self) -> int | None:
@@ -59,47 +101,117 @@ class Memory:
         return self.value_bytes - self.engine_bytes
 
 
-def _peak(values: list[int | None]) -> int | None:
-    known = [v for v in values if v]  # a reading of exactly 0 is a failed reading
-    return max(known) if known else None
+def _peak(values: Iterable[int | None]) -> int | None:
+    return max((v for v in values if v), default=None)  # a reading of exactly 0 is a failed reading
 
 
-def reconcile(kind: str, readings: list[Reading], idle: Reading, report: Report, peak_bytes: int | None) -> Memory:
+def _agree(a: int, b: int) -> bool:
+    return abs(a - b) <= max(AGREE_BYTES, AGREE_SHARE * max(a, b))
+
+
+def _still(values: Sequence[int | None]) -> bool:
+    """All known and within the bound of an idle device."""
+    return None not in values and max(values) - min(values) <= SETTLED_BYTES
+
+
+def reconcile(
+    kind: str,
+    trace: Trace,
+    report: Report,
+    weights_bytes: int,
+    context_bytes: int | None = None,
+    peak_bytes: int | None = None,
+) -> Memory:
     """The run's device memory from all accounts.
 
-    kind: cuda, loopback or none. idle: a reading before the run. peak_bytes: the system's own record of the device
-    process's peak (loopback), None where it keeps none.
+    kind: cuda, loopback or none. weights_bytes: what the header puts on the device. context_bytes: an empty context
+    on this GPU, None where it could not be measured. peak_bytes: the system's own record of the loopback device's
+    peak RSS, None where it keeps none.
     """
-    engine, reasons = report.device_bytes(), []
+    engine = report.device_bytes()
+    told = {"engine_bytes": engine, "weights_bytes": weights_bytes, "context_bytes": context_bytes, "trace": trace}
     if kind == "none":
-        return Memory(None, "degraded", None, ("no-device",), engine, None, ())
+        return Memory(None, "degraded", None, ("no-device",), None, None, **told)
     if kind == "loopback":
-        value, method, before = peak_bytes, "rss-peak", idle.process_bytes
+        process, growth = _peak([peak_bytes]), None
+        value, method, reasons = process, "rss-peak", []
         if value is None:
-            value, method = _peak([r.process_bytes for r in readings]), "rss-samples"
-            reasons.append("sampled-peak")
+            process = value = _peak(r.process_bytes for r in trace.during)
+            method, reasons = "rss-samples", ["sampled-peak"]
+        if value is None:
+            reasons.append("no-samples")
         # untouched pages of caches and graphs do not count in RSS; weights are written, so they do
         floor, ceiling = report.device_bytes("model"), (engine or 0) + PROCESS_BYTES
     else:
-        before = idle.device_bytes
-        value, method = _peak([r.process_bytes for r in readings]), "nvml-process"
-        used = _peak([r.device_bytes for r in readings])
-        growth = used - before if used is not None and before is not None and used > before else None
-        foreign = any(r.foreign for r in [idle, *readings])
-        if value is None:
-            value, method = None if foreign else growth, "nvml-device"
-            reasons.append("process-not-listed")
-        elif growth is not None and not foreign and abs(growth - value) > max(AGREE_BYTES, AGREE_SHARE * value):
-            reasons.append("accounts-disagree")
-        if foreign:
-            reasons.append("foreign-process")
-        floor, ceiling = engine, (engine or 0) + CONTEXT_BYTES
-    invalid = []
-    if value is None:
-        invalid = ["no-samples"]
-    elif engine is None:
+        value, method, process, growth, reasons = _cuda(trace)
+        context = UNMEASURED_CONTEXT_BYTES if context_bytes is None else CONTEXTS * context_bytes
+        if context_bytes is None:
+            reasons.append("context-unmeasured")
+        floor, ceiling = (engine or 0) + LEAST_CONTEXT_BYTES, (engine or 0) * (1 + SHARE) + context
+    if engine is None:
         reasons.append("engine-silent")
-    elif not floor <= value <= ceiling:
-        invalid = ["below-engine-buffers" if value < floor else "above-ceiling"]
-    status = "invalid" if invalid else "degraded" if reasons else "valid"
-    return Memory(None if invalid else value, status, method, (*invalid, *reasons), engine, before, tuple(readings))
+        if growth is None or process is None:
+            value = None  # one account with nothing to hold it against
+    elif value is not None and not floor <= value <= ceiling:
+        reasons.append("below-engine-buffers" if value < floor else "above-ceiling")
+    if value is not None and value < weights_bytes * (1 - HEADER_SHARE) - HEADER_BYTES:
+        reasons.append("below-header-weights")
+    wrong = any(r in INVALID for r in reasons)
+    status = "invalid" if wrong else "degraded" if reasons else "valid"
+    ordered = tuple(r for r in REASONS if r in reasons)
+    return Memory(None if wrong else value, status, method, ordered, process, growth, **told)
+
+
+def _cuda(trace: Trace) -> tuple[int | None, str, int | None, int | None, list[str]]:
+    """(value, method, process list's peak, growth, reasons) by what the driver says alone."""
+    every = [*trace.before, *trace.during, *trace.after]
+    errors = {e for r in every for e in r.errors}
+    reasons = ["gpu-lost"] if "gpu-lost" in errors else []
+    if not trace.during:
+        return None, "nvml-process", None, None, [*reasons, "no-samples"]
+    process, listed = _peak(r.process_bytes for r in trace.during), any(r.listed for r in trace.during)
+    others = [dict(r.others) for r in every]
+    if not listed and (ours := _newcomer(trace)) is not None:
+        process, listed = _peak(dict(r.others).get(ours) for r in trace.during), True
+        others = [{pid: n for pid, n in o.items() if pid != ours} for o in others]
+        reasons.append("host-pid")
+
+    growth, used = None, _peak(r.device_bytes for r in trace.during)
+    idle = [r.device_bytes for r in trace.before]
+    if used is None or not idle or None in idle:
+        reasons.append("device-total-unknown")
+    elif not _still(idle):
+        reasons.append("unstable-baseline")
+    elif not trace.after or not _still([max(idle), trace.after[-1].device_bytes]):
+        reasons.append("not-returned")
+    elif used > max(idle):
+        growth = used - max(idle)
+    elif process is not None:
+        reasons.append("accounts-disagree")  # a process holds memory and nothing grew
+
+    if any(o.keys() != others[0].keys() for o in others) or not all(
+        _still([o[pid] for o in others]) for pid in others[0] if others[0][pid] is not None
+    ):
+        reasons.append("foreign-changed")
+    elif others[0]:
+        reasons.append("foreign-process")
+
+    if process is not None and growth is not None:
+        if not _agree(process, growth):
+            reasons.append("accounts-disagree")
+        return process, "nvml-process", process, growth, reasons
+    if process is not None:
+        return process, "nvml-process", process, None, reasons
+    if growth is None:
+        return None, "nvml-growth", None, None, [*reasons, "no-samples"]
+    if listed and not others[0]:
+        return growth, "nvml-growth", None, growth, [*reasons, "bytes-not-listed"]
+    reasons.append("list-unsupported" if "list-unsupported" in errors else "process-not-listed")
+    return None, "nvml-growth", None, growth, reasons
+
+
+def _newcomer(trace: Trace) -> int | None:
+    """The one process, bytes and all, that came after the idle readings and was gone at the end."""
+    there = {pid for r in (*trace.before, *trace.after[-1:]) for pid, _ in r.others}
+    came = {pid: n for r in trace.during for pid, n in r.others if pid not in there}
+    return next(iter(came)) if len(came) == 1 and trace.before and trace.after and all(came.values()) else None

@@ -118,13 +118,15 @@ def tokens_over_time(records: Sequence[Record], workload: str) -> Any:
 
 def memory_over_time(records: Sequence[Record]) -> Any:
     """Device memory against time since the start of each run; a line a run."""
-    known = [r for r in records if r.observed and any(x.process_bytes for x in r.observed.memory.readings)]
+    known = [r for r in records if r.observed and any(x.process_bytes for x in r.observed.memory.trace.during)]
     figure, (axis, other) = _axes(2, 3.0)
     figure.delaxes(other)
-    name, unit = byte_unit(max((x.process_bytes or 0 for r in known for x in r.observed.memory.readings), default=0))
+    name, unit = byte_unit(
+        max((x.process_bytes or 0 for r in known for x in r.observed.memory.trace.during), default=0)
+    )
     arms = sorted({r.spec.arm for r in known})
     for r in known:
-        points = [(x.t_s, x.process_bytes / unit) for x in r.observed.memory.readings if x.process_bytes]
+        points = [(x.t_s, x.process_bytes / unit) for x in r.observed.memory.trace.during if x.process_bytes]
         axis.plot(*zip(*points, strict=True), color=COLOURS[arms.index(r.spec.arm)], alpha=0.8, lw=1)
     axis.set(xlabel="s since the run's start", ylabel=f"device memory, {name}", ylim=(0, None))
     _legend(figure, arms)

@@ -230,6 +230,11 @@ def usable_cpus() -> int:
     return min(n, max(1, quota // period))
 
 
+def patience(seconds: float) -> float:
+    """A limit of a wait, times $MOELIB_PATIENCE: more on a very slow machine, less where faults are provoked."""
+    return seconds * float(os.environ.get("MOELIB_PATIENCE", "1"))
+
+
 def new_key() -> str:
     """An api key for one server process; it travels in the environment and is never written down."""
     return secrets.token_hex(16)

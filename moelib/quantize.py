@@ -32,6 +32,8 @@ class Quantised:
 
     header: gguf_file.Header
     sheet: dict[str, Any]
+    content: files.Hashed
+    """What the file holds now; the sheet says what it held when it was made."""
 
     @property
     def path(self) -> Path:
@@ -86,7 +88,7 @@ def make(source: models.Source, quant: str, engine: Engine, scratch: Path) -> Qu
     path = source.path.with_name(f"{source.model}-{quant}.gguf")
     expected = {"model": source.model, "quant": quant, "source_sha256": source.sha256, "engine_build": engine.build}
     sheet = models.once(path, expected, lambda: expected | _make(source, quant, engine, scratch, path))
-    return Quantised(gguf_file.read_header(path), sheet)
+    return Quantised(gguf_file.read_header(path), sheet, files.Hashed(path))
 
 
 def _make(source: models.Source, quant: str, engine: Engine, scratch: Path, path: Path) -> dict[str, Any]:

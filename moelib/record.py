@@ -18,7 +18,7 @@ from moelib.run import Observation, Spec
 
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 DONE = ("valid", "degraded")
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from moelib import analyse, audit, files, stats
+from moelib import analyse, audit, files, stats, study
+from moelib.invariants import INVARIANTS
 from moelib.record import Record
 from moelib.stats import number, percent, size
 from moelib.study import Results
@@ -35,13 +36,16 @@ class Table:
     numbers: tuple[str, ...] = ()
     """Columns to set flush right."""
 
+    def text(self) -> str:
+        frame = pd.DataFrame(self.rows).map(lambda v: str(v).replace("|", "\\|"))
+        align = ["right" if c in self.numbers else "left" for c in frame.columns]
+        return frame.to_markdown(index=False, colalign=align, disable_numparse=True)
+
     def markdown(self) -> str:
         """The table, then where its numbers came from: the digest shows whether they still do."""
         if not self.rows:
             return f"*{self.name}: nothing to show.*"
-        frame = pd.DataFrame(self.rows).map(lambda v: str(v).replace("|", "\\|"))
-        align = ["right" if c in self.numbers else "left" for c in frame.columns]
-        text = frame.to_markdown(index=False, colalign=align, disable_numparse=True)
+        text = self.text()
         about = f"{self.note}\n\n" if self.note else ""
         cited = f"Table `{self.name}`: {len(self.records)} records, set digest `{files.digest(self.records)[:12]}`."
         return f"{about}{text}" + (f"\n\n*{cited}*" if self.records else "")
@@ -221,6 +225,26 @@ def completeness_table(results: Results) -> Table:
         row = {"cell": name, "planned runs": s.planned, "in whole, valid blocks": valid, "missing": s.planned - valid}
         rows.append({**row, **{f"{k} records": count[k] for k in ("valid", "degraded", "invalid", "failed")}})
     return Table("completeness", rows, _cite(results.records), numbers=tuple(rows[0])[1:])
+
+
+def audit_table(results: Results) -> Table:
+    """Every invariant, how often it held and how often not: of runs and blocks as they stand, and of the study."""
+    checks = [c for r in study.standing(results.records).values() for c in r.audit]
+    checks += [c for s in results.statuses.values() for b in s.blocks for c in audit.block(b)]
+    checks += results.audit
+    held = Counter((c.id, c.passed) for c in checks)
+    rows = [
+        {
+            "invariant": i.id,
+            "of a": i.of,
+            "limit": i.limit,
+            "held": held[i.id, True],
+            "failed": held[i.id, False],
+            "then": "degraded" if i.degrades else "invalid",
+        }
+        for i in INVARIANTS.values()
+    ]
+    return Table("audit", rows, _cite(results.records), numbers=("held", "failed"))
 
 
 def problems(results: Results) -> str:

@@ -137,8 +137,7 @@ class Status:
         for b, specs in enumerate(cell.blocks):
             runs, wrong = found(specs, records), []
             for s, r in zip(specs, runs, strict=True):
-                if not r or not r.done:
-                    why = f"{r.status} ({', '.join(r.reasons)})" if r else "not run"
+                if why := _why_not(r):
                     wrong.append(f"{cell.name} {s.arm} block {b + 1}: {why}")
             if not wrong:
                 failed = [c for c in audit.block(runs) if not c.passed]
@@ -151,6 +150,16 @@ class Status:
     @property
     def complete(self) -> bool:
         return not self.problems
+
+
+def _why_not(r: record.Record | None) -> str | None:
+    """Why a run has no result that stands; its audit is done again, so that no record vouches for itself."""
+    if not r:
+        return "not run"
+    if not r.done:
+        return f"{r.status} ({', '.join(r.reasons)})"
+    status, reasons = audit.verdict(audit.run(r.spec, r.observed, r.sheet)) if r.observed else ("failed", ())
+    return None if (status, reasons) == (r.status, r.reasons) else f"{r.status}, but its audit says {status}"
 
 
 def standing(records: Sequence[record.Record]) -> dict[str, record.Record]:
@@ -188,7 +197,23 @@ class Results:
 
     @property
     def problems(self) -> list[str]:
-        return [p for s in self.statuses.values() for p in s.problems] + [f"damaged: {d}" for d in self.damaged]
+        wrong = [p for s in self.statuses.values() for p in s.problems] + [f"damaged: {d}" for d in self.damaged]
+        # a matrix that is not complete has said so, run by run
+        return wrong + [f"{c.id}: {c.measured}" for c in self.audit if not c.passed and c.id != "matrix-complete"]
+
+    @cached_property
+    def audit(self) -> tuple[record.Check, ...]:
+        """The invariants of the study as a whole."""
+        planned = [record.spec_key(s) for c in self.cells for s in c.specs]
+        return audit.study(planned, [r for b in self.blocks for r in b])
+
+    @property
+    def tally(self) -> dict[str, int]:
+        """planned = valid + invalid + missing, in runs: one whose block is not valid is invalid with it."""
+        planned, have = {record.spec_key(s) for c in self.cells for s in c.specs}, {r.key for r in self.records}
+        valid = sum(len(b) for b in self.blocks)
+        there = len(planned & have)
+        return {"planned": len(planned), "valid": valid, "invalid": there - valid, "missing": len(planned) - there}
 
 
 def results(path: Path) -> Results:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moelib import audit, record, run
+from moelib import audit, client, host, record, run
 from moelib.engine import Buffer, Report
-from moelib.memory import Memory, Reading
+from moelib.memory import Reading, Trace, reconcile
+from moelib.nvml import NO_GPU
 
 MIB = 1 << 20
 EXPERTS = 30 * MIB
@@ -33,8 +34,9 @@ def spec(**change) -> run.Spec:
     return replace(made, **change)
 
 
-def request(index=0, n=5, step=0.01, first=0.02, **change) -> run.Request:
-    made = run.Request(
+def request(index=0, n=5, step=0.01, first=0.02, **change) -> client.Request:
+    first += 0.001 * index  # nothing measured is twice the same
+    made = client.Request(
         workload="plan-short",
         index=index,
         prompt_tokens=8,
@@ -49,6 +51,7 @@ def request(index=0, n=5, step=0.01, first=0.02, **change) -> run.Request:
         tokens=tuple(range(300, 300 + n)),
         finished=True,
         started_s=0.1,
+        energy_joule=None,
     )
     return replace(made, **change)
 
@@ -61,25 +64,29 @@ def observation(placement="baseline", **change) -> run.Observation:
         Buffer("RPC0[127.0.0.1:5]", "KV", 4 * MIB),
         Buffer("CPU_Mapped", "model", MIB + moved),
     )
-    memory = Memory(
-        value_bytes=on_device + 12 * MIB,
-        status="valid",
-        method="rss-peak",
-        reasons=(),
-        engine_bytes=on_device + 4 * MIB,
-        idle_bytes=8 * MIB,
-        readings=(Reading(0.1, on_device, None), Reading(0.2, on_device + 12 * MIB, None)),
+    report = Report(buffers, 5, 5, (8,) if moved else (2,), "11434 (b11434) with GNU for Linux")
+    trace = Trace(
+        before=(Reading(0.0, 8 * MIB, None),),
+        during=(Reading(0.1, on_device, None), Reading(0.2, on_device + 12 * MIB, None)),
     )
+    argv = ("llama-server", "-m", "x.gguf", "-ngl", "999", "-c", "1024", "--fit", "off", "--load-mode", "mmap")
     made = run.Observation(
         load_s=0.1,
         wall_s=0.5,
-        argv=("llama-server", "-m", "x.gguf"),
+        argv=argv + (() if placement == "baseline" else ("--cpu-moe",)),
+        env=("HOME", "LLAMA_API_KEY", "PATH"),
+        file_sha256="a" * 64,
+        device_kind="loopback",
         threads=1,
         build_info="b11434",
-        report=Report(buffers, 5, 5, (8,) if moved else (2,)),
+        report=report,
         placement=run.Placement(9 if moved else 0, 3 if moved else 0, moved, on_device),
         requests=(request(0), request(1)),
-        memory=memory,
+        top_logprobs=(-6.5, -6.6),
+        memory=reconcile("loopback", trace, report, on_device, None, on_device + 12 * MIB),
+        counters=(),
+        absent=NO_GPU,
+        host=host.Use(0.5, 2, 0.6, 0.6, 100, 0, 0.0, 0.0),
         host_rss_peak_bytes=50 * MIB,
         exit_code=0,
         exit_killed=False,
@@ -104,7 +111,7 @@ def made(observed=None, attempt=1, status=None, reasons=None, **of_spec) -> reco
     asked = spec(**of_spec)
     if observed is None and status != "failed":
         observed = observation(asked.placement)
-    checks = audit.run(asked, observed) if observed else ()
+    checks = audit.run(asked, observed, SHEET) if observed else ()
     found = audit.verdict(checks) if observed else ("failed", ("engine-ended",))
     return record.Record(
         run_id=record.run_id(asked, attempt),

@@ -1,12 +1,19 @@
-"""Each check has a record that violates it alone and is flagged by it alone."""
+"""Each invariant has a record that violates it alone and is flagged by it alone."""
 
 from dataclasses import replace
 
 import pytest
-from factory import BASE, EXPERTS, MIB, block, made, observation, request, spec
+from factory import BASE, EXPERTS, MIB, SHEET, block, made, observation, request, spec
 
-from moelib import audit
+from moelib import audit, memory, nvml
 from moelib.engine import Buffer, Report
+from moelib.invariants import INVARIANTS, agrees
+from moelib.memory import Reading, reconcile
+from moelib.nvml import Counters
+
+
+def of(kind):
+    return {i.id for i in INVARIANTS.values() if i.of == kind}
 
 
 def broken(arm="baseline", **change):
@@ -17,8 +24,17 @@ def one_request(**change):
     return broken(requests=(request(0, **change), request(1)))
 
 
-def memory(placement="baseline", **change):
-    return broken(placement, memory=replace(observation(placement).memory, **change))
+def report(placement="baseline", **change):
+    seen = observation(placement)
+    return placement, remembered(replace(seen, report=replace(seen.report, **change)))
+
+
+def remembered(seen, peak=None):
+    """`seen` with the memory that its readings and its report now give."""
+    m = seen.memory
+    peak = m.process_bytes if peak is None else peak
+    again = reconcile(seen.device_kind, m.trace, seen.report, m.weights_bytes, m.context_bytes, peak or None)
+    return replace(seen, memory=again)
 
 
 def device_weights(placement, nbytes):
@@ -26,27 +42,47 @@ def device_weights(placement, nbytes):
     buffers = tuple(
         replace(b, size_bytes=nbytes) if b.on_device and b.kind == "model" else b for b in seen.report.buffers
     )
-    return placement, replace(seen, report=replace(seen.report, buffers=buffers))
+    grown = nbytes - seen.report.device_bytes("model")
+    again = replace(seen, report=replace(seen.report, buffers=buffers))
+    return placement, remembered(again, seen.memory.process_bytes + grown)
 
+
+def host(**change):
+    return broken(host=replace(observation().host, **change))
+
+
+ON_ANOTHER = tuple(replace(b, name=b.name.replace("RPC0", "Vulkan0")) for b in observation().report.buffers)
+ARGV = observation().argv
 
 VIOLATIONS = {
     "requests-complete": broken(requests=(request(0),)),
     "counts-exact": one_request(prompt_n=7),
     "stream-finished": one_request(finished=False),
     "cache-not-hit": one_request(cache_n=3),
-    "times-ordered": one_request(token_s=(0.02, 0.03, 0.025, 0.04, 0.05)),
-    "layers-offloaded": broken(report=replace(observation().report, offloaded_layers=4)),
+    "times-ordered": one_request(token_s=(0.02, 0.03, 0.025, 0.05, 0.06)),
+    "ttft-bounded": one_request(engine_prompt_s=0.021),
+    "clocks-agree": one_request(engine_predicted_s=0.08),
+    "layers-offloaded": report(offloaded_layers=4),
+    "device-is-the-one": report(buffers=ON_ANOTHER),
     "placement-moves": broken("cpu-moe", placement=replace(observation("cpu-moe").placement, moved_bytes=0)),
     "placement-on-device": device_weights("cpu-moe", BASE),  # the flag did nothing
-    "memory-known": memory(value_bytes=None, status="invalid", reasons=("no-samples",)),
-    "memory-undoubted": memory(status="degraded", reasons=("sampled-peak",)),
+    "command-as-asked": broken(argv=(*ARGV, "--cpu-moe")),
+    "environment-clean": broken(env=("LLAMA_ARG_CPU_MOE", "PATH")),
+    "build-optimised": report(built="11434 (b11434) with GNU for Linux (debug)"),
+    "output-alive": broken(top_logprobs=(None, None)),
+    "file-is-its-sheet": broken(file_sha256="b" * 64),
+    "memory-known": ("baseline", remembered(observation(), peak=BASE - MIB)),
+    "memory-follows": broken(memory=replace(observation().memory, value_bytes=BASE + 13 * MIB)),
+    "memory-undoubted": ("baseline", remembered(observation(), peak=0)),
+    "not-slowed": broken(counters=(Counters(0.1, events=nvml.SLOWED["hw-thermal"]),)),
+    "host-quiet": host(busy_s=0.71),
+    "clock-steady": host(clock_step_s=-0.2),
     "clean-end": broken(exit_code=-9, exit_killed=True),
 }
 
 
-def failed(placement, seen):
-    checks = audit.run(spec(placement=placement), seen)
-    return audit.verdict(checks)
+def failed(placement, seen, sheet=SHEET):
+    return audit.verdict(audit.run(spec(placement=placement), seen, sheet))
 
 
 @pytest.mark.parametrize("placement", ["baseline", "cpu-moe"])
@@ -54,16 +90,26 @@ def test_an_unbroken_run_is_valid(placement):
     assert failed(placement, observation(placement)) == ("valid", ())
 
 
-def test_every_check_has_its_violation():
-    assert set(VIOLATIONS) == set(audit.RUN_CHECKS)
+def test_every_invariant_has_its_violation_its_limit_and_its_reason():
+    assert set(VIOLATIONS) == of("run")
+    assert of("run") | of("block") | of("study") == set(INVARIANTS)
+    for i in INVARIANTS.values():
+        assert i.limit
+        assert i.reason.endswith(".")
 
 
 @pytest.mark.parametrize("check", VIOLATIONS)
 def test_a_violation_is_flagged_by_its_check_alone(check):
     status, reasons = failed(*VIOLATIONS[check])
-    alone = {check, "memory-undoubted"} if check == "memory-known" else {check}  # what is unknown is also doubted
-    assert set(reasons) == alone
-    assert status == ("degraded" if check in audit.DEGRADES else "invalid")
+    assert reasons == (check,)
+    assert status == ("degraded" if INVARIANTS[check].degrades else "invalid")
+
+
+DEGRADING = {"memory-undoubted", "not-slowed", "host-quiet", "clock-steady", "clean-end"}
+
+
+def test_only_what_leaves_the_numbers_standing_degrades():
+    assert {i.id for i in INVARIANTS.values() if i.degrades} == DEGRADING
 
 
 @pytest.mark.parametrize(
@@ -74,6 +120,7 @@ def test_a_violation_is_flagged_by_its_check_alone(check):
         {"predicted_n": None},
         {"tokens": (1, 2, 3, 4, 5, 6)},
         {"token_n": (1, 2, 3, 4, 6)},
+        {"predicted_n": 1, "generate_tokens": 1, "tokens": (7,), "token_n": (1,), "token_s": (0.02,)},
     ],
 )
 def test_counts_have_many_ways_to_be_wrong(change):
@@ -85,33 +132,159 @@ def test_an_incomplete_character_at_the_end_is_not_an_error():
     assert failed(*one_request(**held)) == ("valid", ())
 
 
-@pytest.mark.parametrize("token_s", [(), (0.0, 0.01, 0.02, 0.03, 0.04)])
-def test_no_first_token_is_no_time(token_s):
-    n = tuple(range(1, len(token_s) + 1))
-    assert "times-ordered" in failed(*one_request(token_s=token_s, token_n=n))[1]
+@pytest.mark.parametrize(
+    ("token_s", "token_n"),
+    [
+        ((), ()),
+        ((0.0, 0.01, 0.02, 0.03, 0.04), (1, 2, 3, 4, 5)),
+        ((0.02, 0.03, 0.04, 0.05), (1, 2, 3, 4, 5)),  # an event without its time
+        ((0.02, 0.03, 0.04, 0.05, 0.06), (2, 2, 3, 4, 5)),  # the first token's time is not known
+        ((0.02, 0.03, 0.04, 0.05, 0.06), (1, 3, 2, 4, 5)),
+    ],
+)
+def test_times_have_many_ways_to_be_wrong(token_s, token_n):
+    assert "times-ordered" in failed(*one_request(token_s=token_s, token_n=token_n))[1]
+
+
+@pytest.mark.parametrize(
+    ("first", "prompt", "right"),
+    [
+        (0.0201, 0.0201, True),
+        (0.0201, 0.0202, False),  # before the prompt was done
+        (1.149, 1.0, True),  # 10 % and 50 ms
+        (1.151, 1.0, False),
+        (0.02, None, False),
+    ],
+)
+def test_the_first_token_comes_after_the_prompt_and_soon(first, prompt, right):
+    token_s = tuple(first + 0.01 * i for i in range(5))
+    reasons = failed(*one_request(engine_prompt_s=prompt, token_s=token_s))[1]
+    assert ("ttft-bounded" not in reasons) == right
+
+
+@pytest.mark.parametrize(
+    ("engine", "right"), [(0.04, True), (0.0631, True), (0.0633, False), (0.0191, True), (0.019, False), (None, False)]
+)
+def test_the_clocks_may_differ_by_a_step_and_a_little(engine, right):
+    """Four steps of 10 ms; 5 % + 10 ms and one step are allowed."""
+    assert ("clocks-agree" not in failed(*one_request(engine_predicted_s=engine))[1]) == right
+
+
+@pytest.mark.parametrize(
+    ("placement", "argv", "right"),
+    [
+        ("cpu-moe", ARGV, False),
+        ("cpu-moe", (*ARGV, "--cpu-moe"), True),
+        ("n-cpu-moe=3", (*ARGV, "--n-cpu-moe", "3"), True),
+        ("n-cpu-moe=3", (*ARGV, "--n-cpu-moe", "2"), False),
+        ("baseline", (*ARGV, "--n-cpu-moe", "3"), False),
+        ("baseline", tuple("on" if a == "off" else a for a in ARGV), False),
+        ("baseline", tuple("99" if a == "999" else a for a in ARGV), False),
+        ("baseline", tuple("4096" if a == "1024" else a for a in ARGV), False),
+        ("baseline", tuple("none" if a == "mmap" else a for a in ARGV), False),
+        ("baseline", (*ARGV, "--no-mmap"), False),
+        ("baseline", ARGV[:-4], True),  # an older build, without --fit and --load-mode
+        ("baseline", (), False),
+    ],
+)
+def test_the_command_is_the_placement_and_nothing_else(placement, argv, right):
+    arm = "baseline" if placement == "baseline" else "cpu-moe"
+    checks = audit.run(spec(placement=placement), replace(observation(arm), argv=argv), SHEET)
+    assert next(c.passed for c in checks if c.id == "command-as-asked") == right
+
+
+def test_load_mode_none_must_be_told():
+    seen = observation()
+    for argv, right in ((ARGV, False), ((*ARGV[:-1], "none"), True), ((*ARGV[:-2], "--no-mmap"), True)):
+        checks = audit.run(spec(load_mode="none"), replace(seen, argv=argv), SHEET)
+        assert next(c.passed for c in checks if c.id == "command-as-asked") == right
+
+
+@pytest.mark.parametrize(
+    "top", [(), (-1.0,), (float("nan"), -1.0), (-1.0, float("-inf")), (None, -2.0), (-10.3, -10.3, -10.3)]
+)
+def test_output_that_is_not_a_distribution_is_dead(top):
+    assert failed(*broken(top_logprobs=top)) == ("invalid", ("output-alive",))
 
 
 def test_nothing_is_not_valid():
     assert audit.verdict(()) == ("invalid", ("nothing-checked",))
     empty = observation(requests=())
-    wrong = set(failed("baseline", empty)[1])
-    assert {"requests-complete", "counts-exact", "stream-finished", "cache-not-hit", "times-ordered"} == wrong
-    silent = observation(report=Report((), None, None, ()))
-    assert {"layers-offloaded", "placement-on-device"} == set(failed("baseline", silent)[1])
+    wrong = {"requests-complete", "counts-exact", "stream-finished", "cache-not-hit", "times-ordered"}
+    assert set(failed("baseline", empty)[1]) == wrong | {"ttft-bounded", "clocks-agree"}
+    silent = remembered(observation(report=Report((), None, None, ())))
+    wrong = {"layers-offloaded", "placement-on-device", "build-optimised", "device-is-the-one"}
+    assert set(failed("baseline", silent)[1]) - {"memory-undoubted"} == wrong
+    assert failed("baseline", observation(), sheet={}) == ("invalid", ("file-is-its-sheet",))
+    assert failed(*broken(env=())) == ("invalid", ("environment-clean",))
+    nobody = spec(workloads=(), requests=1)
+    assert "requests-complete" in audit.verdict(audit.run(nobody, empty, SHEET))[1]
 
 
 def test_a_device_that_is_not_there_can_offload_nothing():
-    gone = replace(observation().memory, value_bytes=None, status="degraded", reasons=("no-device",))
-    assert failed("baseline", observation(memory=gone)) == ("degraded", ("memory-undoubted",))
-    status, reasons = failed("cpu-moe", observation("cpu-moe", memory=gone))
-    assert (status, "placement-moves" in reasons) == ("invalid", True)
+    def gone(arm):
+        seen = observation(arm, device_kind="none")
+        host_only = tuple(b for b in seen.report.buffers if not b.on_device)
+        return remembered(replace(seen, report=replace(seen.report, buffers=host_only, offloaded_layers=0)))
+
+    assert failed("baseline", gone("baseline")) == ("degraded", ("memory-undoubted",))
+    assert failed("cpu-moe", gone("cpu-moe")) == ("invalid", ("placement-moves", "memory-undoubted"))
+    elsewhere = observation(device_kind="none")
+    assert "device-is-the-one" in failed("baseline", remembered(elsewhere))[1]
+
+
+def test_a_baseline_that_moved_something_is_none():
+    assert failed(*broken(placement=replace(observation().placement, moved_bytes=1))) == (
+        "invalid",
+        ("placement-moves",),
+    )
+
+
+def test_a_gpu_run_is_on_the_gpu():
+    cuda = tuple(replace(b, name=b.name.replace("RPC0[127.0.0.1:5]", "CUDA0")) for b in observation().report.buffers)
+    seen = observation(device_kind="cuda")
+    for buffers, right in ((cuda, True), (seen.report.buffers, False)):
+        again = remembered(replace(seen, report=replace(seen.report, buffers=buffers)))
+        assert ("device-is-the-one" not in failed("baseline", again)[1]) == right
+
+
+def test_a_power_cap_is_not_a_slowdown_and_every_slowdown_is_one():
+    assert failed(*broken(counters=(Counters(0.1, events=nvml.POWER_CAP), Counters(0.2)))) == ("valid", ())
+    for name, bit in nvml.SLOWED.items():
+        checks = audit.run(spec(), observation(counters=(Counters(0.1), Counters(0.2, events=bit))), SHEET)
+        assert next(c for c in checks if c.id == "not-slowed").measured == name
+
+
+@pytest.mark.parametrize(
+    ("change", "right"),
+    [
+        ({"busy_s": 0.7}, True),  # 0.1 of 2 x 0.5 CPU seconds
+        ({"busy_s": 0.0}, True),  # the counters' ticks are coarse
+        ({"clock_step_s": 0.1}, True),
+        ({"clock_step_s": 0.11}, False),
+        ({"suspended_s": 0.11}, False),
+    ],
+)
+def test_the_hosts_limits(change, right):
+    assert (failed(*host(**change))[0] == "valid") == right
+
+
+def test_memory_verdicts_cannot_be_given_by_hand():
+    """A status that its reasons do not give, or reasons without a status, is seen."""
+    m = observation().memory
+    for change in ({"status": "degraded"}, {"reasons": ("host-pid",)}, {"engine_bytes": 5}, {"method": None}):
+        assert "memory-follows" in failed(*broken(memory=replace(m, **change)))[1]
+    assert "memory-known" in failed(*broken(memory=replace(m, reasons=(memory.INVALID[0],))))[1]
+    assert "memory-known" in failed(*broken(memory=replace(m, status="invalid")))[1]
+    assert "memory-undoubted" in failed(*broken(memory=replace(m, status="degraded")))[1]
 
 
 def test_placement_tolerance_is_a_mebibyte_and_a_thousandth():
-    assert audit.agrees(BASE + MIB, BASE)
-    assert audit.agrees(1000 * MIB + 2 * MIB, 1000 * MIB)
-    assert not audit.agrees(1000 * MIB + 2 * MIB + 1, 1000 * MIB)
-    assert not audit.agrees(MIB + 1, 0)
+    assert agrees(BASE + MIB, BASE)
+    assert agrees(1000 * MIB + 2 * MIB, 1000 * MIB)
+    assert not agrees(1000 * MIB + 2 * MIB + 1, 1000 * MIB)
+    assert not agrees(MIB + 1, 0)
+    assert not agrees(998 * MIB - 1, 1000 * MIB)
 
 
 def flagged(runs):
@@ -120,14 +293,16 @@ def flagged(runs):
 
 def test_a_whole_block_passes_every_block_check():
     checks = audit.block(block())
-    assert {c.id for c in checks} == set(audit.BLOCK_CHECKS)
+    assert {c.id for c in checks} == of("block")
     assert all(c.passed for c in checks)
 
 
+def seen_as(record, **change):
+    return record.model_copy(update={"observed": replace(record.observed, **change)})
+
+
 def with_report(record, **change):
-    return record.model_copy(
-        update={"observed": replace(record.observed, report=replace(record.observed.report, **change))}
-    )
+    return seen_as(record, report=replace(record.observed.report, **change))
 
 
 def test_block_checks_flag_what_only_a_comparison_shows():
@@ -136,6 +311,7 @@ def test_block_checks_flag_what_only_a_comparison_shows():
     assert flagged([moe]) == {"block-complete"}
     assert flagged([base]) == {"block-complete"}
     assert flagged([base, base]) == {"block-complete"}
+    assert flagged([base, moe, moe]) == {"block-complete"}
     assert flagged([base, made(load_mode="none", order=1)]) == {"block-complete"}
     assert flagged([base, made(status="failed", placement="cpu-moe", order=1)]) == {"block-complete"}
     assert flagged([base, with_report(moe, graph_splits=(2,))]) == {"block-placement"}
@@ -147,8 +323,7 @@ def test_block_checks_flag_what_only_a_comparison_shows():
     }.items():
         other = moe.model_copy(update={part: {**getattr(moe, part), **change}})
         assert flagged([base, other]) == {"block-alike"}, part
-    other = moe.model_copy(update={"observed": replace(moe.observed, threads=2)})
-    assert flagged([base, other]) == {"block-alike"}
+    assert flagged([base, seen_as(moe, threads=2)]) == {"block-alike"}
 
 
 def test_a_flag_that_did_nothing_fails_the_block():
@@ -157,4 +332,74 @@ def test_a_flag_that_did_nothing_fails_the_block():
         Buffer(b.name, b.kind, b.size_bytes + EXPERTS) if b.on_device and b.kind == "model" else b
         for b in moe.observed.report.buffers
     )
-    assert flagged([base, with_report(moe, buffers=ignored, graph_splits=(2,))]) == {"block-placement"}
+    assert flagged([base, with_report(moe, buffers=ignored)]) == {"block-placement"}
+    assert flagged([with_report(base, buffers=()), moe]) == {"block-placement"}
+
+
+def test_without_a_device_there_is_no_placement_to_compare():
+    base, moe = (seen_as(r, device_kind="none") for r in block())
+    assert flagged([base, with_report(moe, graph_splits=())]) == set()
+
+
+def test_a_first_token_that_is_a_share_of_the_total_was_not_measured():
+    def share(record, shares):
+        asked = []
+        for q, part in zip(record.observed.requests, shares, strict=True):
+            total = q.token_s[-1]
+            asked.append(replace(q, token_s=(round(part * total, 6), *q.token_s[1:])))
+        return seen_as(record, requests=tuple(asked))
+
+    base, moe = block()
+    assert flagged([share(base, (0.1, 0.1)), share(moe, (0.1, 0.1))]) == {"block-ttft-measured"}
+    assert flagged([share(base, (0.1, 0.1)), share(moe, (0.1, 0.101))]) == set()
+
+
+def plan_of(runs):
+    return [r.key for r in runs]
+
+
+def study_flagged(planned, runs):
+    return {c.id for c in audit.study(planned, runs) if not c.passed}
+
+
+@pytest.fixture
+def runs():
+    """Two blocks, the later a little slower: nothing measured is twice the same."""
+    later = [seen_as(r, requests=tuple(request(i, first=0.03) for i in (0, 1))) for r in block(block=1)]
+    first = block()
+    first[1] = seen_as(first[1], requests=tuple(request(i, first=0.025) for i in (0, 1)))
+    later[1] = seen_as(later[1], requests=tuple(request(i, first=0.035) for i in (0, 1)))
+    return [*first, *later]
+
+
+def test_a_whole_study_passes_every_study_check(runs):
+    checks = audit.study(plan_of(runs), runs)
+    assert {c.id for c in checks} == of("study")
+    assert all(c.passed for c in checks)
+
+
+def test_study_checks_flag_what_only_all_runs_show(runs):
+    planned = plan_of(runs)
+    assert study_flagged(planned, runs[:-1]) == {"matrix-complete"}
+    assert study_flagged([], []) == {"matrix-complete"}
+    copied = [*runs[:3], seen_as(runs[3], requests=runs[1].observed.requests)]
+    assert study_flagged(planned, copied) == {"no-two-alike"}
+    value = runs[0].observed.memory.value_bytes
+    for grown, right in ((64 * MIB, True), (64 * MIB + 1, False)):
+        memory_ = replace(runs[2].observed.memory, value_bytes=value + grown)
+        wide = [runs[0], runs[1], seen_as(runs[2], memory=memory_), runs[3]]
+        assert (study_flagged(planned, wide) == set()) == right
+    unknown = [seen_as(r, memory=replace(r.observed.memory, value_bytes=None)) for r in runs]
+    assert study_flagged(planned, unknown) == set()
+
+
+def test_a_reading_is_evidence_of_the_value():
+    """The same trace with one reading taken out of it no longer gives the value that stands."""
+    seen = observation()
+    m = seen.memory
+    assert reconcile("loopback", m.trace, seen.report, m.weights_bytes, None, m.process_bytes) == m
+    shorter = replace(m, trace=replace(m.trace, during=()))
+    assert failed(*broken(memory=shorter)) == ("valid", ())  # loopback's value is the system's own peak
+    sampled = reconcile("loopback", m.trace, seen.report, m.weights_bytes, None, None)
+    moved = replace(m.trace, during=(Reading(0.1, BASE + 20 * MIB, None),))
+    assert failed(*broken(memory=replace(sampled, trace=moved)))[1] == ("memory-follows", "memory-undoubted")

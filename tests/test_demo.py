@@ -17,7 +17,8 @@ def test_the_demo_from_nothing_to_its_document(home, models_folder):
     assert "12 of 12 runs valid" in done.stdout
     found = study.results(home / "outputs/demo")
     assert found.problems == []
-    assert {r.status for r in found.records} == {"valid"}
+    assert all(r.done for r in found.records)
+    assert {reason for r in found.records for reason in r.reasons} <= {"host-quiet"}  # tests share their machine
     assert len(found.sheets) == 6
     # every file: device memory falls by at least the expert bytes that its own header counts
     rows = analyse.compare(found, analyse.device_memory)

@@ -1,0 +1,289 @@
+"""Invariants of a run: what must hold for its numbers to be believed.
+
+Each is a small pure function with an id, a limit and, as its docstring, the reason. One that fails makes its run
+invalid, or only degraded where it says so.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from moelib import memory, nvml, process
+from moelib.client import Request
+from moelib.run import Observation, Spec
+
+PLACEMENT_SHARE, PLACEMENT_BYTES = 0.001, 1 << 20  # the engine prints MiB with two decimals and pads tensors
+TTFT_SHARE, TTFT_S = 0.10, 0.050  # sampling, HTTP and scheduling: 0.8 to 1.9 ms seen
+RATE_SHARE, RATE_S = 0.05, 0.010  # client against engine over a whole decode: 0.993 to 1.0003 seen
+ROUNDING = 1e-4  # times are kept to microseconds
+CLOCK_S = 0.1  # a slewed clock moves by 10 ms in 20 s, a stepped one by anything
+FOREIGN_SHARE = 0.10  # of the host's CPU time
+
+
+class Measured(NamedTuple):
+    """What a run's invariants look at."""
+
+    spec: Spec
+    seen: Observation
+    sheet: dict[str, Any]
+
+
+Finding = tuple[bool, str]
+"""Whether it holds, and what was found."""
+
+
+@dataclass(frozen=True)
+class Invariant:
+    id: str
+    of: str
+    """run, block or study."""
+    limit: str
+    reason: str
+    find: Callable[..., Finding]
+    degrades: bool
+    """Whether failing it leaves the numbers standing, with a flag."""
+
+
+INVARIANTS: dict[str, Invariant] = {}
+
+
+def holds(of: str, limit: str, degrades: bool = False) -> Callable:
+    """Register the function below as an invariant of a run, block or study."""
+
+    def register(find: Callable[..., Finding]) -> Callable[..., Finding]:
+        name = find.__name__.replace("_", "-")
+        INVARIANTS[name] = Invariant(name, of, limit, " ".join(find.__doc__.split()), find, degrades)
+        return find
+
+    return register
+
+
+def _each(run: Measured, wrong: Callable[[Request], str | None]) -> Finding:
+    asked = run.seen.requests
+    found = [f"{r.workload}[{r.index}]: {text}" for r in asked if (text := wrong(r))]
+    return bool(asked) and not found, "; ".join(found) or f"{len(asked)} requests"
+
+
+@holds("run", "exact")
+def requests_complete(run: Measured) -> Finding:
+    """Every workload was asked as often as the study says, in its order."""
+    want = [(w, i) for w in run.spec.workloads for i in range(run.spec.requests)]
+    got = [(r.workload, r.index) for r in run.seen.requests]
+    return bool(want) and got == want, f"{len(got)} of {len(want)} requests"
+
+
+@holds("run", "exact")
+def counts_exact(run: Measured) -> Finding:
+    """The engine processed and generated what was asked, by its own counts, and streamed no more than that: it may
+    stream less, as an incomplete character at the end has no event."""
+
+    def wrong(r: Request) -> str | None:
+        last = r.token_n[-1] if r.token_n else 0
+        got, want = (r.prompt_n, r.predicted_n), (r.prompt_tokens, r.generate_tokens)
+        fits = got == want and 2 <= last <= r.generate_tokens and len(r.tokens) <= last
+        return None if fits else f"prompt, predicted {got}, asked {want}; streamed {last}, {len(r.tokens)} ids"
+
+    return _each(run, wrong)
+
+
+@holds("run", "the engine's final event")
+def stream_finished(run: Measured) -> Finding:
+    """The end of a stream alone proves nothing: a server that dies closes it too."""
+    return _each(run, lambda r: None if r.finished else "no final event")
+
+
+@holds("run", "0 tokens")
+def cache_not_hit(run: Measured) -> Finding:
+    """No part of a prompt may come from a cache, or the time to first token is another one's."""
+    return _each(run, lambda r: None if r.cache_n == 0 else f"cache_n {r.cache_n}")
+
+
+@holds("run", "each at or after the one before, the first alone")
+def times_ordered(run: Measured) -> Finding:
+    """Tokens arrive after the request was sent and one after another."""
+
+    def wrong(r: Request) -> str | None:
+        if not r.token_s or len(r.token_s) != len(r.token_n) or r.token_s[0] <= 0:
+            return "no first token"
+        if any(b < a for times in (r.token_s, r.token_n) for a, b in itertools.pairwise(times)):
+            return "an earlier one after a later one"
+        return None if r.token_n[0] == 1 else f"the first event carried {r.token_n[0]} tokens"
+
+    return _each(run, wrong)
+
+
+@holds("run", f"the engine's prompt time, and at most {TTFT_SHARE:.0%} + {TTFT_S * 1000:g} ms more")
+def ttft_bounded(run: Measured) -> Finding:
+    """The first token comes after the prompt was processed, and soon after."""
+
+    def wrong(r: Request) -> str | None:
+        first, prompt = r.token_s[0] if r.token_s else None, r.engine_prompt_s
+        if first is None or prompt is None:
+            return None if first is None else "the engine told no prompt time"
+        fits = prompt * (1 - ROUNDING) <= first <= prompt * (1 + TTFT_SHARE) + TTFT_S
+        return None if fits else f"first token after {first:.4f} s, the prompt took {prompt:.4f} s"
+
+    return _each(run, wrong)
+
+
+@holds("run", f"{RATE_SHARE:.0%} + {RATE_S * 1000:g} ms")
+def clocks_agree(run: Measured) -> Finding:
+    """The decode lasted as long by the engine's clock as by ours: neither was stopped, and nothing was buffered."""
+
+    def wrong(r: Request) -> str | None:
+        if len(r.token_s) < 2 or r.token_n[-1] != r.predicted_n or r.predicted_n < 2:
+            return None
+        ours, engine = r.token_s[-1] - r.token_s[0], r.engine_predicted_s
+        # engines count the first token's sampling in or out: a step more or less
+        step = ours / (r.predicted_n - 1)
+        fits = engine is not None and abs(ours - engine) <= RATE_SHARE * engine + RATE_S + step
+        return None if fits else f"{ours:.4f} s here, {engine} s by the engine"
+
+    return _each(run, wrong)
+
+
+@holds("run", "all layers")
+def layers_offloaded(run: Measured) -> Finding:
+    """All layers went to the device, or the baseline is not one. Without a device there are none."""
+    on, of = run.seen.report.offloaded_layers, run.seen.report.total_layers
+    if run.seen.device_kind == "none":
+        return True, "no device"
+    return on is not None and on == of, f"{on} of {of}"
+
+
+@holds("run", "buffers named after the device")
+def device_is_the_one(run: Measured) -> Finding:
+    """Weights on the device are on that kind of device: a build without a GPU only warns and serves from the CPU."""
+    name = {"cuda": "CUDA", "loopback": "RPC"}.get(run.seen.device_kind)
+    names = {b.name for b in run.seen.report.buffers if b.on_device and b.kind == "model"}
+    if name is None:
+        return not names, f"no device, buffers {sorted(names)}"
+    return bool(names) and all(n.startswith(name) for n in names), ", ".join(sorted(names)) or "none"
+
+
+@holds("run", "more than 0 bytes, none for a baseline")
+def placement_moves(run: Measured) -> Finding:
+    """An offload placement moves expert weights: on a dense model the flag is accepted and does nothing."""
+    moved = run.seen.placement.moved_bytes
+    if run.spec.placement == "baseline":
+        return moved == 0, f"{moved} bytes moved"
+    if run.seen.device_kind == "none":
+        return False, "there is no device to move experts from"
+    return moved > 0, f"{moved} bytes in {run.seen.placement.moved_tensors} tensors moved"
+
+
+def agrees(measured: int, expected: int) -> bool:
+    return abs(measured - expected) <= PLACEMENT_SHARE * expected + PLACEMENT_BYTES
+
+
+@holds("run", "0.1 % + 1 MiB")
+def placement_on_device(run: Measured) -> Finding:
+    """The weights on the device by the engine's report are those that the file's header says must be there."""
+    if run.seen.device_kind == "none":
+        return True, "no device"
+    engine, header = run.seen.report.device_bytes("model"), run.seen.placement.device_bytes
+    return engine is not None and agrees(engine, header), f"engine {engine}, header {header} bytes"
+
+
+@holds("run", "the placement's flags, and nothing fitted")
+def command_as_asked(run: Measured) -> Finding:
+    """The engine was told the placement of this run and no other, and to adjust nothing by itself."""
+    argv, placement = run.seen.argv, run.spec.placement
+    told = dict(itertools.pairwise(argv))
+    n = placement.removeprefix("n-cpu-moe=") if "=" in placement else None
+    fits = {
+        "-ngl": told.get("-ngl") == "999",
+        "-c": told.get("-c") == str(run.spec.context),
+        "--fit": told.get("--fit", "off") == "off",
+        "--cpu-moe": ("--cpu-moe" in argv) == (placement == "cpu-moe"),
+        "--n-cpu-moe": told.get("--n-cpu-moe") == n,
+        "load mode": (told.get("--load-mode") == "none" or "--no-mmap" in argv) == (run.spec.load_mode == "none"),
+    }
+    wrong = [flag for flag, right in fits.items() if not right]
+    return not wrong, f"wrong: {', '.join(wrong)}" if wrong else "as asked"
+
+
+ENVIRONMENT = {*process.ENV_ALLOWED, "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "LLAMA_API_KEY"}
+
+
+@holds("run", "names on the allow-list")
+def environment_clean(run: Measured) -> Finding:
+    """llama.cpp applies LLAMA_ARG_* and GGML_* variables silently: one turns a baseline into an offload run."""
+    foreign = sorted(set(run.seen.env) - ENVIRONMENT)
+    return bool(run.seen.env) and not foreign, ", ".join(foreign) or f"{len(run.seen.env)} allowed"
+
+
+@holds("run", "no `(debug)`")
+def build_optimised(run: Measured) -> Finding:
+    """A debug build runs many times slower."""
+    built = run.seen.report.built
+    return built is not None and "(debug)" not in built, built or "the engine told no build"
+
+
+@holds("run", "finite, and not all equal")
+def output_alive(run: Measured) -> Finding:
+    """Weights that are not numbers, or zero, serve happily: the likeliest next tokens' log-probabilities show it."""
+    top = run.seen.top_logprobs
+    alive = len(top) > 1 and all(p is not None and math.isfinite(p) for p in top) and max(top) > min(top)
+    return alive, ", ".join(map(str, top)) or "nothing told"
+
+
+@holds("run", "SHA-256")
+def file_is_its_sheet(run: Measured) -> Finding:
+    """The file that was run is the one that its sheet describes: a flipped bit shows nowhere else."""
+    told = run.sheet.get("sha256")
+    return bool(told) and run.seen.file_sha256 == told, f"file {run.seen.file_sha256[:12]}, sheet {str(told)[:12]}"
+
+
+@holds("run", "not invalid")
+def memory_known(run: Measured) -> Finding:
+    """No account of device memory contradicts another, or what the engine and the header say must be there."""
+    seen = run.seen.memory
+    wrong = [r for r in seen.reasons if r in memory.INVALID]
+    return seen.status != "invalid" and not wrong, ", ".join(wrong) or str(seen.status)
+
+
+@holds("run", "equal")
+def memory_follows(run: Measured) -> Finding:
+    """The value of device memory is the one that its readings give."""
+    m = run.seen.memory
+    peak = m.process_bytes if m.method == "rss-peak" else None
+    again = memory.reconcile(
+        run.seen.device_kind, m.trace, run.seen.report, run.seen.placement.device_bytes, m.context_bytes, peak
+    )
+    return again == m, f"{m.value_bytes}, its readings give {again.value_bytes}"
+
+
+@holds("run", "a value from two accounts", degrades=True)
+def memory_undoubted(run: Measured) -> Finding:
+    """All accounts of device memory could be taken."""
+    doubts = [r for r in run.seen.memory.reasons if r not in memory.INVALID]
+    return not doubts and run.seen.memory.status in ("valid", "invalid"), ", ".join(doubts) or "all taken"
+
+
+@holds("run", "no thermal, power-brake or hardware slowdown", degrades=True)
+def not_slowed(run: Measured) -> Finding:
+    """The GPU's clocks were its own while it worked."""
+    found = sorted({name for c in run.seen.counters for name in nvml.slowed(c.events)})
+    return not found, ", ".join(found) or f"{len(run.seen.counters)} readings"
+
+
+@holds("run", f"{FOREIGN_SHARE:.0%} of the host's CPU time", degrades=True)
+def host_quiet(run: Measured) -> Finding:
+    """Nobody else worked on the host: experts on the CPU share it with everything."""
+    return run.seen.host.foreign_share <= FOREIGN_SHARE, f"{run.seen.host.foreign_share:.1%} by others"
+
+
+@holds("run", f"{CLOCK_S * 1000:g} ms", degrades=True)
+def clock_steady(run: Measured) -> Finding:
+    """The wall clock was not set and the host did not sleep while the run lasted."""
+    step, slept = run.seen.host.clock_step_s, run.seen.host.suspended_s
+    return max(abs(step), abs(slept)) <= CLOCK_S, f"step {step:.3f} s, sleep {slept:.3f} s"
+
+
+@holds("run", "exit 0 within the grace time", degrades=True)
+def clean_end(run: Measured) -> Finding:
+    """The server ended by itself when told to."""
+    return run.seen.exit_code == 0 and not run.seen.exit_killed, f"exit {run.seen.exit_code}"

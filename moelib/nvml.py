@@ -1,0 +1,179 @@
+"""NVIDIA GPUs by NVML: memory of processes and devices, clocks, energy, traffic. Unknown is None, never 0.
+
+Whatever can be missing (an old driver, a container, a card without the counter) is asked for once; why it is missing
+stands in `Gpu.absent`.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pynvml
+
+from moelib.files import stored
+from moelib.memory import Reading
+
+SLOWED = {
+    "hw-slowdown": pynvml.nvmlClocksEventReasonHwSlowdown,
+    "hw-thermal": pynvml.nvmlClocksEventReasonHwThermalSlowdown,
+    "hw-power-brake": pynvml.nvmlClocksEventReasonHwPowerBrakeSlowdown,
+    "sw-thermal": pynvml.nvmlClocksEventReasonSwThermalSlowdown,
+}
+"""Clock-event reasons with which a card is not itself. A power cap is not one: the card is built to reach it."""
+POWER_CAP = pynvml.nvmlClocksEventReasonSwPowerCap
+
+ADDS_UP_BYTES = (
+    64 << 20
+)  # total = reserved + free + used, exact where seen: anything else is a struct of another version
+
+
+@stored
+class Counters:
+    """One look at a GPU's clocks and running totals, `t_s` seconds after the run's start."""
+
+    t_s: float
+    energy_joule: float | None = None
+    """Of the board since the driver was loaded; the CPU's is not in it."""
+    pcie_rx_bytes: int | None = None
+    """Received by the GPU since the driver was loaded."""
+    pcie_tx_bytes: int | None = None
+    sm_clock_mhz: int | None = None
+    memory_clock_mhz: int | None = None
+    power_watt: float | None = None
+    events: int | None = None
+    """Bits of the clock-event (throttle) reasons."""
+
+
+NO_GPU = dict.fromkeys((f for f in Counters.__dataclass_fields__ if f != "t_s"), "no NVIDIA GPU took part")
+
+
+class Gpu:
+    """One GPU by index or UUID; processes are looked for on all of them."""
+
+    errors = (pynvml.NVMLError,)
+
+    def __init__(self, which: str) -> None:
+        """Raises pynvml.NVMLError."""
+        pynvml.nvmlInit()
+        every = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        by_uuid = {_text(pynvml.nvmlDeviceGetUUID(h)): h for h in every}
+        if which.startswith("GPU-"):
+            self.uuid = next((u for u in by_uuid if u.startswith(which)), which)
+        else:
+            self.uuid = list(by_uuid)[int(which)] if which.isdigit() and int(which) < len(by_uuid) else which
+        if self.uuid not in by_uuid:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+        self.handle = by_uuid.pop(self.uuid)
+        self._elsewhere = list(by_uuid.values())
+        self.name = _text(pynvml.nvmlDeviceGetName(self.handle))
+        self.questions, self.absent = self._questions(), {}
+        for name, ask in self.questions.items():
+            try:
+                ask()
+            except pynvml.NVMLError as err:
+                self.absent[name] = str(err)
+
+    def facts(self) -> dict[str, Any]:
+        """Size, driver and power limit; None for what the driver does not say."""
+
+        def ask(question: Callable[[], Any]) -> Any:
+            try:
+                return question()
+            except pynvml.NVMLError:
+                return None
+
+        return {
+            "total_bytes": ask(lambda: int(self._memory().total)),
+            "driver": ask(lambda: _text(pynvml.nvmlSystemGetDriverVersion())),
+            "power_limit_watt": ask(lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(self.handle) / 1000),
+        }
+
+    def _memory(self) -> Any:
+        # the first version's `used` includes what the driver reserves
+        return pynvml.nvmlDeviceGetMemoryInfo(self.handle, version=pynvml.nvmlMemory_v2)
+
+    def read(self, ours: set[int], t_s: float) -> Reading:
+        """The device's memory, and that of the processes `ours` on all GPUs."""
+        errors: set[str] = set()
+
+        def ask(question: Callable[[], Any], failed: str) -> Any:
+            try:
+                return question()
+            except pynvml.NVMLError_GpuIsLost:
+                errors.add("gpu-lost")
+            except pynvml.NVMLError:
+                errors.add(failed)
+            return None
+
+        here = ask(lambda: _processes(self.handle), "list-unsupported") or {}
+        mine = {pid: n for pid, n in here.items() if pid in ours}
+        for handle in self._elsewhere:
+            there = ask(lambda h=handle: _processes(h), "list-unsupported") or {}
+            # another card's other processes are no matter of this run
+            for pid in ours & there.keys():
+                mine[pid] = None if None in (n := (mine.get(pid, 0), there[pid])) else sum(n)
+        known = bool(mine) and None not in mine.values()
+        memory = ask(self._memory, "memory-unsupported")
+        if memory and abs(memory.total - memory.reserved - memory.free - memory.used) > ADDS_UP_BYTES:
+            memory = errors.add("memory-unsupported")
+        return Reading(
+            t_s=t_s,
+            process_bytes=sum(mine.values()) if known else None,
+            device_bytes=int(memory.used) if memory else None,
+            listed=bool(mine),
+            others=tuple(sorted((pid, n) for pid, n in here.items() if pid not in ours)),
+            errors=tuple(sorted(errors)),
+        )
+
+    def _questions(self) -> dict[str, Callable[[], Any]]:
+        def field(name: str) -> int:
+            value = pynvml.nvmlDeviceGetFieldValues(self.handle, [getattr(pynvml, f"NVML_FI_DEV_{name}")])[0]
+            if value.nvmlReturn != pynvml.NVML_SUCCESS:
+                raise pynvml.NVMLError(value.nvmlReturn)
+            return int(value.value.ullVal)
+
+        def clock(kind: str) -> int:
+            return pynvml.nvmlDeviceGetClockInfo(self.handle, getattr(pynvml, f"NVML_CLOCK_{kind}"))
+
+        return {
+            "energy_joule": lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(self.handle) / 1000,
+            "pcie_rx_bytes": lambda: field("PCIE_COUNT_RX_BYTES"),
+            "pcie_tx_bytes": lambda: field("PCIE_COUNT_TX_BYTES"),
+            "sm_clock_mhz": lambda: clock("SM"),
+            "memory_clock_mhz": lambda: clock("MEM"),
+            "power_watt": lambda: pynvml.nvmlDeviceGetPowerUsage(self.handle) / 1000,
+            "events": lambda: pynvml.nvmlDeviceGetCurrentClocksEventReasons(self.handle),
+        }
+
+    def _now(self, name: str) -> Any:
+        try:
+            return None if name in self.absent else self.questions[name]()
+        except pynvml.NVMLError:
+            return None
+
+    def counters(self, t_s: float) -> Counters:
+        """Everything that is there, now."""
+        return Counters(t_s, **{name: self._now(name) for name in self.questions})
+
+    def energy(self) -> float | None:
+        return self._now("energy_joule")
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _processes(handle: Any) -> dict[int, int | None]:
+    """Process id -> bytes; a process in both of the driver's lists holds one context, so the larger counts."""
+    found: dict[int, int | None] = {}
+    lists = [pynvml.nvmlDeviceGetComputeRunningProcesses(handle)]
+    with contextlib.suppress(pynvml.NVMLError_NotSupported):  # cards without graphics
+        lists.append(pynvml.nvmlDeviceGetGraphicsRunningProcesses(handle))
+    for p in (p for every in lists for p in every):
+        found[p.pid] = max(found.get(p.pid) or 0, p.usedGpuMemory or 0) or None
+    return found
+
+
+def slowed(events: int | None) -> tuple[str, ...]:
+    """Names of the reasons for which the clocks were not the card's own."""
+    return tuple(name for name, bit in SLOWED.items() if (events or 0) & bit)
