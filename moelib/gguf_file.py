@@ -112,6 +112,16 @@ class Header:
         tied = embedding if not any(t.name == "output.weight" for t in self.tensors) else 0
         return self.tensor_bytes - embedding + tied - self.moved_bytes(placement)
 
+    def read_bytes(self, placement: str) -> tuple[int, int]:
+        """(device, host) bytes of the weights that decoding one token must read: all of a dense tensor, the used
+        share of an expert one; one row of the token embedding does not count."""
+        arch = self.metadata["general.architecture"]
+        used, count = (self.metadata.get(f"{arch}.{k}", 1) for k in ("expert_used_count", "expert_count"))
+        experts = sum(t.nbytes for t in self.tensors if t.is_expert)
+        moved = self.moved_bytes(placement)
+        dense = self.device_bytes("baseline") - experts
+        return dense + (experts - moved) * used // count, moved * used // count
+
 
 class _Cursor:
     """Bounds-checked reads from a mapped file."""

@@ -11,20 +11,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from moelib import audit, device, engine, files, models, notebook, process, quantize, record, run, study
+from moelib import audit, device, engine, files, host, models, notebook, process, quantize, record, run, study
 
 log = logging.getLogger(__name__)
 
 
 class Setup(NamedTuple):
-    """What the runs of a cell share, in the order that `run.execute` takes it."""
+    """What the runs of a cell share."""
 
     quantised: quantize.Quantised
     llama: engine.Engine
     where: device.Device
     work: Path
+    host: dict[str, Any]
 
 
 def measure(folder: study.Folder, cell: study.Cell) -> Iterator[record.Record]:
@@ -45,7 +46,8 @@ def measure(folder: study.Folder, cell: study.Cell) -> Iterator[record.Record]:
             files.write_json(folder.sheet_path(cell), quantised.sheet)
         quantised.content.sha256()  # here, so that no run waits for it
         where.calibrate(work)
-        setup = Setup(quantised, llama, where, work)
+        about = {**process.facts(), "ram_read_bytes_per_s": round(host.read_bandwidth())}
+        setup = Setup(quantised, llama, where, work, about)
         records = folder.records(set_aside=True)
         _same_setup([r for r in records if r.done and r.cell == cell.name], setup)
         for specs in cell.blocks:
@@ -76,7 +78,7 @@ def _perform(folder: study.Folder, spec: run.Spec, attempt: int, setup: Setup) -
     """Do one run and write its record, whatever comes of it."""
     name, llama = record.run_id(spec, attempt), setup.llama
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    outcome = run.execute(spec, *setup)
+    outcome = run.execute(spec, setup.quantised, llama, setup.where, setup.work)
     status, reasons, checks = "failed", (outcome.reason,) if outcome.reason else (), ()
     if outcome.observation is not None:
         checks = audit.run(spec, outcome.observation, setup.quantised.sheet)
@@ -91,7 +93,7 @@ def _perform(folder: study.Folder, spec: run.Spec, attempt: int, setup: Setup) -
         sheet=setup.quantised.sheet,
         engine={"build": llama.build, "version": llama.version, "server_sha256": llama.server_sha256},
         device=setup.where.identity(),
-        host=process.facts(),
+        host=setup.host,
         started_utc=started,
         observed=outcome.observation,
         audit=checks,

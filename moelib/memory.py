@@ -5,6 +5,7 @@ the weights that the file's header puts on the device. A value is never a bare n
 reasons from a closed list. What cannot be told apart from something else is None, never 0.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 
 from moelib.engine import Report
@@ -12,13 +13,13 @@ from moelib.files import stored
 
 REASONS = {
     # invalid: the accounts contradict each other, or something disturbed them
-    "no-samples": "nothing could be read while the run lasted",
+    "no-samples": "nothing could be read of the run's memory",
     "gpu-lost": "the driver lost the GPU",
     "unstable-baseline": "the idle device's memory was moving before the run",
     "not-returned": "the device's memory did not come back to its idle state after the run",
     "foreign-changed": "another process came to the device, left it or grew on it while the run lasted",
     "accounts-disagree": "the process list and the device's growth differ by more than 64 MiB and 1 %",
-    "below-engine-buffers": "less was read than a context and the buffers that the engine says it holds",
+    "below-engine-buffers": "less was read than a context and what buffers the engine says it holds",
     "below-header-weights": "less was read than the weights that the file's header puts on the device",
     "above-ceiling": "more was read than the engine's buffers and a context can explain",
     # degraded: an account is missing; there is a value where what is left still proves it
@@ -27,7 +28,8 @@ REASONS = {
     "in a container, share the host's process ids",
     "list-unsupported": "the driver cannot list processes, so the run's share of the device's growth is not known",
     "host-pid": "the driver lists the run's process by the host's id; it is known by coming and going with the run",
-    "bytes-not-listed": "the driver lists the run's process without its bytes; the value is the device's growth",
+    "bytes-not-listed": "the driver lists the run's process without its bytes; the value is the device's growth, where "
+    "the run was alone on it",
     "device-total-unknown": "the device's own total could not be read; the value is the process list's alone",
     "foreign-process": "another process was on the device, and kept still",
     "engine-silent": "the engine reported no buffers to hold the value against",
@@ -152,7 +154,8 @@ def reconcile(
         reasons.append("engine-silent")
         if growth is None or process is None:
             value = None  # one account with nothing to hold it against
-    elif value is not None and not floor <= value <= ceiling:
+        ceiling = math.inf
+    if value is not None and not floor <= value <= ceiling:
         reasons.append("below-engine-buffers" if value < floor else "above-ceiling")
     if value is not None and value < weights_bytes * (1 - HEADER_SHARE) - HEADER_BYTES:
         reasons.append("below-header-weights")
@@ -170,19 +173,19 @@ def _cuda(trace: Trace) -> tuple[int | None, str, int | None, int | None, list[s
     if not trace.during:
         return None, "nvml-process", None, None, [*reasons, "no-samples"]
     process, listed = _peak(r.process_bytes for r in trace.during), any(r.listed for r in trace.during)
-    others = [dict(r.others) for r in every]
+    others = _others(every) or [{}]
     if not listed and (ours := _newcomer(trace)) is not None:
         process, listed = _peak(dict(r.others).get(ours) for r in trace.during), True
         others = [{pid: n for pid, n in o.items() if pid != ours} for o in others]
         reasons.append("host-pid")
 
     growth, used = None, _peak(r.device_bytes for r in trace.during)
-    idle = [r.device_bytes for r in trace.before]
-    if used is None or not idle or None in idle:
+    idle, end = [r.device_bytes for r in trace.before], [r.device_bytes for r in trace.after[-1:]]
+    if used is None or not idle or None in idle + end:
         reasons.append("device-total-unknown")
     elif not _still(idle):
         reasons.append("unstable-baseline")
-    elif not trace.after or not _still([max(idle), trace.after[-1].device_bytes]):
+    elif not end or not _still([max(idle), *end]):
         reasons.append("not-returned")
     elif used > max(idle):
         growth = used - max(idle)
@@ -204,14 +207,21 @@ def _cuda(trace: Trace) -> tuple[int | None, str, int | None, int | None, list[s
         return process, "nvml-process", process, None, reasons
     if growth is None:
         return None, "nvml-growth", None, None, [*reasons, "no-samples"]
-    if listed and not others[0]:
-        return growth, "nvml-growth", None, growth, [*reasons, "bytes-not-listed"]
+    if listed:
+        alone = growth if not others[0] else None  # what another process holds may have moved, too
+        return alone, "nvml-growth", None, growth, [*reasons, "bytes-not-listed"]
     reasons.append("list-unsupported" if "list-unsupported" in errors else "process-not-listed")
     return None, "nvml-growth", None, growth, reasons
 
 
+def _others(readings: Iterable[Reading]) -> list[dict[int, int | None]]:
+    """The other processes by reading, where the list could be read: a list that failed is not an empty one."""
+    return [dict(r.others) for r in readings if not {"gpu-lost", "list-unsupported"} & set(r.errors)]
+
+
 def _newcomer(trace: Trace) -> int | None:
     """The one process, bytes and all, that came after the idle readings and was gone at the end."""
-    there = {pid for r in (*trace.before, *trace.after[-1:]) for pid, _ in r.others}
-    came = {pid: n for r in trace.during for pid, n in r.others if pid not in there}
-    return next(iter(came)) if len(came) == 1 and trace.before and trace.after and all(came.values()) else None
+    before, during, after = map(_others, (trace.before, trace.during, trace.after))
+    there = {pid for processes in (*before, *after[-1:]) for pid in processes}
+    came = {pid: n for processes in during for pid, n in processes.items() if pid not in there}
+    return next(iter(came)) if len(came) == 1 and before and after and all(came.values()) else None

@@ -59,6 +59,10 @@ class Placement:
     """Expert weights that the placement keeps on the CPU."""
     device_bytes: int
     """Weights that must then be on the device."""
+    device_read_bytes: int
+    """Of them, those that decoding one token must read: the used share of the experts, all of the rest."""
+    host_read_bytes: int
+    """The same of the experts on the CPU."""
 
 
 @stored
@@ -160,6 +164,7 @@ def _observe(
     header = quantised.header
     moved = header.moved(spec.placement)
     there = (header.moved_bytes(spec.placement), header.device_bytes(spec.placement))
+    reads = header.read_bytes(spec.placement)
     return Observation(
         load_s=round(load_s, 6),
         wall_s=round(time.monotonic() - started, 6),
@@ -170,7 +175,7 @@ def _observe(
         threads=device.threads,
         build_info=build_info,
         report=report,
-        placement=Placement(len(moved), len({t.block for t in moved}), *there),
+        placement=Placement(len(moved), len({t.block for t in moved}), *there, *reads),
         requests=requests,
         top_logprobs=top,
         memory=reconcile(device.kind, trace, report, there[1], device.context_bytes, peak),
