@@ -165,11 +165,11 @@ def study_status(name: str) -> None:
 @click.argument("name")
 def audit(name: str) -> None:
     """Check every record of study NAME against every invariant again, and say what stands."""
-    from moelib import report as reports
+    from moelib import evidence
     from moelib.study import outputs, results
 
     found = results(outputs() / name)
-    click.echo(reports.audit_table(found).text())
+    click.echo(evidence.audit_table(found).text())
     click.echo(", ".join(f"{count} {what}" for what, count in found.tally.items()))
     for p in found.problems:
         click.echo(f"  {p}")
@@ -178,12 +178,13 @@ def audit(name: str) -> None:
 
 @main.command()
 @click.argument("name")
-def report(name: str) -> None:
+@click.option("--into", type=click.Path(file_okay=False, path_type=Path), help="Folder of the document; the study's.")
+def report(name: str, into: Path | None) -> None:
     """Rebuild the document of study NAME from its records alone."""
     from moelib import notebook
 
     started = time.monotonic()
-    path = _short(notebook.report(name))
+    path = _short(notebook.report(name, into))
     click.echo(f"document: {path} ({time.monotonic() - started:.0f} s)")
 
 

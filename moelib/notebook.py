@@ -114,7 +114,7 @@ def require_whole(path: Path) -> None:
 def render(executed: Path, folder: Path) -> Path:
     """Write the document of an executed notebook into `folder` and return its path.
 
-    Beside it: `figures/`, and `provenance.json`, which names the records of every table. Raises NotebookError if the
+    Beside it: `figures/`, and `provenance.json`, which names the records of every number. Raises NotebookError if the
     notebook is not whole or shows something that Markdown cannot hold.
     """
     import nbformat
@@ -122,13 +122,7 @@ def render(executed: Path, folder: Path) -> Path:
 
     require_whole(executed)
     book = nbformat.read(executed, as_version=4)
-    provenance = {}
-    for cell in book.cells:
-        for out in cell.get("outputs", []):
-            if out.output_type == "stream":
-                raise NotebookError(f"{executed.name} prints: {out.text[:120]!r}; the document cannot hold it")
-            if told := out.get("metadata", {}).get("moelib"):
-                provenance[told["table"]] = told["records"]
+    provenance = _provenance(executed.name, book)
     exporter = MarkdownExporter(raw_template=TEMPLATE)
     text, resources = exporter.from_notebook_node(book, resources={"output_files_dir": FIGURES})
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.splitlines())).strip() + "\n"
@@ -143,10 +137,36 @@ def render(executed: Path, folder: Path) -> Path:
     return folder / DOCUMENT
 
 
-def report(name: str, progress: bool = True) -> Path:
-    """Rebuild the document of study `name` from its records alone. Raises StudyError if there are none."""
+def _provenance(name: str, book: Any) -> dict[str, Any]:
+    """Where every number of an executed notebook came from, by table, text and figure.
+
+    Raises NotebookError for an output that does not say: a number that leads nowhere is not shown.
+    """
+    found: dict[str, dict[str, Any]] = {"tables": {}, "texts": {}, "figures": {}, "sources": {}}
+    for out in (out for cell in book.cells for out in cell.get("outputs", [])):
+        if out.output_type == "stream":
+            raise NotebookError(f"{name} prints: {out.text[:120]!r}; the document cannot hold it")
+        told = out.get("metadata", {}).get("moelib")
+        if told is None:
+            shown = str(out.get("data", {}).get("text/plain", ""))[:120]
+            raise NotebookError(
+                f"{name} shows {shown!r} without saying what it came from; show a Table, Text or figure"
+            )
+        found["sources"] |= told["sources"]
+        entry = {k: v for k, v in told.items() if k not in ("kind", "name", "sources")}
+        if told["kind"] != "table":
+            entry["from"] = sorted(told["sources"])
+        found[f"{told['kind']}s"][told["name"]] = entry
+    return found
+
+
+def report(name: str, into: Path | None = None, progress: bool = True) -> Path:
+    """Rebuild the document of study `name` from its records alone, in the study's folder or `into` another.
+
+    Raises StudyError if there are none.
+    """
     path = study.outputs() / name
     study.results(path)
     executed = path / "notebooks" / "analysis.ipynb"
     execute("analysis", executed, {"study": name}, progress)
-    return render(executed, path)
+    return render(executed, into or path)

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -11,6 +11,7 @@ from moelib import analyse
 from moelib.record import Record
 from moelib.stats import byte_unit
 from moelib.study import Results
+from moelib.table import cite
 
 COLOURS = ["#3b6fb6", "#d1742f", "#4f9a6b", "#8d6cb3"]
 DPI = 144
@@ -25,14 +26,16 @@ def _axes(columns: int, height: float = 3.4) -> tuple[Any, list[Any]]:
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 
-def show(figure: Any, name: str, alt: str) -> None:
-    """Display the figure as PNG; `name` becomes its file beside the document, `alt` says what it shows."""
+def show(figure: Any, name: str, alt: str, records: Iterable[Record] = ()) -> None:
+    """Display the figure as PNG; `name` becomes its file beside the document, `alt` says what it shows, `records` is
+    what it was drawn from."""
     from IPython.display import display
 
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=DPI, metadata={"Software": None})
     data = {"image/png": base64.b64encode(out.getvalue()).decode(), "text/plain": alt}
-    display(data, raw=True, metadata={"filename": name, "alt": alt})
+    told = {"kind": "figure", "name": name, "sources": cite(records)}
+    display(data, raw=True, metadata={"filename": name, "alt": alt, "moelib": told})
 
 
 def _legend(figure: Any, arms: Sequence[str]) -> None:

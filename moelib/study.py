@@ -130,22 +130,25 @@ class Status:
     problems: tuple[str, ...]
     """Every planned run or block without a valid result, with the reason."""
     planned: int
+    checks: tuple[record.Check, ...] = ()
+    """What was found of every block whose runs are all there and valid."""
 
     @classmethod
     def of(cls, cell: Cell, records: Sequence[record.Record]) -> Status:
-        blocks, problems = [], []
+        blocks, problems, checks = [], [], []
         for b, specs in enumerate(cell.blocks):
             runs, wrong = found(specs, records), []
             for s, r in zip(specs, runs, strict=True):
                 if why := _why_not(r):
                     wrong.append(f"{cell.name} {s.arm} block {b + 1}: {why}")
             if not wrong:
-                failed = [c for c in audit.block(runs) if not c.passed]
-                wrong = [f"{cell.name} block {b + 1}: {c.id}: {c.measured}" for c in failed]
+                found_here = audit.block(runs)
+                checks += found_here
+                wrong = [f"{cell.name} block {b + 1}: {c.id}: {c.measured}" for c in found_here if not c.passed]
             if not wrong:
                 blocks.append(tuple(runs))
             problems += wrong
-        return cls(tuple(blocks), tuple(problems), len(cell.specs))
+        return cls(tuple(blocks), tuple(problems), len(cell.specs), tuple(checks))
 
     @property
     def complete(self) -> bool:

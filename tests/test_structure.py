@@ -13,7 +13,7 @@ from conftest import REPO
 
 # Each module may import those before it, never those after.
 LAYERS = """params files gguf_file stats twin process host engine build models quantize memory nvml device client run
-record invariants audit study analyse plots report notebook measure doctor cli""".split()
+record invariants audit study analyse table plots report evidence notebook measure doctor cli""".split()
 
 
 def _imports(name):
