@@ -26,7 +26,7 @@ REASONS = {
     "no-device": "the run had no device, so it has no device memory",
     "process-not-listed": "the driver lists no process of the run, so its share of the device's growth is not known; "
     "in a container, share the host's process ids",
-    "list-unsupported": "the driver cannot list processes, so the run's share of the device's growth is not known",
+    "list-unsupported": "the driver could not list processes, so the run's share of the device's growth is not known",
     "host-pid": "the driver lists the run's process by the host's id; it is known by coming and going with the run",
     "bytes-not-listed": "the driver lists the run's process without its bytes; the value is the device's growth, where "
     "the run was alone on it",
@@ -111,9 +111,9 @@ def _agree(a: int, b: int) -> bool:
     return abs(a - b) <= max(AGREE_BYTES, AGREE_SHARE * max(a, b))
 
 
-def _still(values: Sequence[int | None]) -> bool:
-    """All known and within the bound of an idle device."""
-    return None not in values and max(values) - min(values) <= SETTLED_BYTES
+def _still(values: Sequence[int]) -> bool:
+    """Within the bound of an idle device."""
+    return max(values, default=0) - min(values, default=0) <= SETTLED_BYTES
 
 
 def reconcile(
@@ -169,31 +169,32 @@ def _cuda(trace: Trace) -> tuple[int | None, str, int | None, int | None, list[s
     """(value, method, process list's peak, growth, reasons) by what the driver says alone."""
     every = [*trace.before, *trace.during, *trace.after]
     errors = {e for r in every for e in r.errors}
-    reasons = ["gpu-lost"] if "gpu-lost" in errors else []
-    if not trace.during:
-        return None, "nvml-process", None, None, [*reasons, "no-samples"]
-    process, listed = _peak(r.process_bytes for r in trace.during), any(r.listed for r in trace.during)
-    others = _others(every) or [{}]
-    if not listed and (ours := _newcomer(trace)) is not None:
-        process, listed = _peak(dict(r.others).get(ours) for r in trace.during), True
+    if "gpu-lost" in errors or not trace.during:
+        return None, "nvml-process", None, None, ["gpu-lost" if "gpu-lost" in errors else "no-samples"]
+    reasons = []
+    mine, others = [r.process_bytes for r in trace.during], _others(every) or [{}]
+    if not any(r.listed for r in trace.during) and (ours := _newcomer(trace)) is not None:
+        mine = [dict(r.others).get(ours) for r in trace.during]
         others = [{pid: n for pid, n in o.items() if pid != ours} for o in others]
         reasons.append("host-pid")
+    process = _peak(mine)
 
-    growth, used = None, _peak(r.device_bytes for r in trace.during)
+    growth, used = None, [r.device_bytes for r in trace.during]
     idle, end = [r.device_bytes for r in trace.before], [r.device_bytes for r in trace.after[-1:]]
-    if used is None or not idle or None in idle + end:
+    # the last reading of the run must be there: it holds the peak
+    if not idle or None in [*idle, used[-1], *end]:
         reasons.append("device-total-unknown")
     elif not _still(idle):
         reasons.append("unstable-baseline")
     elif not end or not _still([max(idle), *end]):
         reasons.append("not-returned")
-    elif used > max(idle):
-        growth = used - max(idle)
+    elif (peak := _peak(used)) is not None and peak > max(idle):
+        growth = peak - max(idle)
     elif process is not None:
         reasons.append("accounts-disagree")  # a process holds memory and nothing grew
 
     if any(o.keys() != others[0].keys() for o in others) or not all(
-        _still([o[pid] for o in others]) for pid in others[0] if others[0][pid] is not None
+        _still([o[pid] for o in others if o[pid] is not None]) for pid in others[0]
     ):
         reasons.append("foreign-changed")
     elif others[0]:
@@ -203,20 +204,23 @@ def _cuda(trace: Trace) -> tuple[int | None, str, int | None, int | None, list[s
         if not _agree(process, growth):
             reasons.append("accounts-disagree")
         return process, "nvml-process", process, growth, reasons
-    if process is not None:
+    if mine[-1]:  # a list that ended early may have missed the peak
         return process, "nvml-process", process, None, reasons
-    if growth is None:
+    if process is None and growth is None:
         return None, "nvml-growth", None, None, [*reasons, "no-samples"]
-    if listed:
-        alone = growth if not others[0] else None  # what another process holds may have moved, too
-        return alone, "nvml-growth", None, growth, [*reasons, "bytes-not-listed"]
-    reasons.append("list-unsupported" if "list-unsupported" in errors else "process-not-listed")
-    return None, "nvml-growth", None, growth, reasons
+    # the device's growth is the run's where it is listed and no other is: while a list failed, one may have been there
+    if "list-unsupported" in errors:
+        reasons.append("list-unsupported")
+    elif trace.during[-1].listed:
+        return growth if not others[0] else None, "nvml-growth", process, growth, [*reasons, "bytes-not-listed"]
+    else:
+        reasons.append("process-not-listed")
+    return None, "nvml-growth", process, growth, reasons
 
 
 def _others(readings: Iterable[Reading]) -> list[dict[int, int | None]]:
     """The other processes by reading, where the list could be read: a list that failed is not an empty one."""
-    return [dict(r.others) for r in readings if not {"gpu-lost", "list-unsupported"} & set(r.errors)]
+    return [dict(r.others) for r in readings if "list-unsupported" not in r.errors]
 
 
 def _newcomer(trace: Trace) -> int | None:

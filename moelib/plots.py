@@ -22,7 +22,7 @@ def _axes(columns: int, height: float = 3.4) -> tuple[Any, list[Any]]:
     from matplotlib.figure import Figure  # without pyplot: no global state, nothing shown twice
 
     sns.set_theme(style="whitegrid", font_scale=0.9, rc={"axes.spines.top": False, "axes.spines.right": False})
-    figure = Figure(figsize=(1.2 + 3.6 * columns, height), layout="constrained")
+    figure = Figure(figsize=(max(6.0, 1.2 + 3.6 * columns), height), layout="constrained")
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 
@@ -53,8 +53,9 @@ def _facets(results: Results, frame: pd.DataFrame, y: str, label: str) -> Any:
     frame = frame.assign(arm=frame.placement + ("/" + frame.load_mode if many else ""))
     arms = list(dict.fromkeys(frame.sort_values("placement").arm))
     how = {"x": "quant", "y": y, "hue": "arm", "order": results.study.quants, "hue_order": arms, "legend": False}
-    figure, axes = _axes(len(results.study.models))
-    for axis, model in zip(axes, results.study.models, strict=True):
+    models = [m for m in results.study.models if (frame.model == m).any()]
+    figure, axes = _axes(max(1, len(models)))
+    for axis, model in zip(axes, models, strict=False):
         how |= {"data": frame[frame.model == model], "ax": axis}
         sns.barplot(**how, palette=COLOURS[: len(arms)], errorbar=None, alpha=0.75)
         sns.stripplot(**how, palette=["#222222"] * len(arms), dodge=True, size=3.2, alpha=0.8, jitter=False)
@@ -88,20 +89,22 @@ def trade(results: Results, workload: str) -> Any:
     memory, rate = (analyse.compare(results, q) for q in (analyse.device_memory, analyse.decode_rate(workload)))
     known = [(m, r) for m, r in zip(memory, rate, strict=True) if m.baseline and r.baseline]
     name, unit = byte_unit(max((m.baseline.value for m, _ in known), default=0))
-    figure, axes = _axes(len(results.study.models), 3.8)
-    for axis, model in zip(axes, results.study.models, strict=True):
+    models = [m for m in results.study.models if any(k.model == m for k, _ in known)]
+    arms = list(dict.fromkeys(arm.label for arm in results.study.arms))
+    figure, axes = _axes(max(1, len(models)), 3.8)
+    for axis, model in zip(axes, models, strict=False):
         rows = [(m, r) for m, r in known if m.model == model]
         for m, r in rows:
             start, end = (m.baseline.value / unit, r.baseline.value), (m.offload.value / unit, r.offload.value)
             arrow = {"arrowstyle": "-|>", "color": "#999999", "shrinkA": 5, "shrinkB": 5}
             axis.annotate("", xy=end, xytext=start, arrowprops=arrow)
             axis.plot(*start, "o", color=COLOURS[0])
-            axis.plot(*end, "o", color=COLOURS[1])
+            axis.plot(*end, "o", color=COLOURS[arms.index(m.arm.label)])
             axis.annotate(m.quant, start, textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8)
         axis.set(title=model, xlabel=f"device memory, {name}", ylabel="tokens/s" if axis is axes[0] else "")
         axis.margins(0.15)
         axis.set(xlim=(0, None), ylim=(0, None))
-    _legend(figure, ["baseline", "experts on the CPU"])
+    _legend(figure, arms if len({arm.load_mode for arm in results.study.arms}) > 1 else ["baseline", "cpu-moe"])
     return figure
 
 
