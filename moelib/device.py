@@ -184,4 +184,4 @@ def choose(kind: str, engine: Engine) -> Device:
         return Loopback()
     if kind == "auto":
         return NoDevice()
-    raise DeviceError(f"{engine} has no RPC; run `moelib engine build` or set MOELIB_LLAMA_CPP to one that has")
+    raise DeviceError(f"{engine} has no RPC; run `make engine` or set MOELIB_LLAMA_CPP to one that has")

@@ -1,6 +1,7 @@
 """What is installed here, what is missing, and the command that mends it."""
 
 import importlib.metadata
+import os
 import platform
 import shutil
 import sys
@@ -8,11 +9,11 @@ from collections.abc import Iterator
 
 import psutil
 
-from moelib import build, device, engine, models, params, process
+from moelib import device, engine, models, params, process
 from moelib.stats import size
 
 PACKAGES = ("jupyterlab", "papermill", "nbconvert", "pandas", "seaborn", "nvidia-ml-py", "huggingface_hub", "gguf")
-BUILD = "moelib engine build"
+BUILD = "make engine"
 
 Finding = tuple[str, str, str | None]
 """What, what was found, and what to do about it: None where nothing is wrong."""
@@ -56,10 +57,9 @@ def examine(explicit: str | None = None) -> Iterator[Finding]:
     new = sys.version_info >= (3, 11)
     yield "python", platform.python_version(), None if new else "install Python 3.11 or newer"
     yield from _packages()
-    compiler = build.compiler()
-    cuda = "GPU driver and nvcc found" if build.has_cuda() else "no GPU driver with nvcc"
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "c++", "g++", "clang++"))), None)
     builds = None if compiler or llama else "apt-get install g++ make"
-    yield "C++ compiler", f"{compiler or 'none'} (to build the engine; {cuda})", builds
+    yield "C++ compiler", f"{compiler or 'none'} (to build the engine)", builds
     places = "; ".join(f"{how}: {folder or 'no'}" for how, folder in engine.candidates(explicit))
     yield "engine looked for", places, None
     yield from _engine(llama) if llama else (missing,)

@@ -209,7 +209,7 @@ def test_choose_takes_loopback_where_there_is_no_gpu_and_says_what_is_missing(en
     assert device.choose("auto", engine).kind == "loopback"
     without = replace(engine, tools={k: v for k, v in engine.tools.items() if k != "rpc-server"})
     assert device.choose("auto", without).kind == "none"
-    with pytest.raises(device.DeviceError, match="engine build"):
+    with pytest.raises(device.DeviceError, match="make engine"):
         device.choose("loopback", without)
     with pytest.raises(device.DeviceError, match="no NVIDIA GPU"):
         device.choose("cuda", engine)
