@@ -6,6 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
+import seaborn as sns
+from IPython.display import display
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from moelib import analyse
 from moelib.record import Record
@@ -17,18 +21,14 @@ DPI = 144
 
 
 def _axes(columns: int, height: float = 3.4) -> tuple[Any, list[Any]]:
-    import seaborn as sns
-    from matplotlib.figure import Figure  # without pyplot: no global state, nothing shown twice
-
     sns.set_theme(style="whitegrid", font_scale=0.9, rc={"axes.spines.top": False, "axes.spines.right": False})
+    # without pyplot: no global state, nothing shown twice
     figure = Figure(figsize=(1.2 + 3.6 * columns, height), layout="constrained")
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 
 def show(figure: Any, name: str, alt: str) -> None:
     """Display the figure as PNG; `name` becomes its file beside the document, `alt` says what it shows."""
-    from IPython.display import display
-
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=DPI, metadata={"Software": None})
     data = {"image/png": base64.b64encode(out.getvalue()).decode(), "text/plain": alt}
@@ -36,16 +36,12 @@ def show(figure: Any, name: str, alt: str) -> None:
 
 
 def _legend(figure: Any, arms: Sequence[str]) -> None:
-    from matplotlib.patches import Patch
-
     handles = [Patch(color=c, alpha=0.75, label=a) for c, a in zip(COLOURS, arms, strict=False)]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(arms), frameon=False)
 
 
 def _facets(results: Results, frame: pd.DataFrame, y: str, label: str) -> Any:
     """Bars of means with every value as a dot on them: a handful of values needs no summary beside itself."""
-    import seaborn as sns
-
     many = frame.load_mode.nunique() > 1
     frame = frame.assign(arm=frame.placement + ("/" + frame.load_mode if many else ""))
     arms = list(dict.fromkeys(frame.sort_values("placement").arm))

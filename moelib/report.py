@@ -114,41 +114,38 @@ def files_table(results: Results) -> Table:
     return Table("files", rows, note=note, numbers=("file", "bits/weight", "experts", "fallbacks"))
 
 
-Show = Callable[[analyse.Comparison], dict[str, str]]
+Columns = dict[str, Callable[[analyse.Comparison], str]]
 
 
-def _compared(name: str, results: Results, quantity: analyse.Quantity, show: Show, note: str) -> Table:
+def _compared(name: str, results: Results, quantity: analyse.Quantity, columns: Columns, note: str) -> Table:
     comparisons = analyse.compare(results, quantity)
     many = len({c.load_mode for c in comparisons}) > 1
     rows = []
     for c in comparisons:
-        where = {"model": c.model, "quant": c.quant, "placement": c.placement + (f"/{c.load_mode}" if many else "")}
-        rows.append({**where, **show(c), "blocks": c.ratio.n if c.ratio else 0})
-    numbers = tuple(rows[0])[3:] if rows else ()
-    return Table(name, rows, _cite(r for c in comparisons for r in c.records), note, numbers)
+        row = {"model": c.model, "quant": c.quant, "placement": c.placement + (f"/{c.load_mode}" if many else "")}
+        row |= {column: show(c) for column, show in columns.items()}
+        rows.append({**row, "blocks": c.ratio.n if c.ratio else 0})
+    return Table(name, rows, _cite(r for c in comparisons for r in c.records), note, (*columns, "blocks"))
 
 
 def memory_table(results: Results) -> Table:
     expert_bytes = {(s["model"], s["quant"]): s["expert_bytes"] for s in results.sheets}
-
-    def show(c: analyse.Comparison) -> dict[str, str]:
-        return {
-            "baseline": stats.sizes(c.baseline),
-            "offloaded": stats.sizes(c.offload),
-            "saved": stats.sizes(c.difference),
-            "saved, share": percent(1 - c.ratio.value if c.ratio else None),
-            "experts in the file": size(expert_bytes.get((c.model, c.quant))),
-        }
-
+    columns = {
+        "baseline": lambda c: stats.sizes(c.baseline),
+        "offloaded": lambda c: stats.sizes(c.offload),
+        "saved": lambda c: stats.sizes(c.difference),
+        "saved, share": lambda c: percent(1 - c.ratio.value if c.ratio else None),
+        "experts in the file": lambda c: size(expert_bytes.get((c.model, c.quant))),
+    }
     note = "Peak device memory of the run's processes, mean [95 % interval]; saved is taken within blocks."
-    return _compared("device-memory", results, analyse.device_memory, show, note)
+    return _compared("device-memory", results, analyse.device_memory, columns, note)
 
 
-def _rates(scale: float) -> Show:
-    return lambda c: {
-        "baseline": stats.estimate(c.baseline, scale),
-        "offloaded": stats.estimate(c.offload, scale),
-        "offloaded / baseline": stats.estimate(c.ratio),
+def _rates(scale: float) -> Columns:
+    return {
+        "baseline": lambda c: stats.estimate(c.baseline, scale),
+        "offloaded": lambda c: stats.estimate(c.offload, scale),
+        "offloaded / baseline": lambda c: stats.estimate(c.ratio),
     }
 
 
@@ -204,11 +201,9 @@ def runs_table(records: Sequence[Record]) -> Table:
         seen = r.observed
         row = {"block": r.spec.block + 1, "arm": r.spec.arm, "status": r.status, "why": ", ".join(r.reasons) or "-"}
         row |= {k: size(getattr(seen.memory, name) if seen else None) for k, name in sizes.items()}
-        row["load, s"] = number(seen.load_s) if seen else stats.NONE
+        row["load, s"] = number(seen.load_s if seen else None)
         for q in seen.requests if seen else ():
-            tps = number(q.tps) if q.tps else stats.NONE
-            ttft = number(q.ttft_s * 1000) if q.ttft_s else stats.NONE
-            row[f"{q.workload} #{q.index + 1}"] = f"{tps} tok/s, {ttft} ms"
+            row[f"{q.workload} #{q.index + 1}"] = f"{number(q.tps)} tok/s, {number(q.ttft_s, 1000)} ms"
         rows.append(row)
     return Table("runs", rows, _cite(records), numbers=("block", *sizes, "load, s"))
 
