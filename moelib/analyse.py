@@ -36,16 +36,15 @@ REQUEST_COLUMNS["tokens_per_s"] = "tps"
 
 def runs(records: Iterable[Record]) -> pd.DataFrame:
     """One row for each record that holds an observation; columns RUN_COLUMNS."""
-    rows = [[get(r) for get in RUN_COLUMNS.values()] for r in records if r.observed]
-    return pd.DataFrame(rows, columns=list(RUN_COLUMNS))
+    seen = [r for r in records if r.observed]
+    return pd.DataFrame({column: [get(r) for r in seen] for column, get in RUN_COLUMNS.items()})
 
 
 def requests(records: Iterable[Record]) -> pd.DataFrame:
     """One row for each request of each record; columns of where it was and REQUEST_COLUMNS."""
     asked = [(r, q) for r in records if r.observed for q in r.observed.requests]
-    get = attrgetter(*REQUEST_COLUMNS.values())
-    rows = [[*(where(r) for where in _WHERE.values()), *get(q)] for r, q in asked]
-    return pd.DataFrame(rows, columns=[*_WHERE, *REQUEST_COLUMNS])
+    where = {column: [get(r) for r, _ in asked] for column, get in _WHERE.items()}
+    return pd.DataFrame(where | {column: [getattr(q, k) for _, q in asked] for column, k in REQUEST_COLUMNS.items()})
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -77,9 +77,7 @@ def runs_table(records: Sequence[Record]) -> Table:
         row |= {k: size(getattr(seen.memory, name) if seen else None) for k, name in sizes.items()}
         row["load, s"] = number(seen.load_s) if seen else stats.NONE
         for q in seen.requests if seen else ():
-            tps = number(q.tps) if q.tps else stats.NONE
-            ttft = number(q.ttft_s * 1000) if q.ttft_s else stats.NONE
-            row[f"{q.workload} #{q.index + 1}"] = f"{tps} tok/s, {ttft} ms"
+            row[f"{q.workload} #{q.index + 1}"] = f"{number(q.tps)} tok/s, {number(q.ttft_s, 1000)} ms"
         rows.append(row)
     return Table("runs", rows, [cite([r]) for r in ordered], numbers=("block", *sizes, "load, s"))
 

@@ -6,6 +6,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
+import seaborn as sns
+from IPython.display import display
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from moelib import analyse
 from moelib.record import Record
@@ -18,10 +22,8 @@ DPI = 144
 
 
 def _axes(columns: int, height: float = 3.4) -> tuple[Any, list[Any]]:
-    import seaborn as sns
-    from matplotlib.figure import Figure  # without pyplot: no global state, nothing shown twice
-
     sns.set_theme(style="whitegrid", font_scale=0.9, rc={"axes.spines.top": False, "axes.spines.right": False})
+    # without pyplot: no global state, nothing shown twice
     figure = Figure(figsize=(max(6.0, 1.2 + 3.6 * columns), height), layout="constrained")
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
@@ -29,8 +31,6 @@ def _axes(columns: int, height: float = 3.4) -> tuple[Any, list[Any]]:
 def show(figure: Any, name: str, alt: str, records: Iterable[Record] = ()) -> None:
     """Display the figure as PNG; `name` becomes its file beside the document, `alt` says what it shows, `records` is
     what it was drawn from."""
-    from IPython.display import display
-
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=DPI, metadata={"Software": None})
     data = {"image/png": base64.b64encode(out.getvalue()).decode(), "text/plain": alt}
@@ -39,16 +39,12 @@ def show(figure: Any, name: str, alt: str, records: Iterable[Record] = ()) -> No
 
 
 def _legend(figure: Any, arms: Sequence[str]) -> None:
-    from matplotlib.patches import Patch
-
     handles = [Patch(color=c, alpha=0.75, label=a) for c, a in zip(COLOURS, arms, strict=False)]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(arms), frameon=False)
 
 
 def _facets(results: Results, frame: pd.DataFrame, y: str, label: str) -> Any:
     """Bars of means with every value as a dot on them: a handful of values needs no summary beside itself."""
-    import seaborn as sns
-
     many = frame.load_mode.nunique() > 1
     frame = frame.assign(arm=frame.placement + ("/" + frame.load_mode if many else ""))
     arms = list(dict.fromkeys(frame.sort_values("placement").arm))
