@@ -21,6 +21,7 @@ from moelib.memory import SETTLED_BYTES, Reading
 from moelib.nvml import NO_GPU, Counters, Gpu
 
 SAMPLE_S = 0.05  # between readings of the memory
+COUNTERS_EVERY = 4  # readings: clocks and power take the driver 4 ms, memory 26 us
 IDLE_READINGS, IDLE_S = 5, 0.02  # enough to see an idle device move
 SETTLE_S = 10.0  # for a driver to give back an ended process's memory
 

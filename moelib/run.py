@@ -142,9 +142,9 @@ def _observe(
         with process.Child(argv, work / "server.log", env, session.cpus) as server:
 
             def take() -> None:
-                readings.append(session.read(server.pid, now()))
-                if session.counters:
+                if session.counters and len(readings) % devices.COUNTERS_EVERY == 0:
                     counters.append(session.counters(now()))
+                readings.append(session.read(server.pid, now()))
 
             with process.repeating(take, devices.SAMPLE_S):
                 limit = process.patience(LOAD_S) + quantised.header.file_bytes / LOAD_BYTES_PER_S
@@ -156,6 +156,7 @@ def _observe(
                         workloads = [params.workload(w) for w in spec.workloads]
                         how = (workloads, spec.requests, spec.context, started, session.energy)
                         requests, top = client.ask_all(connection, *how)
+            counters += [session.counters(now())] if session.counters else []
             peak, rss = session.peak_bytes(), process.peak_rss(server.pid)
             use = watch.stop(server.pid, session.pid)
             ended = server.stop()

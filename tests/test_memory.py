@@ -217,7 +217,7 @@ class World:
     foreign: tuple[tuple[str, int], ...]
     """(kind, bytes) of the other processes."""
     baseline: tuple[int, int, int]
-    """Memory of no process: in the first idle reading, from the second on, after the run."""
+    """Memory of no process: in the first idle reading, from the second on, late in the run and after it."""
     shown: str
     """What the driver's list shows, of all processes alike."""
     list_fails: frozenset[int]
@@ -249,8 +249,7 @@ def show(world: World) -> Trace:
     moments = [("before", 0.0), ("before", 0.0), *(("during", s) for s in shares), ("after", 0.0)]
     split = {OURS[0]: 1 - world.child, **({OURS[1]: world.child} if world.child else {})}
 
-    def others(phase: str, i: int) -> list[tuple[int, int]]:
-        late = phase == "after" or (phase == "during" and i > 2)  # from the second reading of the run
+    def others(phase: str, late: bool) -> list[tuple[int, int]]:
         there = {
             "still": True,
             "growing": True,
@@ -263,9 +262,9 @@ def show(world: World) -> Trace:
 
     def look(i: int, phase: str, share: float) -> Reading:
         run = [(pid, round(world.peak * share * part)) for pid, part in split.items()] if share else []
-        foreign = others(phase, i)
+        late = phase == "after" or i > 2  # from the second reading of the run
+        foreign, base = others(phase, late), world.baseline[2 if late else min(i, 1)]
         errors, mine = [], set(OURS) if phase != "before" else set()
-        base = world.baseline[min(i, 1) if phase != "after" else 2]
         used = base + sum(n for _, n in run + foreign) + (world.overhead if run else 0)
         lost = world.lost and i >= len(moments) - 2
         shown = run + foreign if world.ours_first else foreign + run

