@@ -357,7 +357,7 @@ def measure(world: World) -> Memory:
     return reconcile("cuda", show(world), report, round(world.weights * world.engine), context)
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(ANY)
 def test_a_value_is_the_truth_whatever_the_driver_shows(world):
     m = measure(world)
