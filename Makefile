@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV   ?= .venv
 STUDY  ?= demo
+SAMPLE ?= 0
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engine demo test lint docs lab doctor bench clean
+.PHONY: help setup engine demo test lint docs validation mutation lab doctor bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -41,6 +42,13 @@ lint: setup ## ruff, and notebooks without outputs
 docs: setup ## rebuild the document of STUDY from its records alone
 	@$(BIN)/moelib report $(STUDY)
 
+validation: setup ## rebuild docs/MOE-TECHNICAL-VALIDATION.md from the committed records
+	@$(BIN)/moelib report h200-twins --into docs
+
+mutation: engine ## mutation testing of memory and audit (about an hour; SAMPLE=N for a part)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[test,mutation]'
+	@$(BIN)/python tools/mutation.py --sample $(SAMPLE)
+
 lab: setup ## open JupyterLab on the notebooks
 	@$(BIN)/jupyter lab --notebook-dir notebooks
 
@@ -50,6 +58,7 @@ doctor: setup ## what is installed, what is missing, and what mends it
 bench: demo ## the benchmarks: ratios within one run
 	@$(BIN)/python benchmarks/twin_write.py
 	@$(BIN)/python benchmarks/run_overhead.py outputs/$(STUDY)
+	@$(BIN)/python benchmarks/harness_accuracy.py
 
 clean: ## remove the environment, models and the demo's products
 	rm -rf $(VENV) models outputs/demo

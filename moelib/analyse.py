@@ -99,8 +99,7 @@ def bound(workload: str) -> Quantity:
 
 def pcie_received(r: Record) -> float | None:
     """Bytes that the GPU received over the bus while the run lasted."""
-    told = [c.pcie_rx_bytes for c in r.observed.counters if c.pcie_rx_bytes is not None]
-    return told[-1] - told[0] if len(told) > 1 else None
+    return r.observed.pcie_received_bytes
 
 
 def major_faults(r: Record) -> float | None:

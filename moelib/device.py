@@ -18,7 +18,7 @@ import psutil
 from moelib import host, params, process
 from moelib.engine import Engine, EngineError
 from moelib.memory import SETTLED_BYTES, Reading
-from moelib.nvml import NO_GPU, Counters, Gpu
+from moelib.nvml import NO_GPU, Counters, Gpu, Traffic
 
 SAMPLE_S = 0.05  # between readings of the memory
 COUNTERS_EVERY = 4  # readings: clocks and power take the driver 4 ms, memory 26 us
@@ -42,6 +42,8 @@ class Session:
     """Reads clocks, energy and the like, given the seconds since the run's start."""
     energy: Callable[[], float | None] = lambda: None
     """Reads the energy counter alone, in joules."""
+    traffic: Traffic | None = None
+    """Counts what goes over the bus, look by look."""
     env: dict[str, str] = field(default_factory=dict)
     cpus: tuple[int, ...] = ()
     """The only CPUs that llama-server may use; empty for all."""
@@ -186,7 +188,9 @@ class Cuda(Device):
             return self.gpu.read(host.tree(server_pid), t_s)
 
         env = {"CUDA_VISIBLE_DEVICES": self.uuid}
-        yield Session(["--device", "CUDA0"], read, self.gpu.counters, self.gpu.energy, env, shared=True)
+        yield Session(
+            ["--device", "CUDA0"], read, self.gpu.counters, self.gpu.energy, self.gpu.traffic(), env, shared=True
+        )
 
 
 def choose(kind: str, engine: Engine) -> Device:

@@ -87,8 +87,8 @@ def completeness_table(results: Results) -> Table:
     for name, s in results.statuses.items():
         here = [r for r in results.records if r.cell == name]
         count = Counter(r.status for r in here)
-        valid = sum(len(b) for b in s.blocks)
-        row = {"cell": name, "planned runs": s.planned, "in whole, valid blocks": valid, "not": s.planned - valid}
+        row = {"cell": name, "planned runs": s.planned, **{k: s.tally[k] for k in ("valid", "invalid", "missing")}}
+        row["in whole, valid blocks"] = sum(len(b) for b in s.blocks)
         rows.append({**row, **{f"{k} records": count[k] for k in ("valid", "degraded", "invalid", "failed")}})
         sources.append(cite(here))
     return Table("completeness", rows, sources, numbers=tuple(rows[0])[1:])

@@ -5,6 +5,7 @@ stands in `Gpu.absent`.
 """
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ SLOWED = {
 """Clock-event reasons with which a card is not itself. A power cap is not one: the card is built to reach it."""
 POWER_CAP = pynvml.nvmlClocksEventReasonSwPowerCap
 
+TURN_BYTES = 1 << 32
 # total = reserved + free + used, exact where seen: anything else is a struct of another version
 ADDS_UP_BYTES = 64 << 20
 
@@ -34,7 +36,7 @@ class Counters:
     energy_joule: float | None = None
     """Of the board since the driver was loaded; the CPU's is not in it."""
     pcie_rx_bytes: int | None = None
-    """Received by the GPU since the driver was loaded."""
+    """Received by the GPU, modulo 2^32: the driver's counter has 32 bits (seen on an H200)."""
     pcie_tx_bytes: int | None = None
     sm_clock_mhz: int | None = None
     memory_clock_mhz: int | None = None
@@ -94,10 +96,17 @@ class Gpu:
 
         return {
             "bandwidth_bytes_per_s": ask(bandwidth),
+            "pcie_bytes_per_s": ask(self._pcie),
             "total_bytes": ask(lambda: int(self._memory().total)),
             "driver": ask(lambda: _text(pynvml.nvmlSystemGetDriverVersion())),
             "power_limit_watt": ask(lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(self.handle) / 1000),
         }
+
+    def _pcie(self) -> float:
+        """The most that the card's link can carry one way: 2.5 GT/s, then 5, then twice as much each generation."""
+        generation = pynvml.nvmlDeviceGetMaxPcieLinkGeneration(self.handle)
+        rate = 2.5e9 if generation == 1 else 5e9 * 2 ** (generation - 2)
+        return rate / 8 * pynvml.nvmlDeviceGetMaxPcieLinkWidth(self.handle)
 
     def _memory(self) -> Any:
         # the first version's `used` includes what the driver reserves
@@ -170,6 +179,32 @@ class Gpu:
 
     def energy(self) -> float | None:
         return self._now("energy_joule")
+
+    def traffic(self) -> "Traffic":
+        try:
+            return Traffic(self._pcie(), lambda: [self._now(f"pcie_{way}_bytes") for way in ("rx", "tx")])
+        except pynvml.NVMLError:
+            return Traffic(math.inf, lambda: [None, None])
+
+
+class Traffic:
+    """Bytes over PCIe from the first look on: the driver's counters turn over at 4 GiB, so each turn must be seen."""
+
+    def __init__(self, bytes_per_s: float, read: Callable[[], list[int | None]]):
+        self.gap_s, self._read = TURN_BYTES / bytes_per_s, read
+        self._last: tuple[float, list[int]] | None = None
+        self.totals: list[int] | None = [0, 0]
+        """Received and sent; None once a turn may have gone unseen."""
+
+    def look(self, t_s: float) -> None:
+        now = self._read()
+        if self.totals is None or None in now or (self._last and t_s - self._last[0] >= self.gap_s):
+            self.totals = None
+            return
+        if self._last:
+            moved = [(b - a) % TURN_BYTES for a, b in zip(self._last[1], now, strict=True)]
+            self.totals = [a + b for a, b in zip(self.totals, moved, strict=True)]
+        self._last = (t_s, now)
 
 
 def _text(value: str | bytes) -> str:

@@ -260,6 +260,6 @@ def host_table(results: Results) -> Table:
         records.append({r.run_id: r for c in cells for r in c.records}.values())
     note = (
         "Of a whole run, load and all requests; mean [95 % interval]. Mapped pages of the file count in RSS. The bus "
-        "is read from the GPU's own counter."
+        "is read from the GPU's own counter, which turns over at 4 GiB: n/a where a turn may have gone unseen."
     )
     return _table("host", rows, records, note)

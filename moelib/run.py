@@ -98,6 +98,9 @@ class Observation:
     """Peak RSS of llama-server, mapped file pages included; None where the system keeps none."""
     exit_code: int | None
     exit_killed: bool
+    pcie_received_bytes: int | None = None
+    """By the GPU over the bus while the run lasted; None where its counter turned over unseen, or is not there."""
+    pcie_sent_bytes: int | None = None
 
     @property
     def engine_s(self) -> float:
@@ -142,6 +145,8 @@ def _observe(
         with process.Child(argv, work / "server.log", env, session.cpus) as server:
 
             def take() -> None:
+                if session.traffic:
+                    session.traffic.look(now())
                 if session.counters and len(readings) % devices.COUNTERS_EVERY == 0:
                     counters.append(session.counters(now()))
                 readings.append(session.read(server.pid, now()))
@@ -162,6 +167,7 @@ def _observe(
             ended = server.stop()
             trace = Trace(idle, tuple(readings), session.settled(idle, server.pid, now))
             report = engines.parse_log(server.text())
+        bus = session.traffic.totals if session.traffic else None
     header = quantised.header
     moved = header.moved(spec.placement)
     there = (header.moved_bytes(spec.placement), header.device_bytes(spec.placement))
@@ -186,6 +192,7 @@ def _observe(
         host_rss_peak_bytes=rss,
         exit_code=ended.code,
         exit_killed=ended.killed,
+        **dict(zip(("pcie_received_bytes", "pcie_sent_bytes"), bus or (None, None), strict=True)),
     )
 
 

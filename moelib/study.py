@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -131,26 +132,32 @@ class Status:
     """Records of whole, valid blocks."""
     problems: tuple[str, ...]
     """Every planned run or block without a valid result, with the reason."""
-    planned: int
+    tally: Counter[str]
+    """Runs by what they are: valid, invalid (with their block, if it is), missing."""
     checks: tuple[record.Check, ...] = ()
     """What was found of every block whose runs are all there and valid."""
 
     @classmethod
     def of(cls, cell: Cell, records: Sequence[record.Record]) -> Status:
-        blocks, problems, checks = [], [], []
+        blocks, problems, checks, tally = [], [], [], Counter()
         for b, specs in enumerate(cell.blocks):
-            runs, wrong = found(specs, records), []
-            for s, r in zip(specs, runs, strict=True):
-                if why := _why_not(r):
-                    wrong.append(f"{cell.name} {s.arm} block {b + 1}: {why}")
+            runs = found(specs, records)
+            why = [_why_not(r) for r in runs]
+            wrong = [f"{cell.name} {s.arm} block {b + 1}: {w}" for s, w in zip(specs, why, strict=True) if w]
             if not wrong:
                 found_here = audit.block(runs)
                 checks += found_here
                 wrong = [f"{cell.name} block {b + 1}: {c.id}: {c.measured}" for c in found_here if not c.passed]
+                why = [w or bool(wrong) for w in why]
             if not wrong:
                 blocks.append(tuple(runs))
             problems += wrong
-        return cls(tuple(blocks), tuple(problems), len(cell.specs), tuple(checks))
+            tally.update("missing" if not r else "invalid" if w else "valid" for r, w in zip(runs, why, strict=True))
+        return cls(tuple(blocks), tuple(problems), tally, tuple(checks))
+
+    @property
+    def planned(self) -> int:
+        return self.tally.total()
 
     @property
     def complete(self) -> bool:
@@ -210,11 +217,9 @@ class Results(Plan):
 
     @property
     def tally(self) -> dict[str, int]:
-        """planned = valid + invalid + missing, in runs: one whose block is not valid is invalid with it."""
-        planned, have = {record.spec_key(s) for c in self.cells for s in c.specs}, {r.key for r in self.records}
-        valid = sum(len(b) for b in self.blocks)
-        there = len(planned & have)
-        return {"planned": len(planned), "valid": valid, "invalid": there - valid, "missing": len(planned) - there}
+        """planned = valid + invalid + missing, in runs."""
+        count = sum((s.tally for s in self.statuses.values()), Counter())
+        return {"planned": count.total(), **{k: count[k] for k in ("valid", "invalid", "missing")}}
 
 
 def results(path: Path) -> Results:

@@ -18,7 +18,7 @@ import pytest
 
 from moelib.engine import Buffer, Report
 from moelib.memory import LEAST_CONTEXT_BYTES, Trace, reconcile
-from moelib.nvml import NO_GPU, POWER_CAP, Counters, Gpu, slowed
+from moelib.nvml import NO_GPU, POWER_CAP, Counters, Gpu, Traffic, slowed
 
 MIB, GIB = 1 << 20, 1 << 30
 TOTAL, RESERVED = 80 * GIB, 615 * MIB
@@ -363,6 +363,7 @@ def test_counters_are_in_the_units_of_their_names(played):
         "driver": "580.1",
         "power_limit_watt": 700.0,
         "bandwidth_bytes_per_s": 4_916_736_000_000.0,  # 3201 MHz, 2 transfers, 6144 bit
+        "pcie_bytes_per_s": None,  # this library does not know it
     }
 
 
@@ -400,3 +401,21 @@ def test_a_power_cap_is_no_slowdown_and_heat_is_one():
     assert slowed(0x8 | 0x40 | POWER_CAP) == ("hw-slowdown", "hw-thermal")
     assert slowed(0x80 | 0x20) == ("hw-power-brake", "sw-thermal")
     assert slowed(POWER_CAP) == slowed(0) == slowed(None) == ()
+
+
+def test_a_counter_that_turns_over_is_followed_as_long_as_no_turn_can_go_unseen():
+    values = iter([[2**32 - 5, 0], [10, 7], [2**31, 7], [0, 8], [1, 9]])
+    traffic = Traffic(2**32, lambda: next(values))  # a turn takes a second at the very least
+    for t in (0.0, 0.5, 0.9):
+        traffic.look(t)
+    assert traffic.totals == [15 + 2**31 - 10, 7]
+    traffic.look(2.0)
+    assert traffic.totals is None
+    traffic.look(2.1)
+    assert traffic.totals is None
+
+
+def test_a_counter_that_is_not_there_counts_nothing():
+    traffic = Traffic(1.0, lambda: [None, 3])
+    traffic.look(0.0)
+    assert traffic.totals is None

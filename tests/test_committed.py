@@ -1,0 +1,96 @@
+"""The committed studies: each document follows from its records, byte by byte, and from nothing else."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from conftest import REPO
+from test_study import tree
+
+from moelib import notebook, params, record, study
+
+
+class Committed(NamedTuple):
+    study: Path
+    document: Path
+    """Folder of the document, its figures and its provenance."""
+
+
+COMMITTED = {
+    "demo": Committed(REPO / "docs/example/demo", REPO / "docs/example/demo"),
+    "h200-twins": Committed(REPO / "outputs/h200-twins", REPO / "docs"),
+}
+
+
+def products(folder):
+    names = ("MOE-TECHNICAL-VALIDATION.md", "provenance.json")
+    figures = {f"figures/{k}": v for k, v in tree(folder / "figures").items()}
+    return {k: v for k, v in tree(folder).items() if k in names} | figures
+
+
+@pytest.fixture(params=COMMITTED)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def copy(name, tmp_path, monkeypatch):
+    """The study's evidence, without anything that was made from it."""
+    shutil.copytree(COMMITTED[name].study, tmp_path / name, ignore=shutil.ignore_patterns("figures", "*.md", "raw"))
+    monkeypatch.setenv("MOELIB_OUTPUTS", str(tmp_path))
+    params._yaml.cache_clear()
+    return tmp_path / name
+
+
+def rebuilt(folder, tmp_path):
+    into = tmp_path / "rebuilt"
+    into.mkdir(exist_ok=True)
+    notebook.report(folder.name, into, progress=False)
+    return products(into)
+
+
+def test_every_record_stands_and_was_measured_by_committed_code(name):
+    found = study.results(COMMITTED[name].study)
+    assert not found.damaged
+    assert found.tally["planned"] == sum(found.tally[k] for k in ("valid", "invalid", "missing"))
+    assert found.tally["invalid"] == 0
+    assert all(p.endswith("not run") for p in found.problems)
+    assert {r.host["dirty"] for r in found.records} == {False}
+    raw = COMMITTED[name].study / "raw"
+    for r in found.records:
+        assert {kept: record.files.sha256(raw / kept) for kept in r.raw} == r.raw
+
+
+def test_the_document_is_rebuilt_byte_by_byte(name, copy, tmp_path):
+    assert rebuilt(copy, tmp_path) == products(COMMITTED[name].document)
+
+
+@pytest.mark.parametrize("harm", ["deleted", "changed"])
+def test_a_cited_record_that_is_gone_or_changed_shows(name, copy, tmp_path, harm):
+    told = json.loads((COMMITTED[name].document / "provenance.json").read_text())
+    path = sorted((copy / "records").glob("*.json"))[-1]
+    assert path.stem in told["sources"]
+    if harm == "deleted":
+        path.unlink()
+    else:
+        path.write_text(path.read_text().replace('"exit_code":0', '"exit_code":1'))
+    assert rebuilt(copy, tmp_path) != products(COMMITTED[name].document)
+    text = (tmp_path / "rebuilt" / notebook.DOCUMENT).read_text()
+    assert (f"damaged: {path.name}" in text) == (harm == "changed")
+
+
+def test_every_record_of_a_study_is_cited(name):
+    told = json.loads((COMMITTED[name].document / "provenance.json").read_text())
+    for r in study.results(COMMITTED[name].study).records:
+        assert told["sources"][r.run_id] == r.digest
+
+
+def test_the_readmes_figures_are_committed_documents():
+    text = (REPO / "README.md").read_text()
+    for figure in ("docs/example/demo/figures/trade.png", "docs/figures/trade.png"):
+        if figure in text:
+            assert (REPO / figure).exists()
+    assert os.path.relpath(COMMITTED["h200-twins"].document, REPO) + "/MOE-TECHNICAL-VALIDATION.md" in text
