@@ -69,8 +69,8 @@ class Session:
         while self.shared:
             found.append(self.read(server_pid, now()))
             before, after = idle[-1].device_bytes, found[-1].device_bytes
-            gone = not found[-1].listed and None not in (before, after) and abs(after - before) <= SETTLED_BYTES
-            if gone or time.monotonic() > deadline:
+            back = None in (before, after) or abs(after - before) <= SETTLED_BYTES
+            if (back and not found[-1].listed) or time.monotonic() > deadline:
                 break
             time.sleep(SAMPLE_S)
         return tuple(found)
@@ -179,8 +179,8 @@ class Cuda(Device):
                 seen = self.gpu.read({child.pid}, 0.0)
         except process.ProcessError:
             return  # memory is then held against a wide bound, and says so
-        if before is not None and seen.device_bytes is not None and seen.device_bytes > before:
-            self.context_bytes = max(seen.process_bytes or 0, seen.device_bytes - before)
+        growth = None if None in (before, seen.device_bytes) else seen.device_bytes - before
+        self.context_bytes = seen.process_bytes or growth or None  # what grows may be another's, the list is ours
 
     @contextmanager
     def session(self, engine: Engine, work: Path) -> Iterator[Session]:

@@ -248,6 +248,12 @@ def test_a_gpu_run_is_on_the_gpu():
         assert ("device-is-the-one" not in failed("baseline", again)[1]) == right
 
 
+def test_a_gpu_whose_driver_does_not_tell_is_not_known_to_be_its_own():
+    for counters, right in (((), False), ((Counters(0.1),), False), ((Counters(0.1, events=0),), True)):
+        checks = audit.run(spec(), observation(device_kind="cuda", counters=counters), SHEET)
+        assert next(c.passed for c in checks if c.id == "not-slowed") == right
+
+
 def test_a_power_cap_is_not_a_slowdown_and_every_slowdown_is_one():
     assert failed(*broken(counters=(Counters(0.1, events=nvml.POWER_CAP), Counters(0.2)))) == ("valid", ())
     for name, bit in nvml.SLOWED.items():
