@@ -154,6 +154,25 @@ def test_a_study_leaves_its_evidence(whole):
 
 
 @pytest.mark.engine
+def test_the_audit_counts_every_planned_run_and_fails_where_one_is_missing(copy, models_folder):
+    done = command(copy, models_folder, "audit", "smoke")
+    assert done.returncode == 0, done.stderr
+    assert "4 planned, 4 valid, 0 invalid, 0 missing" in done.stdout
+    assert done.stdout.count("\n| ") >= 30
+    records = copy / "outputs/smoke/records"
+    first, second, *_ = sorted(records.glob("*.json"))
+    first.unlink()
+    broken = record.read(second)
+    second.unlink()
+    dead = dataclasses.replace(broken.observed, top_logprobs=())
+    record.write(records.parent, broken.model_copy(update={"observed": dead}))
+    done = command(copy, models_folder, "audit", "smoke")
+    assert done.returncode == 1
+    assert "4 planned, 2 valid, 1 invalid, 1 missing" in done.stdout
+    assert "but its audit says invalid" in done.stdout
+
+
+@pytest.mark.engine
 def test_a_second_run_repeats_nothing(copy, models_folder):
     out = copy / "outputs/smoke"
     before = {k: v for k, v in tree(out).items() if not k.startswith("notebooks/analysis")}
