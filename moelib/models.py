@@ -61,28 +61,45 @@ def once(path: Path, expected: dict[str, Any], make: Callable[[], dict[str, Any]
 
 def remember(path: Path, facts: dict[str, Any]) -> None:
     """Write the note of a finished file; `facts` hold its `sha256`."""
-    files.write_json(_note(path), {"facts": facts, "file": _stat(path)})
+    files.write_json(_note(path), {"facts": facts, "file": _stat(path), "digest": files.digest(facts)})
+
+
+def forget(path: Path) -> None:
+    """Have the file at `path` made again by whoever wants it next."""
+    log.warning("%s is not the file that was made (its SHA-256 differs); making it again", path.name)
+    _note(path).unlink(missing_ok=True)
 
 
 def recall(path: Path, expected: dict[str, Any]) -> dict[str, Any] | None:
     """The facts noted of `path` if they agree with `expected` and the file is still what was noted, else None.
 
-    A file whose size or time changed is hashed; where the hash stands, the note is refreshed.
+    A file whose size or time changed is hashed; where the hash stands, the note is refreshed. A note that was damaged
+    is none.
     """
     try:
         note = json.loads(_note(path).read_text())
         facts, noted, now = note["facts"], note["file"], _stat(path)
+        if note["digest"] != files.digest(facts):
+            return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if any(facts.get(k) != v for k, v in expected.items()):
         return None
     if noted != now:
         log.info("%s changed on disk since it was made; checking its hash", path.name)
-        if now["bytes"] != noted.get("bytes") or files.sha256(path) != facts["sha256"]:
-            log.warning("%s is not the file that was made; making it again", path.name)
+        if files.sha256(path) != facts["sha256"]:
+            forget(path)
             return None
         remember(path, facts)
     return facts
+
+
+def whole(source: Source) -> Source:
+    """`source` if its file holds what was made, read from disk; made again if not. Size and time do not show it all."""
+    if files.sha256(source.path) == source.sha256:
+        return source
+    forget(source.path)
+    return make_twin(source.model, source.scale, out=source.path)
 
 
 def make_twin(model: str, scale: str, seed: int = TWIN_SEED, out: Path | None = None) -> Source:

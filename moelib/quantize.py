@@ -6,6 +6,7 @@ file: a quant's label is not its types.
 """
 
 import re
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ def _wait(child: process.Child, timeout_s: float, total: int = 0, label: str = "
 
 
 def make(source: models.Source, quant: str, engine: Engine, scratch: Path) -> Quantised:
-    """The quantised file of `source`, made unless it is already there and unchanged.
+    """The quantised file of `source`, made unless it is already there and its bytes are those that were made.
 
     `scratch` takes the tool's logs. Raises QuantizeError, files.FileError or gguf_file.GGUFError.
     """
@@ -87,11 +88,17 @@ def make(source: models.Source, quant: str, engine: Engine, scratch: Path) -> Qu
     refuse_quantised(source.header)
     path = source.path.with_name(f"{source.model}-{quant}.gguf")
     expected = {"model": source.model, "quant": quant, "source_sha256": source.sha256, "engine_build": engine.build}
-    sheet = models.once(path, expected, lambda: expected | _make(source, quant, engine, scratch, path))
-    return Quantised(gguf_file.read_header(path), sheet, files.Hashed(path))
+    for _ in range(2):
+        sheet = models.once(path, expected, lambda: expected | _make(source, quant, engine, scratch, path))
+        content = files.Hashed(path)
+        if content.sha256() == sheet["sha256"]:
+            return Quantised(gguf_file.read_header(path), sheet, content)
+        models.forget(path)
+    raise QuantizeError(f"{path.name} reads back other than it was written: check this machine's disk and memory")
 
 
 def _make(source: models.Source, quant: str, engine: Engine, scratch: Path, path: Path) -> dict[str, Any]:
+    source = models.whole(source)
     predicted = predict_bytes(engine, source.header, quant, scratch)
     files.need_space(path.parent, predicted or source.header.file_bytes, f"quantising to {path.name}")
     with files.replacing(path) as partial:
@@ -101,6 +108,8 @@ def _make(source: models.Source, quant: str, engine: Engine, scratch: Path, path
             limit = READY_S + source.header.file_bytes / SLOWEST_BYTES_PER_S
             code = _wait(child, limit, len(source.header.tensors), path.name)
         seconds = time.monotonic() - started
+        if "iostream error" in child.text() or code == -signal.SIGXFSZ:  # of its output: it reads by other means
+            raise files.FileError(f"{path.name} cannot be written: {files.full(path.parent)}")
         if code:
             raise QuantizeError(f"llama-quantize ended with {code} on {path.name}; its log ends:\n{child.tail()}")
         header = gguf_file.read_header(partial)
