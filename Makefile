@@ -22,8 +22,8 @@ $(VENV)/.ready: pyproject.toml
 
 setup: $(VENV)/.ready ## virtual environment with moelib and all it imports
 
-engine: setup ## llama.cpp's tools, built if no build is found
-	@$(BIN)/moelib engine build --if-missing
+engine: setup ## llama.cpp's tools: say which are used, build them if there are none
+	@$(BIN)/python tools/build_engine.py
 
 demo: ## the whole demo study, to its document
 	@echo "demo: two small MoE models in F16, six quantised files, 36 measured runs, six notebooks, one document."

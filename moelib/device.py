@@ -21,6 +21,7 @@ from moelib.memory import SETTLED_BYTES, Reading
 from moelib.nvml import NO_GPU, Counters, Gpu
 
 SAMPLE_S = 0.05  # between readings of the memory
+COUNTERS_EVERY = 4  # readings: clocks and power take the driver 4 ms, memory 26 us
 IDLE_READINGS, IDLE_S = 5, 0.02  # enough to see an idle device move
 LISTEN_S = 30.0  # for the loopback device's process, to be there
 PORTS = 5  # tried for it

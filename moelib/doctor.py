@@ -1,6 +1,7 @@
 """What is installed here, what is missing, and the command that mends it."""
 
 import importlib.metadata
+import os
 import platform
 import shutil
 import sys
@@ -8,11 +9,11 @@ from collections.abc import Iterator
 
 import psutil
 
-from moelib import build, device, engine, models, params, process
+from moelib import device, engine, models, params, process
 from moelib.stats import size
 
 PACKAGES = ("jupyterlab", "papermill", "nbconvert", "pandas", "seaborn", "nvidia-ml-py", "huggingface_hub", "gguf")
-BUILD = "moelib engine build"
+BUILD = "make engine"
 
 Finding = tuple[str, str, str | None]
 """What, what was found, and what to do about it: None where nothing is wrong."""
@@ -53,13 +54,11 @@ def examine(explicit: str | None = None) -> Iterator[Finding]:
     except engine.EngineError as err:
         missing = ("engine", f"missing: {err}", BUILD)
     yield "moelib", f"{facts['moelib']}, commit {facts['commit'] or 'unknown (no git clone)'}", None
-    new = sys.version_info >= (3, 11)
-    yield "python", platform.python_version(), None if new else "install Python 3.11 or newer"
+    yield "python", platform.python_version(), None
     yield from _packages()
-    compiler = build.compiler()
-    cuda = "GPU driver and nvcc found" if build.has_cuda() else "no GPU driver with nvcc"
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "c++", "g++", "clang++"))), None)
     builds = None if compiler or llama else "apt-get install g++ make"
-    yield "C++ compiler", f"{compiler or 'none'} (to build the engine; {cuda})", builds
+    yield "C++ compiler", f"{compiler or 'none'} (to build the engine)", builds
     places = "; ".join(f"{how}: {folder or 'no'}" for how, folder in engine.candidates(explicit))
     yield "engine looked for", places, None
     yield from _engine(llama) if llama else (missing,)
@@ -70,7 +69,7 @@ def examine(explicit: str | None = None) -> Iterator[Finding]:
         yield "device of a study", f"{where.kind}: {where.identity()['name']}", lacks
     yield "CPU", f"{facts['cpu']}, {facts['cpus']} usable", None
     yield "RAM", f"{size(psutil.virtual_memory().available)} of {size(facts['ram_bytes'])} available", None
-    folder = models.folder("x", "twin", "tiny").parent.parent
+    folder = models.folder()
     free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
     yield f"disk at {folder}", f"{size(free)} free", None if free > 2 << 30 else "free 2 GiB"
     yield "studies", ", ".join(studies) or "none", None if studies else "run in a clone, or set MOELIB_HOME"

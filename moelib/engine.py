@@ -110,7 +110,7 @@ class Engine:
     def tool(self, name: str) -> str:
         if name not in self.tools:
             built = " with -DGGML_RPC=ON" if name == "rpc-server" else ""
-            raise EngineError(f"{self} has no {name}; `moelib engine build`, or set MOELIB_LLAMA_CPP to a build{built}")
+            raise EngineError(f"{self} has no {name}; `make engine`, or set MOELIB_LLAMA_CPP to a build{built}")
         return str(self.tools[name])
 
     def need(self, *spellings: str) -> str:
@@ -119,7 +119,7 @@ class Engine:
             return known[0]
         raise EngineError(
             f"{self} has no {' or '.join(spellings)}; builds from b{OLDEST_BUILD} on have it: "
-            "update llama.cpp or run `moelib engine build`"
+            "update llama.cpp or run `make engine`"
         )
 
     @cached_property
@@ -208,9 +208,7 @@ def find(explicit: str | Path | None = None) -> Engine:
                 return _load(place.resolve(), how)
         if how != PACKAGE:
             raise EngineError(f"{how} names {folder}, which holds no llama-server; name the folder of the tools")
-    raise EngineError(
-        "llama.cpp's tools were not found; run `moelib engine build`, put them on PATH, or set MOELIB_LLAMA_CPP"
-    )
+    raise EngineError("llama.cpp's tools were not found; run `make engine`, put them on PATH, or set MOELIB_LLAMA_CPP")
 
 
 def _load(folder: Path, how: str) -> Engine:

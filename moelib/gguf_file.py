@@ -70,10 +70,6 @@ class Header:
     tensors: tuple[Tensor, ...]
 
     @property
-    def architecture(self) -> str:
-        return str(self.metadata.get("general.architecture", ""))
-
-    @property
     def type_counts(self) -> dict[str, int]:
         """Number of tensors by type: the label of a quant is not its types."""
         return dict(sorted(Counter(t.type for t in self.tensors).items()))
@@ -112,6 +108,16 @@ class Header:
         tied = embedding if not any(t.name == "output.weight" for t in self.tensors) else 0
         return self.tensor_bytes - embedding + tied - self.moved_bytes(placement)
 
+    def read_bytes(self, placement: str) -> tuple[int, int]:
+        """(device, host) bytes of the weights that decoding one token must read: all of a dense tensor, the used
+        share of an expert one; one row of the token embedding does not count."""
+        arch = self.metadata["general.architecture"]
+        used, count = (self.metadata.get(f"{arch}.{k}", 1) for k in ("expert_used_count", "expert_count"))
+        experts = sum(t.nbytes for t in self.tensors if t.is_expert)
+        moved = self.moved_bytes(placement)
+        dense = self.device_bytes("baseline") - experts
+        return dense + (experts - moved) * used // count, moved * used // count
+
 
 class _Cursor:
     """Bounds-checked reads from a mapped file."""
@@ -120,8 +126,8 @@ class _Cursor:
         self.data, self.at = data, 0
 
     def take(self, n: int) -> bytes:
-        if n > len(self.data) - self.at:
-            raise GGUFError(f"truncated: {n} bytes wanted at {self.at}, the file has {len(self.data)}")
+        size = len(self.data)
+        _refuse(n > size - self.at, f"truncated: {n} bytes wanted at {self.at}, the file has {size}")
         self.at += n
         return self.data[self.at - n : self.at]
 
@@ -169,13 +175,12 @@ def read_header(path: str | Path) -> Header:
     path = Path(path)
     with path.open("rb") as f:
         size = f.seek(0, 2)
-        if size < 24:
-            raise GGUFError(f"{path.name}: truncated: {size} bytes is less than any GGUF")
-        with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            try:
+        try:
+            _refuse(size < 24, f"truncated: {size} bytes is less than any GGUF")
+            with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _parse(path, size, data)
-            except GGUFError as err:
-                raise GGUFError(f"{path.name}: {err}; fetch or write the file again") from None
+        except GGUFError as err:
+            raise GGUFError(f"{path.name}: {err}; fetch or write the file again") from None
 
 
 def _parse(path: Path, size: int, data: mmap.mmap) -> Header:

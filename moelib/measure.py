@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 
-from moelib import audit, device, engine, files, models, notebook, process, quantize, record, run, study
+from moelib import audit, device, engine, files, host, models, notebook, process, quantize, record, run, study
 
 log = logging.getLogger(__name__)
 
@@ -24,12 +24,13 @@ RUN_BYTES = 1 << 20  # a run's logs and record
 
 
 class Setup(NamedTuple):
-    """What the runs of a cell share, in the order that `run.execute` takes it."""
+    """What the runs of a cell share."""
 
     quantised: quantize.Quantised
     llama: engine.Engine
     where: device.Device
     work: Path
+    host: dict[str, Any]
 
 
 def measure(folder: study.Folder, cell: study.Cell) -> Iterator[record.Record]:
@@ -49,7 +50,8 @@ def measure(folder: study.Folder, cell: study.Cell) -> Iterator[record.Record]:
         if folder.sheet(cell) != quantised.sheet:
             files.write_json(folder.sheet_path(cell), quantised.sheet)
         where.calibrate(work)
-        setup = Setup(quantised, llama, where, work)
+        about = {**process.facts(), "ram_read_bytes_per_s": round(host.read_bandwidth())}
+        setup = Setup(quantised, llama, where, work, about)
         records = folder.records(set_aside=True)
         _same_setup([r for r in records if r.done and r.cell == cell.name], setup)
         for specs in cell.blocks:
@@ -85,7 +87,7 @@ def _perform(folder: study.Folder, spec: run.Spec, attempt: int, setup: Setup) -
     # a full disk is said here: the engine's log would be cut short, and be taken for an engine that fails
     files.need_space(folder.path, RUN_BYTES, "a run")
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    outcome = run.execute(spec, *setup)
+    outcome = run.execute(spec, setup.quantised, llama, setup.where, setup.work)
     status, reasons, checks = "failed", (outcome.reason,) if outcome.reason else (), ()
     if outcome.observation is not None:
         checks = audit.run(spec, outcome.observation, setup.quantised.sheet)
@@ -100,7 +102,7 @@ def _perform(folder: study.Folder, spec: run.Spec, attempt: int, setup: Setup) -
         sheet=setup.quantised.sheet,
         engine={"build": llama.build, "version": llama.version, "server_sha256": llama.server_sha256},
         device=setup.where.identity(),
-        host=process.facts(),
+        host=setup.host,
         started_utc=started,
         observed=outcome.observation,
         audit=checks,

@@ -5,6 +5,7 @@ the weights that the file's header puts on the device. A value is never a bare n
 reasons from a closed list. What cannot be told apart from something else is None, never 0.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 
 from moelib.engine import Report
@@ -12,22 +13,23 @@ from moelib.files import stored
 
 REASONS = {
     # invalid: the accounts contradict each other, or something disturbed them
-    "no-samples": "nothing could be read while the run lasted",
+    "no-samples": "nothing could be read of the run's memory",
     "gpu-lost": "the driver lost the GPU",
     "unstable-baseline": "the idle device's memory was moving before the run",
     "not-returned": "the device's memory did not come back to its idle state after the run",
     "foreign-changed": "another process came to the device, left it or grew on it while the run lasted",
     "accounts-disagree": "the process list and the device's growth differ by more than 64 MiB and 1 %",
-    "below-engine-buffers": "less was read than a context and the buffers that the engine says it holds",
+    "below-engine-buffers": "less was read than a context and what buffers the engine says it holds",
     "below-header-weights": "less was read than the weights that the file's header puts on the device",
     "above-ceiling": "more was read than the engine's buffers and a context can explain",
     # degraded: an account is missing; there is a value where what is left still proves it
     "no-device": "the run had no device, so it has no device memory",
     "process-not-listed": "the driver lists no process of the run, so its share of the device's growth is not known; "
     "in a container, share the host's process ids",
-    "list-unsupported": "the driver cannot list processes, so the run's share of the device's growth is not known",
+    "list-unsupported": "the driver could not list processes, so the run's share of the device's growth is not known",
     "host-pid": "the driver lists the run's process by the host's id; it is known by coming and going with the run",
-    "bytes-not-listed": "the driver lists the run's process without its bytes; the value is the device's growth",
+    "bytes-not-listed": "the driver lists the run's process without its bytes; the value is the device's growth, where "
+    "the run was alone on it",
     "device-total-unknown": "the device's own total could not be read; the value is the process list's alone",
     "foreign-process": "another process was on the device, and kept still",
     "engine-silent": "the engine reported no buffers to hold the value against",
@@ -109,9 +111,9 @@ def _agree(a: int, b: int) -> bool:
     return abs(a - b) <= max(AGREE_BYTES, AGREE_SHARE * max(a, b))
 
 
-def _still(values: Sequence[int | None]) -> bool:
-    """All known and within the bound of an idle device."""
-    return None not in values and max(values) - min(values) <= SETTLED_BYTES
+def _still(values: Sequence[int]) -> bool:
+    """Within the bound of an idle device."""
+    return max(values, default=0) - min(values, default=0) <= SETTLED_BYTES
 
 
 def reconcile(
@@ -152,7 +154,8 @@ def reconcile(
         reasons.append("engine-silent")
         if growth is None or process is None:
             value = None  # one account with nothing to hold it against
-    elif value is not None and not floor <= value <= ceiling:
+        ceiling = math.inf
+    if value is not None and not floor <= value <= ceiling:
         reasons.append("below-engine-buffers" if value < floor else "above-ceiling")
     if value is not None and value < weights_bytes * (1 - HEADER_SHARE) - HEADER_BYTES:
         reasons.append("below-header-weights")
@@ -166,31 +169,32 @@ def _cuda(trace: Trace) -> tuple[int | None, str, int | None, int | None, list[s
     """(value, method, process list's peak, growth, reasons) by what the driver says alone."""
     every = [*trace.before, *trace.during, *trace.after]
     errors = {e for r in every for e in r.errors}
-    reasons = ["gpu-lost"] if "gpu-lost" in errors else []
-    if not trace.during:
-        return None, "nvml-process", None, None, [*reasons, "no-samples"]
-    process, listed = _peak(r.process_bytes for r in trace.during), any(r.listed for r in trace.during)
-    others = [dict(r.others) for r in every]
-    if not listed and (ours := _newcomer(trace)) is not None:
-        process, listed = _peak(dict(r.others).get(ours) for r in trace.during), True
+    if "gpu-lost" in errors or not trace.during:
+        return None, "nvml-process", None, None, ["gpu-lost" if "gpu-lost" in errors else "no-samples"]
+    reasons = []
+    mine, others = [r.process_bytes for r in trace.during], _others(every) or [{}]
+    if not any(r.listed for r in trace.during) and (ours := _newcomer(trace)) is not None:
+        mine = [dict(r.others).get(ours) for r in trace.during]
         others = [{pid: n for pid, n in o.items() if pid != ours} for o in others]
         reasons.append("host-pid")
+    process = _peak(mine)
 
-    growth, used = None, _peak(r.device_bytes for r in trace.during)
-    idle = [r.device_bytes for r in trace.before]
-    if used is None or not idle or None in idle:
+    growth, used = None, [r.device_bytes for r in trace.during]
+    idle, end = [r.device_bytes for r in trace.before], [r.device_bytes for r in trace.after[-1:]]
+    # the last reading of the run must be there: it holds the peak
+    if not idle or None in [*idle, used[-1], *end]:
         reasons.append("device-total-unknown")
     elif not _still(idle):
         reasons.append("unstable-baseline")
-    elif not trace.after or not _still([max(idle), trace.after[-1].device_bytes]):
+    elif not end or not _still([max(idle), *end]):
         reasons.append("not-returned")
-    elif used > max(idle):
-        growth = used - max(idle)
+    elif (peak := _peak(used)) is not None and peak > max(idle):
+        growth = peak - max(idle)
     elif process is not None:
         reasons.append("accounts-disagree")  # a process holds memory and nothing grew
 
     if any(o.keys() != others[0].keys() for o in others) or not all(
-        _still([o[pid] for o in others]) for pid in others[0] if others[0][pid] is not None
+        _still([o[pid] for o in others if o[pid] is not None]) for pid in others[0]
     ):
         reasons.append("foreign-changed")
     elif others[0]:
@@ -200,18 +204,28 @@ def _cuda(trace: Trace) -> tuple[int | None, str, int | None, int | None, list[s
         if not _agree(process, growth):
             reasons.append("accounts-disagree")
         return process, "nvml-process", process, growth, reasons
-    if process is not None:
+    if mine[-1]:  # a list that ended early may have missed the peak
         return process, "nvml-process", process, None, reasons
-    if growth is None:
+    if process is None and growth is None:
         return None, "nvml-growth", None, None, [*reasons, "no-samples"]
-    if listed and not others[0]:
-        return growth, "nvml-growth", None, growth, [*reasons, "bytes-not-listed"]
-    reasons.append("list-unsupported" if "list-unsupported" in errors else "process-not-listed")
-    return None, "nvml-growth", None, growth, reasons
+    # the device's growth is the run's where it is listed and no other is: while a list failed, one may have been there
+    if "list-unsupported" in errors:
+        reasons.append("list-unsupported")
+    elif trace.during[-1].listed:
+        return growth if not others[0] else None, "nvml-growth", process, growth, [*reasons, "bytes-not-listed"]
+    else:
+        reasons.append("process-not-listed")
+    return None, "nvml-growth", process, growth, reasons
+
+
+def _others(readings: Iterable[Reading]) -> list[dict[int, int | None]]:
+    """The other processes by reading, where the list could be read: a list that failed is not an empty one."""
+    return [dict(r.others) for r in readings if "list-unsupported" not in r.errors]
 
 
 def _newcomer(trace: Trace) -> int | None:
     """The one process, bytes and all, that came after the idle readings and was gone at the end."""
-    there = {pid for r in (*trace.before, *trace.after[-1:]) for pid, _ in r.others}
-    came = {pid: n for r in trace.during for pid, n in r.others if pid not in there}
-    return next(iter(came)) if len(came) == 1 and trace.before and trace.after and all(came.values()) else None
+    before, during, after = map(_others, (trace.before, trace.during, trace.after))
+    there = {pid for processes in (*before, *after[-1:]) for pid in processes}
+    came = {pid: n for processes in during for pid, n in processes.items() if pid not in there}
+    return next(iter(came)) if len(came) == 1 and before and after and all(came.values()) else None

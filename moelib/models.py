@@ -16,8 +16,6 @@ from moelib import files, gguf_file, params, twin
 
 log = logging.getLogger(__name__)
 
-TWIN_SEED = 0
-
 
 @dataclass(frozen=True)
 class Source:
@@ -35,14 +33,30 @@ class Source:
         return self.header.path
 
 
-def folder(model: str, weights: str, scale: str) -> Path:
-    """Where the files of a source live: $MOELIB_MODELS or `models/` in the clone."""
-    base = Path(os.environ.get("MOELIB_MODELS") or params.root() / "models")
-    return base / model / f"{weights}-{scale}"
+def folder() -> Path:
+    """Where source files live: $MOELIB_MODELS or `models/` in the clone."""
+    return Path(os.environ.get("MOELIB_MODELS") or params.root() / "models")
 
 
 def _note(path: Path) -> Path:
     return path.with_name(path.name + ".json")
+
+
+def once(path: Path, expected: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The facts noted of the file at `path` if they agree with `expected` and the file is still what was noted; else
+    those that `make` returns, which writes the file. They hold its `sha256`."""
+    place = _note(path)
+    with files.lock(path.with_suffix(".lock"), path.name, wait_s=3600):
+        try:
+            note = json.loads(place.read_text())
+            told = note["digest"] == files.digest(note["facts"])  # a note that was damaged is none
+            stands = told and expected.items() <= note["facts"].items() and _unchanged(path, note)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            note, stands = {}, False
+        facts = note["facts"] if stands else make()
+        if (now := {"facts": facts, "file": _stat(path), "digest": files.digest(facts)}) != note:
+            files.write_json(place, now)
+    return facts
 
 
 def _stat(path: Path) -> dict[str, int]:
@@ -50,48 +64,20 @@ def _stat(path: Path) -> dict[str, int]:
     return {"bytes": s.st_size, "mtime_ns": s.st_mtime_ns}
 
 
-def once(path: Path, expected: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The facts of the file at `path`, by `recall` or else by `make`, which writes the file and returns its facts."""
-    with files.lock(path.with_suffix(".lock"), path.name, wait_s=3600):
-        if (facts := recall(path, expected)) is None:
-            facts = make()
-            remember(path, facts)
-    return facts
-
-
-def remember(path: Path, facts: dict[str, Any]) -> None:
-    """Write the note of a finished file; `facts` hold its `sha256`."""
-    files.write_json(_note(path), {"facts": facts, "file": _stat(path), "digest": files.digest(facts)})
+def _unchanged(path: Path, note: dict[str, Any]) -> bool:
+    """Whether the file is what was noted; one whose size or time changed is hashed."""
+    if _stat(path) != note["file"]:
+        log.info("%s changed on disk since it was made; checking its hash", path.name)
+        if files.sha256(path) != note["facts"]["sha256"]:
+            forget(path)
+            return False
+    return True
 
 
 def forget(path: Path) -> None:
     """Have the file at `path` made again by whoever wants it next."""
     log.warning("%s is not the file that was made (its SHA-256 differs); making it again", path.name)
     _note(path).unlink(missing_ok=True)
-
-
-def recall(path: Path, expected: dict[str, Any]) -> dict[str, Any] | None:
-    """The facts noted of `path` if they agree with `expected` and the file is still what was noted, else None.
-
-    A file whose size or time changed is hashed; where the hash stands, the note is refreshed. A note that was damaged
-    is none.
-    """
-    try:
-        note = json.loads(_note(path).read_text())
-        facts, noted, now = note["facts"], note["file"], _stat(path)
-        if note["digest"] != files.digest(facts):
-            return None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if any(facts.get(k) != v for k, v in expected.items()):
-        return None
-    if noted != now:
-        log.info("%s changed on disk since it was made; checking its hash", path.name)
-        if files.sha256(path) != facts["sha256"]:
-            forget(path)
-            return None
-        remember(path, facts)
-    return facts
 
 
 def whole(source: Source) -> Source:
@@ -102,14 +88,14 @@ def whole(source: Source) -> Source:
     return make_twin(source.model, source.scale, out=source.path)
 
 
-def make_twin(model: str, scale: str, seed: int = TWIN_SEED, out: Path | None = None) -> Source:
+def make_twin(model: str, scale: str, seed: int = 0, out: Path | None = None) -> Source:
     """The twin of a catalogued model at `scale`, written unless it is already there.
 
     Raises params.ParamsError for an unknown or excluded model, files.FileError if the disk is too small.
     """
     entry = params.model(model)
     geometry = entry.at_scale(scale)
-    path = out or folder(model, "twin", scale) / f"{model}-F16.gguf"
+    path = out or folder() / model / f"twin-{scale}" / f"{model}-F16.gguf"
     facts = {"model": model, "title": entry.title, "seed": seed, "geometry": geometry.model_dump(), "weights": "twin"}
 
     def make() -> dict[str, Any]:

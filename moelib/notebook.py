@@ -17,21 +17,14 @@ QUIET = ["--log-level=CRITICAL"]  # ipykernel warns of loopback TCP at every sta
 INJECTED = "# Parameters"  # papermill's comment on the cell that it adds
 DOCUMENT = "MOE-TECHNICAL-VALIDATION.md"
 FIGURES = "figures"
-
-# The document shows results; the code that made them is in the notebook. A figure's alternative text is in its output.
-TEMPLATE = """{%- extends 'markdown/index.md.j2' -%}
-{% block input %}{% endblock input %}
-{% block data_png %}
-![{{ output.metadata.alt }}]({{ output.metadata.filenames['image/png'] | path2url }})
-{% endblock data_png %}
-"""
+TEMPLATE = Path(__file__).with_name("document.md.j2")
 
 
 class NotebookError(params.UserError):
     """A notebook was called or went wrong; the message says how."""
 
 
-def check_injected(allowed: Iterable[str], history: Iterable[str] | None = None) -> None:
+def check_injected(allowed: list[str], history: Iterable[str] | None = None) -> None:
     """Raise ParamsError if papermill injected a parameter that the notebook does not have.
 
     papermill itself only logs a misspelt `-p` name and goes on with the default. `history` are the sources of the
@@ -40,12 +33,9 @@ def check_injected(allowed: Iterable[str], history: Iterable[str] | None = None)
     if history is None:
         from IPython import get_ipython
 
-        shell = get_ipython()
-        history = shell.user_ns.get("In", []) if shell else []
-    allowed = list(allowed)
-    for source in history:
-        if source.startswith(INJECTED):
-            _refuse_unknown({n.id for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Name)}, allowed)
+        history = get_ipython().user_ns["In"]
+    cells = [ast.parse(source) for source in history if source.startswith(INJECTED)]
+    _refuse_unknown({n.id for c in cells for n in ast.walk(c) if isinstance(n, ast.Name)}, allowed)
 
 
 def _refuse_unknown(names: Iterable[str], allowed: list[str]) -> None:
@@ -74,15 +64,10 @@ def execute(name: str, out: Path, parameters: dict[str, Any], progress: bool = T
         try:
             how = {"progress_bar": progress, "kernel_name": "python3", "extra_arguments": QUIET}
             papermill.execute_notebook(str(source), str(to), parameters, **how)
-        except PapermillException as err:
-            raise NotebookError(f"{out.name}: {_last_line(err)}") from None
-        except Exception as err:  # a dead kernel, a lost connection: many types, one meaning
-            raise NotebookError(f"{out.name}: {type(err).__name__}: {_last_line(err)}") from err
+        except Exception as err:  # a cell's error; else a dead kernel, a lost connection: many types, one meaning
+            kind = "" if isinstance(err, PapermillException) else f"{type(err).__name__}: "
+            raise NotebookError(f"{out.name}: {kind}{(str(err).strip() or 'no words').splitlines()[-1]}") from err
     require_whole(out)
-
-
-def _last_line(err: BaseException) -> str:
-    return (str(err).strip().splitlines() or [type(err).__name__])[-1]
 
 
 def is_whole(path: Path) -> bool:
@@ -114,7 +99,7 @@ def require_whole(path: Path) -> None:
 def render(executed: Path, folder: Path) -> Path:
     """Write the document of an executed notebook into `folder` and return its path.
 
-    Beside it: `figures/`, and `provenance.json`, which names the records of every table. Raises NotebookError if the
+    Beside it: `figures/`, and `provenance.json`, which names the records of every number. Raises NotebookError if the
     notebook is not whole or shows something that Markdown cannot hold.
     """
     import nbformat
@@ -122,14 +107,8 @@ def render(executed: Path, folder: Path) -> Path:
 
     require_whole(executed)
     book = nbformat.read(executed, as_version=4)
-    provenance = {}
-    for cell in book.cells:
-        for out in cell.get("outputs", []):
-            if out.output_type == "stream":
-                raise NotebookError(f"{executed.name} prints: {out.text[:120]!r}; the document cannot hold it")
-            if told := out.get("metadata", {}).get("moelib"):
-                provenance[told["table"]] = told["records"]
-    exporter = MarkdownExporter(raw_template=TEMPLATE)
+    provenance = _provenance(executed.name, book)
+    exporter = MarkdownExporter(raw_template=TEMPLATE.read_text())
     text, resources = exporter.from_notebook_node(book, resources={"output_files_dir": FIGURES})
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.splitlines())).strip() + "\n"
     if str(params.root().resolve()) in text:
@@ -143,10 +122,36 @@ def render(executed: Path, folder: Path) -> Path:
     return folder / DOCUMENT
 
 
-def report(name: str, progress: bool = True) -> Path:
-    """Rebuild the document of study `name` from its records alone. Raises StudyError if there are none."""
+def _provenance(name: str, book: Any) -> dict[str, Any]:
+    """Where every number of an executed notebook came from, by table, text and figure.
+
+    Raises NotebookError for an output that does not say: a number that leads nowhere is not shown.
+    """
+    found: dict[str, dict[str, Any]] = {"tables": {}, "texts": {}, "figures": {}, "sources": {}}
+    for out in (out for cell in book.cells for out in cell.get("outputs", [])):
+        if out.output_type == "stream":
+            raise NotebookError(f"{name} prints: {out.text[:120]!r}; the document cannot hold it")
+        told = out.get("metadata", {}).get("moelib")
+        if told is None:
+            shown = str(out.get("data", {}).get("text/plain", ""))[:120]
+            raise NotebookError(
+                f"{name} shows {shown!r} without saying what it came from; show a Table, Text or figure"
+            )
+        found["sources"] |= told["sources"]
+        entry = {k: v for k, v in told.items() if k not in ("kind", "name", "sources")}
+        if told["kind"] != "table":
+            entry["from"] = sorted(told["sources"])
+        found[f"{told['kind']}s"][told["name"]] = entry
+    return found
+
+
+def report(name: str, into: Path | None = None, progress: bool = True) -> Path:
+    """Rebuild the document of study `name` from its records alone, in the study's folder or `into` another.
+
+    Raises StudyError if there are none.
+    """
     path = study.outputs() / name
     study.results(path)
     executed = path / "notebooks" / "analysis.ipynb"
     execute("analysis", executed, {"study": name}, progress)
-    return render(executed, path)
+    return render(executed, into or path)

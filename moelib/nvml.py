@@ -22,9 +22,8 @@ SLOWED = {
 """Clock-event reasons with which a card is not itself. A power cap is not one: the card is built to reach it."""
 POWER_CAP = pynvml.nvmlClocksEventReasonSwPowerCap
 
-ADDS_UP_BYTES = (
-    64 << 20
-)  # total = reserved + free + used, exact where seen: anything else is a struct of another version
+# total = reserved + free + used, exact where seen: anything else is a struct of another version
+ADDS_UP_BYTES = 64 << 20
 
 
 @stored
@@ -55,15 +54,21 @@ class Gpu:
     def __init__(self, which: str) -> None:
         """Raises pynvml.NVMLError."""
         pynvml.nvmlInit()
-        every = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        by_uuid = {_text(pynvml.nvmlDeviceGetUUID(h)): h for h in every}
-        if which.startswith("GPU-"):
-            self.uuid = next((u for u in by_uuid if u.startswith(which)), which)
-        else:
-            self.uuid = list(by_uuid)[int(which)] if which.isdigit() and int(which) < len(by_uuid) else which
-        if self.uuid not in by_uuid:
+        by_uuid, found = {}, None
+        for i in range(pynvml.nvmlDeviceGetCount()):
+            try:
+                handle = pynvml.nvmlDeviceGetHandleByIndex(i)
+                uuid = _text(pynvml.nvmlDeviceGetUUID(handle))
+            except pynvml.NVMLError:
+                if which == str(i):
+                    raise
+                continue  # another card that is lost is no matter of this one
+            by_uuid[uuid] = handle
+            if found is None and (which == str(i) or (which.startswith("GPU-") and uuid.startswith(which))):
+                found = uuid
+        if found is None:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
-        self.handle = by_uuid.pop(self.uuid)
+        self.uuid, self.handle = found, by_uuid.pop(found)
         self._elsewhere = list(by_uuid.values())
         self.name = _text(pynvml.nvmlDeviceGetName(self.handle))
         self.questions, self.absent = self._questions(), {}
@@ -82,7 +87,13 @@ class Gpu:
             except pynvml.NVMLError:
                 return None
 
+        def bandwidth() -> float:
+            """Clock x 2 transfers x bus width, as the driver tells them."""
+            clock = pynvml.nvmlDeviceGetMaxClockInfo(self.handle, pynvml.NVML_CLOCK_MEM)
+            return clock * 1e6 * 2 * pynvml.nvmlDeviceGetMemoryBusWidth(self.handle) / 8
+
         return {
+            "bandwidth_bytes_per_s": ask(bandwidth),
             "total_bytes": ask(lambda: int(self._memory().total)),
             "driver": ask(lambda: _text(pynvml.nvmlSystemGetDriverVersion())),
             "power_limit_watt": ask(lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(self.handle) / 1000),
@@ -90,7 +101,10 @@ class Gpu:
 
     def _memory(self) -> Any:
         # the first version's `used` includes what the driver reserves
-        return pynvml.nvmlDeviceGetMemoryInfo(self.handle, version=pynvml.nvmlMemory_v2)
+        memory = pynvml.nvmlDeviceGetMemoryInfo(self.handle, version=pynvml.nvmlMemory_v2)
+        if abs(memory.total - memory.reserved - memory.free - memory.used) > ADDS_UP_BYTES:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_ARGUMENT_VERSION_MISMATCH)
+        return memory
 
     def read(self, ours: set[int], t_s: float) -> Reading:
         """The device's memory, and that of the processes `ours` on all GPUs."""
@@ -108,14 +122,13 @@ class Gpu:
         here = ask(lambda: _processes(self.handle), "list-unsupported") or {}
         mine = {pid: n for pid, n in here.items() if pid in ours}
         for handle in self._elsewhere:
-            there = ask(lambda h=handle: _processes(h), "list-unsupported") or {}
-            # another card's other processes are no matter of this run
-            for pid in ours & there.keys():
-                mine[pid] = None if None in (n := (mine.get(pid, 0), there[pid])) else sum(n)
+            # another card's faults and other processes are no matter of this run
+            with contextlib.suppress(pynvml.NVMLError):
+                there = _processes(handle)
+                for pid in ours & there.keys():
+                    mine[pid] = None if None in (n := (mine.get(pid, 0), there[pid])) else sum(n)
         known = bool(mine) and None not in mine.values()
         memory = ask(self._memory, "memory-unsupported")
-        if memory and abs(memory.total - memory.reserved - memory.free - memory.used) > ADDS_UP_BYTES:
-            memory = errors.add("memory-unsupported")
         return Reading(
             t_s=t_s,
             process_bytes=sum(mine.values()) if known else None,
@@ -166,9 +179,10 @@ def _text(value: str | bytes) -> str:
 def _processes(handle: Any) -> dict[int, int | None]:
     """Process id -> bytes; a process in both of the driver's lists holds one context, so the larger counts."""
     found: dict[int, int | None] = {}
-    lists = [pynvml.nvmlDeviceGetComputeRunningProcesses(handle)]
+    # by version: where an old driver lacks the function, the unversioned names raise what is no NVMLError
+    lists = [pynvml.nvmlDeviceGetComputeRunningProcesses_v3(handle)]
     with contextlib.suppress(pynvml.NVMLError_NotSupported):  # cards without graphics
-        lists.append(pynvml.nvmlDeviceGetGraphicsRunningProcesses(handle))
+        lists.append(pynvml.nvmlDeviceGetGraphicsRunningProcesses_v3(handle))
     for p in (p for every in lists for p in every):
         found[p.pid] = max(found.get(p.pid) or 0, p.usedGpuMemory or 0) or None
     return found

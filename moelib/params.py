@@ -8,15 +8,13 @@ import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 QUANTS = ("Q4_K_M", "Q2_K", "Q8_0")
 """llama-quantize type names that a study may ask for."""
-
-DEVICES = ("auto", "cuda", "loopback", "none")
 
 
 class UserError(Exception):
@@ -101,11 +99,8 @@ class Model(Strict):
         if self.geometry is None:
             raise ParamsError(f"{self.name} is excluded: {self.excluded}")
         scales = {"full": {}, **self.scales}
-        if scale not in scales and re.fullmatch(r"[0-9.]+", scale):
-            try:
-                return self.geometry.scaled(float(scale))
-            except ValueError as err:
-                raise ParamsError(f"scale {scale!r} of {self.name}: {err}") from None
+        if scale not in scales and re.fullmatch(r"[0-9]*\.?[0-9]+", scale):
+            return self.geometry.scaled(float(scale))
         _known("scale", scale, list(scales), also=", a factor in (0, 1]")
         return Geometry.model_validate({**self.geometry.model_dump(), **scales[scale]})
 
@@ -118,16 +113,10 @@ class Workload(Strict):
     generate_tokens: int = Field(ge=2)
 
 
-def _placement(value: str) -> str:
-    if not re.fullmatch(r"baseline|cpu-moe|n-cpu-moe=[1-9][0-9]*", value):
-        raise ValueError(f"{value!r} is not baseline, cpu-moe or n-cpu-moe=N")
-    return value
-
-
 class Arm(Strict):
     """One way to run a file; a block runs every arm of its study once."""
 
-    placement: Annotated[str, AfterValidator(_placement)]
+    placement: str = Field(pattern=r"^(baseline|cpu-moe|n-cpu-moe=[1-9][0-9]*)$")
     load_mode: Literal["mmap", "none"] = "mmap"
 
     @property
@@ -148,7 +137,7 @@ class Study(Strict):
     """Requests of each workload in a run, in order; the first is flagged as first."""
     blocks: PositiveInt = 5
     context: PositiveInt = 1024
-    device: Literal[DEVICES] = "auto"
+    device: Literal["auto", "cuda", "loopback", "none"] = "auto"
     seed: int = Field(ge=0)
 
     @model_validator(mode="after")

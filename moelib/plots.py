@@ -2,56 +2,56 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
+import seaborn as sns
+from IPython.display import display
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from moelib import analyse
 from moelib.record import Record
 from moelib.stats import byte_unit
 from moelib.study import Results
+from moelib.table import cite
 
 COLOURS = ["#3b6fb6", "#d1742f", "#4f9a6b", "#8d6cb3"]
 DPI = 144
 
 
 def _axes(columns: int, height: float = 3.4) -> tuple[Any, list[Any]]:
-    import seaborn as sns
-    from matplotlib.figure import Figure  # without pyplot: no global state, nothing shown twice
-
     sns.set_theme(style="whitegrid", font_scale=0.9, rc={"axes.spines.top": False, "axes.spines.right": False})
-    figure = Figure(figsize=(1.2 + 3.6 * columns, height), layout="constrained")
+    # without pyplot: no global state, nothing shown twice
+    figure = Figure(figsize=(max(6.0, 1.2 + 3.6 * columns), height), layout="constrained")
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 
-def show(figure: Any, name: str, alt: str) -> None:
-    """Display the figure as PNG; `name` becomes its file beside the document, `alt` says what it shows."""
-    from IPython.display import display
-
+def show(figure: Any, name: str, alt: str, records: Iterable[Record] = ()) -> None:
+    """Display the figure as PNG; `name` becomes its file beside the document, `alt` says what it shows, `records` is
+    what it was drawn from."""
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=DPI, metadata={"Software": None})
     data = {"image/png": base64.b64encode(out.getvalue()).decode(), "text/plain": alt}
-    display(data, raw=True, metadata={"filename": name, "alt": alt})
+    told = {"kind": "figure", "name": name, "sources": cite(records)}
+    display(data, raw=True, metadata={"filename": name, "alt": alt, "moelib": told})
 
 
 def _legend(figure: Any, arms: Sequence[str]) -> None:
-    from matplotlib.patches import Patch
-
     handles = [Patch(color=c, alpha=0.75, label=a) for c, a in zip(COLOURS, arms, strict=False)]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(arms), frameon=False)
 
 
 def _facets(results: Results, frame: pd.DataFrame, y: str, label: str) -> Any:
     """Bars of means with every value as a dot on them: a handful of values needs no summary beside itself."""
-    import seaborn as sns
-
     many = frame.load_mode.nunique() > 1
     frame = frame.assign(arm=frame.placement + ("/" + frame.load_mode if many else ""))
     arms = list(dict.fromkeys(frame.sort_values("placement").arm))
     how = {"x": "quant", "y": y, "hue": "arm", "order": results.study.quants, "hue_order": arms, "legend": False}
-    figure, axes = _axes(len(results.study.models))
-    for axis, model in zip(axes, results.study.models, strict=True):
+    models = [m for m in results.study.models if (frame.model == m).any()]
+    figure, axes = _axes(max(1, len(models)))
+    for axis, model in zip(axes, models, strict=False):
         how |= {"data": frame[frame.model == model], "ax": axis}
         sns.barplot(**how, palette=COLOURS[: len(arms)], errorbar=None, alpha=0.75)
         sns.stripplot(**how, palette=["#222222"] * len(arms), dodge=True, size=3.2, alpha=0.8, jitter=False)
@@ -85,20 +85,22 @@ def trade(results: Results, workload: str) -> Any:
     memory, rate = (analyse.compare(results, q) for q in (analyse.device_memory, analyse.decode_rate(workload)))
     known = [(m, r) for m, r in zip(memory, rate, strict=True) if m.baseline and r.baseline]
     name, unit = byte_unit(max((m.baseline.value for m, _ in known), default=0))
-    figure, axes = _axes(len(results.study.models), 3.8)
-    for axis, model in zip(axes, results.study.models, strict=True):
+    models = [m for m in results.study.models if any(k.model == m for k, _ in known)]
+    arms = list(dict.fromkeys(arm.label for arm in results.study.arms))
+    figure, axes = _axes(max(1, len(models)), 3.8)
+    for axis, model in zip(axes, models, strict=False):
         rows = [(m, r) for m, r in known if m.model == model]
         for m, r in rows:
             start, end = (m.baseline.value / unit, r.baseline.value), (m.offload.value / unit, r.offload.value)
             arrow = {"arrowstyle": "-|>", "color": "#999999", "shrinkA": 5, "shrinkB": 5}
             axis.annotate("", xy=end, xytext=start, arrowprops=arrow)
             axis.plot(*start, "o", color=COLOURS[0])
-            axis.plot(*end, "o", color=COLOURS[1])
+            axis.plot(*end, "o", color=COLOURS[arms.index(m.arm.label)])
             axis.annotate(m.quant, start, textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8)
         axis.set(title=model, xlabel=f"device memory, {name}", ylabel="tokens/s" if axis is axes[0] else "")
         axis.margins(0.15)
         axis.set(xlim=(0, None), ylim=(0, None))
-    _legend(figure, ["baseline", "experts on the CPU"])
+    _legend(figure, arms if len({arm.load_mode for arm in results.study.arms}) > 1 else ["baseline", "cpu-moe"])
     return figure
 
 

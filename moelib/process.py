@@ -109,12 +109,6 @@ class Child(AbstractContextManager):
     def running(self) -> bool:
         return self._popen.poll() is None
 
-    def check(self) -> None:
-        """Raise ProcessError if the child has ended."""
-        if not self.running():
-            code = self._popen.returncode
-            raise ProcessError("engine-ended", f"{self.name} ended with {code}; its log ends:\n{self.tail()}")
-
     def wait_for(self, pattern: str, timeout_s: float) -> re.Match[str]:
         """The first match of `pattern` in the child's log. Raises ProcessError at its end or the deadline."""
         return self._until(lambda: re.search(pattern, self.text()), "was not ready", timeout_s)
@@ -133,7 +127,9 @@ class Child(AbstractContextManager):
     def _until(self, look: Callable[[], Any], failed: str, timeout_s: float) -> Any:
         deadline = time.monotonic() + timeout_s
         while not (found := look()):
-            self.check()
+            if not self.running():
+                ended = f"{self.name} ended with {self._popen.returncode}"
+                raise ProcessError("engine-ended", f"{ended}; its log ends:\n{self.tail()}")
             if time.monotonic() > deadline:
                 raise ProcessError("engine-timeout", f"{self.name} {failed} in {timeout_s:g} s:\n{self.tail()}")
             time.sleep(POLL_S)
@@ -192,30 +188,33 @@ def _running(identity: list[float]) -> psutil.Process | None:
         return None
 
 
-def peak_rss(pid: int) -> int | None:
-    """The system's own record of a process's peak RSS; None where it keeps none."""
+def _proc(name: str, pattern: str) -> str | None:
+    """What `pattern` captures first in a file of /proc; None where there is no such file or line."""
     try:
-        m = re.search(r"^VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.M)
+        m = re.search(pattern, Path("/proc", name).read_text(), re.M)
     except OSError:
         return None
-    return int(m[1]) * 1024 if m else None
+    return m[1].strip() if m else None
+
+
+def peak_rss(pid: int) -> int | None:
+    """The system's own record of a process's peak RSS; None where it keeps none."""
+    kib = _proc(f"{pid}/status", r"^VmHWM:\s+(\d+) kB")
+    return int(kib) * 1024 if kib else None
 
 
 def sweep(folder: Path) -> list[int]:
     """End children that a dead parent left behind under `folder`, by their recorded identity; return their ids."""
     ended = []
     for note in sorted(folder.rglob("*.child.json")):
-        try:
+        # a note cut short by a kill: its child died with the parent
+        with contextlib.suppress(ValueError, KeyError, IndexError, TypeError, OSError, psutil.NoSuchProcess):
             data = json.loads(note.read_text())
-            parent, child = _running(data["parent"]), _running(data["child"])
-        except (ValueError, KeyError, IndexError, TypeError, OSError):
-            parent = child = None  # a note cut short by a kill: its child died with the parent
-        if parent is not None:
-            continue
-        if child is not None:
-            with contextlib.suppress(psutil.NoSuchProcess):
+            if _running(data["parent"]):
+                continue
+            if child := _running(data["child"]):
                 child.kill()
-            ended.append(child.pid)
+                ended.append(child.pid)
         note.unlink(missing_ok=True)
     return ended
 
@@ -229,10 +228,9 @@ def free_port() -> int:
 
 def cpu_ids() -> list[int]:
     """CPUs that this process may be scheduled on."""
-    try:
+    if hasattr(os, "sched_getaffinity"):  # Linux
         return sorted(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
-        return list(range(os.cpu_count() or 1))
+    return list(range(os.cpu_count() or 1))
 
 
 def usable_cpus() -> int:
@@ -255,35 +253,27 @@ def new_key() -> str:
     return secrets.token_hex(16)
 
 
-def _cpu_model() -> str | None:
+def _git() -> str:
+    """The commit of the clone, with "-dirty" behind it where tracked files differ from it; empty without a clone."""
+    argv = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     try:
-        m = re.search(r"^model name[^:\n]*:(.*)", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        return platform.processor() or None
-    return m[1].strip() if m else None
-
-
-def _git(*args: str) -> str | None:
-    try:
-        how = {"cwd": params.root(), "capture_output": True, "text": True, "timeout": 20, "check": True}
-        return subprocess.run(["git", *args], **how).stdout.strip()
+        return subprocess.check_output(argv, cwd=params.root(), stderr=subprocess.DEVNULL, text=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
-        return None
+        return ""
 
 
 @functools.cache
 def facts() -> dict[str, Any]:
     """CPU, RAM, system and moelib's commit. `commit` is None outside a git clone; `dirty` says whether tracked files
     differ from it."""
-    commit = _git("rev-parse", "HEAD")
-    changed = _git("status", "--porcelain", "--untracked-files=no")
+    commit, _, dirty = _git().strip().partition("-")
     return {
-        "cpu": _cpu_model(),
+        "cpu": _proc("cpuinfo", r"^model name[^:\n]*:(.*)") or platform.processor() or None,
         "cpus": usable_cpus(),
         "ram_bytes": psutil.virtual_memory().total,
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "moelib": __version__,
-        "commit": commit,
-        "dirty": None if commit is None or changed is None else bool(changed),
+        "commit": commit or None,
+        "dirty": bool(dirty) if commit else None,
     }

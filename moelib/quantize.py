@@ -59,24 +59,23 @@ def fallbacks(header: gguf_file.Header, quant: str) -> list[dict[str, Any]]:
 
 def predict_bytes(engine: Engine, source: gguf_file.Header, quant: str, scratch: Path) -> int | None:
     """File size by `llama-quantize --dry-run` and the source's header, None where the build has no dry run."""
-    argv = [engine.tool("llama-quantize"), "--dry-run", str(source.path), quant]
-    with process.Child(argv, scratch / f"dry-run-{quant}.log", process.environment(scratch)) as child:
-        _wait(child, READY_S)
-        m = re.search(r"quant size\s*=\s*([0-9.]+) MiB", child.text())
+    tool = _run(engine, ["--dry-run", str(source.path), quant], scratch / f"dry-run-{quant}.log", READY_S)
+    m = re.search(r"quant size\s*=\s*([0-9.]+) MiB", tool.text())
     return round(float(m[1]) * 2**20) + source.file_bytes - source.tensor_bytes if m else None
 
 
-def _wait(child: process.Child, timeout_s: float, total: int = 0, label: str = "") -> int:
-    """Wait for the child's end, showing `[ 12/ 51]` as progress; return its exit code."""
-    deadline = time.monotonic() + timeout_s
-    with tqdm(total=total, desc=label, unit="tensor", disable=None if total else True, leave=False) as bar:
+def _run(engine: Engine, args: list[str], log: Path, limit_s: float, tensors: int = 0) -> process.Child:
+    """Run llama-quantize to its end, with its `[ 12/ 51]` as progress where `tensors` are given; return it ended."""
+    argv, deadline = [engine.tool("llama-quantize"), *args], time.monotonic() + limit_s
+    bar = tqdm(total=tensors, desc=log.stem, unit="tensor", disable=None if tensors else True, leave=False)
+    with process.Child(argv, log, process.environment(log.parent)) as child, bar:
         while child.running():
             if time.monotonic() > deadline:
-                raise QuantizeError(f"{child.name} did not end in {timeout_s:.0f} s:\n{child.tail()}")
-            if total and (done := re.findall(r"\[ *(\d+)/ *\d+\]", child.tail(3))):
+                raise QuantizeError(f"{child.name} did not end in {limit_s:.0f} s:\n{child.tail()}")
+            if tensors and (done := re.findall(r"\[ *(\d+)/ *\d+\]", child.tail(3))):
                 bar.update(int(done[-1]) - bar.n)
             time.sleep(0.02)
-    return child.stop().code or 0
+    return child
 
 
 def make(source: models.Source, quant: str, engine: Engine, scratch: Path) -> Quantised:
@@ -102,16 +101,16 @@ def _make(source: models.Source, quant: str, engine: Engine, scratch: Path, path
     predicted = predict_bytes(engine, source.header, quant, scratch)
     files.need_space(path.parent, predicted or source.header.file_bytes, f"quantising to {path.name}")
     with files.replacing(path) as partial:
-        argv = [engine.tool("llama-quantize"), str(source.path), str(partial), quant, str(process.usable_cpus())]
+        args, log = [str(source.path), str(partial), quant], scratch / f"{path.stem}.quantize.log"
+        limit_s = READY_S + source.header.file_bytes / SLOWEST_BYTES_PER_S
         started = time.monotonic()
-        with process.Child(argv, scratch / f"{path.stem}.quantize.log", process.environment(scratch)) as child:
-            limit = READY_S + source.header.file_bytes / SLOWEST_BYTES_PER_S
-            code = _wait(child, limit, len(source.header.tensors), path.name)
+        tool = _run(engine, [*args, str(process.usable_cpus())], log, limit_s, len(source.header.tensors))
         seconds = time.monotonic() - started
-        if "iostream error" in child.text() or code == -signal.SIGXFSZ:  # of its output: it reads by other means
+        code = tool.exit.code
+        if "iostream error" in tool.text() or code == -signal.SIGXFSZ:  # of its output: it reads by other means
             raise files.FileError(f"{path.name} cannot be written: {files.full(path.parent)}")
         if code:
-            raise QuantizeError(f"llama-quantize ended with {code} on {path.name}; its log ends:\n{child.tail()}")
+            raise QuantizeError(f"llama-quantize ended with {code} on {path.name}; its log ends:\n{tool.tail()}")
         header = gguf_file.read_header(partial)
         if {t.name: t.shape for t in source.header.tensors} != {t.name: t.shape for t in header.tensors}:
             raise QuantizeError(f"the {quant} file does not hold the source's tensors; the engine's build is suspect")

@@ -1,82 +1,37 @@
-"""A study's tables and sentences as Markdown: what `analysis.ipynb` and `run.ipynb` show.
+"""What a study found, as tables and sentences: what `analysis.ipynb` shows. Units and rounding appear here."""
 
-Every table carries the ids of the records that its numbers came from; they become the document's provenance.
-"""
-
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
-import pandas as pd
-
-from moelib import analyse, audit, files, stats, study
-from moelib.invariants import INVARIANTS
+from moelib import analyse, stats
+from moelib.params import Arm
 from moelib.record import Record
-from moelib.stats import number, percent, size
+from moelib.stats import percent, size
 from moelib.study import Results
+from moelib.table import Table, Text, cite
 
 WEIGHTS = {
     "twin": "The weights are **geometry twins**: random numbers in the shapes of the models named, at scale {scale} "
-    "({parameters} parameters). Device memory, load time and speed depend on shapes and types, so they stand for files "
-    "of this size; text, quality and the choice of experts do not, and nothing is said of them."
+    "({parameters} parameters). What depends on shapes and types stands for the real models' files of this size: "
+    "device memory, load time, speed, time to first token. What depends on the weights' values does not, and nothing "
+    "is said of it: text, quality, and which experts are chosen (here nearly evenly)."
 }
-
-
-@dataclass(frozen=True)
-class Table:
-    """A Markdown table with its name and its records."""
-
-    name: str
-    rows: Sequence[dict[str, Any]]
-    records: dict[str, str] = field(default_factory=dict)
-    """Run id -> digest of every record that a number here came from."""
-    note: str = ""
-    """What the table shows, said above it."""
-    numbers: tuple[str, ...] = ()
-    """Columns to set flush right."""
-
-    def text(self) -> str:
-        frame = pd.DataFrame(self.rows).map(lambda v: str(v).replace("|", "\\|"))
-        align = ["right" if c in self.numbers else "left" for c in frame.columns]
-        return frame.to_markdown(index=False, colalign=align, disable_numparse=True)
-
-    def markdown(self) -> str:
-        """The table, then where its numbers came from: the digest shows whether they still do."""
-        if not self.rows:
-            return f"*{self.name}: nothing to show.*"
-        text = self.text()
-        about = f"{self.note}\n\n" if self.note else ""
-        cited = f"Table `{self.name}`: {len(self.records)} records, set digest `{files.digest(self.records)[:12]}`."
-        return f"{about}{text}" + (f"\n\n*{cited}*" if self.records else "")
-
-    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, str], dict[str, Any]]:
-        provenance = {"table": self.name, "records": self.records}
-        return {"text/markdown": self.markdown(), "text/plain": self.name}, {"moelib": provenance}
-
-
-def _cite(records: Iterable[Record]) -> dict[str, str]:
-    return {r.run_id: r.digest for r in records}
 
 
 def _done(results: Results) -> list[Record]:
     return [r for r in results.records if r.done]
 
 
-def _facts(name: str, facts: dict[str, str], records: Iterable[Record] = ()) -> Table:
-    return Table(name, [{"what": k, "value": v} for k, v in facts.items()], _cite(records))
-
-
-def headline(results: Results) -> str:
+def headline(results: Results) -> Text:
     """What was measured on what, in the document's first lines."""
-    runs = _done(results)
+    runs, tally = _done(results), results.tally
     parameters = " and ".join(f"{n / 1e6:,.0f} M" for n in sorted({s["parameters"] for s in results.sheets}))
     weights = WEIGHTS[results.study.weights].format(scale=results.study.scale, parameters=parameters)
-    return (
-        f"Study **{results.name}**: {results.study.title}. "
-        f"{len(runs)} valid runs of {sum(s.planned for s in results.statuses.values())} planned, on "
-        f"{'; '.join(sorted({_machine(r) for r in runs}))}.\n\n{weights}"
+    text = (
+        f"{weights}\n\nStudy **{results.name}**: {results.study.title}. {tally['valid']} valid runs of "
+        f"{tally['planned']} planned ({tally['invalid']} invalid, {tally['missing']} missing), on "
+        f"{'; '.join(sorted({_machine(r) for r in runs}))}."
     )
+    return Text("headline", text, cite(runs))
 
 
 def _machine(r: Record) -> str:
@@ -85,51 +40,79 @@ def _machine(r: Record) -> str:
     return r.device["name"] or f"no device ({r.host['cpu']})"
 
 
-def answer(results: Results) -> str:
-    """The study in three sentences, from the same comparisons as the tables."""
-    rates = [analyse.decode_rate(w) for w in results.study.workloads]
-    cuts = [1 - c.ratio.value for c in analyse.compare(results, analyse.device_memory) if c.ratio]
-    kept = [c.ratio.value for rate in rates for c in analyse.compare(results, rate) if c.ratio]
-    if not cuts or not kept:
-        return "No whole block holds both a baseline and an offload run, so nothing can be compared."
-    return (
-        f"Keeping the experts on the CPU took {percent(min(cuts))} to {percent(max(cuts))} off device memory, by model "
-        f"and quant. Decoding then ran at {percent(min(kept))} to {percent(max(kept))} of the baseline's rate. Both "
-        "ranges are over cells; the intervals of each cell are in the tables."
-    )
+def _range(values: Sequence[float], text: Callable[[float], str]) -> str:
+    low, high = text(min(values)), text(max(values))
+    return low if low == high else f"{low} to {high}"
 
 
-def files_table(results: Results) -> Table:
-    models, quants = results.study.models, results.study.quants
-    rows = [
-        {
-            "model": s["model"],
-            "quant": s["quant"],
-            "file": size(s["file_bytes"]),
-            "bits/weight": f"{s['bits_per_weight']:.2f}",
-            "experts": size(s["expert_bytes"]),
-            "expert tensor types": ", ".join(f"{n}x{t}" for t, n in s["expert_types"].items()),
-            "fallbacks": len(s["fallbacks"]),
-            "SHA-256": f"`{s['sha256'][:12]}`",
-        }
-        for s in sorted(results.sheets, key=lambda s: (models.index(s["model"]), quants.index(s["quant"])))
+def answer(results: Results) -> Text:
+    """The study in a few sentences, from the same comparisons as the tables."""
+    rates = [c for w in results.study.workloads for c in analyse.compare(results, analyse.decode_rate(w)) if c.ratio]
+    memory = [c for c in analyse.compare(results, analyse.device_memory) if c.ratio]
+    if not rates or not memory:
+        return Text("answer", "No whole block holds both a baseline and an offload run, so nothing can be compared.")
+    told = [
+        f"Keeping the experts on the CPU took {_range([1 - c.ratio.value for c in memory], percent)} off device "
+        f"memory. Decoding then ran at {_range([c.ratio.value for c in rates], percent)} of the baseline's rate."
     ]
-    note = "A fallback is a tensor whose rows k-quants cannot take; the sheets in `quants/` list them."
-    return Table("files", rows, note=note, numbers=("file", "bits/weight", "experts", "fallbacks"))
+    used = [*rates, *memory]
+    for workload in results.study.workloads:
+        found = analyse.compare(results, analyse.first_token(workload, warm=True))
+        for mode in dict.fromkeys(arm.load_mode for arm in results.study.arms[1:]):
+            here = [c for c in found if c.ratio and c.arm.load_mode == mode]
+            if here:
+                times = _range([c.ratio.value for c in here], stats.number)
+                told.append(
+                    f"The first token of a warm {workload} request took {times} times as long (load mode {mode})."
+                )
+                used += here
+    rest = [s for s in analyse.summarise(results, analyse.residual) if s.value]
+    if rest:
+        more = _range([s.value.value for s in rest], size)
+        told.append(f"Device memory was {more} more than the engine's own buffers add up to.")
+    told.append("Ranges are over cells and arms; the intervals of each are in the tables.")
+    return Text("answer", " ".join(told), cite(r for c in [*used, *rest] for r in c.records))
 
 
 Show = Callable[[analyse.Comparison], dict[str, str]]
 
 
-def _compared(name: str, results: Results, quantity: analyse.Quantity, show: Show, note: str) -> Table:
-    comparisons = analyse.compare(results, quantity)
-    many = len({c.load_mode for c in comparisons}) > 1
-    rows = []
-    for c in comparisons:
-        where = {"model": c.model, "quant": c.quant, "placement": c.placement + (f"/{c.load_mode}" if many else "")}
-        rows.append({**where, **show(c), "blocks": c.ratio.n if c.ratio else 0})
-    numbers = tuple(rows[0])[3:] if rows else ()
-    return Table(name, rows, _cite(r for c in comparisons for r in c.records), note, numbers)
+def _label(arm: Arm, many: bool) -> str:
+    return arm.label if many else arm.placement
+
+
+def _where(row: analyse.Comparison | analyse.Summary, many: bool) -> dict[str, str]:
+    return {"model": row.model, "quant": row.quant, "arm": _label(row.arm, many)}
+
+
+def _many(results: Results) -> bool:
+    """Whether an arm's name needs its load mode."""
+    return len({arm.load_mode for arm in results.study.arms}) > 1
+
+
+def _compared(
+    name: str, results: Results, quantity: analyse.Quantity, show: Show, note: str, why_empty: str = ""
+) -> Table:
+    found = analyse.compare(results, quantity)
+    many = _many(results)
+    rows = [{**_where(c, many), **show(c), "blocks": c.difference.n if c.difference else 0} for c in found]
+    return _table(name, rows, [c.records for c in found], note, why_empty)
+
+
+def _table(
+    name: str, rows: list[dict[str, str]], records: Iterable[Iterable[Record]], note: str, why_empty: str = ""
+) -> Table:
+    """A table whose rows say where and then how much; one without any record at all says why instead."""
+    sources = [cite(r) for r in records]
+    if why_empty and not any(sources):
+        rows, sources = [], []
+    return Table(name, rows, sources, note, tuple(rows[0])[3:] if rows else (), why_empty)
+
+
+def _absent(results: Results, *counters: str) -> str:
+    """Why the runs have none of a counter."""
+    why = {r.observed.absent.get(c) for c in counters for r in _done(results)} - {None}
+    return f"not measured: {'; '.join(sorted(why)) or 'no run told it'}."
 
 
 def memory_table(results: Results) -> Table:
@@ -146,6 +129,31 @@ def memory_table(results: Results) -> Table:
 
     note = "Peak device memory of the run's processes, mean [95 % interval]; saved is taken within blocks."
     return _compared("device-memory", results, analyse.device_memory, show, note)
+
+
+def memory_parts_table(results: Results) -> Table:
+    """Device memory against what the engine says it holds."""
+    quantities = (analyse.device_memory, analyse.engine_memory, analyse.residual)
+    parts = zip(*(analyse.summarise(results, q) for q in quantities), strict=True)
+    rows, records = [], []
+    for whole, engine, rest in parts:
+        contexts = {r.device.get("context_bytes") for r in whole.records} - {None}
+        share = rest.value.value / whole.value.value if rest.value and whole.value else None
+        rows.append(
+            {
+                **_where(whole, _many(results)),
+                "device memory": stats.sizes(whole.value),
+                "engine's buffers": stats.sizes(engine.value),
+                "rest": stats.sizes(rest.value),
+                "rest, share": percent(share),
+                "of it an empty context": ", ".join(size(c) for c in sorted(contexts)) or stats.NONE,
+            }
+        )
+        records.append(whole.records)
+    note = (
+        "Mean [95 % interval]. *Rest* is what a sum of the engine's log lines misses: context, workspaces, pools, code."
+    )
+    return _table("memory-parts", rows, records, note)
 
 
 def _rates(scale: float) -> Show:
@@ -173,138 +181,85 @@ def load_table(results: Results) -> Table:
     return _compared("load", results, analyse.load_time, _rates(1000), note)
 
 
-def ledger_table(blocks: Sequence[Sequence[Record]]) -> Table:
-    """Placement proof of every block: what left the device by the header and by the engine's buffers."""
-    rows = []
-    for base, r in ((audit.baseline(b), r) for b in blocks for r in b if r.spec.placement != "baseline"):
-        before, after = base.observed, r.observed
-        memory = [seen.memory.value_bytes for seen in (before, after)]
-        weights = [seen.report.device_bytes("model") or 0 for seen in (before, after)]
-        splits = [max(seen.report.graph_splits, default=0) for seen in (before, after)]
-        hosts = {b.name for b in after.report.buffers if b.kind == "model" and not b.on_device}
-        moved = after.placement
+def load_mode_table(results: Results) -> Table:
+    """The same placement with its host weights mapped from the file and copied to memory of their own."""
+    last = results.study.workloads[-1]
+    quantities = {f"tokens/s, {w}": analyse.decode_rate(w) for w in results.study.workloads}
+    quantities[f"first token, {last}, first"] = analyse.first_token(last, warm=False)
+    quantities[f"first token, {last}, warm"] = analyse.first_token(last, warm=True)
+    quantities |= {
+        "load time": analyse.load_time,
+        "device memory": analyse.device_memory,
+        "host RSS": analyse.host_peak,
+    }
+    found = {name: analyse.compare(results, q, analyse.load_modes) for name, q in quantities.items()}
+    rows, records = [], []
+    for cells in zip(*found.values(), strict=True):
+        row = {"model": cells[0].model, "quant": cells[0].quant, "arm": cells[0].arm.placement}
+        rows.append(row | {k: stats.estimate(c.ratio) for k, c in zip(found, cells, strict=True)})
+        records.append({r.run_id: r for c in cells for r in c.records}.values())
+    note = "Load mode *none* over *mmap*, ratios [95 % interval] within blocks: above 1 is more tokens, time or memory."
+    return _table("load-mode", rows, records, note, "no placement was run in both load modes.")
+
+
+def bound_table(results: Results, workload: str) -> Table:
+    """How near decoding comes to what reading the weights alone allows."""
+    rate = analyse.summarise(results, analyse.decode_rate(workload))
+    rows, records = [], []
+    for share, speed in zip(analyse.summarise(results, analyse.bound(workload)), rate, strict=True):
+        if share.value is None:
+            continue
+        p = share.records[0].observed.placement
+        tps = speed.value.value
         rows.append(
             {
-                "model": r.spec.model,
-                "quant": r.spec.quant,
-                "arm": r.spec.arm,
-                "block": r.spec.block + 1,
-                "expert tensors moved": f"{moved.moved_tensors} in {moved.moved_blocks} blocks",
-                "by the header": size(moved.moved_bytes),
-                "off the device (engine)": size(weights[0] - weights[1]),
-                "off the device (memory)": size(None if None in memory else memory[0] - memory[1]),
-                "weights on the host in": ", ".join(sorted(hosts)),
-                "graph splits": f"{splits[0]} -> {splits[1]}",
+                **_where(share, _many(results)),
+                "read on the device per token": size(p.device_read_bytes),
+                "read on the host per token": size(p.host_read_bytes),
+                "GB/s on the device": stats.number(tps * p.device_read_bytes / 1e9),
+                "GB/s on the host": stats.number(tps * p.host_read_bytes / 1e9),
+                "share of the bound": _percents(share.value),
             }
         )
-    numbers = ("block", "by the header", "off the device (engine)", "off the device (memory)", "graph splits")
-    return Table("placement", rows, _cite(r for b in blocks for r in b), numbers=numbers)
+        records.append(share.records)
+    speeds = {f"{r.device['bandwidth_bytes_per_s'] / 1e9:.0f}" for s in records for r in s}
+    hosts = sorted(r.host["ram_read_bytes_per_s"] / 1e9 for s in records for r in s)
+    note = (
+        "Weights that one token must read, and the share of the rate that reading them at full speed would allow, mean "
+        f"[95 % interval]. Full speed: {' or '.join(sorted(speeds)) or stats.NONE} GB/s on the device (clock and bus "
+        f"width by its driver), {_range(hosts, stats.number) if hosts else stats.NONE} GB/s on the host (measured)."
+    )
+    return _table(f"bound-{workload}", rows, records, note, "the speed of the device's memory is not known.")
 
 
-def runs_table(records: Sequence[Record]) -> Table:
-    """One row a run: what was read of its memory, and what its requests gave."""
-    rows, sizes = [], {"device memory": "value_bytes", "engine's buffers": "engine_bytes", "rest": "residual_bytes"}
-    for r in sorted(records, key=lambda r: (r.spec.block, r.spec.order)):
-        seen = r.observed
-        row = {"block": r.spec.block + 1, "arm": r.spec.arm, "status": r.status, "why": ", ".join(r.reasons) or "-"}
-        row |= {k: size(getattr(seen.memory, name) if seen else None) for k, name in sizes.items()}
-        row["load, s"] = number(seen.load_s) if seen else stats.NONE
-        for q in seen.requests if seen else ():
-            tps = number(q.tps) if q.tps else stats.NONE
-            ttft = number(q.ttft_s * 1000) if q.ttft_s else stats.NONE
-            row[f"{q.workload} #{q.index + 1}"] = f"{tps} tok/s, {ttft} ms"
-        rows.append(row)
-    return Table("runs", rows, _cite(records), numbers=("block", *sizes, "load, s"))
+def _percents(e: stats.Estimate) -> str:
+    return stats.estimate(e, 100) + " %"
 
 
-def completeness_table(results: Results) -> Table:
-    rows = []
-    for name, s in results.statuses.items():
-        count = Counter(r.status for r in results.records if r.cell == name)
-        valid = sum(len(b) for b in s.blocks)
-        row = {"cell": name, "planned runs": s.planned, "in whole, valid blocks": valid, "missing": s.planned - valid}
-        rows.append({**row, **{f"{k} records": count[k] for k in ("valid", "degraded", "invalid", "failed")}})
-    return Table("completeness", rows, _cite(results.records), numbers=tuple(rows[0])[1:])
+def energy_table(results: Results, workload: str) -> Table:
+    note = (
+        "Joules of the GPU's board for each token generated, prompt included, geometric mean [95 % interval]; the "
+        "CPU's energy is not in it."
+    )
+    why = _absent(results, "energy_joule")
+    return _compared(f"energy-{workload}", results, analyse.energy_per_token(workload), _rates(1), note, why)
 
 
-def audit_table(results: Results) -> Table:
-    """Every invariant, how often it held and how often not: of runs and blocks as they stand, and of the study."""
-    checks = [c for r in study.standing(results.records).values() for c in r.audit]
-    checks += [c for s in results.statuses.values() for b in s.blocks for c in audit.block(b)]
-    checks += results.audit
-    held = Counter((c.id, c.passed) for c in checks)
-    rows = [
-        {
-            "invariant": i.id,
-            "of a": i.of,
-            "limit": i.limit,
-            "held": held[i.id, True],
-            "failed": held[i.id, False],
-            "then": "degraded" if i.degrades else "invalid",
-        }
-        for i in INVARIANTS.values()
-    ]
-    return Table("audit", rows, _cite(results.records), numbers=("held", "failed"))
-
-
-def problems(results: Results) -> str:
-    """Every planned run without a valid result, as a list."""
-    if not results.problems:
-        return "Every planned run has a valid record."
-    return "Missing or not valid:\n\n" + "\n".join(f"- {p}" for p in results.problems)
-
-
-def environment_table(results: Results) -> Table:
-    """Every distinct value of what the valid runs say of engine, device, host and code."""
-
-    def facts(r: Record) -> dict[str, str]:
-        host, device = r.host, r.device
-        commit = f"{host['commit'] or 'no git clone'}{' with local changes' if host['dirty'] else ''}"
-        return {
-            "engine": r.engine["version"],
-            "llama-server SHA-256": f"`{r.engine['server_sha256'][:12]}`",
-            "device": f"{device['kind']}: {device['name']}",
-            "CPU": f"{host['cpu']}, {host['cpus']} usable",
-            "RAM": size(host["ram_bytes"]),
-            "system": f"{host['system']}, Python {host['python']}",
-            "moelib": f"{host['moelib']}, commit {commit}",
-            "llama-server threads": str(r.observed.threads),
-        }
-
-    told = pd.DataFrame([facts(r) for r in _done(results)])
-    return _facts("environment", {k: "; ".join(sorted(set(told[k]))) for k in told}, _done(results))
-
-
-def workloads_table(results: Results) -> Table:
-    rows = []
-    for name, w in results.workloads.items():
-        asked = {q.prompt_n for r in _done(results) for q in r.observed.requests if q.workload == name}
-        counts = {"prompt tokens": ", ".join(map(str, sorted(asked))), "tokens generated": w.generate_tokens}
-        rows.append({"workload": name, "what": w.title, **counts})
-    return Table("workloads", rows, _cite(_done(results)))
-
-
-def records_table(results: Results) -> Table:
-    """Every record by id, status and digest: what the set digests of the other tables stand for."""
-    rows = [{"record": f"`{r.run_id}`", "status": r.status, "digest": f"`{r.digest[:12]}`"} for r in results.records]
-    return Table("records", rows, _cite(results.records))
-
-
-def sheet_table(sheet: dict[str, Any]) -> Table:
-    """A quantised file's sheet."""
-    types, experts = (", ".join(f"{n} x {t}" for t, n in sheet[k].items()) for k in ("tensor_types", "expert_types"))
-    fell = [f"{f['tensor']} ({f['columns']} columns) -> {f['type']}" for f in sheet["fallbacks"]]
-    facts = {
-        "file": sheet["file_name"],
-        "size": size(sheet["file_bytes"]),
-        "parameters": f"{sheet['parameters']:,}",
-        "bits per weight": f"{sheet['bits_per_weight']:.2f}",
-        "tensor types": types,
-        "expert tensors": experts,
-        "expert bytes": size(sheet["expert_bytes"]),
-        "fallbacks": "; ".join(fell) or "none",
-        "SHA-256": f"`{sheet['sha256']}`",
-        "made by": f"{sheet['engine_version']} in {number(sheet['quantize_s'])} s",
-        "weights": f"{sheet['weights']}, scale {sheet['scale']}",
+def host_table(results: Results) -> Table:
+    """What a run takes of the host and of the bus."""
+    columns = {
+        "host RSS, peak": (analyse.host_peak, stats.sizes),
+        "major page faults": (analyse.major_faults, lambda e: stats.estimate(e)),
+        "received over PCIe": (analyse.pcie_received, stats.sizes),
     }
-    return _facts("sheet", facts)
+    found = {name: analyse.summarise(results, quantity) for name, (quantity, _) in columns.items()}
+    rows, records = [], []
+    for cells in zip(*found.values(), strict=True):
+        told = {name: columns[name][1](c.value) for name, c in zip(found, cells, strict=True)}
+        rows.append(_where(cells[0], _many(results)) | told)
+        records.append({r.run_id: r for c in cells for r in c.records}.values())
+    note = (
+        "Of a whole run, load and all requests; mean [95 % interval]. Mapped pages of the file count in RSS. The bus "
+        "is read from the GPU's own counter."
+    )
+    return _table("host", rows, records, note)

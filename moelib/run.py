@@ -61,6 +61,10 @@ class Placement:
     """Expert weights that the placement keeps on the CPU."""
     device_bytes: int
     """Weights that must then be on the device."""
+    device_read_bytes: int
+    """Of them, those that decoding one token must read: the used share of the experts, all of the rest."""
+    host_read_bytes: int
+    """The same of the experts on the CPU."""
 
 
 @stored
@@ -140,9 +144,9 @@ def _observe(
         with process.Child(argv, work / "server.log", env, session.cpus) as server:
 
             def take() -> None:
-                readings.append(session.read(server.pid, now()))
-                if session.counters:
+                if session.counters and len(readings) % devices.COUNTERS_EVERY == 0:
                     counters.append(session.counters(now()))
+                readings.append(session.read(server.pid, now()))
 
             with process.repeating(take, devices.SAMPLE_S):
                 limit = process.patience(LOAD_S) + quantised.header.file_bytes / LOAD_BYTES_PER_S
@@ -154,6 +158,7 @@ def _observe(
                         workloads = [params.workload(w) for w in spec.workloads]
                         how = (workloads, spec.requests, spec.context, started, session.energy)
                         requests, top = client.ask_all(connection, *how)
+            counters += [session.counters(now())] if session.counters else []
             peak, rss = session.peak_bytes(), process.peak_rss(server.pid)
             use = watch.stop(server.pid, session.pid)
             ended = server.stop()
@@ -166,6 +171,7 @@ def _observe(
     header = quantised.header
     moved = header.moved(spec.placement)
     there = (header.moved_bytes(spec.placement), header.device_bytes(spec.placement))
+    reads = header.read_bytes(spec.placement)
     return Observation(
         load_s=round(load_s, 6),
         wall_s=round(time.monotonic() - started, 6),
@@ -176,7 +182,7 @@ def _observe(
         threads=device.threads,
         build_info=build_info,
         report=report,
-        placement=Placement(len(moved), len({t.block for t in moved}), *there),
+        placement=Placement(len(moved), len({t.block for t in moved}), *there, *reads),
         requests=requests,
         top_logprobs=top,
         memory=reconcile(device.kind, trace, report, there[1], device.context_bytes, peak),

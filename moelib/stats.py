@@ -67,8 +67,11 @@ def size(n: float | None) -> str:
     return f"{n / unit:.2f} {name}"
 
 
-def number(x: float) -> str:
-    """Three significant figures; whole numbers above that keep all of theirs."""
+def number(x: float | None, scale: float = 1.0) -> str:
+    """`x * scale` with three significant figures; whole numbers above that keep all of theirs."""
+    if x is None:
+        return NONE
+    x *= scale
     text = f"{x:#.3g}" if x else "0"
     return f"{x:.0f}" if abs(float(text)) >= 100 else text
 
@@ -83,7 +86,7 @@ def _interval(e: Estimate | None, text: Callable[[float], str], unit: str = "") 
 
 def estimate(e: Estimate | None, scale: float = 1.0) -> str:
     """`value [low, high]`; the value alone where one measurement gives no interval."""
-    return _interval(e, lambda x: number(x * scale))
+    return _interval(e, lambda x: number(x, scale))
 
 
 def sizes(e: Estimate | None) -> str:

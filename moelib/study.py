@@ -11,12 +11,10 @@ import json
 import os
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-from pydantic import TypeAdapter
 
 from moelib import audit, files, params, record, run
 
@@ -46,10 +44,19 @@ class Cell:
         return [s for block in self.blocks for s in block]
 
 
+class Plan(params.Strict):
+    """What `plan.json` holds."""
+
+    schema_version: int = record.SCHEMA_VERSION
+    study: params.Study
+    workloads: dict[str, params.Workload]
+    cells: list[Cell]
+
+
 def plan(study: params.Study) -> list[Cell]:
     """The cells in seeded random order, each with its blocks, the runs of a block in seeded random order."""
-    names = ("weights", "scale", "workloads", "requests", "context", "device", "seed")
-    same = {"study": study.name, **{k: getattr(study, k) for k in names}}
+    names = {"weights", "scale", "workloads", "requests", "context", "device", "seed"}
+    same = {"study": study.name, **study.model_dump(include=names)}
     cells = []
     for model, quant in itertools.product(study.models, study.quants):
         shuffled, blocks = random.Random(f"{study.seed}/{model}/{quant}"), []
@@ -108,16 +115,12 @@ class Folder:
         self.work = self.path / "work"
         """Scratch: logs of running tools, locks. Git-ignored, safe to delete between runs."""
         self.cells = plan(self.study)
-        data = {
-            "schema_version": record.SCHEMA_VERSION,
-            "study": self.study.model_dump(mode="json"),
-            "workloads": {w: params.workload(w).model_dump(mode="json") for w in self.study.workloads},
-            "cells": [asdict(c) for c in self.cells],
-        }
+        workloads = {w: params.workload(w) for w in self.study.workloads}
+        data = Plan(study=self.study, workloads=workloads, cells=self.cells).model_dump(mode="json")
         path = self.path / "plan.json"
         if not path.exists():
             files.write_json(path, {**data, "digest": files.digest(data)})
-        if read_plan(path) != json.loads(files.canonical(data)):
+        if read_plan(path) != data:
             raise StudyError(
                 f"{path} is the plan of a study with other parameters; give the changed study another name, "
                 f"or move {self.path} away"
@@ -127,11 +130,10 @@ class Folder:
         """The cell of `model` and `quant`. Raises ParamsError naming what the study has."""
         params.quant(quant)
         params.model(model).at_scale(self.study.scale)
-        for c in self.cells:
-            if (c.model, c.quant) == (model, quant):
-                return c
-        known = ", ".join(sorted(c.name for c in self.cells))
-        raise params.ParamsError(f"study {self.study.name} has no cell {model}/{quant}; it has {known}")
+        cells, name = {c.name: c for c in self.cells}, f"{model}/{quant}"
+        if name not in cells:
+            raise params.ParamsError(f"study {self.study.name} has no cell {name}; it has {', '.join(sorted(cells))}")
+        return cells[name]
 
     def records(self, set_aside: bool = False) -> list[record.Record]:
         return record.read_all(self.path, set_aside)[0]
@@ -155,22 +157,25 @@ class Status:
     problems: tuple[str, ...]
     """Every planned run or block without a valid result, with the reason."""
     planned: int
+    checks: tuple[record.Check, ...] = ()
+    """What was found of every block whose runs are all there and valid."""
 
     @classmethod
     def of(cls, cell: Cell, records: Sequence[record.Record]) -> Status:
-        blocks, problems = [], []
+        blocks, problems, checks = [], [], []
         for b, specs in enumerate(cell.blocks):
             runs, wrong = found(specs, records), []
             for s, r in zip(specs, runs, strict=True):
                 if why := _why_not(r):
                     wrong.append(f"{cell.name} {s.arm} block {b + 1}: {why}")
             if not wrong:
-                failed = [c for c in audit.block(runs) if not c.passed]
-                wrong = [f"{cell.name} block {b + 1}: {c.id}: {c.measured}" for c in failed]
+                found_here = audit.block(runs)
+                checks += found_here
+                wrong = [f"{cell.name} block {b + 1}: {c.id}: {c.measured}" for c in found_here if not c.passed]
             if not wrong:
                 blocks.append(tuple(runs))
             problems += wrong
-        return cls(tuple(blocks), tuple(problems), len(cell.specs))
+        return cls(tuple(blocks), tuple(problems), len(cell.specs), tuple(checks))
 
     @property
     def complete(self) -> bool:
@@ -198,14 +203,10 @@ def found(specs: Sequence[run.Spec], records: Sequence[record.Record]) -> list[r
     return [latest.get(record.spec_key(s)) for s in specs]
 
 
-@dataclass(frozen=True)
-class Results:
+class Results(Plan):
     """A study's folder as evidence: read from its plan, sheets and records alone, whatever `params/` says now."""
 
     name: str
-    study: params.Study
-    workloads: dict[str, params.Workload]
-    cells: list[Cell]
     records: list[record.Record]
     damaged: list[str]
     sheets: list[dict[str, Any]]
@@ -260,6 +261,4 @@ def results(path: Path) -> Results:
             wrong.append(name)
     damaged += [f"quants/{name}: not the sheet of its records" for name in wrong]
     sheets = [s for name, s in sheets.items() if name not in wrong]
-    planned = {"study": params.Study, "workloads": dict[str, params.Workload], "cells": list[Cell]}
-    planned = {k: TypeAdapter(kind).validate_python(data[k]) for k, kind in planned.items()}
-    return Results(path.name, **planned, records=records, damaged=damaged, sheets=sheets)
+    return Results(name=path.name, **data, records=records, damaged=damaged, sheets=sheets)

@@ -40,7 +40,7 @@ from conftest import SMOKE, furnish
 from factory import spec
 from test_kill import MOELIB, complete, kill, no_orphans
 
-from moelib import audit, client, device, engine, files, gguf_file, measure, models, params, process, quantize
+from moelib import audit, client, device, engine, files, gguf_file, host, measure, models, params, process, quantize
 from moelib import record as records
 from moelib import run as runs
 from moelib.memory import Reading
@@ -55,6 +55,7 @@ long:
   generate_tokens: 240
 """
 SAMPLE = 60  # bytes that the short form cuts and splits at through a socket
+BANDWIDTH = mock.patch.object(host, "read_bandwidth", return_value=1e9)  # measured once a cell, and slow
 QUIET = {"host-quiet"}  # others share the machine
 
 
@@ -136,7 +137,7 @@ class Lab:
         folder = self.folder
         before = {r.run_id for r in folder.records()}
         with mock.patch.object(engine, "find", return_value=self.stub), within():
-            with mock.patch.object(device, "choose", return_value=self.where):
+            with mock.patch.object(device, "choose", return_value=self.where), BANDWIDTH:
                 list(measure.measure(folder, folder.cells[0]))
         new = [r for r in folder.records() if r.run_id not in before]
         wrong = {reason for r in new for reason in r.reasons if reason not in QUIET}
@@ -449,7 +450,7 @@ def hold(home: Path, lab_home: Path, uuid: str) -> None:
 
     stub = replace(engine.find(), tools={**engine.find().tools, "llama-server": lab_home / "tools/llama-server"})
     with mock.patch.object(engine, "find", return_value=stub), mock.patch.object(client, "_ask", told):
-        with mock.patch.object(device, "choose", return_value=FakeGpu(uuid)):
+        with mock.patch.object(device, "choose", return_value=FakeGpu(uuid)), BANDWIDTH:
             list(measure.measure(Folder("smoke"), Folder("smoke").cells[0]))
 
 
@@ -785,7 +786,7 @@ def _(lab, chance, rounds):
 # kills at random moments of a whole study, notebooks and all
 def interrupted(folder: Path, chance: random.Random, rounds: int, stop: Callable) -> str:
     """`rounds` times: the study from the command line, stopped at a random moment; then to its end."""
-    home = furnish(folder / "home")
+    home = furnish(folder / "home", SMOKE if rounds > 1 else SMOKE.replace("blocks: 2", "blocks: 1"))
     env = {"MOELIB_HOME": str(home), "MOELIB_MODELS": str(folder / "models")}
     with mock.patch.dict(os.environ, env):
         os.environ.pop("MOELIB_OUTPUTS", None)

@@ -115,7 +115,7 @@ def _header(facts, path):
         h = gguf_file.read_header(path)
         placements = ["baseline", "cpu-moe", *(f"n-cpu-moe={n}" for n in range(1, 9))]
         told = {"device": {p: h.device_bytes(p) for p in placements}, "all": h.tensor_bytes}
-        short = {k.removeprefix(f"{h.architecture}."): v for k, v in h.metadata.items()}
+        short = {k.removeprefix(h.metadata["general.architecture"] + "."): v for k, v in h.metadata.items()}
         told |= {k: short[k] for k in ("block_count", "embedding_length")}
         told["kv"] = short["attention.head_count_kv"] * short["embedding_length"] // short["attention.head_count"]
         kept.with_suffix(f".{os.getpid()}").write_text(json.dumps(told))

@@ -32,7 +32,7 @@ def test_doctor_says_what_is_missing_and_how_to_mend_it(home, monkeypatch):
     result = call("doctor")
     assert result.exit_code == 1
     assert "!! engine" in result.output
-    assert "mend: moelib engine build" in result.output
+    assert "mend: make engine" in result.output
 
 
 def test_a_wrong_name_is_one_line_and_an_exit_code(home):

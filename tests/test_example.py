@@ -51,8 +51,8 @@ def test_a_changed_record_shows(copy):
     after = products(copy)
     assert after != before
     cited = json.loads((copy / "provenance.json").read_text())
-    assert path.stem in provenance["device-memory"]
-    assert path.stem not in cited["device-memory"]
+    assert path.stem in provenance["sources"]
+    assert path.stem not in cited["sources"]
     assert f"damaged: {path.name}" in (copy / notebook.DOCUMENT).read_text()
 
 

@@ -21,7 +21,7 @@ def nano(request, tmp_path_factory):
 def test_it_reads_what_ggufs_own_reader_reads(nano):
     path, geometry = nano
     header, theirs = read_header(path), GGUFReader(path)
-    assert header.architecture == geometry.architecture
+    assert header.metadata["general.architecture"] == geometry.architecture
     assert {t.name: (t.shape, t.type, t.nbytes, t.offset) for t in header.tensors} == {
         t.name: (tuple(int(n) for n in t.shape), t.tensor_type.name, int(t.n_bytes), int(t.data_offset))
         for t in theirs.tensors

@@ -30,7 +30,9 @@ def test_run_works_by_itself_and_from_a_file_of_parameters(home, models_folder):
     shown = [o for c in cells if c["cell_type"] == "code" for o in c["outputs"]]
     assert sum("image/png" in o.get("data", {}) for o in shown) == 2
     told = [o["metadata"]["moelib"] for o in shown if "moelib" in o.get("metadata", {})]
-    assert {t["table"] for t in told} == {"sheet", "placement", "runs"}
+    assert {t["name"] for t in told if t["kind"] == "table"} == {"sheet", "placement", "runs"}
+    assert {t["name"] for t in told if t["kind"] == "figure"} == {"memory", "tokens-smoke"}
+    assert all(t["sources"] for t in told)
     assert len(list((home / "outputs/smoke/records").glob("*.json"))) == 4
     # again with -p: nothing is done twice
     args = ["-p", "study", "smoke", "-p", "model", "deepseek-moe-16b", "-p", "quant", "Q8_0"]
@@ -44,7 +46,7 @@ def test_run_works_by_itself_and_from_a_file_of_parameters(home, models_folder):
         (["-p", "qaunt", "Q2_K"], "unknown parameter qaunt; this notebook has: study, model, quant"),
         (["-p", "quant", "Q3_K"], "allowed: Q4_K_M, Q2_K, Q8_0"),
         (["-p", "model", "phi"], "allowed: deepseek-moe-16b, gpt-oss-20b, phi-3.5-moe"),
-        (["-p", "study", "dmeo"], "allowed: demo, smoke"),
+        (["-p", "study", "dmeo"], "allowed: demo, h200-twins, smoke"),
         (["-p", "model", "gpt-oss-20b"], "MXFP4"),
     ],
 )
@@ -94,6 +96,25 @@ def test_a_notebook_that_is_not_whole_is_not_believed(tmp_path, cells, words):
     path.write_text("{")
     assert not notebook.is_whole(path)
     assert not notebook.is_whole(tmp_path / "missing.ipynb")
+
+
+def shown(metadata, text="42"):
+    """An executed notebook of one cell with one output."""
+    out = {"output_type": "display_data", "data": {"text/markdown": text, "text/plain": text}, "metadata": metadata}
+    return {"cells": [{**cell(outputs=[out]), "metadata": {}}], "metadata": {}, "nbformat": 4, "nbformat_minor": 4}
+
+
+def test_a_number_that_does_not_say_where_it_came_from_is_not_shown(tmp_path):
+    path = tmp_path / "n.ipynb"
+    path.write_text(json.dumps(shown({})))
+    with pytest.raises(notebook.NotebookError, match="shows '42' without saying what it came from"):
+        notebook.render(path, tmp_path)
+    told = {"kind": "text", "name": "answer", "text": "42", "sources": {"a run": "its digest"}}
+    path.write_text(json.dumps(shown({"moelib": told})))
+    assert notebook.render(path, tmp_path).read_text() == "42\n"
+    provenance = json.loads((tmp_path / "provenance.json").read_text())
+    assert provenance["texts"] == {"answer": {"text": "42", "from": ["a run"]}}
+    assert provenance["sources"] == {"a run": "its digest"}
 
 
 @pytest.mark.engine

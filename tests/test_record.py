@@ -65,7 +65,7 @@ def forge(path, change):
         lambda d: d["observed"]["memory"].update(value_mib=1),
         lambda d: d["observed"]["requests"][0].update(tps=1.0),
         lambda d: d.update(status="fine"),
-        lambda d: d.update(schema_version=2),
+        lambda d: d.update(schema_version=record.SCHEMA_VERSION + 1),
         lambda d: d.pop("audit"),
         lambda d: d.update(run_id="another"),
     ],

@@ -4,15 +4,16 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import SMOKE, furnish
+from conftest import REPO, SMOKE, furnish
 from factory import block, made, spec
 
-from moelib import measure, notebook, params, record, run, study
+from moelib import files, measure, notebook, params, record, run, study
 from moelib.study import Folder, StudyError
 
 MOELIB = [sys.executable, "-m", "moelib.cli"]
@@ -187,11 +188,37 @@ def test_the_document_is_rebuilt_from_records_alone_byte_by_byte(copy):
 def test_the_provenance_names_every_record_and_its_digest(copy):
     out = copy / "outputs/smoke"
     provenance = json.loads((out / "provenance.json").read_text())
-    digests = {r.run_id: r.digest for r in record.read_all(out)[0]}
-    assert {"device-memory", "speed-smoke", "ttft-warm-smoke", "load", "placement", "environment"} <= set(provenance)
-    for table, cited in provenance.items():
-        assert cited.items() <= digests.items(), table
-    assert provenance["device-memory"] == digests
+    sources = {r.run_id: r.digest for r in record.read_all(out)[0]}
+    assert sources.items() <= provenance["sources"].items()
+    for sheet in set(provenance["sources"]) - set(sources):
+        assert files.digest(json.loads((out / sheet).read_text())) == provenance["sources"][sheet]
+    tables = provenance["tables"]
+    assert {"device-memory", "speed-smoke", "ttft-warm-smoke", "load", "placement", "environment"} <= set(tables)
+    assert {run for row in tables["device-memory"]["rows"] for run in row["from"]} == set(sources)
+    rows = [row for table in tables.values() for row in table["rows"]]
+    assert all(row["from"] for row in rows)
+    assert {run for row in rows for run in row["from"]} <= set(provenance["sources"])
+
+
+@pytest.mark.engine
+def test_every_line_of_the_document_with_a_number_is_in_the_provenance_or_the_notebooks_prose(copy):
+    out = copy / "outputs/smoke"
+    provenance = json.loads((out / "provenance.json").read_text())
+    cells = json.loads((REPO / "notebooks/analysis.ipynb").read_text())["cells"]
+    known = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    known += "\n".join(t["text"] for t in provenance["texts"].values())
+    known += "\n".join(t["note"] for t in provenance["tables"].values())
+    rows = {tuple(row["cells"].values()) for t in provenance["tables"].values() for row in t["rows"]}
+    rows = {tuple(sorted(cells)) for cells in rows}
+    lines = [line for line in (out / "MOE-TECHNICAL-VALIDATION.md").read_text().splitlines() if re.search(r"\d", line)]
+    assert len(lines) > 40
+    heads = {tuple(row["cells"]) for t in provenance["tables"].values() for row in t["rows"]}
+    for line in lines:
+        if line.startswith("| "):
+            cells = tuple(sorted(c.strip() for c in line.strip("|").split(" | ")))
+            assert cells in rows or cells in {tuple(sorted(h)) for h in heads}, line
+        elif not line.startswith(("![", "*Table `")):
+            assert line in known, line
 
 
 @pytest.mark.engine

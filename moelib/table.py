@@ -1,0 +1,87 @@
+"""Tables and sentences as Markdown that know which records each of their numbers came from."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from moelib import files
+from moelib.record import Record
+
+Sources = dict[str, str]
+"""Id of a record, or path of a sheet, -> digest."""
+
+
+def cite(records: Iterable[Record]) -> Sources:
+    return {r.run_id: r.digest for r in records}
+
+
+def cite_sheet(sheet: dict[str, Any]) -> Sources:
+    return {f"quants/{sheet['model']}-{sheet['quant']}.json": files.digest(sheet)}
+
+
+class _Shown:
+    """What a notebook displays: Markdown, with its provenance as metadata of the output."""
+
+    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, str], dict[str, Any]]:
+        return {"text/markdown": self.markdown(), "text/plain": self.name}, {"moelib": self.provenance()}
+
+
+@dataclass(frozen=True)
+class Text(_Shown):
+    """Sentences with numbers in them."""
+
+    name: str
+    text: str
+    sources: Sources = field(default_factory=dict)
+
+    def markdown(self) -> str:
+        return self.text
+
+    def provenance(self) -> dict[str, Any]:
+        return {"kind": "text", "name": self.name, "text": self.text, "sources": self.sources}
+
+
+@dataclass(frozen=True)
+class Table(_Shown):
+    """A Markdown table: a name, rows of equal columns, and for each row what its numbers came from."""
+
+    name: str
+    rows: Sequence[dict[str, Any]]
+    row_sources: Sequence[Sources]
+    note: str = ""
+    """What the table shows, said above it."""
+    numbers: tuple[str, ...] = ()
+    """Columns to set flush right."""
+    why_empty: str = "nothing to show."
+    """What is said instead of a table without rows."""
+
+    @property
+    def sources(self) -> Sources:
+        return {k: v for row in self.row_sources for k, v in row.items()}
+
+    def text(self) -> str:
+        import pandas as pd
+
+        frame = pd.DataFrame(self.rows).map(lambda v: str(v).replace("|", "\\|"))
+        align = ["right" if c in self.numbers else "left" for c in frame.columns]
+        return frame.to_markdown(index=False, colalign=align, disable_numparse=True)
+
+    def markdown(self) -> str:
+        """The table, then where its numbers came from: the digest shows whether they still do."""
+        if not self.rows:
+            return f"*Table `{self.name}`: {self.why_empty}*"
+        about = f"{self.note}\n\n" if self.note else ""
+        cited = f"Table `{self.name}`: {len(self.sources)} sources, set digest `{files.digest(self.sources)[:12]}`."
+        return f"{about}{self.text()}" + (f"\n\n*{cited}*" if self.sources else "")
+
+    def provenance(self) -> dict[str, Any]:
+        rows = [
+            {"cells": {k: str(v) for k, v in row.items()}, "from": sorted(sources)}
+            for row, sources in zip(self.rows, self.row_sources, strict=True)
+        ]
+        return {"kind": "table", "name": self.name, "note": self.note, "rows": rows, "sources": self.sources}
+
+
+def facts(name: str, told: dict[str, str], sources: Sources) -> Table:
+    """A table of two columns, all of it from the same sources."""
+    return Table(name, [{"what": k, "value": v} for k, v in told.items()], [sources] * len(told))

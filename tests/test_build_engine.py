@@ -1,0 +1,58 @@
+"""`make engine`: what it does with the tools that it finds, and without any. The build itself takes minutes."""
+
+import subprocess
+import sys
+
+import build_engine
+import pytest
+from conftest import REPO
+
+from moelib import engine as engines
+from moelib.engine import EngineError
+
+
+@pytest.fixture
+def none_found(monkeypatch):
+    """A machine without the tools, where nothing may be built."""
+    monkeypatch.setattr(engines, "_package_folder", lambda: None)
+    monkeypatch.setattr(engines.shutil, "which", lambda name: None)
+    monkeypatch.delenv("MOELIB_LLAMA_CPP", raising=False)
+
+
+@pytest.mark.engine
+def test_tools_that_are_found_are_named_and_nothing_is_built(engine, monkeypatch, capsys):
+    monkeypatch.setattr(build_engine, "build", lambda: pytest.fail("built"))
+    build_engine.main()
+    assert capsys.readouterr().out == f"using {engine}\n"
+
+
+def test_a_named_folder_without_tools_is_one_line_and_an_exit_code(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOELIB_LLAMA_CPP", str(tmp_path))
+    argv = [sys.executable, str(REPO / "tools/build_engine.py")]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"moelib: MOELIB_LLAMA_CPP names {tmp_path}, which holds no llama-server")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_without_tools_they_are_built(none_found, monkeypatch, capsys):
+    monkeypatch.setattr(build_engine, "build", lambda: "llama.cpp b1 (made up)")
+    build_engine.main()
+    assert capsys.readouterr().out.splitlines()[-1] == "built llama.cpp b1 (made up)"
+
+
+def test_without_a_compiler_it_says_what_to_install(none_found):
+    with pytest.raises(EngineError, match="apt-get install g"):
+        build_engine.build()
+
+
+def test_a_build_that_fails_says_so_with_its_last_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(build_engine.sys, "executable", "/bin/false")
+    with pytest.raises(EngineError, match=r"could not be built; .*wheel\.log ends"):
+        build_engine._compile(tmp_path / "wheel")
+    assert not (tmp_path / "wheel").exists()
+
+
+def test_every_build_has_rpc_and_its_number():
+    flags = build_engine.flags()
+    assert {"-DGGML_RPC=ON", f"-DLLAMA_BUILD_NUMBER={build_engine.BUILD}"} <= set(flags)

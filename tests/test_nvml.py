@@ -1,0 +1,402 @@
+"""moelib.nvml against a driver library of our own, through the real ctypes path: what each oddity of a driver becomes.
+
+pynvml finds the library by LD_LIBRARY_PATH, which is read when a process starts: this file, run as a program, plays all
+scenarios in one process and prints what came out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import pytest
+
+from moelib.engine import Buffer, Report
+from moelib.memory import LEAST_CONTEXT_BYTES, Trace, reconcile
+from moelib.nvml import NO_GPU, POWER_CAP, Counters, Gpu, slowed
+
+MIB, GIB = 1 << 20, 1 << 30
+TOTAL, RESERVED = 80 * GIB, 615 * MIB
+CONTEXT, ENGINE, WEIGHTS = 500 * MIB, 4 * GIB, 3 * GIB
+PEAK = ENGINE + 620 * MIB  # of the run's processes
+OVERHEAD = 9 * MIB  # what a process costs the device beyond what the list says, as recorded on an H200
+SERVER, CHILD, HOST_PID, FOREIGN = 411, 412, 70411, 90
+UUIDS = ("GPU-263da6ff-9608-67cf-9bce-a8c85c7c1cd0", "GPU-99999999-9608-67cf-9bce-a8c85c7c1cd0")
+NOT_SUPPORTED, FUNCTION_NOT_FOUND, GPU_IS_LOST, UNKNOWN = 3, 13, 15, 999
+
+
+def card(used: int = 0, *lines: str, gpu: int = 0) -> str:
+    """A GPU's part of the world: what is in use on the device, and further lines, which stand before the usual ones."""
+    usual = [f"uuid {UUIDS[gpu]}", f"name H{gpu}", "driver 580.1", "limit 700000"]
+    memory = f"memory {TOTAL} {RESERVED} {TOTAL - RESERVED - used} {used}"
+    return "".join(f"{gpu} {line}\n" for line in (*lines, memory, *usual))
+
+
+def listing(*processes: tuple[int, int | str], kind: str = "compute") -> tuple[str, ...]:
+    return tuple(f"{kind} {pid} {size}" for pid, size in processes)
+
+
+def busy(*processes: tuple[int, int], lines: tuple[str, ...] = (), gpu: int = 0) -> str:
+    """A GPU with these processes on it, listed as they are."""
+    return card(sum(n for _, n in processes) + OVERHEAD * len(processes), *listing(*processes), *lines, gpu=gpu)
+
+
+IDLE, RUN = card(), busy((SERVER, PEAK))
+LOADING = busy((SERVER, CONTEXT))
+ALONE = (FOREIGN, 2 * GIB)
+
+
+@dataclass
+class Scenario:
+    """Worlds before, during and after a run, and what its memory must come to: value, status, reasons."""
+
+    during: list[str]
+    expect: tuple[int | None, str, tuple[str, ...]]
+    before: list[str] = field(default_factory=lambda: [IDLE, IDLE])
+    after: list[str] = field(default_factory=lambda: [IDLE])
+    ours: tuple[int, ...] = (SERVER,)
+    which: str = "0"
+
+
+def everywhere(during: list[str], expect: tuple, *lines: str, idle: str = IDLE) -> Scenario:
+    """The same lines in all of a run's worlds: what this driver cannot do."""
+    worlds = [[*("0 " + line + "\n" for line in lines), world] for world in (idle, *during)]
+    texts = ["".join(parts) for parts in worlds]
+    return Scenario(texts[1:], expect, before=texts[:1] * 2, after=texts[:1])
+
+
+def skewed(*processes: tuple[int, int]) -> str:
+    return busy(*processes, lines=("old-list on",))
+
+
+def beside(*worlds: str) -> str:
+    return "".join(worlds)
+
+
+BOTH_IDLE = beside(IDLE, card(gpu=1))
+
+
+def half_full(used: int) -> str:
+    """An older driver's memory struct on a card that a run fills to half: total = reserved, free = used = 0 adds up."""
+    total = 2 * (RESERVED + PEAK + OVERHEAD)
+    return card(0, "old-memory on", f"memory {total} {RESERVED} {total - RESERVED - used} {used}")
+
+
+SCENARIOS = {
+    "own process": Scenario([LOADING, RUN], (PEAK, "valid", ())),
+    "server and child, the child also a little on a second GPU": Scenario(
+        [beside(busy((SERVER, PEAK - GIB), (CHILD, GIB)), busy((CHILD, 40 * MIB), gpu=1))],
+        (PEAK + 40 * MIB, "valid", ()),
+        before=[BOTH_IDLE] * 2,
+        after=[BOTH_IDLE],
+        ours=(SERVER, CHILD),
+    ),
+    # the sum is right and the growth of one GPU cannot confirm it
+    "server and child, the child on a second GPU": Scenario(
+        [beside(busy((SERVER, PEAK)), busy((CHILD, GIB), gpu=1))],
+        (None, "invalid", ("accounts-disagree", "above-ceiling")),
+        before=[BOTH_IDLE] * 2,
+        after=[BOTH_IDLE],
+        ours=(SERVER, CHILD),
+    ),
+    "in the compute and the graphics list": Scenario(
+        [card(PEAK + OVERHEAD, *listing((SERVER, PEAK)), *listing((SERVER, PEAK - MIB), kind="graphics"))],
+        (PEAK, "valid", ()),
+    ),
+    "bytes in one list only": Scenario(
+        [card(PEAK + OVERHEAD, *listing((SERVER, "n/a")), *listing((SERVER, PEAK), kind="graphics"))],
+        (PEAK, "valid", ()),
+    ),
+    "no graphics list": everywhere([RUN], (PEAK, "valid", ()), f"graphics error {NOT_SUPPORTED}"),
+    "host's process ids": Scenario(
+        [busy((HOST_PID, CONTEXT)), busy((HOST_PID, PEAK))], (PEAK, "degraded", ("host-pid",))
+    ),
+    "host's process ids, two processes": Scenario(
+        [busy((HOST_PID, PEAK), (HOST_PID + 1, GIB))], (None, "invalid", ("foreign-changed", "process-not-listed"))
+    ),
+    "empty list": Scenario([card(PEAK + OVERHEAD)], (None, "degraded", ("process-not-listed",))),
+    "bytes not told": Scenario(
+        [card(PEAK + OVERHEAD, *listing((SERVER, "n/a")))], (PEAK + OVERHEAD, "degraded", ("bytes-not-listed",))
+    ),
+    "bytes not told, another process there": Scenario(
+        [card(PEAK + 2 * GIB, *listing((SERVER, "n/a"), (FOREIGN, "n/a")))],
+        (None, "degraded", ("bytes-not-listed", "foreign-process")),
+        before=[card(2 * GIB, *listing((FOREIGN, "n/a")))] * 2,
+        after=[card(2 * GIB, *listing((FOREIGN, "n/a")))],
+    ),
+    "0 bytes told": Scenario(
+        [card(PEAK + OVERHEAD, *listing((SERVER, 0)))], (PEAK + OVERHEAD, "degraded", ("bytes-not-listed",))
+    ),
+    "list not supported": everywhere(
+        [RUN], (None, "degraded", ("list-unsupported",)), f"compute error {NOT_SUPPORTED}"
+    ),
+    "a driver without the list's function": everywhere(
+        [RUN], (None, "degraded", ("list-unsupported",)), f"compute error {FUNCTION_NOT_FOUND}"
+    ),
+    "list failing once": Scenario(
+        [busy(ALONE, (SERVER, PEAK)), card(0, f"compute error {UNKNOWN}"), busy(ALONE, (SERVER, PEAK))],
+        (PEAK, "degraded", ("foreign-process",)),
+        before=[busy(ALONE)] * 2,
+        after=[busy(ALONE)],
+    ),
+    "older process struct, ours first": Scenario([skewed((SERVER, PEAK))], (PEAK, "valid", ())),
+    "older process struct, ours second": Scenario(
+        [skewed(ALONE, (SERVER, PEAK))],
+        (None, "invalid", ("foreign-changed", "process-not-listed")),
+        before=[skewed(ALONE)] * 2,
+        after=[skewed(ALONE)],
+    ),
+    # the second one's id is the low half of its bytes and its bytes are the third one's id
+    "older process struct, three of ours": Scenario(
+        [skewed((SERVER, PEAK - 2 * GIB), (CHILD, GIB + 7), (413, GIB))],
+        (None, "invalid", ("foreign-changed", "accounts-disagree", "below-engine-buffers", "below-header-weights")),
+        ours=(SERVER, CHILD, 413),
+    ),
+    "older process struct, host's ids and no bytes elsewhere": Scenario(
+        [skewed((HOST_PID, PEAK - GIB), (HOST_PID + 1, GIB), (HOST_PID + 2, 7))],
+        (None, "invalid", ("foreign-changed", "process-not-listed")),
+    ),
+    "older memory struct": everywhere([LOADING, RUN], (PEAK, "degraded", ("device-total-unknown",)), "old-memory on"),
+    "older memory struct, half full": Scenario(
+        [beside(*(f"0 {line}\n" for line in listing((SERVER, PEAK))), half_full(PEAK + OVERHEAD))],
+        (PEAK, "degraded", ("device-total-unknown",)),
+        before=[half_full(0)] * 2,
+        after=[half_full(0)],
+    ),
+    "memory not supported": everywhere(
+        [RUN], (PEAK, "degraded", ("device-total-unknown",)), f"memory error {NOT_SUPPORTED}"
+    ),
+    "a driver without the memory's function": everywhere(
+        [RUN], (PEAK, "degraded", ("device-total-unknown",)), f"memory error {FUNCTION_NOT_FOUND}"
+    ),
+    "nothing supported": everywhere(
+        [RUN],
+        (None, "invalid", ("no-samples", "device-total-unknown")),
+        f"memory error {NOT_SUPPORTED}",
+        f"compute error {NOT_SUPPORTED}",
+    ),
+    "another process joining to stay": Scenario(
+        [RUN, busy((SERVER, PEAK), ALONE)],
+        (None, "invalid", ("not-returned", "foreign-changed")),
+        after=[busy(ALONE)],
+    ),
+    "another process on a visit": Scenario(
+        [RUN, busy((SERVER, PEAK), ALONE)], (None, "invalid", ("foreign-changed", "accounts-disagree"))
+    ),
+    "another process growing": Scenario(
+        [busy((SERVER, PEAK), ALONE), busy((SERVER, PEAK), (FOREIGN, 3 * GIB))],
+        (None, "invalid", ("not-returned", "foreign-changed")),
+        before=[busy(ALONE)] * 2,
+        after=[busy((FOREIGN, 3 * GIB))],
+    ),
+    "another process keeping still": Scenario(
+        [busy(ALONE, (SERVER, CONTEXT)), busy((SERVER, PEAK), ALONE)],
+        (PEAK, "degraded", ("foreign-process",)),
+        before=[busy(ALONE)] * 2,
+        after=[busy(ALONE)],
+    ),
+    "another process leaving": Scenario(
+        [busy(ALONE, (SERVER, CONTEXT)), RUN],
+        (None, "invalid", ("not-returned", "foreign-changed")),
+        before=[busy(ALONE)] * 2,
+    ),
+    "GPU lost": Scenario(
+        [LOADING, RUN, beside(f"0 handle error {GPU_IS_LOST}\n", RUN)],
+        (None, "invalid", ("gpu-lost",)),
+        after=[beside(f"0 handle error {GPU_IS_LOST}\n", IDLE)],
+    ),
+    "unstable baseline": Scenario([RUN], (None, "invalid", ("unstable-baseline",)), before=[IDLE, card(100 * MIB)]),
+    "memory kept after the end": Scenario([RUN], (None, "invalid", ("not-returned",)), after=[card(GIB)]),
+    "memory unknown after the end": Scenario(
+        [RUN], (PEAK, "degraded", ("device-total-unknown",)), after=[card(0, f"memory error {UNKNOWN}")]
+    ),
+    "another GPU busy": Scenario(
+        [beside(RUN, busy((FOREIGN, 9 * GIB), gpu=1))],
+        (PEAK, "valid", ()),
+        before=[BOTH_IDLE] * 2,
+        after=[beside(IDLE, busy((FOREIGN, GIB), gpu=1))],
+    ),
+    "another GPU lost on the way": Scenario(
+        [beside(RUN, card(0, f"handle error {GPU_IS_LOST}", gpu=1))],
+        (PEAK, "valid", ()),
+        before=[BOTH_IDLE] * 2,
+        after=[beside(IDLE, card(0, f"handle error {GPU_IS_LOST}", gpu=1))],
+    ),
+    "another GPU lost from the start": Scenario(
+        [beside(card(0, f"handle error {GPU_IS_LOST}"), busy((SERVER, PEAK), gpu=1))],
+        (PEAK, "valid", ()),
+        before=[beside(card(0, f"handle error {GPU_IS_LOST}"), card(gpu=1))] * 2,
+        after=[beside(card(0, f"handle error {GPU_IS_LOST}"), card(gpu=1))],
+        which="1",
+    ),
+    "the second GPU by the start of its id": Scenario(
+        [beside(IDLE, busy((SERVER, PEAK), gpu=1))],
+        (PEAK, "valid", ()),
+        before=[BOTH_IDLE] * 2,
+        after=[BOTH_IDLE],
+        which="GPU-9999",
+    ),
+}
+"""Name -> worlds and outcome. `0 handle error` stands before everything else of its GPU."""
+
+COUNTERS = (
+    *("energy 123456", "power 350500", "clock1 1980", "clock2 2619", "field198 1000", "field197 2000"),
+    *("buswidth 6144", "maxclock2 3201"),
+    f"events {0x8 | 0x40 | POWER_CAP}",
+)
+STARTS = {
+    "all counters": (card(0, *COUNTERS), "0"),
+    "few counters": (card(0, "power 350500", f"energy error {FUNCTION_NOT_FOUND}"), "0"),
+    "older memory struct": (card(0, "old-memory on"), "0"),
+    "unknown id": (IDLE, "GPU-00000000"),
+    "unknown index": (IDLE, "2"),
+    "hidden from CUDA": (IDLE, ""),
+    "lost": (card(0, f"handle error {GPU_IS_LOST}"), "0"),
+    "no GPU": ("", "0"),
+}
+"""Name -> the world in which a GPU is asked for, and which."""
+
+
+def play(world: Path) -> dict:
+    """Play everything against the library that pynvml finds; `world` is the file that it reads."""
+
+    def start(text: str, which: str) -> Gpu:
+        world.write_text(text)
+        return Gpu(which)
+
+    def scenario(s: Scenario) -> dict:
+        gpu = start(s.before[0], s.which)
+
+        def look(texts: list[str], ours: tuple[int, ...]) -> tuple:
+            return tuple((world.write_text(text), gpu.read(set(ours), 0.5))[1] for text in texts)
+
+        trace = Trace(look(s.before, ()), look(s.during, s.ours), look(s.after, s.ours))
+        report = Report((Buffer("CUDA0", "model", WEIGHTS), Buffer("CUDA0", "KV", ENGINE - WEIGHTS)), 1, 1, (2,))
+        return asdict(reconcile("cuda", trace, report, WEIGHTS, CONTEXT))
+
+    def started(text: str, which: str) -> dict:
+        try:
+            gpu = start(text, which)
+        except Gpu.errors as err:
+            return {"error": str(err)}
+        told = {"uuid": gpu.uuid, "name": gpu.name, "absent": gpu.absent, "facts": gpu.facts(), "energy": gpu.energy()}
+        return {**told, "counters": asdict(gpu.counters(1.5))}
+
+    return {
+        "scenarios": {name: scenario(s) for name, s in SCENARIOS.items()},
+        "starts": {name: started(*s) for name, s in STARTS.items()},
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(play(Path(os.environ["FAKE_NVML"]))))
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    folder = tmp_path_factory.mktemp("nvml")
+    compiler = next(filter(None, map(shutil.which, ("cc", "c++", "g++"))), None)
+    if compiler is None:
+        pytest.fail("no C or C++ compiler (cc, c++, g++): the fake driver cannot be built; apt-get install g++")
+    source, library = Path(__file__).with_name("fake_nvml.c"), folder / "libnvidia-ml.so.1"
+    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", library, source], check=True)
+    env = {**os.environ, "LD_LIBRARY_PATH": str(folder), "FAKE_NVML": str(folder / "world")}
+    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_every_oddity_of_a_driver_comes_to_what_can_be_proven(played, name):
+    m, (value, status, reasons) = played["scenarios"][name], SCENARIOS[name].expect
+    assert (m["value_bytes"], m["status"], tuple(m["reasons"])) == (value, status, reasons)
+
+
+def test_a_handful_of_bytes_or_zero_never_comes_out_as_the_runs_memory(played):
+    for m in played["scenarios"].values():
+        told = [r["process_bytes"] for phase in ("before", "during", "after") for r in m["trace"][phase]]
+        assert all(n is None or n >= LEAST_CONTEXT_BYTES for n in told)
+        assert m["value_bytes"] is None or m["value_bytes"] >= ENGINE + LEAST_CONTEXT_BYTES
+        assert (m["status"] == "valid") == (not m["reasons"])
+        assert m["status"] != "invalid" or m["value_bytes"] is None
+
+
+def test_the_list_sums_the_process_tree_over_all_gpus(played):
+    m = played["scenarios"]["server and child, the child on a second GPU"]
+    assert (m["process_bytes"], m["growth_bytes"]) == (PEAK + GIB, PEAK + OVERHEAD)
+
+
+def test_readings_tell_others_apart_from_ours_and_what_failed(played):
+    during = {name: m["trace"]["during"][-1] for name, m in played["scenarios"].items()}
+    assert during["another process keeping still"]["others"] == [[FOREIGN, 2 * GIB]]
+    assert during["another GPU busy"]["others"] == []
+    assert during["older process struct, three of ours"]["others"] == [[0, None], [GIB + 7, 413]]  # a handful
+    assert during["older memory struct"]["errors"] == ["memory-unsupported"]
+    assert during["older memory struct"]["device_bytes"] is None
+    assert during["GPU lost"]["errors"] == ["gpu-lost"]
+    assert during["another GPU lost on the way"]["errors"] == []
+    assert during["list not supported"]["errors"] == ["list-unsupported"]
+
+
+def test_counters_are_in_the_units_of_their_names(played):
+    told = played["starts"]["all counters"]
+    assert told["counters"] == {
+        "t_s": 1.5,
+        "energy_joule": 123.456,
+        "pcie_rx_bytes": 1000,
+        "pcie_tx_bytes": 2000,
+        "sm_clock_mhz": 1980,
+        "memory_clock_mhz": 2619,
+        "power_watt": 350.5,
+        "events": 0x8 | 0x40 | POWER_CAP,
+    }
+    assert told["absent"] == {}
+    assert told["energy"] == 123.456
+    assert (told["uuid"], told["name"]) == (UUIDS[0], "H0")
+    assert told["facts"] == {
+        "total_bytes": TOTAL,
+        "driver": "580.1",
+        "power_limit_watt": 700.0,
+        "bandwidth_bytes_per_s": 4_916_736_000_000.0,  # 3201 MHz, 2 transfers, 6144 bit
+    }
+
+
+def test_a_counter_that_is_not_there_is_none_and_says_why(played):
+    told = played["starts"]["few counters"]
+    there = {"power_watt": 350.5, "t_s": 1.5}
+    assert told["counters"] == {f.name: there.get(f.name) for f in fields(Counters)}
+    assert told["absent"] == {
+        name: "Function Not Found" if name == "energy_joule" else "Not Supported"
+        for name in NO_GPU
+        if name != "power_watt"
+    }
+    assert told["energy"] is None
+
+
+def test_a_size_from_another_versions_struct_is_not_believed(played):
+    assert played["starts"]["older memory struct"]["facts"]["total_bytes"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("unknown id", "Not Found"),
+        ("unknown index", "Not Found"),
+        ("hidden from CUDA", "Not Found"),
+        ("lost", "GPU is lost"),
+        ("no GPU", "Not Found"),
+    ],
+)
+def test_a_gpu_that_is_not_there_is_an_error_that_says_so(played, name, error):
+    assert played["starts"][name] == {"error": error}
+
+
+def test_a_power_cap_is_no_slowdown_and_heat_is_one():
+    assert slowed(0x8 | 0x40 | POWER_CAP) == ("hw-slowdown", "hw-thermal")
+    assert slowed(0x80 | 0x20) == ("hw-power-brake", "sw-thermal")
+    assert slowed(POWER_CAP) == slowed(0) == slowed(None) == ()
