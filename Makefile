@@ -6,7 +6,7 @@ SAMPLE ?= 0
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engine demo test lint docs validation mutation lab doctor bench clean
+.PHONY: help setup engine demo test faults lint docs validation mutation lab doctor bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -34,6 +34,9 @@ demo: ## the whole demo study, to its document
 
 test: engine lint ## the test suite
 	@$(BIN)/python -m pytest
+
+faults: engine ## the fault campaign, long form with a new seed, about 8 minutes (ARGS="--seed N" repeats one)
+	@$(BIN)/python tests/faults.py --rounds 10 $(ARGS)
 
 lint: setup ## ruff, and notebooks without outputs
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .

@@ -4,12 +4,14 @@ Counts come from the engine, times from this process's monotonic clock, taken be
 """
 
 import json
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+from pydantic import TypeAdapter
 
 from moelib import params, process
 from moelib.files import stored
@@ -68,6 +70,9 @@ class Request:
         return (self.token_n[-1] - self.token_n[0]) / (self.token_s[-1] - self.token_s[0])
 
 
+_CHECKED = TypeAdapter(Request)  # what is not a number must not get as far as the record
+
+
 @contextmanager
 def connect(port: int, key: str) -> Iterator[httpx.Client]:
     """A client of the server on `port`. Raises RunError for a stall or a connection that broke."""
@@ -78,7 +83,7 @@ def connect(port: int, key: str) -> Iterator[httpx.Client]:
             yield c
     except httpx.TimeoutException as err:
         raise RunError("engine-stalled", f"nothing came from the server for {timeout.read:g} s: {err}") from None
-    except httpx.TransportError as err:
+    except httpx.RequestError as err:
         raise RunError("connection-lost", f"{type(err).__name__}: {err}") from None
     except httpx.HTTPStatusError as err:
         raise RunError("request-refused", str(err)) from None
@@ -122,7 +127,9 @@ def _top_logprobs(client: httpx.Client, prompt: list[int]) -> tuple[float | None
     _connect(client)
     answer = client.post("/completion", json=body).raise_for_status().json()
     told = [t["top_logprobs"] for t in answer.get("completion_probabilities", [])[:1]]
-    return tuple(t["logprob"] for t in told[0]) if told else ()
+    found = [t["logprob"] for t in told[0]] if told else []
+    # llama.cpp says null; Python's JSON also reads NaN, which no record can hold
+    return tuple(p if p is not None and math.isfinite(p) else None for p in found)
 
 
 def _connect(client: httpx.Client) -> None:
@@ -132,6 +139,8 @@ def _connect(client: httpx.Client) -> None:
         try:
             client.get("/health")
             return
+        except httpx.TimeoutException:
+            raise  # a server that hangs is not asked three times
         except httpx.TransportError as err:
             last = err
     raise last
@@ -163,20 +172,36 @@ def _ask(
     body = {"temperature": 0, "samplers": ["top_k"], "top_k": 1, "ignore_eos": True, "cache_prompt": False}
     body |= {"return_tokens": True, "timings_per_token": True, "stream": True}
     body |= {"prompt": prompt, "n_predict": workload.generate_tokens}
-    arrived: list[tuple[float, str]] = []
     _connect(client)
     before = energy()
     sent = time.monotonic()
     with client.stream("POST", "/completion", json=body) as answer:
         if answer.status_code != 200:
             raise RunError("request-refused", f"{answer.status_code}: {answer.read()[:300]!r}")
-        for line in answer.iter_lines():
-            arrived.append((time.monotonic() - sent, line))
-            if arrived[-1][0] > process.patience(REQUEST_S):
-                raise RunError("engine-stalled", f"{workload.name} took more than {process.patience(REQUEST_S):g} s")
+        clock, limit_s = (lambda: time.monotonic() - sent), process.patience(REQUEST_S)
+        arrived = list(arrivals(answer.iter_bytes(), clock, limit_s))
     after = energy()
     used = None if before is None or after is None else round(after - before, 3)
-    return read_stream(workload, len(prompt), index, sent - started, arrived, used)
+    lines = [(t, line.decode()) for t, line in arrived]
+    return read_stream(workload, len(prompt), index, sent - started, lines, used)
+
+
+def arrivals(chunks: Iterable[bytes], clock: Callable[[], float], limit_s: float) -> Iterator[tuple[float, bytes]]:
+    """A stream's lines with the time that their end came, however the bytes were cut into chunks.
+
+    A last line without an end was cut off and is none. Lines end in a newline only: a token may be U+0085 or U+2028,
+    which JSON leaves as they are and str.splitlines takes for ends. Raises RunError after `limit_s`.
+    """
+    rest = b""
+    for chunk in chunks:
+        if (t := clock()) > limit_s:
+            raise RunError("engine-stalled", f"a request took more than {limit_s:g} s")
+        *whole, rest = (rest + chunk).split(b"\n")
+        yield from ((t, line) for line in whole)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} in the engine's answer")
 
 
 def read_stream(
@@ -194,7 +219,7 @@ def read_stream(
             raise RunError("request-failed", line[:300])
         if not line.startswith("data: ") or line == "data: [DONE]":
             continue
-        event = json.loads(line[6:])
+        event = json.loads(line[6:], parse_constant=_refuse)
         if "error" in event:
             raise RunError("request-failed", str(event["error"])[:300])
         if event.get("stop"):
@@ -205,7 +230,7 @@ def read_stream(
             events.append((round(t, 6), by_then))
     timings = (final or {}).get("timings", {})
     ms = {f"engine_{k}_s": timings.get(f"{k}_ms") for k in ("prompt", "predicted")}
-    return Request(
+    made = dict(
         workload=workload.name,
         index=index,
         prompt_tokens=prompt_tokens,
@@ -219,3 +244,4 @@ def read_stream(
         started_s=round(started_s, 6),
         energy_joule=energy_joule,
     )
+    return _CHECKED.validate_python(made)

@@ -23,6 +23,8 @@ from moelib.nvml import NO_GPU, Counters, Gpu, Traffic
 SAMPLE_S = 0.05  # between readings of the memory
 COUNTERS_EVERY = 4  # readings: clocks and power take the driver 4 ms, memory 26 us
 IDLE_READINGS, IDLE_S = 5, 0.02  # enough to see an idle device move
+LISTEN_S = 30.0  # for the loopback device's process, to be there
+PORTS = 5  # tried for it
 SETTLE_S = 10.0  # for a driver to give back an ended process's memory
 
 
@@ -65,7 +67,7 @@ class Session:
 
     def settled(self, idle: tuple[Reading, ...], server_pid: int, now: Callable[[], float]) -> tuple[Reading, ...]:
         """Readings after the run's end, until the device is as it was or SETTLE_S have passed."""
-        found, deadline = [], time.monotonic() + SETTLE_S
+        found, deadline = [], time.monotonic() + process.patience(SETTLE_S)
         while self.shared:
             found.append(self.read(server_pid, now()))
             before, after = idle[-1].device_bytes, found[-1].device_bytes
@@ -124,12 +126,24 @@ class Loopback(Device):
         self.name = f"ggml-rpc-server, {self.device_threads} threads on {process.facts()['cpu']}"
 
     @contextmanager
+    def _serving(self, engine: Engine, work: Path) -> Iterator[tuple[process.Child, str]]:
+        """The device's process and its address."""
+        for left in reversed(range(PORTS)):
+            port = process.free_port()
+            argv = [engine.tool("rpc-server"), "-H", "127.0.0.1", "-p", str(port), "-t", str(self.device_threads)]
+            with process.Child(argv, work / "device.log", process.environment(work), self.device_cpus) as child:
+                try:
+                    child.wait_listening(port, process.patience(LISTEN_S))
+                except process.ProcessError:
+                    if left and not child.running():
+                        continue  # the port was free a moment ago; it ends where another process was faster
+                    raise
+                yield child, f"127.0.0.1:{port}"
+                return
+
+    @contextmanager
     def session(self, engine: Engine, work: Path) -> Iterator[Session]:
-        port, log = process.free_port(), work / "device.log"
-        argv = [engine.tool("rpc-server"), "-H", "127.0.0.1", "-p", str(port), "-t", str(self.device_threads)]
-        with process.Child(argv, log, process.environment(work), self.device_cpus) as child:
-            child.wait_listening(port, 30)
-            address = f"127.0.0.1:{port}"
+        with self._serving(engine, work) as (child, address):
             rpc = [engine.need("--rpc"), address]
             names = [n for n, text in engine.devices(*rpc).items() if address in (n + text)]
             if not names:

@@ -160,7 +160,12 @@ class Engine:
 def _run(argv: list[str]) -> str:
     try:
         done = subprocess.run(
-            argv, capture_output=True, text=True, errors="replace", timeout=60, env=process.inherited()
+            argv,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=process.patience(60),
+            env=process.inherited(),
         )
     except (OSError, subprocess.TimeoutExpired) as err:
         raise EngineError(f"{argv[0]} cannot be run: {err}") from None

@@ -1,5 +1,6 @@
 """Files that are whole or absent: atomic writes, digests, locks that die with their owner, disk space."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -17,6 +18,12 @@ import psutil
 from moelib.params import UserError
 
 T = TypeVar("T")
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MAKE_ROOM = (
+    "free some space, or set MOELIB_MODELS (model files) or MOELIB_OUTPUTS (studies) to a folder on another disk, "
+    "and run again"
+)
 
 
 class FileError(UserError):
@@ -66,17 +73,21 @@ def replacing(path: Path) -> Iterator[Path]:
     The name carries the process id, so that a partial file of a killed process is never mistaken for a good one and
     is swept by the next writer.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{path.name}.*.partial"):
-        owner = stale.name.split(".")[-2]
-        if not (owner.isdigit() and psutil.pid_exists(int(owner))):
-            stale.unlink(missing_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for stale in path.parent.glob(f".{path.name}.*.partial"):
+            owner = stale.name.split(".")[-2]
+            if not (owner.isdigit() and psutil.pid_exists(int(owner))):
+                stale.unlink(missing_ok=True)
         yield partial
         _to_disk(partial)
         os.replace(partial, path)
         _to_disk(path.parent)
+    except OSError as err:
+        if err.errno not in NO_SPACE:
+            raise
+        raise FileError(f"{path.name} cannot be written: {full(path.parent)}") from err
     finally:
         partial.unlink(missing_ok=True)
 
@@ -131,6 +142,12 @@ def need_space(folder: Path, nbytes: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < nbytes + (64 << 20):
         raise FileError(
-            f"{what} needs {nbytes / 2**30:.2f} GiB in {folder.name}/, {free / 2**30:.2f} GiB are free; "
-            "free some space or set MOELIB_MODELS to a folder on another disk"
+            f"{what} needs {nbytes / 2**30:.2f} GiB in {folder.name}/, {free / 2**30:.2f} GiB are free; {MAKE_ROOM}"
         )
+
+
+def full(folder: Path) -> str:
+    """What is wrong where a write to `folder` found no space, and what to do."""
+    there = next(p for p in (folder, *folder.parents) if p.exists())  # making the folder may be what failed
+    free = shutil.disk_usage(there).free
+    return f"no space is left on the disk of {folder} ({free / 2**20:.0f} MiB free, or a quota); {MAKE_ROOM}"

@@ -13,9 +13,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
+
 from moelib import audit, device, engine, files, host, models, notebook, process, quantize, record, run, study
 
 log = logging.getLogger(__name__)
+
+LOCK_S = 30.0  # for another study's last run on the device
+RUN_BYTES = 1 << 20  # a run's logs and record
 
 
 class Setup(NamedTuple):
@@ -39,12 +44,11 @@ def measure(folder: study.Folder, cell: study.Cell) -> Iterator[record.Record]:
     folder.work.mkdir(parents=True, exist_ok=True)
     # one measurement at a time on a device, whichever clone or study asks: they would slow each other
     held = Path(tempfile.gettempdir()) / f"moelib-{os.getuid()}" / f"{where.identity()['uuid'] or 'host'}.lock"
-    with files.lock(held, f"device {where.kind}", wait_s=30), _scratch(folder) as work:
+    with files.lock(held, f"device {where.kind}", wait_s=process.patience(LOCK_S)), _scratch(folder) as work:
         process.sweep(folder.work)
         quantised = quantize.make(models.make_twin(cell.model, folder.study.scale), cell.quant, llama, work)
         if folder.sheet(cell) != quantised.sheet:
             files.write_json(folder.sheet_path(cell), quantised.sheet)
-        quantised.content.sha256()  # here, so that no run waits for it
         where.calibrate(work)
         about = {**process.facts(), "ram_read_bytes_per_s": round(host.read_bandwidth())}
         setup = Setup(quantised, llama, where, work, about)
@@ -66,6 +70,9 @@ def measure(folder: study.Folder, cell: study.Cell) -> Iterator[record.Record]:
 @contextmanager
 def _scratch(folder: study.Folder) -> Iterator[Path]:
     """A working folder of this process, removed at the end."""
+    for left in folder.work.glob("[0-9]*"):  # by a process that was killed
+        if left.name.isdigit() and not psutil.pid_exists(int(left.name)):
+            shutil.rmtree(left, ignore_errors=True)
     work = folder.work / str(os.getpid())
     work.mkdir(parents=True, exist_ok=True)
     try:
@@ -77,6 +84,8 @@ def _scratch(folder: study.Folder) -> Iterator[Path]:
 def _perform(folder: study.Folder, spec: run.Spec, attempt: int, setup: Setup) -> record.Record:
     """Do one run and write its record, whatever comes of it."""
     name, llama = record.run_id(spec, attempt), setup.llama
+    # a full disk is said here: the engine's log would be cut short, and be taken for an engine that fails
+    files.need_space(folder.path, RUN_BYTES, "a run")
     started = datetime.now(UTC).isoformat(timespec="seconds")
     outcome = run.execute(spec, setup.quantised, llama, setup.where, setup.work)
     status, reasons, checks = "failed", (outcome.reason,) if outcome.reason else (), ()
@@ -139,6 +148,12 @@ def done(folder: study.Folder, cells: list[study.Cell]) -> int:
     return sum(r.done and r.cell in here for r in study.standing(folder.records()).values())
 
 
+def _whole(folder: study.Folder, cell: study.Cell) -> bool:
+    """Every run is valid, and the cell's sheet is the one that they name."""
+    status = folder.status(cell)
+    return status.complete and study.same_sheet(folder.sheet(cell), status.blocks[0][0].sheet)
+
+
 def run_cells(folder: study.Folder, cells: list[study.Cell], say: Callable[[str], object] = log.info) -> list[str]:
     """Execute the notebook of every cell that is not done; a cell that fails leaves the rest running.
 
@@ -147,7 +162,7 @@ def run_cells(folder: study.Folder, cells: list[study.Cell], say: Callable[[str]
     problems = []
     for i, cell in enumerate(cells):
         out = folder.path / "notebooks" / f"{cell.file_name}.ipynb"
-        if not (folder.status(cell).complete and notebook.is_whole(out)):
+        if not (_whole(folder, cell) and notebook.is_whole(out)):
             say(f"{cell.name} ({i + 1} of {len(cells)})")
             try:
                 parameters = {"study": folder.study.name, "model": cell.model, "quant": cell.quant}

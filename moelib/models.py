@@ -38,18 +38,23 @@ def folder() -> Path:
     return Path(os.environ.get("MOELIB_MODELS") or params.root() / "models")
 
 
+def _note(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
 def once(path: Path, expected: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The facts noted of the file at `path` if they agree with `expected` and the file is still what was noted; else
     those that `make` returns, which writes the file. They hold its `sha256`."""
-    place = path.with_name(path.name + ".json")
+    place = _note(path)
     with files.lock(path.with_suffix(".lock"), path.name, wait_s=3600):
         try:
             note = json.loads(place.read_text())
-            stands = expected.items() <= note["facts"].items() and _unchanged(path, note)
+            told = note["digest"] == files.digest(note["facts"])  # a note that was damaged is none
+            stands = told and expected.items() <= note["facts"].items() and _unchanged(path, note)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             note, stands = {}, False
         facts = note["facts"] if stands else make()
-        if (now := {"facts": facts, "file": _stat(path)}) != note:
+        if (now := {"facts": facts, "file": _stat(path), "digest": files.digest(facts)}) != note:
             files.write_json(place, now)
     return facts
 
@@ -64,9 +69,23 @@ def _unchanged(path: Path, note: dict[str, Any]) -> bool:
     if _stat(path) != note["file"]:
         log.info("%s changed on disk since it was made; checking its hash", path.name)
         if files.sha256(path) != note["facts"]["sha256"]:
-            log.warning("%s is not the file that was made; making it again", path.name)
+            forget(path)
             return False
     return True
+
+
+def forget(path: Path) -> None:
+    """Have the file at `path` made again by whoever wants it next."""
+    log.warning("%s is not the file that was made (its SHA-256 differs); making it again", path.name)
+    _note(path).unlink(missing_ok=True)
+
+
+def whole(source: Source) -> Source:
+    """`source` if its file holds what was made, read from disk; made again if not. Size and time do not show it all."""
+    if files.sha256(source.path) == source.sha256:
+        return source
+    forget(source.path)
+    return make_twin(source.model, source.scale, out=source.path)
 
 
 def make_twin(model: str, scale: str, seed: int = 0, out: Path | None = None) -> Source:

@@ -27,6 +27,7 @@ import psutil
 from moelib import __version__, params
 
 POLL_S = 0.005
+GRACE_S = 10.0  # for a tool to end by itself when told to
 
 ENV_ALLOWED = ("PATH", "LD_LIBRARY_PATH", "HOME", "TMPDIR", "LANG", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
 """What a child may inherit. llama.cpp applies every LLAMA_ARG_* variable silently, so nothing else gets through."""
@@ -85,7 +86,12 @@ class Child(AbstractContextManager):
             )
         self.pid = self._popen.pid
         self._note = log.with_suffix(".child.json")
-        self._note.write_text(json.dumps({"child": _identity(self.pid), "parent": _identity(os.getpid())}))
+        try:
+            self._note.write_text(json.dumps({"child": _identity(self.pid), "parent": _identity(os.getpid())}))
+        except BaseException:  # a full disk, Ctrl-C: nobody has this object yet to end the tool
+            self._popen.kill()
+            self._popen.wait()
+            raise
 
     def __exit__(self, *_: object) -> None:
         self.stop()
@@ -109,9 +115,14 @@ class Child(AbstractContextManager):
 
     def wait_listening(self, port: int, timeout_s: float) -> None:
         """Wait until the child itself listens on `port`: on a taken port another server would answer."""
-        tcp = functools.partial(psutil.Process(self.pid).net_connections, "tcp")
-        here = {("LISTEN", port)}
-        self._until(lambda: here & {(c.status, c.laddr.port) for c in tcp()}, "did not listen", timeout_s)
+
+        def look() -> bool:
+            with contextlib.suppress(psutil.Error):  # one that just died has no connections to be asked for
+                tcp = psutil.Process(self.pid).net_connections("tcp")
+                return ("LISTEN", port) in {(c.status, c.laddr.port) for c in tcp}
+            return False
+
+        self._until(look, "did not listen", timeout_s)
 
     def _until(self, look: Callable[[], Any], failed: str, timeout_s: float) -> Any:
         deadline = time.monotonic() + timeout_s
@@ -124,18 +135,22 @@ class Child(AbstractContextManager):
             time.sleep(POLL_S)
         return found
 
-    def stop(self, grace_s: float = 10.0) -> Exit:
+    def stop(self, grace_s: float = GRACE_S) -> Exit:
         """End the child: SIGTERM, `grace_s` seconds, SIGKILL. Safe to call again."""
+        grace_s = patience(grace_s)
         if self.exit is None:
             killed = False
             if self.running():
                 os.killpg(self.pid, signal.SIGTERM)  # its own session: what it started ends with it
+                os.killpg(self.pid, signal.SIGCONT)  # a stopped process takes no notice until it goes on
                 try:
                     self._popen.wait(grace_s)
-                except subprocess.TimeoutExpired:
+                except BaseException as err:  # Ctrl-C too: nobody else ends it
                     killed = True
                     os.killpg(self.pid, signal.SIGKILL)
                     self._popen.wait(grace_s)
+                    if not isinstance(err, subprocess.TimeoutExpired):
+                        raise
             self.exit = Exit(self._popen.returncode, killed)
             self._note.unlink(missing_ok=True)
         return self.exit

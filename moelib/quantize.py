@@ -6,6 +6,7 @@ file: a quant's label is not its types.
 """
 
 import re
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ def _run(engine: Engine, args: list[str], log: Path, limit_s: float, tensors: in
 
 
 def make(source: models.Source, quant: str, engine: Engine, scratch: Path) -> Quantised:
-    """The quantised file of `source`, made unless it is already there and unchanged.
+    """The quantised file of `source`, made unless it is already there and its bytes are those that were made.
 
     `scratch` takes the tool's logs. Raises QuantizeError, files.FileError or gguf_file.GGUFError.
     """
@@ -86,11 +87,17 @@ def make(source: models.Source, quant: str, engine: Engine, scratch: Path) -> Qu
     refuse_quantised(source.header)
     path = source.path.with_name(f"{source.model}-{quant}.gguf")
     expected = {"model": source.model, "quant": quant, "source_sha256": source.sha256, "engine_build": engine.build}
-    sheet = models.once(path, expected, lambda: expected | _make(source, quant, engine, scratch, path))
-    return Quantised(gguf_file.read_header(path), sheet, files.Hashed(path))
+    for _ in range(2):
+        sheet = models.once(path, expected, lambda: expected | _make(source, quant, engine, scratch, path))
+        content = files.Hashed(path)
+        if content.sha256() == sheet["sha256"]:
+            return Quantised(gguf_file.read_header(path), sheet, content)
+        models.forget(path)
+    raise QuantizeError(f"{path.name} reads back other than it was written: check this machine's disk and memory")
 
 
 def _make(source: models.Source, quant: str, engine: Engine, scratch: Path, path: Path) -> dict[str, Any]:
+    source = models.whole(source)
     predicted = predict_bytes(engine, source.header, quant, scratch)
     files.need_space(path.parent, predicted or source.header.file_bytes, f"quantising to {path.name}")
     with files.replacing(path) as partial:
@@ -99,7 +106,10 @@ def _make(source: models.Source, quant: str, engine: Engine, scratch: Path, path
         started = time.monotonic()
         tool = _run(engine, [*args, str(process.usable_cpus())], log, limit_s, len(source.header.tensors))
         seconds = time.monotonic() - started
-        if code := tool.exit.code:
+        code = tool.exit.code
+        if "iostream error" in tool.text() or code == -signal.SIGXFSZ:  # of its output: it reads by other means
+            raise files.FileError(f"{path.name} cannot be written: {files.full(path.parent)}")
+        if code:
             raise QuantizeError(f"llama-quantize ended with {code} on {path.name}; its log ends:\n{tool.tail()}")
         header = gguf_file.read_header(partial)
         if {t.name: t.shape for t in source.header.tensors} != {t.name: t.shape for t in header.tensors}:

@@ -20,7 +20,9 @@ from moelib.quantize import Quantised
 LOAD_S, LOAD_BYTES_PER_S = 120.0, 50e6  # a cold disk and a slow link at the very worst
 END_S = 2.0  # for a dying server to be gone, so that its end is what is reported and not the broken connection
 
-OUT_OF_MEMORY = re.compile(r"out of memory|failed to allocate|unable to allocate|ErrorOutOfDeviceMemory", re.I)
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|failed to allocate|unable to allocate|cannot allocate|bad_alloc|ErrorOutOfDeviceMemory", re.I
+)
 
 
 @stored
@@ -168,6 +170,10 @@ def _observe(
             trace = Trace(idle, tuple(readings), session.settled(idle, server.pid, now))
             report = engines.parse_log(server.text())
         bus = session.traffic.totals if session.traffic else None
+    try:
+        sha256 = quantised.content.sha256()
+    except OSError as err:
+        raise client.RunError("file-gone", f"{quantised.path.name} went away while it ran: {err}") from None
     header = quantised.header
     moved = header.moved(spec.placement)
     there = (header.moved_bytes(spec.placement), header.device_bytes(spec.placement))
@@ -177,7 +183,7 @@ def _observe(
         wall_s=round(time.monotonic() - started, 6),
         argv=(Path(argv[0]).name, "-m", quantised.path.name, *argv[3:]),
         env=tuple(sorted(env)),
-        file_sha256=quantised.content.sha256(),
+        file_sha256=sha256,
         device_kind=device.kind,
         threads=device.threads,
         build_info=build_info,

@@ -76,6 +76,34 @@ def outputs() -> Path:
     return Path(os.environ.get("MOELIB_OUTPUTS") or params.root() / "outputs")
 
 
+def read_plan(path: Path) -> dict[str, Any]:
+    """The plan at `path`, without its digest. Raises StudyError if it is not what was written."""
+    try:
+        data = json.loads(path.read_bytes())
+        told = data.pop("digest")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        told = data = None
+    if data is None or told != files.digest(data):
+        raise StudyError(
+            f"{path} was changed or damaged: its digest does not fit; delete it and run the study: the plan is made "
+            "again from params/, and the records that belong to it stand"
+        )
+    return data
+
+
+def read_sheet(path: Path) -> dict[str, Any] | None:
+    """The sheet at `path`; None if there is none that can be read."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def same_sheet(a: dict[str, Any] | None, b: dict[str, Any] | None) -> bool:
+    """Whether two sheets describe the same file; one that was made again took other seconds."""
+    return a is not None and b is not None and {**a, "quantize_s": 0} == {**b, "quantize_s": 0}
+
+
 class Folder:
     """A study's folder of products, opened by name. Opening writes the plan if there is none.
 
@@ -93,9 +121,7 @@ class Folder:
         path = self.path / "plan.json"
         if not path.exists():
             files.write_json(path, {**data, "digest": files.digest(data)})
-        there = json.loads(path.read_text())
-        there.pop("digest", None)
-        if there != data:
+        if read_plan(path) != data:
             raise StudyError(
                 f"{path} is the plan of a study with other parameters; give the changed study another name, "
                 f"or move {self.path} away"
@@ -117,8 +143,7 @@ class Folder:
         return self.path / "quants" / f"{cell.file_name}.json"
 
     def sheet(self, cell: Cell) -> dict[str, Any] | None:
-        path = self.sheet_path(cell)
-        return json.loads(path.read_text()) if path.exists() else None
+        return read_sheet(self.sheet_path(cell))
 
     def status(self, cell: Cell) -> Status:
         return Status.of(cell, self.records())
@@ -225,15 +250,20 @@ class Results(Plan):
 def results(path: Path) -> Results:
     """Read a study's folder. Raises StudyError if there is no plan, or no record that stands."""
     first = f"run the study first: `moelib study run {path.name}`"
-    try:
-        data = json.loads((path / "plan.json").read_text())
-        told = data.pop("digest")
-    except (OSError, ValueError, KeyError):
-        raise StudyError(f"{path} holds no plan; {first}") from None
-    if told != files.digest(data):
-        raise StudyError(f"{path}/plan.json was changed: its digest does not fit")
+    if not (path / "plan.json").exists():
+        raise StudyError(f"{path} holds no plan; {first}")
+    data = read_plan(path / "plan.json")
     records, damaged = record.read_all(path)
     if not any(r.done for r in records):
         raise StudyError(f"{path} holds no valid record; {first}")
-    sheets = [json.loads(p.read_text()) for p in sorted((path / "quants").glob("*.json"))]
+    sheets = {p.name: read_sheet(p) for p in sorted((path / "quants").glob("*.json"))}
+    # a sheet that no record names, though its cell has records, is not the file's that was run
+    known = [(f"{r.spec.model}-{r.spec.quant}.json", r.sheet) for r in records]
+    wrong = []
+    for name, sheet in sheets.items():
+        told = [s for cell, s in known if cell == name]
+        if sheet is None or (told and not any(same_sheet(sheet, s) for s in told)):
+            wrong.append(name)
+    damaged += [f"quants/{name}: not the sheet of its records" for name in wrong]
+    sheets = [s for name, s in sheets.items() if name not in wrong]
     return Results(name=path.name, **data, records=records, damaged=damaged, sheets=sheets)

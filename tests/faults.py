@@ -1,0 +1,929 @@
+"""The fault campaign: what can go wrong is made to go wrong, and must be survived.
+
+Survived: the right reason is told, within seconds; every record that was valid is still there and equal; no process
+and no partial file is left; and without the fault the same study then completes.
+
+    python tests/faults.py --seed 7 --rounds 10
+
+prints a line a fault and `injected X / survived Y (seed N)`, and ends with 1 if one was not survived. `make faults`
+runs it with a new seed; tests/test_faults.py runs the short form.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import logging
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import psutil
+import stub_server
+from conftest import SMOKE, furnish
+from factory import spec
+from test_kill import MOELIB, complete, kill, no_orphans
+
+from moelib import audit, client, device, engine, files, gguf_file, host, measure, models, params, process, quantize
+from moelib import record as records
+from moelib import run as runs
+from moelib.memory import Reading
+from moelib.study import Folder, StudyError
+
+MIB = 1 << 20
+KEY = "faults"
+LONG = """
+long:
+  title: long enough to be interrupted
+  text: Explain quantum computing in simple terms.
+  generate_tokens: 240
+"""
+SAMPLE = 60  # bytes that the short form cuts and splits at through a socket
+BANDWIDTH = mock.patch.object(host, "read_bandwidth", return_value=1e9)  # measured once a cell, and slow
+QUIET = {"host-quiet"}  # others share the machine
+
+
+class FakeGpu(device.Device):
+    """A GPU by its readings alone; the stub plays the engine on it. `during` changes a reading of the run."""
+
+    kind, name, context_bytes = "cuda", "fake GPU", 512 * MIB
+
+    def __init__(self, uuid: str = "GPU-fake"):
+        self.uuid = uuid
+        self.change: Callable[[int, Reading], Reading] = lambda _, reading: reading
+
+    @contextmanager
+    def session(self, engine, work):
+        taken = iter(range(10**9))
+
+        def read(server_pid, t_s):
+            ours = 560 * MIB if server_pid and psutil.pid_exists(server_pid) else None
+            plain = Reading(t_s, ours, 1024 * MIB + (ours or 0), bool(ours), ())
+            return self.change(next(taken) - device.IDLE_READINGS, plain)
+
+        yield device.Session(["--device", "CUDA0"], read, shared=True)
+
+
+class Lab:
+    """A home with a study of two blocks and the stub in front of llama-server."""
+
+    def __init__(self, home: Path, llama: engine.Engine, where: device.Device, real: bool = False):
+        self.home, self.where, self.real = home, where, real
+        smoke = SMOKE.replace("[smoke]", "[long]").replace("requests: 2", "requests: 1") if real else SMOKE
+        furnish(home, smoke)
+        with (home / "params/workloads.yaml").open("a") as f:
+            f.write(LONG)
+        self.stub = stub_server.install(home / "tools", llama)
+        self.models = home.parent / "models"
+
+    def prepare(self):
+        """Have the study whole, to be copied by `reset`."""
+        with self:
+            self.script()
+            assert self.measure() == "valid"
+            complete(self.folder.path)
+            shutil.copytree(self.folder.path, self.home / "whole")
+        return self
+
+    def __enter__(self):
+        self.environ = mock.patch.dict(os.environ, MOELIB_HOME=str(self.home), MOELIB_MODELS=str(self.models))
+        self.environ.start()
+        os.environ.pop("MOELIB_OUTPUTS", None)
+        params._yaml.cache_clear()
+        return self
+
+    def __exit__(self, *_):
+        self.environ.stop()
+        params._yaml.cache_clear()
+
+    def reset(self):
+        """The study with its first block done."""
+        out = self.home / "outputs/smoke"
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(self.home / "whole", out)
+        for path in (out / "records").glob("*_b1_*"):
+            path.unlink()
+        self.script()
+
+    def script(self, **what):
+        stub_server.script(self.stub, **({"real": True} if self.real else {}) | what)
+
+    @property
+    def folder(self):
+        return Folder("smoke")
+
+    @property
+    def server_log(self):
+        return self.folder.work / str(os.getpid()) / "server.log"
+
+    def measure(self, within=contextlib.nullcontext):
+        """Do what is not done; what was wrong with the runs that were done now, or `valid`."""
+        folder = self.folder
+        before = {r.run_id for r in folder.records()}
+        with mock.patch.object(engine, "find", return_value=self.stub), within():
+            with mock.patch.object(device, "choose", return_value=self.where), BANDWIDTH:
+                list(measure.measure(folder, folder.cells[0]))
+        new = [r for r in folder.records() if r.run_id not in before]
+        wrong = {reason for r in new for reason in r.reasons if reason not in QUIET}
+        self.messages = " ".join(r.message for r in new if r.message)
+        return ", ".join(sorted(wrong)) or "valid"
+
+    def valid(self):
+        """Files of the valid records, with their bytes."""
+        paths = sorted((self.home / "outputs/smoke/records").glob("*.json"))
+        return {p.name: p.read_bytes() for p in paths if _done(p)}
+
+    def left_behind(self):
+        """Processes, partial files, notes and scratch that should be gone."""
+        out = [f"process {p.pid} {p.name()}" for p in psutil.Process().children(recursive=True) if _alive(p)]
+        for base in (self.home / "outputs", self.models):
+            out += [str(p) for kind in ("*.partial", "*.child.json") for p in base.rglob(kind)]
+        work = self.home / "outputs/smoke/work"
+        return out + ([str(p) for p in work.iterdir()] if work.exists() else [])
+
+
+def _done(path: Path) -> bool:
+    try:
+        return records.read(path).done
+    except records.RecordError:
+        return False
+
+
+def _alive(p: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return p.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+@contextmanager
+def patience(factor: float) -> Iterator[None]:
+    """Limits of waits, made short."""
+    with mock.patch.dict(os.environ, MOELIB_PATIENCE=str(factor)):
+        yield
+
+
+@dataclass(frozen=True)
+class Fault:
+    name: str
+    how: str
+    """stub, real server, files, GPU readings, kill, parser."""
+    expect: str
+    """What must be told: reasons as `Lab.measure` lists them, or words of the error."""
+    within_s: float
+    lab: str
+    """loopback, gpu or real; empty for one that brings its own."""
+    act: Callable[..., str]
+    """Injects the fault; returns what was told."""
+
+
+FAULTS: dict[str, Fault] = {}
+
+
+def fault(name: str, how: str, expect: str, within_s: float = 10.0, lab: str = "") -> Callable:
+    def register(act):
+        assert name not in FAULTS
+        FAULTS[name] = Fault(name, how, expect, within_s, lab, act)
+        return act
+
+    return register
+
+
+def scripted(name, expect, within_s=5.0, factor=1.0, words="", lab="loopback", **what):
+    """A fault of the stub in one run of the study."""
+
+    @fault(name, "real server" if lab == "real" else "stub", expect, within_s, lab)
+    def act(lab, chance, rounds):
+        lab.script(times=1, **{k: v(chance) if callable(v) else v for k, v in what.items()})
+        with patience(factor):
+            seen = lab.measure()
+        assert words in lab.messages, lab.messages
+        return seen
+
+
+# at the start and at load
+scripted("does not start", "engine-ended", words="out of luck", at="start", says="out of luck", how="exit 7")
+scripted("crashes at start", "engine-crashed", at="start", how="signal 11")
+scripted("killed at start", "engine-killed", at="start", how="signal 9")
+BUSY = "srv start: couldn't bind HTTP server socket, hostname: 127.0.0.1, port: 8080"
+scripted("port taken, llama-server's", "engine-ended", words="couldn't bind", at="start", says=BUSY, how="exit 1")
+OTHER = {"model_path": "/elsewhere/other.gguf", "build_info": "b1"}
+scripted("port taken, another server answers", "not-our-server", at="/props", answers=OTHER)
+NO_KEY = {"error": {"message": "Invalid API Key", "type": "authentication_error", "code": 401}}
+scripted("port taken, a server with another key", "not-our-server", at="/props", status=401, answers=NO_KEY)
+scripted("hangs at start", "engine-timeout", factor=0.005, at="start", how="hang")
+scripted("hangs when asked for its devices", "engine-unusable", factor=0.02, at="devices", how="hang")
+scripted("hangs at load", "engine-timeout", factor=0.005, at="load", how="hang")
+scripted("the real one hangs at load", "engine-timeout", factor=0.005, lab="real", stopped=True)
+CUDA_OOM = (
+    "ggml_backend_cuda_buffer_type_alloc_buffer: allocating 9.00 MiB on device 0: cudaMalloc failed: out of memory"
+)
+scripted("out of memory on the device", "out-of-memory", words="cudaMalloc", at="load", says=CUDA_OOM, how="exit 1")
+ALLOC = "ggml_aligned_malloc: insufficient memory (attempted to allocate 1.00 MB)\nfailed to allocate CPU buffer"
+scripted("out of memory on the host", "out-of-memory", at="load", says=ALLOC, how="signal 6")
+scripted(
+    "the real one out of memory", "out-of-memory", 20, lab="real", add=["-c", "4194304", "--device", "none"],
+    address_space=1 << 30,
+)  # fmt: skip
+
+# while it is asked
+scripted("dies mid-stream, killed", "engine-killed", at="token", token=3, how="signal 9")
+scripted("dies mid-stream, crashed", "engine-crashed", at="token", token=3, how="signal 6")
+scripted("dies mid-stream, with an exit code", "engine-ended", at="token", token=3, how="exit 3")
+scripted("dies mid-stream, as if all were well", "engine-ended", at="token", token=3, how="exit 0")
+scripted("dies when asked for tokens", "engine-ended", at="/tokenize", how="exit 1")
+scripted("stalls before the first token", "engine-stalled", factor=0.005, at="token", token=1, how="hang")
+scripted("stalls between tokens", "engine-stalled", factor=0.005, at="token", token=5, how="hang")
+scripted("stalls when asked what it is", "engine-stalled", factor=0.005, at="/props", how="hang")
+scripted("stalls when asked for its health", "engine-stalled", factor=0.005, at="/health", how="hang")
+scripted("stalls when asked for tokens", "engine-stalled", factor=0.005, at="/tokenize", how="hang")
+scripted("stream cut at a random byte", "connection-lost", cut=lambda chance: chance.randint(0, 3000))
+scripted("stream split at every byte", "valid", pieces=1)
+scripted("short output", "counts-exact", more=-3)
+scripted("long output", "counts-exact", more=3)
+scripted("cache hit", "cache-not-hit, counts-exact", cached=3)
+scripted("no final event", "stream-finished", endless=True)
+IN_STREAM = 'data: {"error": {"code": 500, "message": "no slot left", "type": "server_error"}}'
+scripted("an error in the stream", "request-failed", words="no slot", at="token", token=4, event=IN_STREAM)
+scripted("an old error in the stream", "request-failed", at="token", token=4, event='error: {"message": "x"}')
+scripted("rubbish in the stream", "answer-unreadable", at="token", token=4, event='data: {"index": 0, "cont')
+scripted("refuses", "request-refused", at="/completion", status=500, answers=NO_KEY)
+scripted("no tokens", "tokenizer", at="/tokenize", answers={"tokens": []})
+scripted("answers in another format", "answer-unreadable", at="/tokenize", answers="<html>")
+scripted("counts that are no numbers", "answer-unreadable", timings={"predicted_n": "many"})
+scripted("times that are NaN", "answer-unreadable", timings={"prompt_ms": float("nan")})
+scripted("NaN told as null", "output-alive", logprob=None)
+scripted("NaN told as NaN", "output-alive", logprob=float("nan"))
+scripted("all tokens alike", "output-alive", logprob=-3.0)
+
+# what it does with what it was told
+scripted("flag ignored", "placement-on-device", load="deaf", only="cpu-moe")
+scripted("the real one without the flag", "placement-on-device", lab="real", drop=["--cpu-moe"], only="cpu-moe")
+CPU = "device-is-the-one, layers-offloaded, placement-on-device"
+scripted("CPU instead of the device", CPU, load="cpu")
+scripted("CPU instead of the GPU", CPU, load="cpu", lab="gpu")
+scripted(
+    "the real one on the CPU", "device-is-the-one, placement-on-device", 20, lab="real",
+    add=["--device", "none"],
+)  # fmt: skip
+SILENT = "build-optimised"
+scripted("a log without what is looked for", "device-is-the-one, layers-offloaded", load="silent")
+
+# at its end
+scripted("an exit code at the end", "clean-end", at="end", how="exit 3")
+scripted("does not end", "clean-end", 15, factor=0.05, at="end", how="hang")
+
+
+@fault("port taken, the device's", "files", "valid", lab="loopback")
+def _(lab, chance, rounds):
+    """The port was free a moment ago; another process has it now."""
+    free = process.free_port
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        ports = [taken.getsockname()[1]] * 2
+        with mock.patch.object(process, "free_port", side_effect=lambda: ports.pop() if ports else free()):
+            seen = lab.measure()
+    assert not ports
+    return seen
+
+
+def _when_streaming(lab, action, delay_s):
+    """Once, `delay_s` after the server was first asked for a stream, from a thread."""
+
+    @contextmanager
+    def within():
+        over = threading.Event()
+
+        def watch():
+            while not over.wait(0.001):
+                with contextlib.suppress(OSError):
+                    if "processing task" in lab.server_log.read_text(errors="replace"):
+                        time.sleep(delay_s)
+                        return action()
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    return within
+
+
+def _signal(name, number):
+    for p in psutil.Process().children(recursive=True):
+        if p.name() == name:
+            p.send_signal(number)
+
+
+@fault("the real one killed mid-stream", "kill", "engine-killed", lab="real")
+def _(lab, chance, rounds):
+    act = functools.partial(_signal, "llama-server", signal.SIGKILL)
+    return lab.measure(_when_streaming(lab, act, chance.uniform(0, 0.05)))
+
+
+@fault("the real one stalls", "kill", "engine-stalled", lab="real")
+def _(lab, chance, rounds):
+    act = functools.partial(_signal, "llama-server", signal.SIGSTOP)
+    with patience(0.01):
+        return lab.measure(_when_streaming(lab, act, chance.uniform(0, 0.05)))
+
+
+@fault("the device's process killed mid-stream", "kill", "engine-crashed", lab="real")
+def _(lab, chance, rounds):
+    act = functools.partial(_signal, "ggml-rpc-server", signal.SIGKILL)
+    return lab.measure(_when_streaming(lab, act, chance.uniform(0, 0.05)))
+
+
+@fault("the device's process stalls", "kill", "engine-stalled", lab="real", within_s=30)
+def _(lab, chance, rounds):
+    act = functools.partial(_signal, "ggml-rpc-server", signal.SIGSTOP)
+    with patience(0.01):
+        return lab.measure(_when_streaming(lab, act, chance.uniform(0, 0.05)))
+
+
+@fault("NaN weights, the real server", "real server", "output-alive", lab="real")
+def _(lab, chance, rounds):
+    """Norms that are not numbers: the server serves them, and says null where asked how likely its tokens are."""
+    there = quantize.make(models.make_twin("deepseek-moe-16b", "nano"), "Q8_0", lab.stub, lab.home / "q")
+    path = lab.home / there.path.name
+    shutil.copy(there.path, path)
+    with path.open("r+b") as f:
+        for t in there.header.tensors:
+            if t.name.endswith("norm.weight"):
+                f.seek(t.offset)
+                f.write(np.full(t.shape, np.nan, np.float32).tobytes())
+    content = files.Hashed(path)
+    dead = quantize.Quantised(gguf_file.read_header(path), {**there.sheet, "sha256": content.sha256()}, content)
+    asked = spec(workloads=("smoke",), context=256)
+    told = []
+    for file in (dead, there):
+        outcome = runs.execute(asked, file, lab.stub, lab.where, lab.home / "nan")
+        assert outcome.observation, outcome.message
+        checks = audit.run(asked, outcome.observation, file.sheet)
+        told.append(", ".join(i for i in audit.verdict(checks)[1] if i not in QUIET))
+    shutil.rmtree(lab.home / "nan")
+    assert told[1] == ""
+    return told[0]
+
+
+# the GPU's readings
+def readings(name, expect, change):
+    @fault(name, "GPU readings", expect, 15, "gpu")
+    def act(lab, chance, rounds):
+        lab.where.change = change
+        try:
+            with patience(0.05):  # for a device that never settles
+                return lab.measure()
+        finally:
+            lab.where.change = lambda _, reading: reading
+
+
+def _others(pids):
+    return lambda reading: replace(reading, others=pids, device_bytes=reading.device_bytes + sum(n for _, n in pids))
+
+
+readings(
+    "a foreign process comes to the GPU", "memory-known",
+    lambda i, r: _others(((4242, 300 * MIB),))(r) if i >= 2 else r,
+)  # fmt: skip
+readings(
+    "a foreign process is on the GPU all the time", "memory-undoubted", lambda i, r: _others(((4242, 300 * MIB),))(r)
+)
+readings("the GPU is lost", "memory-known", lambda i, r: replace(r, errors=("gpu-lost",)) if i >= 1 else r)
+readings("the driver lists nothing and sees nothing", "memory-known", lambda i, r: Reading(r.t_s, None, None))
+
+
+# two at once
+@fault("two studies on one GPU", "kill", "device cuda is in use by process", 30, "gpu")
+def _(lab, chance, rounds):
+    other = lab.home / "other"
+    with contextlib.ExitStack() as stack:
+        stub_server.script(lab.stub, at="token", token=3, how="hang", times=1)
+        argv = [sys.executable, __file__, "--hold", str(other), str(lab.home), lab.where.uuid]
+        holder = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=os.environ)
+        stack.callback(holder.wait)
+        stack.callback(holder.kill)
+        assert holder.stdout.readline().strip() == "streaming"
+        lab.script()
+        with patience(0.02):
+            try:
+                lab.measure()
+                told = "nothing"
+            except files.FileError as err:
+                told = str(err)
+        assert told.endswith(f"in use by process {holder.pid}; wait for it to end, then run again"), told
+        mine, lab.where.uuid = lab.where.uuid, "GPU-another"
+        assert lab.measure() == "valid", "another GPU is not in anybody's way"
+        lab.where.uuid = mine
+        children = psutil.Process(holder.pid).children(recursive=True)
+        holder.kill()
+        assert not psutil.wait_procs(children, timeout=5)[1], "an engine outlived its study"
+    return told
+
+
+def hold(home: Path, lab_home: Path, uuid: str) -> None:
+    """In a process of its own: another study of the same GPU, that says when it is in the middle of a run."""
+    shutil.copytree(lab_home / "params", home / "params")
+    os.environ["MOELIB_HOME"] = str(home)
+    real = client._ask
+
+    def told(*args):
+        print("streaming", flush=True)
+        return real(*args)
+
+    stub = replace(engine.find(), tools={**engine.find().tools, "llama-server": lab_home / "tools/llama-server"})
+    with mock.patch.object(engine, "find", return_value=stub), mock.patch.object(client, "_ask", told):
+        with mock.patch.object(device, "choose", return_value=FakeGpu(uuid)), BANDWIDTH:
+            list(measure.measure(Folder("smoke"), Folder("smoke").cells[0]))
+
+
+# files
+def flip(path: Path, chance: random.Random) -> None:
+    """Turn one bit over; size and times stay."""
+    stat = path.stat()
+    with path.open("r+b") as f:
+        at = chance.randrange(stat.st_size)
+        f.seek(at)
+        byte = f.read(1)[0]
+        f.seek(at)
+        f.write(bytes([byte ^ 1 << chance.randrange(8)]))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def truncate(path: Path, chance: random.Random) -> None:
+    os.truncate(path, chance.randrange(path.stat().st_size))
+
+
+NANO = "deepseek-moe-16b/twin-nano/deepseek-moe-16b"
+
+
+def damaged(name: str, where: Callable[[Lab], Path], again: Callable[[Lab], Path | None] = lambda _: None):
+    """A file is truncated or has a bit turned over: the study goes on, and the file is then what it was.
+
+    again: a product to be removed first, so that the damaged file is needed.
+    """
+    for how, harm in (("truncated", truncate), ("bit-flipped", flip)):
+
+        @fault(f"{how} {name}", "files", "valid", 20, "loopback")
+        def act(lab, chance, rounds, harm=harm):
+            path, product = where(lab), again(lab)
+            before = None if path.name.endswith("json") else files.sha256(path)
+            harm(path, chance)
+            if product:
+                product.unlink()
+            seen = lab.measure()
+            assert before in (None, files.sha256(path))
+            return seen
+
+
+damaged("source", lambda lab: lab.models / f"{NANO}-F16.gguf", lambda lab: lab.models / f"{NANO}-Q8_0.gguf")
+damaged("quantised file", lambda lab: lab.models / f"{NANO}-Q8_0.gguf")
+damaged("note of a source", lambda lab: lab.models / f"{NANO}-F16.gguf.json")
+damaged("note of a quantised file", lambda lab: lab.models / f"{NANO}-Q8_0.gguf.json")
+damaged("record", lambda lab: sorted(lab.folder.path.glob("records/*_b0_*"))[0])
+damaged("sheet", lambda lab: lab.folder.sheet_path(lab.folder.cells[0]))
+
+
+@fault("damaged plan", "files", "delete it and run the study", lab="loopback")
+def _(lab, chance, rounds):
+    path = lab.folder.path / "plan.json"
+    whole, told = path.read_bytes(), set()
+    for harm in (truncate, flip):
+        path.write_bytes(whole)
+        harm(path, chance)
+        try:
+            lab.measure()
+        except StudyError as err:
+            told.add(str(err))
+    path.unlink()
+    lab.folder  # noqa: B018  makes it again
+    assert path.read_bytes() == whole
+    return told.pop() if len(told) == 1 else f"{len(told)} reasons"
+
+
+@fault("quantised file truncated while it runs", "files", "file-is-its-sheet", lab="loopback")
+def _(lab, chance, rounds):
+    """The engine may have read it all by then; the record must not stand."""
+    real, path = client.check_ours, lab.models / f"{NANO}-Q8_0.gguf"
+    calls = []
+
+    def cut(*args):
+        calls.append(1)
+        if len(calls) == 1:
+            truncate(path, chance)
+        return real(*args)
+
+    with mock.patch.object(client, "check_ours", cut):
+        return lab.measure()
+
+
+@fault("quantised file deleted while it runs", "files", "file-gone", lab="loopback")
+def _(lab, chance, rounds):
+    real, path = client.check_ours, lab.models / f"{NANO}-Q8_0.gguf"
+
+    def gone(*args):
+        path.unlink(missing_ok=True)
+        return real(*args)
+
+    with mock.patch.object(client, "check_ours", gone):
+        return lab.measure()
+
+
+class Disk:
+    """A disk to be filled: a tiny one, where it could be mounted, else a limit on the size of files."""
+
+    def __init__(self, folder: Path):
+        self.ballast = folder / "ballast"
+        self.mounted = folder.is_mount()
+
+    def fill(self, leave: int) -> None:
+        if not self.mounted:
+            return resource.setrlimit(resource.RLIMIT_FSIZE, (leave, resource.RLIM_INFINITY))
+        self.empty()
+        free = shutil.disk_usage(self.ballast.parent).free
+        with self.ballast.open("wb") as f:
+            os.posix_fallocate(f.fileno(), 0, max(1, free - leave))
+
+    def empty(self) -> None:
+        if not self.mounted:
+            return resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        self.ballast.unlink(missing_ok=True)
+
+
+FULL = ("a twin", "a quant", "the plan", "a record", "before a run")
+
+
+def full_disk(folder: Path) -> None:
+    """In a process of its own: what each write to a full disk tells, a line of JSON each; then the study completes."""
+    disk = Disk(folder)
+    lab = Lab(folder / "home", engine.find(), device.Loopback())
+    lab.__enter__()
+    kept, roomy = {}, mock.patch.object(files, "need_space")
+
+    def full(what, act, leave, patched=roomy):
+        disk.fill(leave)
+        started, told = time.monotonic(), "nothing"
+        try:
+            with patched:
+                act()
+        except params.UserError as err:
+            told = f"{type(err).__name__}: {err}"
+        disk.empty()
+        left = [p.name for p in folder.rglob("*.partial")] + [p.name for p in folder.rglob("*.child.json")]
+        print(json.dumps([what, told, round(time.monotonic() - started, 2), left, disk.mounted]), flush=True)
+
+    twin = functools.partial(models.make_twin, "deepseek-moe-16b", "nano")
+    full("a twin", twin, MIB)
+    source = twin()
+    full("a quant", lambda: quantize.make(source, "Q8_0", lab.stub, folder.parent / "q"), MIB // 2)
+    full("the plan", lambda: lab.folder, 100)
+    lab.script()
+    execute = runs.execute
+
+    def then_full(*args):
+        outcome = execute(*args)
+        if not lab.folder.records():
+            return outcome
+        kept.update(lab.valid())
+        disk.fill(100)
+        return outcome
+
+    with mock.patch.object(runs, "execute", then_full):
+        full("a record", lab.measure, 40 * MIB)
+    assert kept.items() <= lab.valid().items()
+    assert kept
+    small = mock.patch.object(files.shutil, "disk_usage", return_value=mock.Mock(free=MIB))
+    full("before a run", lab.measure, 40 * MIB, small)
+    assert lab.measure() == "valid"
+    complete(lab.folder.path)
+    assert kept.items() <= lab.valid().items()
+
+
+@fault("disk full", "files", ", ".join(FULL), 60)
+def _(folder, chance, rounds):
+    """On a tiny file system of its own where that can be mounted without privileges."""
+    (folder / "disk").mkdir()
+    inner = [sys.executable, __file__, "--full-disk", str(folder / "disk")]
+    tiny = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=128m none "$0" && exec "$@"', str(folder / "disk")]
+    can = shutil.which("unshare") and not subprocess.run([*tiny, "true"], capture_output=True).returncode
+    done = subprocess.run([*(tiny if can else []), *inner], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    for what, told, seconds, left, _ in lines:
+        assert told.startswith("FileError: "), (what, told)
+        assert "free some space" in told
+        assert str(folder / "disk") in told or "GiB are free" in told, told
+        assert not left, (what, left)
+        assert seconds < 10, what
+    return ", ".join(what for what, *_ in lines)
+
+
+# streams, cut and split at every byte
+def recorded(llama: engine.Engine, where: device.Device, folder: Path) -> bytes:
+    """The bytes of a real answer with a stream of three tokens."""
+    source = models.make_twin("deepseek-moe-16b", "nano")
+    made = quantize.make(source, "Q8_0", llama, folder)
+    body = {"temperature": 0, "samplers": ["top_k"], "top_k": 1, "ignore_eos": True, "cache_prompt": False}
+    body |= {"return_tokens": True, "timings_per_token": True, "stream": True, "prompt": [1, 292, 294], "n_predict": 3}
+    data = json.dumps(body).encode()
+    head = f"POST /completion HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(data)}\r\n\r\n"
+    with where.session(llama, folder) as session:
+        argv = llama.server_argv(made.path, "baseline", "mmap", 256, 1, session.args)
+        env = process.environment(folder, {"LLAMA_API_KEY": KEY})
+        with process.Child(argv, folder / "server.log", env) as server:
+            port = int(next(filter(None, server.wait_for(engine.LISTENING, 30).groups())))
+            with socket.create_connection(("127.0.0.1", port)) as c:
+                c.sendall(head.encode() + data)
+                whole = b""
+                while more := c.recv(65536):
+                    whole += more
+    return whole
+
+
+class Replay(contextlib.AbstractContextManager):
+    """A server that answers /health and then plays back `pieces` of an answer, and closes the connection."""
+
+    def __init__(self):
+        self.pieces = []
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self.socket.getsockname()[1]
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def __exit__(self, *_):
+        self.socket.close()
+
+    def _serve(self):
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self._connection, args=(self.socket.accept()[0],), daemon=True).start()
+
+    def _connection(self, c):
+        c.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(OSError), c, c.makefile("rb") as lines:
+            while head := lines.readline():
+                length = 0
+                while line := lines.readline().strip():
+                    if line.lower().startswith(b"content-length:"):
+                        length = int(line.split(b":")[1])
+                lines.read(length)
+                if head.startswith(b"GET"):
+                    c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+                    continue
+                for piece in self.pieces:
+                    c.sendall(piece)
+                    time.sleep(0.0005)  # a packet of its own
+                return
+
+
+def asked(port: int) -> client.Request:
+    with client.connect(port, KEY) as c:
+        return client._ask(c, three_tokens(), [1, 292, 294], 0, time.monotonic(), lambda: None)
+
+
+def three_tokens() -> params.Workload:
+    return params.workload("smoke").model_copy(update={"generate_tokens": 3})
+
+
+def timeless(r: client.Request) -> client.Request:
+    return replace(r, token_s=(), started_s=0.0)
+
+
+def sse(answer: bytes) -> bytes:
+    """The stream in an answer, without the frames of its chunks."""
+    rest, out = answer.partition(b"\r\n\r\n")[2], b""
+    while rest:
+        size, _, rest = rest.partition(b"\r\n")
+        out, rest = out + rest[: int(size, 16)], rest[int(size, 16) + 2 :]
+    return out
+
+
+def parsed(chunks: list[bytes]) -> client.Request:
+    lines = [(t, line.decode()) for t, line in client.arrivals(chunks, iter(range(1, 10**6)).__next__, 1e9)]
+    return client.read_stream(three_tokens(), 3, 0, 0.0, lines)
+
+
+@fault("stream cut at every byte", "parser", "never finished", 60, "real")
+def _(lab, chance, rounds):
+    """Through the line reader at every byte; through the socket too, in the short form at some of them."""
+    answer = recorded(lab.stub, lab.where, lab.home / "stream")
+    shutil.rmtree(lab.home / "stream")
+    stream = sse(answer)
+    assert parsed([stream]).finished
+    end = stream.rindex(b"\n\n") + 1  # the end of the final event's line; from there on nothing is missing
+    for at in range(end):
+        try:
+            cut = parsed([stream[:at]])
+        except client.RunError:
+            continue
+        assert not cut.finished, f"cut at {at}"
+    whole = range(len(answer) - 1)
+    with Replay() as server:
+        for at in whole if rounds > 1 else chance.sample(whole, SAMPLE):
+            server.pieces = [answer[:at]]
+            try:
+                told = f"finished: {asked(server.port).finished}"
+            except client.RunError as err:
+                told = err.reason
+            assert told == "connection-lost", f"cut at {at}: {told}"
+    return "never finished"
+
+
+@fault("stream split at every byte, through the reader", "parser", "nothing but times", 60, "real")
+def _(lab, chance, rounds):
+    answer = recorded(lab.stub, lab.where, lab.home / "stream")
+    shutil.rmtree(lab.home / "stream")
+    stream = sse(answer)
+    want = timeless(parsed([stream]))
+    assert want.finished
+    assert want.token_n == (1, 2, 3)
+    for at in range(1, len(stream)):
+        assert timeless(parsed([stream[:at], stream[at:]])) == want, f"split at {at}"
+    assert timeless(parsed([bytes([b]) for b in stream])) == want
+    spots = range(1, len(answer))
+    with Replay() as server:
+        for at in spots if rounds > 1 else chance.sample(spots, SAMPLE):
+            server.pieces = [answer[:at], answer[at:]]
+            assert timeless(asked(server.port)) == want, f"split at {at}"
+    return "nothing but times"
+
+
+@fault("a stream that trickles and never ends a line", "stub", "engine-stalled", lab="loopback")
+def _(lab, chance, rounds):
+    lab.script(times=1, at="token", token=2, how="trickle")
+    with mock.patch.object(client, "REQUEST_S", 1.0):
+        return lab.measure()
+
+
+@fault("a token that is a line separator", "parser", "one token each", lab="loopback")
+def _(lab, chance, rounds):
+    """JSON leaves U+0085, U+2028 and U+2029 as they are."""
+    events = [
+        {"tokens": [i + 5], "content": c, "timings": {"predicted_n": i + 1}} for i, c in enumerate("\x85\u2028\u2029")
+    ]
+    last = {"tokens": [], "stop": True, "timings": {"predicted_n": 3, "prompt_n": 3, "cache_n": 0}}
+    text = "".join(f"data: {json.dumps(e, ensure_ascii=False)}\n\n" for e in [*events, last])
+    r = parsed([text.encode()])
+    return "one token each" if (r.token_n, r.tokens, r.finished) == ((1, 2, 3), (5, 6, 7), True) else str(r)
+
+
+# kills at random moments of a whole study, notebooks and all
+def interrupted(folder: Path, chance: random.Random, rounds: int, stop: Callable) -> str:
+    """`rounds` times: the study from the command line, stopped at a random moment; then to its end."""
+    home = furnish(folder / "home", SMOKE if rounds > 1 else SMOKE.replace("blocks: 2", "blocks: 1"))
+    env = {"MOELIB_HOME": str(home), "MOELIB_MODELS": str(folder / "models")}
+    with mock.patch.dict(os.environ, env):
+        os.environ.pop("MOELIB_OUTPUTS", None)
+        params._yaml.cache_clear()
+        out, seen = home / "outputs/smoke", {}
+        for i in range(rounds):
+            started_by_it = []
+            run = subprocess.Popen(
+                [*MOELIB, "study", "run", "smoke"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                start_new_session=True,
+            )  # fmt: skip
+            try:
+                run.wait(chance.uniform(0.3, 7))
+            except subprocess.TimeoutExpired:
+                started_by_it = psutil.Process(run.pid).children(recursive=True)
+                stop(run)
+            started = time.monotonic()
+            _, said = run.communicate(timeout=30)
+            took = time.monotonic() - started
+            assert took < 15, f"round {i}: it took {took:.1f} s to end"
+            left = psutil.wait_procs(started_by_it, timeout=15)[1]
+            assert not left, f"round {i}: left {left}"
+            found, wrong = records.read_all(out) if out.exists() else ([], [])
+            assert not wrong
+            now = {r.run_id: r.digest for r in found if r.done}
+            assert seen.items() <= now.items(), f"round {i}: a valid record was lost or changed"
+            seen = now
+            if run.returncode == 0:
+                complete(out)
+                shutil.rmtree(out)
+                seen = {}
+            elif stop is ctrl_c:
+                assert run.returncode in (130, -signal.SIGINT), f"round {i}: {run.returncode}\n{said[-2000:]}"
+        assert no_orphans(), "an engine outlived its study"
+        for _ in range(2):  # what a kernel left may still hold the device for a moment
+            done = subprocess.run([*MOELIB, "study", "run", "smoke"], capture_output=True, text=True, timeout=120)
+            if done.returncode == 0:
+                break
+        assert done.returncode == 0, done.stderr[-2000:]
+        complete(out)
+        assert not [*home.rglob("*.partial"), *(out / "work").iterdir()]
+    params._yaml.cache_clear()
+    return "nothing lost"
+
+
+def ctrl_c(run: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(run.pid, signal.SIGINT)  # as a terminal does: the whole foreground group
+
+
+@fault("kill -9 at random moments", "kill", "nothing lost", 120)
+def _(folder, chance, rounds):
+    return interrupted(folder, chance, rounds, lambda run: kill(run, chance))
+
+
+@fault("Ctrl-C at random moments", "kill", "nothing lost", 120)
+def _(folder, chance, rounds):
+    return interrupted(folder, chance, rounds, ctrl_c)
+
+
+class Campaign:
+    """The labs, made once, and one fault after another in them."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.labs = folder, {}
+
+    def lab(self, kind: str) -> Lab:
+        if kind not in self.labs:
+            where = FakeGpu(f"GPU-{os.getpid()}") if kind == "gpu" else device.Loopback()
+            self.labs[kind] = Lab(self.folder / kind, engine.find(), where, kind == "real").prepare()
+        return self.labs[kind]
+
+    def inject(self, f: Fault, seed: int, rounds: int = 1, turn: int = 0) -> tuple[str, float, bool]:
+        """(what was told, seconds until it was, whether another turn would be another fault). Raises AssertionError if
+        the fault was not survived."""
+        chance = random.Random(f"{seed}/{f.name}/{turn}")
+        untouched = chance.getstate()
+        if not f.lab:
+            place = Path(tempfile.mkdtemp(dir=self.folder))
+            started = time.monotonic()
+            told = f.act(place, chance, rounds)
+            assert f.expect in told, f"told {told!r}"
+            return told, time.monotonic() - started, False
+        with self.lab(f.lab) as lab:
+            lab.reset()
+            before = lab.valid()
+            assert len(before) == 2
+            started = time.monotonic()
+            told = f.act(lab, chance, rounds)
+            took = time.monotonic() - started
+            assert f.expect in told, f"told {told!r}, {getattr(lab, 'messages', '')}"
+            assert took <= f.within_s * (rounds if f.how == "parser" else 1), f"took {took:.1f} s"
+            now = lab.valid()
+            lost = [n for n in before if now.get(n) != before[n]]
+            assert len(lost) <= f.name.endswith(" record"), f"lost or changed: {lost}"
+            assert not (left := lab.left_behind()), f"left behind: {left}"
+            lab.script()
+            again = lab.measure()
+            assert again == "valid", f"without the fault: {again}"
+            complete(lab.folder.path)
+        return told, took, f.how != "parser" and chance.getstate() != untouched
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(3)), help="default: a new one")
+    p.add_argument("--rounds", type=int, default=1, help="how often what is random is tried")
+    p.add_argument("--only", default="", help="faults whose name holds this")
+    p.add_argument("--hold", nargs=3, help=argparse.SUPPRESS)
+    p.add_argument("--full-disk", type=Path, help=argparse.SUPPRESS)
+    a = p.parse_args()
+    if a.hold:
+        return hold(Path(a.hold[0]), Path(a.hold[1]), a.hold[2]) or 0
+    if a.full_disk:
+        return full_disk(a.full_disk) or 0
+    chosen = [f for f in FAULTS.values() if a.only in f.name]
+    injected = survived = 0
+    print(f"{len(chosen)} faults, seed {a.seed}", flush=True)
+    logging.disable(logging.WARNING)  # of files that are made again
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TMPDIR"] = tempfile.tempdir = folder  # locks of its own: another campaign is not in its way
+        campaign = Campaign(Path(folder))
+        for f in chosen:
+            wrong, slowest, turn, again = [], 0.0, 0, True
+            while again and turn < a.rounds:
+                try:
+                    told, seconds, again = campaign.inject(f, a.seed, a.rounds, turn)
+                    slowest = max(slowest, seconds)
+                except Exception as err:  # a fault that breaks the campaign was not survived
+                    wrong.append(f"turn {turn}: {type(err).__name__}: {err}")
+                turn += 1
+            injected, survived = injected + turn, survived + turn - len(wrong)
+            line = "NOT SURVIVED  " + "; ".join(wrong) if wrong else f"survived  {told}"
+            print(f"{f.name:<48} {f.how:<13} {turn:2} x, {slowest:6.2f} s  {line}", flush=True)
+    print(f"injected {injected} / survived {survived} (seed {a.seed})")
+    return survived != injected
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,326 @@
+"""A scripted stand-in for llama-server that misbehaves on demand; the standard library alone.
+
+`install` puts a copy of this file as `llama-server` into a folder of tools; `script` writes beside it what goes wrong
+in the next runs. Children get an allow-listed environment, so nothing can be passed that way. What is asked about the
+build (--version, --help, --list-devices) goes to the real server, and so does a run whose script says `real`.
+tests/test_stub.py holds it to the real one.
+"""
+
+import json
+import os
+import re
+import resource
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+HERE = Path(sys.argv[0]).resolve().parent
+MIB = 1 << 20
+STEP_S = 0.0005  # a token
+ALPHABET = 500  # token ids
+REASON = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found", 500: "Internal Server Error"}
+
+
+def install(folder, engine):
+    """`engine` with this stub in front of its llama-server, in `folder`. Other tools are the real ones."""
+    from dataclasses import replace
+
+    from conftest import REPO
+
+    folder.mkdir(parents=True)
+    facts = {"real": engine.tool("llama-server"), "build": engine.build, "said": engine.version}
+    facts["path"] = [str(REPO), *sys.path]
+    (folder / "facts.json").write_text(json.dumps(facts))
+    path = folder / "llama-server"
+    path.write_text(f"#!{sys.executable} -IS\n" + Path(__file__).read_text())
+    path.chmod(0o755)
+    for name in ("llama-quantize", "rpc-server"):  # for who looks for the tools in a folder
+        tool = Path(engine.tool(name))
+        (folder / tool.name).write_text(f'#!/bin/sh\nexec {tool} "$@"\n')
+        (folder / tool.name).chmod(0o755)
+    return replace(engine, folder=folder, tools={**engine.tools, "llama-server": path})
+
+
+def script(engine, times=None, **what):
+    """Let the next `times` runs (all, without it) do `what`; nothing to do again with neither."""
+    path = engine.folder / "script.json"
+    path.write_text(json.dumps({"times": times, **what}))
+
+
+def _script():
+    """What is to be done now, with how often it still is; a script that is used up is all well."""
+    path = HERE / "script.json"
+    what = json.loads(path.read_text()) if path.exists() else {}
+    return {"real": what.get("real", False)} if what.get("times") == 0 else what
+
+
+def _take(argv):
+    """What this run is to do, which is then done once more. A script for another placement is all well."""
+    what = _script()
+    if "only" in what and f"--{what['only']}" not in argv:
+        return {"real": what.get("real", False)}
+    if what.get("times"):
+        (HERE / "script.json").write_text(json.dumps({**what, "times": what["times"] - 1}))
+    return what
+
+
+def main():
+    facts, argv = json.loads((HERE / "facts.json").read_text()), sys.argv[1:]
+    if "--list-devices" in argv and _script().get("at") == "devices":
+        _end(_take(argv))
+    if set(argv) & {"--version", "--help", "--list-devices"}:
+        os.execv(facts["real"], [facts["real"], *argv])
+    what = _take(argv)
+    if what.get("real"):
+        _real(facts["real"], argv, what)
+    if what.get("at") == "start":
+        _end(what)
+    Server(facts, argv, what).serve()
+
+
+def _real(tool, argv, what):
+    """Become the real server: without the words in `drop`, with those in `add`, within `address_space` bytes."""
+    if what.get("stopped"):
+        os.kill(os.getpid(), signal.SIGSTOP)
+    argv = [a for a in argv if a not in what.get("drop", ())] + what.get("add", [])
+    if "address_space" in what:
+        resource.setrlimit(resource.RLIMIT_AS, (what["address_space"],) * 2)
+    os.execv(tool, [tool, *argv])
+
+
+def _end(what):
+    """End as `how` says: by a signal, by an exit code, or not at all."""
+    how = what["how"]
+    if "says" in what:
+        print(what["says"], flush=True)
+    if how == "hang":
+        time.sleep(600)
+    elif how.startswith("signal "):
+        os.kill(os.getpid(), int(how.split()[1]))
+        time.sleep(10)
+    os._exit(int(how.removeprefix("exit ")))
+
+
+def _header(facts, path):
+    """What of the file's header is needed. Reading it takes half a second of imports, so it is kept beside."""
+    s = path.stat()
+    kept = HERE / f"header-{s.st_size}-{s.st_mtime_ns}.json"
+    if not kept.exists():
+        sys.path[:] = facts["path"]
+        from moelib import gguf_file
+
+        h = gguf_file.read_header(path)
+        placements = ["baseline", "cpu-moe", *(f"n-cpu-moe={n}" for n in range(1, 9))]
+        told = {"device": {p: h.device_bytes(p) for p in placements}, "all": h.tensor_bytes}
+        short = {k.removeprefix(h.metadata["general.architecture"] + "."): v for k, v in h.metadata.items()}
+        told |= {k: short[k] for k in ("block_count", "embedding_length")}
+        told["kv"] = short["attention.head_count_kv"] * short["embedding_length"] // short["attention.head_count"]
+        kept.with_suffix(f".{os.getpid()}").write_text(json.dumps(told))
+        kept.with_suffix(f".{os.getpid()}").rename(kept)
+    return json.loads(kept.read_text())
+
+
+class Server:
+    def __init__(self, facts, argv, what):
+        self.facts, self.what, self.sent, self.started = facts, what, 0, time.monotonic()
+        after = dict(zip(argv, [*argv[1:], ""], strict=True))
+        self.model, self.context = Path(after["-m"]), int(after["-c"])
+        self.device, self.rpc = after.get("--device", "none"), after.get("--rpc")
+        self.placement = "cpu-moe" if "--cpu-moe" in argv else "baseline"
+        if "--n-cpu-moe" in argv:
+            self.placement = f"n-cpu-moe={after['--n-cpu-moe']}"
+        self.mapped = after.get("--load-mode") != "none"
+        self.key = os.environ.get("LLAMA_API_KEY")
+
+    def log(self, part, text):
+        print(f"0.00.{int((time.monotonic() - self.started) * 1e3):03}.000 I {part}: {text}", flush=True)
+
+    def load(self):
+        """Say what the real one says of its build and of its load, where moelib looks."""
+        h = _header(self.facts, self.model)
+        number, with_ = self.facts["build"], re.search(r"built (with .*?)(;|$)", self.facts["said"])[1]
+        self.log("cmn  common_param", f"common_params_print_info: build {number} (b{number}) {with_}")
+        if self.what.get("load") == "silent":
+            return
+        placement = "baseline" if self.what.get("load") == "deaf" else self.placement
+        device = "none" if self.what.get("load") == "cpu" else self.device
+        layers = h["block_count"] + 1
+        on = h["device"][placement] if device != "none" else 0
+        host = "CPU_Mapped" if self.mapped else "CPU"
+        name = f"RPC0[{self.rpc}]" if device.startswith("RPC") else device
+        if self.what.get("load") == "cpu":  # as a build without a GPU: it warns and serves
+            print("warning: no usable GPU found, --gpu-layers option will be ignored", flush=True)
+        else:
+            self.log("load_tensors", f"offloaded {layers}/{layers} layers to GPU")
+        self._buffer("load_tensors", host, "model", h["all"] - on)
+        if on:
+            self._buffer("load_tensors", name, "model", on)
+        kv = 2 * 2 * self.context * h["block_count"] * h["kv"]
+        where = name if on else "CPU"
+        self._buffer("llama_context", "CPU", "output", 2048)
+        self._buffer("llama_kv_cache", where, "KV", kv)
+        if on:
+            self._buffer("sched_reserve", where, "compute", 2 * MIB)
+        self._buffer("sched_reserve", "CPU", "compute", MIB)
+        splits = 2 if on and placement == "baseline" else 1 if not on else 4
+        self.log("sched_reserve", f"graph: nodes = 95, splits = {splits}, input objects = 4, input tensors = 9")
+
+    def _buffer(self, part, name, kind, nbytes):
+        self.log(part, f"{name:>10} {kind} buffer size = {nbytes / MIB:8.2f} MiB")
+
+    def serve(self):
+        self.load()
+        signal.signal(signal.SIGTERM, self._told_to_end)
+        if self.what.get("at") == "load":
+            _end(self.what)
+        with socket.create_server(("127.0.0.1", 0)) as s:
+            self.log("srv  llama_server", "model loaded")
+            self.log("srv  llama_server", f"listening on http://127.0.0.1:{s.getsockname()[1]}")
+            while True:
+                threading.Thread(target=self._connection, args=(s.accept()[0],), daemon=True).start()
+
+    def _told_to_end(self, *_):
+        if self.what.get("at") == "end":
+            _end(self.what)
+        os._exit(0)
+
+    def _connection(self, c):
+        c.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with c, c.makefile("rb") as lines:
+            try:
+                while self._request(c, lines):
+                    pass
+            except OSError:
+                pass
+
+    def _request(self, c, lines):
+        """Answer one request; True if the connection stays open."""
+        head = lines.readline().split()
+        if not head:
+            return False
+        headers = {}
+        while line := lines.readline().strip():
+            name, _, value = line.decode().partition(":")
+            headers[name.lower()] = value.strip()
+        arrived = time.monotonic()
+        body = lines.read(int(headers.get("content-length", 0)))
+        path, keep = head[1].decode(), headers.get("connection") != "close"
+        if path != "/health" and headers.get("authorization") != f"Bearer {self.key}":
+            return self._json(c, 401, _error(401, "Invalid API Key", "authentication_error"), keep)
+        if self.what.get("at") == path:
+            if "answers" not in self.what:
+                _end(self.what)
+            return self._json(c, self.what.get("status", 200), self.what["answers"], keep)
+        asked = json.loads(body) if body else {}
+        if path == "/health":
+            return self._json(c, 200, {"status": "ok"}, keep)
+        if path == "/props":
+            number = self.facts["build"]
+            told = {"model_path": str(self.model), "build_info": f"b{number}-b{number}", "total_slots": 1}
+            return self._json(c, 200, told, keep)
+        if path == "/tokenize":
+            words = re.findall(r"\w+|[^\w\s]", asked["content"])
+            ids = [259 + sum(map(ord, w)) % 200 for w in words]
+            return self._json(c, 200, {"tokens": ([1] if asked.get("add_special") else []) + ids}, keep)
+        if path == "/completion":
+            return self._completion(c, asked, arrived, keep)
+        return self._json(c, 404, _error(404, "File Not Found", "not_found_error"), keep)
+
+    def _json(self, c, status, data, keep):
+        body = data if isinstance(data, str) else json.dumps(data, separators=(",", ":"))
+        head = [f"HTTP/1.1 {status} {REASON[status]}", "Server: llama.cpp"]
+        head += ["Content-Type: application/json; charset=utf-8", f"Content-Length: {len(body.encode())}"]
+        head += [] if keep else ["Connection: close"]
+        c.sendall(("\r\n".join(head) + "\r\n\r\n" + body).encode())
+        return keep
+
+    def _completion(self, c, asked, arrived, keep):
+        prompt, n = asked["prompt"], asked["n_predict"]
+        if len(prompt) > self.context:
+            says = f"request ({len(prompt)} tokens) exceeds the available context size ({self.context} tokens)"
+            wrong = _error(400, f"{says}, try increasing it", "exceed_context_size_error")
+            wrong["error"] |= {"n_prompt_tokens": len(prompt), "n_ctx": self.context}
+            return self._json(c, 400, wrong, keep)
+        n += self.what.get("more", 0)
+        cached = self.what.get("cached", 0)
+        time.sleep(STEP_S)
+        prompt_ms = (first := time.monotonic()) - arrived
+
+        def timings(done):
+            spent = (time.monotonic() - first) * 1e3 if done > 1 else 0.001
+            t = {"cache_n": cached, "prompt_n": len(prompt) - cached, "prompt_ms": prompt_ms * 1e3}
+            t |= {"prompt_per_token_ms": prompt_ms * 1e3 / len(prompt), "prompt_per_second": len(prompt) / prompt_ms}
+            t |= {"predicted_n": done, "predicted_ms": spent, "predicted_per_token_ms": spent / max(1, done - 1)}
+            return {**t, "predicted_per_second": 1e3 * (done - 1) / spent, **self.what.get("timings", {})}
+
+        def event(done):
+            i = (sum(prompt) + done * 7) % ALPHABET
+            e = {"index": 0, "content": f" t{i}", "tokens": [i], "stop": False, "id_slot": -1}
+            return e | {"tokens_predicted": done, "tokens_evaluated": len(prompt), "timings": timings(done)}
+
+        def final(done):
+            e = {"index": 0, "content": "", "tokens": [], "id_slot": 0, "stop": True, "model": str(self.model)}
+            e |= {"tokens_predicted": done, "tokens_evaluated": len(prompt), "generation_settings": {}, "prompt": ""}
+            e |= {"has_new_line": False, "truncated": False, "stop_type": "limit", "stopping_word": ""}
+            return e | {"tokens_cached": len(prompt) + done - 1, "timings": timings(done)}
+
+        if not asked.get("stream"):
+            top = [{"id": i, "token": f" t{i}", "bytes": [32]} for i in range(asked.get("n_probs", 0))]
+            top = [{**t, "logprob": self.what.get("logprob", -5.0 - t["id"] / 10)} for t in top]
+            told = [{**top[0], "top_logprobs": top}] if top else []
+            more = {"completion_probabilities": told} if top else {}
+            return self._json(c, 200, {**final(n), "content": " t0", **more}, keep)
+        head = ["HTTP/1.1 200 OK", "Server: llama.cpp", "Content-Type: text/event-stream"]
+        head += ["Transfer-Encoding: chunked", "Connection: close"]
+        out = Pieces(c, self.what)
+        out.send(("\r\n".join(head) + "\r\n\r\n").encode())
+        for done in range(1, n + 1):
+            if done > 1:
+                time.sleep(STEP_S)
+            if self.what.get("at") == "token" and self.what["token"] == done:
+                while self.what.get("how") == "trickle":  # bytes, and never a line
+                    out.chunk("x")
+                    time.sleep(0.02)
+                if "event" not in self.what:
+                    _end(self.what)
+                out.chunk(self.what["event"] + "\n\n")
+            out.event(event(done))
+        if not self.what.get("endless"):
+            out.event(final(n))
+        out.send(b"0\r\n\r\n")
+        return False
+
+
+class Pieces:
+    """A stream's way out: whole, in `pieces` of so many bytes, or only the first `cut` bytes."""
+
+    def __init__(self, c, what):
+        self.c, self.cut, self.pieces = c, what.get("cut"), what.get("pieces")
+        self.sent = 0
+
+    def event(self, data):
+        self.chunk("data: " + json.dumps(data, separators=(",", ":")) + "\n\n")
+
+    def chunk(self, text):
+        data = text.encode()
+        self.send(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+
+    def send(self, data):
+        if self.cut is not None and self.sent + len(data) >= self.cut:
+            self.c.sendall(data[: self.cut - self.sent])
+            raise ConnectionAbortedError
+        size = self.pieces or len(data)
+        for i in range(0, len(data), size):
+            self.c.sendall(data[i : i + size])
+        self.sent += len(data)
+
+
+def _error(code, message, kind):
+    return {"error": {"message": message, "type": kind, "code": code}}
+
+
+if __name__ == "__main__":
+    main()
