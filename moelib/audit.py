@@ -95,7 +95,7 @@ def no_two_alike(study: Matrix) -> Finding:
     for r in study.runs:
         for q in r.observed.requests:
             seen[q.token_s].add(r.run_id)
-    copies = sorted(min(ids) for times, ids in seen.items() if len(times) > 2 and len(ids) > 1)
+    copies = sorted({min(ids) for times, ids in seen.items() if len(times) > 2 and len(ids) > 1})
     return not copies, f"alike: {', '.join(copies[:3])}" if copies else f"{len(study.runs)} runs differ"
 
 

@@ -44,6 +44,7 @@ from moelib import audit, client, device, engine, files, gguf_file, host, measur
 from moelib import record as records
 from moelib import run as runs
 from moelib.memory import Reading
+from moelib.nvml import Counters
 from moelib.study import Folder, StudyError
 
 MIB = 1 << 20
@@ -77,7 +78,7 @@ class FakeGpu(device.Device):
             plain = Reading(t_s, ours, 1024 * MIB + (ours or 0), bool(ours), ())
             return self.change(next(taken) - device.IDLE_READINGS, plain)
 
-        yield device.Session(["--device", "CUDA0"], read, shared=True)
+        yield device.Session(["--device", "CUDA0"], read, lambda t_s: Counters(t_s, events=0), shared=True)
 
 
 class Lab:

@@ -409,3 +409,176 @@ def test_a_reading_is_evidence_of_the_value():
     sampled = reconcile("loopback", m.trace, seen.report, m.weights_bytes, None, None)
     moved = replace(m.trace, during=(Reading(0.1, BASE + 20 * MIB, None),))
     assert failed(*broken(memory=replace(sampled, trace=moved)))[1] == ("memory-follows", "memory-undoubted")
+
+
+LIMITS = {
+    "requests-complete": "exact",
+    "counts-exact": "exact",
+    "stream-finished": "the engine's final event",
+    "cache-not-hit": "0 tokens",
+    "times-ordered": "each at or after the one before, the first alone",
+    "ttft-bounded": "the engine's prompt time, and at most 10% + 50 ms more",
+    "clocks-agree": "5% + 10 ms",
+    "layers-offloaded": "all layers",
+    "device-is-the-one": "buffers named after the device",
+    "placement-moves": "more than 0 bytes, none for a baseline",
+    "placement-on-device": "0.1 % + 1 MiB",
+    "command-as-asked": "the placement's flags, and nothing fitted",
+    "environment-clean": "names on the allow-list",
+    "build-optimised": "no `(debug)`",
+    "output-alive": "finite, and not all equal",
+    "file-is-its-sheet": "SHA-256",
+    "memory-known": "not invalid",
+    "memory-follows": "equal",
+    "memory-undoubted": "a value from two accounts",
+    "not-slowed": "no thermal, power-brake or hardware slowdown",
+    "host-quiet": "10% of the host's CPU time",
+    "clock-steady": "100 ms",
+    "clean-end": "exit 0 within the grace time",
+    "block-complete": "one baseline and at least one more, each arm once",
+    "block-alike": "equal",
+    "block-placement": "0.1 % + 1 MiB, and more graph splits",
+    "block-ttft-measured": "relative spread above 0.0001",
+    "matrix-complete": "every planned run",
+    "no-two-alike": "no equal timestamps",
+    "memory-steady": "64 MiB or 1% within a cell and arm",
+}
+
+SAID = {
+    "requests-complete": ("2 of 2 requests", "1 of 2 requests"),
+    "counts-exact": ("2 requests", "plan-short[0]: prompt, predicted (7, 5), asked (8, 5); streamed 5, 5 ids"),
+    "stream-finished": ("2 requests", "plan-short[0]: no final event"),
+    "cache-not-hit": ("2 requests", "plan-short[0]: cache_n 3"),
+    "times-ordered": ("2 requests", "plan-short[0]: an earlier one after a later one"),
+    "ttft-bounded": ("2 requests", "plan-short[0]: first token after 0.0200 s, the prompt took 0.0210 s"),
+    "clocks-agree": ("2 requests", "plan-short[0]: 0.0400 s here, 0.08 s by the engine"),
+    "layers-offloaded": ("5 of 5", "4 of 5"),
+    "device-is-the-one": ("RPC0[127.0.0.1:5]", "Vulkan0[127.0.0.1:5]"),
+    "placement-moves": ("0 bytes moved", "0 bytes in 9 tensors moved"),
+    "placement-on-device": ("engine 41943040, header 41943040 bytes", "engine 41943040, header 10485760 bytes"),
+    "command-as-asked": ("as asked", "wrong: --cpu-moe"),
+    "environment-clean": ("3 allowed", "LLAMA_ARG_CPU_MOE"),
+    "build-optimised": ("11434 (b11434) with GNU for Linux", "11434 (b11434) with GNU for Linux (debug)"),
+    "output-alive": ("-6.5, -6.6", "None, None"),
+    "file-is-its-sheet": ("file aaaaaaaaaaaa, sheet aaaaaaaaaaaa", "file bbbbbbbbbbbb, sheet aaaaaaaaaaaa"),
+    "memory-known": ("valid", "below-engine-buffers"),
+    "memory-follows": ("54525952, its readings give 54525952", "55574528, its readings give 54525952"),
+    "memory-undoubted": ("all taken", "sampled-peak"),
+    "not-slowed": ("0 readings", "hw-thermal"),
+    "host-quiet": ("0.0% by others", "11.0% by others"),
+    "clock-steady": ("step 0.000 s, sleep 0.000 s", "step -0.200 s, sleep 0.000 s"),
+    "clean-end": ("exit 0", "exit -9"),
+}
+
+
+def test_every_limit_is_the_documented_one():
+    assert {i.id: i.limit for i in INVARIANTS.values()} == LIMITS
+
+
+def test_what_was_found_is_said_with_what_it_was_held_against():
+    """What holds, and what the invariant's own violation says."""
+    holds = {c.id: c.measured for c in audit.run(spec(), observation(), SHEET)}
+    for check, (arm, seen) in VIOLATIONS.items():
+        found = next(c for c in audit.run(spec(placement=arm), seen, SHEET) if c.id == check)
+        assert (holds[check], found.measured) == SAID[check]
+
+
+def test_nothing_says_what_was_not_there():
+    silent = remembered(observation(report=Report((), None, None, ())))
+    assert {c.id: c.measured for c in audit.run(spec(), silent, {}) if not c.passed} == {
+        "layers-offloaded": "None of None",
+        "device-is-the-one": "none",
+        "placement-on-device": "engine None, header 41943040 bytes",
+        "build-optimised": "the engine told no build",
+        "file-is-its-sheet": "file aaaaaaaaaaaa, sheet None",
+        "memory-undoubted": "engine-silent",
+    }
+    empty = observation(requests=(), env=(), top_logprobs=())
+    nothing = dict.fromkeys(("stream-finished", "cache-not-hit", "times-ordered", "counts-exact"), "0 requests")
+    nothing |= dict.fromkeys(("ttft-bounded", "clocks-agree"), "0 requests")
+    nothing |= {"requests-complete": "0 of 0 requests", "environment-clean": "0 allowed"}
+    nothing |= {"output-alive": "nothing told"}
+    assert {c.id: c.measured for c in audit.run(spec(workloads=()), empty, SHEET) if not c.passed} == nothing
+    moved = {c.id: c.measured for c in audit.run(spec(placement="cpu-moe"), observation("cpu-moe"), SHEET)}
+    assert moved["placement-moves"] == "31457280 bytes in 9 tensors moved"
+
+
+def said(checks):
+    return {c.id: c.measured for c in checks}
+
+
+def test_blocks_and_studies_say_what_was_found(runs):
+    base, moe = block()
+    assert said(audit.block([base, moe])) == {
+        "block-complete": "baseline/mmap, cpu-moe/mmap",
+        "block-alike": "2 runs alike",
+        "block-placement": "header and engine agree",
+        "block-ttft-measured": "spread 0.032 over 4 requests",
+    }
+    assert said(audit.block([])) == {"block-complete": "no runs"}
+    cut = with_report(moe, graph_splits=())
+    assert said(audit.block([base, cut]))["block-placement"] == "cpu-moe/mmap: graph splits (2,) -> ()"
+    more = with_report(moe, graph_splits=(), buffers=base.observed.report.buffers)
+    assert said(audit.block([base, more]))["block-placement"] == (
+        "cpu-moe/mmap: device weights 41943040 -> 41943040, header moves 31457280; "
+        "cpu-moe/mmap: graph splits (2,) -> ()"
+    )
+    other = seen_as(moe, threads=2).model_copy(update={"sheet": {}})
+    assert said(audit.block([base, other]))["block-alike"] == "differ in file, threads"
+    asked = seen_as(moe, requests=())
+    assert said(audit.block([seen_as(base, requests=()), asked]))["block-ttft-measured"] == "spread 0 over 0 requests"
+    assert said(audit.study(plan_of(runs), runs)) == {
+        "matrix-complete": "0 of 4 missing",
+        "no-two-alike": "4 runs differ",
+        "memory-steady": "2 arms steady",
+    }
+    wrong = [runs[0], seen_as(runs[2], requests=runs[0].observed.requests)]
+    big = replace(wrong[1].observed.memory, value_bytes=1 << 40)
+    wrong[1] = seen_as(wrong[1], memory=big)
+    assert said(audit.study(plan_of(runs), wrong)) == {
+        "matrix-complete": "2 of 4 missing",
+        "no-two-alike": f"alike: {runs[0].run_id}",
+        "memory-steady": "spread: deepseek-moe-16b/Q4_K_M baseline/mmap",
+    }
+
+
+def test_at_most_three_copies_are_named():
+    pairs = [
+        seen_as(made(block=2 * i + j), requests=(request(0, first=0.02 + i / 100),)) for i in range(4) for j in (0, 1)
+    ]
+    assert (
+        said(audit.study([], pairs))["no-two-alike"] == f"alike: {', '.join(sorted(r.run_id for r in pairs[::2])[:3])}"
+    )
+
+
+def test_two_tokens_are_enough_to_count_and_to_time():
+    two = {"predicted_n": 2, "generate_tokens": 2, "token_n": (1, 2), "tokens": (7, 8), "token_s": (0.02, 0.03)}
+    assert failed(*one_request(**two, engine_predicted_s=0.01)) == ("valid", ())
+    assert failed(*one_request(**two, engine_predicted_s=0.05)) == ("invalid", ("clocks-agree",))
+    one = {"predicted_n": 2, "generate_tokens": 2, "token_n": (2,), "tokens": (7, 8), "token_s": (0.02,)}
+    assert failed(*one_request(**one)) == ("invalid", ("times-ordered",))
+
+
+def test_the_first_event_is_named_by_what_it_carried():
+    late = one_request(token_n=(2, 2, 3, 4, 5))
+    found = next(c for c in audit.run(spec(), late[1], SHEET) if c.id == "times-ordered")
+    assert found.measured == "plan-short[0]: the first event carried 2 tokens"
+
+
+def test_layers_are_compared_by_their_number():
+    many = {"offloaded_layers": int("1000"), "total_layers": int("1000")}  # two objects, as read from a file
+    assert "layers-offloaded" not in failed(*report(**many))[1]
+
+
+def test_one_byte_that_moved_has_moved():
+    seen = observation("cpu-moe")
+    least = replace(seen, placement=replace(seen.placement, moved_bytes=1))
+    assert "placement-moves" not in failed("cpu-moe", least)[1]
+
+
+def test_the_baseline_is_found_wherever_it_stands():
+    base, moe = block()
+    for runs in ([base, moe], [moe, base], [made(placement="n-cpu-moe=3", order=2), base]):
+        assert audit.baseline(runs) is base
+    early = moe.model_copy(update={"spec": replace(moe.spec, placement="auto")})
+    assert audit.baseline([early, base]) is base

@@ -6,6 +6,7 @@ from conftest import FIXTURES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moelib import memory
 from moelib.engine import Buffer, Report
 from moelib.memory import INVALID, LEAST_CONTEXT_BYTES, REASONS, Memory, Reading, Trace, reconcile
 
@@ -387,3 +388,76 @@ def test_an_undisturbed_run_has_the_value_that_its_driver_can_prove(world, shown
         "unsupported": ("degraded", None, ("list-unsupported",)),
     }[shown]
     assert (m.status, m.value_bytes, m.reasons) == (status, value, reasons)
+
+
+def test_the_bounds_are_the_documented_ones():
+    assert (memory.AGREE_BYTES, memory.AGREE_SHARE) == (64 * MIB, 0.01)
+    assert memory.SETTLED_BYTES == 16 * MIB
+    assert memory.LEAST_CONTEXT_BYTES == 64 * MIB
+    assert (memory.CONTEXTS, memory.SHARE) == (1.5, 0.01)
+    assert memory.UNMEASURED_CONTEXT_BYTES == 2048 * MIB
+    assert memory.PROCESS_BYTES == 64 * MIB
+    assert (memory.HEADER_SHARE, memory.HEADER_BYTES) == (0.001, MIB)
+    assert tuple(memory.REASONS)[: len(memory.INVALID)] == memory.INVALID
+    assert memory.INVALID[-1] == "above-ceiling"
+
+
+@pytest.mark.parametrize(
+    ("whole", "apart", "right"),
+    [
+        (4, 64 * MIB, True),
+        (4, 64 * MIB + 1, False),
+        (4, -64 * MIB, True),
+        (4, -64 * MIB - 1, False),
+        (100, GIB, True),  # 1 % of the larger
+        (100, GIB + 12 * MIB, False),
+        (100, -GIB, True),
+        (100, -GIB - 2 * MIB, False),
+    ],
+)
+def test_two_accounts_agree_within_64_mib_or_one_percent(whole, apart, right):
+    used = whole * GIB
+    run = cuda(at(used + apart, used), report=told((whole - 1) * GIB, 512 * MIB), weights=GIB)
+    assert (run.reasons, run.value_bytes) == (((), used) if right else (("accounts-disagree",), None))
+
+
+@pytest.mark.parametrize(("off", "right"), [(0, True), (2, False)])
+def test_the_header_is_held_to_a_thousandth_and_a_mebibyte(off, right):
+    most = int((PEAK + MIB) / 0.999)
+    run = cuda(RUN, weights=most + off)
+    assert run.reasons == (() if right else ("below-header-weights",))
+
+
+@pytest.mark.parametrize(("over", "right"), [(0, True), (1, False)])
+def test_the_ceiling_is_one_and_a_half_contexts_and_a_hundredth(over, right):
+    most = int(ENGINE * 1.01 + 1.5 * CONTEXT)
+    run = cuda(at(most + over, most + over))
+    assert run.reasons == (() if right else ("above-ceiling",))
+
+
+@pytest.mark.parametrize(("short", "right"), [(0, True), (1, False)])
+def test_the_floor_is_the_least_context_above_the_engine(short, right):
+    least = ENGINE + 64 * MIB - short
+    run = cuda(at(least, least))
+    assert run.reasons == (() if right else ("below-engine-buffers",))
+
+
+@pytest.mark.parametrize(("moved", "right"), [(16 * MIB, True), (16 * MIB + 1, False)])
+def test_an_idle_device_may_move_by_16_mib(moved, right):
+    run = cuda(at(USED, PEAK), before=(at(0), at(moved)), after=(at(moved),))
+    assert run.reasons == (() if right else ("unstable-baseline",))
+    back = cuda(RUN, after=(at(moved),))
+    assert back.reasons == (() if right else ("not-returned",))
+
+
+def test_only_the_last_reading_after_a_run_must_be_idle():
+    assert cuda(RUN, after=(RUN, IDLE)).reasons == ()
+    mine = ((70411, PEAK),)
+    assert cuda(at(USED, None, mine), after=(at(USED, None, mine), IDLE)).value_bytes == PEAK
+
+
+@pytest.mark.parametrize("other", [90, 99999])
+def test_a_process_that_was_there_all_the_time_is_told_from_the_newcomer(other):
+    still = at(0, None, ((other, GIB),))
+    run = cuda(at(USED, None, ((other, GIB), (70411, PEAK))), before=(still, still), after=(still,))
+    assert (run.value_bytes, run.reasons) == (PEAK, ("host-pid", "foreign-process"))
