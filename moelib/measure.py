@@ -46,7 +46,8 @@ def measure(folder: study.Folder, cell: study.Cell) -> Iterator[record.Record]:
     held = Path(tempfile.gettempdir()) / f"moelib-{os.getuid()}" / f"{where.identity()['uuid'] or 'host'}.lock"
     with files.lock(held, f"device {where.kind}", wait_s=process.patience(LOCK_S)), _scratch(folder) as work:
         process.sweep(folder.work)
-        quantised = quantize.make(models.make_twin(cell.model, folder.study.scale), cell.quant, llama, work)
+        source = models.make_twin(cell.model, folder.study.scale, needed=False)
+        quantised = quantize.make(source, cell.quant, llama, work)
         if folder.sheet(cell) != quantised.sheet:
             files.write_json(folder.sheet_path(cell), quantised.sheet)
         where.calibrate(work)

@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,13 @@ class Source:
     weights: str
     """twin: random weights in the model's geometry; real: the published weights."""
     scale: str
-    header: gguf_file.Header
+    path: Path
+    """It may have been deleted once its quants were made; `whole` makes it again."""
     sha256: str
 
-    @property
-    def path(self) -> Path:
-        return self.header.path
+    @cached_property
+    def header(self) -> gguf_file.Header:
+        return gguf_file.read_header(self.path)
 
 
 def folder() -> Path:
@@ -42,19 +44,25 @@ def _note(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def once(path: Path, expected: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def once(
+    path: Path, expected: dict[str, Any], make: Callable[[], dict[str, Any]], needed: bool = True
+) -> dict[str, Any]:
     """The facts noted of the file at `path` if they agree with `expected` and the file is still what was noted; else
-    those that `make` returns, which writes the file. They hold its `sha256`."""
+    those that `make` returns, which writes the file. They hold its `sha256`.
+
+    A file that is not `needed` may be gone: its note is then enough.
+    """
     place = _note(path)
     with files.lock(path.with_suffix(".lock"), path.name, wait_s=3600):
         try:
             note = json.loads(place.read_text())
             told = note["digest"] == files.digest(note["facts"])  # a note that was damaged is none
-            stands = told and expected.items() <= note["facts"].items() and _unchanged(path, note)
+            stands = told and expected.items() <= note["facts"].items()
+            stands = stands and (_unchanged(path, note) if needed or path.exists() else True)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             note, stands = {}, False
         facts = note["facts"] if stands else make()
-        if (now := {"facts": facts, "file": _stat(path), "digest": files.digest(facts)}) != note:
+        if path.exists() and (now := {"facts": facts, "file": _stat(path), "digest": files.digest(facts)}) != note:
             files.write_json(place, now)
     return facts
 
@@ -82,14 +90,15 @@ def forget(path: Path) -> None:
 
 def whole(source: Source) -> Source:
     """`source` if its file holds what was made, read from disk; made again if not. Size and time do not show it all."""
-    if files.sha256(source.path) == source.sha256:
-        return source
-    forget(source.path)
+    if source.path.exists():
+        if files.sha256(source.path) == source.sha256:
+            return source
+        forget(source.path)
     return make_twin(source.model, source.scale, out=source.path)
 
 
-def make_twin(model: str, scale: str, seed: int = 0, out: Path | None = None) -> Source:
-    """The twin of a catalogued model at `scale`, written unless it is already there.
+def make_twin(model: str, scale: str, seed: int = 0, out: Path | None = None, needed: bool = True) -> Source:
+    """The twin of a catalogued model at `scale`, written unless it is already there, or was and is not `needed`.
 
     Raises params.ParamsError for an unknown or excluded model, files.FileError if the disk is too small.
     """
@@ -101,5 +110,4 @@ def make_twin(model: str, scale: str, seed: int = 0, out: Path | None = None) ->
     def make() -> dict[str, Any]:
         return {**facts, "sha256": twin.write(path, geometry, title=entry.title, seed=seed)}
 
-    known = once(path, facts, make)
-    return Source(model, "twin", scale, gguf_file.read_header(path), known["sha256"])
+    return Source(model, "twin", scale, path, once(path, facts, make, needed)["sha256"])

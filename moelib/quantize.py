@@ -84,7 +84,8 @@ def make(source: models.Source, quant: str, engine: Engine, scratch: Path) -> Qu
     `scratch` takes the tool's logs. Raises QuantizeError, files.FileError or gguf_file.GGUFError.
     """
     params.quant(quant)
-    refuse_quantised(source.header)
+    if source.path.exists():
+        refuse_quantised(source.header)
     path = source.path.with_name(f"{source.model}-{quant}.gguf")
     expected = {"model": source.model, "quant": quant, "source_sha256": source.sha256, "engine_build": engine.build}
     for _ in range(2):

@@ -67,7 +67,7 @@ def test_a_file_that_changed_is_made_again(own_source, engine, tmp_path):
 def test_a_quantised_source_is_refused_with_the_reason(own_source, engine, tmp_path):
     made = quantize.make(own_source, "Q8_0", engine, tmp_path)
     with pytest.raises(QuantizeError, match="already quantised .Q8_0."):
-        quantize.make(replace(own_source, header=made.header), "Q2_K", engine, tmp_path)
+        quantize.make(replace(own_source, path=made.path), "Q2_K", engine, tmp_path)
 
 
 def test_mxfp4_is_refused_as_gpt_oss_is(own_source):
@@ -122,3 +122,21 @@ def test_a_damaged_source_never_reaches_the_engine(own_source, engine, tmp_path,
         gguf_file.read_header(own_source.path)
     # asked for through the catalogue, it is made anew instead
     assert models.make_twin("deepseek-moe-16b", "nano").sha256 == own_source.sha256
+
+
+def test_a_source_that_was_deleted_is_not_needed_for_quants_that_are_there(own_source, engine, tmp_path, monkeypatch):
+    made = quantize.make(own_source, "Q8_0", engine, tmp_path)
+    own_source.path.unlink()
+    known = models.make_twin("deepseek-moe-16b", "nano", needed=False)
+    assert (known, known.path.exists()) == (own_source, False)
+    assert quantize.make(known, "Q8_0", engine, tmp_path).sheet == made.sheet
+    assert not known.path.exists()
+    # for another quant it is made again, the same
+    other = quantize.make(known, "Q4_K_M", engine, tmp_path)
+    assert known.path.exists()
+    assert other.sheet["source_sha256"] == own_source.sha256
+
+
+def test_a_source_that_was_never_made_is_made_even_where_it_is_not_needed(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOELIB_MODELS", str(tmp_path / "m"))
+    assert models.make_twin("deepseek-moe-16b", "nano", needed=False).path.exists()
