@@ -148,9 +148,9 @@ def load_modes(study: Study) -> list[tuple[Arm, Arm]]:
 def compare(
     results: Results, quantity: Quantity, pairs: Callable[[Study], list[tuple[Arm, Arm]]] = offloads
 ) -> list[Comparison]:
-    """`quantity` of every cell and pair of arms of the study, in its order."""
+    """`quantity` of every cell that has a whole block and every pair of arms, in the study's order."""
     rows = []
-    for name, status in results.statuses.items():
+    for name, status in results.measured.items():
         for against, arm in pairs(results.study):
             values, used = [], []
             for block in status.blocks:
@@ -185,9 +185,9 @@ class Summary:
 
 
 def summarise(results: Results, quantity: Quantity) -> list[Summary]:
-    """`quantity` of every cell and arm of the study, in its order."""
+    """`quantity` of every cell that has a whole block and every arm, in the study's order."""
     rows = []
-    for name, status in results.statuses.items():
+    for name, status in results.measured.items():
         for arm in results.study.arms:
             here = [r for b in status.blocks for r in b if r.spec.arm == arm.label and quantity(r) is not None]
             value = stats.mean([quantity(r) for r in here]) if here else None

@@ -31,6 +31,8 @@ def headline(results: Results) -> Text:
         f"{tally['planned']} planned ({tally['invalid']} invalid, {tally['missing']} missing), on "
         f"{'; '.join(sorted({_machine(r) for r in runs}))}."
     )
+    if gone := [name for name in results.statuses if name not in results.measured]:
+        text += f"\n\n**Not measured yet**, and in no table below: {', '.join(gone)}."
     return Text("headline", text, cite(runs))
 
 
@@ -51,10 +53,10 @@ def answer(results: Results) -> Text:
     memory = [c for c in analyse.compare(results, analyse.device_memory) if c.ratio]
     if not rates or not memory:
         return Text("answer", "No whole block holds both a baseline and an offload run, so nothing can be compared.")
-    told = [
-        f"Keeping the experts on the CPU took {_range([1 - c.ratio.value for c in memory], percent)} off device "
-        f"memory. Decoding then ran at {_range([c.ratio.value for c in rates], percent)} of the baseline's rate."
-    ]
+    saved = _range([1 - c.ratio.value for c in memory], percent)
+    kept = _range([c.ratio.value for c in rates], percent)
+    told = [f"Keeping the experts on the CPU took {saved} off device memory."]
+    told.append(f"Decoding then ran at {kept} of the baseline's rate.")
     used = [*rates, *memory]
     for workload in results.study.workloads:
         found = analyse.compare(results, analyse.first_token(workload, warm=True))
@@ -70,8 +72,8 @@ def answer(results: Results) -> Text:
     if rest:
         more = _range([s.value.value for s in rest], size)
         told.append(f"Device memory was {more} more than the engine's own buffers add up to.")
-    told.append("Ranges are over cells and arms; the intervals of each are in the tables.")
-    return Text("answer", " ".join(told), cite(r for c in [*used, *rest] for r in c.records))
+    told.append("Ranges are over models, quants and arms; the interval of each is in the tables.")
+    return Text("answer", "\n".join(f"- {t}" for t in told), cite(r for c in [*used, *rest] for r in c.records))
 
 
 Show = Callable[[analyse.Comparison], dict[str, str]]

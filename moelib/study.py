@@ -225,6 +225,11 @@ class Results(Plan):
         return {name: Status.of(cells[name], self.records) for name in map("/".join, order)}
 
     @property
+    def measured(self) -> dict[str, Status]:
+        """The cells that have a whole, valid block."""
+        return {name: s for name, s in self.statuses.items() if s.blocks}
+
+    @property
     def blocks(self) -> list[tuple[record.Record, ...]]:
         return [b for s in self.statuses.values() for b in s.blocks]
 
