@@ -140,6 +140,7 @@ def test_an_incomplete_character_at_the_end_is_not_an_error():
         ((0.02, 0.03, 0.04, 0.05), (1, 2, 3, 4, 5)),  # an event without its time
         ((0.02, 0.03, 0.04, 0.05, 0.06), (2, 2, 3, 4, 5)),  # the first token's time is not known
         ((0.02, 0.03, 0.04, 0.05, 0.06), (1, 3, 2, 4, 5)),
+        ((0.02, 0.03, 0.04, 0.05, 0.06), (0, 2, 3, 4, 5)),
     ],
 )
 def test_times_have_many_ways_to_be_wrong(token_s, token_n):
@@ -330,6 +331,8 @@ def test_block_checks_flag_what_only_a_comparison_shows():
         other = moe.model_copy(update={part: {**getattr(moe, part), **change}})
         assert flagged([base, other]) == {"block-alike"}, part
     assert flagged([base, seen_as(moe, threads=2)]) == {"block-alike"}
+    both = with_report(seen_as(moe, threads=2), graph_splits=())  # one failure hides no other
+    assert flagged([base, both]) == {"block-alike", "block-placement"}
 
 
 def test_a_flag_that_did_nothing_fails_the_block():
