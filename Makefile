@@ -48,7 +48,7 @@ docs: setup ## rebuild the document of STUDY from its records alone
 validation: setup ## rebuild docs/MOE-TECHNICAL-VALIDATION.md from the committed records
 	@$(BIN)/moelib report h200-twins --into docs
 
-mutation: engine ## mutation testing of memory and audit (about an hour; SAMPLE=N for a part)
+mutation: engine ## mutation testing of memory and audit (about half an hour; SAMPLE=N for a part)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[test,mutation]'
 	@$(BIN)/python tools/mutation.py --sample $(SAMPLE)
 

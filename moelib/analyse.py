@@ -102,6 +102,16 @@ def pcie_received(r: Record) -> float | None:
     return r.observed.pcie_received_bytes
 
 
+def sm_clock(r: Record) -> float | None:
+    """MHz of the GPU's processors, over the run's readings."""
+    return _mean(c.sm_clock_mhz for c in r.observed.counters)
+
+
+def power(r: Record) -> float | None:
+    """Watts of the GPU's board, over the run's readings."""
+    return _mean(c.power_watt for c in r.observed.counters)
+
+
 def major_faults(r: Record) -> float | None:
     """Pages that the server had to wait for the disk for."""
     return r.observed.host.major_faults

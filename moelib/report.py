@@ -248,11 +248,13 @@ def energy_table(results: Results, workload: str) -> Table:
 
 
 def host_table(results: Results) -> Table:
-    """What a run takes of the host and of the bus."""
+    """What a run takes of the host and of the bus, and the GPU's state meanwhile."""
     columns = {
         "host RSS, peak": (analyse.host_peak, stats.sizes),
         "major page faults": (analyse.major_faults, lambda e: stats.estimate(e)),
         "received over PCIe": (analyse.pcie_received, stats.sizes),
+        "GPU clock, MHz": (analyse.sm_clock, lambda e: stats.estimate(e)),
+        "board, W": (analyse.power, lambda e: stats.estimate(e)),
     }
     found = {name: analyse.summarise(results, quantity) for name, (quantity, _) in columns.items()}
     rows, records = [], []

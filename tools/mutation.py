@@ -1,6 +1,6 @@
 """Mutation testing of what decides whether a number is believed: does a test fail when the code is changed?
 
-Works in a copy of the tracked files. `--sample N` tries a seeded sample; all mutants take about an hour on 2 cores.
+Works in a copy of the tracked files. `--sample N` tries a seeded sample; all of them take about half an hour.
 A mutant of a type annotation changes nothing that runs, and of the many operators that could stand in one place two
 are tried: the others die with them and would only raise the score.
 """
