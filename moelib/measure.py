@@ -58,10 +58,10 @@ def measure(folder: study.Folder, cell: study.Cell) -> Iterator[record.Record]:
         for specs in cell.blocks:
             found = study.found(specs, records)
             # runs that are valid one by one but do not fit together are all done again
-            whole = all(r and r.done for r in found)
+            whole = not any(map(study.why_not, found))
             again = whole and not all(c.passed for c in audit.block(found))
             for spec, there in zip(specs, found, strict=True):
-                if not there or not there.done or again:
+                if again or study.why_not(there):
                     attempt = 1 + max((r.attempt for r in records if r.key == record.spec_key(spec)), default=0)
                     there = _perform(folder, spec, attempt, setup)
                     records.append(there)

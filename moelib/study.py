@@ -167,7 +167,7 @@ class Status:
         blocks, problems, checks, tally = [], [], [], Counter()
         for b, specs in enumerate(cell.blocks):
             runs = found(specs, records)
-            why = [_why_not(r) for r in runs]
+            why = [why_not(r) for r in runs]
             wrong = [f"{cell.name} {s.arm} block {b + 1}: {w}" for s, w in zip(specs, why, strict=True) if w]
             if not wrong:
                 found_here = audit.block(runs)
@@ -189,7 +189,7 @@ class Status:
         return not self.problems
 
 
-def _why_not(r: record.Record | None) -> str | None:
+def why_not(r: record.Record | None) -> str | None:
     """Why a run has no result that stands; its audit is done again, so that no record vouches for itself."""
     if not r:
         return "not run"

@@ -170,6 +170,9 @@ def test_the_audit_counts_every_planned_run_and_fails_where_one_is_missing(copy,
     assert done.returncode == 1
     assert "4 planned, 2 valid, 1 invalid, 1 missing" in done.stdout
     assert "but its audit says invalid" in done.stdout
+    # and both are run when the study is
+    again = command(copy, models_folder, "study", "run", "smoke")
+    assert "4 of 4 runs valid" in again.stdout, again.stderr
 
 
 @pytest.mark.engine
