@@ -53,17 +53,24 @@ def sha256(path: Path) -> str:
 
 
 class Hashed:
-    """A file's SHA-256, read from disk once, and again whenever the file's size or times changed since."""
+    """A file's SHA-256, read from disk once, and again whenever the file changed since.
 
-    def __init__(self, path: Path):
-        self.path, self._state, self._sha256 = path, (), ""
+    `known`: the digest of what is there, just read by the caller.
+    """
+
+    def __init__(self, path: Path, known: str | None = None):
+        self.path, self._sha256, self._state = path, known, state(path) if known else None
 
     def sha256(self) -> str:
-        s = self.path.stat()
-        state = (s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)
-        if state != self._state:
-            self._sha256, self._state = sha256(self.path), state
+        if (now := state(self.path)) != self._state:
+            self._sha256, self._state = sha256(self.path), now
         return self._sha256
+
+
+def state(path: Path) -> dict[str, int]:
+    """What changes whenever the file is written to: a time can be set back, the time of that change cannot."""
+    s = path.stat()
+    return {"bytes": s.st_size, "mtime_ns": s.st_mtime_ns, "ctime_ns": s.st_ctime_ns}
 
 
 @contextmanager

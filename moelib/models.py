@@ -1,6 +1,6 @@
 """Source files to quantise: for now geometry twins, written on demand and kept under `models/`.
 
-Beside each file stands a note with its SHA-256 and the file's size and time: a file that no longer matches its note
+Beside each file stands a note with its SHA-256 and the file's size and times: a file that no longer matches its note
 is hashed again, and made again if it changed.
 """
 
@@ -62,19 +62,17 @@ def once(
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             note, stands = {}, False
         facts = note["facts"] if stands else make()
-        if path.exists() and (now := {"facts": facts, "file": _stat(path), "digest": files.digest(facts)}) != note:
+        if (
+            path.exists()
+            and (now := {"facts": facts, "file": files.state(path), "digest": files.digest(facts)}) != note
+        ):
             files.write_json(place, now)
     return facts
 
 
-def _stat(path: Path) -> dict[str, int]:
-    s = path.stat()
-    return {"bytes": s.st_size, "mtime_ns": s.st_mtime_ns}
-
-
 def _unchanged(path: Path, note: dict[str, Any]) -> bool:
     """Whether the file is what was noted; one whose size or time changed is hashed."""
-    if _stat(path) != note["file"]:
+    if files.state(path) != note["file"]:
         log.info("%s changed on disk since it was made; checking its hash", path.name)
         if files.sha256(path) != note["facts"]["sha256"]:
             forget(path)
@@ -89,12 +87,20 @@ def forget(path: Path) -> None:
 
 
 def whole(source: Source) -> Source:
-    """`source` if its file holds what was made, read from disk; made again if not. Size and time do not show it all."""
+    """`source` if its file holds what was made; made again if it is gone, or was changed and its hash differs."""
     if source.path.exists():
-        if files.sha256(source.path) == source.sha256:
+        if _noted(source) or files.sha256(source.path) == source.sha256:
             return source
         forget(source.path)
     return make_twin(source.model, source.scale, out=source.path)
+
+
+def _noted(source: Source) -> bool:
+    try:
+        note = json.loads(_note(source.path).read_text())
+        return note["file"] == files.state(source.path) and note["facts"]["sha256"] == source.sha256
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def make_twin(model: str, scale: str, seed: int = 0, out: Path | None = None, needed: bool = True) -> Source:

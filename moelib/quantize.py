@@ -88,9 +88,16 @@ def make(source: models.Source, quant: str, engine: Engine, scratch: Path) -> Qu
         refuse_quantised(source.header)
     path = source.path.with_name(f"{source.model}-{quant}.gguf")
     expected = {"model": source.model, "quant": quant, "source_sha256": source.sha256, "engine_build": engine.build}
+    content = files.Hashed(path)
+
+    def write() -> dict[str, Any]:
+        nonlocal content
+        sheet = expected | _make(source, quant, engine, scratch, path)
+        content = files.Hashed(path, sheet["sha256"])  # just read back
+        return sheet
+
     for _ in range(2):
-        sheet = models.once(path, expected, lambda: expected | _make(source, quant, engine, scratch, path))
-        content = files.Hashed(path)
+        sheet = models.once(path, expected, write)
         if content.sha256() == sheet["sha256"]:
             return Quantised(gguf_file.read_header(path), sheet, content)
         models.forget(path)
