@@ -585,3 +585,52 @@ def test_the_baseline_is_found_wherever_it_stands():
         assert audit.baseline(runs) is base
     early = moe.model_copy(update={"spec": replace(moe.spec, placement="auto")})
     assert audit.baseline([early, base]) is base
+
+
+def test_a_block_may_have_several_arms_but_one_baseline():
+    base, moe = block()
+    pinned = made(placement="cpu-moe", load_mode="none", order=2)
+    checks = {c.id: c.passed for c in audit.block([base, moe, pinned])}
+    assert checks["block-complete"]
+    copied = made(placement="baseline", load_mode="none", order=2)
+    assert flagged([base, copied, moe]) == {"block-complete"}
+
+
+def test_a_graph_that_nobody_told_is_not_one_that_was_cut():
+    base, moe = block()
+    blind = [with_report(r, graph_splits=()) for r in (base, moe)]
+    assert flagged(blind) == {"block-placement"}
+
+
+def test_three_equal_times_are_a_copy_and_two_may_be_chance():
+    def timed(n):
+        short = {"token_s": (0.1, 0.2, 0.3)[:n], "token_n": (1, 2, 3)[:n]}
+        return [seen_as(r, requests=(request(0, **short),)) for r in (made(), made(block=1))]
+
+    assert said(audit.study([], timed(3)))["no-two-alike"].startswith("alike")
+    assert said(audit.study([], timed(2)))["no-two-alike"] == "2 runs differ"
+
+
+@pytest.mark.parametrize("cache_n", [-1, None, 1])
+def test_only_no_token_of_a_cache_is_none(cache_n):
+    assert failed(*one_request(cache_n=cache_n)) == ("invalid", ("cache-not-hit",))
+
+
+def test_times_are_kept_to_microseconds_and_may_meet():
+    token_s = tuple(1.0 + 0.01 * i for i in range(5))
+    for prompt, right in ((1.00009, True), (1.00011, False)):
+        assert ("ttft-bounded" not in failed(*one_request(token_s=token_s, engine_prompt_s=prompt))[1]) == right
+
+
+def test_the_weights_must_be_on_the_device_whatever_its_caches_are_on():
+    seen = observation()
+    elsewhere = tuple(
+        replace(b, name="Vulkan0") if b.on_device and b.kind == "model" else b for b in seen.report.buffers
+    )
+    again = remembered(replace(seen, report=replace(seen.report, buffers=elsewhere)))
+    assert failed("baseline", again) == ("invalid", ("device-is-the-one",))
+
+
+@pytest.mark.parametrize(("code", "killed"), [(1, False), (-15, False), (None, False), (0, True)])
+def test_only_an_end_of_its_own_is_clean(code, killed):
+    assert failed(*broken(exit_code=code, exit_killed=killed)) == ("degraded", ("clean-end",))

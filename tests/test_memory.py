@@ -461,3 +461,16 @@ def test_a_process_that_was_there_all_the_time_is_told_from_the_newcomer(other):
     still = at(0, None, ((other, GIB),))
     run = cuda(at(USED, None, ((other, GIB), (70411, PEAK))), before=(still, still), after=(still,))
     assert (run.value_bytes, run.reasons) == (PEAK, ("host-pid", "foreign-process"))
+
+
+def test_a_silent_engine_leaves_the_context_as_the_floor():
+    for nbytes, right in ((64 * MIB, True), (64 * MIB - 1, False)):
+        run = cuda(at(nbytes, nbytes), report=SILENT, weights=0)
+        assert run.reasons == (("engine-silent",) if right else ("below-engine-buffers", "engine-silent"))
+
+
+def test_a_device_that_shrank_measured_nothing():
+    full = at(10 * GIB)
+    run = cuda(at(9 * GIB, listed=True), before=(full, full), after=(full,))
+    assert (run.value_bytes, run.growth_bytes, run.status) == (None, None, "invalid")
+    assert cuda(at(9 * GIB, PEAK), before=(full, full), after=(full,)).reasons == ("accounts-disagree",)
