@@ -14,10 +14,6 @@ from moelib.study import Results
 from moelib.table import Table, Text, cite, cite_sheet, facts
 
 
-def _done(results: Results) -> list[Record]:
-    return [r for r in results.records if r.done]
-
-
 def files_table(results: Results) -> Table:
     models, quants = results.study.models, results.study.quants
     sheets = sorted(results.sheets, key=lambda s: (models.index(s["model"]), quants.index(s["quant"])))
@@ -145,14 +141,14 @@ def environment_table(results: Results) -> Table:
             "llama-server threads": str(r.observed.threads),
         }
 
-    frame = pd.DataFrame([told(r) for r in _done(results)])
-    return facts("environment", {k: "; ".join(sorted(set(frame[k]))) for k in frame}, cite(_done(results)))
+    frame = pd.DataFrame([told(r) for r in results.done])
+    return facts("environment", {k: "; ".join(sorted(set(frame[k]))) for k in frame}, cite(results.done))
 
 
 def workloads_table(results: Results) -> Table:
     rows, sources = [], []
     for name, w in results.workloads.items():
-        here = [r for r in _done(results) if name in r.spec.workloads]
+        here = [r for r in results.done if name in r.spec.workloads]
         asked = {q.prompt_n for r in here for q in r.observed.requests if q.workload == name}
         counts = {"prompt tokens": ", ".join(map(str, sorted(asked))), "tokens generated": w.generate_tokens}
         rows.append({"workload": name, "what": w.title, **counts})

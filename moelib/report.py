@@ -17,13 +17,9 @@ WEIGHTS = {
 }
 
 
-def _done(results: Results) -> list[Record]:
-    return [r for r in results.records if r.done]
-
-
 def headline(results: Results) -> Text:
     """What was measured on what, in the document's first lines."""
-    runs, tally = _done(results), results.tally
+    runs, tally = results.done, results.tally
     parameters = " and ".join(f"{n / 1e6:,.0f} M" for n in sorted({s["parameters"] for s in results.sheets}))
     weights = WEIGHTS[results.study.weights].format(scale=results.study.scale, parameters=parameters)
     text = (
@@ -113,7 +109,7 @@ def _table(
 
 def _absent(results: Results, *counters: str) -> str:
     """Why the runs have none of a counter."""
-    why = {r.observed.absent.get(c) for c in counters for r in _done(results)} - {None}
+    why = {r.observed.absent.get(c) for c in counters for r in results.done} - {None}
     return f"not measured: {'; '.join(sorted(why)) or 'no run told it'}."
 
 

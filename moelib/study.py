@@ -225,6 +225,11 @@ class Results(Plan):
         return {name: Status.of(cells[name], self.records) for name in map("/".join, order)}
 
     @property
+    def done(self) -> list[record.Record]:
+        """The records of runs that came to a result, whole block or not."""
+        return [r for r in self.records if r.done]
+
+    @property
     def measured(self) -> dict[str, Status]:
         """The cells that have a whole, valid block."""
         return {name: s for name, s in self.statuses.items() if s.blocks}
