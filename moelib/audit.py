@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from moelib.invariants import INVARIANTS, Finding, Measured, agrees, holds
+from moelib.memory import AGREE_BYTES, AGREE_SHARE
 from moelib.record import Check, Record
 from moelib.run import Observation, Spec
 
 SAME_SHARE = 1e-4  # measured shares of one block's requests differ by percents
-SPREAD_BYTES, SPREAD_SHARE = 64 << 20, 0.01  # what device memory is known to
 
 
 def baseline(runs: Sequence[Record]) -> Record:
@@ -99,14 +99,14 @@ def no_two_alike(study: Matrix) -> Finding:
     return not copies, f"alike: {', '.join(copies[:3])}" if copies else f"{len(study.runs)} runs differ"
 
 
-@holds("study", f"{SPREAD_BYTES >> 20} MiB or {SPREAD_SHARE:.0%} within a cell and arm")
+@holds("study", f"{AGREE_BYTES >> 20} MiB or {AGREE_SHARE:.0%} within a cell and arm")
 def memory_steady(study: Matrix) -> Finding:
     """The same file in the same place takes the same memory in every block."""
     cells = defaultdict(list)
     for r in study.runs:
         if (value := r.observed.memory.value_bytes) is not None:
             cells[f"{r.cell} {r.spec.arm}"].append(value)
-    wide = [k for k, v in cells.items() if max(v) - min(v) > max(SPREAD_BYTES, SPREAD_SHARE * max(v))]
+    wide = [k for k, v in cells.items() if max(v) - min(v) > max(AGREE_BYTES, AGREE_SHARE * max(v))]
     return not wide, f"spread: {', '.join(wide)}" if wide else f"{len(cells)} arms steady"
 
 

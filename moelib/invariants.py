@@ -14,7 +14,6 @@ from moelib import memory, nvml, process
 from moelib.client import Request
 from moelib.run import Observation, Spec
 
-PLACEMENT_SHARE, PLACEMENT_BYTES = 0.001, 1 << 20  # the engine prints MiB with two decimals and pads tensors
 TTFT_SHARE, TTFT_S = 0.10, 0.050  # sampling, HTTP and scheduling: 0.8 to 1.9 ms seen
 RATE_SHARE, RATE_S = 0.05, 0.010  # client against engine over a whole decode: 0.993 to 1.0003 seen
 ROUNDING = 1e-4  # times are kept to microseconds
@@ -175,7 +174,7 @@ def placement_moves(run: Measured) -> Finding:
 
 
 def agrees(measured: int, expected: int) -> bool:
-    return abs(measured - expected) <= PLACEMENT_SHARE * expected + PLACEMENT_BYTES
+    return abs(measured - expected) <= memory.HEADER_SHARE * expected + memory.HEADER_BYTES
 
 
 @holds("run", "0.1 % + 1 MiB")

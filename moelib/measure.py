@@ -43,7 +43,7 @@ def measure(folder: study.Folder, cell: study.Cell) -> Iterator[record.Record]:
     where = device.choose(folder.study.device, llama)
     folder.work.mkdir(parents=True, exist_ok=True)
     # one measurement at a time on a device, whichever clone or study asks: they would slow each other
-    held = Path(tempfile.gettempdir()) / f"moelib-{os.getuid()}" / f"{where.identity()['uuid'] or 'host'}.lock"
+    held = Path(tempfile.gettempdir()) / f"moelib-{os.getuid()}" / f"{where.uuid or 'host'}.lock"
     with files.lock(held, f"device {where.kind}", wait_s=process.patience(LOCK_S)), _scratch(folder) as work:
         process.sweep(folder.work)
         source = models.make_twin(cell.model, folder.study.scale, needed=False)
@@ -55,13 +55,14 @@ def measure(folder: study.Folder, cell: study.Cell) -> Iterator[record.Record]:
         setup = Setup(quantised, llama, where, work, about)
         records = folder.records(set_aside=True)
         _same_setup([r for r in records if r.done and r.cell == cell.name], setup)
+        latest = study.standing(records)
         for specs in cell.blocks:
-            found = study.found(specs, records)
+            found = study.found(specs, latest)
+            why = [study.why_not(r) for r in found]
             # runs that are valid one by one but do not fit together are all done again
-            whole = not any(map(study.why_not, found))
-            again = whole and not all(c.passed for c in audit.block(found))
-            for spec, there in zip(specs, found, strict=True):
-                if again or study.why_not(there):
+            again = not any(why) and not all(c.passed for c in audit.block(found))
+            for spec, there, wrong in zip(specs, found, why, strict=True):
+                if again or wrong:
                     attempt = 1 + max((r.attempt for r in records if r.key == record.spec_key(spec)), default=0)
                     there = _perform(folder, spec, attempt, setup)
                     records.append(there)
@@ -114,7 +115,7 @@ def _perform(folder: study.Folder, spec: run.Spec, attempt: int, setup: Setup) -
 
 def _same_setup(done: list[record.Record], setup: Setup) -> None:
     """Refuse to add runs to those of another engine, device or file: they could not be compared."""
-    here = (setup.llama.server_sha256, setup.where.identity()["name"], setup.quantised.sheet["sha256"])
+    here = (setup.llama.server_sha256, setup.where.name, setup.quantised.sheet["sha256"])
     for r in done:
         there = (r.engine["server_sha256"], r.device["name"], r.sheet["sha256"])
         if there != here:
@@ -149,9 +150,8 @@ def done(folder: study.Folder, cells: list[study.Cell]) -> int:
     return sum(r.done and r.cell in here for r in study.standing(folder.records()).values())
 
 
-def _whole(folder: study.Folder, cell: study.Cell) -> bool:
+def _whole(folder: study.Folder, cell: study.Cell, status: study.Status) -> bool:
     """Every run is valid, and the cell's sheet is the one that they name."""
-    status = folder.status(cell)
     return status.complete and study.same_sheet(folder.sheet(cell), status.blocks[0][0].sheet)
 
 
@@ -163,14 +163,17 @@ def run_cells(folder: study.Folder, cells: list[study.Cell], say: Callable[[str]
     problems = []
     for i, cell in enumerate(cells):
         out = folder.path / "notebooks" / f"{cell.file_name}.ipynb"
-        if not (_whole(folder, cell) and notebook.is_whole(out)):
+        status = folder.status(cell)
+        if not (_whole(folder, cell, status) and notebook.is_whole(out)):
             say(f"{cell.name} ({i + 1} of {len(cells)})")
             try:
                 parameters = {"study": folder.study.name, "model": cell.model, "quant": cell.quant}
                 notebook.execute("run", out, parameters, progress=False)
+                status = folder.status(cell)
             except notebook.NotebookError as err:
                 log.error("%s: %s", cell.name, err)
-                if folder.status(cell).complete:
+                status = folder.status(cell)
+                if status.complete:
                     problems.append(f"{cell.name}: its runs are valid, its notebook is not: {err}")
-        problems += folder.status(cell).problems
+        problems += status.problems
     return problems

@@ -5,7 +5,6 @@ stands in `Gpu.absent`.
 """
 
 import contextlib
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -83,23 +82,17 @@ class Gpu:
     def facts(self) -> dict[str, Any]:
         """Size, driver and power limit; None for what the driver does not say."""
 
-        def ask(question: Callable[[], Any]) -> Any:
-            try:
-                return question()
-            except pynvml.NVMLError:
-                return None
-
         def bandwidth() -> float:
             """Clock x 2 transfers x bus width, as the driver tells them."""
             clock = pynvml.nvmlDeviceGetMaxClockInfo(self.handle, pynvml.NVML_CLOCK_MEM)
             return clock * 1e6 * 2 * pynvml.nvmlDeviceGetMemoryBusWidth(self.handle) / 8
 
         return {
-            "bandwidth_bytes_per_s": ask(bandwidth),
-            "pcie_bytes_per_s": ask(self._pcie),
-            "total_bytes": ask(lambda: int(self._memory().total)),
-            "driver": ask(lambda: _text(pynvml.nvmlSystemGetDriverVersion())),
-            "power_limit_watt": ask(lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(self.handle) / 1000),
+            "bandwidth_bytes_per_s": _ask(bandwidth),
+            "pcie_bytes_per_s": _ask(self._pcie),
+            "total_bytes": _ask(lambda: int(self._memory().total)),
+            "driver": _ask(lambda: _text(pynvml.nvmlSystemGetDriverVersion())),
+            "power_limit_watt": _ask(lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(self.handle) / 1000),
         }
 
     def _pcie(self) -> float:
@@ -168,10 +161,7 @@ class Gpu:
         }
 
     def _now(self, name: str) -> Any:
-        try:
-            return None if name in self.absent else self.questions[name]()
-        except pynvml.NVMLError:
-            return None
+        return None if name in self.absent else _ask(self.questions[name])
 
     def counters(self, t_s: float) -> Counters:
         """Everything that is there, now."""
@@ -181,30 +171,38 @@ class Gpu:
         return self._now("energy_joule")
 
     def traffic(self) -> "Traffic":
-        try:
-            return Traffic(self._pcie(), lambda: [self._now(f"pcie_{way}_bytes") for way in ("rx", "tx")])
-        except pynvml.NVMLError:
-            return Traffic(math.inf, lambda: [None, None])
+        return Traffic(_ask(self._pcie), lambda: [self._now(f"pcie_{way}_bytes") for way in ("rx", "tx")])
 
 
 class Traffic:
     """Bytes over PCIe from the first look on: the driver's counters turn over at 4 GiB, so each turn must be seen."""
 
-    def __init__(self, bytes_per_s: float, read: Callable[[], list[int | None]]):
-        self.gap_s, self._read = TURN_BYTES / bytes_per_s, read
+    def __init__(self, bytes_per_s: float | None, read: Callable[[], list[int | None]]):
+        self.gap_s = TURN_BYTES / bytes_per_s if bytes_per_s else 0.0  # of a link not known, any gap is too long
+        self._read, self._lost = read, False
         self._last: tuple[float, list[int]] | None = None
-        self.totals: list[int] | None = [0, 0]
-        """Received and sent; None once a turn may have gone unseen."""
+        self.totals: list[int] | None = None
+        """Received and sent; None before the second look, and once a turn may have gone unseen."""
 
     def look(self, t_s: float) -> None:
         now = self._read()
-        if self.totals is None or None in now or (self._last and t_s - self._last[0] >= self.gap_s):
+        if None in now or (self._last and t_s - self._last[0] >= self.gap_s):
+            self._lost = True
+        if self._lost:
             self.totals = None
             return
         if self._last:
             moved = [(b - a) % TURN_BYTES for a, b in zip(self._last[1], now, strict=True)]
-            self.totals = [a + b for a, b in zip(self.totals, moved, strict=True)]
+            self.totals = [a + b for a, b in zip(self.totals or (0, 0), moved, strict=True)]
         self._last = (t_s, now)
+
+
+def _ask(question: Callable[[], Any]) -> Any:
+    """The driver's answer, None if it has none."""
+    try:
+        return question()
+    except pynvml.NVMLError:
+        return None
 
 
 def _text(value: str | bytes) -> str:

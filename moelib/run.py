@@ -169,7 +169,7 @@ def _observe(
             ended = server.stop()
             trace = Trace(idle, tuple(readings), session.settled(idle, server.pid, now))
             report = engines.parse_log(server.text())
-        bus = session.traffic.totals if session.traffic else None
+        received, sent = (session.traffic and session.traffic.totals) or (None, None)
     try:
         sha256 = quantised.content.sha256()
     except OSError as err:
@@ -198,7 +198,8 @@ def _observe(
         host_rss_peak_bytes=rss,
         exit_code=ended.code,
         exit_killed=ended.killed,
-        **dict(zip(("pcie_received_bytes", "pcie_sent_bytes"), bus or (None, None), strict=True)),
+        pcie_received_bytes=received,
+        pcie_sent_bytes=sent,
     )
 
 

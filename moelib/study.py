@@ -165,8 +165,9 @@ class Status:
     @classmethod
     def of(cls, cell: Cell, records: Sequence[record.Record]) -> Status:
         blocks, problems, checks, tally = [], [], [], Counter()
+        latest = standing(records)
         for b, specs in enumerate(cell.blocks):
-            runs = found(specs, records)
+            runs = found(specs, latest)
             why = [why_not(r) for r in runs]
             wrong = [f"{cell.name} {s.arm} block {b + 1}: {w}" for s, w in zip(specs, why, strict=True) if w]
             if not wrong:
@@ -204,9 +205,8 @@ def standing(records: Sequence[record.Record]) -> dict[str, record.Record]:
     return {r.key: r for r in sorted(records, key=lambda r: (r.done, r.attempt))}
 
 
-def found(specs: Sequence[run.Spec], records: Sequence[record.Record]) -> list[record.Record | None]:
-    """The record that stands for each of `specs`, None where there is none."""
-    latest = standing(records)
+def found(specs: Sequence[run.Spec], latest: dict[str, record.Record]) -> list[record.Record | None]:
+    """The record that stands for each of `specs`, by `standing`; None where there is none."""
     return [latest.get(record.spec_key(s)) for s in specs]
 
 

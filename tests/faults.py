@@ -333,30 +333,32 @@ def _signal(name, number):
             p.send_signal(number)
 
 
+def _struck(lab, chance, tool, sign):
+    """A run during which the tool's process is sent the signal, at a random moment of the stream."""
+    act = functools.partial(_signal, tool, sign)
+    return lab.measure(_when_streaming(lab, act, chance.uniform(0, 0.05)))
+
+
 @fault("the real one killed mid-stream", "kill", "engine-killed", lab="real")
 def _(lab, chance, rounds):
-    act = functools.partial(_signal, "llama-server", signal.SIGKILL)
-    return lab.measure(_when_streaming(lab, act, chance.uniform(0, 0.05)))
+    return _struck(lab, chance, "llama-server", signal.SIGKILL)
 
 
 @fault("the real one stalls", "kill", "engine-stalled", lab="real")
 def _(lab, chance, rounds):
-    act = functools.partial(_signal, "llama-server", signal.SIGSTOP)
     with patience(0.01):
-        return lab.measure(_when_streaming(lab, act, chance.uniform(0, 0.05)))
+        return _struck(lab, chance, "llama-server", signal.SIGSTOP)
 
 
 @fault("the device's process killed mid-stream", "kill", "engine-crashed", lab="real")
 def _(lab, chance, rounds):
-    act = functools.partial(_signal, "ggml-rpc-server", signal.SIGKILL)
-    return lab.measure(_when_streaming(lab, act, chance.uniform(0, 0.05)))
+    return _struck(lab, chance, "ggml-rpc-server", signal.SIGKILL)
 
 
 @fault("the device's process stalls", "kill", "engine-stalled", lab="real", within_s=30)
 def _(lab, chance, rounds):
-    act = functools.partial(_signal, "ggml-rpc-server", signal.SIGSTOP)
     with patience(0.01):
-        return lab.measure(_when_streaming(lab, act, chance.uniform(0, 0.05)))
+        return _struck(lab, chance, "ggml-rpc-server", signal.SIGSTOP)
 
 
 @fault("NaN weights, the real server", "real server", "output-alive", lab="real")

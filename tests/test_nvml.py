@@ -419,3 +419,20 @@ def test_a_counter_that_is_not_there_counts_nothing():
     traffic = Traffic(1.0, lambda: [None, 3])
     traffic.look(0.0)
     assert traffic.totals is None
+
+
+@pytest.mark.parametrize("bytes_per_s", [None, 0.0])
+def test_of_a_link_that_is_not_known_nothing_is_counted(bytes_per_s):
+    traffic = Traffic(bytes_per_s, lambda: [1, 1])
+    for t in (0.0, 0.01):
+        traffic.look(t)
+    assert traffic.totals is None
+
+
+def test_one_look_counts_nothing_and_that_is_not_0():
+    traffic = Traffic(1.0, lambda: [1, 1])
+    assert traffic.totals is None
+    traffic.look(0.0)
+    assert traffic.totals is None
+    traffic.look(1.0)
+    assert traffic.totals == [0, 0]
