@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,15 @@ context: 256
 device: loopback
 seed: 1
 """
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep every test away from the real Hub and the user's token; huggingface_hub reads these when imported."""
+    home = tempfile.mkdtemp(prefix="moelib-tests-hf-")
+    config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
+    for name in [n for n in os.environ if n.startswith(("HF_", "HUGGING"))]:
+        del os.environ[name]
+    os.environ |= {"HF_HOME": home, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
 def furnish(home: Path, smoke: str = SMOKE) -> Path:

@@ -6,27 +6,34 @@
 It speaks what the two official clients send (huggingface_hub 2.4, @huggingface/hub 2.17) about model repositories;
 tests/test_hub.py holds it to both. With `xet=True` it also gives xet tokens: the official code then keeps the chunks
 in a folder (`local://`), and only the commit comes here. Storage is another origin (another port), as the real one is,
-and takes no tokens. hub_state.py is what it knows, hub_api.py what it answers.
+and takes no tokens. hub_state.py is what it knows; hub_api.py and hub_write.py are what it answers.
 
 Where it is not like the real one: the 401 for a repository that an anonymous client may not see says `RepoNotFound`,
-which huggingface_hub concludes from the 401 alone, but only over https; the front matter of a card is only parsed,
-not judged; repository names are case-sensitive; nothing is scanned, converted, counted or limited.
+which huggingface_hub concludes from the 401 alone, but only over https; with xet the client is believed what SHA-256 a
+file has; the front matter of a card is parsed, not judged; repository names are case-sensitive; nothing is scanned,
+converted, counted or limited.
 """
 
 import hashlib
 import json
+import os
 import re
 import socket
 import struct
 import threading
-from contextlib import suppress
+import time
+import traceback
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import TCPServer
 from types import SimpleNamespace
+from unittest import mock
 from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
+import hub_write  # noqa: F401 - adds its routes
 from hub_api import ROUTES
 from hub_state import MAIN, Entry, Refused, State, regular
 
@@ -85,7 +92,7 @@ class Hub(State):
         super().__init__(Path(folder) / "cas" if xet else None)
         self.part_bytes, self.page, self.silence_s = part_bytes, page, silence_s
         self.requests: list[Request] = []
-        self.unknown: list[str] = []  # requests that nothing here answers
+        self.gaps: list[str] = []  # what this Hub should have known how to answer
         self.connections = set()
         self._faults, self._public = [], [(0, {})]
         self._lock, self._go = threading.RLock(), threading.Event()
@@ -98,7 +105,8 @@ class Hub(State):
             threading.Thread(target=s.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
+        """Close everything. AssertionError if the fault was not the client's: this Hub could not answer a request."""
         self._go.set()
         for s in self._servers:
             s.shutdown()
@@ -106,6 +114,7 @@ class Hub(State):
         for connection in list(self.connections):
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
+        assert kind or not self.gaps, "\n".join(["the Hub of the tests could not answer:", *self.gaps])
 
     def put(self, repo_id, files, private=False):
         """A commit of `files` ({path: bytes}) on main, without a request; the repository is made if need be. Its id."""
@@ -182,6 +191,9 @@ class Hub(State):
                 self._note_public()
         except Refused as e:
             status, body, headers = e.status, e.body, e.headers
+        except Exception:
+            self.gaps.append(f"{r.line}: {traceback.format_exc()}")
+            status, body, headers = 500, {"error": "of the Hub of the tests, see its gaps"}, {}
         if not isinstance(body, bytes):
             body, headers["Content-Type"] = json.dumps(body).encode(), "application/json; charset=utf-8"
         length, body = len(body), b"" if h.command == "HEAD" else body
@@ -211,7 +223,7 @@ class Hub(State):
                 vars(ask).update({k: v and unquote(v) for k, v in found.groupdict().items()})
                 answer = function(self, ask)
                 return answer if isinstance(answer, tuple) else (200, answer, {})
-        self.unknown.append(f"{ask.method} {ask.url}")
+        self.gaps.append(f"{ask.method} {ask.url}: no such endpoint")
         raise Refused(404, "Sorry, we can't find the page you are looking for.")
 
     def _sign(self, shown):
@@ -229,6 +241,10 @@ def _shown(path, query):
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+
+    def server_bind(self):
+        TCPServer.server_bind(self)  # the one in between asks the name service
+        self.server_name, self.server_port = self.server_address
 
     def shutdown_request(self, request):
         self.close_request(request)  # without a goodbye first, so that a reset can be one
@@ -277,3 +293,31 @@ def _body(h):
 def _reset(h):
     h.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     h.close_connection = True
+
+
+@contextmanager
+def official_client(hub, pace=0.01):
+    """huggingface_hub, as this process has it, made fit for `hub`: with xet or without, and hurried.
+
+    Between its tries it waits `pace` of what it would; what it tries again, and how often, stays its own. Yields its
+    waits (s), as they would be; hf_xet's are not among them.
+    """
+    from huggingface_hub import close_session, constants, file_download
+    from huggingface_hub.utils import _http, _xet
+
+    waits = []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        time.sleep(seconds * pace)
+
+    clock = SimpleNamespace(**(vars(time) | {"sleep": sleep}))
+    with ExitStack() as stack:
+        for module in (_http, file_download):
+            stack.enter_context(mock.patch.object(module, "time", clock))
+        stack.enter_context(mock.patch.object(constants, "HF_HUB_DISABLE_XET", hub.cas is None))
+        stack.enter_context(mock.patch.object(_xet, "_GLOBAL_XET_HOLDER", _xet.XetSessionHolder()))  # reads the next
+        stack.enter_context(mock.patch.dict(os.environ, HF_XET_CLIENT_RETRY_BASE_DELAY=f"{pace * 3000:.0f}ms"))
+        stack.enter_context(mock.patch.dict(_xet.XET_CONNECTION_INFO_CACHE, clear=True))  # ports come again
+        stack.callback(close_session)
+        yield waits

@@ -22,7 +22,9 @@ class Refused(Exception):
 
     def __init__(self, status, message, code=None, more=None, headers=None):
         self.status, self.body = status, {"error": message} | (more or {})
-        self.headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {}) | (headers or {})
+        self.headers = (
+            {"X-Error-Message": " ".join(message.split())} | ({"X-Error-Code": code} if code else {}) | (headers or {})
+        )
 
 
 @dataclass(frozen=True)
@@ -240,10 +242,14 @@ class State:
             return Path(f"{folder}/file").read_bytes()
 
     def damage_xet(self):
-        """Make everything in the xet folder wrong."""
+        """Make every chunk in the xet folder wrong."""
         for xorb in self.cas.glob("xet/xorbs/xorbs/default.*[!t]"):  # .tagset is no xorb
+            data, at = xorb.read_bytes(), 0
+            while data[at] == 0:  # the head of a chunk: version, bytes as stored, how they are packed, bytes unpacked
+                end = at + 8 + int.from_bytes(data[at + 1 : at + 4], "little")
+                data, at = data[: at + 8] + wrong(data[at + 8 : end]) + data[end:], end
             xorb.chmod(0o644)
-            xorb.write_bytes(wrong(xorb.read_bytes()))
+            xorb.write_bytes(data)
 
 
 def wrong(content):
