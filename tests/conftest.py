@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hub import Hub, official_client
 
 from moelib import engine as engines
 from moelib import params
@@ -71,3 +72,17 @@ def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine() -> engines.Engine:
     """The real llama.cpp. `make test` builds it; without it these tests fail rather than pass unseen."""
     return engines.find()
+
+
+@pytest.fixture
+def lfs_hub(tmp_path: Path) -> Hub:
+    """A Hub on loopback without xet, and huggingface_hub made fit for it; LFS files above 1 MiB come in parts."""
+    with Hub(tmp_path, part_bytes=1 << 20) as hub, official_client(hub):
+        yield hub
+
+
+@pytest.fixture(params=["lfs", "xet"])
+def hub(request: pytest.FixtureRequest, tmp_path: Path) -> Hub:
+    """A Hub on loopback of either kind, and huggingface_hub made fit for it."""
+    with Hub(tmp_path, xet=request.param == "xet", part_bytes=1 << 20) as hub, official_client(hub):
+        yield hub

@@ -7,12 +7,11 @@ import os
 import re
 import shutil
 import subprocess
-import time
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
 import pytest
-from hub import Hub, official_client
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.file_download import http_get
 
@@ -21,18 +20,6 @@ SMALL, LARGE = (b"GGUF\0\0" + os.urandom(n) for n in (100_000, 3_000_000))
 FILES = {"README.md": CARD, "m-Q2_K.gguf": SMALL, "sub/m-Q4_K_M.gguf": LARGE}
 M = "alice/m"
 HUB_JS = "@huggingface/hub@2.17.5"
-
-
-@pytest.fixture
-def lfs(tmp_path):
-    with Hub(tmp_path, part_bytes=1 << 20) as hub, official_client(hub):
-        yield hub
-
-
-@pytest.fixture(params=["lfs", "xet"])
-def hub(request, tmp_path):
-    with Hub(tmp_path, xet=request.param == "xet", part_bytes=1 << 20) as hub, official_client(hub):
-        yield hub
 
 
 def api(hub, token="hf_write"):
@@ -108,6 +95,13 @@ def test_how_files_come_shows_in_the_requests(hub):
     assert sum(r.received for r in stored) == (0 if hub.cas else len(SMALL) + len(LARGE))
 
 
+def test_what_storage_has_is_not_sent_again(lfs_hub):
+    lfs_hub.put(M, {"m.gguf": SMALL})
+    api(lfs_hub).create_commit(M, adds({"other.gguf": SMALL}), commit_message="x")
+    assert not [line for line in lines(lfs_hub) if "/storage" in line or "verify" in line]
+    assert lfs_hub.read(M, "other.gguf") == SMALL
+
+
 def test_what_has_not_changed_is_not_committed_again(hub):
     hub.put(M, {"a.txt": b"a"})
     for _ in range(2):
@@ -148,8 +142,8 @@ def test_a_pull_request_is_filled_and_merged(hub, tmp_path, how):
     assert "old.txt" not in owner.list_repo_files(M)
 
 
-def test_a_pull_request_against_what_has_changed_is_refused(lfs):
-    hub, owner = lfs, api(lfs)
+def test_a_pull_request_against_what_has_changed_is_refused(lfs_hub):
+    hub, owner = lfs_hub, api(lfs_hub)
     hub.put(M, {"a.txt": b"1"})
     owner.create_commit(M, adds({"a.txt": b"2"}), commit_message="t", create_pr=True)
     hub.put(M, {"a.txt": b"3"})
@@ -158,48 +152,43 @@ def test_a_pull_request_against_what_has_changed_is_refused(lfs):
         owner.merge_pull_request(M, 1)
 
 
-def test_listings_come_in_pages(lfs):
-    lfs.put(M, {f"d{n % 3}/{n}.txt": b"x" for n in range(11)})
-    lfs.page = 2
-    found = list(api(lfs).list_repo_tree(M, recursive=True))
+def test_listings_come_in_pages(lfs_hub):
+    lfs_hub.put(M, {f"d{n % 3}/{n}.txt": b"x" for n in range(11)})
+    lfs_hub.page = 2
+    found = list(api(lfs_hub).list_repo_tree(M, recursive=True))
     assert len({e.path for e in found}) == len(found) == 11 + 3 + 1
-    assert [e.path for e in api(lfs).list_repo_tree(M, "d1")] == ["d1/1.txt", "d1/10.txt", "d1/4.txt", "d1/7.txt"]
-    assert [e.path for e in api(lfs).list_repo_tree(M)] == [".gitattributes", "d0", "d1", "d2"]
-    assert len(api(lfs).list_repo_commits(M)) == 2
+    assert [e.path for e in api(lfs_hub).list_repo_tree(M, "d1")] == ["d1/1.txt", "d1/10.txt", "d1/4.txt", "d1/7.txt"]
+    assert [e.path for e in api(lfs_hub).list_repo_tree(M)] == [".gitattributes", "d0", "d1", "d2"]
+    assert len(api(lfs_hub).list_repo_commits(M)) == 2
 
 
-def where(hub, path):
-    meta = get_hf_file_metadata(hf_hub_url(M, path, endpoint=hub.url), token="hf_write", endpoint=hub.url)
-    assert (meta.etag, meta.size) == (sha(LARGE), len(LARGE))
-    assert meta.commit_hash == hub.repos[M].refs["refs/heads/main"]
-    return meta.location
+def head(hub, path):
+    return get_hf_file_metadata(hf_hub_url(M, path, endpoint=hub.url), token="hf_write", endpoint=hub.url)
 
 
-def test_a_download_goes_on_where_it_stopped(lfs):
-    lfs.put(M, {"m.gguf": LARGE})
+def test_what_a_head_says(hub):
+    head_commit = hub.put(M, {"README.md": CARD, "m.gguf": LARGE})
+    card, file = head(hub, "README.md"), head(hub, "m.gguf")
+    assert (card.etag, card.size) == (api(hub).get_paths_info(M, "README.md")[0].blob_id, len(CARD))
+    assert (file.etag, file.size) == (sha(LARGE), len(LARGE))
+    assert card.commit_hash == file.commit_hash == head_commit
+    assert (card.location.startswith(hub.url), file.location.startswith(hub.storage)) == (True, True)
+
+
+def test_a_download_goes_on_where_it_stopped(lfs_hub):
+    lfs_hub.put(M, {"m.gguf": LARGE})
     file = io.BytesIO(LARGE[:1000])
     file.seek(1000)
-    http_get(where(lfs, "m.gguf"), file, resume_size=1000, expected_size=len(LARGE))
+    http_get(head(lfs_hub, "m.gguf").location, file, resume_size=1000, expected_size=len(LARGE))
     assert file.getvalue() == LARGE
-    assert (lfs.requests[-1].status, lfs.requests[-1].sent) == (206, len(LARGE) - 1000)
+    assert (lfs_hub.requests[-1].status, lfs_hub.requests[-1].sent) == (206, len(LARGE) - 1000)
     with httpx.Client(trust_env=False) as c:
-        ends = [c.get(where(lfs, "m.gguf"), headers={"Range": f"bytes={r}"}) for r in ("0-0", f"{len(LARGE)}-")]
+        place, ranges = head(lfs_hub, "m.gguf").location, ("0-0", f"{len(LARGE)}-")
+        ends = [c.get(place, headers={"Range": f"bytes={r}"}) for r in ranges]
     assert [(a.status_code, a.headers["Content-Range"], len(a.content)) for a in ends] == [
         (206, f"bytes 0-0/{len(LARGE)}", 1),
         (416, f"bytes */{len(LARGE)}", 0),
     ]
-
-
-def test_a_download_that_breaks_off_goes_on_within_the_call_and_leaves_nothing_for_the_next(lfs, tmp_path):
-    huge = LARGE * 8  # the client keeps what came in steps of 10 MB
-    lfs.put(M, {"m.gguf": huge})
-    lfs.fail("short", match="GET /storage")
-    assert Path(api(lfs).hf_hub_download(M, "m.gguf", cache_dir=tmp_path / "a")).read_bytes() == huge
-    assert [r.status for r in lfs.requests if "GET /storage" in r.line] == [200, 206]
-    lfs.fail("short", match="GET /storage", times=None)
-    with pytest.raises(Exception, match="peer closed connection"):
-        api(lfs).hf_hub_download(M, "m.gguf", cache_dir=tmp_path / "b")
-    assert not [p for p in (tmp_path / "b").rglob("*") if p.is_file() and p.stat().st_size > 1000]
 
 
 NOT_FOUND, GATED = errors.RepositoryNotFoundError, errors.GatedRepoError
@@ -220,14 +209,14 @@ READS = {
 
 
 @pytest.mark.parametrize("case", READS)
-def test_who_may_not_read_is_told_as_by_the_real_one(lfs, tmp_path, case):
+def test_who_may_not_read_is_told_as_by_the_real_one(lfs_hub, tmp_path, case):
     status, kind, token, read = READS[case]
-    lfs.put(M, {"a.txt": b"a"})
-    lfs.put("alice/private", {"a.txt": b"a"}, private=True)
-    lfs.put("alice/gated", {"a.txt": b"a"})
-    lfs.repos["alice/gated"].gated = "auto"
+    lfs_hub.put(M, {"a.txt": b"a"})
+    lfs_hub.put("alice/private", {"a.txt": b"a"}, private=True)
+    lfs_hub.put("alice/gated", {"a.txt": b"a"})
+    lfs_hub.repos["alice/gated"].gated = "auto"
     with pytest.raises(kind) as e:
-        read(api(lfs, token), tmp_path)
+        read(api(lfs_hub, token), tmp_path)
     assert type(e.value) is kind
     assert e.value.response.status_code == status
 
@@ -247,10 +236,10 @@ WRITES = {
 
 
 @pytest.mark.parametrize("case", WRITES)
-def test_who_may_write(lfs, case):
+def test_who_may_write(lfs_hub, case):
     token, expected = WRITES[case]
-    lfs.put(M, {}), lfs.put("lab/m", {})
-    a, found = api(lfs, token), {}
+    lfs_hub.put(M, {}), lfs_hub.put("lab/m", {})
+    a, found = api(lfs_hub, token), {}
     tries = {"create": lambda: a.create_repo("alice/new"), "commit": lambda: commit(a)}
     tries |= {"pull": lambda: commit(a, create_pr=True), "publish": lambda: a.update_repo_settings(M, private=True)}
     for name, go in tries.items():
@@ -260,19 +249,21 @@ def test_who_may_write(lfs, case):
         except errors.HfHubHTTPError as e:
             found[name] = e.response.status_code
     assert found == expected
-    assert lfs.repos[M].private == (expected["publish"] == 200)
+    assert lfs_hub.repos[M].private == (expected["publish"] == 200)
 
 
-def test_who_somebody_is(lfs):
-    who = api(lfs, "hf_fine").whoami()
+def test_who_somebody_is(lfs_hub):
+    who = api(lfs_hub, "hf_fine").whoami()
     assert (who["name"], who["auth"]["accessToken"]["role"]) == ("alice", "fineGrained")
     [scope] = who["auth"]["accessToken"]["fineGrained"]["scoped"]
     assert (scope["entity"]["name"], "repo.write" in scope["permissions"]) == ("alice", True)
-    orgs = {t: [(o["name"], o["roleInOrg"]) for o in api(lfs, t).whoami()["orgs"]] for t in ("hf_write", "hf_other")}
+    orgs = {
+        t: [(o["name"], o["roleInOrg"]) for o in api(lfs_hub, t).whoami()["orgs"]] for t in ("hf_write", "hf_other")
+    }
     assert orgs == {"hf_write": [("lab", "admin")], "hf_other": [("lab", "read")]}
-    assert api(lfs).create_repo("lab/new").repo_id == "lab/new"
+    assert api(lfs_hub).create_repo("lab/new").repo_id == "lab/new"
     with pytest.raises(errors.HfHubHTTPError, match="403"):
-        api(lfs, "hf_other").create_repo("lab/other")
+        api(lfs_hub, "hf_other").create_repo("lab/other")
 
 
 def test_a_commit_on_something_else_is_refused(hub):
@@ -284,109 +275,42 @@ def test_a_commit_on_something_else_is_refused(hub):
     assert hub.repos[M].commits[commit(api(hub), parent_commit=new).oid].parent == new
 
 
-def test_storage_refuses_what_was_not_announced(lfs):
-    lfs.put(M, {})
+def test_storage_refuses_what_was_not_announced(lfs_hub):
+    lfs_hub.put(M, {})
     with httpx.Client(trust_env=False, headers={"Authorization": "Bearer hf_write"}) as c:
         batch = {"operation": "upload", "objects": [{"oid": sha(SMALL), "size": len(SMALL)}]}
-        [told] = c.post(f"{lfs.url}/{M}.git/info/lfs/objects/batch", json=batch).json()["objects"]
+        [told] = c.post(f"{lfs_hub.url}/{M}.git/info/lfs/objects/batch", json=batch).json()["objects"]
         place, verify = (told["actions"][n]["href"] for n in ("upload", "verify"))
         line = {"key": "lfsFile", "value": {"path": "m.gguf", "algo": "sha256", "oid": sha(SMALL), "size": len(SMALL)}}
         body = json.dumps({"key": "header", "value": {"summary": "x"}}) + "\n" + json.dumps(line)
         unsigned = {"Authorization": ""}
-        assert c.post(f"{lfs.url}/api/models/{M}/commit/main", content=body).status_code == 400
+        place_of_commits = f"{lfs_hub.url}/api/models/{M}/commit/main"
+        assert c.post(place_of_commits, content=body).status_code == 400
         assert c.put(place, content=SMALL).status_code == 400, "with a token"
         assert c.put(place[:-1], content=SMALL, headers=unsigned).status_code == 403, "with another signature"
         assert c.put(place, content=SMALL[:-1], headers=unsigned).status_code == 400, "too short"
         assert c.put(place, content=SMALL[:-1] + b"?", headers=unsigned).status_code == 400, "other bytes"
         assert c.post(verify, json=batch["objects"][0]).status_code == 404
+        batch["objects"][0]["size"] += 1
+        c.post(f"{lfs_hub.url}/{M}.git/info/lfs/objects/batch", json=batch)
+        assert c.put(place, content=SMALL, headers=unsigned).status_code == 400, "announced as longer"
+        batch["objects"][0]["size"] -= 1
+        c.post(f"{lfs_hub.url}/{M}.git/info/lfs/objects/batch", json=batch)
         assert c.put(place, content=SMALL, headers=unsigned).status_code == 200
         assert c.post(verify, json=batch["objects"][0]).status_code == 200
-        assert c.post(f"{lfs.url}/api/models/{M}/commit/main", content=body.replace("100", "101")).status_code == 400
-        assert c.post(f"{lfs.url}/api/models/{M}/commit/main", content=body).status_code == 200
-    assert lfs.read(M, "m.gguf") == SMALL
+        assert (
+            c.post(f"{lfs_hub.url}/api/models/{M}/commit/main", content=body.replace("100", "101")).status_code == 400
+        )
+        assert c.post(f"{lfs_hub.url}/api/models/{M}/commit/main", content=body).status_code == 200
+    assert lfs_hub.read(M, "m.gguf") == SMALL
 
 
-def test_a_card_that_is_no_yaml_is_refused(lfs):
-    lfs.put(M, {})
+def test_a_card_that_is_no_yaml_is_refused(lfs_hub):
+    lfs_hub.put(M, {})
     with pytest.raises(ValueError, match=r"Invalid metadata in README.md"):
-        api(lfs).create_commit(M, adds({"README.md": b"---\na: [\n---\n"}), commit_message="x")
+        api(lfs_hub).create_commit(M, adds({"README.md": b"---\na: [\n---\n"}), commit_message="x")
     with pytest.warns(UserWarning, match="empty or missing yaml metadata"):
-        api(lfs).create_commit(M, adds({"README.md": b"# nothing\n"}), commit_message="x")
-
-
-STATUS = {"401": 401, "403": 403, "404": 404, "409": 409, "412": 412}
-AGAIN = {"429": 429, "500": 500, "503": 503}
-
-
-@pytest.mark.parametrize("how", [*STATUS, *AGAIN, "timeout", "reset", "lost", "short", "corrupt"])
-def test_a_request_fails_as_it_is_told(tmp_path, how):
-    with Hub(tmp_path, silence_s=0.2) as hub, official_client(hub) as waits:
-        hub.put(M, {})
-        fault = hub.fail(how, match="preupload")
-        if how in STATUS:
-            with pytest.raises(errors.HfHubHTTPError) as e:
-                commit(api(hub))
-            assert e.value.response.status_code == STATUS[how]
-        elif how == "corrupt":
-            with pytest.raises(json.JSONDecodeError):
-                commit(api(hub))
-        else:  # the client tries again
-            commit(api(hub))
-            assert waits == [1.0]
-        assert (fault.struck, hub.requests[0].fault) == (1, how)
-        assert hub.requests[0].status == (STATUS | AGAIN | {"short": 200, "corrupt": 200}).get(how, 0)
-
-
-def test_a_fault_stays_with_the_nth_request_and_then_ends(tmp_path):
-    with Hub(tmp_path) as hub, official_client(hub) as waits:
-        hub.put(M, {"d/a.txt": b"a"})
-        fault = hub.fail("503", match="/tree/", nth=2, times=3)
-        for _ in range(2):
-            assert api(hub).list_repo_files(M) == [".gitattributes", "d/a.txt"]
-            assert [e.path for e in api(hub).list_repo_tree(M, "d")] == ["d/a.txt"]
-        root, inside = (f"GET /api/models/{M}/tree/main{p}" for p in ("?recursive=true", "/d?recursive=false"))
-        assert [r.line.removesuffix("&expand=false") for r in hub.requests] == [root, *[inside] * 4, root, inside]
-        assert (fault.struck, waits) == (3, [1.0, 2.0, 4.0])
-
-
-def test_what_was_done_stays_done_though_the_answer_was_lost(hub):
-    hub.put(M, {})
-    hub.fail("lost", match="/commit/")
-    with pytest.raises(Exception, match="reset|disconnected"):
-        commit(api(hub))
-    assert hub.read(M, "m.gguf") == SMALL
-    assert commit(api(hub)).oid == hub.repos[M].refs["refs/heads/main"]
-    assert len(hub.repos[M].commits) == 3, "the second one had nothing left to do"
-
-
-@pytest.mark.parametrize("after", [0, 1, None])
-def test_an_upload_that_is_cut_leaves_nothing(lfs, after):
-    lfs.put(M, {})
-    fault = lfs.fail("reset", match="PUT /storage", times=None, after=after)
-    with pytest.raises(RuntimeError, match="Error while uploading 'm.gguf'"):
-        commit(api(lfs))
-    assert fault.struck == 6, "the client's own tries"
-    assert {r.received for r in lfs.requests if r.fault} == {len(SMALL) // 2 if after is None else after}
-    assert not lfs.repos[M].objects
-
-
-def test_storage_that_keeps_wrong_bytes_is_found_by_reading_back(hub, tmp_path):
-    hub.put(M, {})
-    hub.fail("corrupt", match="/commit/" if hub.cas else "PUT /storage", times=None)
-    api(hub).create_commit(M, adds({"m.gguf": SMALL, "x.gguf": LARGE}), commit_message="x")
-    for path, content in (("m.gguf", SMALL), ("x.gguf", LARGE)):
-        assert api(hub).get_paths_info(M, path)[0].lfs.sha256 == sha(content), "nothing shows from outside"
-        got = Path(api(hub).hf_hub_download(M, path, cache_dir=tmp_path)).read_bytes()
-        assert len(got) == len(content)
-        assert got != content
-
-
-def test_a_download_gets_wrong_bytes(lfs, tmp_path):
-    lfs.put(M, {"m.gguf": SMALL})
-    lfs.fail("corrupt", match="GET /storage")
-    got = Path(api(lfs).hf_hub_download(M, "m.gguf", cache_dir=tmp_path / "a")).read_bytes()
-    assert sum(a != b for a, b in zip(got, SMALL, strict=True)) == 1
-    assert Path(api(lfs).hf_hub_download(M, "m.gguf", cache_dir=tmp_path / "b")).read_bytes() == SMALL
+        api(lfs_hub).create_commit(M, adds({"README.md": b"# nothing\n"}), commit_message="x")
 
 
 def test_whatever_was_public_at_any_time_is_known(hub):
@@ -405,23 +329,6 @@ def test_whatever_was_public_at_any_time_is_known(hub):
     ]
 
 
-def test_silence_ends_with_the_hub(tmp_path):
-    with Hub(tmp_path) as hub, httpx.Client(trust_env=False, timeout=0.2) as c:
-        hub.fail("timeout")
-        with pytest.raises(httpx.ReadTimeout):
-            c.get(hub.url + "/api/whoami-v2")
-        started = time.monotonic()
-    assert time.monotonic() - started < 5
-
-
-def test_what_the_hub_cannot_answer_fails_the_test(tmp_path):
-    with pytest.raises(AssertionError, match="GET /api/nothing: no such endpoint"):
-        with Hub(tmp_path) as hub:
-            assert httpx.get(hub.url + "/api/nothing", trust_env=False).status_code == 404
-    with pytest.raises(ValueError, match="a bang is none of 401"):
-        hub.fail("a bang")
-
-
 @pytest.fixture(scope="session")
 def js_folder(request):
     """A folder with the client in its node_modules: MOELIB_HUB_JS, or one in pytest's cache that npm fills."""
@@ -430,28 +337,29 @@ def js_folder(request):
     where = Path(os.environ.get("MOELIB_HUB_JS") or request.config.cache.mkdir("hub-js"))
     found = where / "node_modules/@huggingface/hub/package.json"
     if not found.exists() and (npm := shutil.which("npm")):
-        ask = [npm, "install", "--prefix", where, "--ignore-scripts", "--no-audit", "--no-fund", HUB_JS]
-        subprocess.run(ask, capture_output=True, timeout=120)
+        ask = [npm, "install", "--prefix", where, "--ignore-scripts", "--no-audit", "--fetch-retries=0", HUB_JS]
+        with suppress(subprocess.TimeoutExpired):
+            subprocess.run(ask, capture_output=True, timeout=60)
     if not found.exists():
         pytest.skip(f"npm could not install {HUB_JS}: the JavaScript client of the Hub is not tried")
     return node, where
 
 
-def test_the_javascript_client_gets_along(lfs, tmp_path, js_folder):
+def test_the_javascript_client_gets_along(lfs_hub, tmp_path, js_folder):
     node, where = js_folder
     script = Path(__file__).with_name("hub_client.mjs").read_text()  # as text, so that it finds the package in `where`
-    run = [node, "--input-type=module", "-e", script, lfs.url, str(folder(tmp_path))]
+    run = [node, "--input-type=module", "-e", script, lfs_hub.url, str(folder(tmp_path))]
     done = subprocess.run(run, cwd=where, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     out = json.loads(done.stdout)
-    assert (out["who"], out["created"]) == ("alice", f"{lfs.url}/alice/js")
+    assert (out["who"], out["created"]) == ("alice", f"{lfs_hub.url}/alice/js")
     assert {e["path"] for e in out["listed"]} == {*FILES, "sub", ".gitattributes"}
     told = {e["path"]: (e["size"], e.get("lfs", {}).get("oid")) for e in out["told"]}
     assert told == {p: (len(c), None if p == "README.md" else sha(c)) for p, c in FILES.items()}
     assert out["sizes"] == [[p, True, len(c)] for p, c in FILES.items()]
     assert (out["part"], out["missing"], out["exists"], out["info"]) == ("GGUF", None, [True, False], True)
-    assert out["pull"] == f"{lfs.url}/alice/js/discussions/1"
+    assert out["pull"] == f"{lfs_hub.url}/alice/js/discussions/1"
     titles = ["Delete m-Q2_K.gguf", "upload 1", "upload 0", "initial commit"]
     assert out["commits"] == titles, "this client commits what has not changed"
     assert out["codes"] == [409, 401, 401, 403, 412]
-    assert "alice/js" not in lfs.repos
+    assert "alice/js" not in lfs_hub.repos
