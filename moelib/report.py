@@ -151,8 +151,8 @@ def memory_parts_table(results: Results) -> Table:
         records.append(whole.records)
     note = (
         "Mean [95 % interval]. *Rest* is what a sum of the engine's log lines misses: context, workspaces, pools, "
-        "code. *Device in all* is what the whole device lost to the run, in bytes that the driver charges to no process "
-        "too: the page tables of pinned host memory (load mode none) take 8 bytes for each 4 KiB."
+        "code. *Device in all* is what the whole device lost to the run, in bytes that the driver charges to no "
+        "process too: the page tables of pinned host memory (load mode none) take 8 bytes for each 4 KiB."
     )
     return _table("memory-parts", rows, records, note)
 
