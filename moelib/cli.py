@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 import click
 from tqdm import tqdm
 
-from moelib import __version__, files, measure, models, notebook, params, process
+from moelib import __version__, files, measure, models, notebook, params, process, sources
 from moelib import engine as engines
 from moelib import quantize as quants
 
@@ -69,13 +69,32 @@ def twin(model: str, scale: str, seed: int, out: Path | None) -> None:
 
 @main.command()
 @click.argument("model")
+@click.option("--pin", metavar="OWNER/NAME", help="Ask the Hub for this repository's F16 files, and write them down.")
+@click.option("--revision", default="main", show_default=True, help="With --pin: branch, tag or commit.")
+@click.option("--from", "given", type=click.Path(exists=True, path_type=Path), help="An F16 GGUF, or safetensors.")
+def fetch(model: str, pin: str | None, revision: str, given: Path | None) -> None:
+    """Get MODEL's real weights: the files pinned in params/models.yaml, or what --from names."""
+    if pin:
+        told = sources.pin(model, pin, revision)
+        size = sum(f.bytes for f in told.files.values())
+        click.echo(f"pinned {told.repository}@{told.revision}: {len(told.files)} files, {size / 2**30:.2f} GiB")
+        click.echo(f"params/models.yaml has them; `moelib fetch {model}` downloads")
+        return
+    source = sources.adopt(model, given) if given else sources.fetch(model)
+    click.echo(f"{source.path}  {source.header.file_bytes} bytes  sha256 {source.sha256}  from {source.origin}")
+
+
+@main.command()
+@click.argument("model")
 @click.argument("quant")
 @click.option("--scale", default="full", show_default=True, help="Scale of the twin to quantise.")
-def quantize(model: str, quant: str, scale: str) -> None:
-    """Quantise MODEL's twin to QUANT and print the file's sheet."""
+@click.option("--real", is_flag=True, help="The real weights, not a twin.")
+def quantize(model: str, quant: str, scale: str, real: bool) -> None:
+    """Quantise MODEL's twin, or its real weights, to QUANT and print the file's sheet."""
     params.quant(quant)
     with TemporaryDirectory() as scratch:
-        made = quants.make(models.make_twin(model, scale), quant, engines.find(), Path(scratch))
+        source = sources.obtain(model, "real" if real else "twin", scale, needed=False)
+        made = quants.make(source, quant, engines.find(), Path(scratch))
     click.echo(f"{made.path}\n{files.canonical(made.sheet).decode()}")
 
 

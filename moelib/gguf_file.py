@@ -26,6 +26,9 @@ KEEP_ARRAY_ITEMS = 1024  # longer arrays (vocabularies) are walked, not kept
 EXPERT_TENSOR = re.compile(r"^blk\.(\d+)\.ffn_(up|down|gate|gate_up)_(ch|)exps\.(weight|bias|scale)$")
 """What `--cpu-moe` overrides: llama.cpp's `\\.ffn_(up|down|gate|gate_up)_(ch|)exps`."""
 
+SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+"""End of the name of one file of a split model; llama.cpp takes the first and finds the others."""
+
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
 
@@ -170,9 +173,33 @@ def tensor_bytes(shape: tuple[int, ...], type_name: str) -> int:
     return prod(shape) // block * size
 
 
+def split_paths(path: Path) -> list[Path]:
+    """All files of a model that was split, in order, by the name of any of them; else `path` alone."""
+    if not (m := SPLIT.search(path.name)):
+        return [path]
+    return [path.with_name(f"{path.name[: m.start()]}-{i + 1:05}-of-{m[2]}.gguf") for i in range(int(m[2]))]
+
+
 def read_header(path: str | Path) -> Header:
-    """Read and check the header of `path`. Raises GGUFError, or OSError if the file cannot be opened."""
-    path = Path(path)
+    """Read and check the header of `path`, or of all files of a split model by its first one.
+
+    Raises GGUFError, or OSError if a file cannot be opened.
+    """
+    paths = split_paths(Path(path))
+    if len(paths) > 1 and (gone := [p.name for p in paths if not p.exists()]):
+        raise GGUFError(f"{paths[0].name} is one of {len(paths)} files, and there is no {', '.join(gone)}; fetch them")
+    parts = [_read(p) for p in paths]
+    first = parts[0]
+    told = [p.metadata.get("split.count", 0) for p in parts]
+    if told != ([len(parts)] * len(parts) if len(parts) > 1 else [0]) and told != [1]:
+        raise GGUFError(f"{first.path.name}: it is one of {told[0]} files, {len(parts)} by its name; fetch all of them")
+    tensors = tuple(t for p in parts for t in p.tensors)
+    if not tensors or not first.metadata.get("general.architecture") or len({t.name for t in tensors}) != len(tensors):
+        raise GGUFError(f"{first.path.name}: corrupt: no tensors, one of them twice, or no general.architecture")
+    return Header(first.path, sum(p.file_bytes for p in parts), first.metadata, tensors)
+
+
+def _read(path: Path) -> Header:
     with path.open("rb") as f:
         size = f.seek(0, 2)
         try:
@@ -193,14 +220,14 @@ def _parse(path: Path, size: int, data: mmap.mmap) -> Header:
     )
     n_tensors, n_keys = c.scalar("<Q"), c.scalar("<Q")
     _refuse(n_tensors > MAX_TENSORS or n_keys > MAX_KEYS, f"corrupt: {n_tensors} tensors and {n_keys} keys announced")
-    _refuse(n_tensors == 0, "it holds no tensors")
-
     metadata: dict[str, Any] = {}
     for _ in range(n_keys):
         key = c.string()
         _refuse(key in metadata, f"corrupt: key {key!r} twice")
         metadata[key] = c.value(c.scalar("<I"))
-    _refuse(not metadata.get("general.architecture"), "corrupt: no general.architecture")
+    part = metadata.get("split.count", 0) != 0  # only a model's first file tells of the model, and it may do no more
+    _refuse(n_tensors == 0 and not part, "it holds no tensors")
+    _refuse(not part and not metadata.get("general.architecture"), "corrupt: no general.architecture")
 
     infos = []
     for _ in range(n_tensors):

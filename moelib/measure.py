@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from moelib import audit, device, engine, files, host, models, notebook, process, quantize, record, run, study
+from moelib import audit, device, engine, files, host, notebook, process, quantize, record, run, sources, study
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def measure(folder: study.Folder, cell: study.Cell) -> Iterator[record.Record]:
     held = Path(tempfile.gettempdir()) / f"moelib-{os.getuid()}" / f"{where.uuid or 'host'}.lock"
     with files.lock(held, f"device {where.kind}", wait_s=process.patience(LOCK_S)), _scratch(folder) as work:
         process.sweep(folder.work)
-        source = models.make_twin(cell.model, folder.study.scale, needed=False)
+        source = sources.obtain(cell.model, folder.study.weights, folder.study.scale, needed=False)
         quantised = quantize.make(source, cell.quant, llama, work)
         if folder.sheet(cell) != quantised.sheet:
             files.write_json(folder.sheet_path(cell), quantised.sheet)

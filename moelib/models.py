@@ -1,4 +1,4 @@
-"""Source files to quantise: for now geometry twins, written on demand and kept under `models/`.
+"""Source files to quantise and their notes; geometry twins, written on demand and kept under `models/`.
 
 Beside each file stands a note with its SHA-256 and the file's size and times: a file that no longer matches its note
 is hashed again, and made again if it changed.
@@ -29,6 +29,9 @@ class Source:
     path: Path
     """It may have been deleted once its quants were made; `whole` makes it again."""
     sha256: str
+    """Of the file; of its files' hashes, where there are several."""
+    origin: str
+    """Where it came from, as a sheet says it."""
 
     @cached_property
     def header(self) -> gguf_file.Header:
@@ -40,7 +43,8 @@ def folder() -> Path:
     return Path(os.environ.get("MOELIB_MODELS") or params.root() / "models")
 
 
-def _note(path: Path) -> Path:
+def note(path: Path) -> Path:
+    """Where the facts of the file at `path` are kept."""
     return path.with_name(path.name + ".json")
 
 
@@ -52,41 +56,49 @@ def once(
 
     A file that is not `needed` may be gone: its note is then enough.
     """
-    place = _note(path)
+    place = note(path)
     with files.lock(path.with_suffix(".lock"), path.name, wait_s=3600):
         try:
-            note = json.loads(place.read_text())
-            told = note["digest"] == files.digest(note["facts"])  # a note that was damaged is none
-            stands = told and expected.items() <= note["facts"].items()
-            stands = stands and (_unchanged(path, note) if needed or path.exists() else True)
+            noted = json.loads(place.read_text())
+            told = noted["digest"] == files.digest(noted["facts"])  # a note that was damaged is none
+            stands = told and expected.items() <= noted["facts"].items()
+            stands = stands and (_unchanged(path, noted) if needed or path.exists() else True)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            note, stands = {}, False
-        facts = note["facts"] if stands else make()
+            noted, stands = {}, False
+        facts = noted["facts"] if stands else make()
         if (
             path.exists()
-            and (now := {"facts": facts, "file": files.state(path), "digest": files.digest(facts)}) != note
+            and (now := {"facts": facts, "file": files.state(path), "digest": files.digest(facts)}) != noted
         ):
             files.write_json(place, now)
     return facts
 
 
-def _unchanged(path: Path, note: dict[str, Any]) -> bool:
+def _unchanged(path: Path, noted: dict[str, Any]) -> bool:
     """Whether the file is what was noted; one whose size or time changed is hashed."""
-    if files.state(path) != note["file"]:
+    if files.state(path) != noted["file"]:
         log.info("%s changed on disk since it was made; checking its hash", path.name)
-        if files.sha256(path) != note["facts"]["sha256"]:
+        if files.sha256(path) != noted["facts"]["sha256"]:
             forget(path)
             return False
     return True
 
 
+def kept(path: Path) -> bool:
+    """Whether the file is there, and is what its note says."""
+    try:
+        return _unchanged(path, json.loads(note(path).read_text()))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def forget(path: Path) -> None:
     """Have the file at `path` made again by whoever wants it next."""
     log.warning("%s is not the file that was made (its SHA-256 differs); making it again", path.name)
-    _note(path).unlink(missing_ok=True)
+    note(path).unlink(missing_ok=True)
 
 
-def whole(source: Source) -> Source:
+def twin_whole(source: Source) -> Source:
     """`source` if its file holds what was made; made again if it is gone, or was changed and its hash differs."""
     if source.path.exists():
         if _noted(source) or files.sha256(source.path) == source.sha256:
@@ -97,8 +109,8 @@ def whole(source: Source) -> Source:
 
 def _noted(source: Source) -> bool:
     try:
-        note = json.loads(_note(source.path).read_text())
-        return note["file"] == files.state(source.path) and note["facts"]["sha256"] == source.sha256
+        noted = json.loads(note(source.path).read_text())
+        return noted["file"] == files.state(source.path) and noted["facts"]["sha256"] == source.sha256
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -116,4 +128,5 @@ def make_twin(model: str, scale: str, seed: int = 0, out: Path | None = None, ne
     def make() -> dict[str, Any]:
         return {**facts, "sha256": twin.write(path, geometry, title=entry.title, seed=seed)}
 
-    return Source(model, "twin", scale, path, once(path, facts, make, needed)["sha256"])
+    sha256 = once(path, facts, make, needed)["sha256"]
+    return Source(model, "twin", scale, path, sha256, f"geometry twin written by moelib, seed {seed}")

@@ -3,12 +3,13 @@
 Unknown keys and names are refused with the allowed values, before any work starts.
 """
 
+import io
 import os
 import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
@@ -86,9 +87,35 @@ class Geometry(Strict):
         return self.model_copy(update=changed)
 
 
+class SourceFile(Strict):
+    bytes: PositiveInt
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Upstream(Strict):
+    """Where a model's F16 GGUF is published; what nobody looked up yet is null, and `moelib fetch --pin` fills it."""
+
+    publisher: str
+    """Whose F16 files the study's plan names."""
+    original: str
+    """Repository of the safetensors that they were converted from."""
+    repository: str | None = None
+    revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
+    """A commit: a branch moves."""
+    files: dict[Annotated[str, Field(pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)*\.gguf$")], SourceFile] = {}
+    """Path in the repository -> what must arrive; all files of a split model, in order."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if len({bool(self.repository), bool(self.revision), bool(self.files)}) > 1:
+            raise ValueError("repository, revision and files are pinned together, by `moelib fetch MODEL --pin`")
+        return self
+
+
 class Model(Strict):
     name: str
     title: str
+    upstream: Upstream | None = None
     geometry: Geometry | None = None
     scales: dict[str, dict[str, int]] = {}
     excluded: str | None = None
@@ -128,7 +155,7 @@ class Study(Strict):
     name: str
     title: str
     models: tuple[str, ...] = Field(min_length=1)
-    weights: Literal["twin"]
+    weights: Literal["twin", "real"]
     scale: str = "full"
     quants: tuple[Literal[QUANTS], ...] = Field(min_length=1)
     arms: tuple[Arm, ...] = Field(min_length=1)
@@ -148,6 +175,8 @@ class Study(Strict):
                 raise ValueError(f"{field} names something twice")
         if [a.placement == "baseline" for a in self.arms] != [True] + [False] * max(1, len(self.arms) - 1):
             raise ValueError("the first arm, and it alone, must be a baseline, with at least one to compare with it")
+        if self.weights == "real" and self.scale != "full":
+            raise ValueError("real weights have one scale: full")
         return self
 
 
@@ -193,6 +222,21 @@ def _entry(cls: type[T], kind: str, file: str, name: str) -> T:
 def model(name: str) -> Model:
     """The catalogue's entry. Raises ParamsError for a name that is not in it."""
     return _entry(Model, "model", "models.yaml", name)
+
+
+def model_changed(name: str, key: str, value: Any) -> tuple[Path, bytes]:
+    """(path, content) of the catalogue with one key of one model changed, comments and order kept; not written."""
+    from ruamel.yaml import YAML
+
+    path, text = root() / "params" / "models.yaml", io.BytesIO()
+    book = YAML()
+    book.width = 1000
+    book.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
+    entries = book.load(path)
+    entries[name][key] = value
+    book.dump(entries, text)
+    _yaml.cache_clear()
+    return path, text.getvalue()
 
 
 def workload(name: str) -> Workload:

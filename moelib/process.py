@@ -124,6 +124,14 @@ class Child(AbstractContextManager):
 
         self._until(look, "did not listen", timeout_s)
 
+    def wait_end(self, timeout_s: float) -> None:
+        """Wait until the child ends by itself. Raises ProcessError at the deadline."""
+        deadline = time.monotonic() + timeout_s
+        while self.running():
+            if time.monotonic() > deadline:
+                raise ProcessError("engine-timeout", f"{self.name} did not end in {timeout_s:g} s:\n{self.tail()}")
+            time.sleep(POLL_S)
+
     def _until(self, look: Callable[[], Any], failed: str, timeout_s: float) -> Any:
         deadline = time.monotonic() + timeout_s
         while not (found := look()):

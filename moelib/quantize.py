@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from moelib import files, gguf_file, models, params, process
+from moelib import files, gguf_file, models, params, process, sources
 from moelib.engine import Engine
 
 UNQUANTISED = {"F32", "F16", "BF16"}
@@ -105,7 +105,7 @@ def make(source: models.Source, quant: str, engine: Engine, scratch: Path) -> Qu
 
 
 def _make(source: models.Source, quant: str, engine: Engine, scratch: Path, path: Path) -> dict[str, Any]:
-    source = models.whole(source)
+    source = sources.whole(source)
     predicted = predict_bytes(engine, source.header, quant, scratch)
     files.need_space(path.parent, predicted or source.header.file_bytes, f"quantising to {path.name}")
     with files.replacing(path) as partial:
@@ -128,6 +128,7 @@ def _make(source: models.Source, quant: str, engine: Engine, scratch: Path, path
         sha256 = files.sha256(partial)
     return {
         "weights": source.weights,
+        "origin": source.origin,
         "scale": source.scale,
         "file_name": path.name,
         "file_bytes": header.file_bytes,

@@ -13,7 +13,9 @@ WEIGHTS = {
     "twin": "The weights are **geometry twins**: random numbers in the shapes of the models named, at scale {scale} "
     "({parameters} parameters). What depends on shapes and types stands for the real models' files of this size: "
     "device memory, load time, speed, time to first token. What depends on the weights' values does not, and nothing "
-    "is said of it: text, quality, and which experts are chosen (here nearly evenly)."
+    "is said of it: text, quality, and which experts are chosen (here nearly evenly).",
+    "real": "The weights are the **published ones** ({parameters} parameters): {origins}. Device memory, load time, "
+    "speed and time to first token are of these files; their text was not judged, and nothing is said of quality.",
 }
 
 
@@ -21,7 +23,8 @@ def headline(results: Results) -> Text:
     """What was measured on what, in the document's first lines."""
     runs, tally = results.done, results.tally
     parameters = " and ".join(f"{n / 1e6:,.0f} M" for n in sorted({s["parameters"] for s in results.sheets}))
-    weights = WEIGHTS[results.study.weights].format(scale=results.study.scale, parameters=parameters)
+    origins = "; ".join(sorted({s.get("origin", "") for s in results.sheets}))
+    weights = WEIGHTS[results.study.weights].format(scale=results.study.scale, parameters=parameters, origins=origins)
     text = (
         f"{weights}\n\nStudy **{results.name}**: {results.study.title}. {tally['valid']} valid runs of "
         f"{tally['planned']} planned ({tally['invalid']} invalid, {tally['missing']} missing), on "

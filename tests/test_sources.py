@@ -1,0 +1,375 @@
+"""Real weights: pinned, fetched from a Hub on loopback, verified, adopted; and a study of them."""
+
+import os
+import subprocess
+import sys
+import time
+from hashlib import sha256
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from conftest import SMOKE
+from huggingface_hub import constants
+
+from moelib import files, gguf_file, hub, measure, notebook, params, process, quantize, sources, twin
+from moelib.hub import HubError
+from moelib.sources import SourceError
+
+REPO = "alice/toy-GGUF"
+
+
+@pytest.fixture
+def toy(home, tmp_path, monkeypatch):
+    """A model `toy` in the catalogue whose full size is deepseek's nano, and the bytes of its F16 file."""
+    monkeypatch.setenv("MOELIB_MODELS", str(tmp_path / "m"))
+    monkeypatch.setenv("HF_TOKEN", "hf_read")
+    geometry = params.model("deepseek-moe-16b").at_scale("nano")
+    entry = {
+        "toy": {"title": "Toy", "geometry": geometry.model_dump(), "upstream": {"publisher": "al", "original": "al/t"}}
+    }
+    path = home / "params/models.yaml"
+    path.write_text(path.read_text() + yaml.safe_dump(entry))
+    params._yaml.cache_clear()
+    twin.write(tmp_path / "toy.gguf", geometry, title="Toy")
+    return (tmp_path / "toy.gguf").read_bytes()
+
+
+@pytest.fixture
+def pinned(toy, lfs_hub):
+    lfs_hub.put(REPO, {"README.md": b"# toy\n", "toy-F16.gguf": toy, "toy-Q8_0.gguf": b"GGUF" * 9000})
+    sources.pin("toy", REPO, endpoint=lfs_hub.url)
+    return toy
+
+
+def test_a_pin_is_the_commit_the_f16_file_and_its_hash(toy, lfs_hub, home):
+    commit = lfs_hub.put(REPO, {"toy-F16.gguf": toy, "toy-bf16.gguf": toy[::-1], "toy-Q8_0.gguf": b"GGUF" * 9000})
+    before = (home / "params/models.yaml").read_text()
+    told = sources.pin("toy", REPO, endpoint=lfs_hub.url)
+    want = params.SourceFile(bytes=len(toy), sha256=sha256(toy).hexdigest())
+    assert (told.repository, told.revision, told.files) == (REPO, commit, {"toy-F16.gguf": want})
+    assert params.model("toy").upstream == told
+    after = (home / "params/models.yaml").read_text()
+    kept, _, _ = after.partition("\ntoy:")
+    assert kept == before.partition("\ntoy:")[0]  # comments, order and all of the other models
+    params._yaml.cache_clear()
+    assert params.model("phi-3.5-moe").geometry.block_count == 32
+
+
+@pytest.mark.parametrize(
+    ("there", "why"),
+    [
+        ({"toy-Q4_K_M.gguf": b"GGUF" * 9000}, "no single F16 or BF16 model; its GGUF files are: toy-Q4_K_M.gguf"),
+        ({"README.md": b"# toy\n"}, "none"),
+        ({"a-f16.gguf": b"GGUF" * 9000, "b-f16.gguf": b"GGUF" * 9001}, "no single"),
+        ({"a-f16-00001-of-00002.gguf": b"GGUF" * 9000}, "no single"),
+    ],
+)
+def test_what_cannot_be_pinned_says_what_is_there(toy, lfs_hub, there, why):
+    lfs_hub.put(REPO, there)
+    with pytest.raises(SourceError, match=why):
+        sources.pin("toy", REPO, endpoint=lfs_hub.url)
+    assert not params.model("toy").upstream.files
+
+
+def test_nothing_pinned_says_how_to_pin(toy):
+    with pytest.raises(SourceError, match=r"moelib fetch toy --pin OWNER/NAME.*publisher al.*--from"):
+        sources.fetch("toy")
+    for name in ("phi-3.5-moe", "deepseek-moe-16b"):
+        assert params.model(name).upstream.publisher in {"MaziyarPanahi", "unsloth"}
+        with pytest.raises(SourceError, match="is pinned"):
+            sources.fetch(name)
+
+
+def test_an_excluded_model_is_not_fetched():
+    for ask in (sources.fetch, lambda m: sources.pin(m, REPO), lambda m: sources.obtain(m, "real", "full")):
+        with pytest.raises(params.ParamsError, match="MXFP4 by design"):
+            ask("gpt-oss-20b")
+
+
+def test_what_is_fetched_is_there_once_and_whole(pinned, lfs_hub):
+    source = sources.fetch("toy", lfs_hub.url)
+    assert source.path.read_bytes() == pinned
+    assert (source.weights, source.scale, source.sha256) == ("real", "full", sha256(pinned).hexdigest())
+    assert source.origin == f"{REPO}@{params.model('toy').upstream.revision}"
+    asked = len(lfs_hub.requests)
+    assert sources.fetch("toy", lfs_hub.url) == source == sources.obtain("toy", "real", "full")
+    assert len(lfs_hub.requests) == asked
+    source.path.unlink()
+    assert sources.obtain("toy", "real", "full", needed=False) == source
+    assert sources.fetch("toy", lfs_hub.url).path.read_bytes() == pinned
+
+
+def test_a_changed_file_is_fetched_again(pinned, lfs_hub, monkeypatch):
+    source = sources.fetch("toy", lfs_hub.url)
+    with source.path.open("r+b") as f:
+        f.seek(-1, os.SEEK_END)
+        f.write(b"\xff" if pinned[-1] != 255 else b"\x00")
+    monkeypatch.setattr(hub, "api", lambda endpoint=None, api=hub.api: api(endpoint or lfs_hub.url))
+    assert sources.whole(source) == source
+    assert source.path.read_bytes() == pinned
+
+
+STORAGE = r"^GET /storage"
+SLOWLY = """
+import sys
+from huggingface_hub import constants
+from moelib import sources
+constants.DOWNLOAD_CHUNK_SIZE = 1 << 16  # what a download that is cut off may lose: 10 MB, and the toy has 5
+sources.fetch("toy", sys.argv[1])
+"""
+
+
+def test_a_killed_download_goes_on_where_it_was(pinned, lfs_hub):
+    lfs_hub.fail("short", match=STORAGE)
+    lfs_hub.fail("timeout", match=STORAGE, times=None)
+    want = next(iter(params.model("toy").upstream.files.values()))
+    begun = sources._begun(sources.folder("toy") / "toy-F16.gguf", want)
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOWLY, lfs_hub.url], env=os.environ | {"HF_HUB_DISABLE_XET": "1"}
+    ) as p:
+        deadline = time.monotonic() + 60
+        while sources._arrived(begun) < len(pinned) // 3 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        p.kill()
+    there = sources._arrived(begun)
+    assert len(pinned) // 3 <= there < len(pinned)
+    lfs_hub._faults.clear()
+    lfs_hub.let_go()
+    before = len(lfs_hub.requests)
+    assert sources.fetch("toy", lfs_hub.url).path.read_bytes() == pinned
+    assert sum(r.sent for r in lfs_hub.requests[before:]) == len(pinned) - there
+    assert not begun.exists()
+
+
+def test_more_than_there_is_to_come_is_no_beginning(pinned, lfs_hub):
+    want = next(iter(params.model("toy").upstream.files.values()))
+    begun = sources._begun(sources.folder("toy") / "toy-F16.gguf", want)
+    begun.parent.mkdir(parents=True)
+    begun.write_bytes(bytes(len(pinned) + 1))
+    assert sources.fetch("toy", lfs_hub.url).path.read_bytes() == pinned
+
+
+def test_a_beginning_that_is_not_of_this_file_is_thrown_away(pinned, lfs_hub):
+    want = next(iter(params.model("toy").upstream.files.values()))
+    begun = sources._begun(sources.folder("toy") / "toy-F16.gguf", want)
+    begun.parent.mkdir(parents=True)
+    begun.write_bytes(bytes(1000))
+    with pytest.raises(SourceError, match=r"SHA-256 \w+\.\.\., pinned is .*nothing of it was kept"):
+        sources.fetch("toy", lfs_hub.url)
+    assert not begun.exists()
+    assert sources.fetch("toy", lfs_hub.url).path.read_bytes() == pinned
+
+
+def test_wrong_bytes_are_refused_and_not_kept(pinned, lfs_hub):
+    lfs_hub.fail("corrupt", match=STORAGE, times=None)
+    with pytest.raises(SourceError, match=r"SHA-256 .*nothing of it was kept. Run again"):
+        sources.fetch("toy", lfs_hub.url)
+    assert not list(sources.folder("toy").glob("*.gguf"))
+    lfs_hub._faults.clear()
+    assert sources.fetch("toy", lfs_hub.url).path.read_bytes() == pinned
+
+
+@pytest.mark.parametrize(
+    ("how", "step"),
+    [
+        ("401", "hf auth login"),
+        ("403", "HF_TOKEN|may not"),
+        ("404", "check the names"),
+        ("429", "slow down"),
+        ("500", "later"),
+        ("503", "later"),
+        ("reset", "check the network"),
+    ],
+)
+def test_a_refusal_names_the_next_step(pinned, lfs_hub, how, step):
+    lfs_hub.fail(how, times=None)
+    with pytest.raises(HubError, match=step) as caught:
+        sources.fetch("toy", lfs_hub.url)
+    assert str(caught.value).startswith("fetching toy-F16.gguf of alice/toy-GGUF: ")
+    assert "hf_read" not in str(caught.value)
+    assert not list(sources.folder("toy").glob("*.gguf"))
+
+
+def test_offline_says_so(pinned, lfs_hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    from huggingface_hub import close_session
+
+    close_session()
+    with pytest.raises(HubError, match=r"HF_HUB_OFFLINE is set.*--from"):
+        sources.fetch("toy", lfs_hub.url)
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE is set"):
+        sources.pin("toy", REPO, endpoint=lfs_hub.url)
+
+
+def test_no_hub_at_all_is_a_network_to_check(pinned):
+    with pytest.raises(HubError, match="cannot be reached"):
+        sources.fetch("toy", "http://127.0.0.1:9")
+
+
+def test_a_private_repository_is_named(toy, lfs_hub, monkeypatch):
+    lfs_hub.put("bob/secret", {"toy-F16.gguf": toy}, private=True)
+    with pytest.raises(HubError, match=r"pinning bob/secret: there is no such repository, or it is private"):
+        sources.pin("toy", "bob/secret", endpoint=lfs_hub.url)
+
+
+def test_room_is_looked_for_first(pinned, lfs_hub, monkeypatch):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
+    before = len(lfs_hub.requests)
+    with pytest.raises(files.FileError, match="fetching toy needs"):
+        sources.fetch("toy", lfs_hub.url)
+    assert len(lfs_hub.requests) == before
+
+
+def test_a_file_too_large_for_plain_http_comes_by_xet(toy, tmp_path, monkeypatch):
+    from hub import Hub, official_client
+
+    monkeypatch.setattr(constants, "MAX_HTTP_DOWNLOAD_SIZE", 1000)
+    with Hub(tmp_path / "hub", xet=True) as there, official_client(there):
+        from huggingface_hub import HfApi
+
+        api = HfApi(endpoint=there.url, token="hf_write")
+        api.create_repo(REPO)
+        api.upload_file(path_or_fileobj=toy, path_in_repo="toy-F16.gguf", repo_id=REPO)
+        sources.pin("toy", REPO, endpoint=there.url)
+        assert sources.fetch("toy", there.url).path.read_bytes() == toy
+        assert [r for r in there.requests if "xet-read-token" in r.path]
+
+
+# what the user has
+
+
+def test_a_local_file_is_linked_and_known_by_its_name_alone(toy, tmp_path):
+    source = sources.adopt("toy", tmp_path / "toy.gguf")
+    assert source.path.resolve() == (tmp_path / "toy.gguf").resolve()
+    assert source.path.is_symlink()
+    assert source.origin == "local file toy.gguf"
+    assert source.sha256 == sha256(toy).hexdigest()
+    assert sources.obtain("toy", "real", "full") == source
+
+
+def test_another_model_is_refused(toy, home, tmp_path):
+    twin.write(tmp_path / "phi.gguf", params.model("phi-3.5-moe").at_scale("nano"), title="Phi")
+    with pytest.raises(SourceError, match=r"phi.gguf is not toy: architecture phimoe, .*expert_used_count 2, not 6"):
+        sources.adopt("toy", tmp_path / "phi.gguf")
+    assert sources._chosen("toy") is None
+
+
+def test_a_missing_file_says_so(toy, tmp_path):
+    with pytest.raises(SourceError, match=r"no.gguf is not in"):
+        sources.adopt("toy", tmp_path / "no.gguf")
+    with pytest.raises(SourceError, match=r"00002-of-00002.gguf is not in"):
+        (tmp_path / "a-00001-of-00002.gguf").write_bytes(toy)
+        sources.adopt("toy", tmp_path / "a-00001-of-00002.gguf")
+
+
+CONVERT = """
+import argparse, shutil
+p = argparse.ArgumentParser()
+p.add_argument("model"); p.add_argument("--outfile"); p.add_argument("--outtype", choices=["f16"])
+a = p.parse_args()
+shutil.copy(a.model + "/weights.gguf", a.outfile)
+"""
+
+
+@pytest.fixture
+def safetensors(toy, tmp_path, monkeypatch):
+    """A model's folder as the Hub publishes it, and a script in the converter's place."""
+    place = tmp_path / "toy-chat"
+    place.mkdir()
+    (place / "config.json").write_text("{}")
+    (place / "model-00001-of-00001.safetensors").write_bytes(b"weights")
+    (place / "weights.gguf").write_bytes(toy)
+    (tmp_path / "convert.py").write_text(CONVERT)
+    monkeypatch.setenv("MOELIB_CONVERTER", str(tmp_path / "convert.py"))
+    return place
+
+
+def test_safetensors_are_converted_once(safetensors, toy):
+    source = sources.adopt("toy", safetensors)
+    assert source.path.read_bytes() == toy
+    assert source.origin == "al/t, converted by convert_hf_to_gguf.py from toy-chat"
+    (safetensors / "weights.gguf").unlink()
+    assert sources.adopt("toy", safetensors) == source
+
+
+def test_a_conversion_that_fails_says_why(safetensors, monkeypatch):
+    (safetensors / "weights.gguf").unlink()
+    with pytest.raises(SourceError, match=r"ended with 1 on toy-chat; its log ends:[\s\S]*FileNotFoundError"):
+        sources.adopt("toy", safetensors)
+    assert not list(sources.folder("toy").glob("*.gguf"))
+    monkeypatch.setenv("MOELIB_CONVERTER", "/nowhere/convert.py")
+    with pytest.raises(SourceError, match=r"not found at /nowhere/convert.py.*MOELIB_CONVERTER"):
+        sources.adopt("toy", safetensors)
+    (safetensors / "config.json").unlink()
+    with pytest.raises(SourceError, match="holds no config.json"):
+        sources.adopt("toy", safetensors)
+
+
+# with the real llama.cpp
+
+
+@pytest.fixture
+def split(toy, tmp_path, engine):
+    """The toy in three files, by llama.cpp's own tool, the first without tensors, as publishers do."""
+    tool = engine.folder / "llama-gguf-split"
+    argv = [
+        tool,
+        "--split",
+        "--split-max-tensors",
+        "15",
+        "--no-tensor-first-split",
+        tmp_path / "toy.gguf",
+        tmp_path / "s-F16",
+    ]
+    subprocess.run(argv, check=True, capture_output=True, timeout=60, env=process.inherited())
+    parts = sorted(tmp_path.glob("s-F16-*.gguf"))
+    assert len(parts) > 2
+    return parts
+
+
+@pytest.mark.engine
+def test_a_split_model_is_one_model(split, tmp_path, engine, lfs_hub):
+    lfs_hub.put(REPO, {f"F16/{p.name}": p.read_bytes() for p in split})
+    told = sources.pin("toy", REPO, endpoint=lfs_hub.url)
+    assert [n.partition("/")[2] for n in told.files] == [p.name for p in split]
+    source = sources.fetch("toy", lfs_hub.url)
+    whole = gguf_file.read_header(tmp_path / "toy.gguf")
+    assert {(t.name, t.shape, t.type, t.nbytes) for t in source.header.tensors} == {
+        (t.name, t.shape, t.type, t.nbytes) for t in whole.tensors
+    }
+    assert source.sha256 == files.digest({p.name: files.sha256(p) for p in split})
+    made = quantize.make(source, "Q8_0", engine, tmp_path)
+    one = quantize.make(sources.adopt("toy", tmp_path / "toy.gguf"), "Q8_0", engine, tmp_path)
+    assert (made.sheet["weights"], made.sheet["origin"]) == ("real", f"{REPO}@{told.revision}")
+    assert made.sheet["tensor_types"] == one.sheet["tensor_types"]
+    assert one.sheet["origin"] == "local file toy.gguf"
+    split[1].unlink()
+    (sources.folder("toy") / split[1].name).unlink()
+    with pytest.raises(gguf_file.GGUFError, match=rf"there is no {split[1].name}"):
+        gguf_file.read_header(sources.folder("toy") / split[0].name)
+
+
+@pytest.mark.engine
+def test_a_study_of_real_weights_says_whose(pinned, lfs_hub, home, monkeypatch):
+    told = SMOKE.replace("weights: twin\nscale: nano", "weights: real").replace("deepseek-moe-16b", "toy")
+    (home / "params/studies/smoke.yaml").write_text(told)
+    params._yaml.cache_clear()
+    source = sources.fetch("toy", lfs_hub.url)
+    folder, cells = measure.select("smoke")
+    assert measure.run_cells(folder, cells) == []
+    records = folder.records()
+    assert {r.sheet["weights"] for r in records} == {"real"}
+    assert {r.sheet["origin"] for r in records} == {source.origin}
+    text = notebook.report("smoke", progress=False).read_text()
+    assert "The weights are the **published ones** (" in text
+    assert source.origin in text
+    assert "geometry twins" not in text
+
+
+def test_real_weights_have_no_scale(home):
+    path = home / "params/studies/smoke.yaml"
+    path.write_text(SMOKE.replace("weights: twin", "weights: real"))
+    params._yaml.cache_clear()
+    with pytest.raises(params.ParamsError, match="real weights have one scale: full"):
+        params.study("smoke")
