@@ -13,7 +13,8 @@ from conftest import REPO
 
 # Each module may import those before it, never those after.
 LAYERS = """params files gguf_file stats twin process host engine models quantize memory nvml device client run
-record invariants audit study analyse table plots report evidence notebook measure doctor cli""".split()
+record invariants audit study analyse table plots report evidence advice notebook measure doctor
+cli""".split()
 
 
 def _imports(name):
