@@ -13,7 +13,7 @@ from conftest import REPO
 
 # Each module may import those before it, never those after.
 LAYERS = """params files gguf_file stats twin process host engine models quantize memory nvml device client run
-record invariants audit study analyse table plots report evidence advice notebook measure doctor
+record invariants audit study analyse table plots report evidence advice notebook lint cards measure doctor
 cli""".split()
 
 
