@@ -64,6 +64,11 @@ def residual(r: Record) -> float | None:
     return r.observed.memory.residual_bytes
 
 
+def growth(r: Record) -> float | None:
+    """What the whole device lost to the run: its memory, and what the driver charges to no process."""
+    return r.observed.memory.growth_bytes
+
+
 def engine_memory(r: Record) -> float | None:
     """Device memory by the engine's own buffers."""
     return r.observed.memory.engine_bytes

@@ -62,6 +62,11 @@ class Report:
             return None
         return sum(b.size_bytes for b in self.buffers if b.on_device and kind in (None, b.kind))
 
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes in host buffers that the device reads by itself."""
+        return sum(b.size_bytes for b in self.buffers if b.name.endswith("_Host"))
+
 
 _BUFFER = re.compile(r"(\S+)\s+(model|KV|compute|output|RS)\s+buffer size\s*=\s*([0-9.]+) MiB")
 _BUILT = re.compile(r"\bbuild:? (\d+ \(.+)")

@@ -18,7 +18,8 @@ REASONS = {
     "unstable-baseline": "the idle device's memory was moving before the run",
     "not-returned": "the device's memory did not come back to its idle state after the run",
     "foreign-changed": "another process came to the device, left it or grew on it while the run lasted",
-    "accounts-disagree": "the process list and the device's growth differ by more than 64 MiB and 1 %",
+    "accounts-disagree": "the process list and the device's growth differ by more than 64 MiB and 1 %, page tables of "
+    "pinned host memory left aside",
     "below-engine-buffers": "less was read than a context and what buffers the engine says it holds",
     "below-header-weights": "less was read than the weights that the file's header puts on the device",
     "above-ceiling": "more was read than the engine's buffers and a context can explain",
@@ -29,7 +30,7 @@ REASONS = {
     "list-unsupported": "the driver could not list processes, so the run's share of the device's growth is not known",
     "host-pid": "the driver lists the run's process by the host's id; it is known by coming and going with the run",
     "bytes-not-listed": "the driver lists the run's process without its bytes; the value is the device's growth, where "
-    "the run was alone on it",
+    "the run was alone on it and pinned too little host memory for its page tables to matter",
     "device-total-unknown": "the device's own total could not be read; the value is the process list's alone",
     "foreign-process": "another process was on the device, and kept still",
     "engine-silent": "the engine reported no buffers to hold the value against",
@@ -39,6 +40,7 @@ REASONS = {
 INVALID = tuple(REASONS)[:9]
 
 AGREE_BYTES, AGREE_SHARE = 64 << 20, 0.01  # two exact NVML accounts were seen to differ by 9 MiB, the rest is margin
+TABLE_ENTRY_BYTES, PAGE_BYTES = 8, 4096  # on the device, for pinned host memory; 80 MiB for 39.8 GiB seen on an H200
 SETTLED_BYTES = 16 << 20  # idle GPUs were seen to move by 0; a desktop moves by more, and then growth proves nothing
 LEAST_CONTEXT_BYTES = 64 << 20  # no CUDA context is smaller: 518 MiB seen on an H200
 CONTEXTS, SHARE = 1.5, 0.01  # context, then cuBLAS workspace, pool and graphs: 1.35 contexts in all seen
@@ -86,7 +88,8 @@ class Memory:
     process_bytes: int | None
     """Account 1: peak of the run's processes by the system's list."""
     growth_bytes: int | None
-    """Account 2: peak of the device over its idle state; None on loopback."""
+    """Account 2: peak of the device over its idle state; None on loopback. Unlike account 1 it holds the page tables
+    through which the device reads pinned host memory: 2 MiB for each GiB."""
     engine_bytes: int | None
     """Account 3: device buffers by the engine's own report, a part of the value."""
     weights_bytes: int
@@ -107,8 +110,9 @@ def _peak(values: Iterable[int | None]) -> int | None:
     return max((v for v in values if v), default=None)  # a reading of exactly 0 is a failed reading
 
 
-def _agree(a: int, b: int) -> bool:
-    return abs(a - b) <= max(AGREE_BYTES, AGREE_SHARE * max(a, b))
+def _agree(process: int, growth: int, tables: int) -> bool:
+    apart = growth - process
+    return abs(apart - min(max(apart, 0), tables)) <= max(AGREE_BYTES, AGREE_SHARE * max(process, growth))
 
 
 def _still(values: Sequence[int]) -> bool:
@@ -145,7 +149,8 @@ def reconcile(
         # untouched pages of caches and graphs do not count in RSS; weights are written, so they do
         floor, ceiling = report.device_bytes("model"), (engine or 0) + PROCESS_BYTES
     else:
-        value, method, process, growth, reasons = _cuda(trace)
+        tables = report.pinned_bytes * TABLE_ENTRY_BYTES // PAGE_BYTES
+        value, method, process, growth, reasons = _cuda(trace, tables)
         context = UNMEASURED_CONTEXT_BYTES if context_bytes is None else CONTEXTS * context_bytes
         if context_bytes is None:
             reasons.append("context-unmeasured")
@@ -165,8 +170,11 @@ def reconcile(
     return Memory(None if wrong else value, status, method, ordered, process, growth, **told)
 
 
-def _cuda(trace: Trace) -> tuple[int | None, str, int | None, int | None, list[str]]:
-    """(value, method, process list's peak, growth, reasons) by what the driver says alone."""
+def _cuda(trace: Trace, tables: int) -> tuple[int | None, str, int | None, int | None, list[str]]:
+    """(value, method, process list's peak, growth, reasons) by what the driver says alone.
+
+    tables: bytes of the page tables of pinned host memory, at most; the driver charges them to no process.
+    """
     every = [*trace.before, *trace.during, *trace.after]
     errors = {e for r in every for e in r.errors}
     if "gpu-lost" in errors or not trace.during:
@@ -201,7 +209,7 @@ def _cuda(trace: Trace) -> tuple[int | None, str, int | None, int | None, list[s
         reasons.append("foreign-process")
 
     if process is not None and growth is not None:
-        if not _agree(process, growth):
+        if not _agree(process, growth, tables):
             reasons.append("accounts-disagree")
         return process, "nvml-process", process, growth, reasons
     if mine[-1]:  # a list that ended early may have missed the peak
@@ -212,7 +220,8 @@ def _cuda(trace: Trace) -> tuple[int | None, str, int | None, int | None, list[s
     if "list-unsupported" in errors:
         reasons.append("list-unsupported")
     elif trace.during[-1].listed:
-        return growth if not others[0] else None, "nvml-growth", process, growth, [*reasons, "bytes-not-listed"]
+        alone = not others[0] and tables <= AGREE_BYTES - SETTLED_BYTES
+        return growth if alone else None, "nvml-growth", process, growth, [*reasons, "bytes-not-listed"]
     else:
         reasons.append("process-not-listed")
     return None, "nvml-growth", process, growth, reasons

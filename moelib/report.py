@@ -126,10 +126,10 @@ def memory_table(results: Results) -> Table:
 
 def memory_parts_table(results: Results) -> Table:
     """Device memory against what the engine says it holds."""
-    quantities = (analyse.device_memory, analyse.engine_memory, analyse.residual)
+    quantities = (analyse.device_memory, analyse.engine_memory, analyse.residual, analyse.growth)
     parts = zip(*(analyse.summarise(results, q) for q in quantities), strict=True)
     rows, records = [], []
-    for whole, engine, rest in parts:
+    for whole, engine, rest, grown in parts:
         contexts = {r.device.get("context_bytes") for r in whole.records} - {None}
         share = rest.value.value / whole.value.value if rest.value and whole.value else None
         rows.append(
@@ -140,11 +140,14 @@ def memory_parts_table(results: Results) -> Table:
                 "rest": stats.sizes(rest.value),
                 "rest, share": percent(share),
                 "of it an empty context": ", ".join(size(c) for c in sorted(contexts)) or stats.NONE,
+                "device in all": size(grown.value.value if grown.value else None),
             }
         )
         records.append(whole.records)
     note = (
-        "Mean [95 % interval]. *Rest* is what a sum of the engine's log lines misses: context, workspaces, pools, code."
+        "Mean [95 % interval]. *Rest* is what a sum of the engine's log lines misses: context, workspaces, pools, "
+        "code. *Device in all* is what the whole device lost to the run, in bytes that the driver charges to no "
+        "process too: the page tables of pinned host memory (load mode none) take 8 bytes for each 4 KiB."
     )
     return _table("memory-parts", rows, records, note)
 

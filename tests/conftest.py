@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
+from hub import Hub, official_client
 
 from moelib import engine as engines
 from moelib import params
@@ -29,6 +32,15 @@ context: 256
 device: loopback
 seed: 1
 """
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep every test away from the real Hub and the user's token; huggingface_hub reads these when imported."""
+    home = tempfile.mkdtemp(prefix="moelib-tests-hf-")
+    config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
+    for name in [n for n in os.environ if n.startswith(("HF_", "HUGGING"))]:
+        del os.environ[name]
+    os.environ |= {"HF_HOME": home, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
 def furnish(home: Path, smoke: str = SMOKE) -> Path:
@@ -60,3 +72,17 @@ def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine() -> engines.Engine:
     """The real llama.cpp. `make test` builds it; without it these tests fail rather than pass unseen."""
     return engines.find()
+
+
+@pytest.fixture
+def lfs_hub(tmp_path: Path) -> Hub:
+    """A Hub on loopback without xet, and huggingface_hub made fit for it; LFS files above 1 MiB come in parts."""
+    with Hub(tmp_path, part_bytes=1 << 20) as hub, official_client(hub):
+        yield hub
+
+
+@pytest.fixture(params=["lfs", "xet"])
+def hub(request: pytest.FixtureRequest, tmp_path: Path) -> Hub:
+    """A Hub on loopback of either kind, and huggingface_hub made fit for it."""
+    with Hub(tmp_path, xet=request.param == "xet", part_bytes=1 << 20) as hub, official_client(hub):
+        yield hub
