@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV   ?= .venv
 STUDY  ?= demo
+NAMESPACE ?= moelib
 SAMPLE ?= 0
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engine demo test faults lint docs validation mutation lab doctor bench clean
+.PHONY: help setup engine demo test faults lint docs validation cards mutation lab doctor bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -47,6 +48,9 @@ docs: setup ## rebuild the document of STUDY from its records alone
 
 validation: setup ## rebuild docs/MOE-TECHNICAL-VALIDATION.md from the committed records
 	@$(BIN)/moelib report h200-twins --into docs
+
+cards: setup ## write the model cards of the committed studies from their records (NAMESPACE=user on the Hub)
+	@$(BIN)/moelib card h200-twins --namespace $(NAMESPACE)
 
 mutation: engine ## mutation testing of memory and audit (about half an hour; SAMPLE=N for a part)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[test,mutation]'

@@ -69,6 +69,12 @@ def growth(r: Record) -> float | None:
     return r.observed.memory.growth_bytes
 
 
+def device_need(r: Record) -> float | None:
+    """What must be free on the device: what it lost to the run where that is known, else the memory of its processes."""
+    known = [n for n in (device_memory(r), growth(r)) if n is not None]
+    return max(known) if device_memory(r) is not None else None
+
+
 def engine_memory(r: Record) -> float | None:
     """Device memory by the engine's own buffers."""
     return r.observed.memory.engine_bytes

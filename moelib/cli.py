@@ -165,5 +165,25 @@ def report(name: str, into: Path | None) -> None:
     click.echo(f"document: {path} ({time.monotonic() - started:.0f} s)")
 
 
+@main.command()
+@click.argument("name")
+@click.option("--namespace", required=True, help="User or organisation on the Hub that the cards are for.")
+@click.option("--into", type=click.Path(file_okay=False, path_type=Path), help="Folder; default: cards/ of the study.")
+def card(name: str, namespace: str, into: Path | None) -> None:
+    """Write the model cards of study NAME from its records alone, and check them."""
+    from moelib import cards
+    from moelib.study import outputs, results
+
+    found, folder = results(outputs() / name), into or outputs() / name / "cards"
+    for path in cards.write(found, namespace, folder):
+        click.echo(os.path.relpath(path))
+    for model in cards.missing(found):
+        click.echo(f"no card for {model}: no whole block of it is measured", err=True)
+    wrong = cards.check(folder, found, namespace)
+    for fault in wrong:
+        click.echo(f"  {fault.page}: {fault.rule}: {fault.what}", err=True)
+    sys.exit(FAILED if wrong else 0)
+
+
 if __name__ == "__main__":
     main()

@@ -14,6 +14,10 @@ from moelib.study import Results
 from moelib.table import Table, Text, cite, cite_sheet, facts
 
 
+def _types(count: dict[str, int]) -> str:
+    return ", ".join(f"{n}x{t}" for t, n in count.items())
+
+
 def files_table(results: Results) -> Table:
     models, quants = results.study.models, results.study.quants
     sheets = sorted(results.sheets, key=lambda s: (models.index(s["model"]), quants.index(s["quant"])))
@@ -24,7 +28,8 @@ def files_table(results: Results) -> Table:
             "file": size(s["file_bytes"]),
             "bits/weight": f"{s['bits_per_weight']:.2f}",
             "experts": size(s["expert_bytes"]),
-            "expert tensor types": ", ".join(f"{n}x{t}" for t, n in s["expert_types"].items()),
+            "expert tensor types": _types(s["expert_types"]),
+            "other tensor types": _types(Counter(s["tensor_types"]) - Counter(s["expert_types"])),
             "fallbacks": len(s["fallbacks"]),
             "SHA-256": f"`{s['sha256'][:12]}`",
         }
@@ -165,7 +170,7 @@ def records_table(results: Results) -> Table:
 def sheet_table(sheet: dict[str, Any]) -> Table:
     """A quantised file's sheet."""
     types, experts = (", ".join(f"{n} x {t}" for t, n in sheet[k].items()) for k in ("tensor_types", "expert_types"))
-    fell = [f"{f['tensor']} ({f['columns']} columns) -> {f['type']}" for f in sheet["fallbacks"]]
+    fell = Counter((f["columns"], f["type"]) for f in sheet["fallbacks"])
     told = {
         "file": sheet["file_name"],
         "size": size(sheet["file_bytes"]),
@@ -174,7 +179,7 @@ def sheet_table(sheet: dict[str, Any]) -> Table:
         "tensor types": types,
         "expert tensors": experts,
         "expert bytes": size(sheet["expert_bytes"]),
-        "fallbacks": "; ".join(fell) or "none",
+        "fallbacks": "; ".join(f"{n} x {c} columns -> {t}" for (c, t), n in fell.items()) or "none",
         "SHA-256": f"`{sheet['sha256']}`",
         "made by": f"{sheet['engine_version']} in {number(sheet['quantize_s'])} s",
         "weights": f"{sheet['weights']}, scale {sheet['scale']}",

@@ -113,9 +113,13 @@ def write_bytes(path: Path, data: bytes) -> None:
         partial.write_bytes(data)
 
 
+def pretty(data: Any) -> bytes:
+    """JSON for people and for merges: sorted keys, a line each."""
+    return (json.dumps(data, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
+
+
 def write_json(path: Path, data: Any) -> None:
-    text = json.dumps(data, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False)
-    write_bytes(path, (text + "\n").encode())
+    write_bytes(path, pretty(data))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from moelib import files, params, study
+from moelib import files, params, study, table
 
 QUIET = ["--log-level=CRITICAL"]  # ipykernel warns of loopback TCP at every start
 INJECTED = "# Parameters"  # papermill's comment on the cell that it adds
@@ -127,7 +127,7 @@ def _provenance(name: str, book: Any) -> dict[str, Any]:
 
     Raises NotebookError for an output that does not say: a number that leads nowhere is not shown.
     """
-    found: dict[str, dict[str, Any]] = {"tables": {}, "texts": {}, "figures": {}, "sources": {}}
+    parts = []
     for out in (out for cell in book.cells for out in cell.get("outputs", [])):
         if out.output_type == "stream":
             raise NotebookError(f"{name} prints: {out.text[:120]!r}; the document cannot hold it")
@@ -137,12 +137,8 @@ def _provenance(name: str, book: Any) -> dict[str, Any]:
             raise NotebookError(
                 f"{name} shows {shown!r} without saying what it came from; show a Table, Text or figure"
             )
-        found["sources"] |= told["sources"]
-        entry = {k: v for k, v in told.items() if k not in ("kind", "name", "sources")}
-        if told["kind"] != "table":
-            entry["from"] = sorted(told["sources"])
-        found[f"{told['kind']}s"][told["name"]] = entry
-    return found
+        parts.append(told)
+    return table.collect(parts)
 
 
 def report(name: str, into: Path | None = None, progress: bool = True) -> Path:

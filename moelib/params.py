@@ -1,4 +1,4 @@
-"""The only reader of `params/`: models, workloads and studies as frozen, schema-checked objects.
+"""The only reader of `params/`: models, workloads, studies and cards as frozen, schema-checked objects.
 
 Unknown keys and names are refused with the allowed values, before any work starts.
 """
@@ -180,6 +180,34 @@ class Study(Strict):
         return self
 
 
+class Card(Strict):
+    """What people own of a model's card on the Hugging Face Hub."""
+
+    name: str
+    repository: str = Field(pattern=r"^[\w][\w.-]*$")
+    base_model: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    license: str = Field(min_length=1)
+    """The Hub's identifier; `other` needs a name and a link."""
+    license_name: str | None = None
+    license_link: str | None = Field(None, pattern=r"^https://")
+    license_note: str
+    languages: tuple[str, ...] = Field(min_length=1)
+    tags: tuple[str, ...] = ()
+    summary: str
+    prompt: str | None
+    """A whole prompt in the model's format; None for a base model, which continues a text."""
+    prompt_note: str
+    credits: tuple[str, ...] = Field(min_length=1)
+    quantized_by: str | None = None
+    """Default: the namespace that the card is made for."""
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        if self.license == "other" and not (self.license_name and self.license_link):
+            raise ValueError("license other needs license_name and license_link")
+        return self
+
+
 def root() -> Path:
     """Folder that holds `params/` and `outputs/`: $MOELIB_HOME, or the clone this package is installed from."""
     return Path(os.environ.get("MOELIB_HOME") or Path(__file__).resolve().parent.parent)
@@ -241,6 +269,11 @@ def model_changed(name: str, key: str, value: Any) -> tuple[Path, bytes]:
 
 def workload(name: str) -> Workload:
     return _entry(Workload, "workload", "workloads.yaml", name)
+
+
+def card(name: str) -> Card:
+    """What people own of the card of model `name`. Raises ParamsError."""
+    return _entry(Card, "model with a card", "cards.yaml", name)
 
 
 def quant(name: str) -> str:

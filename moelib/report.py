@@ -1,6 +1,6 @@
 """What a study found, as tables and sentences: what `analysis.ipynb` shows. Units and rounding appear here."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 from moelib import analyse, stats
 from moelib.params import Arm
@@ -28,22 +28,17 @@ def headline(results: Results) -> Text:
     text = (
         f"{weights}\n\nStudy **{results.name}**: {results.study.title}. {tally['valid']} valid runs of "
         f"{tally['planned']} planned ({tally['invalid']} invalid, {tally['missing']} missing), on "
-        f"{'; '.join(sorted({_machine(r) for r in runs}))}."
+        f"{'; '.join(sorted({machine(r) for r in runs}))}."
     )
     if gone := [name for name in results.statuses if name not in results.measured]:
         text += f"\n\n**Not measured yet**, and in no table below: {', '.join(gone)}."
     return Text("headline", text, cite(runs))
 
 
-def _machine(r: Record) -> str:
+def machine(r: Record) -> str:
     if r.device["kind"] == "loopback":
         return f"the *loopback* device ({r.device['name']}): no GPU took part, and no number here is one of a GPU"
     return r.device["name"] or f"no device ({r.host['cpu']})"
-
-
-def _range(values: Sequence[float], text: Callable[[float], str]) -> str:
-    low, high = text(min(values)), text(max(values))
-    return low if low == high else f"{low} to {high}"
 
 
 def answer(results: Results) -> Text:
@@ -52,8 +47,8 @@ def answer(results: Results) -> Text:
     memory = [c for c in analyse.compare(results, analyse.device_memory) if c.ratio]
     if not rates or not memory:
         return Text("answer", "No whole block holds both a baseline and an offload run, so nothing can be compared.")
-    saved = _range([1 - c.ratio.value for c in memory], percent)
-    kept = _range([c.ratio.value for c in rates], percent)
+    saved = stats.span([1 - c.ratio.value for c in memory], percent)
+    kept = stats.span([c.ratio.value for c in rates], percent)
     told = [f"Keeping the experts on the CPU took {saved} off device memory."]
     told.append(f"Decoding then ran at {kept} of the baseline's rate.")
     used = [*rates, *memory]
@@ -62,14 +57,14 @@ def answer(results: Results) -> Text:
         for mode in dict.fromkeys(arm.load_mode for arm in results.study.arms[1:]):
             here = [c for c in found if c.ratio and c.arm.load_mode == mode]
             if here:
-                times = _range([c.ratio.value for c in here], stats.number)
+                times = stats.span([c.ratio.value for c in here], stats.number)
                 told.append(
                     f"The first token of a warm {workload} request took {times} times as long (load mode {mode})."
                 )
                 used += here
     rest = [s for s in analyse.summarise(results, analyse.residual) if s.value]
     if rest:
-        more = _range([s.value.value for s in rest], size)
+        more = stats.span([s.value.value for s in rest], size)
         told.append(f"Device memory was {more} more than the engine's own buffers add up to.")
     told.append("Ranges are over models, quants and arms; the interval of each is in the tables.")
     return Text("answer", "\n".join(f"- {t}" for t in told), cite(r for c in [*used, *rest] for r in c.records))
@@ -231,7 +226,7 @@ def bound_table(results: Results, workload: str) -> Table:
     note = (
         "Weights that one token must read, and the share of the rate that reading them at full speed would allow, mean "
         f"[95 % interval]. Full speed: {' or '.join(sorted(speeds)) or stats.NONE} GB/s on the device (clock and bus "
-        f"width by its driver), {_range(hosts, stats.number) if hosts else stats.NONE} GB/s on the host (measured)."
+        f"width by its driver), {stats.span(hosts, stats.number) if hosts else stats.NONE} GB/s on the host (measured)."
     )
     return _table(f"bound-{workload}", rows, records, note, "the speed of the device's memory is not known.")
 

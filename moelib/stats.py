@@ -95,5 +95,11 @@ def sizes(e: Estimate | None) -> str:
     return _interval(e, lambda x: f"{x / unit:.2f}", f" {name}")
 
 
+def span(values: Sequence[float], text: Callable[[float], str]) -> str:
+    """`low to high`, or the one text where both read alike."""
+    low, high = text(min(values)), text(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
 def percent(x: float | None) -> str:
     return NONE if x is None else f"{100 * x:.1f} %"

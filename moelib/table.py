@@ -82,6 +82,18 @@ class Table(_Shown):
         return {"kind": "table", "name": self.name, "note": self.note, "rows": rows, "sources": self.sources}
 
 
+def collect(told: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Where every number of a page came from, by table, text and figure, of what its parts tell."""
+    found: dict[str, dict[str, Any]] = {"tables": {}, "texts": {}, "figures": {}, "sources": {}}
+    for part in told:
+        found["sources"] |= part["sources"]
+        entry = {k: v for k, v in part.items() if k not in ("kind", "name", "sources")}
+        if part["kind"] != "table":
+            entry["from"] = sorted(part["sources"])
+        found[f"{part['kind']}s"][part["name"]] = entry
+    return found
+
+
 def facts(name: str, told: dict[str, str], sources: Sources) -> Table:
     """A table of two columns, all of it from the same sources."""
     return Table(name, [{"what": k, "value": v} for k, v in told.items()], [sources] * len(told))

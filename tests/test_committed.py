@@ -10,7 +10,7 @@ import pytest
 from conftest import REPO
 from test_study import tree
 
-from moelib import notebook, params, record, study
+from moelib import cards, notebook, params, record, study
 
 
 class Committed(NamedTuple):
@@ -66,6 +66,11 @@ def test_every_record_stands_and_was_measured_by_committed_code(name):
 
 def test_the_document_is_rebuilt_byte_by_byte(name, copy, tmp_path):
     assert rebuilt(copy, tmp_path) == products(COMMITTED[name].document)
+
+
+def test_the_cards_are_rebuilt_byte_by_byte_and_have_no_fault():
+    committed = COMMITTED["h200-twins"].study
+    assert cards.check(committed / "cards", study.results(committed), "moelib") == []
 
 
 @pytest.mark.parametrize("harm", ["deleted", "changed"])

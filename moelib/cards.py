@@ -1,0 +1,224 @@
+"""Model cards for the Hugging Face Hub, made of records, sheets and `params/cards.yaml` alone.
+
+A repository's page on the Hub is its README.md alone, so each model has that and one linked card for each quant. The
+same records give the same bytes.
+"""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from moelib import advice, analyse, evidence, files, lint, params, report, stats, table
+from moelib.study import Results
+from moelib.table import Table
+
+ROOT = "README.md"
+SUMS = "SHA256SUMS"
+PROVENANCE = "provenance.json"
+HUB = "https://huggingface.co"
+
+
+class CardError(params.UserError):
+    """No card can be made, or a file is not the one that was measured; the message says why."""
+
+
+def part(results: Results, model: str, quant: str | None = None) -> Results:
+    """What `results` hold of one model, or of one quant of it."""
+    quants = (quant,) if quant else results.study.quants
+    of = {f"{model}/{q}" for q in quants}
+    told = {
+        "study": results.study.model_copy(update={"models": (model,), "quants": quants}),
+        "cells": [c for c in results.cells if c.name in of],
+        "records": [r for r in results.records if r.cell in of],
+        "sheets": [sheet for q, sheet in quants_of(results, model).items() if q in quants],
+    }
+    return Results(**{k: getattr(results, k) for k in Results.model_fields} | told)
+
+
+def quants_of(results: Results, model: str) -> dict[str, dict[str, Any]]:
+    """Quant -> sheet, of the quants of `model` that have a whole block and a sheet, in the study's order."""
+    sheets = {f"{s['model']}/{s['quant']}": s for s in results.sheets}
+    names = {q: f"{model}/{q}" for q in results.study.quants}
+    return {q: sheets[n] for q, n in names.items() if n in results.measured and n in sheets}
+
+
+def build(results: Results, namespace: str) -> dict[str, str]:
+    """Path below the folder of cards -> text, for every model of which something was measured.
+
+    Raises CardError if there is no such model.
+    """
+    pages: dict[str, str] = {}
+    for model in advice.models(results):
+        if quants_of(results, model):
+            repository = params.card(model).repository
+            pages |= {f"{repository}/{name}": text for name, text in _repository(results, model, namespace).items()}
+    if not pages:
+        raise CardError(f"{results.name} has no whole block of any model, so no card can be made: run the study first")
+    return pages
+
+
+def missing(results: Results) -> list[str]:
+    """Models of the study that get no card."""
+    return [m for m in results.study.models if not quants_of(results, m)]
+
+
+def write(results: Results, namespace: str, folder: Path) -> list[Path]:
+    """Write the cards into `folder`; returns their paths."""
+    pages = build(results, namespace)
+    for name, text in pages.items():
+        files.write_bytes(folder / name, text.encode())
+    return [folder / name for name in pages]
+
+
+def check(folder: Path, results: Results, namespace: str) -> list[lint.Fault]:
+    """Everything that is wrong with the cards in `folder`: by the rules of `lint`, and against the records."""
+    texts = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix != ".gguf")
+    there = {p.relative_to(folder).as_posix(): p.read_text(errors="replace") for p in texts}
+    found = lint.faults(there, set(planned(results)))
+    made = build(results, namespace)
+    for name in sorted(there.keys() | made.keys()):
+        if there.get(name) != made.get(name):
+            what = "is missing" if name not in there else "is not what the records give: make the cards again"
+            found.append(
+                lint.Fault(name, "records", what if name in made else "is no card of these records: delete it")
+            )
+    return found
+
+
+def planned(results: Results) -> dict[str, str]:
+    """Path below the folder of cards -> SHA-256, of the GGUF files that the cards are about."""
+    sheets = [(params.card(m).repository, s) for m in results.study.models for s in quants_of(results, m).values()]
+    return {f"{repository}/{s['file_name']}": s["sha256"] for repository, s in sheets}
+
+
+def require_measured(results: Results, path: Path) -> str:
+    """SHA-256 of the GGUF file at `path`, which must be the one that the records measured. Raises CardError."""
+    known = {name.split("/")[1]: sha256 for name, sha256 in planned(results).items()}
+    found = files.sha256(path)
+    if known.get(path.name) != found:
+        told = f"measured {known[path.name]}" if path.name in known else "measured no file of this name"
+        raise CardError(
+            f"{path.name} has SHA-256 {found}, but {results.name} {told}: the card would tell another file's numbers; "
+            "run the study on this file, or publish the one it measured"
+        )
+    return found
+
+
+def _repository(results: Results, model: str, namespace: str) -> dict[str, str]:
+    card, sheets = params.card(model), quants_of(results, model)
+    told = {
+        "advice": advice,
+        "evidence": evidence,
+        "report": report,
+        "model": model,
+        "card": card,
+        "title": params.model(model).title,
+        "geometry": params.model(model).at_scale(results.study.scale),
+        "repository": f"{namespace}/{card.repository}",
+        "absent": [q for q in results.study.quants if q not in sheets],
+        "sums": SUMS,
+    }
+    texts, provenance = {}, {}
+    for name, template, of in [
+        (ROOT, "root.md.j2", part(results, model)),
+        *((f"{q}.md", "card.md.j2", part(results, model, q)) for q in sheets),
+    ]:
+        text, shown = _render(template, {**told, "results": of, "sheet": of.sheets[0], "argv": _argv(of)})
+        texts[name] = f"---\n{_metadata(of, model, namespace)}\n---\n\n{text}\n"
+        provenance[name] = table.collect(s.provenance() for s in shown)
+    texts[SUMS] = "".join(f"{s['sha256']}  {s['file_name']}\n" for s in sheets.values())
+    return texts | {PROVENANCE: files.pretty(provenance).decode()}
+
+
+def _argv(of: Results) -> str:
+    """The command line of the first file's first run with experts on the CPU; names of files, not of folders."""
+    wanted = (of.sheets[0]["quant"], advice.pairs(of.study)[0][1].label)
+    return next(" ".join(r.observed.argv) for b in of.blocks for r in b if (r.spec.quant, r.spec.arm) == wanted)
+
+
+def _without(t: Table, *columns: str) -> Table:
+    """A table without columns that hold what the card's title says."""
+    rows = [{k: v for k, v in row.items() if k not in columns} for row in t.rows]
+    return replace(t, rows=rows, numbers=tuple(n for n in t.numbers if n not in columns))
+
+
+def _linked(t: Table) -> Table:
+    """The table of files with links to cards and files."""
+    rows = []
+    for row in t.rows:
+        quant, file = row["quant"], f"[{row['file']}]({row['model']}-{row['quant']}.gguf)"
+        rows.append(row | {"quant": f"[{quant}]({quant}.md)", "file": file})
+    return replace(t, rows=rows, note="")
+
+
+def _render(template: str, told: dict[str, Any]) -> tuple[str, list[Any]]:
+    """The page, and the tables and sentences that it shows."""
+    shown: list[Any] = []
+
+    def show(thing: Any) -> str:
+        shown.append(thing)
+        return thing.markdown()
+
+    how = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), **how)
+    environment.filters |= {"hub": f"{HUB}/{{}}".format, "without": _without, "linked": _linked, "show": show}
+    return re.sub(r"\n{3,}", "\n\n", environment.get_template(template).render(told)).strip(), shown
+
+
+def _metadata(of: Results, model: str, namespace: str) -> str:
+    """The card's frontmatter, in the Hub's terms."""
+    from huggingface_hub import ModelCardData
+
+    card = params.card(model)
+    twin = ["geometry-twin"] if of.study.weights == "twin" else []
+    data = ModelCardData(
+        **card.model_dump(include={"base_model", "license", "license_name", "license_link"}),
+        base_model_relation="quantized",
+        library_name="gguf",
+        pipeline_tag="text-generation",
+        language=list(card.languages),
+        quantized_by=card.quantized_by or namespace,
+        tags=["gguf", "llama.cpp", "moe", "cpu-offload", *card.tags, *twin],
+        model_name=card.repository,
+        eval_results=_measured(of, f"{HUB}/{namespace}/{card.repository}"),
+    )
+    return data.to_yaml()
+
+
+def _measured(of: Results, url: str) -> list[Any]:
+    """The model-index: a result for each quant, placement and quantity.
+
+    The Hub's client merges results of equal task and dataset, and keeps one source: so the dataset's configuration
+    names quant and placement, and the source is the quant's card.
+    """
+    from huggingface_hub import EvalResult
+
+    twin = "geometry twin, " if of.study.weights == "twin" else ""
+    quantities = [("peak_device_memory_mib", "Peak device memory, MiB", None, analyse.device_memory, 2**-20)]
+    for w in of.study.workloads:
+        quantities.append(("decode_tokens_per_second", f"Decode rate, {w}, tokens/s", w, analyse.decode_rate(w), 1))
+        name, ttft = f"Time to first token, {w}, warm, ms", analyse.first_token(w, warm=True)
+        quantities.append(("warm_time_to_first_token_ms", name, w, ttft, 1000))
+    found: dict[tuple, EvalResult] = {}
+    for metric, name, workload, quantity, scale in quantities:
+        compared = analyse.compare(of, quantity, advice.pairs)
+        sides = [(c.quant, *side) for c in compared for side in ((c.against, c.baseline), (c.arm, c.offload))]
+        for quant, arm, e in (side for side in sides if side[2]):
+            interval = [float(stats.number(x, scale)) for x in (e.low, e.high) if x is not None]
+            found[name, quant, arm] = EvalResult(
+                task_type="text-generation",
+                dataset_type=f"moelib-{of.name}",
+                dataset_name=f"{twin}on {advice.machine(of)}",
+                dataset_config=f"{quant}, {advice.place(of, arm)}",
+                metric_type=metric,
+                metric_name=name,
+                metric_value=float(stats.number(e.value, scale)),
+                metric_config=workload,
+                metric_args={"blocks": e.n, "interval_95": interval},
+                source_name=f"moelib, study {of.name}",
+                source_url=f"{url}/blob/main/{quant}.md",
+            )
+    return list(found.values())

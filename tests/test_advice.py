@@ -1,0 +1,149 @@
+"""Which quant, which placement: the rule, and the tables that the document and the cards share."""
+
+import json
+import re
+
+import pytest
+from conftest import REPO
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moelib import advice, stats, study
+from moelib.advice import GB, Choice
+
+H200 = REPO / "outputs/h200-twins"
+MODEL = "deepseek-moe-16b"
+
+
+def choice(quant, memory_bytes, bits, rate, place="all on the GPU"):
+    return Choice(quant, place, memory_bytes, bits, stats.Estimate(rate, None, None, 1), {quant: "a digest"})
+
+
+@pytest.fixture(scope="module")
+def h200():
+    return study.results(H200)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return study.results(REPO / "docs/example/demo")
+
+
+CHOICES = st.lists(
+    st.builds(choice, st.sampled_from("ABC"), st.integers(1, 100 * GB), st.floats(1, 16), st.floats(0.1, 1e4)),
+    min_size=1,
+)
+
+
+@given(CHOICES, st.integers(1, 100 * GB), st.integers(0, 100 * GB))
+def test_more_memory_never_makes_the_advice_slower_or_coarser(choices, card, more):
+    here, there = advice.fitting(choices, card), advice.fitting(choices, card + more)
+    assert all(c.memory_bytes <= card for c in here)
+    assert len(here) == sum(c.memory_bytes <= card for c in choices)
+    if here:
+        assert advice.fastest(there).rate.value >= advice.fastest(here).rate.value == max(c.rate.value for c in here)
+        assert advice.finest(there).bits_per_weight >= advice.finest(here).bits_per_weight
+        assert advice.finest(here).bits_per_weight == max(c.bits_per_weight for c in here)
+
+
+def test_a_file_fits_to_the_byte_and_the_faster_of_equal_bits_is_taken():
+    whole, part = choice("Q8_0", 8 * GB, 8.5, 300), choice("Q8_0", 2 * GB, 8.5, 30, "experts on the CPU")
+    assert advice.fitting([whole, part], 8 * GB) == [whole, part]
+    assert advice.fitting([whole, part], 8 * GB - 1) == [part]
+    assert advice.finest([part, whole]) is whole
+    assert advice.fitting([], GB) == []
+
+
+def test_which_file_says_it_card_by_card(h200, monkeypatch):
+    away = "experts on the CPU"
+    made = [
+        choice("Q8_0", 18 * GB, 8.5, 290),
+        choice("Q2_K", 7 * GB, 3.3, 320),
+        choice("Q8_0", 5 * GB, 8.5, 30, away),
+        choice("Q2_K", 5 * GB - 1, 3.3, 40.04, away),
+    ]
+    monkeypatch.setattr(advice, "choices", lambda results, model: made)
+    told = advice.which_file(h200, MODEL)
+    first, second = f"Q2_K {away}, 40.0 tokens/s", f"Q8_0 {away}, 30.0 tokens/s"
+    assert [tuple(row.values()) for row in told.rows] == [
+        ("4 GB", "none", "none", "none fits", "none fits"),
+        ("6 GB", "none", "Q2_K, **Q8_0**", first, second),
+        ("8 to 16 GB", "**Q2_K**", "Q2_K, **Q8_0**", "Q2_K all on the GPU, 320 tokens/s", second),
+        (
+            "20 GB and more",
+            "Q2_K, **Q8_0**",
+            "Q2_K, **Q8_0**",
+            "Q2_K all on the GPU, 320 tokens/s",
+            "Q8_0 all on the GPU, 290 tokens/s",
+        ),
+    ]
+    assert told.sources == {"Q8_0": "a digest", "Q2_K": "a digest"}
+
+
+def raw_memory(told):
+    """(quant, placement) -> the largest device memory of the records that the table cites, read from their files."""
+    found = {}
+    for run_id in (k for k in told.sources if not k.startswith("quants/")):
+        record = json.loads((H200 / "records" / f"{run_id}.json").read_text())
+        key = (record["spec"]["quant"], record["spec"]["placement"])
+        found[key] = max(found.get(key, 0), record["observed"]["memory"]["value_bytes"])
+    return found
+
+
+def test_the_committed_advice_is_what_the_records_say(h200):
+    told = advice.which_file(h200, MODEL)
+    memory, sizes = raw_memory(told), []
+    assert {p for _, p in memory} == {"baseline", "cpu-moe"}
+    columns = {"baseline": "fits, all on the GPU", "cpu-moe": "fits, experts on the CPU"}
+    for row in told.rows:
+        low, high = (re.findall(r"\d+", row["card"]) * 2)[:2] if "more" not in row["card"] else (row["card"][:2], "80")
+        sizes += [gb for gb in advice.CARDS_GB if int(low) <= gb <= int(high)]
+        for gb in (int(low), int(high)):
+            for placement, column in columns.items():
+                fits = {q for (q, p), b in memory.items() if p == placement and b <= gb * 10**9}
+                assert set(re.findall(r"Q\w+", row[column])) == fits
+    assert sizes == list(advice.CARDS_GB)
+
+
+def test_the_comparison_has_a_row_for_each_quant_with_known_values(h200):
+    told = advice.comparison(h200, MODEL)
+    assert [row["quant"] for row in told.rows] == [q for q in h200.study.quants if f"{MODEL}/{q}" in h200.measured]
+    by_id = {r.run_id: r for r in h200.records}
+    for row, sources in zip(told.rows, told.row_sources, strict=True):
+        runs = [by_id[k] for k in sources if k in by_id]
+        assert {r.spec.quant for r in runs} == {row["quant"]}
+        assert {r.spec.load_mode for r in runs} == {"mmap"}
+        assert row["blocks"] == len({r.spec.block for r in runs})
+        means = []
+        for placement in ("baseline", "cpu-moe"):
+            here = [r for r in runs if r.spec.placement == placement]
+            rates = [[q.tps for q in r.observed.requests if q.workload == "long-512"] for r in here]
+            means.append(stats.geometric_mean([sum(v) / len(v) for v in rates]).value)
+        assert row["tokens/s"] == f"{stats.number(means[0])} → {stats.number(means[1])}"
+        assert row["tokens/s, ratio"].startswith(stats.number(means[1] / means[0]))
+        assert f"quants/{MODEL}-{row['quant']}.json" in sources
+
+
+def test_without_a_gpu_no_card_is_advised_and_nothing_is_called_one(demo):
+    told = advice.which_file(demo, MODEL)
+    assert not told.rows
+    assert "no GPU took part" in told.markdown()
+    assert "no GPU took part" in advice.comparison(demo, MODEL).note
+    assert "all on the device" in advice.verdict(demo, MODEL).text
+    assert "card" not in advice.limits(demo).text
+
+
+def test_sentences_follow_from_the_comparisons(h200):
+    told = advice.verdict(h200, MODEL)
+    ratios = [float(r["tokens/s, ratio"].split()[0]) for r in advice.comparison(h200, MODEL).rows]
+    low, high = map(float, re.search(r"decoding ran at ([\d.]+) to ([\d.]+) times", told.text).groups())
+    assert low == pytest.approx(1 / max(ratios), rel=0.01)
+    assert high == pytest.approx(1 / min(ratios), rel=0.01)
+    assert told.sources
+    assert advice.limits(h200).text.count("Quality was not measured") == 1
+
+
+def test_a_model_of_which_nothing_is_measured_is_recommended_nothing(h200):
+    assert "nothing is recommended" in advice.verdict(h200, "gpt-oss-20b").text
+    assert not advice.comparison(h200, "gpt-oss-20b").rows
+    assert advice.choices(h200, "gpt-oss-20b") == []

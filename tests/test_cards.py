@@ -1,0 +1,247 @@
+"""Model cards: made of records alone, and each rule of the lint fails alone."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+from conftest import FIXTURES, REPO
+from huggingface_hub import ModelCard
+
+from moelib import cards, cli, files, lint, models, params, process, quantize, stats, study
+from moelib import engine as engines
+
+DEEPSEEK = "deepseek-moe-16b-cpu-offload-gguf"
+ROOT, QUANT = f"{DEEPSEEK}/README.md", f"{DEEPSEEK}/Q2_K.md"
+
+
+@pytest.fixture(scope="module")
+def h200():
+    return study.results(REPO / "outputs/h200-twins")
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return study.results(REPO / "docs/example/demo")
+
+
+@pytest.fixture(scope="module")
+def pages(h200):
+    return {name: text for name, text in cards.build(h200, "acme").items() if name.startswith(DEEPSEEK)}
+
+
+def broken(pages, h200, page, old, new, count=1):
+    """The rules that fail once `old` is `new` in `page`."""
+    text = pages[page].replace(old, new, count)
+    assert text != pages[page], f"{old!r} is not in {page}"
+    return {f.rule for f in lint.faults(pages | {page: text}, set(cards.planned(h200)))}
+
+
+def test_the_cards_of_both_models_have_no_fault(pages, h200, demo):
+    assert lint.faults(pages, set(cards.planned(h200))) == []
+    made = cards.build(demo, "acme")
+    assert {name.split("/")[0] for name in made} == {params.card(m).repository for m in demo.study.models}
+    assert len([n for n in made if n.endswith(".md")]) == 2 * (1 + 3)
+    assert lint.faults(made, set(cards.planned(demo))) == []
+    assert made == cards.build(demo, "acme")
+
+
+@pytest.mark.parametrize(
+    ("rule", "old", "new"),
+    [
+        ("metadata", "base_model_relation: quantized\n", ""),
+        ("metadata", "quantized_by: acme", "quantized_by: [acme"),
+        ("metadata", "config: Q2_K, experts on the CPU", "config: Q2_K, all on the GPU"),
+        ("metadata", "    - type: peak_device_memory_mib\n", "    - kind: peak_device_memory_mib\n"),
+        ("licence", "license: other", "license: deepseek"),
+        ("licence", "license_name: deepseek\n", ""),
+        ("licence", "license_link: https", "licence_link: https"),
+        ("pipeline", "pipeline_tag: text-generation", "pipeline_tag: text-completion"),
+        ("links", "](README.md)", "](CARD.md)"),
+        ("links", "https://github.com/ggml-org/llama.cpp", "https://github"),
+        ("links", "-m deepseek-moe-16b-Q2_K.gguf", "-m deepseek-moe-16b-Q3_K.gguf"),
+        ("unfinished", "## Run it", "## Run it\n\nTODO"),
+        ("unfinished", "## Run it", "## Run it\n\nby <your name>"),
+        ("unfinished", "## Run it", "## Run it\n\n{{ how }}"),
+        ("unfinished", "hf download acme/", "hf download NAMESPACE/"),
+        ("unfinished", "for 4,096 tokens", "for None tokens"),
+        ("conflict", "## Run it", "<<<<<<< ours\n\n## Run it"),
+        ("conflict", "## Run it", "=======\n\n## Run it"),
+        ("renders", "## Run it", "**Run it"),
+        ("renders", "## Run it", "# Run it"),
+        ("renders", "- Measured and written with", "```\n- Measured and written with"),
+        ("tables", "set digest `", "set digest `0"),
+        ("tables", "| cpu-moe/mmap |", "| cpu-moe/mmap | "),
+    ],
+)
+def test_each_rule_fails_alone(pages, h200, rule, old, new):
+    if (rule, old) == ("tables", "| cpu-moe/mmap |"):  # any number of any table
+        old = re.search(r"\| cpu-moe/mmap \| +([\d.]+)", pages[QUANT])[0]
+        new = old[:-1] + str((int(old[-1]) + 1) % 10)
+    assert broken(pages, h200, QUANT, old, new) == {rule}
+
+
+def test_a_table_that_is_no_table_any_more_is_seen(pages, h200):
+    ruler = next(line for line in pages[QUANT].splitlines() if line.startswith("|:-"))
+    assert broken(pages, h200, QUANT, ruler + "\n", "") == {"tables"}
+    assert broken(pages, h200, QUANT, ruler, ruler + "---|") == {"renders", "tables"}
+
+
+def test_no_card_at_all_is_a_fault(h200, tmp_path):
+    assert [f.rule for f in lint.faults({}, set())] == ["empty"]
+    assert [f.rule for f in lint.faults({f"{DEEPSEEK}/SHA256SUMS": ""}, set())] == ["empty"]
+    assert {f.rule for f in cards.check(tmp_path, h200, "acme")} == {"empty", "records"}
+
+
+def test_what_was_written_is_held_against_the_records(h200, tmp_path):
+    written = cards.write(h200, "acme", tmp_path)
+    assert tmp_path / ROOT in written
+    assert cards.check(tmp_path, h200, "acme") == []
+    assert {f.rule for f in cards.check(tmp_path, h200, "else")} >= {"records"}
+    for harm, words in (("changed", "make the cards again"), ("deleted", "is missing"), ("added", "delete it")):
+        path = tmp_path / DEEPSEEK / ("SHA256SUMS" if harm != "added" else "note.txt")
+        path.unlink() if harm == "deleted" else path.write_text("0")
+        (fault,) = [f for f in cards.check(tmp_path, h200, "acme") if f.rule == "records"]
+        assert words in fault.what
+        path.unlink(missing_ok=True)
+        cards.write(h200, "acme", tmp_path)
+
+
+def test_the_metadata_is_what_the_hub_understands(pages, h200):
+    data = ModelCard(pages[ROOT]).data
+    assert data.base_model == "deepseek-ai/deepseek-moe-16b-base"
+    assert (data.license, data.license_name, data.quantized_by) == ("other", "deepseek", "acme")
+    results = {(r.dataset_config, r.metric_name): r for r in data.eval_results}
+    assert len(results) == len(data.eval_results)
+    quants = cards.quants_of(h200, "deepseek-moe-16b")
+    assert len(results) == len(quants) * 2 * (1 + 2 * len(h200.study.workloads))
+    assert {r.source_url for r in results.values()} == {
+        f"https://huggingface.co/acme/{DEEPSEEK}/blob/main/{q}.md" for q in quants
+    }
+    runs = [r for b in h200.statuses["deepseek-moe-16b/Q2_K"].blocks for r in b if r.spec.arm == "cpu-moe/mmap"]
+    memory = stats.geometric_mean([r.observed.memory.value_bytes / 2**20 for r in runs]).value
+    found = results["Q2_K, experts on the CPU", "Peak device memory, MiB"]
+    assert found.metric_value == float(stats.number(memory))
+    assert found.metric_args["blocks"] == len(runs)
+
+
+def test_a_twin_says_so_first_and_in_its_metadata(pages):
+    for page in (ROOT, QUANT):
+        card = ModelCard(pages[page])
+        assert card.text.strip().startswith("> **The numbers of this card are those of a geometry twin")
+        assert "geometry-twin" in card.data.tags
+
+
+def test_the_document_and_the_card_hold_the_same_tables(h200):
+    document = (REPO / "docs/MOE-TECHNICAL-VALIDATION.md").read_text()
+    for name, text in cards.build(h200, "acme").items():
+        if name.endswith("README.md"):
+            card = text.split("## Which file")[1].split("How to read it")[0]
+            shared = [line for line in card.splitlines() if line and "not here" not in line]
+            assert len(shared) > 12
+            assert [line for line in shared if line not in document.splitlines()] == []
+
+
+def only(results, keep):
+    left = [r for r in results.records if keep(r.spec)]
+    told = {k: getattr(results, k) for k in ("study", "workloads", "cells", "name", "sheets")}
+    return study.Results(**told, records=left, damaged=[])
+
+
+def without(results, *quants):
+    return only(results, lambda spec: spec.quant not in quants)
+
+
+def test_one_block_has_no_interval_and_says_so(demo):
+    one = only(demo, lambda spec: spec.block == 0)
+    made = cards.build(one, "acme")
+    assert lint.faults(made, set(cards.planned(one))) == []
+    assert "(n = 1)" in made[QUANT]
+    assert {(*r.metric_args["interval_95"],) for r in ModelCard(made[ROOT]).data.eval_results} == {()}
+
+
+def test_what_is_not_measured_has_no_card_and_is_named(demo):
+    made = cards.build(without(demo, "Q8_0"), "acme")
+    assert f"{DEEPSEEK}/Q8_0.md" not in made
+    assert "Not measured yet, and so not here: Q8_0." in made[ROOT]
+    assert "Q8_0.gguf" not in made[ROOT]
+    assert cards.missing(without(demo, "Q8_0")) == []
+    nothing = without(demo, *demo.study.quants)
+    assert cards.missing(nothing) == list(demo.study.models)
+    with pytest.raises(cards.CardError, match="no whole block of any model"):
+        cards.build(nothing, "acme")
+
+
+def test_only_the_file_that_was_measured_may_be_published(h200, tmp_path):
+    path = tmp_path / "deepseek-moe-16b-Q2_K.gguf"
+    path.write_bytes(b"other weights")
+    with pytest.raises(cards.CardError, match="another file's numbers"):
+        cards.require_measured(h200, path)
+    with pytest.raises(cards.CardError, match="no file of this name"):
+        cards.require_measured(h200, path.rename(tmp_path / "other.gguf"))
+    made = {s["quant"]: {**s, "sha256": files.sha256(tmp_path / "other.gguf")} for s in h200.sheets}
+    same = h200.model_copy(update={"sheets": list(made.values())})
+    (tmp_path / "other.gguf").rename(path)
+    assert cards.require_measured(same, path) == files.sha256(path)
+
+
+def test_the_command_writes_checks_and_names_what_it_needs(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOELIB_OUTPUTS", str(REPO / "docs/example"))
+    asked = ["card", "demo", "--into", str(tmp_path)]
+    assert "--namespace" in CliRunner().invoke(cli.main, asked).output
+    assert not list(tmp_path.iterdir())
+    done = CliRunner().invoke(cli.main, [*asked, "--namespace", "acme"])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / ROOT).exists()
+    (tmp_path / "stray.md").write_text("# stray\n")
+    done = CliRunner().invoke(cli.main, [*asked, "--namespace", "acme"])
+    assert done.exit_code == 1
+    assert "stray.md: records: is no card of these records" in done.output
+
+
+def fenced(text, kind):
+    return re.findall(rf"^```{kind}\n(.*?)^```", text, re.M | re.S)
+
+
+def test_every_flag_of_the_commands_is_known_to_old_and_new_builds(pages):
+    lines = [line for block in fenced(pages[ROOT], "bash") for line in block.splitlines()]
+    commands = [line for line in lines if line.startswith("llama-server")]
+    assert len(commands) == 3
+    for build in ("b6666", "b11434"):
+        known = engines.Help((FIXTURES / f"llama-server-help-{build}.txt").read_text()).flags
+        assert {f for c in commands for f in re.findall(r" (--?[a-z][\w-]*)", c)} <= known
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("model", ["deepseek-moe-16b", "phi-3.5-moe"])
+def test_the_python_example_runs(model, demo, home, engine, tmp_path):
+    text = cards.build(demo, "acme")[f"{params.card(model).repository}/README.md"]
+    (code,) = fenced(text, "python")
+    file = quantize.make(models.make_twin(model, "nano"), "Q8_0", engine, tmp_path).path
+    argv = engine.server_argv(file, "cpu-moe", "mmap", 512, 1, ["--device", "none"])
+    with process.Child(argv, tmp_path / "server.log", process.environment(tmp_path)) as server:
+        port = next(filter(None, server.wait_for(engines.LISTENING, process.patience(60)).groups()))
+        code = code.replace(":8080/", f":{port}/")
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_what_people_own_is_checked(home):
+    catalogue = [m for m in ("phi-3.5-moe", "deepseek-moe-16b") if not params.model(m).excluded]
+    assert {params.card(m).license for m in catalogue} <= set(lint.LICENSES)
+    with pytest.raises(params.ParamsError, match="allowed: deepseek-moe-16b, phi-3.5-moe"):
+        params.card("gpt-oss-20b")
+    path = home / "params/cards.yaml"
+    whole = path.read_text()
+    for old, new, words in (
+        ("  license_name: deepseek\n", "", "license other needs license_name and license_link"),
+        ("  languages: [en, zh]\n", "  languages: []\n", "languages"),
+        ("  summary:", "  sumary:", "sumary"),
+        ("base_model: deepseek-ai/", "base_model: ", "base_model"),
+    ):
+        path.write_text(whole.replace(old, new))
+        params._yaml.cache_clear()
+        with pytest.raises(params.ParamsError, match=words):
+            params.card("deepseek-moe-16b")
