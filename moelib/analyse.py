@@ -70,7 +70,7 @@ def growth(r: Record) -> float | None:
 
 
 def device_need(r: Record) -> float | None:
-    """What must be free on the device: what it lost to the run where that is known, else the memory of its processes."""
+    """What must be free on the device: what it lost to the run where that is known, else its processes' memory."""
     known = [n for n in (device_memory(r), growth(r)) if n is not None]
     return max(known) if device_memory(r) is not None else None
 

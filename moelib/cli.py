@@ -185,5 +185,25 @@ def card(name: str, namespace: str, into: Path | None) -> None:
     sys.exit(FAILED if wrong else 0)
 
 
+@main.command()
+@click.argument("name")
+@click.option("--to", "namespace", required=True, help="User or organisation on the Hub.")
+@click.option("--yes", is_flag=True, help="Do it; without this, only the plan is shown.")
+@click.option("--public/--private", default=None, help="Seen by all in the end; default: real weights are, twins not.")
+def publish(name: str, namespace: str, yes: bool, public: bool | None) -> None:
+    """Put the files and cards of study NAME on the Hub, verified before they are public."""
+    from moelib import publish as publishing
+    from moelib.study import outputs, results
+
+    plans = publishing.plan(results(outputs() / name), namespace, public)
+    for p in plans:
+        click.echo(p.text())
+    if not yes:
+        click.echo("nothing was touched; add --yes to do it")
+        return
+    publishing.publish(plans, lambda line: tqdm.write(line, file=sys.stdout))
+    click.echo("done")
+
+
 if __name__ == "__main__":
     main()

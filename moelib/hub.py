@@ -49,6 +49,15 @@ def _bound_waits() -> None:
     set_client_factory(client)
 
 
+def located(client: "HfApi", url: str) -> tuple[str, dict[str, str] | None]:
+    """(address, headers) to download `url` from: storage is elsewhere, and is not told the token."""
+    from huggingface_hub.file_download import get_hf_file_metadata
+    from huggingface_hub.utils import build_hf_headers
+
+    at = get_hf_file_metadata(url, endpoint=client.endpoint).location
+    return at, build_hf_headers() if at.startswith(f"{client.endpoint}/") else None
+
+
 @contextmanager
 def asking(what: str) -> Iterator[None]:
     """Turn whatever the client raises into a HubError that begins with `what`, without signatures or tokens."""

@@ -104,6 +104,12 @@ def make(source: models.Source, quant: str, engine: Engine, scratch: Path) -> Qu
     raise QuantizeError(f"{path.name} reads back other than it was written: check this machine's disk and memory")
 
 
+def place(sheet: dict[str, Any]) -> Path:
+    """Where the file of a sheet is kept."""
+    kept = sources.folder(sheet["model"]) if sheet["weights"] == "real" else None
+    return (kept or models.folder() / sheet["model"] / f"twin-{sheet['scale']}") / sheet["file_name"]
+
+
 def _make(source: models.Source, quant: str, engine: Engine, scratch: Path, path: Path) -> dict[str, Any]:
     source = sources.whole(source)
     predicted = predict_bytes(engine, source.header, quant, scratch)

@@ -96,8 +96,7 @@ def _arrived(begun: Path) -> int:
 def _download(client: Any, told: params.Upstream, name: str, want: params.SourceFile, path: Path) -> dict[str, Any]:
     """Get one file by ranges: the library's own download begins anew with every call."""
     from huggingface_hub import hf_hub_url
-    from huggingface_hub.file_download import get_hf_file_metadata, http_get
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub.file_download import http_get
 
     begun, what = _begun(path, want), f"fetching {name} of {told.repository}"
     if _arrived(begun) > want.bytes:
@@ -106,17 +105,10 @@ def _download(client: Any, told: params.Upstream, name: str, want: params.Source
     url = hf_hub_url(told.repository, name, revision=told.revision, endpoint=client.endpoint)
     try:
         with hub.asking(what), begun.open("r+b") as f:
-            at = get_hf_file_metadata(url, endpoint=client.endpoint).location
-            same = at.startswith(client.endpoint)  # storage is elsewhere, and is not told the token
-            f.seek(0, os.SEEK_END)
-            http_get(
-                at,
-                f,
-                resume_size=f.tell(),
-                headers=build_hf_headers() if same else None,
-                expected_size=want.bytes,
-                displayed_filename=path.name,
-            )
+            at, headers = hub.located(client, url)
+            had = f.seek(0, os.SEEK_END)
+            shown = {"expected_size": want.bytes, "displayed_filename": path.name}
+            http_get(at, f, resume_size=had, headers=headers, **shown)
     except OSError as err:
         if err.errno in files.NO_SPACE:
             raise files.FileError(f"{path.name} cannot be written: {files.full(path.parent)}") from None

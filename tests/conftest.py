@@ -34,13 +34,17 @@ seed: 1
 """
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Keep every test away from the real Hub and the user's token; huggingface_hub reads these when imported."""
-    home = tempfile.mkdtemp(prefix="moelib-tests-hf-")
-    config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
+def stay_off_the_hub(home: str) -> None:
+    """Keep away from the real Hub and the user's token; huggingface_hub reads these when imported."""
     for name in [n for n in os.environ if n.startswith(("HF_", "HUGGING"))]:
         del os.environ[name]
     os.environ |= {"HF_HOME": home, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    home = tempfile.mkdtemp(prefix="moelib-tests-hf-")
+    config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
+    stay_off_the_hub(home)
 
 
 def furnish(home: Path, smoke: str = SMOKE) -> Path:

@@ -1,0 +1,283 @@
+"""Cards and the files that they are about -> repositories on the Hub, verified byte by byte before anyone sees them.
+
+The Hub itself holds the state: a file that is there with the right hash is not sent again, so an interrupted
+publication goes on where it was. A new repository is private until everything in it was read back; to one that is
+public already, everything goes through a pull request that is merged when it was read back.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moelib import cards, hub, lint, params, quantize
+from moelib.study import Results
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+MAIN = "main"
+
+
+class PublishError(params.UserError):
+    """Something is not fit to be published, or is not on the Hub as it was sent; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One file of a repository."""
+
+    name: str
+    content: Path | bytes
+    nbytes: int
+    sha256: str
+
+    @property
+    def is_model(self) -> bool:
+        return isinstance(self.content, Path)
+
+    @cached_property
+    def git_oid(self) -> str:
+        """What the Hub tells of a file that is not a large one."""
+        content = self.content.read_bytes() if isinstance(self.content, Path) else self.content
+        return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be in one repository, and what is there."""
+
+    repository: str
+    title: str
+    items: tuple[Item, ...]
+    visible: bool
+    """Whether it is to be public in the end."""
+    there: dict[str, str] = field(default_factory=dict)
+    """Name -> SHA-256 (of large files) or git's id of what is on `main`."""
+    state: str = "new"
+    """new, private, public; or why it is not known."""
+
+    def same(self, item: Item, there: dict[str, str] | None = None) -> bool:
+        found = (self.there if there is None else there).get(item.name)
+        return found is not None and (found == item.sha256 or (len(found) == 40 and found == item.git_oid))
+
+    @property
+    def changes(self) -> tuple[Item, ...]:
+        return tuple(i for i in self.items if not self.same(i))
+
+    @property
+    def commits(self) -> list[tuple[Item, ...]]:
+        """The commits to make: each GGUF alone, then the cards together, which are what a visitor sees."""
+        pages = tuple(i for i in self.changes if not i.is_model)
+        return [(i,) for i in self.changes if i.is_model] + ([pages] if pages else [])
+
+    def text(self) -> str:
+        lines = [f"{self.repository} ({self.state}{', to be public' if self.visible else ', to stay private'})"]
+        for i in self.items:
+            what = "same" if self.same(i) else "changed" if i.name in self.there else "new"
+            lines.append(f"  {what:8} {i.nbytes:>14,}  {i.sha256}  {i.name}")
+        others = sorted(self.there.keys() - {i.name for i in self.items})
+        lines += [f"  {'left':8} {'':>14}  {'':64}  {name}" for name in others]
+        sent = sum(i.nbytes for i in self.changes)
+        lines.append(f"  {len(self.commits)} commits, {len(self.changes)} files, {sent:,} bytes to send")
+        lines += [f"    {n + 1}. {_message(c)}" for n, c in enumerate(self.commits)]
+        return "\n".join(lines)
+
+
+def _message(commit: tuple[Item, ...]) -> str:
+    return f"Add {commit[0].name}" if commit[0].is_model else "Cards: " + ", ".join(i.name for i in commit)
+
+
+def plan(results: Results, namespace: str, public: bool | None = None, endpoint: str | None = None) -> list[Plan]:
+    """What publishing `results` would do, by repository; nothing is changed anywhere.
+
+    `public`: whether the repositories are to be seen by all; by default those of real weights are, as a twin's file
+    under a model's name would mislead. Raises PublishError if a card is not fit, CardError if a file is not the one
+    that was measured, HubError.
+    """
+    pages, files = cards.build(results, namespace), cards.planned(results)
+    if wrong := lint.faults(pages, set(files)):
+        raise PublishError("the cards are not fit: " + "; ".join(f"{f.page}: {f.rule}: {f.what}" for f in wrong))
+    at = {s["file_name"]: quantize.place(s) for s in results.sheets}
+    items: dict[str, list[Item]] = {}
+    for path, sha256 in files.items():
+        repository, name = path.split("/")
+        if not at[name].is_file():
+            raise PublishError(
+                f"{name} is not in {at[name].parent}: `moelib quantize` makes it, or set MOELIB_MODELS to where it is"
+            )
+        cards.require_measured(results, at[name])
+        items.setdefault(repository, []).append(Item(name, at[name], at[name].stat().st_size, sha256))
+    for path, text in pages.items():
+        repository, name = path.split("/")
+        content = text.encode()
+        items[repository].append(Item(name, content, len(content), hashlib.sha256(content).hexdigest()))
+    visible = results.study.weights == "real" if public is None else public
+    client, title = hub.api(endpoint), f"moelib: study {results.name}"
+    return [_look(Plan(f"{namespace}/{r}", title, tuple(i), visible), client) for r, i in items.items()]
+
+
+def _look(wanted: Plan, client: "HfApi") -> Plan:
+    """The plan with what is on the Hub; where that cannot be read, everything counts as new, and it says why."""
+    try:
+        state = _state(client, wanted.repository)
+        there = _listing(client, wanted.repository, MAIN) if state != "new" else {}
+    except hub.HubError as err:
+        state, there = f"what is there is not known: {err}", {}
+    return Plan(wanted.repository, wanted.title, wanted.items, wanted.visible, there, state)
+
+
+def _state(client: "HfApi", repository: str) -> str:
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    with hub.asking(f"reading {repository}"):
+        try:
+            return "private" if client.model_info(repository).private else "public"
+        except RepositoryNotFoundError:
+            return "new"
+
+
+def _listing(client: "HfApi", repository: str, revision: str) -> dict[str, str]:
+    with hub.asking(f"listing {repository}"):
+        found = client.list_repo_tree(repository, recursive=True, revision=revision)
+        files = {f.path: f.lfs.sha256 if f.lfs else f.blob_id for f in found if hasattr(f, "blob_id")}
+    files.pop(".gitattributes", None)  # the Hub's own
+    return files
+
+
+Say = Callable[[str], object]
+
+
+def publish(plans: list[Plan], say: Say, endpoint: str | None = None) -> None:
+    """Do what was planned: upload, read everything back, and only then let it be seen.
+
+    Running it again after an interruption sends only what is not there. Raises HubError, or PublishError if what the
+    Hub gives back is not what was sent; nothing of it has become public then.
+    """
+    client = hub.api(endpoint)
+    require_rights(client, {p.repository.split("/")[0] for p in plans})
+    ready = [(p, *_upload(client, p, say)) for p in plans]
+    for p, revision, _ in ready:
+        _read_back(client, p, revision, say)
+    for p, revision, number in ready:
+        _show(client, p, revision, number, say)
+
+
+def require_rights(client: "HfApi", namespaces: set[str]) -> None:
+    """Raise PublishError unless the token may write to every namespace."""
+    with hub.asking("asking whose token this is"):
+        who = client.whoami()
+    access = who.get("auth", {}).get("accessToken", {})
+    orgs = {o["name"]: o.get("roleInOrg") for o in who.get("orgs", ())}
+    fine = {s["entity"]["name"]: s["permissions"] for s in access.get("fineGrained", {}).get("scoped", ())}
+    for name in sorted(namespaces):
+        own = name == who["name"] or orgs.get(name) in ("admin", "write", "contributor")
+        if access.get("role") == "read" or not own:
+            why = "reads only" if own else f"is {who['name']}'s, who may not write to {name}"
+        elif access.get("role") == "fineGrained" and "repo.write" not in fine.get(name, ()):
+            why = f"has no right to write to repositories of {name}"
+        else:
+            continue
+        raise PublishError(f"the token {why}: `hf auth login` with one that may, or set HF_TOKEN")
+
+
+def _upload(client: "HfApi", p: Plan, say: Say) -> tuple[str, int | None]:
+    """Send what is not there; returns the revision that holds it all, and the pull request's number if it is one."""
+    from huggingface_hub import CommitOperationAdd
+
+    what = f"publishing {p.repository}"
+    if (state := _state(client, p.repository)) == "new":
+        with hub.asking(what):
+            client.create_repo(p.repository, private=True, exist_ok=True)
+        state = _state(client, p.repository)
+    if state == "public" and not p.visible:
+        raise PublishError(
+            f"{p.repository} is public, and files of twins are not to be: publish to another namespace, or say --public"
+        )
+    if state == "public" and all(p.same(i, _listing(client, p.repository, MAIN)) for i in p.items):
+        say(f"{p.repository}: nothing to send")
+        return MAIN, None
+    number = _open_request(client, p) if state == "public" else None
+    revision = f"refs/pr/{number}" if number else MAIN
+    there = _listing(client, p.repository, revision)
+    left = Plan(p.repository, p.title, p.items, p.visible, there)
+    for commit in left.commits:
+        say(f"{p.repository}: {_message(commit)} ({sum(i.nbytes for i in commit):,} bytes)")
+        operations = [CommitOperationAdd(i.name, str(i.content) if i.is_model else i.content) for i in commit]
+        for i, o in zip(commit, operations, strict=True):
+            if o.upload_info.sha256.hex() != i.sha256:
+                raise PublishError(f"{i.name} changed while it was being published: run the same command again")
+        request = state == "public" and number is None
+        with hub.asking(what):
+            done = client.create_commit(
+                p.repository,
+                operations,
+                commit_message=p.title if request else _message(commit),
+                revision=None if request else revision,
+                create_pr=request,
+            )
+        if request:
+            number, revision = done.pr_num, done.pr_revision
+    return revision, number
+
+
+def _open_request(client: "HfApi", p: Plan) -> int | None:
+    """Number of the pull request that an earlier, interrupted publication opened."""
+    with hub.asking(f"listing the pull requests of {p.repository}"):
+        who = client.whoami()["name"]
+        found = client.get_repo_discussions(p.repository, author=who, discussion_type="pull_request")
+        return max((d.num for d in found if d.title == p.title and d.status == "open"), default=None)
+
+
+class _Digest:
+    """Takes a download as a file would, and keeps its SHA-256 alone."""
+
+    def __init__(self) -> None:
+        self.sha256, self.at = hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        self.at += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, *_: int) -> int:
+        raise OSError("the answer began anew and cannot be gone on with")  # a range that the server did not keep to
+
+
+def _read_back(client: "HfApi", p: Plan, revision: str, say: Say) -> None:
+    """Download every file and compare its hash. Raises PublishError."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.file_download import http_get
+
+    listed = _listing(client, p.repository, revision)
+    for n, i in enumerate(p.items):
+        say(f"{p.repository}: reading back {i.name} ({n + 1} of {len(p.items)})")
+        found, url = _Digest(), hf_hub_url(p.repository, i.name, revision=revision, endpoint=client.endpoint)
+        with hub.asking(f"reading back {i.name} of {p.repository}"):
+            at, headers = hub.located(client, url)
+            http_get(at, found, headers=headers, expected_size=i.nbytes, displayed_filename=i.name)
+        if found.sha256.hexdigest() != i.sha256 or not p.same(i, listed):
+            raise PublishError(
+                f"{i.name} of {p.repository} reads back other than it was sent (SHA-256 {found.sha256.hexdigest()[:12]}"
+                f"..., not {i.sha256[:12]}...). Nothing was made public. Delete the file on the Hub, with its history, "
+                "and run the same command again"
+            )
+
+
+def _show(client: "HfApi", p: Plan, revision: str, number: int | None, say: Say) -> None:
+    """Let what was verified be seen: merge the pull request, or make the repository public."""
+    if number is not None:
+        with hub.asking(f"merging pull request {number} of {p.repository}"):
+            client.merge_pull_request(p.repository, number)
+    elif p.visible and _state(client, p.repository) == "private":
+        with hub.asking(f"making {p.repository} public"):
+            client.update_repo_settings(p.repository, private=False)
+    state, there = _state(client, p.repository), _listing(client, p.repository, MAIN)
+    if not all(p.same(i, there) for i in p.items) or (p.visible and state != "public"):
+        raise PublishError(f"{p.repository} is {state}, not as it was verified: look at it on the Hub, then run again")
+    say(f"{p.repository}: {state}, {len(p.items)} files verified")

@@ -1,0 +1,223 @@
+"""Publishing under faults: every request of a publication made to fail, in every way the Hub on loopback can.
+
+    python tests/publishing.py             the whole campaign, and its table
+    python tests/publishing.py --every 8   each eighth of its cases, as the test suite does
+
+A case is safe if nothing partial or wrong was ever public, the end is success or one of our errors without a token in
+it, and the same command run again finishes the work and sends no finished file again. Where storage itself keeps wrong
+bytes, the second run cannot mend it: safe is then that both runs refuse to make anything public.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from collections import Counter
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+from hub import HOWS, Hub, official_client
+from hub_state import MAIN
+
+from moelib import measure, params, publish, study
+
+TOKEN, SPACE = "hf_write", "alice"
+STUDY = """
+title: Files to publish
+models: [{models}]
+weights: twin
+scale: nano
+quants: [{quants}]
+arms:
+  - {{placement: baseline, load_mode: mmap}}
+  - {{placement: cpu-moe, load_mode: mmap}}
+workloads: [smoke]
+requests: 2
+blocks: 2
+context: 256
+device: loopback
+seed: 7
+"""
+
+
+def measured(home: Path, models="deepseek-moe-16b", quants="Q8_0"):
+    """Run a small study in `home` with the real llama.cpp, if it has not been; its results."""
+    (home / "params/studies/files.yaml").write_text(STUDY.format(models=models, quants=quants))
+    params._yaml.cache_clear()
+    folder, cells = measure.select("files")
+    assert measure.run_cells(folder, cells) == []
+    return study.results(folder.path)
+
+
+@contextmanager
+def loopback_hub(folder, xet=False):
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        with Hub(Path(own), xet=xet, part_bytes=1 << 20, silence_s=3) as there, official_client(there):
+            with mock.patch.dict(os.environ, HF_TOKEN=TOKEN, MOELIB_PATIENCE="0.005"):  # 60 s of silence: 0.3 s
+                yield there
+
+
+def go(results, there, public=True):
+    """Plan and publish; returns what was said."""
+    said = []
+    publish.publish(publish.plan(results, SPACE, public, there.url), said.append, there.url)
+    return said
+
+
+def wanted(results):
+    """Repository -> {file: SHA-256} as it must be in the end."""
+    found = {}
+    for p in publish.plan(results, SPACE, True, "http://127.0.0.1:9"):
+        found[p.repository] = {i.name: i.sha256 for i in p.items}
+    return found
+
+
+def visible(there):
+    """[{repository: {file: SHA-256}}] that anyone could see on main, at each change of it."""
+    seen = []
+    for _, repositories in there.public_history():
+        shown = {r: refs.get(MAIN, {}) for r, refs in repositories.items()}
+        seen.append({r: {k: v for k, v in tree.items() if k != ".gitattributes"} for r, tree in shown.items()})
+    return seen
+
+
+OLD = b"---\nlicense: mit\n---\n# What was here before\n"
+
+
+class Scene(NamedTuple):
+    """A Hub to publish to: with xet or without, the repositories new or public already."""
+
+    xet: bool
+    public: bool
+
+    def __str__(self):
+        return f"{'xet' if self.xet else 'LFS'}, {'a public repository' if self.public else 'a new repository'}"
+
+    @contextmanager
+    def hub(self, folder, goal):
+        with loopback_hub(folder, self.xet) as there:
+            for repository in goal if self.public else ():
+                there.put(repository, {"README.md": OLD})
+            yield there
+
+
+SCENES = [Scene(xet, public) for public in (False, True) for xet in (False, True)]
+
+
+class Case(NamedTuple):
+    how: str
+    nth: int
+    times: int | None
+    line: str
+
+    def __str__(self):
+        return f"{self.how} {'always' if self.times is None else 'once'} at request {self.nth}, {self.line}"
+
+
+def cases(results, folder, scene, every=1, first=0):
+    """The requests of a clean publication, each with every fault, once and always."""
+    with scene.hub(folder, wanted(results)) as there:
+        go(results, there)
+        lines = [r.line for r in there.requests]
+    found = [Case(how, n + 1, t, line) for n, line in enumerate(lines) for how in HOWS for t in (1, None)]
+    return found[first % every :: every]
+
+
+def judge(results, folder, scene, case):
+    """None if the case is safe, else what went wrong; and whether the fault struck."""
+    goal = wanted(results)
+    with scene.hub(folder, goal) as there:
+        before = visible(there)[-1]
+        fault = there.fail(case.how, nth=case.nth, times=case.times)
+        first = attempt(results, there)
+        struck = fault.struck
+        there._faults.clear()
+        there.let_go()
+        sent = there.requests[:]
+        second = attempt(results, there)
+        seen = visible(there)
+        again = there.requests[len(sent) :]
+        shown = {repository: tree for repository, tree in seen[-1].items() if tree == goal[repository]}
+        given = {r: {k: sha256(there.read(r, k)).hexdigest() for k in tree} for r, tree in shown.items()}
+    if shown != given:
+        return "wrong bytes became public", struck
+    for tree in seen:
+        for repository, shown in tree.items():
+            if shown not in (goal[repository], before.get(repository)):
+                return f"{repository} showed {sorted(shown)}", struck
+    for error in (first, second):
+        if isinstance(error, str) and error.startswith("BUG"):
+            return error, struck
+    rotten = second is not None and "reads back other than it was sent" in second and case.how == "corrupt"
+    if second is not None and not rotten:
+        return f"the second run failed: {second}", struck
+    if not rotten and seen[-1] != goal:
+        return "after the second run not everything is public", struck
+    if rotten and seen[-1] != before:
+        return "wrong bytes became public", struck
+    stored = {r.line for r in sent if r.method == "PUT" and r.status == 200 and r.fault is None}
+    if twice := [r.line for r in again if r.method == "PUT" and r.line in stored and whole(sent, r)]:
+        return f"sent again: {twice[0]}", struck
+    return None, struck
+
+
+def whole(sent, request):
+    """Whether an earlier PUT of the same thing was not one part of several, which begin anew together."""
+    return "part" not in request.line
+
+
+def attempt(results, there):
+    """None for success, the message of one of our errors, or a text that begins with BUG."""
+    try:
+        go(results, there)
+    except params.UserError as err:
+        return str(err) if TOKEN not in str(err) else f"BUG: the token is in {err}"
+    except Exception as err:
+        return f"BUG: {type(err).__name__}: {err}"
+    return None
+
+
+def campaign(results, folder, scene, every=1, first=0, say=print):
+    """Every case; returns (injected by fault, safe by fault, what was not safe)."""
+    injected, safe, wrong = Counter(), Counter(), []
+    todo = cases(results, folder, scene, every, first)
+    for n, case in enumerate(todo):
+        found, struck = judge(results, folder, scene, case)
+        if not struck:
+            continue  # another order of requests: nothing failed
+        injected[case.how] += 1
+        safe[case.how] += found is None
+        if found:
+            wrong.append(f"{case}: {found}")
+            say(f"NOT SAFE {wrong[-1]}")
+        if (n + 1) % 50 == 0:
+            say(f"  {n + 1} of {len(todo)} cases")
+    return injected, safe, wrong
+
+
+def main():
+    from conftest import furnish, stay_off_the_hub
+
+    ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    ask.add_argument("--every", type=int, default=1, help="each so many cases")
+    args = ask.parse_args()
+    with tempfile.TemporaryDirectory() as own:
+        stay_off_the_hub(own)
+        os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "error"}
+        home = furnish(Path(own) / "home")
+        os.environ |= {"MOELIB_HOME": str(home), "MOELIB_MODELS": str(Path(own) / "models")}
+        results, failed = measured(home), []
+        for scene in SCENES:
+            injected, safe, wrong = campaign(results, own, scene, args.every)
+            failed += wrong
+            print(f"\n{scene}: injected {injected.total()}, safe {safe.total()}")
+            for how in HOWS:
+                print(f"  {how:8} injected {injected[how]:4}  safe {safe[how]:4}")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

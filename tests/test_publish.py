@@ -1,0 +1,245 @@
+"""Publication to a Hub on loopback: the plan, the upload, the verification; and under faults."""
+
+import os
+import re
+import subprocess
+import sys
+
+import publishing
+import pytest
+from conftest import furnish
+from hub_state import wrong
+from publishing import SPACE, go, loopback_hub, visible, wanted
+
+from moelib import cards, params, publish, quantize
+from moelib.hub import HubError
+from moelib.publish import PublishError
+
+pytestmark = pytest.mark.engine
+REPO = f"{SPACE}/deepseek-moe-16b-cpu-offload-gguf"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, models_folder):
+    home = tmp_path_factory.mktemp("publish")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOELIB_HOME", str(furnish(home / "home")))
+        patch.setenv("MOELIB_MODELS", str(models_folder))
+        patch.delenv("MOELIB_OUTPUTS", raising=False)
+        yield publishing.measured(home / "home")
+    params._yaml.cache_clear()
+
+
+@pytest.fixture(params=["lfs", "xet"])
+def there(request, tmp_path):
+    with loopback_hub(tmp_path, request.param == "xet") as found:
+        yield found
+
+
+def writes(requests):
+    """Requests that change something on the Hub."""
+    return [r.line for r in requests if r.method != "GET" and r.method != "HEAD"]
+
+
+def test_a_plan_says_everything_and_touches_nothing(results, there):
+    (plan,) = publish.plan(results, SPACE, None, there.url)
+    text = plan.text()
+    (sheet,) = results.sheets
+    assert f"{REPO} (new, to stay private)" in text
+    assert f"{sheet['file_bytes']:,}  {sheet['sha256']}  {sheet['file_name']}" in text
+    assert [i.name for i in plan.items] == [sheet["file_name"], "README.md", "Q8_0.md", "SHA256SUMS", "provenance.json"]
+    assert "2 commits, 5 files" in text
+    assert "1. Add deepseek-moe-16b-Q8_0.gguf" in text
+    assert "2. Cards: README.md" in text
+    assert writes(there.requests) == []
+    assert there.repos == {}
+
+
+def test_without_a_hub_the_plan_stands_and_says_so(results):
+    (plan,) = publish.plan(results, SPACE, None, "http://127.0.0.1:9")
+    assert "what is there is not known" in plan.text()
+    assert len(plan.changes) == 5
+
+
+def test_what_is_public_in_the_end_is_what_was_measured(results, there):
+    said = go(results, there)
+    repo = there.repos[REPO]
+    assert not repo.private
+    assert visible(there)[-1] == wanted(results)
+    assert [c for c in visible(there) if c] == [wanted(results)]  # at no time anything else
+    titles = [c.title for c in repo.commits.values() if c.title.startswith(("Add", "Cards"))]
+    assert titles == ["Add deepseek-moe-16b-Q8_0.gguf", "Cards: README.md, Q8_0.md, SHA256SUMS, provenance.json"]
+    assert said[-1] == f"{REPO}: public, 5 files verified"
+    assert sum("reading back" in line for line in said) == 5
+
+
+def test_a_twin_stays_private_unless_told_otherwise(results, there):
+    go(results, there, public=None)
+    assert there.repos[REPO].private
+    assert visible(there)[-1] == {}
+    there.repos[REPO].private = False
+    with pytest.raises(PublishError, match="is public, and files of twins are not to be"):
+        go(results, there, public=None)
+
+
+def test_unchanged_content_makes_no_commit(results, there):
+    go(results, there)
+    before, commits = len(there.requests), list(there.repos[REPO].commits)
+    (plan,) = publish.plan(results, SPACE, True, there.url)
+    assert "0 commits, 0 files, 0 bytes to send" in plan.text()
+    assert plan.text().count("  same ") == 5
+    assert f"{REPO}: nothing to send" in go(results, there)
+    assert list(there.repos[REPO].commits) == commits
+    assert writes(there.requests[before:]) == []
+
+
+def test_a_public_repository_changes_by_a_pull_request_alone(results, there):
+    go(results, there)
+    old = there.put(REPO, {"README.md": b"---\nlicense: mit\n---\n# old\n", "theirs.txt": b"kept\n"})
+    assert old
+    (plan,) = publish.plan(results, SPACE, True, there.url)
+    assert "changed" in plan.text()
+    assert "left" in plan.text()
+    assert "theirs.txt" in plan.text()
+    count = len(there.public_history())
+    go(results, there)
+    (request,) = there.repos[REPO].discussions
+    assert request.status == "merged"
+    goal = {REPO: wanted(results)[REPO] | {"theirs.txt": there.repos[REPO].files()["theirs.txt"].sha256}}
+    assert visible(there)[-1] == goal
+    assert [v for v in visible(there)[count:] if v != goal and v[REPO] != visible(there)[count - 1][REPO]] == []
+
+
+def test_what_the_hub_gives_back_wrong_is_never_public(results, there):
+    there.fail("corrupt", match=r"^PUT |^POST /api/models/.*/commit", times=1)
+    with pytest.raises(PublishError, match=r"reads back other than it was sent .*Nothing was made public"):
+        go(results, there)
+    assert visible(there)[-1] == {}
+
+
+def test_a_file_that_was_not_measured_is_not_published(results, there, tmp_path, monkeypatch):
+    (sheet,) = results.sheets
+    content = quantize.place(sheet).read_bytes()
+    changed = tmp_path / "m" / sheet["model"] / f"twin-{sheet['scale']}" / sheet["file_name"]
+    changed.parent.mkdir(parents=True)
+    changed.write_bytes(wrong(content))
+    monkeypatch.setenv("MOELIB_MODELS", str(tmp_path / "m"))
+    with pytest.raises(cards.CardError, match=r"has SHA-256 \w+, but files measured"):
+        go(results, there)
+    changed.unlink()
+    with pytest.raises(PublishError, match=r"moelib quantize.*MOELIB_MODELS"):
+        go(results, there)
+    assert there.requests == []
+
+
+def test_a_file_that_changes_meanwhile_is_not_sent(results, there, tmp_path, monkeypatch):
+    plans = publish.plan(results, SPACE, True, there.url)
+    (model,) = [i for i in plans[0].items if i.is_model]
+    path = tmp_path / "swapped.gguf"
+    path.write_bytes(wrong(model.content.read_bytes()))
+    items = tuple(publish.Item(i.name, path if i is model else i.content, i.nbytes, i.sha256) for i in plans[0].items)
+    plans[0] = publish.Plan(plans[0].repository, plans[0].title, items, True)
+    with pytest.raises(PublishError, match="changed while it was being published"):
+        publish.publish(plans, print, there.url)
+    assert visible(there)[-1] == {}
+
+
+@pytest.mark.parametrize(
+    ("token", "space", "why"),
+    [
+        ("hf_read", "alice", "reads only"),
+        ("hf_other", "alice", "is bob's, who may not write to alice"),
+        ("hf_other", "lab", "is bob's, who may not write to lab"),
+        ("hf_narrow", "alice", "has no right to write to repositories of alice"),
+        ("hf_write", "nobody", "may not write to nobody"),
+    ],
+)
+def test_a_token_without_the_right_is_told_before_anything(results, there, monkeypatch, token, space, why):
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(PublishError, match=why) as caught:
+        publish.publish(publish.plan(results, space, True, there.url), print, there.url)
+    assert token not in str(caught.value)
+    assert writes(there.requests) == []
+
+
+@pytest.mark.parametrize(("token", "space"), [("hf_fine", "alice"), ("hf_write", "lab")])
+def test_a_fine_token_and_an_organisation_may(results, there, monkeypatch, token, space):
+    monkeypatch.setenv("HF_TOKEN", token)
+    publish.publish(publish.plan(results, space, True, there.url), print, there.url)
+    assert not there.repos[REPO.replace(SPACE, space)].private
+
+
+def test_no_token_says_how_to_log_in(results, there, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(HubError, match="hf auth login"):
+        go(results, there)
+    assert writes(there.requests) == []
+
+
+def test_an_interrupted_publication_sends_no_finished_file_again(results, there):
+    said = []
+
+    def stop(line):
+        said.append(line)
+        if "Cards:" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        publish.publish(publish.plan(results, SPACE, True, there.url), stop, there.url)
+    assert there.repos[REPO].private
+    (plan,) = publish.plan(results, SPACE, True, there.url)
+    assert [i.is_model for i in plan.changes] == [False] * 4
+    before = len(there.requests)
+    go(results, there)
+    (size,) = [i.nbytes for i in plan.items if i.is_model]
+    assert sum(r.received for r in there.requests[before:]) < size / 4
+    assert visible(there)[-1] == wanted(results)
+
+
+def test_the_command_shows_the_plan_and_does_it_when_told(results, tmp_path):
+    def command(*args):
+        argv = [sys.executable, "-m", "moelib.cli", "publish", "files", "--to", SPACE, *args]
+        env = os.environ | {"HF_ENDPOINT": there.url, "HF_HUB_DISABLE_XET": "1", "MOELIB_PATIENCE": "1"}
+        done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=120)
+        assert publishing.TOKEN not in done.stdout + done.stderr
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    with loopback_hub(tmp_path) as there:
+        assert "nothing was touched; add --yes to do it" in command()
+        assert writes(there.requests) == []
+        assert "public, 5 files verified\ndone" in command("--yes", "--public")
+        assert visible(there)[-1] == wanted(results)
+
+
+@pytest.mark.parametrize("scene", publishing.SCENES, ids=str)
+def test_whatever_fails_nothing_partial_is_public(results, tmp_path, scene):
+    injected, safe, wrongs = publishing.campaign(results, tmp_path, scene, every=37, first=os.getpid())
+    assert wrongs == []
+    assert injected.total() > 10
+    assert injected == safe
+
+
+UNSAFE = {
+    "nothing is read back": ("_read_back", lambda *_: None, "wrong bytes became public"),
+    "an error of another kind": ("_listing", lambda *_: [][1], "BUG: IndexError"),
+}
+
+
+@pytest.mark.parametrize("name", UNSAFE)
+def test_the_campaign_finds_what_is_not_safe(results, tmp_path, monkeypatch, name):
+    what, instead, found = UNSAFE[name]
+    scene = publishing.SCENES[0]
+    todo = [c for c in publishing.cases(results, tmp_path, scene) if c.how == "corrupt" and c.line.startswith("PUT")]
+    monkeypatch.setattr(publish, what, instead)
+    assert re.search(found, publishing.judge(results, tmp_path, scene, todo[0])[0])
+
+
+def test_the_campaign_finds_a_repository_that_is_public_too_soon(results, tmp_path, monkeypatch):
+    from huggingface_hub import HfApi
+
+    create, scene = HfApi.create_repo, publishing.SCENES[0]
+    case = publishing.Case("500", 1, 1, "any")
+    assert publishing.judge(results, tmp_path, scene, case)[0] is None
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **how: create(self, name, **how | {"private": False}))
+    assert "showed []" in publishing.judge(results, tmp_path, scene, case)[0]
