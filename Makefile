@@ -7,7 +7,7 @@ SAMPLE ?= 0
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engine demo test faults lint docs validation cards mutation lab doctor bench clean
+.PHONY: help setup engine demo test faults hubfaults lint docs validation cards rehearsal mutation lab doctor bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -39,6 +39,9 @@ test: engine lint ## the test suite
 faults: engine ## the fault campaign, long form with a new seed, about 8 minutes (ARGS="--seed N" repeats one)
 	@$(BIN)/python tests/faults.py --rounds 10 $(ARGS)
 
+hubfaults: engine ## the fault campaign of publishing: every request fails in every way, about 12 minutes
+	@$(BIN)/python tests/publishing.py $(ARGS)
+
 lint: setup ## ruff, and notebooks without outputs
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
 	@$(BIN)/nbstripout --verify --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
@@ -51,6 +54,12 @@ validation: setup ## rebuild docs/MOE-TECHNICAL-VALIDATION.md from the committed
 
 cards: setup ## write the model cards of the committed studies from their records (NAMESPACE=user on the Hub)
 	@$(BIN)/moelib card h200-twins --namespace $(NAMESPACE)
+	@MOELIB_OUTPUTS=docs/example $(BIN)/moelib card demo --namespace $(NAMESPACE)
+
+rehearsal: engine ## publish the committed demo study to a Hub on loopback, with an interruption; writes its transcript
+	@for model in phi-3.5-moe deepseek-moe-16b; do for quant in Q4_K_M Q2_K Q8_0; do \
+	  $(BIN)/moelib quantize $$model $$quant --scale tiny > /dev/null || exit 1; done; done
+	@MOELIB_OUTPUTS=docs/example $(BIN)/python tests/rehearsal.py demo docs/example/publication.md
 
 mutation: engine ## mutation testing of memory and audit (about half an hour; SAMPLE=N for a part)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[test,mutation]'

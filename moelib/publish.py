@@ -74,7 +74,8 @@ class Plan:
         return [(i,) for i in self.changes if i.is_model] + ([pages] if pages else [])
 
     def text(self) -> str:
-        lines = [f"{self.repository} ({self.state}{', to be public' if self.visible else ', to stay private'})"]
+        later = "" if self.state == "public" else ", to be public" if self.visible else ", to stay private"
+        lines = [f"{self.repository} ({self.state}{later})"]
         for i in self.items:
             what = "same" if self.same(i) else "changed" if i.name in self.there else "new"
             lines.append(f"  {what:8} {i.nbytes:>14,}  {i.sha256}  {i.name}")
@@ -158,11 +159,11 @@ def publish(plans: list[Plan], say: Say, endpoint: str | None = None) -> None:
     """
     client = hub.api(endpoint)
     require_rights(client, {p.repository.split("/")[0] for p in plans})
-    ready = [(p, *_upload(client, p, say)) for p in plans]
+    ready = [(p, *sent) for p in plans if (sent := _upload(client, p, say))]
     for p, revision, _ in ready:
         _read_back(client, p, revision, say)
-    for p, revision, number in ready:
-        _show(client, p, revision, number, say)
+    for p, _, number in ready:
+        _show(client, p, number, say)
 
 
 def require_rights(client: "HfApi", namespaces: set[str]) -> None:
@@ -183,8 +184,11 @@ def require_rights(client: "HfApi", namespaces: set[str]) -> None:
         raise PublishError(f"the token {why}: `hf auth login` with one that may, or set HF_TOKEN")
 
 
-def _upload(client: "HfApi", p: Plan, say: Say) -> tuple[str, int | None]:
-    """Send what is not there; returns the revision that holds it all, and the pull request's number if it is one."""
+def _upload(client: "HfApi", p: Plan, say: Say) -> tuple[str, int | None] | None:
+    """Send what is not there; returns the revision that holds it all, and the pull request's number if it is one.
+
+    None if all of it is public already.
+    """
     from huggingface_hub import CommitOperationAdd
 
     what = f"publishing {p.repository}"
@@ -197,8 +201,8 @@ def _upload(client: "HfApi", p: Plan, say: Say) -> tuple[str, int | None]:
             f"{p.repository} is public, and files of twins are not to be: publish to another namespace, or say --public"
         )
     if state == "public" and all(p.same(i, _listing(client, p.repository, MAIN)) for i in p.items):
-        say(f"{p.repository}: nothing to send")
-        return MAIN, None
+        say(f"{p.repository}: public already, nothing to do")
+        return None
     number = _open_request(client, p) if state == "public" else None
     revision = f"refs/pr/{number}" if number else MAIN
     there = _listing(client, p.repository, revision)
@@ -269,7 +273,7 @@ def _read_back(client: "HfApi", p: Plan, revision: str, say: Say) -> None:
             )
 
 
-def _show(client: "HfApi", p: Plan, revision: str, number: int | None, say: Say) -> None:
+def _show(client: "HfApi", p: Plan, number: int | None, say: Say) -> None:
     """Let what was verified be seen: merge the pull request, or make the repository public."""
     if number is not None:
         with hub.asking(f"merging pull request {number} of {p.repository}"):

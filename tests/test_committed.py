@@ -68,8 +68,8 @@ def test_the_document_is_rebuilt_byte_by_byte(name, copy, tmp_path):
     assert rebuilt(copy, tmp_path) == products(COMMITTED[name].document)
 
 
-def test_the_cards_are_rebuilt_byte_by_byte_and_have_no_fault():
-    committed = COMMITTED["h200-twins"].study
+def test_the_cards_are_rebuilt_byte_by_byte_and_have_no_fault(name):
+    committed = COMMITTED[name].study
     assert cards.check(committed / "cards", study.results(committed), "moelib") == []
 
 

@@ -7,6 +7,7 @@ import sys
 
 import publishing
 import pytest
+import rehearsal
 from conftest import furnish
 from hub_state import wrong
 from publishing import SPACE, go, loopback_hub, visible, wanted
@@ -88,7 +89,7 @@ def test_unchanged_content_makes_no_commit(results, there):
     (plan,) = publish.plan(results, SPACE, True, there.url)
     assert "0 commits, 0 files, 0 bytes to send" in plan.text()
     assert plan.text().count("  same ") == 5
-    assert f"{REPO}: nothing to send" in go(results, there)
+    assert go(results, there) == [f"{REPO}: public already, nothing to do"]
     assert list(there.repos[REPO].commits) == commits
     assert writes(there.requests[before:]) == []
 
@@ -243,3 +244,12 @@ def test_the_campaign_finds_a_repository_that_is_public_too_soon(results, tmp_pa
     assert publishing.judge(results, tmp_path, scene, case)[0] is None
     monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **how: create(self, name, **how | {"private": False}))
     assert "showed []" in publishing.judge(results, tmp_path, scene, case)[0]
+
+
+def test_the_rehearsal_sends_every_byte_once(results, tmp_path):
+    text, sent = rehearsal.rehearse("files", tmp_path, stop_at=1)
+    (sheet,) = results.sheets
+    assert sent == (0, sheet["file_bytes"], 0)
+    assert "interrupted; what is finished is kept, run the same command to go on" in text
+    assert f"{REPO}: public, 5 files verified" in text
+    assert publishing.TOKEN not in text
