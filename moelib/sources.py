@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -177,17 +178,21 @@ def adopt(model: str, given: Path) -> Source:
     return _choose(model, hashes, f"local file {given.name}")
 
 
-def converter() -> Path:
-    """llama.cpp's converter: $MOELIB_CONVERTER, or the script above the engine's folder. Raises SourceError."""
-    named = os.environ.get("MOELIB_CONVERTER")
+def converter() -> list[str]:
+    """Command of llama.cpp's converter: $MOELIB_CONVERTER, or the script above the engine's folder. Raises SourceError.
+
+    The variable is the script's path, or a command: "/its/python /its/convert_hf_to_gguf.py" where another Python has
+    what the script imports.
+    """
+    named = shlex.split(os.environ.get("MOELIB_CONVERTER", ""))
     build = engine.find().folder if not named else Path()
-    for path in [Path(named)] if named else [p / CONVERTER for p in (build, *build.parents[:3])]:
+    for path in [Path(named[-1])] if named else [p / CONVERTER for p in (build, *build.parents[:3])]:
         if path.is_file():
-            return path
+            return [*(named[:-1] or [sys.executable]), str(path)]
     raise SourceError(
-        f"safetensors are converted by llama.cpp's {CONVERTER}, which was not found{' at ' + named if named else ''}: "
-        "take it with its folder from the source of the llama.cpp that is used, install its requirements, "
-        "and set MOELIB_CONVERTER to its path"
+        f"safetensors are converted by llama.cpp's {CONVERTER}, which was not found"
+        f"{' at ' + named[-1] if named else ''}: take it with its folder from the source of the llama.cpp in use, "
+        "install its requirements, and set MOELIB_CONVERTER to its path"
     )
 
 
@@ -195,11 +200,11 @@ def _convert(given: Path, path: Path, origin: str) -> dict[str, Any]:
     weights = sum(p.stat().st_size for p in given.glob("*.safetensors"))
     if not weights or not (given / "config.json").is_file():
         raise SourceError(f"{given} holds no config.json and *.safetensors: it is not a model as the Hub publishes it")
-    script = converter()
+    command = converter()
     files.need_space(path.parent, weights, f"converting {given.name}")
     limit_s = process.patience(CONVERT_S + weights / CONVERT_BYTES_PER_S)
     with files.replacing(path) as made, TemporaryDirectory() as scratch:
-        argv = [sys.executable, str(script), str(given.resolve()), "--outtype", "f16", "--outfile", str(made)]
+        argv = [*command, str(given.resolve()), "--outtype", "f16", "--outfile", str(made)]
         with process.Child(argv, Path(scratch) / "convert.log", process.environment(Path(scratch))) as child:
             child.wait_end(limit_s)
             told = child.tail()
