@@ -221,7 +221,6 @@ def limits(results: Results) -> Text:
         "more requests at once, takes more memory.",
         "Where intervals overlap, which is faster is not settled.",
         "Between *all* and *none* there is `--n-cpu-moe N`: the experts of the first N blocks on the CPU.",
+        "Quality was not measured: more bits per weight are no promise of better text.",
     ]
-    if results.study.weights == "twin":
-        told.append("Quality was not measured: more bits per weight are no promise of better text.")
     return Text("advice-limits", "\n".join(f"- {t}" for t in told), cite(_runs(results)))

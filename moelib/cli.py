@@ -192,12 +192,16 @@ def card(name: str, namespace: str, into: Path | None) -> None:
 @click.option("--public/--private", default=None, help="Seen by all in the end; default: real weights are, twins not.")
 def publish(name: str, namespace: str, yes: bool, public: bool | None) -> None:
     """Put the files and cards of study NAME on the Hub, verified before they are public."""
+    from moelib import cards
     from moelib import publish as publishing
     from moelib.study import outputs, results
 
-    plans = publishing.plan(results(outputs() / name), namespace, public)
+    found = results(outputs() / name)
+    plans = publishing.plan(found, namespace, public)
     for p in plans:
         click.echo(p.text())
+    for model in cards.missing(found):
+        click.echo(f"nothing of {model}: no whole block of it is measured", err=True)
     if not yes:
         click.echo("nothing was touched; add --yes to do it")
         return

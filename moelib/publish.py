@@ -162,8 +162,8 @@ def publish(plans: list[Plan], say: Say, endpoint: str | None = None) -> None:
     ready = [(p, *sent) for p in plans if (sent := _upload(client, p, say))]
     for p, revision, _ in ready:
         _read_back(client, p, revision, say)
-    for p, _, number in ready:
-        _show(client, p, number, say)
+    for p, revision, number in ready:
+        _show(client, p, revision, number, say)
 
 
 def require_rights(client: "HfApi", namespaces: set[str]) -> None:
@@ -273,15 +273,22 @@ def _read_back(client: "HfApi", p: Plan, revision: str, say: Say) -> None:
             )
 
 
-def _show(client: "HfApi", p: Plan, number: int | None, say: Say) -> None:
+def _show(client: "HfApi", p: Plan, revision: str, number: int | None, say: Say) -> None:
     """Let what was verified be seen: merge the pull request, or make the repository public."""
+    _require(p, "private", _listing(client, p.repository, revision))  # nobody else changed it meanwhile
     if number is not None:
         with hub.asking(f"merging pull request {number} of {p.repository}"):
             client.merge_pull_request(p.repository, number)
     elif p.visible and _state(client, p.repository) == "private":
         with hub.asking(f"making {p.repository} public"):
             client.update_repo_settings(p.repository, private=False)
-    state, there = _state(client, p.repository), _listing(client, p.repository, MAIN)
-    if not all(p.same(i, there) for i in p.items) or (p.visible and state != "public"):
-        raise PublishError(f"{p.repository} is {state}, not as it was verified: look at it on the Hub, then run again")
+    state = _state(client, p.repository)
+    _require(p, state, _listing(client, p.repository, MAIN), p.visible and state != "public")
     say(f"{p.repository}: {state}, {len(p.items)} files verified")
+
+
+def _require(p: Plan, state: str, there: dict[str, str], wrong: bool = False) -> None:
+    changed = [i.name for i in p.items if not p.same(i, there)]
+    if changed or wrong:
+        what = f", and {', '.join(changed)} not as verified" if changed else ""
+        raise PublishError(f"{p.repository} is {state}{what}: look at it on the Hub, then run the same command again")

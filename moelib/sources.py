@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -126,6 +127,7 @@ def _download_large(
         got = client.hf_hub_download(told.repository, name, revision=told.revision, local_dir=path.parent / ".hub")
     begun = _begun(path, want)
     os.replace(got, begun)
+    shutil.rmtree(path.parent / ".hub", ignore_errors=True)
     return _keep(begun, path, want, what)
 
 

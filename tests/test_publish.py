@@ -12,7 +12,7 @@ from conftest import furnish
 from hub_state import wrong
 from publishing import SPACE, go, loopback_hub, visible, wanted
 
-from moelib import cards, params, publish, quantize
+from moelib import cards, params, process, publish, quantize
 from moelib.hub import HubError
 from moelib.publish import PublishError
 
@@ -109,6 +109,22 @@ def test_a_public_repository_changes_by_a_pull_request_alone(results, there):
     goal = {REPO: wanted(results)[REPO] | {"theirs.txt": there.repos[REPO].files()["theirs.txt"].sha256}}
     assert visible(there)[-1] == goal
     assert [v for v in visible(there)[count:] if v != goal and v[REPO] != visible(there)[count - 1][REPO]] == []
+
+
+def test_what_another_changes_meanwhile_is_not_shown(results, there):
+    def meddle(line):
+        if "reading back provenance.json" in line:  # the last one
+            there.put(REPO, {"README.md": b"---\nlicense: mit\n---\n# something else\n"})
+
+    with pytest.raises(PublishError, match=r"is private, and README.md not as verified"):
+        publish.publish(publish.plan(results, SPACE, True, there.url), meddle, there.url)
+    assert visible(there)[-1] == {}
+
+
+def test_the_token_reaches_no_engine(results, tmp_path, monkeypatch):
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.setenv(name, "hf_secret")
+    assert "hf_secret" not in str(process.environment(tmp_path)) + str(process.inherited())
 
 
 def test_what_the_hub_gives_back_wrong_is_never_public(results, there):
