@@ -142,11 +142,14 @@ def study_status(name: str) -> None:
 
 @main.command()
 @click.argument("name")
-def audit(name: str) -> None:
+@click.option("--judge-again", is_flag=True, help="First judge runs without a valid result by the present rules.")
+def audit(name: str, judge_again: bool) -> None:
     """Check every record of study NAME against every invariant again, and say what stands."""
     from moelib import evidence
-    from moelib.study import outputs, results
+    from moelib.study import Folder, outputs, results
 
+    for r in measure.judge_again(Folder(name)) if judge_again else ():
+        click.echo(f"judged again: {r.line}, from the readings of {r.judged['record']}")
     found = results(outputs() / name)
     click.echo(evidence.audit_table(found).text())
     click.echo(", ".join(f"{count} {what}" for what, count in found.tally.items()))

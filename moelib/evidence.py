@@ -123,6 +123,12 @@ def problems(results: Results) -> Text:
     if flags:
         told = ", ".join(f"{reason} in {n} runs" for reason, n in sorted(flags.items()))
         text += f"\n\nOf these, some stand with a flag (*degraded*): {told}."
+    if again := [r for b in results.blocks for r in b if r.judged]:
+        rules = ", ".join(sorted({r.judged["commit"][:12] for r in again}))
+        text += (
+            f"\n\n{len(again)} runs were *judged again*: their readings stand in an earlier record that the rules of "
+            f"its day refused, and commit {rules} has later ones. Both records are here; nothing was measured anew."
+        )
     return Text("problems", text, cite(results.records))
 
 

@@ -244,14 +244,17 @@ def memory_known(run: Measured) -> Finding:
     return seen.status != "invalid" and not wrong, ", ".join(wrong) or str(seen.status)
 
 
+def reconciled(seen: Observation) -> memory.Memory:
+    """Device memory by the present rules, from the readings that a run kept."""
+    m = seen.memory
+    peak = m.process_bytes if m.method == "rss-peak" else None
+    return memory.reconcile(seen.device_kind, m.trace, seen.report, seen.placement.device_bytes, m.context_bytes, peak)
+
+
 @holds("run", "equal")
 def memory_follows(run: Measured) -> Finding:
     """The value of device memory is the one that its readings give."""
-    m = run.seen.memory
-    peak = m.process_bytes if m.method == "rss-peak" else None
-    again = memory.reconcile(
-        run.seen.device_kind, m.trace, run.seen.report, run.seen.placement.device_bytes, m.context_bytes, peak
-    )
+    m, again = run.seen.memory, reconciled(run.seen)
     return again == m, f"{m.value_bytes}, its readings give {again.value_bytes}"
 
 

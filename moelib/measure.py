@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from moelib import audit, device, engine, files, host, notebook, process, quantize, record, run, sources, study
+from moelib.invariants import reconciled
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +113,32 @@ def _perform(folder: study.Folder, spec: run.Spec, attempt: int, setup: Setup) -
         raw=record.keep_logs(folder.path, name, outcome.logs, setup.quantised.path.parent),
     )
     return record.write(folder.path, made)
+
+
+def judge_again(folder: study.Folder) -> list[record.Record]:
+    """Judge runs without a valid result by the present rules, from the readings that their records kept.
+
+    Of each run the first attempt that is valid by now becomes a record of its own, which names the first one; nothing
+    is measured, and nothing overwritten. Raises StudyError in a clone with changes: the rules must be a commit's.
+    """
+    records, rules = folder.records(), process.facts()
+    if rules["dirty"] or not rules["commit"]:
+        raise study.StudyError("the rules must be a commit's: commit what you changed, then judge again")
+    made, there = [], study.standing(records)
+    for r in sorted(records, key=lambda r: r.attempt):
+        if r.observed is None or there[r.key].done:
+            continue
+        seen = replace(r.observed, memory=reconciled(r.observed))
+        checks = audit.run(r.spec, seen, r.sheet)
+        status, reasons = audit.verdict(checks)
+        if status in record.DONE:
+            attempt = 1 + max(other.attempt for other in records if other.key == r.key)
+            now = {"status": status, "reasons": reasons, "observed": seen, "audit": checks, "attempt": attempt}
+            told = {"record": r.run_id, "digest": r.digest, "commit": rules["commit"]}
+            again = r.model_copy(update={**now, "run_id": record.run_id(r.spec, attempt), "judged": told})
+            there[r.key] = record.write(folder.path, again)
+            made.append(there[r.key])
+    return made
 
 
 def _same_setup(done: list[record.Record], setup: Setup) -> None:

@@ -56,6 +56,9 @@ class Record(params.Strict):
     audit: tuple[Check, ...]
     raw: dict[str, str]
     """Compressed logs beside the record: file name -> SHA-256."""
+    judged: dict[str, str] | None = None
+    """Of readings judged again by later rules: the `record` that has the first judgement, its `digest`, and the
+    `commit` of the rules."""
     digest: str = ""
 
     @property

@@ -1,6 +1,7 @@
 """Plans, standing, resume; whole studies through papermill and the real engine on the loopback device."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -11,9 +12,9 @@ import sys
 
 import pytest
 from conftest import REPO, SMOKE, furnish
-from factory import block, made, spec
+from factory import block, made, observation, spec
 
-from moelib import files, measure, notebook, params, record, run, study
+from moelib import evidence, files, measure, notebook, params, record, run, study
 from moelib.study import Folder, StudyError
 
 MOELIB = [sys.executable, "-m", "moelib.cli"]
@@ -52,6 +53,78 @@ def test_an_unknown_cell_names_the_known_ones(home):
         Folder("smoke").cell("phi-3.5-moe", "Q8_0")
     with pytest.raises(params.ParamsError, match="allowed: Q4_K_M"):
         Folder("smoke").cell("deepseek-moe-16b", "Q8")
+
+
+@pytest.fixture
+def refused(home, monkeypatch):
+    """A study whose baselines were refused by memory rules that are no longer: their readings are good."""
+    monkeypatch.setattr(measure.process, "facts", lambda: {"commit": "c" * 40, "dirty": False})
+    as_made = (("nano", "tiny"), ("Q8_0", "Q4_K_M"), ("[smoke]", "[plan-short]"), ("256", "1024"))
+    path = home / "params/studies/smoke.yaml"
+    path.write_text(functools.reduce(lambda text, change: text.replace(*change), as_made, SMOKE))
+    params._yaml.cache_clear()
+    folder = Folder("smoke")
+    asked = [s for b in folder.cells[0].blocks for s in b]
+    for s in asked:
+        seen = observation(s.placement)
+        if s.placement == "baseline":
+            old = {"status": "invalid", "value_bytes": None, "reasons": ("accounts-disagree",)}
+            seen = dataclasses.replace(seen, memory=dataclasses.replace(seen.memory, **old))
+        record.write(folder.path, made(seen, **dataclasses.asdict(s)))
+    return folder
+
+
+def test_readings_that_are_good_by_later_rules_are_judged_again_beside_the_first_judgement(refused):
+    before = {p.name: p.read_bytes() for p in (refused.path / "records").iterdir()}
+    first = {r.key: r for r in refused.records() if not r.done}
+    assert {r.spec.placement for r in first.values()} == {"baseline"}
+    assert all("memory-known" in r.reasons for r in first.values())
+    again = measure.judge_again(refused)
+    assert {r.key for r in again} == first.keys()
+    for r in again:
+        old = first[r.key]
+        assert r.judged == {"record": old.run_id, "digest": old.digest, "commit": "c" * 40}
+        assert (r.status, r.reasons) == ("valid", ())
+        assert r.observed.memory.value_bytes is not None
+        assert r.observed.memory.trace == old.observed.memory.trace
+        assert r.observed.requests == old.observed.requests
+        assert (r.attempt, r.host, r.started_utc, r.raw) == (2, old.host, old.started_utc, old.raw)
+        assert study.why_not(r) is None
+    after = {p.name: p.read_bytes() for p in (refused.path / "records").iterdir()}
+    assert before.items() <= after.items()
+    assert len(after) == len(before) + len(again)
+    assert measure.judge_again(refused) == []
+
+
+def test_the_first_good_attempt_is_the_one_that_is_judged_again(refused):
+    (one, *_) = [r for r in refused.records() if not r.done]
+    later = one.model_copy(update={"attempt": 2, "run_id": record.run_id(one.spec, 2)})
+    record.write(refused.path, later)
+    again = {r.key: r for r in measure.judge_again(refused)}
+    assert again[one.key].judged["record"] == one.run_id
+    assert again[one.key].attempt == 3
+
+
+def test_what_is_wrong_for_another_reason_stays_so(refused):
+    for path in (refused.path / "records").iterdir():
+        r = record.read(path)
+        path.unlink()
+        record.write(refused.path, r.model_copy(update={"observed": dataclasses.replace(r.observed, top_logprobs=())}))
+    assert measure.judge_again(refused) == []
+
+
+def test_rules_that_no_commit_has_judge_nothing(refused, monkeypatch):
+    for facts in ({"commit": "c" * 40, "dirty": True}, {"commit": None, "dirty": None}):
+        monkeypatch.setattr(measure.process, "facts", lambda facts=facts: facts)
+        with pytest.raises(StudyError, match="commit what you changed"):
+            measure.judge_again(refused)
+
+
+def test_a_document_says_what_was_judged_again(refused):
+    measure.judge_again(refused)
+    text = evidence.problems(study.results(refused.path)).markdown()
+    assert "2 runs were *judged again*: their readings stand in an earlier record" in text
+    assert "cccccccccccc" in text
 
 
 def test_the_record_that_stands_is_the_last_done_one_else_the_last():
