@@ -22,6 +22,7 @@ from moelib.nvml import NO_GPU, Counters, Gpu, Traffic
 
 SAMPLE_S = 0.05  # between readings of the memory
 COUNTERS_EVERY = 4  # readings: clocks and power take the driver 4 ms, memory 26 us
+BUS_S = 0.02  # between looks at the bus: at a full link's 63 GB/s its counter turns over in 68 ms
 IDLE_READINGS, IDLE_S = 5, 0.02  # enough to see an idle device move
 LISTEN_S = 30.0  # for the loopback device's process, to be there
 PORTS = 5  # tried for it

@@ -179,22 +179,33 @@ class Traffic:
 
     def __init__(self, bytes_per_s: float | None, read: Callable[[], list[int | None]]):
         self.gap_s = TURN_BYTES / bytes_per_s if bytes_per_s else 0.0  # of a link not known, any gap is too long
-        self._read, self._lost = read, False
+        self._read = read
         self._last: tuple[float, list[int]] | None = None
         self.totals: list[int] | None = None
         """Received and sent; None before the second look, and once a turn may have gone unseen."""
+        self.lost: str | None = None
+        """Why there is no total."""
 
     def look(self, t_s: float) -> None:
         now = self._read()
-        if None in now or (self._last and t_s - self._last[0] >= self.gap_s):
-            self._lost = True
-        if self._lost:
+        if None in now:
+            self.lost = self.lost or "the driver did not answer"
+        elif self._last and (gap := t_s - self._last[0]) >= self.gap_s:
+            self.lost = self.lost or (
+                f"two looks were {gap * 1000:.0f} ms apart, and the counter can turn over in {self.gap_s * 1000:.0f} ms"
+            )
+        if self.lost:
             self.totals = None
             return
         if self._last:
             moved = [(b - a) % TURN_BYTES for a, b in zip(self._last[1], now, strict=True)]
             self.totals = [a + b for a, b in zip(self.totals or (0, 0), moved, strict=True)]
         self._last = (t_s, now)
+
+    def absent(self) -> dict[str, str]:
+        """The counters that have no total -> why."""
+        why = self.lost or "it was looked at only once"
+        return {} if self.totals else dict.fromkeys(("pcie_received_bytes", "pcie_sent_bytes"), why)
 
 
 def _ask(question: Callable[[], Any]) -> Any:

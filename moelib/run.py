@@ -4,7 +4,7 @@ import re
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,13 +147,13 @@ def _observe(
         with process.Child(argv, work / "server.log", env, session.cpus) as server:
 
             def take() -> None:
-                if session.traffic:
-                    session.traffic.look(now())
                 if session.counters and len(readings) % devices.COUNTERS_EVERY == 0:
                     counters.append(session.counters(now()))
                 readings.append(session.read(server.pid, now()))
 
-            with process.repeating(take, devices.SAMPLE_S):
+            bus = session.traffic
+            looking = process.repeating(lambda: bus.look(now()), devices.BUS_S) if bus else nullcontext()
+            with process.repeating(take, devices.SAMPLE_S), looking:
                 limit = process.patience(LOAD_S) + quantised.header.file_bytes / LOAD_BYTES_PER_S
                 with _telling_its_end(server):
                     port = next(filter(None, server.wait_for(engines.LISTENING, limit).groups()))
@@ -169,7 +169,7 @@ def _observe(
             ended = server.stop()
             trace = Trace(idle, tuple(readings), session.settled(idle, server.pid, now))
             report = engines.parse_log(server.text())
-        received, sent = (session.traffic and session.traffic.totals) or (None, None)
+        received, sent = (bus and bus.totals) or (None, None)
     try:
         sha256 = quantised.content.sha256()
     except OSError as err:
@@ -193,7 +193,7 @@ def _observe(
         top_logprobs=top,
         memory=reconcile(device.kind, trace, report, there[1], device.context_bytes, peak),
         counters=tuple(counters),
-        absent=device.absent,
+        absent=device.absent | (bus.absent() if bus else {}),
         host=use,
         host_rss_peak_bytes=rss,
         exit_code=ended.code,

@@ -1,12 +1,15 @@
 """Single runs of the real llama-server on the loopback device, and of servers that misbehave."""
 
+import itertools
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 from factory import spec
 
 from moelib import audit, client, device, models, params, quantize, run, twin
+from moelib.nvml import Traffic
 
 pytestmark = pytest.mark.engine
 
@@ -77,6 +80,30 @@ def test_load_mode_none_is_obeyed(engine, quantised, loopback, tmp_path):
     )
     assert failed(checks) == set()
     assert "CPU_Mapped" not in {b.name for b in seen.report.buffers}
+
+
+def test_the_bus_is_followed_through_the_run_or_the_record_says_why_not(engine, quantised, tmp_path):
+    class WithBus(device.Loopback):
+        """The loopback device with a counter that moves by 1000 a look, in a link of so many bytes a second."""
+
+        @contextmanager
+        def session(self, *args):
+            count = itertools.count(2**32 - 5000, 1000)
+            with super().session(*args) as made:
+                made.traffic = Traffic(self.link, lambda: [next(count) % 2**32, 7])
+                yield made
+
+    where = WithBus()
+    where.link = 2**32 / 60  # a turn takes a minute
+    seen, _ = execute(engine, quantised, where, tmp_path)
+    looks = seen.pcie_received_bytes // 1000
+    assert (seen.pcie_received_bytes % 1000, seen.pcie_sent_bytes) == (0, 0)
+    assert 5 < looks <= seen.wall_s / device.BUS_S + 2
+    assert "pcie_received_bytes" not in seen.absent
+    where.link = 2**32 / 0.001
+    seen, _ = execute(engine, quantised, where, tmp_path)
+    assert seen.pcie_received_bytes is None
+    assert "the counter can turn over in 1 ms" in seen.absent["pcie_received_bytes"]
 
 
 def test_without_a_device_the_record_says_so(engine, quantised, tmp_path):
