@@ -39,7 +39,7 @@ test: engine lint ## the test suite
 faults: engine ## the fault campaign, long form with a new seed, about 8 minutes (ARGS="--seed N" repeats one)
 	@$(BIN)/python tests/faults.py --rounds 10 $(ARGS)
 
-hubfaults: engine ## the fault campaign of publishing: every request fails in every way, about 12 minutes
+hubfaults: engine ## the fault campaign of publishing: every request fails in every way, about half an hour
 	@$(BIN)/python tests/publishing.py $(ARGS)
 
 lint: setup ## ruff, and notebooks without outputs

@@ -203,6 +203,7 @@ def main():
 
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ask.add_argument("--every", type=int, default=1, help="each so many cases")
+    ask.add_argument("--scene", type=int, choices=range(len(SCENES)), help="one of: " + "; ".join(map(str, SCENES)))
     args = ask.parse_args()
     with tempfile.TemporaryDirectory() as own:
         stay_off_the_hub(own)
@@ -210,7 +211,7 @@ def main():
         home = furnish(Path(own) / "home")
         os.environ |= {"MOELIB_HOME": str(home), "MOELIB_MODELS": str(Path(own) / "models")}
         results, failed = measured(home), []
-        for scene in SCENES:
+        for scene in SCENES if args.scene is None else [SCENES[args.scene]]:
             injected, safe, wrong = campaign(results, own, scene, args.every)
             failed += wrong
             print(f"\n{scene}: injected {injected.total()}, safe {safe.total()}")
