@@ -78,6 +78,7 @@ def test_only_the_allow_list_reaches_a_child(tmp_path, monkeypatch):
         "PWD",
         "SHLVL",
         "_",
+        "LC_CTYPE",  # of the Python that launches, where the system sets no locale
     }
     assert seen["CUDA_VISIBLE_DEVICES"] == "GPU-x"
     assert os.listdir(seen["XDG_CONFIG_HOME"]) == []
