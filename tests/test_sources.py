@@ -236,6 +236,25 @@ def test_a_file_too_large_for_plain_http_comes_by_xet(toy, tmp_path, monkeypatch
         assert [r for r in there.requests if "xet-read-token" in r.path]
 
 
+def test_the_command_pins_fetches_and_says_what_is_excluded(toy, lfs_hub, tmp_path):
+    def command(*args):
+        env = os.environ | {"HF_ENDPOINT": lfs_hub.url, "HF_HUB_DISABLE_XET": "1"}
+        argv = [sys.executable, "-m", "moelib.cli", "fetch", *args]
+        done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60)
+        assert "hf_read" not in done.stdout + done.stderr
+        return done
+
+    commit = lfs_hub.put(REPO, {"toy-F16.gguf": toy})
+    assert "moelib fetch toy --pin OWNER/NAME" in command("toy").stderr
+    assert f"pinned {REPO}@{commit}: 1 files" in command("toy", "--pin", REPO).stdout
+    done = command("toy")
+    assert f"sha256 {sha256(toy).hexdigest()}  from {REPO}@{commit}" in done.stdout
+    assert "from local file toy.gguf" in command("toy", "--from", str(tmp_path / "toy.gguf")).stdout
+    done = command("gpt-oss-20b")
+    assert done.returncode == 1
+    assert "excluded: its experts are published in MXFP4 by design" in done.stderr
+
+
 # what the user has
 
 
