@@ -1,15 +1,19 @@
 """Real weights: pinned, fetched from a Hub on loopback, verified, adopted; and a study of them."""
 
+import itertools
 import os
+import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from hashlib import sha256
 from types import SimpleNamespace
 
 import pytest
 import yaml
 from conftest import SMOKE
+from hub import HOWS, Hub, official_client
 from huggingface_hub import constants
 
 from moelib import files, gguf_file, hub, measure, notebook, params, process, quantize, sources, twin
@@ -191,6 +195,35 @@ def test_a_refusal_names_the_next_step(pinned, lfs_hub, how, step):
     assert not list(sources.folder("toy").glob("*.gguf"))
 
 
+@pytest.mark.parametrize("how", HOWS)
+def test_whatever_fails_no_wrong_file_is_kept_and_the_next_try_succeeds(toy, tmp_path, how, monkeypatch):
+    monkeypatch.setenv("MOELIB_PATIENCE", "0.005")  # 60 s of silence: 0.3 s
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+    with Hub(tmp_path / "clean", silence_s=3) as there, official_client(there):
+        commit = there.put(REPO, {"toy-F16.gguf": toy})
+        sources.pin("toy", REPO, endpoint=there.url)
+        sources.fetch("toy", there.url)
+        lines = [r.line for r in there.requests]
+    place, safe = sources.folder("toy"), 0
+    for nth, times in itertools.product(range(1, len(lines) + 1), (1, None)):
+        shutil.rmtree(place)
+        with Hub(tmp_path / f"{nth}-{times}", silence_s=3) as there, official_client(there):
+            assert there.put(REPO, {"toy-F16.gguf": toy}) == commit
+            fault = there.fail(how, nth=nth, times=times)
+            with suppress(params.UserError):
+                sources.pin("toy", REPO, endpoint=there.url)
+                sources.fetch("toy", there.url)
+            kept = [p.read_bytes() for p in place.glob("*.gguf")]
+            assert kept in ([], [toy])
+            there._faults.clear()
+            there.let_go()
+            with suppress(SourceError):  # bytes of a first part that were wrong are found, and thrown away
+                sources.fetch("toy", there.url)
+            assert sources.fetch("toy", there.url).path.read_bytes() == toy
+            safe += bool(fault.struck)
+    assert safe > len(lines)
+
+
 def test_offline_says_so(pinned, lfs_hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     from huggingface_hub import close_session
@@ -222,8 +255,6 @@ def test_room_is_looked_for_first(pinned, lfs_hub, monkeypatch):
 
 
 def test_a_file_too_large_for_plain_http_comes_by_xet(toy, tmp_path, monkeypatch):
-    from hub import Hub, official_client
-
     monkeypatch.setattr(constants, "MAX_HTTP_DOWNLOAD_SIZE", 1000)
     with Hub(tmp_path / "hub", xet=True) as there, official_client(there):
         from huggingface_hub import HfApi
