@@ -137,7 +137,8 @@ def judge(results, folder, scene, case):
         there._faults.clear()
         there.let_go()
         sent = there.requests[:]
-        second = attempt(results, there)
+        with mock.patch.dict(os.environ, MOELIB_PATIENCE="1"):  # nothing fails now, on a busy machine neither
+            second = attempt(results, there)
         seen = visible(there)
         again = there.requests[len(sent) :]
         shown = {repository: tree for repository, tree in seen[-1].items() if tree == goal[repository]}
