@@ -43,6 +43,10 @@ def folder() -> Path:
     return Path(os.environ.get("MOELIB_MODELS") or params.root() / "models")
 
 
+def twin_folder(model: str, scale: str) -> Path:
+    return folder() / model / f"twin-{scale}"
+
+
 def note(path: Path) -> Path:
     """Where the facts of the file at `path` are kept."""
     return path.with_name(path.name + ".json")
@@ -122,7 +126,7 @@ def make_twin(model: str, scale: str, seed: int = 0, out: Path | None = None, ne
     """
     entry = params.model(model)
     geometry = entry.at_scale(scale)
-    path = out or folder() / model / f"twin-{scale}" / f"{model}-F16.gguf"
+    path = out or twin_folder(model, scale) / f"{model}-F16.gguf"
     facts = {"model": model, "title": entry.title, "seed": seed, "geometry": geometry.model_dump(), "weights": "twin"}
 
     def make() -> dict[str, Any]:

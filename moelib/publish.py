@@ -200,12 +200,14 @@ def _upload(client: "HfApi", p: Plan, say: Say) -> tuple[str, int | None] | None
         raise PublishError(
             f"{p.repository} is public, and files of twins are not to be: publish to another namespace, or say --public"
         )
-    if state == "public" and all(p.same(i, _listing(client, p.repository, MAIN)) for i in p.items):
-        say(f"{p.repository}: public already, nothing to do")
-        return None
-    number = _open_request(client, p) if state == "public" else None
-    revision = f"refs/pr/{number}" if number else MAIN
-    there = _listing(client, p.repository, revision)
+    there, revision, number = _listing(client, p.repository, MAIN), MAIN, None
+    if state == "public":
+        if all(p.same(i, there) for i in p.items):
+            say(f"{p.repository}: public already, nothing to do")
+            return None
+        if number := _open_request(client, p):
+            revision = f"refs/pr/{number}"
+            there = _listing(client, p.repository, revision)
     left = Plan(p.repository, p.title, p.items, p.visible, there)
     for commit in left.commits:
         say(f"{p.repository}: {_message(commit)} ({sum(i.nbytes for i in commit):,} bytes)")
@@ -275,7 +277,8 @@ def _read_back(client: "HfApi", p: Plan, revision: str, say: Say) -> None:
 
 def _show(client: "HfApi", p: Plan, revision: str, number: int | None, say: Say) -> None:
     """Let what was verified be seen: merge the pull request, or make the repository public."""
-    _require(p, "private", _listing(client, p.repository, revision))  # nobody else changed it meanwhile
+    place = "private" if number is None else f"in pull request {number}"
+    _require(p, place, _listing(client, p.repository, revision))  # nobody else changed it meanwhile
     if number is not None:
         with hub.asking(f"merging pull request {number} of {p.repository}"):
             client.merge_pull_request(p.repository, number)

@@ -106,8 +106,8 @@ def make(source: models.Source, quant: str, engine: Engine, scratch: Path) -> Qu
 
 def place(sheet: dict[str, Any]) -> Path:
     """Where the file of a sheet is kept."""
-    kept = sources.folder(sheet["model"]) if sheet["weights"] == "real" else None
-    return (kept or models.folder() / sheet["model"] / f"twin-{sheet['scale']}") / sheet["file_name"]
+    real, model = sheet["weights"] == "real", sheet["model"]
+    return (sources.folder(model) if real else models.twin_folder(model, sheet["scale"])) / sheet["file_name"]
 
 
 def _make(source: models.Source, quant: str, engine: Engine, scratch: Path, path: Path) -> dict[str, Any]:
