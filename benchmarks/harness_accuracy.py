@@ -5,35 +5,69 @@
 - watched / unwatched: with all monitors on, over the same without them (0.995 or better).
 
 python benchmarks/harness_accuracy.py --model deepseek-moe-16b --scale tiny --quant Q8_0 --rounds 5
+
+Every rate goes to the file named by `--out`, with what it was measured on; `--show FILE` makes the ratios of it again.
 """
 
 import json
 import random
-import statistics
 import subprocess
 import tempfile
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import click
 
-from moelib import client, device, engine, models, params, process, quantize, run, stats
+from moelib import client, device, engine, files, models, params, process, quantize, run, stats
 
 WORKLOAD = "plan-short"
+PLACEMENTS = ("baseline", "cpu-moe")
+REQUESTS = 3  # of a server, and repetitions of llama-bench
+MONITORS = {"SAMPLE_S": device.SAMPLE_S, "BUS_S": device.BUS_S}  # seconds between looks, as a study takes them
+NEVER_S = 3600.0  # but for the look that ends every run
 
 
-def rates(requests: tuple[client.Request, ...]) -> list[tuple[float, float]]:
-    """(here, by the server) in tokens per second; the server counts the steps after the first token."""
-    return [(r.tps, (r.predicted_n - 1) / r.engine_predicted_s) for r in requests]
+def rates(requests: tuple[client.Request, ...]) -> dict[str, list[float]]:
+    """Tokens per second of each request, here and by the server, which counts the steps after the first token."""
+    server = [(r.predicted_n - 1) / r.engine_predicted_s for r in requests]
+    return {"client": [r.tps for r in requests], "server": server}
 
 
-def bench(llama: engine.Engine, where: device.Device, file: Path, placement: str, tokens: int, work: Path) -> float:
+def serve(
+    watched: bool, spec: run.Spec, made: quantize.Quantised, llama: engine.Engine, where: device.Device, work: Path
+):
+    """A run's rates, with all monitors or without."""
+    for name, every_s in MONITORS.items():
+        setattr(device, name, every_s if watched else NEVER_S)
+    outcome = run.execute(spec, made, llama, where, work)
+    if outcome.observation is None:
+        raise click.ClickException(f"{outcome.reason}: {outcome.message}")
+    return rates(outcome.observation.requests)
+
+
+def bench(llama: engine.Engine, where: device.Device, file: Path, placement: str, tokens: int, work: Path):
     """Tokens per second by llama-bench: decoding alone, without a server and without sampling."""
     tool = llama.folder / "llama-bench"
     if not tool.exists():
         raise click.ClickException(f"{llama} has no llama-bench")
     with where.session(llama, work) as session:
         told = dict(zip(session.args[::2], session.args[1::2], strict=True))
-        argv = [str(tool), "-m", str(file), "-p", "0", "-n", str(tokens), "-r", "3", "-o", "json", "-fa", "on"]
+        argv = [
+            str(tool),
+            "-m",
+            str(file),
+            "-p",
+            "0",
+            "-n",
+            str(tokens),
+            "-r",
+            str(REQUESTS),
+            "-o",
+            "json",
+            "-fa",
+            "on",
+        ]
         argv += ["-rpc", told["--rpc"]] if "--rpc" in told else []  # before the device that it makes
         argv += ["-ngl", "999", "-t", str(where.threads), "-lm", "mmap", "-dev", told["--device"]]
         argv += ["-ncmoe", "999"] if placement == "cpu-moe" else []
@@ -43,7 +77,24 @@ def bench(llama: engine.Engine, where: device.Device, file: Path, placement: str
         done = subprocess.run(argv, capture_output=True, text=True, timeout=600, env=env)
     if done.returncode:
         raise click.ClickException(f"llama-bench ended with {done.returncode}: {done.stderr[-400:]}")
-    return statistics.fmean(json.loads(done.stdout)[0]["samples_ts"])
+    return json.loads(done.stdout)[0]["samples_ts"]
+
+
+def show(kept: dict[str, Any]) -> None:
+    """Print the ratios: geometric means over rounds with 95 % intervals, by placement."""
+    about = kept["about"]
+    print(
+        f"{about['model']} at scale {about['scale']}, {about['quant']}, on {about['device']['name']}, {about['engine']}"
+    )
+    for placement in PLACEMENTS:
+        rounds = [r for r in kept["rounds"] if r["placement"] == placement]
+        for what, below, above in (
+            ("client / server", lambda r: r["watched"]["server"], lambda r: r["watched"]["client"]),
+            ("server / llama-bench", lambda r: r["bench"], lambda r: r["watched"]["server"]),
+            ("watched / unwatched", lambda r: r["unwatched"]["client"], lambda r: r["watched"]["client"]),
+        ):
+            e = stats.ratio([(fmean(below(r)), fmean(above(r))) for r in rounds])
+            print(f"{placement:9} {what:21} {e.value:.4f} [{e.low:.4f}, {e.high:.4f}]  {e.n} rounds")
 
 
 @click.command()
@@ -51,40 +102,47 @@ def bench(llama: engine.Engine, where: device.Device, file: Path, placement: str
 @click.option("--scale", default="tiny", show_default=True)
 @click.option("--quant", default="Q8_0", show_default=True)
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(2))
-def main(model: str, scale: str, quant: str, rounds: int) -> None:
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Keep every rate in this file.")
+@click.option("--show", "kept", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Measure nothing.")
+def main(model: str, scale: str, quant: str, rounds: int, out: Path | None, kept: Path | None) -> None:
+    if kept:
+        show(json.loads(kept.read_text()))
+        return
     llama = engine.find()
     where = device.choose("auto", llama)
     tokens = params.workload(WORKLOAD).generate_tokens
     asked = {"study": "benchmark", "model": model, "weights": "twin", "scale": scale, "quant": quant, "block": 0}
-    asked |= {"order": 0, "workloads": (WORKLOAD,), "requests": 3, "context": 1024, "device": where.kind, "seed": 0}
-    seeded, every = random.Random(rounds), device.SAMPLE_S
-    print(f"{model} at scale {scale}, {quant}, on {where.identity()['name']}, {llama}, {rounds} rounds", flush=True)
+    asked |= {
+        "order": 0,
+        "workloads": (WORKLOAD,),
+        "requests": REQUESTS,
+        "context": 1024,
+        "device": where.kind,
+        "seed": 0,
+    }
+    seeded, measured = random.Random(rounds), []
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        made = quantize.make(models.make_twin(model, scale), quant, llama, work)
+        made = quantize.make(models.make_twin(model, scale, needed=False), quant, llama, work)
         where.calibrate(work)
-        for placement in ("baseline", "cpu-moe"):
-            spec = run.Spec(placement=placement, load_mode="mmap", **asked)
-            pairs = {"client / server": [], "server / llama-bench": [], "watched / unwatched": []}
-            for _ in range(rounds):
-                seen, order = {}, ["watched", "unwatched", "bench"]
+        about = {"model": model, "scale": scale, "quant": quant, "weights": "twin", "file_sha256": made.sheet["sha256"]}
+        about |= {"engine": str(llama), "device": where.identity(), "host": process.facts(), "workload": WORKLOAD}
+        for number in range(rounds):
+            for placement in PLACEMENTS:
+                spec = run.Spec(placement=placement, load_mode="mmap", **asked)
+                order = ["watched", "unwatched", "bench"]
                 seeded.shuffle(order)
+                took = {"placement": placement, "order": order}
                 for what in order:
                     if what == "bench":
-                        seen[what] = bench(llama, where, made.path, placement, tokens, work)
-                        continue
-                    device.SAMPLE_S = every if what == "watched" else 3600.0
-                    outcome = run.execute(spec, made, llama, where, work)
-                    if outcome.observation is None:
-                        raise click.ClickException(f"{outcome.reason}: {outcome.message}")
-                    seen[what] = rates(outcome.observation.requests)
-                ours, servers = (statistics.fmean(r[i] for r in seen["watched"]) for i in (0, 1))
-                pairs["client / server"].append((servers, ours))
-                pairs["server / llama-bench"].append((seen["bench"], servers))
-                pairs["watched / unwatched"].append((statistics.fmean(r[0] for r in seen["unwatched"]), ours))
-            for what, values in pairs.items():
-                e = stats.ratio(values)
-                print(f"{placement:9} {what:21} {e.value:.4f} [{e.low:.4f}, {e.high:.4f}]", flush=True)
+                        took[what] = bench(llama, where, made.path, placement, tokens, work)
+                    else:
+                        took[what] = serve(what == "watched", spec, made, llama, where, work)
+                measured.append(took)
+            print(f"round {number + 1} of {rounds}", flush=True)
+            if out:
+                files.write_json(out, {"about": about, "rounds": measured})
+    show({"about": about, "rounds": measured})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -60,15 +60,25 @@ def measure(folder: study.Folder, cell: study.Cell) -> Iterator[record.Record]:
         latest = study.standing(records)
         for specs in cell.blocks:
             found = study.found(specs, latest)
-            why = [study.why_not(r) for r in found]
-            # runs that are valid one by one but do not fit together are all done again
-            again = not any(why) and not all(c.passed for c in audit.block(found))
-            for spec, there, wrong in zip(specs, found, why, strict=True):
-                if again or wrong:
+            for spec, there, to_do in zip(specs, found, _to_do(found, where.uuid), strict=True):
+                if to_do:
                     attempt = 1 + max((r.attempt for r in records if r.key == record.spec_key(spec)), default=0)
                     there = _perform(folder, spec, attempt, setup)
                     records.append(there)
                 yield there
+
+
+def _to_do(found: Sequence[record.Record | None], uuid: str | None) -> list[bool]:
+    """Which runs of a block are still to be done, given the records that stand for them.
+
+    They are compared with each other, so a block is finished on one device: with what is missing goes what another
+    one than `uuid` ran; and runs that are valid one by one but do not fit together are all done again.
+    """
+    wrong = [study.why_not(r) for r in found]
+    if not any(wrong) and all(c.passed for c in audit.block(found)):
+        return [False] * len(found)
+    to_do = [bool(w) or r.device["uuid"] != uuid for r, w in zip(found, wrong, strict=True)]
+    return to_do if any(to_do) else [True] * len(found)
 
 
 @contextmanager

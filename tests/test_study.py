@@ -424,6 +424,43 @@ def test_runs_of_another_engine_are_not_mixed_in(copy):
     assert old.done
 
 
+@pytest.mark.engine
+def test_a_block_that_another_gpu_began_is_done_on_this_one_alone(copy):
+    """Runs of a block are compared with each other; a whole block of another GPU stands."""
+    folder = Folder("smoke")
+    cell = folder.cells[0]
+    for r in folder.records():
+        path = folder.path / "records" / f"{r.run_id}.json"
+        path.unlink()
+        if (r.spec.block, r.spec.placement) != (0, "cpu-moe"):
+            record.write(folder.path, r.model_copy(update={"device": {**r.device, "uuid": "GPU-of-another-day"}}))
+    before = {r.run_id for r in folder.records()}
+    there = list(measure.measure(folder, cell))
+    assert [(r.spec.block, r.device["uuid"]) for r in there] == [(0, None)] * 2 + [(1, "GPU-of-another-day")] * 2
+    assert folder.status(cell).complete
+    after = {r.run_id for r in folder.records()}
+    assert before <= after
+    assert len(after) == 5  # nothing was overwritten
+
+
+def test_what_is_done_of_a_block():
+    def ran(uuid, *runs):
+        return [r and r.model_copy(update={"device": {**r.device, "uuid": uuid}}) for r in runs]
+
+    base, moe = block()
+    bad = made(status="failed", placement="cpu-moe", order=1)
+    assert measure._to_do(ran("A", base, moe), "A") == [False, False]
+    assert measure._to_do(ran("A", base, moe), "B") == [False, False]
+    assert measure._to_do(ran("A", base, None), "A") == [False, True]
+    assert measure._to_do(ran("A", base, bad), "A") == [False, True]
+    assert measure._to_do(ran("A", base, None), "B") == [True, True]
+    assert measure._to_do([*ran("A", base), *ran("B", moe)], "B") == [True, False]
+    # on one GPU, and still not to be compared
+    other = moe.model_copy(update={"observed": dataclasses.replace(moe.observed, threads=7)})
+    assert measure._to_do(ran("A", base, other), "A") == [True, True]
+    assert measure._to_do([], "A") == []
+
+
 def test_a_cell_can_be_chosen_alone(home):
     folder, cells = measure.select("demo", "phi-3.5-moe/Q2_K")
     assert [c.name for c in cells] == ["phi-3.5-moe/Q2_K"]
