@@ -261,20 +261,25 @@ def new_key() -> str:
     return secrets.token_hex(16)
 
 
-def _git() -> str:
-    """The commit of the clone, with "-dirty" behind it where tracked files differ from it; empty without a clone."""
-    argv = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+PRODUCTS = ("outputs", "docs")
+"""Folders of the clone that measuring writes to: a change there is no change of what measures."""
+
+
+def _git(*args: str) -> str | None:
+    """What git says of the clone; None where it fails, as it does without one."""
+    argv = ["git", *args]
     try:
         return subprocess.check_output(argv, cwd=params.root(), stderr=subprocess.DEVNULL, text=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
-        return ""
+        return None
 
 
 @functools.cache
 def facts() -> dict[str, Any]:
-    """CPU, RAM, system and moelib's commit. `commit` is None outside a git clone; `dirty` says whether tracked files
-    differ from it."""
-    commit, _, dirty = _git().strip().partition("-")
+    """CPU, RAM, system and moelib's commit. `commit` and `dirty` are None outside a git clone; the latter says
+    whether tracked files other than products differ from the commit."""
+    commit = _git("rev-parse", "HEAD")
+    differ = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *(f":!{p}" for p in PRODUCTS))
     return {
         "cpu": _proc("cpuinfo", r"^model name[^:\n]*:(.*)") or platform.processor() or None,
         "cpus": usable_cpus(),
@@ -282,6 +287,6 @@ def facts() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "moelib": __version__,
-        "commit": commit or None,
-        "dirty": bool(dirty) if commit else None,
+        "commit": commit and commit.strip(),
+        "dirty": None if differ is None else bool(differ),
     }

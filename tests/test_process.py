@@ -155,3 +155,32 @@ def test_listening_is_proven_for_the_child_itself(tmp_path):
         other = process.Child(SLEEP, tmp_path / "other.log", process.environment(tmp_path))
         with other, pytest.raises(process.ProcessError, match="did not listen"):
             other.wait_listening(port, 0.3)
+
+
+def test_a_clone_is_dirty_by_what_measures_and_not_by_what_was_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOELIB_HOME", str(tmp_path))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+
+    def facts():
+        told = process.facts.__wrapped__()
+        return told["commit"], told["dirty"]
+
+    def git(*args):
+        who = ["-c", "user.name=n", "-c", "user.email=e"]
+        return subprocess.check_output(["git", *who, *args], cwd=tmp_path, text=True)
+
+    assert facts() == (None, None)
+    for name in ("params/a", "outputs/b", "docs/c"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("as committed")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "all")
+    commit = git("rev-parse", "HEAD").strip()
+    assert facts() == (commit, False)
+    (tmp_path / "new").write_text("not tracked")
+    (tmp_path / "outputs/b").write_text("a product made again")
+    (tmp_path / "docs/c").unlink()
+    assert facts() == (commit, False)
+    (tmp_path / "params/a").write_text("changed")
+    assert facts() == (commit, True)
