@@ -6,7 +6,8 @@
 
 python benchmarks/harness_accuracy.py --model deepseek-moe-16b --scale tiny --quant Q8_0 --rounds 5
 
-Every rate goes to the file named by `--out`, with what it was measured on; `--show FILE` makes the ratios of it again.
+Every rate goes to the file named by `--out`, with what it was measured on; `--show FILE` makes the ratios of it again,
+and a study's document those of the `harness.json` in its folder.
 """
 
 import json
@@ -14,12 +15,10 @@ import random
 import subprocess
 import tempfile
 from pathlib import Path
-from statistics import fmean
-from typing import Any
 
 import click
 
-from moelib import client, device, engine, files, models, params, process, quantize, run, stats
+from moelib import client, device, engine, harness, models, params, process, quantize, run
 
 WORKLOAD = "plan-short"
 PLACEMENTS = ("baseline", "cpu-moe")
@@ -80,21 +79,16 @@ def bench(llama: engine.Engine, where: device.Device, file: Path, placement: str
     return json.loads(done.stdout)[0]["samples_ts"]
 
 
-def show(kept: dict[str, Any]) -> None:
+def show(kept: harness.Harness) -> None:
     """Print the ratios: geometric means over rounds with 95 % intervals, by placement."""
-    about = kept["about"]
-    print(
-        f"{about['model']} at scale {about['scale']}, {about['quant']}, on {about['device']['name']}, {about['engine']}"
-    )
-    for placement in PLACEMENTS:
-        rounds = [r for r in kept["rounds"] if r["placement"] == placement]
-        for what, below, above in (
-            ("client / server", lambda r: r["watched"]["server"], lambda r: r["watched"]["client"]),
-            ("server / llama-bench", lambda r: r["bench"], lambda r: r["watched"]["server"]),
-            ("watched / unwatched", lambda r: r["unwatched"]["client"], lambda r: r["watched"]["client"]),
-        ):
-            e = stats.ratio([(fmean(below(r)), fmean(above(r))) for r in rounds])
-            print(f"{placement:9} {what:21} {e.value:.4f} [{e.low:.4f}, {e.high:.4f}]  {e.n} rounds")
+    about = kept.about
+    name = about["device"]["name"]
+    print(f"{about['model']} at scale {about['scale']}, {about['quant']}, on {name}, {about['engine']}")
+    for placement in kept.placements:
+        for ratio in harness.RATIOS:
+            e = ratio.estimate(kept, placement)
+            told = "met" if ratio.met(e) else "not met"
+            print(f"{placement:9} {ratio.name:21} {e.value:.4f} [{e.low:.4f}, {e.high:.4f}]  {ratio.aim}: {told}")
 
 
 @click.command()
@@ -106,7 +100,7 @@ def show(kept: dict[str, Any]) -> None:
 @click.option("--show", "kept", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Measure nothing.")
 def main(model: str, scale: str, quant: str, rounds: int, out: Path | None, kept: Path | None) -> None:
     if kept:
-        show(json.loads(kept.read_text()))
+        show(harness.read(kept))
         return
     llama = engine.find()
     where = device.choose("auto", llama)
@@ -140,9 +134,8 @@ def main(model: str, scale: str, quant: str, rounds: int, out: Path | None, kept
                         took[what] = serve(what == "watched", spec, made, llama, where, work)
                 measured.append(took)
             print(f"round {number + 1} of {rounds}", flush=True)
-            if out:
-                files.write_json(out, {"about": about, "rounds": measured})
-    show({"about": about, "rounds": measured})
+            found = harness.write(out or work / harness.NAME, about, measured)
+    show(found)
 
 
 if __name__ == "__main__":

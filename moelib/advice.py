@@ -6,12 +6,12 @@ The rule: a file fits a card of N GB if no run of it took more than N * 10^9 byt
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from moelib import analyse, report, stats
+from moelib import analyse, harness, report, stats
 from moelib.params import Arm, Study
 from moelib.record import Record
 from moelib.stats import number, size, span
 from moelib.study import Results
-from moelib.table import Sources, Table, Text, cite, cite_sheet
+from moelib.table import Sources, Table, Text, cite, cite_harness, cite_sheet
 
 CARDS_GB = (4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 80)
 """Memory of cards that people own, as they are sold."""
@@ -207,7 +207,10 @@ def verdict(results: Results, model: str) -> Text:
 def limits(results: Results) -> Text:
     """What the advice leaves out, once for all models."""
     cpus = "; ".join(sorted({f"{r.host['cpu']}, {r.host['cpus']} usable" for r in _runs(results)}))
-    told = []
+    told, sources = [], cite(_runs(results))
+    if slowed := harness.bias(results.accuracy):
+        told.append(slowed)
+        sources |= cite_harness(results.accuracy)
     if _gpu(results):
         told += [
             "A file *fits* a card of N GB if none of its runs took more than N × 10⁹ bytes from the device. Most "
@@ -223,4 +226,4 @@ def limits(results: Results) -> Text:
         "Between *all* and *none* there is `--n-cpu-moe N`: the experts of the first N blocks on the CPU.",
         "Quality was not measured: more bits per weight are no promise of better text.",
     ]
-    return Text("advice-limits", "\n".join(f"- {t}" for t in told), cite(_runs(results)))
+    return Text("advice-limits", "\n".join(f"- {t}" for t in told), sources)

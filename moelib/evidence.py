@@ -1,17 +1,18 @@
 """What a study's findings stand on: files, placement proof, audit, completeness, environment, records."""
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 
-from moelib import audit, stats, study
+from moelib import audit, harness, stats, study
 from moelib.invariants import INVARIANTS
 from moelib.record import Record
 from moelib.stats import number, size
 from moelib.study import Results
-from moelib.table import Table, Text, cite, cite_sheet, facts
+from moelib.table import Table, Text, cite, cite_harness, cite_sheet, facts
 
 
 def _types(count: dict[str, int]) -> str:
@@ -154,6 +155,26 @@ def environment_table(results: Results) -> Table:
 
     frame = pd.DataFrame([told(r) for r in results.done])
     return facts("environment", {k: "; ".join(sorted(set(frame[k]))) for k in frame}, cite(results.done))
+
+
+def harness_table(results: Results) -> Table:
+    """The harness's own numbers against the engine's."""
+    found = results.accuracy
+    if found is None:
+        why = "not measured in this study (`benchmarks/harness_accuracy.py --out`)."
+        return Table("harness", [], [], why_empty=why)
+    rows = []
+    for placement, ratio in itertools.product(found.placements, harness.RATIOS):
+        e = ratio.estimate(found, placement)
+        told = {"ratio": ratio.name, "placement": placement, "found": stats.close(e), "rounds": e.n}
+        rows.append(told | {"aim": ratio.aim, "met": "yes" if ratio.met(e) else "no"})
+    about = found.about
+    note = (
+        f"Decode rates of {about['model']} at {about['quant']}, scale {about['scale']}, {about['workload']}, on "
+        f"{about['device']['name']}, by commit {(about['host']['commit'] or stats.NONE)[:12]}: geometric mean over "
+        "rounds [95 % interval]."
+    )
+    return Table("harness", rows, [cite_harness(found)] * len(rows), note, ("found", "rounds"))
 
 
 def workloads_table(results: Results) -> Table:

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterable
 
-from moelib import analyse, stats
+from moelib import analyse, harness, stats
 from moelib.params import Arm
 from moelib.record import Record
 from moelib.stats import percent, size
 from moelib.study import Results
-from moelib.table import Table, Text, cite
+from moelib.table import Table, Text, cite, cite_harness
 
 WEIGHTS = {
     "twin": "The weights are **geometry twins**: random numbers in the shapes of the models named, at scale {scale} "
@@ -67,7 +67,11 @@ def answer(results: Results) -> Text:
         more = stats.span([s.value.value for s in rest], size)
         told.append(f"Device memory was {more} more than the engine's own buffers add up to.")
     told.append("Ranges are over models, quants and arms; the interval of each is in the tables.")
-    return Text("answer", "\n".join(f"- {t}" for t in told), cite(r for c in [*used, *rest] for r in c.records))
+    sources = cite(r for c in [*used, *rest] for r in c.records)
+    if slowed := harness.bias(results.accuracy):
+        told.append(slowed)
+        sources |= cite_harness(results.accuracy)
+    return Text("answer", "\n".join(f"- {t}" for t in told), sources)
 
 
 Show = Callable[[analyse.Comparison], dict[str, str]]

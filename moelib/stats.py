@@ -95,6 +95,11 @@ def sizes(e: Estimate | None) -> str:
     return _interval(e, lambda x: f"{x / unit:.2f}", f" {name}")
 
 
+def close(e: Estimate | None) -> str:
+    """An estimate with four decimals: of a ratio that is to be 1."""
+    return _interval(e, lambda x: f"{x:.4f}")
+
+
 def span(values: Sequence[float], text: Callable[[float], str]) -> str:
     """`low to high`, or the one text where both read alike."""
     low, high = text(min(values)), text(max(values))

@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moelib import audit, files, params, record, run
+from moelib import audit, files, harness, params, record, run
 
 
 class StudyError(params.UserError):
@@ -217,6 +217,8 @@ class Results(Plan):
     records: list[record.Record]
     damaged: list[str]
     sheets: list[dict[str, Any]]
+    accuracy: harness.Harness | None = None
+    """How accurate the harness was found to be; None where nobody measured it."""
 
     @cached_property
     def statuses(self) -> dict[str, Status]:
@@ -276,4 +278,8 @@ def results(path: Path) -> Results:
             wrong.append(name)
     damaged += [f"quants/{name}: not the sheet of its records" for name in wrong]
     sheets = [s for name, s in sheets.items() if name not in wrong]
-    return Results(name=path.name, **data, records=records, damaged=damaged, sheets=sheets)
+    try:
+        accuracy = harness.read(path / harness.NAME)
+    except files.FileError:
+        accuracy, damaged = None, [*damaged, f"{harness.NAME}: not what was written"]
+    return Results(name=path.name, **data, records=records, damaged=damaged, sheets=sheets, accuracy=accuracy)

@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moelib import files
+from moelib.harness import NAME, Harness
 from moelib.record import Record
 
 Sources = dict[str, str]
-"""Id of a record, or path of a sheet, -> digest."""
+"""Id of a record, or path of another file of the study, -> digest."""
 
 
 def cite(records: Iterable[Record]) -> Sources:
@@ -17,6 +18,10 @@ def cite(records: Iterable[Record]) -> Sources:
 
 def cite_sheet(sheet: dict[str, Any]) -> Sources:
     return {f"quants/{sheet['model']}-{sheet['quant']}.json": files.digest(sheet)}
+
+
+def cite_harness(found: Harness) -> Sources:
+    return {NAME: files.digest(found.model_dump(mode="json"))}
 
 
 class _Shown:

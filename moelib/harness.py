@@ -1,0 +1,115 @@
+"""How far the harness's own numbers are from the engine's: rates of one benchmark, kept, and the ratios they give.
+
+`benchmarks/harness_accuracy.py` measures them and writes the file; a study's document shows what is in its folder.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from pydantic import ValidationError
+
+from moelib import files, stats
+from moelib.params import Strict
+
+NAME = "harness.json"
+
+
+class Rates(Strict):
+    """Decode tokens per second of each request to one server."""
+
+    client: list[float]
+    """By arrival times here."""
+    server: list[float]
+    """By the server's own timings."""
+
+
+class Round(Strict):
+    """Each way of measuring once, in random order, each with a fresh process."""
+
+    placement: str
+    order: list[str]
+    watched: Rates
+    """With every monitor that a study's run has."""
+    unwatched: Rates
+    bench: list[float]
+    """Tokens per second by llama-bench, which streams and samples nothing."""
+
+
+class Harness(Strict):
+    """What the file holds."""
+
+    about: dict[str, Any]
+    """Model, scale, quant and file; engine, device, host and commit; workload."""
+    rounds: list[Round]
+    digest: str
+
+    @property
+    def placements(self) -> list[str]:
+        return list(dict.fromkeys(r.placement for r in self.rounds))
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One of the ratios, above 1 where the first is faster."""
+
+    name: str
+    aim: str
+    lowest: float
+    highest: float | None
+    of: Callable[[Round], tuple[list[float], list[float]]]
+    """The rates below and above the line."""
+
+    def estimate(self, found: Harness, placement: str) -> stats.Estimate:
+        """Geometric mean over rounds with its interval. Raises ValueError where there are no rounds."""
+        rounds = [r for r in found.rounds if r.placement == placement]
+        return stats.ratio([tuple(fmean(side) for side in self.of(r)) for r in rounds])
+
+    def met(self, e: stats.Estimate) -> bool:
+        return self.lowest <= e.value and (self.highest is None or e.value <= self.highest)
+
+
+CLIENT = Ratio("client / server", "within 0.5 %", 0.995, 1.005, lambda r: (r.watched.server, r.watched.client))
+BENCH = Ratio("server / llama-bench", "within 3 %", 0.97, 1.03, lambda r: (r.bench, r.watched.server))
+WATCHED = Ratio("watched / unwatched", "0.995 or better", 0.995, None, lambda r: (r.unwatched.client, r.watched.client))
+RATIOS = (CLIENT, BENCH, WATCHED)
+
+
+def bias(found: Harness | None) -> str | None:
+    """A sentence for each placement that watching surely slowed by more than the aim allows, None where it did not."""
+    told = []
+    for placement in found.placements if found else ():
+        e = WATCHED.estimate(found, placement)
+        if e.high is not None and e.high < WATCHED.lowest:
+            what = f"{found.about['model']} at {found.about['quant']}, {placement}"
+            told.append(
+                f"**Watching slowed the runs**: {what}, decoded at {stats.estimate(e)} times the rate that it had "
+                f"unwatched. Rates of {placement} here are too low by about as much, and so are their ratios."
+            )
+    return " ".join(told) or None
+
+
+def write(path: Path, about: dict[str, Any], rounds: list[dict[str, Any]]) -> Harness:
+    """Keep what was measured so far."""
+    data = {"about": about, "rounds": rounds}
+    made = Harness(**data, digest=files.digest(data))
+    files.write_json(path, made.model_dump(mode="json"))
+    return made
+
+
+def read(path: Path) -> Harness | None:
+    """What was kept, None where nothing was. Raises files.FileError if it is not what was written."""
+    try:
+        data = json.loads(path.read_bytes())
+        found = Harness.model_validate(data)
+        del data["digest"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, ValidationError):
+        found = None
+    if found is None or found.digest != files.digest(data):
+        raise files.FileError(f"{path.name} was changed or damaged; measure it again: benchmarks/harness_accuracy.py")
+    return found

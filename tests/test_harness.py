@@ -1,0 +1,121 @@
+"""How accurate the harness is: ratios of kept rates, and what a document says of them."""
+
+import json
+
+import pytest
+from conftest import REPO
+
+from moelib import advice, evidence, files, harness, report, study
+
+ABOUT = {
+    "model": "a-model",
+    "quant": "Q8_0",
+    "scale": "tiny",
+    "workload": "plan-short",
+    "device": {"name": "a GPU"},
+    "host": {"commit": "c" * 40},
+}
+
+
+def rounds(unwatched=100.0, client=100.0, bench=100.0, placement="cpu-moe", n=3):
+    """Rounds of a server at 100 tokens per second, a little apart."""
+
+    def rates(here, server):
+        return {"client": [here, here], "server": [server, server]}
+
+    order = ["watched", "unwatched", "bench"]
+    return [
+        {
+            "placement": placement,
+            "order": order,
+            "watched": rates(client * (1 + i * 1e-4), 100.0),
+            "unwatched": rates(unwatched * (1 - i * 1e-4), 100.0),
+            "bench": [bench, bench],
+        }
+        for i in range(n)
+    ]
+
+
+def kept(tmp_path, *made):
+    return harness.write(tmp_path / harness.NAME, ABOUT, [r for some in made for r in some])
+
+
+def test_ratios_have_known_values_and_their_aims(tmp_path):
+    found = kept(tmp_path, rounds(unwatched=125.0, client=99.0, bench=102.0))
+    e = {r.name: r.estimate(found, "cpu-moe") for r in harness.RATIOS}
+    assert e["client / server"].value == pytest.approx(0.9901, abs=1e-4)
+    assert e["server / llama-bench"].value == pytest.approx(100 / 102)
+    assert e["watched / unwatched"].value == pytest.approx(99 / 125, abs=1e-3)
+    assert {r.name: r.met(e[r.name]) for r in harness.RATIOS} == {
+        "client / server": False,
+        "server / llama-bench": True,
+        "watched / unwatched": False,
+    }
+    with pytest.raises(ValueError, match="0 values"):
+        harness.CLIENT.estimate(found, "baseline")
+
+
+def test_faster_than_unwatched_is_no_fault(tmp_path):
+    found = kept(tmp_path, rounds(unwatched=90.0))
+    assert harness.WATCHED.met(harness.WATCHED.estimate(found, "cpu-moe"))
+    assert harness.bias(found) is None
+
+
+@pytest.mark.parametrize(("unwatched", "told"), [(100.0, False), (100.4, False), (125.0, True)])
+def test_what_surely_slowed_the_runs_is_said(tmp_path, unwatched, told):
+    found = kept(tmp_path, rounds(unwatched=unwatched), rounds(placement="baseline"))
+    text = harness.bias(found)
+    assert bool(text) is told
+    if told:
+        assert "a-model at Q8_0, cpu-moe, decoded at 0.800" in text
+        assert "baseline," not in text
+
+
+def test_one_noisy_round_proves_nothing(tmp_path):
+    found = kept(tmp_path, rounds(unwatched=80.0, n=1), rounds(unwatched=125.0, n=1))
+    assert harness.bias(found) is None
+    assert harness.bias(kept(tmp_path, rounds(unwatched=125.0, n=1))) is None
+    assert harness.bias(None) is None
+
+
+def test_what_was_kept_is_read_back_and_a_change_is_seen(tmp_path):
+    path = tmp_path / harness.NAME
+    assert harness.read(path) is None
+    found = kept(tmp_path, rounds())
+    assert harness.read(path) == found
+    good = path.read_text()
+    for bad in (good.replace("100.0", "101.0", 1), good[:-20], "{}", good.replace('"bench"', '"bank"', 1)):
+        path.write_text(bad)
+        with pytest.raises(files.FileError, match="measure it again"):
+            harness.read(path)
+
+
+def test_the_committed_documents_say_what_their_files_hold():
+    found = study.results(REPO / "outputs/h200-twins")
+    table = evidence.harness_table(found)
+    assert len(table.rows) == 6
+    e = harness.CLIENT.estimate(found.accuracy, "baseline")
+    assert table.rows[0]["found"] == f"{e.value:.4f} [{e.low:.4f}, {e.high:.4f}]"
+    assert all(set(s) == {harness.NAME} for s in table.row_sources)
+    slowed = harness.bias(found.accuracy)
+    for text in (report.answer(found), advice.limits(found)):
+        assert ("Watching slowed" in text.text) is bool(slowed)
+        assert (harness.NAME in text.sources) is bool(slowed)
+    without = found.model_copy(update={"accuracy": None})
+    assert "not measured in this study" in evidence.harness_table(without).markdown()
+    assert "Watching slowed" not in report.answer(without).text
+
+
+def test_a_damaged_file_is_told_with_the_study(tmp_path):
+    import shutil
+
+    copy = tmp_path / "demo"
+    shutil.copytree(REPO / "docs/example/demo", copy, ignore=shutil.ignore_patterns("raw", "figures"))
+    found = kept(copy, rounds())
+    assert study.results(copy).accuracy == found
+    data = json.loads((copy / harness.NAME).read_text())
+    data["rounds"][0]["bench"] = [1.0]
+    (copy / harness.NAME).write_text(json.dumps(data))
+    told = study.results(copy)
+    assert told.accuracy is None
+    assert any(harness.NAME in d for d in told.damaged)
