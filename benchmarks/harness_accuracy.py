@@ -23,7 +23,7 @@ from moelib import client, device, engine, harness, models, params, process, qua
 WORKLOAD = "plan-short"
 PLACEMENTS = ("baseline", "cpu-moe")
 REQUESTS = 3  # of a server, and repetitions of llama-bench
-MONITORS = {"SAMPLE_S": device.SAMPLE_S, "BUS_S": device.BUS_S}  # seconds between looks, as a study takes them
+WATCHED_S = device.SAMPLE_S  # between readings, as a study takes them
 NEVER_S = 3600.0  # but for the look that ends every run
 
 
@@ -37,8 +37,7 @@ def serve(
     watched: bool, spec: run.Spec, made: quantize.Quantised, llama: engine.Engine, where: device.Device, work: Path
 ):
     """A run's rates, with all monitors or without."""
-    for name, every_s in MONITORS.items():
-        setattr(device, name, every_s if watched else NEVER_S)
+    device.SAMPLE_S = WATCHED_S if watched else NEVER_S
     outcome = run.execute(spec, made, llama, where, work)
     if outcome.observation is None:
         raise click.ClickException(f"{outcome.reason}: {outcome.message}")

@@ -108,9 +108,9 @@ def bound(workload: str) -> Quantity:
     return share
 
 
-def pcie_received(r: Record) -> float | None:
-    """Bytes that the GPU received over the bus while the run lasted."""
-    return r.observed.pcie_received_bytes
+def received(workload: str) -> Quantity:
+    """Bytes that the GPU receives over the bus while the warm server processes the workload's prompt."""
+    return lambda r: _mean(m.received_bytes for m in r.observed.prompt_traffic if m.workload == workload)
 
 
 def sm_clock(r: Record) -> float | None:

@@ -99,30 +99,37 @@ def check_ours(client: httpx.Client, model: Path) -> str | None:
     return answer.json().get("build_info")
 
 
-def ask_all(
-    client: httpx.Client,
-    workloads: list[params.Workload],
-    times: int,
-    context: int,
-    started: float,
-    energy: Callable[[], float | None],
-) -> tuple[tuple[Request, ...], tuple[float | None, ...]]:
-    """Every workload `times` times, in order, and then the likeliest tokens' log-probabilities, best first.
+Asked = tuple[params.Workload, list[int]]
+"""A workload and its prompt's token ids."""
 
-    `started` is the run's start on the monotonic clock; `energy` reads the board's counter. Raises RunError.
-    """
-    prompts = [(w, prompt_ids(client, w)) for w in workloads]
-    for w, prompt in prompts:
+
+def prepare(client: httpx.Client, workloads: list[params.Workload], context: int) -> list[Asked]:
+    """Every workload with its prompt. Raises RunError if one does not fit the context."""
+    asked = [(w, prompt_ids(client, w)) for w in workloads]
+    for w, prompt in asked:
         if len(prompt) + w.generate_tokens > context:
             need = f"{w.name} needs {len(prompt)} + {w.generate_tokens} tokens, the context is {context}"
             raise RunError("context-too-small", f"{need}: raise `context` in the study")
-    asked = [(w, prompt, i) for w, prompt in prompts for i in range(times)]
-    requests = tuple(_ask(client, w, prompt, i, started, energy) for w, prompt, i in asked)
-    return requests, _top_logprobs(client, prompts[0][1])
+    return asked
 
 
-def _top_logprobs(client: httpx.Client, prompt: list[int]) -> tuple[float | None, ...]:
-    """What the model makes of the next token, after all that is timed: weights that are not numbers serve happily."""
+def ask_all(
+    client: httpx.Client, asked: list[Asked], times: int, started: float, energy: Callable[[], float | None]
+) -> tuple[Request, ...]:
+    """Every workload `times` times, in order. `started` is the run's start on the monotonic clock; `energy` reads the
+    board's counter. Raises RunError."""
+    return tuple(_ask(client, w, prompt, i, started, energy) for w, prompt in asked for i in range(times))
+
+
+def ask_for_one(client: httpx.Client, prompt: list[int]) -> None:
+    """Process `prompt` for one token, untimed."""
+    body = {"prompt": prompt, "n_predict": 1, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+    _connect(client)
+    client.post("/completion", json=body).raise_for_status()
+
+
+def top_logprobs(client: httpx.Client, prompt: list[int]) -> tuple[float | None, ...]:
+    """Log-probabilities of the likeliest next tokens, best first: weights that are not numbers serve happily."""
     body = {"prompt": prompt, "n_predict": 1, "n_probs": 5, "temperature": 0, "cache_prompt": False}
     _connect(client)
     answer = client.post("/completion", json=body).raise_for_status().json()

@@ -205,7 +205,7 @@ class Traffic:
     def absent(self) -> dict[str, str]:
         """The counters that have no total -> why."""
         why = self.lost or "it was looked at only once"
-        return {} if self.totals else dict.fromkeys(("pcie_received_bytes", "pcie_sent_bytes"), why)
+        return {} if self.totals else dict.fromkeys(("received_bytes", "sent_bytes"), why)
 
 
 def _ask(question: Callable[[], Any]) -> Any:

@@ -164,19 +164,26 @@ class Child(AbstractContextManager):
         return self.exit
 
 
+@dataclass
+class Spent:
+    cpu_s: float = 0.0
+    """CPU seconds of a thread, known at its end."""
+
+
 @contextmanager
-def repeating(action: Callable[[], object], every_s: float) -> Iterator[None]:
+def repeating(action: Callable[[], object], every_s: float) -> Iterator[Spent]:
     """Call `action` every `every_s` seconds from a sleeping thread while the block runs, and once at its end."""
-    halt = threading.Event()
+    halt, spent = threading.Event(), Spent()
 
     def follow() -> None:
         while not halt.wait(every_s):
             action()
+        spent.cpu_s = time.thread_time()
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
     try:
-        yield
+        yield spent
     finally:
         halt.set()
         thread.join(timeout=10)

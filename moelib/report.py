@@ -250,10 +250,11 @@ def energy_table(results: Results, workload: str) -> Table:
 
 def host_table(results: Results) -> Table:
     """What a run takes of the host and of the bus, and the GPU's state meanwhile."""
+    last = results.study.workloads[-1]
     columns = {
         "host RSS, peak": (analyse.host_peak, stats.sizes),
         "major page faults": (analyse.major_faults, lambda e: stats.estimate(e)),
-        "received over PCIe": (analyse.pcie_received, stats.sizes),
+        f"over PCIe for a prompt of {last}": (analyse.received(last), stats.sizes),
         "GPU clock, MHz": (analyse.sm_clock, lambda e: stats.estimate(e)),
         "board, W": (analyse.power, lambda e: stats.estimate(e)),
     }
@@ -264,7 +265,8 @@ def host_table(results: Results) -> Table:
         rows.append(_where(cells[0], _many(results)) | told)
         records.append({r.run_id: r for c in cells for r in c.records}.values())
     note = (
-        "Of a whole run, load and all requests; mean [95 % interval]. Mapped pages of the file count in RSS. The bus "
-        "is read from the GPU's own counter, which turns over at 4 GiB: n/a where a turn may have gone unseen."
+        "Of a whole run, load and all requests; mean [95 % interval]. Mapped pages of the file count in RSS. What the "
+        "GPU receives for a prompt is read from its own counter, which turns over at 4 GiB, in a request apart from "
+        "the timed ones: n/a where a turn may have gone unseen, or nobody looked."
     )
     return _table("host", rows, records, note)

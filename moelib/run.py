@@ -3,10 +3,12 @@
 import re
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import httpx
 
 from moelib import client, host, params, process
 from moelib import device as devices
@@ -68,6 +70,18 @@ class Placement:
 
 
 @stored
+class PromptTraffic:
+    """What went over the bus while the warm server processed a prompt, in a request of its own after the timed ones:
+    looking at the bus that often would slow them."""
+
+    workload: str
+    prompt_tokens: int
+    received_bytes: int | None
+    """By the GPU; None where its counter may have turned over unseen."""
+    sent_bytes: int | None
+
+
+@stored
 class Observation:
     """Everything that one run showed."""
 
@@ -101,8 +115,12 @@ class Observation:
     exit_code: int | None
     exit_killed: bool
     pcie_received_bytes: int | None = None
-    """By the GPU over the bus while the run lasted; None where its counter turned over unseen, or is not there."""
+    """Over the whole run, in records made before prompts were watched alone."""
     pcie_sent_bytes: int | None = None
+    prompt_traffic: tuple[PromptTraffic, ...] = ()
+    """Of each workload's prompt; empty where there is no bus to look at."""
+    watch_cpu_s: float | None = None
+    """CPU seconds that watching took while the server was up; None in records of earlier code."""
 
     @property
     def engine_s(self) -> float:
@@ -151,9 +169,7 @@ def _observe(
                     counters.append(session.counters(now()))
                 readings.append(session.read(server.pid, now()))
 
-            bus = session.traffic
-            looking = process.repeating(lambda: bus.look(now()), devices.BUS_S) if bus else nullcontext()
-            with process.repeating(take, devices.SAMPLE_S), looking:
+            with process.repeating(take, devices.SAMPLE_S) as watching:
                 limit = process.patience(LOAD_S) + quantised.header.file_bytes / LOAD_BYTES_PER_S
                 with _telling_its_end(server):
                     port = next(filter(None, server.wait_for(engines.LISTENING, limit).groups()))
@@ -161,15 +177,16 @@ def _observe(
                     with client.connect(int(port), key) as connection:
                         build_info = client.check_ours(connection, quantised.path)
                         workloads = [params.workload(w) for w in spec.workloads]
-                        how = (workloads, spec.requests, spec.context, started, session.energy)
-                        requests, top = client.ask_all(connection, *how)
+                        asked = client.prepare(connection, workloads, spec.context)
+                        requests = client.ask_all(connection, asked, spec.requests, started, session.energy)
+                        top = client.top_logprobs(connection, asked[0][1])
+                        traffic, no_bus = _prompt_traffic(connection, asked, session, now)
             counters += [session.counters(now())] if session.counters else []
             peak, rss = session.peak_bytes(), process.peak_rss(server.pid)
             use = watch.stop(server.pid, session.pid)
             ended = server.stop()
             trace = Trace(idle, tuple(readings), session.settled(idle, server.pid, now))
             report = engines.parse_log(server.text())
-        received, sent = (bus and bus.totals) or (None, None)
     try:
         sha256 = quantised.content.sha256()
     except OSError as err:
@@ -193,14 +210,29 @@ def _observe(
         top_logprobs=top,
         memory=reconcile(device.kind, trace, report, there[1], device.context_bytes, peak),
         counters=tuple(counters),
-        absent=device.absent | (bus.absent() if bus else {}),
+        absent=device.absent | no_bus,
         host=use,
         host_rss_peak_bytes=rss,
         exit_code=ended.code,
         exit_killed=ended.killed,
-        pcie_received_bytes=received,
-        pcie_sent_bytes=sent,
+        prompt_traffic=traffic,
+        watch_cpu_s=round(watching.cpu_s, 6),
     )
+
+
+def _prompt_traffic(
+    connection: httpx.Client, asked: list[client.Asked], session: devices.Session, now: Callable[[], float]
+) -> tuple[tuple[PromptTraffic, ...], dict[str, str]]:
+    """Each prompt's traffic, and what is not known of it -> why."""
+    found, absent = [], {}
+    for workload, prompt in asked if session.traffic else ():
+        bus = session.traffic()
+        bus.look(now())
+        with process.repeating(lambda bus=bus: bus.look(now()), devices.BUS_S):
+            client.ask_for_one(connection, prompt)
+        found.append(PromptTraffic(workload.name, len(prompt), *(bus.totals or (None, None))))
+        absent |= bus.absent()
+    return tuple(found), absent
 
 
 @contextmanager

@@ -404,7 +404,7 @@ def _others(pids):
 
 readings(
     "a foreign process comes to the GPU", "memory-known",
-    lambda i, r: _others(((4242, 300 * MIB),))(r) if i >= 2 else r,
+    lambda i, r: _others(((4242, 300 * MIB),))(r) if i >= 1 else r,
 )  # fmt: skip
 readings(
     "a foreign process is on the GPU all the time", "memory-undoubted", lambda i, r: _others(((4242, 300 * MIB),))(r)

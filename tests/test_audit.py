@@ -76,6 +76,7 @@ VIOLATIONS = {
     "memory-undoubted": ("baseline", remembered(observation(), peak=0)),
     "not-slowed": broken(counters=(Counters(0.1, events=nvml.SLOWED["hw-thermal"]),)),
     "host-quiet": host(busy_s=0.71),
+    "watched-lightly": broken(watch_cpu_s=0.006),
     "clock-steady": host(clock_step_s=-0.2),
     "clean-end": broken(exit_code=-9, exit_killed=True),
 }
@@ -105,7 +106,7 @@ def test_a_violation_is_flagged_by_its_check_alone(check):
     assert status == ("degraded" if INVARIANTS[check].degrades else "invalid")
 
 
-DEGRADING = {"memory-undoubted", "not-slowed", "host-quiet", "clock-steady", "clean-end"}
+DEGRADING = {"memory-undoubted", "not-slowed", "host-quiet", "watched-lightly", "clock-steady", "clean-end"}
 
 
 def test_only_what_leaves_the_numbers_standing_degrades():
@@ -276,6 +277,12 @@ def test_the_hosts_limits(change, right):
     assert (failed(*host(**change))[0] == "valid") == right
 
 
+@pytest.mark.parametrize(("spent", "right"), [(None, True), (0.0, True), (0.005, True), (0.0051, False)])
+def test_watching_may_take_a_hundredth_of_a_cpu(spent, right):
+    """The run lasted 0.5 s."""
+    assert failed(*broken(watch_cpu_s=spent)) == (("valid", ()) if right else ("degraded", ("watched-lightly",)))
+
+
 def test_memory_verdicts_cannot_be_given_by_hand():
     """A status that its reasons do not give, or reasons without a status, is seen."""
     m = observation().memory
@@ -436,6 +443,7 @@ LIMITS = {
     "memory-undoubted": "a value from two accounts",
     "not-slowed": "no thermal, power-brake or hardware slowdown",
     "host-quiet": "10% of the host's CPU time",
+    "watched-lightly": "1% of one CPU",
     "clock-steady": "100 ms",
     "clean-end": "exit 0 within the grace time",
     "block-complete": "one baseline and at least one more, each arm once",
@@ -469,6 +477,7 @@ SAID = {
     "memory-undoubted": ("all taken", "sampled-peak"),
     "not-slowed": ("0 readings", "hw-thermal"),
     "host-quiet": ("0.0% by others", "11.0% by others"),
+    "watched-lightly": ("None CPU seconds of 0.50 s", "0.006 CPU seconds of 0.50 s"),
     "clock-steady": ("step 0.000 s, sleep 0.000 s", "step -0.200 s, sleep 0.000 s"),
     "clean-end": ("exit 0", "exit -9"),
 }

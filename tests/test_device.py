@@ -84,3 +84,55 @@ def test_where_no_context_can_be_made_its_size_is_not_known(tmp_path, monkeypatc
     card.gpu, card.uuid = Card(Reading(0.0, None, 1000)), "GPU-1"
     card.calibrate(tmp_path)
     assert card.context_bytes is None
+
+
+class Listing:
+    """A GPU that lists processes, and a system that knows their parents."""
+
+    def __init__(self, monkeypatch):
+        self.there, self.tree, self.looks = {}, {}, 0
+        monkeypatch.setattr(device.host, "tree", self.look)
+
+    def look(self, pid):
+        self.looks += 1
+        return {pid, *self.tree.get(pid, ())}
+
+    def read(self, ours, t_s):
+        mine = [n for pid, n in self.there.items() if pid in ours]
+        others = tuple(sorted((pid, n) for pid, n in self.there.items() if pid not in ours))
+        return Reading(t_s, sum(mine) or None, sum(self.there.values()), bool(mine), others)
+
+
+def test_all_processes_are_gone_through_only_when_somebody_came_and_now_and_then(monkeypatch):
+    gpu = Listing(monkeypatch)
+    family = device.Family(gpu)
+    gpu.there = {7: 100}  # a desktop, before the run
+    assert family.read(None, 0.0).others == ((7, 100),)
+    assert gpu.looks == 0
+    assert family.read(50, 0.1).process_bytes is None
+    assert gpu.looks == 1
+    gpu.there |= {50: 1000}
+    for t in (0.2, 0.3, 1.0, 5.0):
+        assert family.read(50, t).process_bytes == 1000
+    assert gpu.looks == 1
+    gpu.tree, gpu.there = {50: [51]}, gpu.there | {51: 10}  # the server's child
+    found = family.read(50, 5.05)
+    assert (found.process_bytes, found.others) == (1010, ((7, 100),))
+    assert gpu.looks == 2
+    gpu.there |= {99: 5}  # a stranger
+    for t in (5.06, 5.07):
+        found = family.read(50, t)
+        assert (found.process_bytes, found.others) == (1010, ((7, 100), (99, 5)))
+    assert gpu.looks == 3
+    assert family.read(50, 5.1 + device.FAMILY_S).process_bytes == 1010
+    assert gpu.looks == 4
+    gpu.there = {7: 100}  # it ended
+    assert not family.read(50, 11.0).listed
+
+
+def test_a_stranger_of_before_stays_one(monkeypatch):
+    gpu = Listing(monkeypatch)
+    family = device.Family(gpu)
+    gpu.there = {50: 1000}
+    family.read(None, 0.0)
+    assert family.read(60, 0.1).others == ((50, 1000),)

@@ -412,17 +412,17 @@ def test_a_counter_that_turns_over_is_followed_as_long_as_no_turn_can_go_unseen(
     assert traffic.absent() == {}
     traffic.look(2.0)
     assert traffic.totals is None
-    assert "ms apart, and the counter can turn over in 1000 ms" in traffic.absent()["pcie_received_bytes"]
+    assert "ms apart, and the counter can turn over in 1000 ms" in traffic.absent()["received_bytes"]
     traffic.look(2.1)
     assert traffic.totals is None
 
 
 def test_a_counter_that_is_not_there_counts_nothing():
     traffic = Traffic(1.0, lambda: [None, 3])
-    assert traffic.absent()["pcie_sent_bytes"] == "it was looked at only once"
+    assert traffic.absent()["sent_bytes"] == "it was looked at only once"
     traffic.look(0.0)
     assert traffic.totals is None
-    assert traffic.absent() == dict.fromkeys(("pcie_received_bytes", "pcie_sent_bytes"), "the driver did not answer")
+    assert traffic.absent() == dict.fromkeys(("received_bytes", "sent_bytes"), "the driver did not answer")
 
 
 @pytest.mark.parametrize("bytes_per_s", [None, 0.0])

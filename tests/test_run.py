@@ -82,7 +82,7 @@ def test_load_mode_none_is_obeyed(engine, quantised, loopback, tmp_path):
     assert "CPU_Mapped" not in {b.name for b in seen.report.buffers}
 
 
-def test_the_bus_is_followed_through_the_run_or_the_record_says_why_not(engine, quantised, tmp_path):
+def test_the_bus_is_watched_through_each_prompt_or_the_record_says_why_not(engine, quantised, tmp_path):
     class WithBus(device.Loopback):
         """The loopback device with a counter that moves by 1000 a look, in a link of so many bytes a second."""
 
@@ -90,20 +90,30 @@ def test_the_bus_is_followed_through_the_run_or_the_record_says_why_not(engine, 
         def session(self, *args):
             count = itertools.count(2**32 - 5000, 1000)
             with super().session(*args) as made:
-                made.traffic = Traffic(self.link, lambda: [next(count) % 2**32, 7])
+                made.traffic = lambda: Traffic(self.link, lambda: [next(count) % 2**32, 7])
                 yield made
 
     where = WithBus()
     where.link = 2**32 / 60  # a turn takes a minute
-    seen, _ = execute(engine, quantised, where, tmp_path)
-    looks = seen.pcie_received_bytes // 1000
-    assert (seen.pcie_received_bytes % 1000, seen.pcie_sent_bytes) == (0, 0)
-    assert 5 < looks <= seen.wall_s / device.BUS_S + 2
-    assert "pcie_received_bytes" not in seen.absent
+    seen, checks = execute(engine, quantised, where, tmp_path)
+    assert [(t.workload, t.prompt_tokens) for t in seen.prompt_traffic] == [("plan-short", 8), ("long-512", 512)]
+    for t in seen.prompt_traffic:
+        looks, rest = divmod(t.received_bytes, 1000)
+        assert (rest, t.sent_bytes) == (0, 0)
+        assert 1 <= looks <= seen.wall_s / device.BUS_S + 2
+    assert "received_bytes" not in seen.absent
+    assert failed(checks) == set()  # and the timed requests are as they were
     where.link = 2**32 / 0.001
     seen, _ = execute(engine, quantised, where, tmp_path)
-    assert seen.pcie_received_bytes is None
-    assert "the counter can turn over in 1 ms" in seen.absent["pcie_received_bytes"]
+    assert {t.received_bytes for t in seen.prompt_traffic} == {None}
+    assert "the counter can turn over in 1 ms" in seen.absent["received_bytes"]
+
+
+def test_without_a_bus_no_prompt_is_asked_again(engine, quantised, loopback, tmp_path, monkeypatch):
+    monkeypatch.setattr(client, "ask_for_one", lambda *_: pytest.fail("nothing was to be looked at"))
+    seen, _ = execute(engine, quantised, loopback, tmp_path, workloads=("smoke",))
+    assert seen.prompt_traffic == ()
+    assert 0 < seen.watch_cpu_s < seen.wall_s
 
 
 def test_without_a_device_the_record_says_so(engine, quantised, tmp_path):
