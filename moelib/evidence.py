@@ -177,6 +177,27 @@ def harness_table(results: Results) -> Table:
     return Table("harness", rows, [cite_harness(found)] * len(rows), note, ("found", "rounds"))
 
 
+def machines(results: Results) -> Text:
+    """What the intervals hold: one machine's variation, or that between machines too."""
+    mixed = []
+    for name, status in results.measured.items():
+        here = [r for b in status.blocks for r in b]
+        cards = Counter(b[0].device["uuid"] or b[0].device["name"] for b in status.blocks)
+        if len(cards) > 1:
+            speeds = [r.host.get("ram_read_bytes_per_s") for r in here]
+            told = f"{' + '.join(map(str, cards.values()))} blocks"
+            if None not in speeds:
+                told += f", RAM read at {stats.span([s / 1e9 for s in sorted(speeds)], number)} GB/s"
+            mixed.append(f"{name} ({told})")
+    text = "- Blocks measure variation from run to run on one machine, not from machine to machine."
+    if mixed:
+        text = (
+            f"- The blocks of {' and of '.join(mixed)} come from different machines of one kind: their intervals hold "
+            "what these machines differ by. Elsewhere blocks measure variation from run to run on one machine."
+        )
+    return Text("machines", text, cite(r for b in results.blocks for r in b))
+
+
 def workloads_table(results: Results) -> Table:
     rows, sources = [], []
     for name, w in results.workloads.items():

@@ -158,6 +158,30 @@ def test_status_lists_every_run_that_is_missing_or_wrong():
     assert vouching.problems[0].endswith("valid, but its audit says invalid")
 
 
+def test_blocks_of_several_machines_are_said_to_be(home):
+    def results(*uuids):
+        cell = study.Cell(
+            "deepseek-moe-16b",
+            "Q4_K_M",
+            tuple((spec(block=b), spec(placement="cpu-moe", order=1, block=b)) for b in range(3)),
+        )
+        runs = []
+        for b, uuid in enumerate(uuids):
+            for r in block(block=b):
+                device = {**r.device, "uuid": uuid}
+                host = {**r.host, "ram_read_bytes_per_s": 50e9 if uuid == "A" else 100e9}
+                runs.append(r.model_copy(update={"device": device, "host": host}))
+        demo = params.study("demo").model_copy(update={"models": [cell.model], "quants": [cell.quant]})
+        return study.Results(name="s", study=demo, workloads={}, cells=[cell], records=runs, damaged=[], sheets=[])
+
+    assert "one machine, not from machine to machine" in evidence.machines(results("A", "A", "A")).text
+    told = evidence.machines(results("A", "B", "B"))
+    assert (
+        "deepseek-moe-16b/Q4_K_M (1 + 2 blocks, RAM read at 50.0 to 100 GB/s) come from different machines" in told.text
+    )
+    assert len(told.sources) == 6
+
+
 def test_a_study_without_records_is_an_error(home):
     with pytest.raises(StudyError, match="holds no plan"):
         study.results(home / "outputs/smoke")
