@@ -2,6 +2,7 @@
 
 - client / server: tokens per second by arrival times here, over the server's own timings (aim: within 0.5 %);
 - server / llama-bench: the server's timings over `llama-bench -p 0 -n 100` on the same file and device (within 3 %);
+- the same with the next token chosen on the device, where the build can: what sampling on the host costs;
 - watched / unwatched: with all monitors on, over the same without them (0.995 or better).
 
 python benchmarks/harness_accuracy.py --model deepseek-moe-16b --scale tiny --quant Q8_0 --rounds 5
@@ -18,12 +19,13 @@ from pathlib import Path
 
 import click
 
-from moelib import client, device, engine, harness, models, params, process, quantize, run
+from moelib import client, device, engine, harness, models, params, process, quantize, run, stats
 
 WORKLOAD = "plan-short"
 PLACEMENTS = ("baseline", "cpu-moe")
 REQUESTS = 3  # of a server, and repetitions of llama-bench
 WATCHED_S = device.SAMPLE_S  # between readings, as a study takes them
+SAMPLING = client.SAMPLING
 NEVER_S = 3600.0  # but for the look that ends every run
 
 
@@ -33,11 +35,10 @@ def rates(requests: tuple[client.Request, ...]) -> dict[str, list[float]]:
     return {"client": [r.tps for r in requests], "server": server}
 
 
-def serve(
-    watched: bool, spec: run.Spec, made: quantize.Quantised, llama: engine.Engine, where: device.Device, work: Path
-):
-    """A run's rates, with all monitors or without."""
-    device.SAMPLE_S = WATCHED_S if watched else NEVER_S
+def serve(how: str, spec: run.Spec, made: quantize.Quantised, llama: engine.Engine, where: device.Device, work: Path):
+    """A run's rates: watched, unwatched, or unwatched with the next token chosen on the device."""
+    device.SAMPLE_S = WATCHED_S if how == "watched" else NEVER_S
+    client.SAMPLING = {**SAMPLING, "backend_sampling": how == "on_device"}
     outcome = run.execute(spec, made, llama, where, work)
     if outcome.observation is None:
         raise click.ClickException(f"{outcome.reason}: {outcome.message}")
@@ -51,23 +52,9 @@ def bench(llama: engine.Engine, where: device.Device, file: Path, placement: str
         raise click.ClickException(f"{llama} has no llama-bench")
     with where.session(llama, work) as session:
         told = dict(zip(session.args[::2], session.args[1::2], strict=True))
-        argv = [
-            str(tool),
-            "-m",
-            str(file),
-            "-p",
-            "0",
-            "-n",
-            str(tokens),
-            "-r",
-            str(REQUESTS),
-            "-o",
-            "json",
-            "-fa",
-            "on",
-        ]
+        argv = [str(tool), "-m", str(file), "-p", "0", "-n", str(tokens), "-r", str(REQUESTS), "-o", "json"]
         argv += ["-rpc", told["--rpc"]] if "--rpc" in told else []  # before the device that it makes
-        argv += ["-ngl", "999", "-t", str(where.threads), "-lm", "mmap", "-dev", told["--device"]]
+        argv += ["-fa", "on", "-ngl", "999", "-t", str(where.threads), "-lm", "mmap", "-dev", told["--device"]]
         argv += ["-ncmoe", "999"] if placement == "cpu-moe" else []
         if session.cpus:
             argv = ["taskset", "-c", ",".join(map(str, session.cpus)), *argv]
@@ -83,11 +70,8 @@ def show(kept: harness.Harness) -> None:
     about = kept.about
     name = about["device"]["name"]
     print(f"{about['model']} at scale {about['scale']}, {about['quant']}, on {name}, {about['engine']}")
-    for placement in kept.placements:
-        for ratio in harness.RATIOS:
-            e = ratio.estimate(kept, placement)
-            told = "met" if ratio.met(e) else "not met"
-            print(f"{placement:9} {ratio.name:21} {e.value:.4f} [{e.low:.4f}, {e.high:.4f}]  {ratio.aim}: {told}")
+    for placement, ratio, e in harness.ratios(kept):
+        print(f"{placement:9} {ratio.name:45} {stats.close(e)}  {ratio.aim}: {ratio.met(e)}")
 
 
 @click.command()
@@ -123,14 +107,14 @@ def main(model: str, scale: str, quant: str, rounds: int, out: Path | None, kept
         for number in range(rounds):
             for placement in PLACEMENTS:
                 spec = run.Spec(placement=placement, load_mode="mmap", **asked)
-                order = ["watched", "unwatched", "bench"]
+                order = ["watched", "unwatched", "on_device", "bench"]
                 seeded.shuffle(order)
                 took = {"placement": placement, "order": order}
-                for what in order:
-                    if what == "bench":
-                        took[what] = bench(llama, where, made.path, placement, tokens, work)
+                for how in order:
+                    if how == "bench":
+                        took[how] = bench(llama, where, made.path, placement, tokens, work)
                     else:
-                        took[what] = serve(what == "watched", spec, made, llama, where, work)
+                        took[how] = serve(how, spec, made, llama, where, work)
                 measured.append(took)
             print(f"round {number + 1} of {rounds}", flush=True)
             found = harness.write(out or work / harness.NAME, about, measured)

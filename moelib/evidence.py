@@ -1,6 +1,5 @@
 """What a study's findings stand on: files, placement proof, audit, completeness, environment, records."""
 
-import itertools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -164,10 +163,9 @@ def harness_table(results: Results) -> Table:
         why = "not measured in this study (`benchmarks/harness_accuracy.py --out`)."
         return Table("harness", [], [], why_empty=why)
     rows = []
-    for placement, ratio in itertools.product(found.placements, harness.RATIOS):
-        e = ratio.estimate(found, placement)
+    for placement, ratio, e in harness.ratios(found):
         told = {"ratio": ratio.name, "placement": placement, "found": stats.close(e), "rounds": e.n}
-        rows.append(told | {"aim": ratio.aim, "met": "yes" if ratio.met(e) else "no"})
+        rows.append(told | {"aim": ratio.aim, "met": ratio.met(e)})
     about = found.about
     note = (
         f"Decode rates of {about['model']} at {about['quant']}, scale {about['scale']}, {about['workload']}, on "

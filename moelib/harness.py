@@ -4,7 +4,8 @@
 """
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -37,6 +38,8 @@ class Round(Strict):
     unwatched: Rates
     bench: list[float]
     """Tokens per second by llama-bench, which streams and samples nothing."""
+    on_device: Rates | None = None
+    """Unwatched, with the next token chosen on the device where the build can: the logits stay there."""
 
 
 class Harness(Strict):
@@ -47,10 +50,6 @@ class Harness(Strict):
     rounds: list[Round]
     digest: str
 
-    @property
-    def placements(self) -> list[str]:
-        return list(dict.fromkeys(r.placement for r in self.rounds))
-
 
 @dataclass(frozen=True)
 class Ratio:
@@ -59,31 +58,51 @@ class Ratio:
     name: str
     aim: str
     lowest: float
-    highest: float | None
-    of: Callable[[Round], tuple[list[float], list[float]]]
-    """The rates below and above the line."""
+    highest: float
+    of: Callable[[Round], tuple[list[float], list[float]] | None]
+    """The rates below and above the line; None of a round that has not both."""
 
-    def estimate(self, found: Harness, placement: str) -> stats.Estimate:
-        """Geometric mean over rounds with its interval. Raises ValueError where there are no rounds."""
-        rounds = [r for r in found.rounds if r.placement == placement]
-        return stats.ratio([tuple(fmean(side) for side in self.of(r)) for r in rounds])
+    def estimate(self, found: Harness, placement: str) -> stats.Estimate | None:
+        """Geometric mean over rounds with its interval; None where there are no rounds."""
+        pairs = [two for r in found.rounds if r.placement == placement and (two := self.of(r))]
+        return stats.ratio([tuple(map(fmean, two)) for two in pairs]) if pairs else None
 
-    def met(self, e: stats.Estimate) -> bool:
-        return self.lowest <= e.value and (self.highest is None or e.value <= self.highest)
+    def met(self, e: stats.Estimate) -> str:
+        """yes or no where the whole interval says so, else undecided."""
+        low, high = (e.value if x is None else x for x in (e.low, e.high))
+        if self.lowest <= low and high <= self.highest:
+            return "yes"
+        return "no" if high < self.lowest or self.highest < low else "undecided"
 
 
 CLIENT = Ratio("client / server", "within 0.5 %", 0.995, 1.005, lambda r: (r.watched.server, r.watched.client))
 BENCH = Ratio("server / llama-bench", "within 3 %", 0.97, 1.03, lambda r: (r.bench, r.watched.server))
-WATCHED = Ratio("watched / unwatched", "0.995 or better", 0.995, None, lambda r: (r.unwatched.client, r.watched.client))
-RATIOS = (CLIENT, BENCH, WATCHED)
+WATCHED = Ratio(
+    "watched / unwatched", "0.995 or better", 0.995, math.inf, lambda r: (r.unwatched.client, r.watched.client)
+)
+ON_DEVICE = Ratio(
+    "server, sampling on the device / llama-bench",
+    "within 3 %",
+    0.97,
+    1.03,
+    lambda r: (r.bench, r.on_device.server) if r.on_device else None,
+)
+RATIOS = (CLIENT, BENCH, ON_DEVICE, WATCHED)
+
+
+def ratios(found: Harness) -> Iterator[tuple[str, Ratio, stats.Estimate]]:
+    """(placement, ratio, estimate) of all that was measured."""
+    for placement in dict.fromkeys(r.placement for r in found.rounds):
+        for ratio in RATIOS:
+            if (e := ratio.estimate(found, placement)) is not None:
+                yield placement, ratio, e
 
 
 def bias(found: Harness | None) -> str | None:
     """A sentence for each placement that watching surely slowed by more than the aim allows, None where it did not."""
     told = []
-    for placement in found.placements if found else ():
-        e = WATCHED.estimate(found, placement)
-        if e.high is not None and e.high < WATCHED.lowest:
+    for placement, ratio, e in ratios(found) if found else ():
+        if ratio is WATCHED and e.high is not None and e.high < ratio.lowest:
             what = f"{found.about['model']} at {found.about['quant']}, {placement}"
             told.append(
                 f"**Watching slowed the runs**: {what}, decoded at {stats.estimate(e)} times the rate that it had "
@@ -95,9 +114,8 @@ def bias(found: Harness | None) -> str | None:
 def write(path: Path, about: dict[str, Any], rounds: list[dict[str, Any]]) -> Harness:
     """Keep what was measured so far."""
     data = {"about": about, "rounds": rounds}
-    made = Harness(**data, digest=files.digest(data))
-    files.write_json(path, made.model_dump(mode="json"))
-    return made
+    files.write_json(path, {**data, "digest": files.digest(data)})
+    return Harness(**data, digest=files.digest(data))
 
 
 def read(path: Path) -> Harness | None:

@@ -21,7 +21,7 @@ def cite_sheet(sheet: dict[str, Any]) -> Sources:
 
 
 def cite_harness(found: Harness) -> Sources:
-    return {NAME: files.digest(found.model_dump(mode="json"))}
+    return {NAME: found.digest}
 
 
 class _Shown:

@@ -40,6 +40,8 @@ class Stage:
         argv = [sys.executable, "-m", "moelib.cli", "publish", self.study, "--to", SPACE, *args]
         off = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         env = os.environ | {"HF_ENDPOINT": self.there.url, "HF_TOKEN": TOKEN} | off
+        # a shell starts what it puts into the background with Ctrl-C ignored, and children inherit that
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         with tempfile.TemporaryFile("w+") as out, subprocess.Popen(argv, env=env, stdout=out, stderr=out) as child:
             deadline = time.monotonic() + WAIT_S
             try:
@@ -87,9 +89,9 @@ def rehearse(study, folder, stop_at=3):
 
         stage.say(f"## Interrupted: Ctrl-C while file {stop_at} is being sent\n")
         silence = there.fail("timeout", match="^PUT /storage", nth=stop_at, times=1)
-        code, _ = stage.command("--yes", "--public", interrupt=lambda: silence.struck)
+        code, text = stage.command("--yes", "--public", interrupt=lambda: silence.struck)
         there.let_go()
-        assert code == 130
+        assert code == 130, text
         first, public = stage.hub()
         assert public == {}
 

@@ -42,22 +42,26 @@ def kept(tmp_path, *made):
 
 def test_ratios_have_known_values_and_their_aims(tmp_path):
     found = kept(tmp_path, rounds(unwatched=125.0, client=99.0, bench=102.0))
-    e = {r.name: r.estimate(found, "cpu-moe") for r in harness.RATIOS}
+    e = {r.name: e for placement, r, e in harness.ratios(found)}
     assert e["client / server"].value == pytest.approx(0.9901, abs=1e-4)
     assert e["server / llama-bench"].value == pytest.approx(100 / 102)
     assert e["watched / unwatched"].value == pytest.approx(99 / 125, abs=1e-3)
-    assert {r.name: r.met(e[r.name]) for r in harness.RATIOS} == {
-        "client / server": False,
-        "server / llama-bench": True,
-        "watched / unwatched": False,
+    assert {r.name: r.met(e[r.name]) for r in harness.RATIOS if r.name in e} == {
+        "client / server": "no",
+        "server / llama-bench": "yes",
+        "watched / unwatched": "no",
     }
-    with pytest.raises(ValueError, match="0 values"):
-        harness.CLIENT.estimate(found, "baseline")
+    assert harness.CLIENT.estimate(found, "baseline") is None
+    with_device = [{**r, "on_device": r["watched"]} for r in rounds(bench=100.0)]
+    found = kept(tmp_path, with_device, rounds(placement="baseline"))
+    told = {(placement, r.name): e for placement, r, e in harness.ratios(found)}
+    assert told["cpu-moe", harness.ON_DEVICE.name].value == pytest.approx(1.0)
+    assert ("baseline", harness.ON_DEVICE.name) not in told
 
 
 def test_faster_than_unwatched_is_no_fault(tmp_path):
     found = kept(tmp_path, rounds(unwatched=90.0))
-    assert harness.WATCHED.met(harness.WATCHED.estimate(found, "cpu-moe"))
+    assert harness.WATCHED.met(harness.WATCHED.estimate(found, "cpu-moe")) == "yes"
     assert harness.bias(found) is None
 
 
@@ -74,6 +78,7 @@ def test_what_surely_slowed_the_runs_is_said(tmp_path, unwatched, told):
 def test_one_noisy_round_proves_nothing(tmp_path):
     found = kept(tmp_path, rounds(unwatched=80.0, n=1), rounds(unwatched=125.0, n=1))
     assert harness.bias(found) is None
+    assert harness.WATCHED.met(harness.WATCHED.estimate(found, "cpu-moe")) == "undecided"
     assert harness.bias(kept(tmp_path, rounds(unwatched=125.0, n=1))) is None
     assert harness.bias(None) is None
 
