@@ -19,7 +19,7 @@ RATE_SHARE, RATE_S = 0.05, 0.010  # client against engine over a whole decode: 0
 ROUNDING = 1e-4  # times are kept to microseconds
 CLOCK_S = 0.1  # a slewed clock moves by 10 ms in 20 s, a stepped one by anything
 FOREIGN_SHARE = 0.10  # of the host's CPU time
-WATCH_SHARE = 0.01  # of one CPU: 0.2 to 0.3 % seen; where it was some 10 %, an H200's host decoded 14 % slower
+WATCH_SHARE = 0.01  # of one CPU: 0.2 to 0.3 % seen on loopback; where all CPUs decode, each percent is one of the rate
 
 
 class Measured(NamedTuple):
