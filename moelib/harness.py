@@ -114,8 +114,9 @@ def bias(found: Harness | None) -> str | None:
 def write(path: Path, about: dict[str, Any], rounds: list[dict[str, Any]]) -> Harness:
     """Keep what was measured so far."""
     data = {"about": about, "rounds": rounds}
-    files.write_json(path, {**data, "digest": files.digest(data)})
-    return Harness(**data, digest=files.digest(data))
+    whole = {**data, "digest": files.digest(data)}
+    files.write_json(path, whole)
+    return Harness(**whole)
 
 
 def read(path: Path) -> Harness | None:
