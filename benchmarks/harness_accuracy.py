@@ -3,7 +3,8 @@
 - client / server: tokens per second by arrival times here, over the server's own timings (aim: within 0.5 %);
 - server / llama-bench: the server's timings over `llama-bench -p 0 -n 100` on the same file and device (within 3 %);
 - the same with the next token chosen on the device, where the build can: what sampling on the host costs;
-- watched / unwatched: with all monitors on, over the same without them (0.995 or better).
+- watched / unwatched: with all monitors on, over the same without them (0.995 or better), in one long generation in
+  which they are on in one of each two neighbouring half seconds, by lot.
 
 python benchmarks/harness_accuracy.py --model deepseek-moe-16b --scale tiny --quant Q8_0 --rounds 5
 
@@ -12,10 +13,15 @@ and a study's document those of the `harness.json` in its folder.
 """
 
 import json
+import math
 import random
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import click
 
@@ -24,9 +30,9 @@ from moelib import client, device, engine, harness, models, params, process, qua
 WORKLOAD = "plan-short"
 PLACEMENTS = ("baseline", "cpu-moe")
 REQUESTS = 3  # of a server, and repetitions of llama-bench
-WATCHED_S = device.SAMPLE_S  # between readings, as a study takes them
+CONTEXT = 1024
 SAMPLING = client.SAMPLING
-NEVER_S = 3600.0  # but for the look that ends every run
+TOGGLED_S, TOGGLED_REQUESTS = 15.0, 3  # of generation in a round, in at most so many requests
 
 
 def rates(requests: tuple[client.Request, ...]) -> dict[str, list[float]]:
@@ -35,14 +41,55 @@ def rates(requests: tuple[client.Request, ...]) -> dict[str, list[float]]:
     return {"client": [r.tps for r in requests], "server": server}
 
 
-def serve(how: str, spec: run.Spec, made: quantize.Quantised, llama: engine.Engine, where: device.Device, work: Path):
-    """A run's rates: watched, unwatched, or unwatched with the next token chosen on the device."""
-    device.SAMPLE_S = WATCHED_S if how == "watched" else NEVER_S
-    client.SAMPLING = {**SAMPLING, "backend_sampling": how == "on_device"}
+def observe(spec: run.Spec, made: quantize.Quantised, llama: engine.Engine, where: device.Device, work: Path):
+    """A run's requests."""
     outcome = run.execute(spec, made, llama, where, work)
     if outcome.observation is None:
         raise click.ClickException(f"{outcome.reason}: {outcome.message}")
-    return rates(outcome.observation.requests)
+    return outcome.observation.requests
+
+
+@contextmanager
+def changed(owner: object, name: str, value: object) -> Iterator[None]:
+    """Another value while the block runs."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def toggle(rate: float, spec: run.Spec, made: quantize.Quantised, llama: engine.Engine, where: device.Device, work):
+    """The slots of a generation at about `rate`, with the monitors on in one of each two of them."""
+    tokens = max(params.workload(WORKLOAD).generate_tokens, min(int(rate * TOGGLED_S), CONTEXT - 100))
+    long = params.workload(WORKLOAD).model_copy(update={"generate_tokens": tokens})
+    asked = replace(spec, requests=min(TOGGLED_REQUESTS, math.ceil(rate * TOGGLED_S / tokens)))
+    session = where.session
+
+    @contextmanager
+    def gated(*args) -> Iterator[device.Session]:
+        with session(*args) as opened:
+            read, last = opened.read, []
+
+            def now_and_then(server_pid: int | None, t_s: float):
+                if server_pid is None or not last or harness.watched(t_s):
+                    last[:] = [read(server_pid, t_s)]
+                return last[0]
+
+            opened.read = now_and_then
+            yield opened
+
+    with changed(params, "workload", lambda name: long), changed(where, "session", gated):
+        return list(harness.by_slots(observe(asked, made, llama, where, work)))
+
+
+def take(how: str, spec: run.Spec, made: quantize.Quantised, llama: engine.Engine, where: device.Device, work: Path):
+    """What one way of measuring gives."""
+    if how == "bench":
+        return bench(llama, where, made.path, spec.placement, params.workload(WORKLOAD).generate_tokens, work)
+    with changed(client, "SAMPLING", {**SAMPLING, "backend_sampling": how == "on_device"}):
+        return rates(observe(spec, made, llama, where, work))
 
 
 def bench(llama: engine.Engine, where: device.Device, file: Path, placement: str, tokens: int, work: Path):
@@ -87,13 +134,12 @@ def main(model: str, scale: str, quant: str, rounds: int, out: Path | None, kept
         return
     llama = engine.find()
     where = device.choose("auto", llama)
-    tokens = params.workload(WORKLOAD).generate_tokens
     asked = {"study": "benchmark", "model": model, "weights": "twin", "scale": scale, "quant": quant, "block": 0}
     asked |= {
         "order": 0,
         "workloads": (WORKLOAD,),
         "requests": REQUESTS,
-        "context": 1024,
+        "context": CONTEXT,
         "device": where.kind,
         "seed": 0,
     }
@@ -107,15 +153,12 @@ def main(model: str, scale: str, quant: str, rounds: int, out: Path | None, kept
         for number in range(rounds):
             for placement in PLACEMENTS:
                 spec = run.Spec(placement=placement, load_mode="mmap", **asked)
-                order = ["watched", "unwatched", "on_device", "bench"]
+                order = ["watched", "on_device", "bench"]
                 seeded.shuffle(order)
-                took = {"placement": placement, "order": order}
-                for how in order:
-                    if how == "bench":
-                        took[how] = bench(llama, where, made.path, placement, tokens, work)
-                    else:
-                        took[how] = serve(how, spec, made, llama, where, work)
-                measured.append(took)
+                took = {how: take(how, spec, made, llama, where, work) for how in order}
+                rate = fmean(took["watched"]["client"])  # so the slots come last; they are compared with themselves
+                took["toggled"] = toggle(rate, spec, made, llama, where, work)
+                measured.append({"placement": placement, "order": [*order, "toggled"], **took})
             print(f"round {number + 1} of {rounds}", flush=True)
             found = harness.write(out or work / harness.NAME, about, measured)
     show(found)

@@ -117,10 +117,10 @@ def prepare(client: httpx.Client, workloads: list[params.Workload], context: int
 
 def ask_all(
     client: httpx.Client, asked: list[Asked], times: int, started: float, energy: Callable[[], float | None]
-) -> tuple[Request, ...]:
-    """Every workload `times` times, in order. `started` is the run's start on the monotonic clock; `energy` reads the
-    board's counter. Raises RunError."""
-    return tuple(_ask(client, w, prompt, i, started, energy) for w, prompt in asked for i in range(times))
+) -> Iterator[Request]:
+    """Every workload `times` times, in order, each asked when it is iterated to. `started` is the run's start on the
+    monotonic clock; `energy` reads the board's counter. Raises RunError."""
+    yield from (_ask(client, w, prompt, i, started, energy) for w, prompt in asked for i in range(times))
 
 
 def ask_for_one(client: httpx.Client, prompt: list[int]) -> None:

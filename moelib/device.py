@@ -4,7 +4,6 @@ Each kind opens a session for one run, which says how llama-server reaches the d
 GPU, its counters.
 """
 
-import math
 import os
 import sys
 import time
@@ -24,9 +23,8 @@ from moelib.nvml import NO_GPU, Counters, Gpu, Traffic
 SAMPLE_S = 0.1  # between readings of the memory: the last one holds the peak, as pools never shrink
 # What watches a run takes CPU time from experts that are computed on all CPUs, and each thread of theirs waits for the
 # slowest: on an H200 with 16 busy CPUs, monitors that went through all processes at each reading and asked for clocks
-# and power five times a second slowed decoding to 0.862 [0.813, 0.913] of its rate.
-COUNTERS_EVERY = 10  # readings: clocks and power take the driver 4 ms, memory 26 us
-FAMILY_S = 5.0  # between looks through all processes for the run's, which take milliseconds
+# and power five times a second slowed decoding to 0.862 [0.813, 0.913] of its rate. So while a request runs only the
+# memory is read, which takes 26 us; clocks and power, which take the driver 4 ms, wait for its end.
 BUS_S = 0.01  # between looks at the bus: its counter turns over in 54 ms on an H200's link, and a look takes 1 ms
 IDLE_READINGS, IDLE_S = 5, 0.02  # enough to see an idle device move
 LISTEN_S = 30.0  # for the loopback device's process, to be there
@@ -175,18 +173,18 @@ _CONTEXT = (
 
 
 class Family:
-    """Reads the memory of a run's processes. They are looked for when the driver lists one that is not known, and now
-    and then: never at each reading."""
+    """Reads the memory of a run's processes. All processes, which takes milliseconds, are looked through only when the
+    driver lists one that is not known."""
 
     def __init__(self, gpu: Gpu) -> None:
-        self._gpu, self._ours, self._strangers, self._looked_s = gpu, set(), set(), -math.inf
+        self._gpu, self._ours, self._strangers = gpu, set(), set()
 
     def read(self, server_pid: int | None, t_s: float) -> Reading:
         ours = set() if server_pid is None else {server_pid, *self._ours}
         reading = self._gpu.read(ours, t_s)
         others = {pid for pid, _ in reading.others}
-        if server_pid is not None and (others - self._strangers or t_s - self._looked_s >= FAMILY_S):
-            self._ours, self._looked_s = host.tree(server_pid), t_s
+        if server_pid is not None and others - self._strangers:
+            self._ours = host.tree(server_pid)
             if self._ours != ours:
                 reading = self._gpu.read(self._ours, t_s)
                 others = {pid for pid, _ in reading.others}

@@ -3,9 +3,11 @@
 `benchmarks/harness_accuracy.py` measures them and writes the file; a study's document shows what is in its folder.
 """
 
+import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -14,9 +16,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from moelib import files, stats
+from moelib.client import Request
 from moelib.params import Strict
 
 NAME = "harness.json"
+SLOT_S = 0.5  # of watching or not: a few readings, and short beside what changes a machine's speed
 
 
 class Rates(Strict):
@@ -35,11 +39,14 @@ class Round(Strict):
     order: list[str]
     watched: Rates
     """With every monitor that a study's run has."""
-    unwatched: Rates
+    unwatched: Rates | None = None
+    """Without them, in a process of its own; in files of earlier code."""
+    toggled: list[tuple[float, float]] | None = None
+    """(watched, unwatched) within one generation: its neighbouring slots of time, the monitors on in one of them."""
     bench: list[float]
     """Tokens per second by llama-bench, which streams and samples nothing."""
     on_device: Rates | None = None
-    """Unwatched, with the next token chosen on the device where the build can: the logits stay there."""
+    """With the next token chosen on the device where the build can: the logits stay there."""
 
 
 class Harness(Strict):
@@ -77,9 +84,17 @@ class Ratio:
 
 CLIENT = Ratio("client / server", "within 0.5 %", 0.995, 1.005, lambda r: (r.watched.server, r.watched.client))
 BENCH = Ratio("server / llama-bench", "within 3 %", 0.97, 1.03, lambda r: (r.bench, r.watched.server))
-WATCHED = Ratio(
-    "watched / unwatched", "0.995 or better", 0.995, math.inf, lambda r: (r.unwatched.client, r.watched.client)
-)
+
+
+def _watched(r: Round) -> tuple[list[float], list[float]] | None:
+    """Slots of one generation where there are some: a process differs from the next by more than watching costs."""
+    if r.toggled:
+        watched, unwatched = zip(*r.toggled, strict=True)
+        return list(unwatched), list(watched)
+    return (r.unwatched.client, r.watched.client) if r.unwatched else None
+
+
+WATCHED = Ratio("watched / unwatched", "0.995 or better", 0.995, math.inf, _watched)
 ON_DEVICE = Ratio(
     "server, sampling on the device / llama-bench",
     "within 3 %",
@@ -88,6 +103,31 @@ ON_DEVICE = Ratio(
     lambda r: (r.bench, r.on_device.server) if r.on_device else None,
 )
 RATIOS = (CLIENT, BENCH, ON_DEVICE, WATCHED)
+
+
+def _slot(t_s: float) -> int:
+    return int(t_s // SLOT_S)
+
+
+def watched(t_s: float) -> bool:
+    """Whether the monitors are on at this time of a toggled run: in one of each two neighbouring slots, by lot."""
+    pair, second = divmod(_slot(t_s), 2)
+    return (random.Random(pair).random() < 0.5) is bool(second)
+
+
+def by_slots(requests: Iterable[Request]) -> Iterator[tuple[float, float]]:
+    """(watched, unwatched) tokens per second of each two neighbouring slots of a toggled run's requests. The time from
+    one token to the next counts where both came in the same slot."""
+    for r in requests:
+        slots: dict[int, tuple[int, float]] = {}
+        arrived = [(r.started_s + t, n) for t, n in zip(r.token_s, r.token_n, strict=True)]
+        for (a, n), (b, m) in itertools.pairwise(arrived):
+            if (slot := _slot(b)) == _slot(a):
+                tokens, took = slots.get(slot, (0, 0.0))
+                slots[slot] = (tokens + m - n, took + b - a)
+        for slot in (s for s in slots if s % 2 == 0 and s + 1 in slots):
+            rates = [slots[s][0] / slots[s][1] for s in (slot, slot + 1)]
+            yield tuple(rates if watched(slot * SLOT_S) else reversed(rates))
 
 
 def ratios(found: Harness) -> Iterator[tuple[str, Ratio, stats.Estimate]]:

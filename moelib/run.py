@@ -106,7 +106,7 @@ class Observation:
     """Log-probabilities of the likeliest next tokens after the first prompt, best first; None is not a number."""
     memory: Memory
     counters: tuple[Counters, ...]
-    """Clocks, energy and traffic of the GPU, beside the memory's readings; empty without one."""
+    """Clocks, energy and traffic of the GPU, before the first request and at the end of each; empty without one."""
     absent: dict[str, str]
     """Counters that are not there -> why."""
     host: host.Use
@@ -164,12 +164,14 @@ def _observe(
         env = process.environment(work, {**session.env, "LLAMA_API_KEY": key})
         with process.Child(argv, work / "server.log", env, session.cpus) as server:
 
-            def take() -> None:
-                if session.counters and len(readings) % devices.COUNTERS_EVERY == 0:
+            def count() -> None:
+                if session.counters:
                     counters.append(session.counters(now()))
-                readings.append(session.read(server.pid, now()))
 
-            with process.repeating(take, devices.SAMPLE_S) as watching:
+            count()
+            with process.repeating(
+                lambda: readings.append(session.read(server.pid, now())), devices.SAMPLE_S
+            ) as watching:
                 limit = process.patience(LOAD_S) + quantised.header.file_bytes / LOAD_BYTES_PER_S
                 with _telling_its_end(server):
                     port = next(filter(None, server.wait_for(engines.LISTENING, limit).groups()))
@@ -178,10 +180,12 @@ def _observe(
                         build_info = client.check_ours(connection, quantised.path)
                         workloads = [params.workload(w) for w in spec.workloads]
                         asked = client.prepare(connection, workloads, spec.context)
-                        requests = client.ask_all(connection, asked, spec.requests, started, session.energy)
+                        requests = []
+                        for request in client.ask_all(connection, asked, spec.requests, started, session.energy):
+                            requests.append(request)
+                            count()
                         top = client.top_logprobs(connection, asked[0][1])
                         traffic, no_bus = _prompt_traffic(connection, asked, session, now)
-            counters += [session.counters(now())] if session.counters else []
             peak, rss = session.peak_bytes(), process.peak_rss(server.pid)
             use = watch.stop(server.pid, session.pid)
             ended = server.stop()
@@ -206,7 +210,7 @@ def _observe(
         build_info=build_info,
         report=report,
         placement=Placement(len(moved), len({t.block for t in moved}), *there, *reads),
-        requests=requests,
+        requests=tuple(requests),
         top_logprobs=top,
         memory=reconcile(device.kind, trace, report, there[1], device.context_bytes, peak),
         counters=tuple(counters),

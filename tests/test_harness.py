@@ -4,6 +4,7 @@ import json
 
 import pytest
 from conftest import REPO
+from factory import request
 
 from moelib import advice, evidence, files, harness, report, study
 
@@ -57,6 +58,29 @@ def test_ratios_have_known_values_and_their_aims(tmp_path):
     told = {(placement, r.name): e for placement, r, e in harness.ratios(found)}
     assert told["cpu-moe", harness.ON_DEVICE.name].value == pytest.approx(1.0)
     assert ("baseline", harness.ON_DEVICE.name) not in told
+
+
+def test_slots_of_one_generation_are_compared_with_their_neighbours(tmp_path):
+    """A stream that takes 20 ms a token while it is watched and 10 ms else, and has been slowing down all the time."""
+    t, arrived, drift = 0.0, [], 1.0
+    while t < 60 * harness.SLOT_S:
+        arrived.append(t)
+        t += (0.02 if harness.watched(t) else 0.01) * drift
+        drift *= 1.0002
+    n = len(arrived)
+    stream = request(n=n, token_s=tuple(arrived), started_s=0.0)
+    pairs = list(harness.by_slots([stream, stream]))
+    assert len(pairs) == 60
+    assert pairs[:30] == pairs[30:]
+    assert all(0.48 < a / b < 0.52 for a, b in pairs)
+    assert {harness.watched(p * 2 * harness.SLOT_S) for p in range(30)} == {True, False}  # which comes first is by lot
+    first = {**rounds()[0], "toggled": pairs, "unwatched": None}
+    found = kept(tmp_path, [first, {**first, "toggled": pairs[:5]}])
+    e = harness.WATCHED.estimate(found, "cpu-moe")
+    assert (e.value, e.n) == (pytest.approx(0.5, rel=0.02), 2)
+    assert harness.WATCHED.met(e) == "no"
+    assert "Watching slowed" in harness.bias(found)
+    assert list(harness.by_slots([request(n=5)])) == []  # too short for two slots
 
 
 def test_faster_than_unwatched_is_no_fault(tmp_path):

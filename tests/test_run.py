@@ -9,7 +9,7 @@ import pytest
 from factory import spec
 
 from moelib import audit, client, device, models, params, quantize, run, twin
-from moelib.nvml import Traffic
+from moelib.nvml import Counters, Traffic
 
 pytestmark = pytest.mark.engine
 
@@ -107,6 +107,22 @@ def test_the_bus_is_watched_through_each_prompt_or_the_record_says_why_not(engin
     seen, _ = execute(engine, quantised, where, tmp_path)
     assert {t.received_bytes for t in seen.prompt_traffic} == {None}
     assert "the counter can turn over in 1 ms" in seen.absent["received_bytes"]
+
+
+def test_clocks_and_power_are_asked_for_between_requests(engine, quantised, tmp_path):
+    class WithCounters(device.Loopback):
+        @contextmanager
+        def session(self, *args):
+            with super().session(*args) as made:
+                made.counters = lambda t_s: Counters(t_s, events=0)
+                yield made
+
+    seen, _ = execute(engine, quantised, WithCounters(), tmp_path, workloads=("plan-short",))
+    first, *after = [c.t_s for c in seen.counters]
+    assert first < seen.load_s < seen.requests[0].started_s
+    ends = [r.started_s + r.total_s for r in seen.requests]
+    assert all(end <= t for end, t in zip(ends, after, strict=True))
+    assert all(t <= r.started_s for t, r in zip(after, seen.requests[1:], strict=False))
 
 
 def test_without_a_bus_no_prompt_is_asked_again(engine, quantised, loopback, tmp_path, monkeypatch):

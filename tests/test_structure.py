@@ -12,8 +12,8 @@ import yaml
 from conftest import REPO
 
 # Each module may import those before it, never those after.
-LAYERS = """params files gguf_file stats harness twin process hub host engine models sources quantize memory
-nvml device client run record invariants audit study analyse table plots report evidence advice
+LAYERS = """params files gguf_file stats twin process hub host engine models sources quantize memory
+nvml device client harness run record invariants audit study analyse table plots report evidence advice
 notebook lint cards publish measure doctor cli""".split()
 
 
