@@ -49,11 +49,12 @@ lint: setup ## ruff, and notebooks without outputs
 docs: setup ## rebuild the document of STUDY from its records alone
 	@$(BIN)/moelib report $(STUDY)
 
-validation: setup ## rebuild docs/MOE-TECHNICAL-VALIDATION.md from the committed records
-	@$(BIN)/moelib report h200-twins --into docs
+validation: setup ## rebuild docs/MOE-TECHNICAL-VALIDATION.md, and the document of the H200, from the committed records
+	@$(BIN)/moelib report h100-twins --into docs
+	@$(BIN)/moelib report h200-twins
 
 cards: setup ## write the model cards of the committed studies from their records (NAMESPACE=user on the Hub)
-	@$(BIN)/moelib card h200-twins --namespace $(NAMESPACE)
+	@$(BIN)/moelib card h100-twins --namespace $(NAMESPACE)
 	@MOELIB_OUTPUTS=docs/example $(BIN)/moelib card demo --namespace $(NAMESPACE)
 
 rehearsal: engine ## publish the committed demo study to a Hub on loopback, with an interruption; writes its transcript

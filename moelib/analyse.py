@@ -3,6 +3,7 @@
 Only whole, valid blocks enter a comparison: each value is paired with the baseline of its own block.
 """
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import attrgetter
@@ -119,8 +120,12 @@ def sm_clock(r: Record) -> float | None:
 
 
 def power(r: Record) -> float | None:
-    """Watts of the GPU's board, over the run's readings."""
-    return _mean(c.power_watt for c in r.observed.counters)
+    """Watts of the GPU's board while it had requests: their energy over their time."""
+    told = [(q.energy_joule, q.total_s) for q in r.observed.requests]
+    if not told or None in itertools.chain(*told):
+        return None
+    joules, seconds = map(sum, zip(*told, strict=True))
+    return joules / seconds
 
 
 def major_faults(r: Record) -> float | None:

@@ -265,8 +265,9 @@ def host_table(results: Results) -> Table:
         rows.append(_where(cells[0], _many(results)) | told)
         records.append({r.run_id: r for c in cells for r in c.records}.values())
     note = (
-        "Of a whole run, load and all requests; mean [95 % interval]. Mapped pages of the file count in RSS. What the "
-        "GPU receives for a prompt is read from its own counter, which turns over at 4 GiB, in a request apart from "
-        "the timed ones: n/a where a turn may have gone unseen, or nobody looked."
+        "Mean [95 % interval]. RSS and faults are of a whole run, load and all requests; mapped pages of the file "
+        "count in RSS. What the GPU receives for a prompt is read from its own counter, which turns over at 4 GiB, in "
+        "a request apart from the timed ones: n/a where a turn may have gone unseen, or nobody looked. The clock is "
+        "the mean of a run's readings; the board's power is its energy over the time of the requests."
     )
     return _table("host", rows, records, note)

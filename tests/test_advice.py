@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from moelib import advice, stats, study
 from moelib.advice import GB, Choice
 
-H200 = REPO / "outputs/h200-twins"
+FULL = REPO / "outputs/h100-twins"
 MODEL = "deepseek-moe-16b"
 
 
@@ -20,8 +20,8 @@ def choice(quant, memory_bytes, bits, rate, place="all on the GPU"):
 
 
 @pytest.fixture(scope="module")
-def h200():
-    return study.results(H200)
+def full():
+    return study.results(FULL)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_a_file_fits_to_the_byte_and_the_faster_of_equal_bits_is_taken():
     assert advice.fitting([], GB) == []
 
 
-def test_which_file_says_it_card_by_card(h200, monkeypatch):
+def test_which_file_says_it_card_by_card(full, monkeypatch):
     away = "experts on the CPU"
     made = [
         choice("Q8_0", 18 * GB, 8.5, 290),
@@ -63,7 +63,7 @@ def test_which_file_says_it_card_by_card(h200, monkeypatch):
         choice("Q2_K", 5 * GB - 1, 3.3, 40.04, away),
     ]
     monkeypatch.setattr(advice, "choices", lambda results, model: made)
-    told = advice.which_file(h200, MODEL)
+    told = advice.which_file(full, MODEL)
     first, second = f"Q2_K {away}, 40.0 tokens/s", f"Q8_0 {away}, 30.0 tokens/s"
     assert [tuple(row.values()) for row in told.rows] == [
         ("4 GB", "none", "none", "none fits", "none fits"),
@@ -84,14 +84,14 @@ def raw_memory(told):
     """(quant, placement) -> the largest device memory of the records that the table cites, read from their files."""
     found = {}
     for run_id in (k for k in told.sources if not k.startswith("quants/")):
-        record = json.loads((H200 / "records" / f"{run_id}.json").read_text())
+        record = json.loads((FULL / "records" / f"{run_id}.json").read_text())
         key = (record["spec"]["quant"], record["spec"]["placement"])
         found[key] = max(found.get(key, 0), record["observed"]["memory"]["value_bytes"])
     return found
 
 
-def test_the_committed_advice_is_what_the_records_say(h200):
-    told = advice.which_file(h200, MODEL)
+def test_the_committed_advice_is_what_the_records_say(full):
+    told = advice.which_file(full, MODEL)
     memory, sizes = raw_memory(told), []
     assert {p for _, p in memory} == {"baseline", "cpu-moe"}
     columns = {"baseline": "fits, all on the GPU", "cpu-moe": "fits, experts on the CPU"}
@@ -105,10 +105,10 @@ def test_the_committed_advice_is_what_the_records_say(h200):
     assert sizes == list(advice.CARDS_GB)
 
 
-def test_the_comparison_has_a_row_for_each_quant_with_known_values(h200):
-    told = advice.comparison(h200, MODEL)
-    assert [row["quant"] for row in told.rows] == [q for q in h200.study.quants if f"{MODEL}/{q}" in h200.measured]
-    by_id = {r.run_id: r for r in h200.records}
+def test_the_comparison_has_a_row_for_each_quant_with_known_values(full):
+    told = advice.comparison(full, MODEL)
+    assert [row["quant"] for row in told.rows] == [q for q in full.study.quants if f"{MODEL}/{q}" in full.measured]
+    by_id = {r.run_id: r for r in full.records}
     for row, sources in zip(told.rows, told.row_sources, strict=True):
         runs = [by_id[k] for k in sources if k in by_id]
         assert {r.spec.quant for r in runs} == {row["quant"]}
@@ -133,17 +133,17 @@ def test_without_a_gpu_no_card_is_advised_and_nothing_is_called_one(demo):
     assert "card" not in advice.limits(demo).text
 
 
-def test_sentences_follow_from_the_comparisons(h200):
-    told = advice.verdict(h200, MODEL)
-    ratios = [float(r["tokens/s, ratio"].split()[0]) for r in advice.comparison(h200, MODEL).rows]
+def test_sentences_follow_from_the_comparisons(full):
+    told = advice.verdict(full, MODEL)
+    ratios = [float(r["tokens/s, ratio"].split()[0]) for r in advice.comparison(full, MODEL).rows]
     low, high = map(float, re.search(r"decoding ran at ([\d.]+) to ([\d.]+) times", told.text).groups())
     assert low == pytest.approx(1 / max(ratios), rel=0.01)
     assert high == pytest.approx(1 / min(ratios), rel=0.01)
     assert told.sources
-    assert advice.limits(h200).text.count("Quality was not measured") == 1
+    assert advice.limits(full).text.count("Quality was not measured") == 1
 
 
-def test_a_model_of_which_nothing_is_measured_is_recommended_nothing(h200):
-    assert "nothing is recommended" in advice.verdict(h200, "gpt-oss-20b").text
-    assert not advice.comparison(h200, "gpt-oss-20b").rows
-    assert advice.choices(h200, "gpt-oss-20b") == []
+def test_a_model_of_which_nothing_is_measured_is_recommended_nothing(full):
+    assert "nothing is recommended" in advice.verdict(full, "gpt-oss-20b").text
+    assert not advice.comparison(full, "gpt-oss-20b").rows
+    assert advice.choices(full, "gpt-oss-20b") == []

@@ -17,8 +17,8 @@ ROOT, QUANT = f"{DEEPSEEK}/README.md", f"{DEEPSEEK}/Q2_K.md"
 
 
 @pytest.fixture(scope="module")
-def h200():
-    return study.results(REPO / "outputs/h200-twins")
+def full():
+    return study.results(REPO / "outputs/h100-twins")
 
 
 @pytest.fixture(scope="module")
@@ -27,19 +27,19 @@ def demo():
 
 
 @pytest.fixture(scope="module")
-def pages(h200):
-    return {name: text for name, text in cards.build(h200, "acme").items() if name.startswith(DEEPSEEK)}
+def pages(full):
+    return {name: text for name, text in cards.build(full, "acme").items() if name.startswith(DEEPSEEK)}
 
 
-def broken(pages, h200, page, old, new, count=1):
+def broken(pages, full, page, old, new, count=1):
     """The rules that fail once `old` is `new` in `page`."""
     text = pages[page].replace(old, new, count)
     assert text != pages[page], f"{old!r} is not in {page}"
-    return {f.rule for f in lint.faults(pages | {page: text}, set(cards.planned(h200)))}
+    return {f.rule for f in lint.faults(pages | {page: text}, set(cards.planned(full)))}
 
 
-def test_the_cards_of_both_models_have_no_fault(pages, h200, demo):
-    assert lint.faults(pages, set(cards.planned(h200))) == []
+def test_the_cards_of_both_models_have_no_fault(pages, full, demo):
+    assert lint.faults(pages, set(cards.planned(full))) == []
     made = cards.build(demo, "acme")
     assert {name.split("/")[0] for name in made} == {params.card(m).repository for m in demo.study.models}
     assert len([n for n in made if n.endswith(".md")]) == 2 * (1 + 3)
@@ -75,51 +75,51 @@ def test_the_cards_of_both_models_have_no_fault(pages, h200, demo):
         ("tables", "| cpu-moe/mmap |", "| cpu-moe/mmap | "),
     ],
 )
-def test_each_rule_fails_alone(pages, h200, rule, old, new):
+def test_each_rule_fails_alone(pages, full, rule, old, new):
     if (rule, old) == ("tables", "| cpu-moe/mmap |"):  # any number of any table
         old = re.search(r"\| cpu-moe/mmap \| +([\d.]+)", pages[QUANT])[0]
         new = old[:-1] + str((int(old[-1]) + 1) % 10)
-    assert broken(pages, h200, QUANT, old, new) == {rule}
+    assert broken(pages, full, QUANT, old, new) == {rule}
 
 
-def test_a_table_that_is_no_table_any_more_is_seen(pages, h200):
+def test_a_table_that_is_no_table_any_more_is_seen(pages, full):
     ruler = next(line for line in pages[QUANT].splitlines() if line.startswith("|:-"))
-    assert broken(pages, h200, QUANT, ruler + "\n", "") == {"tables"}
-    assert broken(pages, h200, QUANT, ruler, ruler + "---|") == {"renders", "tables"}
+    assert broken(pages, full, QUANT, ruler + "\n", "") == {"tables"}
+    assert broken(pages, full, QUANT, ruler, ruler + "---|") == {"renders", "tables"}
 
 
-def test_no_card_at_all_is_a_fault(h200, tmp_path):
+def test_no_card_at_all_is_a_fault(full, tmp_path):
     assert [f.rule for f in lint.faults({}, set())] == ["empty"]
     assert [f.rule for f in lint.faults({f"{DEEPSEEK}/SHA256SUMS": ""}, set())] == ["empty"]
-    assert {f.rule for f in cards.check(tmp_path, h200, "acme")} == {"empty", "records"}
+    assert {f.rule for f in cards.check(tmp_path, full, "acme")} == {"empty", "records"}
 
 
-def test_what_was_written_is_held_against_the_records(h200, tmp_path):
-    written = cards.write(h200, "acme", tmp_path)
+def test_what_was_written_is_held_against_the_records(full, tmp_path):
+    written = cards.write(full, "acme", tmp_path)
     assert tmp_path / ROOT in written
-    assert cards.check(tmp_path, h200, "acme") == []
-    assert {f.rule for f in cards.check(tmp_path, h200, "else")} >= {"records"}
+    assert cards.check(tmp_path, full, "acme") == []
+    assert {f.rule for f in cards.check(tmp_path, full, "else")} >= {"records"}
     for harm, words in (("changed", "make the cards again"), ("deleted", "is missing"), ("added", "delete it")):
         path = tmp_path / DEEPSEEK / ("SHA256SUMS" if harm != "added" else "note.txt")
         path.unlink() if harm == "deleted" else path.write_text("0")
-        (fault,) = [f for f in cards.check(tmp_path, h200, "acme") if f.rule == "records"]
+        (fault,) = [f for f in cards.check(tmp_path, full, "acme") if f.rule == "records"]
         assert words in fault.what
         path.unlink(missing_ok=True)
-        cards.write(h200, "acme", tmp_path)
+        cards.write(full, "acme", tmp_path)
 
 
-def test_the_metadata_is_what_the_hub_understands(pages, h200):
+def test_the_metadata_is_what_the_hub_understands(pages, full):
     data = ModelCard(pages[ROOT]).data
     assert data.base_model == "deepseek-ai/deepseek-moe-16b-base"
     assert (data.license, data.license_name, data.quantized_by) == ("other", "deepseek", "acme")
     results = {(r.dataset_config, r.metric_name): r for r in data.eval_results}
     assert len(results) == len(data.eval_results)
-    quants = cards.quants_of(h200, "deepseek-moe-16b")
-    assert len(results) == len(quants) * 2 * (1 + 2 * len(h200.study.workloads))
+    quants = cards.quants_of(full, "deepseek-moe-16b")
+    assert len(results) == len(quants) * 2 * (1 + 2 * len(full.study.workloads))
     assert {r.source_url for r in results.values()} == {
         f"https://huggingface.co/acme/{DEEPSEEK}/blob/main/{q}.md" for q in quants
     }
-    runs = [r for b in h200.statuses["deepseek-moe-16b/Q2_K"].blocks for r in b if r.spec.arm == "cpu-moe/mmap"]
+    runs = [r for b in full.statuses["deepseek-moe-16b/Q2_K"].blocks for r in b if r.spec.arm == "cpu-moe/mmap"]
     memory = stats.geometric_mean([r.observed.memory.value_bytes / 2**20 for r in runs]).value
     found = results["Q2_K, experts on the CPU", "Peak device memory, MiB"]
     assert found.metric_value == float(stats.number(memory))
@@ -133,9 +133,9 @@ def test_a_twin_says_so_first_and_in_its_metadata(pages):
         assert "geometry-twin" in card.data.tags
 
 
-def test_the_document_and_the_card_hold_the_same_tables(h200):
+def test_the_document_and_the_card_hold_the_same_tables(full):
     document = (REPO / "docs/MOE-TECHNICAL-VALIDATION.md").read_text()
-    for name, text in cards.build(h200, "acme").items():
+    for name, text in cards.build(full, "acme").items():
         if name.endswith("README.md"):
             card = text.split("## Which file")[1].split("How to read it")[0]
             shared = [line for line in card.splitlines() if line and "not here" not in line]
@@ -173,15 +173,16 @@ def test_what_is_not_measured_has_no_card_and_is_named(demo):
         cards.build(nothing, "acme")
 
 
-def test_only_the_file_that_was_measured_may_be_published(h200, tmp_path):
+def test_only_the_file_that_was_measured_may_be_published(full, tmp_path):
     path = tmp_path / "deepseek-moe-16b-Q2_K.gguf"
     path.write_bytes(b"other weights")
     with pytest.raises(cards.CardError, match="another file's numbers"):
-        cards.require_measured(h200, path)
+        cards.require_measured(full, path)
     with pytest.raises(cards.CardError, match="no file of this name"):
-        cards.require_measured(h200, path.rename(tmp_path / "other.gguf"))
-    made = {s["quant"]: {**s, "sha256": files.sha256(tmp_path / "other.gguf")} for s in h200.sheets}
-    same = h200.model_copy(update={"sheets": list(made.values())})
+        cards.require_measured(full, path.rename(tmp_path / "other.gguf"))
+    same = full.model_copy(
+        update={"sheets": [{**s, "sha256": files.sha256(tmp_path / "other.gguf")} for s in full.sheets]}
+    )
     (tmp_path / "other.gguf").rename(path)
     assert cards.require_measured(same, path) == files.sha256(path)
 
