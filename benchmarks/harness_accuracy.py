@@ -3,6 +3,7 @@
 - client / server: tokens per second by arrival times here, over the server's own timings (aim: within 0.5 %);
 - server / llama-bench: the server's timings over `llama-bench -p 0 -n 100` on the same file and device (within 3 %);
 - the same with the next token chosen on the device, where the build can: what sampling on the host costs;
+- the same with the answer in one piece besides: what streaming costs;
 - watched / unwatched: with all monitors on, over the same without them (0.995 or better), in one long generation in
   which they are on in one of each two neighbouring half seconds, by lot.
 
@@ -24,6 +25,7 @@ from pathlib import Path
 from statistics import fmean
 
 import click
+import httpx
 
 from moelib import client, device, engine, harness, models, params, process, quantize, run, stats
 
@@ -84,11 +86,22 @@ def toggle(rate: float, spec: run.Spec, made: quantize.Quantised, llama: engine.
         return list(harness.by_slots(observe(asked, made, llama, where, work)))
 
 
+def in_one_piece(c: httpx.Client, workload: params.Workload, prompt: list[int], index: int, *_) -> client.Request:
+    """A completion that is not streamed: the engine's own timings alone."""
+    body = {**client.SAMPLING, "ignore_eos": True, "cache_prompt": False}
+    body |= {"prompt": prompt, "n_predict": workload.generate_tokens}
+    answer = c.post("/completion", json=body).raise_for_status()
+    return client.read_stream(workload, len(prompt), index, 0.0, [(0.0, f"data: {answer.text}")])
+
+
 def take(how: str, spec: run.Spec, made: quantize.Quantised, llama: engine.Engine, where: device.Device, work: Path):
     """What one way of measuring gives."""
     if how == "bench":
         return bench(llama, where, made.path, spec.placement, params.workload(WORKLOAD).generate_tokens, work)
-    with changed(client, "SAMPLING", {**SAMPLING, "backend_sampling": how == "on_device"}):
+    with changed(client, "SAMPLING", {**SAMPLING, "backend_sampling": how != "watched"}):
+        if how == "bare":
+            with changed(client, "_ask", in_one_piece):
+                return rates(observe(spec, made, llama, where, work))["server"]
         return rates(observe(spec, made, llama, where, work))
 
 
@@ -118,7 +131,7 @@ def show(kept: harness.Harness) -> None:
     name = about["device"]["name"]
     print(f"{about['model']} at scale {about['scale']}, {about['quant']}, on {name}, {about['engine']}")
     for placement, ratio, e in harness.ratios(kept):
-        print(f"{placement:9} {ratio.name:45} {stats.close(e)}  {ratio.aim}: {ratio.met(e)}")
+        print(f"{placement:9} {ratio.name:60} {stats.close(e)}  {ratio.aim}: {ratio.met(e)}")
 
 
 @click.command()
@@ -153,7 +166,7 @@ def main(model: str, scale: str, quant: str, rounds: int, out: Path | None, kept
         for number in range(rounds):
             for placement in PLACEMENTS:
                 spec = run.Spec(placement=placement, load_mode="mmap", **asked)
-                order = ["watched", "on_device", "bench"]
+                order = ["watched", "on_device", "bare", "bench"]
                 seeded.shuffle(order)
                 took = {how: take(how, spec, made, llama, where, work) for how in order}
                 rate = fmean(took["watched"]["client"])  # so the slots come last; they are compared with themselves

@@ -128,6 +128,12 @@ def power(r: Record) -> float | None:
     return joules / seconds
 
 
+def watching(r: Record) -> float | None:
+    """Share of one CPU that watching the run took; None in records of earlier code."""
+    spent = r.observed.watch_cpu_s
+    return None if spent is None else spent / r.observed.host.elapsed_s
+
+
 def major_faults(r: Record) -> float | None:
     """Pages that the server had to wait for the disk for."""
     return r.observed.host.major_faults

@@ -257,6 +257,7 @@ def host_table(results: Results) -> Table:
         f"over PCIe for a prompt of {last}": (analyse.received(last), stats.sizes),
         "GPU clock, MHz": (analyse.sm_clock, lambda e: stats.estimate(e)),
         "board, W": (analyse.power, lambda e: stats.estimate(e)),
+        "watching, of one CPU": (analyse.watching, _percents),
     }
     found = {name: analyse.summarise(results, quantity) for name, (quantity, _) in columns.items()}
     rows, records = [], []
@@ -268,6 +269,8 @@ def host_table(results: Results) -> Table:
         "Mean [95 % interval]. RSS and faults are of a whole run, load and all requests; mapped pages of the file "
         "count in RSS. What the GPU receives for a prompt is read from its own counter, which turns over at 4 GiB, in "
         "a request apart from the timed ones: n/a where a turn may have gone unseen, or nobody looked. The clock is "
-        "the mean of a run's readings; the board's power is its energy over the time of the requests."
+        "the mean of a run's readings; the board's power is its energy over the time of the requests. *Watching* is "
+        "the share of one CPU that this program's readings took; how that slows a run is told under the harness's "
+        "accuracy."
     )
     return _table("host", rows, records, note)

@@ -9,6 +9,8 @@ from moelib.engine import Buffer, Report
 from moelib.memory import Reading, Trace, reconcile
 from moelib.nvml import NO_GPU
 
+# What a test's real runs may be flagged with: tests share their machine, so others work, and readings take longer.
+SHARED = {"host-quiet", "watched-lightly"}
 MIB = 1 << 20
 EXPERTS = 30 * MIB
 BASE = 40 * MIB

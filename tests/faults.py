@@ -37,7 +37,7 @@ import numpy as np
 import psutil
 import stub_server
 from conftest import SMOKE, furnish
-from factory import spec
+from factory import SHARED, spec
 from test_kill import MOELIB, complete, kill, no_orphans
 
 from moelib import audit, client, device, engine, files, gguf_file, host, measure, models, params, process, quantize
@@ -57,7 +57,6 @@ long:
 """
 SAMPLE = 60  # bytes that the short form cuts and splits at through a socket
 BANDWIDTH = mock.patch.object(host, "read_bandwidth", return_value=1e9)  # measured once a cell, and slow
-QUIET = {"host-quiet"}  # others share the machine
 
 
 class FakeGpu(device.Device):
@@ -141,7 +140,7 @@ class Lab:
             with mock.patch.object(device, "choose", return_value=self.where), BANDWIDTH:
                 list(measure.measure(folder, folder.cells[0]))
         new = [r for r in folder.records() if r.run_id not in before]
-        wrong = {reason for r in new for reason in r.reasons if reason not in QUIET}
+        wrong = {reason for r in new for reason in r.reasons if reason not in SHARED}
         self.messages = " ".join(r.message for r in new if r.message)
         return ", ".join(sorted(wrong)) or "valid"
 
@@ -380,7 +379,7 @@ def _(lab, chance, rounds):
         outcome = runs.execute(asked, file, lab.stub, lab.where, lab.home / "nan")
         assert outcome.observation, outcome.message
         checks = audit.run(asked, outcome.observation, file.sheet)
-        told.append(", ".join(i for i in audit.verdict(checks)[1] if i not in QUIET))
+        told.append(", ".join(i for i in audit.verdict(checks)[1] if i not in SHARED))
     shutil.rmtree(lab.home / "nan")
     assert told[1] == ""
     return told[0]

@@ -51,6 +51,12 @@ def test_the_bound_is_the_time_to_read_each_tokens_weights_once():
     assert analyse.bound("long-512")(known) is None
 
 
+def test_watching_is_a_share_of_one_cpu():
+    r = run_of(request(), watch_cpu_s=0.005)
+    assert analyse.watching(r) == pytest.approx(0.005 / r.observed.host.elapsed_s)
+    assert analyse.watching(run_of(request(), watch_cpu_s=None)) is None
+
+
 def test_a_prompts_traffic_is_its_own_workloads():
     traffic = (PromptTraffic("plan-short", 8, 100, 1), PromptTraffic("long-512", 512, 900, 1))
     assert analyse.received("long-512")(run_of(request(), prompt_traffic=traffic)) == 900

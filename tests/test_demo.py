@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from factory import SHARED
 from test_study import command
 
 from moelib import analyse, gguf_file, record, study
@@ -18,7 +19,7 @@ def test_the_demo_from_nothing_to_its_document(home, models_folder):
     found = study.results(home / "outputs/demo")
     assert found.problems == []
     assert all(r.done for r in found.records)
-    assert {reason for r in found.records for reason in r.reasons} <= {"host-quiet"}  # tests share their machine
+    assert {reason for r in found.records for reason in r.reasons} <= SHARED
     assert len(found.sheets) == 6
     # every file: device memory falls by at least the expert bytes that its own header counts
     rows = analyse.compare(found, analyse.device_memory)

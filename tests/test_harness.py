@@ -53,11 +53,12 @@ def test_ratios_have_known_values_and_their_aims(tmp_path):
         "watched / unwatched": "no",
     }
     assert harness.CLIENT.estimate(found, "baseline") is None
-    with_device = [{**r, "on_device": r["watched"]} for r in rounds(bench=100.0)]
+    with_device = [{**r, "on_device": r["watched"], "bare": [98.0, 98.0]} for r in rounds(bench=100.0)]
     found = kept(tmp_path, with_device, rounds(placement="baseline"))
     told = {(placement, r.name): e for placement, r, e in harness.ratios(found)}
     assert told["cpu-moe", harness.ON_DEVICE.name].value == pytest.approx(1.0)
     assert ("baseline", harness.ON_DEVICE.name) not in told
+    assert told["cpu-moe", harness.BARE.name].value == pytest.approx(0.98)
 
 
 def test_slots_of_one_generation_are_compared_with_their_neighbours(tmp_path):
