@@ -43,17 +43,23 @@ def _legend(figure: Any, arms: Sequence[str]) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=len(arms), frameon=False)
 
 
+def _arms(results: Results) -> dict[str, str]:
+    """Label -> name in figures, in the study's order: an arm has the same colour in all of them."""
+    many = len({arm.load_mode for arm in results.study.arms}) > 1
+    return {arm.label: arm.label if many else arm.placement for arm in results.study.arms}
+
+
 def _facets(results: Results, frame: pd.DataFrame, y: str, label: str) -> Any:
     """Bars of means with every value as a dot on them: a handful of values needs no summary beside itself."""
-    many = frame.load_mode.nunique() > 1
-    frame = frame.assign(arm=frame.placement + ("/" + frame.load_mode if many else ""))
-    arms = list(dict.fromkeys(frame.sort_values("placement").arm))
+    named = _arms(results)
+    arms = list(named.values())
+    frame = frame.assign(arm=(frame.placement + "/" + frame.load_mode).map(named))
     how = {"x": "quant", "y": y, "hue": "arm", "order": results.study.quants, "hue_order": arms, "legend": False}
     models = [m for m in results.study.models if (frame.model == m).any()]
     figure, axes = _axes(max(1, len(models)))
     for axis, model in zip(axes, models, strict=False):
         how |= {"data": frame[frame.model == model], "ax": axis}
-        sns.barplot(**how, palette=COLOURS[: len(arms)], errorbar=None, alpha=0.75)
+        sns.barplot(**how, palette=COLOURS[: len(arms)], errorbar=None, alpha=0.75, saturation=1)
         sns.stripplot(**how, palette=["#222222"] * len(arms), dodge=True, size=3.2, alpha=0.8, jitter=False)
         axis.set(title=model, xlabel="", ylabel=label if axis is axes[0] else "")
     _legend(figure, arms)
@@ -86,7 +92,7 @@ def trade(results: Results, workload: str) -> Any:
     known = [(m, r) for m, r in zip(memory, rate, strict=True) if m.baseline and r.baseline]
     name, unit = byte_unit(max((m.baseline.value for m, _ in known), default=0))
     models = [m for m in results.study.models if any(k.model == m for k, _ in known)]
-    arms = list(dict.fromkeys(arm.label for arm in results.study.arms))
+    named = _arms(results)
     figure, axes = _axes(max(1, len(models)), 3.8)
     for axis, model in zip(axes, models, strict=False):
         rows = [(m, r) for m, r in known if m.model == model]
@@ -95,12 +101,12 @@ def trade(results: Results, workload: str) -> Any:
             arrow = {"arrowstyle": "-|>", "color": "#999999", "shrinkA": 5, "shrinkB": 5}
             axis.annotate("", xy=end, xytext=start, arrowprops=arrow)
             axis.plot(*start, "o", color=COLOURS[0])
-            axis.plot(*end, "o", color=COLOURS[arms.index(m.arm.label)])
+            axis.plot(*end, "o", color=COLOURS[list(named).index(m.arm.label)])
             axis.annotate(m.quant, start, textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8)
         axis.set(title=model, xlabel=f"device memory, {name}", ylabel="tokens/s" if axis is axes[0] else "")
         axis.margins(0.15)
         axis.set(xlim=(0, None), ylim=(0, None))
-    _legend(figure, arms if len({arm.load_mode for arm in results.study.arms}) > 1 else ["baseline", "cpu-moe"])
+    _legend(figure, list(named.values()))
     return figure
 
 
