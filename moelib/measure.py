@@ -120,7 +120,7 @@ def _perform(folder: study.Folder, spec: run.Spec, attempt: int, setup: Setup) -
         started_utc=started,
         observed=outcome.observation,
         audit=checks,
-        raw=record.keep_logs(folder.path, name, outcome.logs, setup.quantised.path.parent),
+        raw=record.keep_logs(folder.path, name, outcome.logs, (setup.quantised.path.parent, llama.folder)),
     )
     return record.write(folder.path, made)
 

@@ -139,11 +139,15 @@ def read_all(folder: Path, set_aside: bool = False) -> tuple[list[Record], list[
     return records, damaged
 
 
-def keep_logs(folder: Path, run: str, logs: Iterable[Path], models: Path) -> dict[str, str]:
-    """Compress a run's logs into `folder/raw/`, without the name of this machine's `models` folder; name -> SHA-256."""
+def keep_logs(folder: Path, run: str, logs: Iterable[Path], private: Iterable[Path]) -> dict[str, str]:
+    """Compress a run's logs into `folder/raw/`, the `private` folders' names left out; file name -> SHA-256."""
+    # the longest first: one of the folders may lie inside another
+    names = sorted({str(name) for p in private for name in (p, p.resolve())}, key=len, reverse=True)
     kept = {}
     for path in filter(Path.is_file, logs):
-        target = folder / "raw" / f"{run}.{path.stem}.log.gz"
-        files.write_bytes(target, gzip.compress(path.read_bytes().replace(f"{models}/".encode(), b""), mtime=0))
+        target, text = folder / "raw" / f"{run}.{path.stem}.log.gz", path.read_bytes()
+        for name in names:
+            text = text.replace(f"{name}/".encode(), b"")
+        files.write_bytes(target, gzip.compress(text, mtime=0))
         kept[target.name] = files.sha256(target)
     return kept

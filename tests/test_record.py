@@ -1,6 +1,5 @@
 import gzip
 import json
-from pathlib import Path
 
 import pytest
 from conftest import FIXTURES
@@ -110,13 +109,18 @@ def test_ids_name_the_run_and_the_attempt():
     assert record.spec_key(spec()) == one.key
 
 
-def test_logs_are_kept_compressed_the_same_each_time(tmp_path):
+def test_logs_are_kept_compressed_the_same_each_time_without_this_machines_folders(tmp_path):
+    engine, linked = tmp_path / "models/engine", tmp_path / "linked"
+    engine.mkdir(parents=True)
+    linked.symlink_to(engine)
+    private = (tmp_path / "models", linked)
     log = tmp_path / "server.log"
-    log.write_text("load /home/me/models/x.gguf\n" * 100)
-    first = record.keep_logs(tmp_path, "run", [log, tmp_path / "missing.log"], Path("/home/me/models"))
-    assert gzip.decompress((tmp_path / "raw/run.server.log.gz").read_bytes()) == b"load x.gguf\n" * 100
+    log.write_text(f"load {tmp_path}/models/x.gguf {linked}/libggml.so {engine}/libcuda.so\n" * 100)
+    first = record.keep_logs(tmp_path, "run", [log, tmp_path / "missing.log"], private)
+    kept = gzip.decompress((tmp_path / "raw/run.server.log.gz").read_bytes())
+    assert kept == b"load x.gguf libggml.so libcuda.so\n" * 100
     assert list(first) == ["run.server.log.gz"]
-    assert record.keep_logs(tmp_path, "run", [log], Path("/home/me/models")) == first
+    assert record.keep_logs(tmp_path, "run", [log], private) == first
 
 
 GOLDEN = FIXTURES / "record-v2.json"
