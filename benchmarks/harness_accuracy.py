@@ -30,6 +30,7 @@ import httpx
 from moelib import client, device, engine, harness, models, params, process, quantize, run, stats
 
 WORKLOAD = "plan-short"
+WAYS = ("on_device", "bare", "bench", "toggled")
 PLACEMENTS = ("baseline", "cpu-moe")
 REQUESTS = 3  # of a server, and repetitions of llama-bench
 CONTEXT = 1024
@@ -126,7 +127,7 @@ def bench(llama: engine.Engine, where: device.Device, file: Path, placement: str
 
 
 def show(kept: harness.Harness) -> None:
-    """Print the ratios: geometric means over rounds with 95 % intervals, by placement."""
+    """Print the ratios: geometric means with 95 % intervals, by placement."""
     about = kept.about
     name = about["device"]["name"]
     print(f"{about['model']} at scale {about['scale']}, {about['quant']}, on {name}, {about['engine']}")
@@ -139,9 +140,12 @@ def show(kept: harness.Harness) -> None:
 @click.option("--scale", default="tiny", show_default=True)
 @click.option("--quant", default="Q8_0", show_default=True)
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(2))
+@click.option("--way", "ways", multiple=True, type=click.Choice(WAYS), default=WAYS, help="Beside runs as a study's.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Keep every rate in this file.")
 @click.option("--show", "kept", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Measure nothing.")
-def main(model: str, scale: str, quant: str, rounds: int, out: Path | None, kept: Path | None) -> None:
+def main(
+    model: str, scale: str, quant: str, rounds: int, ways: tuple[str, ...], out: Path | None, kept: Path | None
+) -> None:
     if kept:
         show(harness.read(kept))
         return
@@ -166,12 +170,13 @@ def main(model: str, scale: str, quant: str, rounds: int, out: Path | None, kept
         for number in range(rounds):
             for placement in PLACEMENTS:
                 spec = run.Spec(placement=placement, load_mode="mmap", **asked)
-                order = ["watched", "on_device", "bare", "bench"]
+                order = ["watched", *(way for way in WAYS if way in ways and way != "toggled")]
                 seeded.shuffle(order)
                 took = {how: take(how, spec, made, llama, where, work) for how in order}
-                rate = fmean(took["watched"]["client"])  # so the slots come last; they are compared with themselves
-                took["toggled"] = toggle(rate, spec, made, llama, where, work)
-                measured.append({"placement": placement, "order": [*order, "toggled"], **took})
+                if "toggled" in ways:  # last: it needs to know the rate, and its slots are compared with themselves
+                    rate = fmean(took["watched"]["client"])
+                    took["toggled"] = toggle(rate, spec, made, llama, where, work)
+                measured.append({"placement": placement, "order": list(took), **took})
             print(f"round {number + 1} of {rounds}", flush=True)
             found = harness.write(out or work / harness.NAME, about, measured)
     show(found)

@@ -164,15 +164,15 @@ def harness_table(results: Results) -> Table:
         return Table("harness", [], [], why_empty=why)
     rows = []
     for placement, ratio, e in harness.ratios(found):
-        told = {"ratio": ratio.name, "placement": placement, "found": stats.close(e), "rounds": e.n}
+        told = {"ratio": ratio.name, "placement": placement, "found": stats.close(e), "pairs": e.n}
         rows.append(told | {"aim": ratio.aim, "met": ratio.met(e)})
     about = found.about
     note = (
         f"Decode rates of {about['model']} at {about['quant']}, scale {about['scale']}, {about['workload']}, on "
         f"{about['device']['name']}, by commit {(about['host']['commit'] or stats.NONE)[:12]}: geometric mean over "
-        "rounds [95 % interval]."
+        "pairs [95 % interval]: one of a round, or as many as there are slots of watching or not in its generations."
     )
-    return Table("harness", rows, [cite_harness(found)] * len(rows), note, ("found", "rounds"))
+    return Table("harness", rows, [cite_harness(found)] * len(rows), note, ("found", "pairs"))
 
 
 def machines(results: Results) -> Text:

@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -43,7 +43,7 @@ class Round(Strict):
     """Without them, in a process of its own; in files of earlier code."""
     toggled: list[tuple[float, float]] | None = None
     """(watched, unwatched) within one generation: its neighbouring slots of time, the monitors on in one of them."""
-    bench: list[float]
+    bench: list[float] | None = None
     """Tokens per second by llama-bench, which streams and samples nothing."""
     on_device: Rates | None = None
     """With the next token chosen on the device where the build can: the logits stay there."""
@@ -68,13 +68,13 @@ class Ratio:
     aim: str
     lowest: float
     highest: float
-    of: Callable[[Round], tuple[list[float], list[float]] | None]
-    """The rates below and above the line; None of a round that has not both."""
+    of: Callable[[Round], Sequence[tuple[float, float]]]
+    """The rates below and above the line, in pairs: one of a round, or as many as were drawn by lot within it."""
 
     def estimate(self, found: Harness, placement: str) -> stats.Estimate | None:
-        """Geometric mean over rounds with its interval; None where there are no rounds."""
-        pairs = [two for r in found.rounds if r.placement == placement and (two := self.of(r))]
-        return stats.ratio([tuple(map(fmean, two)) for two in pairs]) if pairs else None
+        """Geometric mean over pairs with its interval; None where there are none."""
+        pairs = [pair for r in found.rounds if r.placement == placement for pair in self.of(r)]
+        return stats.ratio(pairs) if pairs else None
 
     def met(self, e: stats.Estimate) -> str:
         """yes or no where the whole interval says so, else undecided."""
@@ -84,33 +84,34 @@ class Ratio:
         return "no" if high < self.lowest or self.highest < low else "undecided"
 
 
-CLIENT = Ratio("client / server", "within 0.5 %", 0.995, 1.005, lambda r: (r.watched.server, r.watched.client))
-BENCH = Ratio("server / llama-bench", "within 3 %", 0.97, 1.03, lambda r: (r.bench, r.watched.server))
+def _pair(below: list[float] | None, above: list[float] | None) -> Sequence[tuple[float, float]]:
+    return [(fmean(below), fmean(above))] if below and above else []
 
 
-def _watched(r: Round) -> tuple[list[float], list[float]] | None:
+def _watched(r: Round) -> Sequence[tuple[float, float]]:
     """Slots of one generation where there are some: a process differs from the next by more than watching costs."""
     if r.toggled:
-        watched, unwatched = zip(*r.toggled, strict=True)
-        return list(unwatched), list(watched)
-    return (r.unwatched.client, r.watched.client) if r.unwatched else None
+        return [(unwatched, watched) for watched, unwatched in r.toggled]
+    return _pair(r.unwatched and r.unwatched.client, r.watched.client)
 
 
-WATCHED = Ratio("watched / unwatched", "0.995 or better", 0.995, math.inf, _watched)
+CLIENT = Ratio("client / server", "within 0.5 %", 0.995, 1.005, lambda r: _pair(r.watched.server, r.watched.client))
+BENCH = Ratio("server / llama-bench", "within 3 %", 0.97, 1.03, lambda r: _pair(r.bench, r.watched.server))
 ON_DEVICE = Ratio(
     "server, sampling on the device / llama-bench",
     "within 3 %",
     0.97,
     1.03,
-    lambda r: (r.bench, r.on_device.server) if r.on_device else None,
+    lambda r: _pair(r.bench, r.on_device and r.on_device.server),
 )
 BARE = Ratio(
     "server, sampling on the device, not streaming / llama-bench",
     "within 3 %",
     0.97,
     1.03,
-    lambda r: (r.bench, r.bare) if r.bare else None,
+    lambda r: _pair(r.bench, r.bare),
 )
+WATCHED = Ratio("watched / unwatched", "0.995 or better", 0.995, math.inf, _watched)
 RATIOS = (CLIENT, BENCH, ON_DEVICE, BARE, WATCHED)
 
 

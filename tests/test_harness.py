@@ -59,6 +59,8 @@ def test_ratios_have_known_values_and_their_aims(tmp_path):
     assert told["cpu-moe", harness.ON_DEVICE.name].value == pytest.approx(1.0)
     assert ("baseline", harness.ON_DEVICE.name) not in told
     assert told["cpu-moe", harness.BARE.name].value == pytest.approx(0.98)
+    without_bench = [{**r, "bench": None, "unwatched": None} for r in with_device]
+    assert [ratio for _, ratio, _ in harness.ratios(kept(tmp_path, without_bench))] == [harness.CLIENT]
 
 
 def test_slots_of_one_generation_are_compared_with_their_neighbours(tmp_path):
@@ -78,7 +80,7 @@ def test_slots_of_one_generation_are_compared_with_their_neighbours(tmp_path):
     first = {**rounds()[0], "toggled": pairs, "unwatched": None}
     found = kept(tmp_path, [first, {**first, "toggled": pairs[:5]}])
     e = harness.WATCHED.estimate(found, "cpu-moe")
-    assert (e.value, e.n) == (pytest.approx(0.5, rel=0.02), 2)
+    assert (e.value, e.n) == (pytest.approx(0.5, rel=0.02), 65)
     assert harness.WATCHED.met(e) == "no"
     assert "Watching slowed" in harness.bias(found)
     assert list(harness.by_slots([request(n=5)])) == []  # too short for two slots
