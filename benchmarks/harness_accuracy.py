@@ -9,8 +9,8 @@
 
 python benchmarks/harness_accuracy.py --model deepseek-moe-16b --scale tiny --quant Q8_0 --rounds 5
 
-Every rate goes to the file named by `--out`, with what it was measured on; `--show FILE` makes the ratios of it again,
-and a study's document those of the `harness.json` in its folder.
+Every rate goes to the file named by `--out`, with what it was measured on, after each round; given again, it goes on
+there. `--show FILE` makes the ratios of it again, and a study's document those of the files in its `harness` folder.
 """
 
 import json
@@ -35,7 +35,7 @@ PLACEMENTS = ("baseline", "cpu-moe")
 REQUESTS = 3  # of a server, and repetitions of llama-bench
 CONTEXT = 1024
 SAMPLING = client.SAMPLING
-TOGGLED_S, TOGGLED_REQUESTS = 15.0, 3  # of generation in a round, in at most so many requests
+TOGGLED_S = 20.0  # of generation in a round
 
 
 def rates(requests: tuple[client.Request, ...]) -> dict[str, list[float]]:
@@ -65,9 +65,10 @@ def changed(owner: object, name: str, value: object) -> Iterator[None]:
 
 def toggle(rate: float, spec: run.Spec, made: quantize.Quantised, llama: engine.Engine, where: device.Device, work):
     """The slots of a generation at about `rate`, with the monitors on in one of each two of them."""
-    tokens = max(params.workload(WORKLOAD).generate_tokens, min(int(rate * TOGGLED_S), CONTEXT - 100))
+    number = math.ceil(rate * TOGGLED_S / (CONTEXT - 100))
+    tokens = max(params.workload(WORKLOAD).generate_tokens, math.ceil(rate * TOGGLED_S / number))
     long = params.workload(WORKLOAD).model_copy(update={"generate_tokens": tokens})
-    asked = replace(spec, requests=min(TOGGLED_REQUESTS, math.ceil(rate * TOGGLED_S / tokens)))
+    asked = replace(spec, requests=number)
     session = where.session
 
     @contextmanager
@@ -160,18 +161,21 @@ def main(
         "device": where.kind,
         "seed": 0,
     }
-    seeded, measured = random.Random(rounds), []
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         made = quantize.make(models.make_twin(model, scale, needed=False), quant, llama, work)
         where.calibrate(work)
         about = {"model": model, "scale": scale, "quant": quant, "weights": "twin", "file_sha256": made.sheet["sha256"]}
         about |= {"engine": str(llama), "device": where.identity(), "host": process.facts(), "workload": WORKLOAD}
-        for number in range(rounds):
+        found = out and harness.read(out)
+        if found and found.about != about:
+            raise click.ClickException(f"{out} was measured on something else: give another --out, or delete it")
+        measured = [r.model_dump(exclude_none=True) for r in found.rounds] if found else []
+        for number in range(len(measured) // len(PLACEMENTS), rounds):
             for placement in PLACEMENTS:
                 spec = run.Spec(placement=placement, load_mode="mmap", **asked)
                 order = ["watched", *(way for way in WAYS if way in ways and way != "toggled")]
-                seeded.shuffle(order)
+                random.Random(f"{number}/{placement}").shuffle(order)
                 took = {how: take(how, spec, made, llama, where, work) for how in order}
                 if "toggled" in ways:  # last: it needs to know the rate, and its slots are compared with themselves
                     rate = fmean(took["watched"]["client"])

@@ -21,6 +21,7 @@ from moelib.params import Strict
 
 NAME = "harness.json"
 SLOT_S = 0.5  # of watching or not: a few readings, and short beside what changes a machine's speed
+FILLED = 0.7  # of a slot, at the least: a step that crosses into the next belongs to neither
 
 
 class Rates(Strict):
@@ -127,7 +128,8 @@ def watched(t_s: float) -> bool:
 
 def by_slots(requests: Iterable[Request]) -> Iterator[tuple[float, float]]:
     """(watched, unwatched) tokens per second of each two neighbouring slots of a toggled run's requests. The time from
-    one token to the next counts where both came in the same slot."""
+    one token to the next counts where both came in the same slot, and a slot where it fills most of it: a generation
+    begins and ends within one."""
     for r in requests:
         slots: dict[int, tuple[int, float]] = {}
         arrived = [(r.started_s + t, n) for t, n in zip(r.token_s, r.token_n, strict=True)]
@@ -135,7 +137,8 @@ def by_slots(requests: Iterable[Request]) -> Iterator[tuple[float, float]]:
             if (slot := _slot(b)) == _slot(a):
                 tokens, took = slots.get(slot, (0, 0.0))
                 slots[slot] = (tokens + m - n, took + b - a)
-        for slot in (s for s in slots if s % 2 == 0 and s + 1 in slots):
+        whole = {s for s, (_, took) in slots.items() if took >= FILLED * SLOT_S}
+        for slot in sorted(s for s in whole if s % 2 == 0 and s + 1 in whole):
             rates = [slots[s][0] / slots[s][1] for s in (slot, slot + 1)]
             yield tuple(rates if watched(slot * SLOT_S) else reversed(rates))
 
