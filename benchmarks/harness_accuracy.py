@@ -167,7 +167,7 @@ def main(
         where.calibrate(work)
         about = {"model": model, "scale": scale, "quant": quant, "weights": "twin", "file_sha256": made.sheet["sha256"]}
         about |= {"engine": str(llama), "device": where.identity(), "host": process.facts(), "workload": WORKLOAD}
-        found = out and harness.read(out)
+        found = harness.read(out) if out and out.exists() else None
         if found and found.about != about:
             raise click.ClickException(f"{out} was measured on something else: give another --out, or delete it")
         measured = [r.model_dump(exclude_none=True) for r in found.rounds] if found else []
@@ -182,7 +182,7 @@ def main(
                     took["toggled"] = toggle(rate, spec, made, llama, where, work)
                 measured.append({"placement": placement, "order": list(took), **took})
             print(f"round {number + 1} of {rounds}", flush=True)
-            found = harness.write(out or work / harness.NAME, about, measured)
+            found = harness.write(out or work / "harness.json", about, measured)
     show(found)
 
 

@@ -6,7 +6,7 @@ The rule: a file fits a card of N GB if no run of it took more than N * 10^9 byt
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from moelib import analyse, harness, report, stats
+from moelib import analyse, evidence, harness, report, stats
 from moelib.params import Arm, Study
 from moelib.record import Record
 from moelib.stats import number, size, span
@@ -208,9 +208,11 @@ def limits(results: Results) -> Text:
     """What the advice leaves out, once for all models."""
     cpus = "; ".join(sorted({f"{r.host['cpu']}, {r.host['cpus']} usable" for r in _runs(results)}))
     told, sources = [], cite(_runs(results))
-    if slowed := harness.bias(results.accuracy):
+    if slowed := harness.bias(results.accuracy.values()):
         told.append(slowed)
         sources |= cite_harness(results.accuracy)
+    if machines := evidence.apart(results):
+        told.append(machines)
     if _gpu(results):
         told += [
             "A file *fits* a card of N GB if none of its runs took more than N × 10⁹ bytes from the device. Most "

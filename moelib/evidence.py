@@ -1,7 +1,7 @@
 """What a study's findings stand on: files, placement proof, audit, completeness, environment, records."""
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -158,35 +158,33 @@ def environment_table(results: Results) -> Table:
 
 def harness_table(results: Results) -> Table:
     """The harness's own numbers against the engine's."""
-    found = results.accuracy
-    if found is None:
+    if not results.accuracy:
         why = "not measured in this study (`benchmarks/harness_accuracy.py --out`)."
         return Table("harness", [], [], why_empty=why)
-    rows = []
-    for placement, ratio, e in harness.ratios(found):
-        told = {"ratio": ratio.name, "placement": placement, "found": stats.close(e), "pairs": e.n}
-        rows.append(told | {"aim": ratio.aim, "met": ratio.met(e)})
-    about = found.about
+    rows, sources = [], []
+    for name, found in results.accuracy.items():
+        about = found.about
+        what = f"{about['model']} {about['quant']} at {(about['host']['commit'] or stats.NONE)[:7]}"
+        for placement, ratio, e in harness.ratios(found):
+            told = {"file, commit": what, "placement": placement, "ratio": ratio.name, "found": stats.close(e)}
+            rows.append(told | {"pairs": e.n, "aim": ratio.aim, "met": ratio.met(e)})
+            sources.append(cite_harness({name: found}))
+    where = {(a["scale"], a["workload"], a["device"]["name"]) for a in (f.about for f in results.accuracy.values())}
+    told = " and ".join(f"scale {scale}, {workload}, on {device}" for scale, workload, device in sorted(where))
     note = (
-        f"Decode rates of {about['model']} at {about['quant']}, scale {about['scale']}, {about['workload']}, on "
-        f"{about['device']['name']}, by commit {(about['host']['commit'] or stats.NONE)[:12]}: geometric mean over "
-        "pairs [95 % interval]: one of a round, or as many as there are slots of watching or not in its generations."
+        f"Decode rates at {told}: geometric mean over pairs [95 % interval]. A pair is one round's, or, of watched / "
+        "unwatched within one generation, two neighbouring slots of time. Commits are those of the harness."
     )
-    return Table("harness", rows, [cite_harness(found)] * len(rows), note, ("found", "pairs"))
+    return Table("harness", rows, sources, note, ("found", "pairs"))
 
 
 def machines(results: Results) -> Text:
     """What the intervals hold: one machine's variation, or that between machines too."""
     mixed = []
     for name, status in results.measured.items():
-        here = [r for b in status.blocks for r in b]
-        cards = Counter(b[0].device["uuid"] or b[0].device["name"] for b in status.blocks)
+        cards = Counter(map(_card, status.blocks))
         if len(cards) > 1:
-            speeds = [r.host.get("ram_read_bytes_per_s") for r in here]
-            told = f"{' + '.join(map(str, cards.values()))} blocks"
-            if None not in speeds:
-                told += f", RAM read at {stats.span([s / 1e9 for s in sorted(speeds)], number)} GB/s"
-            mixed.append(f"{name} ({told})")
+            mixed.append(f"{name} ({' + '.join(map(str, cards.values()))} blocks{_ram(status.blocks)})")
     text = "- Blocks measure variation from run to run on one machine, not from machine to machine."
     if mixed:
         text = (
@@ -194,6 +192,32 @@ def machines(results: Results) -> Text:
             "what these machines differ by. Elsewhere blocks measure variation from run to run on one machine."
         )
     return Text("machines", text, cite(r for b in results.blocks for r in b))
+
+
+def apart(results: Results) -> str | None:
+    """Which cells were measured on one machine and which on another, where each has one; None where all share it."""
+    groups = defaultdict(list)
+    for name, status in results.measured.items():
+        cards = set(map(_card, status.blocks))
+        if len(cards) == 1:
+            groups[cards.pop()].append(name)
+    if len(groups) < 2:
+        return None
+    told = [f"{', '.join(g)}{_ram([b for n in g for b in results.measured[n].blocks])}" for g in groups.values()]
+    return (
+        f"Measured on one machine each: {'; '.join(told)}. Where rates of cells from two machines are compared, the "
+        "machines are as well, above all with experts on the CPU; ratios within a cell are of one machine."
+    )
+
+
+def _card(block: Sequence[Record]) -> str:
+    return block[0].device["uuid"] or block[0].device["name"]
+
+
+def _ram(blocks: Iterable[Iterable[Record]]) -> str:
+    """How fast the host's memory was read before these runs, where all say it."""
+    speeds = [r.host.get("ram_read_bytes_per_s") for b in blocks for r in b]
+    return "" if None in speeds else f", RAM read at {stats.span([s / 1e9 for s in speeds], number)} GB/s"
 
 
 def workloads_table(results: Results) -> Table:

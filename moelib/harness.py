@@ -1,6 +1,6 @@
-"""How far the harness's own numbers are from the engine's: rates of one benchmark, kept, and the ratios they give.
+"""How far the harness's own numbers are from the engine's: rates of a benchmark, kept, and the ratios they give.
 
-`benchmarks/harness_accuracy.py` measures them and writes the file; a study's document shows what is in its folder.
+`benchmarks/harness_accuracy.py` measures them and writes a file; a study's document shows what is in its folder.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from moelib import files, stats
 from moelib.client import Request
 from moelib.params import Strict
 
-NAME = "harness.json"
+FOLDER = "harness"  # in a study's: one file for each model, quant and state of the harness that was looked at
 SLOT_S = 0.5  # of watching or not: a few readings, and short beside what changes a machine's speed
 FILLED = 0.7  # of a slot, at the least: a step that crosses into the next belongs to neither
 
@@ -151,15 +151,15 @@ def ratios(found: Harness) -> Iterator[tuple[str, Ratio, stats.Estimate]]:
                 yield placement, ratio, e
 
 
-def bias(found: Harness | None) -> str | None:
+def bias(accuracy: Iterable[Harness]) -> str | None:
     """A sentence for each placement that watching surely slowed by more than the aim allows, None where it did not."""
     told = []
-    for placement, ratio, e in ratios(found) if found else ():
+    for about, placement, ratio, e in ((found.about, *row) for found in accuracy for row in ratios(found)):
         if ratio is WATCHED and e.high is not None and e.high < ratio.lowest:
-            what = f"{found.about['model']} at {found.about['quant']}, {placement}"
             told.append(
-                f"**Watching slowed the runs**: {what}, decoded at {stats.estimate(e)} times the rate that it had "
-                f"unwatched. Rates of {placement} here are too low by about as much, and so are their ratios."
+                f"**Watching slowed the runs**: {about['model']} at {about['quant']}, {placement}, decoded at "
+                f"{stats.estimate(e)} times the rate that it had unwatched. Rates of {placement} here are too low by "
+                "about as much, and so are their ratios."
             )
     return " ".join(told) or None
 
@@ -172,14 +172,12 @@ def write(path: Path, about: dict[str, Any], rounds: list[dict[str, Any]]) -> Ha
     return Harness(**whole)
 
 
-def read(path: Path) -> Harness | None:
-    """What was kept, None where nothing was. Raises files.FileError if it is not what was written."""
+def read(path: Path) -> Harness:
+    """What was kept. Raises files.FileError if it is not what was written."""
     try:
         data = json.loads(path.read_bytes())
         found = Harness.model_validate(data)
         del data["digest"]
-    except FileNotFoundError:
-        return None
     except (OSError, ValueError, ValidationError):
         found = None
     if found is None or found.digest != files.digest(data):

@@ -68,7 +68,7 @@ def answer(results: Results) -> Text:
         told.append(f"Device memory was {more} more than the engine's own buffers add up to.")
     told.append("Ranges are over models, quants and arms; the interval of each is in the tables.")
     sources = cite(r for c in [*used, *rest] for r in c.records)
-    if slowed := harness.bias(results.accuracy):
+    if slowed := harness.bias(results.accuracy.values()):
         told.append(slowed)
         sources |= cite_harness(results.accuracy)
     return Text("answer", "\n".join(f"- {t}" for t in told), sources)

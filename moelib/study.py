@@ -217,8 +217,8 @@ class Results(Plan):
     records: list[record.Record]
     damaged: list[str]
     sheets: list[dict[str, Any]]
-    accuracy: harness.Harness | None = None
-    """How accurate the harness was found to be; None where nobody measured it."""
+    accuracy: dict[str, harness.Harness]
+    """How accurate the harness was found to be, by file; empty where nobody measured it."""
 
     @cached_property
     def statuses(self) -> dict[str, Status]:
@@ -278,8 +278,10 @@ def results(path: Path) -> Results:
             wrong.append(name)
     damaged += [f"quants/{name}: not the sheet of its records" for name in wrong]
     sheets = [s for name, s in sheets.items() if name not in wrong]
-    try:
-        accuracy = harness.read(path / harness.NAME)
-    except files.FileError:
-        accuracy, damaged = None, [*damaged, f"{harness.NAME}: not what was written"]
+    accuracy = {}
+    for p in sorted((path / harness.FOLDER).glob("*.json")):
+        try:
+            accuracy[f"{harness.FOLDER}/{p.name}"] = harness.read(p)
+        except files.FileError:
+            damaged.append(f"{harness.FOLDER}/{p.name}: not what was written")
     return Results(name=path.name, **data, records=records, damaged=damaged, sheets=sheets, accuracy=accuracy)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moelib import files
-from moelib.harness import NAME, Harness
+from moelib.harness import Harness
 from moelib.record import Record
 
 Sources = dict[str, str]
@@ -20,8 +20,8 @@ def cite_sheet(sheet: dict[str, Any]) -> Sources:
     return {f"quants/{sheet['model']}-{sheet['quant']}.json": files.digest(sheet)}
 
 
-def cite_harness(found: Harness) -> Sources:
-    return {NAME: found.digest}
+def cite_harness(accuracy: dict[str, Harness]) -> Sources:
+    return {name: found.digest for name, found in accuracy.items()}
 
 
 class _Shown:

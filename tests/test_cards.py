@@ -146,7 +146,7 @@ def test_the_document_and_the_card_hold_the_same_tables(full):
 def only(results, keep):
     left = [r for r in results.records if keep(r.spec)]
     told = {k: getattr(results, k) for k in ("study", "workloads", "cells", "name", "sheets")}
-    return study.Results(**told, records=left, damaged=[])
+    return study.Results(**told, records=left, damaged=[], accuracy={})
 
 
 def without(results, *quants):

@@ -109,12 +109,11 @@ def test_the_readmes_figures_are_committed_documents():
 
 
 def test_device_memory_is_the_same_on_both_cards():
-    """The README says so: to a thousandth, in every cell and arm that both have."""
+    """The README says so, with the same numbers."""
     found = {}
     for name in ("h100-twins", "h200-twins"):
         for r in study.results(COMMITTED[name].study).done:
             found.setdefault((r.cell, r.spec.arm), {}).setdefault(name, []).append(r.observed.memory.value_bytes)
-    both = [list(of.values()) for of in found.values() if len(of) == 2]
-    assert len(both) >= 9
-    for here, there in both:
-        assert fmean(here) == pytest.approx(fmean(there), rel=0.001)
+    more = [fmean(of["h100-twins"]) / fmean(of["h200-twins"]) - 1 for of in found.values() if len(of) == 2]
+    assert (len(more), more.count(0)) == (15, 14)
+    assert f"{max(more):.2%}" == "0.14%"

@@ -37,8 +37,11 @@ def rounds(unwatched=100.0, client=100.0, bench=100.0, placement="cpu-moe", n=3)
     ]
 
 
+NAME = f"{harness.FOLDER}/a-file.json"
+
+
 def kept(tmp_path, *made):
-    return harness.write(tmp_path / harness.NAME, ABOUT, [r for some in made for r in some])
+    return harness.write(tmp_path / NAME, ABOUT, [r for some in made for r in some])
 
 
 def test_ratios_have_known_values_and_their_aims(tmp_path):
@@ -82,20 +85,20 @@ def test_slots_of_one_generation_are_compared_with_their_neighbours(tmp_path):
     e = harness.WATCHED.estimate(found, "cpu-moe")
     assert (e.value, e.n) == (pytest.approx(0.5, rel=0.02), 65)
     assert harness.WATCHED.met(e) == "no"
-    assert "Watching slowed" in harness.bias(found)
+    assert "Watching slowed" in harness.bias([found])
     assert list(harness.by_slots([request(n=5)])) == []  # too short for two slots
 
 
 def test_faster_than_unwatched_is_no_fault(tmp_path):
     found = kept(tmp_path, rounds(unwatched=90.0))
     assert harness.WATCHED.met(harness.WATCHED.estimate(found, "cpu-moe")) == "yes"
-    assert harness.bias(found) is None
+    assert harness.bias([found]) is None
 
 
 @pytest.mark.parametrize(("unwatched", "told"), [(100.0, False), (100.4, False), (125.0, True)])
 def test_what_surely_slowed_the_runs_is_said(tmp_path, unwatched, told):
     found = kept(tmp_path, rounds(unwatched=unwatched), rounds(placement="baseline"))
-    text = harness.bias(found)
+    text = harness.bias([found])
     assert bool(text) is told
     if told:
         assert "a-model at Q8_0, cpu-moe, decoded at 0.800" in text
@@ -104,18 +107,20 @@ def test_what_surely_slowed_the_runs_is_said(tmp_path, unwatched, told):
 
 def test_one_noisy_round_proves_nothing(tmp_path):
     found = kept(tmp_path, rounds(unwatched=80.0, n=1), rounds(unwatched=125.0, n=1))
-    assert harness.bias(found) is None
+    assert harness.bias([found]) is None
     assert harness.WATCHED.met(harness.WATCHED.estimate(found, "cpu-moe")) == "undecided"
-    assert harness.bias(kept(tmp_path, rounds(unwatched=125.0, n=1))) is None
-    assert harness.bias(None) is None
+    assert harness.bias([kept(tmp_path, rounds(unwatched=125.0, n=1))]) is None
+    assert harness.bias([]) is None
 
 
 def test_what_was_kept_is_read_back_and_a_change_is_seen(tmp_path):
-    path = tmp_path / harness.NAME
-    assert harness.read(path) is None
+    path = tmp_path / NAME
     found = kept(tmp_path, rounds())
     assert harness.read(path) == found
     good = path.read_text()
+    path.unlink()
+    with pytest.raises(files.FileError, match="measure it again"):
+        harness.read(path)
     for bad in (good.replace("100.0", "101.0", 1), good[:-20], "{}", good.replace('"bench"', '"bank"', 1)):
         path.write_text(bad)
         with pytest.raises(files.FileError, match="measure it again"):
@@ -125,16 +130,18 @@ def test_what_was_kept_is_read_back_and_a_change_is_seen(tmp_path):
 @pytest.mark.parametrize("name", ["h100-twins", "h200-twins"])
 def test_the_committed_documents_say_what_their_files_hold(name):
     found = study.results(REPO / "outputs" / name)
-    table = evidence.harness_table(found)
-    assert len(table.rows) == len(list(harness.ratios(found.accuracy))) >= 6
-    e = harness.CLIENT.estimate(found.accuracy, "baseline")
+    table, accuracy = evidence.harness_table(found), found.accuracy
+    assert len(table.rows) == sum(len(list(harness.ratios(a))) for a in accuracy.values()) >= 6
+    first, kept = next(iter(accuracy.items()))
+    e = harness.CLIENT.estimate(kept, "baseline")
     assert table.rows[0]["found"] == f"{e.value:.4f} [{e.low:.4f}, {e.high:.4f}]"
-    assert all(set(s) == {harness.NAME} for s in table.row_sources)
-    slowed = harness.bias(found.accuracy)
+    assert table.row_sources[0] == {first: kept.digest}
+    assert table.sources == {name: a.digest for name, a in accuracy.items()}
+    slowed = harness.bias(accuracy.values())
     for text in (report.answer(found), advice.limits(found)):
         assert ("Watching slowed" in text.text) is bool(slowed)
-        assert (harness.NAME in text.sources) is bool(slowed)
-    without = found.model_copy(update={"accuracy": None})
+        assert accuracy.keys() & text.sources.keys() == (accuracy.keys() if slowed else set())
+    without = found.model_copy(update={"accuracy": {}})
     assert "not measured in this study" in evidence.harness_table(without).markdown()
     assert "Watching slowed" not in report.answer(without).text
 
@@ -145,10 +152,10 @@ def test_a_damaged_file_is_told_with_the_study(tmp_path):
     copy = tmp_path / "demo"
     shutil.copytree(REPO / "docs/example/demo", copy, ignore=shutil.ignore_patterns("raw", "figures"))
     found = kept(copy, rounds())
-    assert study.results(copy).accuracy == found
-    data = json.loads((copy / harness.NAME).read_text())
+    assert study.results(copy).accuracy == {NAME: found}
+    data = json.loads((copy / NAME).read_text())
     data["rounds"][0]["bench"] = [1.0]
-    (copy / harness.NAME).write_text(json.dumps(data))
+    (copy / NAME).write_text(json.dumps(data))
     told = study.results(copy)
-    assert told.accuracy is None
-    assert any(harness.NAME in d for d in told.damaged)
+    assert told.accuracy == {}
+    assert any(NAME in d for d in told.damaged)

@@ -14,7 +14,7 @@ import pytest
 from conftest import REPO, SMOKE, furnish
 from factory import block, made, observation, spec
 
-from moelib import evidence, files, measure, notebook, params, record, run, study
+from moelib import advice, evidence, files, measure, notebook, params, record, run, study
 from moelib.study import Folder, StudyError
 
 MOELIB = [sys.executable, "-m", "moelib.cli"]
@@ -158,28 +158,40 @@ def test_status_lists_every_run_that_is_missing_or_wrong():
     assert vouching.problems[0].endswith("valid, but its audit says invalid")
 
 
-def test_blocks_of_several_machines_are_said_to_be(home):
-    def results(*uuids):
-        cell = study.Cell(
-            "deepseek-moe-16b",
-            "Q4_K_M",
-            tuple((spec(block=b), spec(placement="cpu-moe", order=1, block=b)) for b in range(3)),
-        )
-        runs = []
-        for b, uuid in enumerate(uuids):
-            for r in block(block=b):
-                device = {**r.device, "uuid": uuid}
-                host = {**r.host, "ram_read_bytes_per_s": 50e9 if uuid == "A" else 100e9}
-                runs.append(r.model_copy(update={"device": device, "host": host}))
-        demo = params.study("demo").model_copy(update={"models": [cell.model], "quants": [cell.quant]})
-        return study.Results(name="s", study=demo, workloads={}, cells=[cell], records=runs, damaged=[], sheets=[])
+def test_what_was_measured_on_several_machines_is_said(home):
+    model = "deepseek-moe-16b"
 
-    assert "one machine, not from machine to machine" in evidence.machines(results("A", "A", "A")).text
-    told = evidence.machines(results("A", "B", "B"))
-    assert (
-        "deepseek-moe-16b/Q4_K_M (1 + 2 blocks, RAM read at 50.0 to 100 GB/s) come from different machines" in told.text
-    )
+    def results(**uuids):
+        """The machine of each block, by quant."""
+        cells, runs = [], []
+        for quant, cards in uuids.items():
+            pairs = [
+                (spec(quant=quant, block=b), spec(quant=quant, placement="cpu-moe", order=1, block=b)) for b in range(3)
+            ]
+            cells.append(study.Cell(model, quant, tuple(pairs)))
+            for b, uuid in enumerate(cards):
+                for r in block(block=b):
+                    told = {"device": {**r.device, "uuid": uuid}, "spec": dataclasses.replace(r.spec, quant=quant)}
+                    told["host"] = {**r.host, "ram_read_bytes_per_s": 50e9 if uuid == "A" else 100e9}
+                    runs.append(r.model_copy(update=told))
+        demo = params.study("demo").model_copy(update={"models": [model], "quants": list(uuids)})
+        found = {"workloads": {}, "cells": cells, "records": runs, "damaged": [], "sheets": [], "accuracy": {}}
+        return study.Results(name="s", study=demo, **found)
+
+    alone = results(Q4_K_M="AAA", Q2_K="AAA")
+    text = "- Blocks measure variation from run to run on one machine, not from machine to machine."
+    assert (evidence.machines(alone).text, evidence.apart(alone)) == (text, None)
+    mixed = results(Q4_K_M="ABB")
+    told = evidence.machines(mixed)
+    assert f"{model}/Q4_K_M (1 + 2 blocks, RAM read at 50.0 to 100 GB/s) come from different machines" in told.text
     assert len(told.sources) == 6
+    assert evidence.apart(mixed) is None
+    several = results(Q4_K_M="AAA", Q2_K="BBB", Q8_0="AAA")
+    groups = f"{model}/Q4_K_M, {model}/Q8_0, RAM read at 50.0 GB/s; {model}/Q2_K, RAM read at 100 GB/s."
+    assert evidence.apart(several).startswith(f"Measured on one machine each: {groups}")
+    assert groups in advice.limits(several).text
+    assert "one machine each" not in advice.limits(alone).text
+    assert evidence.machines(several).text == text
 
 
 def test_a_study_without_records_is_an_error(home):
