@@ -12,6 +12,7 @@ from conftest import REPO
 from test_study import tree
 
 from moelib import cards, notebook, params, record, study
+from moelib.table import cite, cite_harness, cite_sheet
 
 
 class Committed(NamedTuple):
@@ -93,10 +94,19 @@ def test_a_cited_record_that_is_gone_or_changed_shows(name, copy, tmp_path, harm
     assert (f"damaged: {path.name}" in text) == (harm == "changed")
 
 
-def test_every_record_of_a_study_is_cited(name):
-    told = json.loads((COMMITTED[name].document / "provenance.json").read_text())
-    for r in study.results(COMMITTED[name].study).records:
-        assert told["sources"][r.run_id] == r.digest
+def test_all_of_a_studys_evidence_is_cited(name):
+    told = json.loads((COMMITTED[name].document / "provenance.json").read_text())["sources"]
+    found = study.results(COMMITTED[name].study)
+    evidence = cite(found.records) | cite_harness(found.accuracy)
+    for sheet in found.sheets:
+        evidence |= cite_sheet(sheet)
+    assert evidence.items() <= told.items()
+
+
+def test_the_study_of_the_document_is_whole():
+    found = study.results(COMMITTED["h100-twins"].study)
+    assert found.tally == {"planned": 90, "valid": 90, "invalid": 0, "missing": 0}
+    assert found.problems == []
 
 
 def test_the_readmes_figures_are_committed_documents():
