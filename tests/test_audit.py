@@ -554,6 +554,25 @@ def test_blocks_and_studies_say_what_was_found(runs):
     }
 
 
+@pytest.mark.parametrize(
+    ("memory", "steady"),
+    [
+        ((100 * MIB, 164 * MIB), True),
+        ((100 * MIB, 165 * MIB), False),
+        ((64 * MIB, 65 * MIB), True),
+        ((9_901 * MIB, 10_000 * MIB), True),  # 1 % of many is more than 64 MiB
+        ((9_899 * MIB, 10_000 * MIB), False),
+    ],
+)
+def test_memory_may_spread_by_64_mib_or_a_hundredth(memory, steady):
+    runs = [
+        seen_as(made(block=b), memory=replace(observation().memory, value_bytes=value))
+        for b, value in enumerate(memory)
+    ]
+    (found,) = (c for c in audit.study([], runs) if c.id == "memory-steady")
+    assert found.passed is steady
+
+
 def test_at_most_three_copies_are_named():
     pairs = [
         seen_as(made(block=2 * i + j), requests=(request(0, first=0.02 + i / 100),)) for i in range(4) for j in (0, 1)

@@ -171,6 +171,8 @@ def test_what_the_engine_does_not_explain_is_the_rest():
     m = cuda(RUN)
     assert (m.status, m.method, m.process_bytes, m.growth_bytes) == ("valid", "nvml-process", PEAK, USED)
     assert (m.engine_bytes, m.weights_bytes, m.residual_bytes) == (ENGINE, WEIGHTS, 620 * MIB)
+    odd = replace(m, value_bytes=8 * MIB + 5, engine_bytes=3 * MIB + 6)
+    assert odd.residual_bytes == 5 * MIB - 1
     assert cuda(RUN, before=(at(8 * MIB), at(0))).growth_bytes == USED - 8 * MIB
     assert cuda(RUN, report=SILENT).residual_bytes is None
     assert cuda().residual_bytes is None
