@@ -36,7 +36,7 @@ demo: ## the whole demo study, to its document
 test: engine lint ## the test suite
 	@$(BIN)/python -m pytest
 
-faults: engine ## the fault campaign, long form with a new seed, about 8 minutes (ARGS="--seed N" repeats one)
+faults: engine ## the fault campaign, long form with a new seed, about 10 minutes (ARGS="--seed N" repeats one)
 	@$(BIN)/python tests/faults.py --rounds 10 $(ARGS)
 
 hubfaults: engine ## the fault campaign of publishing: every request fails in every way, about half an hour

@@ -133,7 +133,7 @@ def problems(results: Results) -> Text:
 
 
 def environment_table(results: Results) -> Table:
-    """Every distinct value of what the valid runs say of engine, device, host and code."""
+    """Every distinct value of what the valid runs say of engine, device, host and code; of several, whose each is."""
 
     def told(r: Record) -> dict[str, str]:
         host, device = r.host, r.device
@@ -152,8 +152,14 @@ def environment_table(results: Results) -> Table:
             "llama-server threads": str(r.observed.threads),
         }
 
-    frame = pd.DataFrame([told(r) for r in results.done])
-    return facts("environment", {k: "; ".join(sorted(set(frame[k]))) for k in frame}, cite(results.done))
+    def whose(values: pd.Series) -> str:
+        cells = values.groupby(values).groups
+        if len(cells) == 1:
+            return values.iloc[0]
+        return "; ".join(f"{value} ({', '.join(dict.fromkeys(of))})" for value, of in cells.items())
+
+    frame = pd.DataFrame([told(r) for r in results.done], index=[r.cell for r in results.done])
+    return facts("environment", {k: whose(frame[k]) for k in frame}, cite(results.done))
 
 
 def harness_table(results: Results) -> Table:

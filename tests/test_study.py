@@ -172,7 +172,7 @@ def test_what_was_measured_on_several_machines_is_said(home):
             for b, uuid in enumerate(cards):
                 for r in block(block=b):
                     told = {"device": {**r.device, "uuid": uuid}, "spec": dataclasses.replace(r.spec, quant=quant)}
-                    told["host"] = {**r.host, "ram_read_bytes_per_s": 50e9 if uuid == "A" else 100e9}
+                    told["host"] = {**r.host, "cpu": uuid, "ram_read_bytes_per_s": 50e9 if uuid == "A" else 100e9}
                     runs.append(r.model_copy(update=told))
         demo = params.study("demo").model_copy(update={"models": [model], "quants": list(uuids)})
         found = {"workloads": {}, "cells": cells, "records": runs, "damaged": [], "sheets": [], "accuracy": {}}
@@ -192,6 +192,10 @@ def test_what_was_measured_on_several_machines_is_said(home):
     assert groups in advice.limits(several).text
     assert "one machine each" not in advice.limits(alone).text
     assert evidence.machines(several).text == text
+    cpus = several.records[0].host["cpus"]
+    told = f"A, {cpus} usable ({model}/Q4_K_M, {model}/Q8_0); B, {cpus} usable ({model}/Q2_K)"
+    assert told in evidence.environment_table(several).markdown()
+    assert f"| A, {cpus} usable  " in evidence.environment_table(alone).markdown()
 
 
 def test_a_study_without_records_is_an_error(home):
