@@ -141,7 +141,7 @@ def show(kept: harness.Harness) -> None:
 @click.option("--scale", default="tiny", show_default=True)
 @click.option("--quant", default="Q8_0", show_default=True)
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(2))
-@click.option("--way", "ways", multiple=True, type=click.Choice(WAYS), default=WAYS, help="Beside runs as a study's.")
+@click.option("--way", "ways", multiple=True, type=click.Choice(WAYS), default=WAYS, help="Beside a study's own way.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Keep every rate in this file.")
 @click.option("--show", "kept", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Measure nothing.")
 def main(

@@ -175,11 +175,12 @@ def harness_table(results: Results) -> Table:
             told = {"file, commit": what, "placement": placement, "ratio": ratio.name, "found": stats.close(e)}
             rows.append(told | {"pairs": e.n, "aim": ratio.aim, "met": ratio.met(e)})
             sources.append(cite_harness({name: found}))
-    where = {(a["scale"], a["workload"], a["device"]["name"]) for a in (f.about for f in results.accuracy.values())}
-    told = " and ".join(f"scale {scale}, {workload}, on {device}" for scale, workload, device in sorted(where))
+    abouts = [found.about for found in results.accuracy.values()]
+    setups = sorted({f"scale {a['scale']}, {a['workload']}, on {a['device']['name']}" for a in abouts})
     note = (
-        f"Decode rates at {told}: geometric mean over pairs [95 % interval]. A pair is one round's, or, of watched / "
-        "unwatched within one generation, two neighbouring slots of time. Commits are those of the harness."
+        f"Decode rates at {' and '.join(setups)}: geometric mean over pairs [95 % interval]. A pair is one round's, "
+        "or, of watched / unwatched within one generation, two neighbouring slots of time. Commits are those of the "
+        "harness."
     )
     return Table("harness", rows, sources, note, ("found", "pairs"))
 

@@ -89,6 +89,13 @@ def test_slots_of_one_generation_are_compared_with_their_neighbours(tmp_path):
     assert list(harness.by_slots([request(n=5)])) == []  # too short for two slots
 
 
+@pytest.mark.parametrize(("slots", "pairs"), [(1.6, 0), (1.8, 1), (2.6, 1), (3.6, 1), (3.8, 2)])
+def test_a_slot_counts_where_a_generation_fills_most_of_it(slots, pairs):
+    n = round(slots * harness.SLOT_S / 0.01)
+    stream = request(n=n, token_s=tuple(i * 0.01 for i in range(n)), started_s=0.0)
+    assert len(list(harness.by_slots([stream]))) == pairs
+
+
 def test_faster_than_unwatched_is_no_fault(tmp_path):
     found = kept(tmp_path, rounds(unwatched=90.0))
     assert harness.WATCHED.met(harness.WATCHED.estimate(found, "cpu-moe")) == "yes"
