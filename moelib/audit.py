@@ -1,17 +1,22 @@
-"""The audit: every invariant of runs, blocks and studies, and the verdicts that follow.
+"""The audit: every invariant of runs, logs, blocks, cells and studies, and the verdicts that follow.
 
-A block's invariant that fails makes all of its runs invalid; a study's is told with the study.
+A block's or a cell's invariant that fails makes all of its runs invalid; a study's is told with the study.
 """
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from moelib import bounds, cells, command, invariants, witness
+from moelib.cells import Cell
 from moelib.invariants import INVARIANTS, Finding, Measured, agrees, holds
-from moelib.memory import AGREE_BYTES, AGREE_SHARE
 from moelib.record import Check, Record
-from moelib.run import Observation, Spec
+from moelib.witness import Witnessed
 
+FAMILIES = (invariants, command, bounds, witness, cells)
+"""Modules whose invariants count beside those of this one; importing them registers theirs."""
+CLOCK_SHARE = 0.10  # boost moves by steps of 15 MHz, and not at all on the cards seen
 SAME_SHARE = 1e-4  # measured shares of one block's requests differ by percents
 
 
@@ -31,14 +36,19 @@ def block_complete(runs: Sequence[Record]) -> Finding:
 
 @holds("block", "equal")
 def block_alike(runs: Sequence[Record]) -> Finding:
-    """Nothing but placement and load mode differs: same file, build, device, threads, requests."""
+    """Nothing but the arm differs: one host, GPU, driver, kernel, engine and file, the same requests."""
 
     def common(r: Record) -> dict[str, Any]:
         asked = [(q.workload, q.index, q.prompt_tokens, q.generate_tokens) for q in r.observed.requests]
+        host, device = r.host, r.device
         return {
-            "file": r.sheet.get("sha256"),
-            "engine": r.engine.get("server_sha256"),
-            "device": (r.device.get("kind"), r.device.get("name"), r.device.get("uuid")),
+            "file": r.sheet.sha256,
+            "engine": (r.engine.server_sha256, r.observed.engine_files, r.observed.device_files),
+            "device": (device.kind, device.name, device.uuid, device.total_bytes, device.context_bytes),
+            "driver": device.driver,
+            "link and limits": [device[k] for k in ("pcie_bytes_per_s", "bandwidth_bytes_per_s", "power_limit_watt")],
+            "host": (host.host_id, host.cpu, host.cpus, host.ram_bytes),
+            "kernel": host.system,
             "threads": r.observed.threads,
             "context": r.spec.context,
             "prompts": asked,
@@ -79,6 +89,10 @@ class Matrix(NamedTuple):
     """Keys of the planned runs."""
     runs: Sequence[Record]
     """The record that stands for each run that has one in a whole, valid block."""
+    records: Sequence[Record] = ()
+    """Every record that can be read."""
+    set_aside: Sequence[str] = ()
+    """Run ids of damaged records, which were moved away."""
 
 
 @holds("study", "every planned run")
@@ -88,26 +102,58 @@ def matrix_complete(study: Matrix) -> Finding:
     return bool(study.planned) and not missing, f"{len(missing)} of {len(study.planned)} missing"
 
 
-@holds("study", "no equal timestamps")
-def no_two_alike(study: Matrix) -> Finding:
-    """Two runs with the same microseconds are one run, copied."""
-    seen = defaultdict(set)
-    for r in study.runs:
-        for q in r.observed.requests:
-            seen[q.token_s].add(r.run_id)
-    copies = sorted({min(ids) for times, ids in seen.items() if len(times) > 2 and len(ids) > 1})
-    return not copies, f"alike: {', '.join(copies[:3])}" if copies else f"{len(study.runs)} runs differ"
+@holds("study", "1 to the last")
+def attempts_kept(study: Matrix) -> Finding:
+    """Every attempt at a run has its record: attempts that went away may have said something else."""
+    attempts = defaultdict(set)
+    for r in study.records:
+        attempts[r.key].add(r.attempt)
+    for name in study.set_aside:
+        key, _, attempt = name.rpartition("_a")
+        if attempt.isdigit():
+            attempts[key.rpartition("_")[2]].add(int(attempt))
+    gone = [f"{key}: {sorted(n)}" for key, n in attempts.items() if n != set(range(1, max(n) + 1))]
+    return not gone, f"attempts {'; '.join(gone[:3])}" if gone else f"{len(attempts)} runs with all attempts"
 
 
-@holds("study", f"{AGREE_BYTES >> 20} MiB or {AGREE_SHARE:.0%} within a cell and arm")
-def memory_steady(study: Matrix) -> Finding:
-    """The same file in the same place takes the same memory in every block."""
-    cells = defaultdict(list)
+@holds("study", "a record with that digest and those readings")
+def audited_again_from_a_record(study: Matrix) -> Finding:
+    """A later judgement names the record that it judged, and that one is there, with the same readings."""
+    known, wrong = {r.run_id: r for r in study.records}, []
+    for r in study.records:
+        if r.judged is None:
+            continue
+        first = known.get(r.judged.record)
+        same = first is not None and (first.digest, first.key, first.raw) == (r.judged.digest, r.key, r.raw)
+        if not same or _readings(first) != _readings(r) or first.attempt >= r.attempt:
+            wrong.append(r.run_id)
+    return not wrong, f"not so: {', '.join(wrong[:3])}" if wrong else "each names its first record"
+
+
+def _readings(r: Record) -> Any:
+    """What was measured, without what rules make of it."""
+    seen = r.observed
+    return seen and (
+        seen.requests,
+        seen.memory.trace,
+        seen.load_s,
+        seen.host,
+        seen.counters,
+        seen.report,
+        r.started_utc,
+    )
+
+
+@holds("study", f"{CLOCK_SHARE:.0%} between readings of one card")
+def clocks_one_cards(study: Matrix) -> Finding:
+    """While nothing slows a card, its clocks are its own: about the same in every run."""
+    clocks = defaultdict(list)
     for r in study.runs:
-        if (value := r.observed.memory.value_bytes) is not None:
-            cells[f"{r.cell} {r.spec.arm}"].append(value)
-    wide = [k for k, v in cells.items() if max(v) - min(v) > max(AGREE_BYTES, AGREE_SHARE * max(v))]
-    return not wide, f"spread: {', '.join(wide)}" if wide else f"{len(cells)} arms steady"
+        clocks[r.device.uuid] += [c.sm_clock_mhz for c in r.observed.counters if c.events == 0 and c.sm_clock_mhz]
+    apart = [
+        f"{uuid}: {min(c)} to {max(c)} MHz" for uuid, c in clocks.items() if c and min(c) < max(c) * (1 - CLOCK_SHARE)
+    ]
+    return not apart, "; ".join(apart) or f"{sum(map(len, clocks.values()))} readings"
 
 
 def _check(of: str, what: Any) -> Iterator[Check]:
@@ -116,9 +162,14 @@ def _check(of: str, what: Any) -> Iterator[Check]:
             yield Check(i.id, *i.find(what))
 
 
-def run(spec: Spec, seen: Observation, sheet: dict[str, Any]) -> tuple[Check, ...]:
+def run(what: Measured) -> tuple[Check, ...]:
     """Every invariant of a run, in order."""
-    return tuple(_check("run", Measured(spec, seen, sheet)))
+    return tuple(_check("run", what))
+
+
+def measured(r: Record) -> Measured:
+    """What a record that holds an observation gives its run's invariants to look at."""
+    return Measured(r.spec, r.observed, r.sheet, r.device, r.host)
 
 
 def verdict(checks: Sequence[Check]) -> tuple[str, tuple[str, ...]]:
@@ -132,14 +183,31 @@ def verdict(checks: Sequence[Check]) -> tuple[str, tuple[str, ...]]:
 
 def block(runs: Sequence[Record]) -> tuple[Check, ...]:
     """Every invariant of a block; the later ones only of a complete block, as they compare its runs."""
+    return _until("block", runs)
+
+
+def _until(of: str, what: Any) -> tuple[Check, ...]:
+    """The invariants in order; where the first fails, the others have nothing to look at."""
     checks = []
-    for check in _check("block", runs):
+    for check in _check(of, what):
         checks.append(check)
         if not checks[0].passed:
             break
     return tuple(checks)
 
 
-def study(planned: Sequence[str], runs: Sequence[Record]) -> tuple[Check, ...]:
+def log(run: Witnessed) -> tuple[Check, ...]:
+    """Every invariant of a run's record against its log; of a failed run only that the logs are there."""
+    if run.record.observed is None:
+        return tuple(itertools.islice(_check("log", run), 1))
+    return _until("log", run)
+
+
+def cell(what: Cell) -> tuple[Check, ...]:
+    """Every invariant of a cell, of its standing runs."""
+    return tuple(_check("cell", what))
+
+
+def study(what: Matrix) -> tuple[Check, ...]:
     """Every invariant of a study, of its standing runs."""
-    return tuple(_check("study", Matrix(planned, runs)))
+    return tuple(_check("study", what))

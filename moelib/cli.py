@@ -149,7 +149,7 @@ def audit(name: str, judge_again: bool) -> None:
     from moelib.study import Folder, outputs, results
 
     for r in measure.judge_again(Folder(name)) if judge_again else ():
-        click.echo(f"judged again: {r.line}, from the readings of {r.judged['record']}")
+        click.echo(f"judged again: {r.line}, from the readings of {r.judged.record}")
     found = results(outputs() / name)
     click.echo(evidence.audit_table(found).text())
     click.echo(", ".join(f"{count} {what}" for what, count in found.tally.items()))

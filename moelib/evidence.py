@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from moelib import audit, harness, stats, study
+from moelib import audit, harness, stats
 from moelib.invariants import INVARIANTS
 from moelib.record import Record
 from moelib.stats import number, size
@@ -97,7 +97,7 @@ def completeness_table(results: Results) -> Table:
 
 def audit_table(results: Results) -> Table:
     """Every invariant, how often it held and how often not: of runs and blocks as they stand, and of the study."""
-    checks = [c for r in study.standing(results.records).values() for c in r.audit]
+    checks = [c for r in results.evidence.standing.values() for c in r.audit]
     checks += [c for s in results.statuses.values() for c in s.checks]
     checks += results.audit
     held = Counter((c.id, c.passed) for c in checks)
@@ -124,7 +124,7 @@ def problems(results: Results) -> Text:
         told = ", ".join(f"{reason} in {n} runs" for reason, n in sorted(flags.items()))
         text += f"\n\nOf these, some stand with a flag (*degraded*): {told}."
     if again := [r for b in results.blocks for r in b if r.judged]:
-        rules = ", ".join(sorted({r.judged["commit"][:12] for r in again}))
+        rules = ", ".join(sorted({r.judged.commit[:12] for r in again}))
         text += (
             f"\n\n{len(again)} runs were *judged again*: their readings stand in an earlier record that the rules of "
             f"its day refused, and commit {rules} has later ones. Both records are here; nothing was measured anew."
@@ -247,7 +247,7 @@ def records_table(results: Results) -> Table:
 def sheet_table(sheet: dict[str, Any]) -> Table:
     """A quantised file's sheet."""
     types, experts = (", ".join(f"{n} x {t}" for t, n in sheet[k].items()) for k in ("tensor_types", "expert_types"))
-    fell = Counter((f["columns"], f["type"]) for f in sheet["fallbacks"])
+    fell = Counter((f.columns, f.type) for f in sheet.fallbacks)
     told = {
         "file": sheet["file_name"],
         "size": size(sheet["file_bytes"]),

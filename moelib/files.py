@@ -32,9 +32,9 @@ class FileError(UserError):
 
 @dataclass_transform(frozen_default=True)
 def stored(cls: type[T]) -> type[T]:
-    """A frozen dataclass that goes to disk: when it is read back, pydantic refuses unknown keys."""
-    cls.__pydantic_config__ = {"extra": "forbid"}
-    return dataclass(frozen=True)(cls)
+    """A frozen dataclass that goes to disk: read back, pydantic refuses unknown keys and what is no number."""
+    cls.__pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
+    return dataclass(frozen=True, slots=True)(cls)
 
 
 def canonical(data: Any) -> bytes:

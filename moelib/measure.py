@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +17,23 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from moelib import audit, device, engine, files, host, notebook, process, quantize, record, run, sources, study
+from moelib import (
+    audit,
+    device,
+    engine,
+    files,
+    gather,
+    host,
+    notebook,
+    process,
+    quantize,
+    record,
+    run,
+    sources,
+    study,
+    witness,
+)
+from moelib.facts import DeviceFacts, EngineFacts, HostFacts, Sheet
 from moelib.invariants import reconciled
 
 log = logging.getLogger(__name__)
@@ -32,7 +49,8 @@ class Setup(NamedTuple):
     llama: engine.Engine
     where: device.Device
     work: Path
-    host: dict[str, Any]
+    device: DeviceFacts
+    host: HostFacts
 
 
 def measure(folder: study.Folder, cell: study.Cell) -> Iterator[record.Record]:
@@ -50,34 +68,38 @@ def measure(folder: study.Folder, cell: study.Cell) -> Iterator[record.Record]:
         process.sweep(folder.work)
         source = sources.obtain(cell.model, folder.study.weights, folder.study.scale, needed=False)
         quantised = quantize.make(source, cell.quant, llama, work)
-        if folder.sheet(cell) != quantised.sheet:
+        if folder.sheet(cell) != Sheet.model_validate(quantised.sheet):
             files.write_json(folder.sheet_path(cell), quantised.sheet)
         where.calibrate(work)
-        about = {**process.facts(), "ram_read_bytes_per_s": round(host.read_bandwidth())}
-        setup = Setup(quantised, llama, where, work, about)
-        records = folder.records(set_aside=True)
-        _same_setup([r for r in records if r.done and r.cell == cell.name], setup)
-        latest = study.standing(records)
+        about = HostFacts(**process.facts(), ram_read_bytes_per_s=host.read_bandwidth())
+        setup = Setup(quantised, llama, where, work, DeviceFacts(**where.identity()), about)
+        evidence = folder.evidence(cell, set_aside=True)
+        _same_setup([r for r in evidence.records if r.done], setup)
+        last = Counter()
+        for r in evidence.records:
+            last[r.key] = max(last[r.key], r.attempt)
         for specs in cell.blocks:
-            found = study.found(specs, latest)
-            for spec, there, to_do in zip(specs, found, _to_do(found, where.uuid), strict=True):
-                if to_do:
-                    attempt = 1 + max((r.attempt for r in records if r.key == record.spec_key(spec)), default=0)
-                    there = _perform(folder, spec, attempt, setup)
-                    records.append(there)
-                yield there
+            found = gather.found(specs, evidence.standing)
+            wrong = [evidence.why_not(r) for r in found]
+            for spec, there, to_do in zip(specs, found, _to_do(found, wrong, _machine(setup)), strict=True):
+                yield _perform(folder, spec, 1 + last[record.spec_key(spec)], setup) if to_do else there
 
 
-def _to_do(found: Sequence[record.Record | None], uuid: str | None) -> list[bool]:
+def _machine(of: Setup | record.Record) -> tuple[Any, ...]:
+    """What the runs of a block must share beside engine and file, which a whole study shares."""
+    return (of.device.uuid, of.device.driver, of.host.host_id, of.host.system)
+
+
+def _to_do(found: Sequence[record.Record | None], wrong: Sequence[str | None], here: tuple[Any, ...]) -> list[bool]:
     """Which runs of a block are still to be done, given the records that stand for them.
 
-    They are compared with each other, so a block is finished on one device: with what is missing goes what another
-    one than `uuid` ran; and runs that are valid one by one but do not fit together are all done again.
+    They are compared with each other, so a block is finished on one machine, as it is `here`: with what is missing goes
+    what another device, host, driver or kernel ran; and runs that are valid one by one but do not fit together are all
+    done again.
     """
-    wrong = [study.why_not(r) for r in found]
     if not any(wrong) and all(c.passed for c in audit.block(found)):
         return [False] * len(found)
-    to_do = [bool(w) or r.device["uuid"] != uuid for r, w in zip(found, wrong, strict=True)]
+    to_do = [bool(w) or _machine(r) != here for r, w in zip(found, wrong, strict=True)]
     return to_do if any(to_do) else [True] * len(found)
 
 
@@ -102,27 +124,32 @@ def _perform(folder: study.Folder, spec: run.Spec, attempt: int, setup: Setup) -
     files.need_space(folder.path, RUN_BYTES, "a run")
     started = datetime.now(UTC).isoformat(timespec="seconds")
     outcome = run.execute(spec, setup.quantised, llama, setup.where, setup.work)
-    status, reasons, checks = "failed", (outcome.reason,) if outcome.reason else (), ()
-    if outcome.observation is not None:
-        checks = audit.run(spec, outcome.observation, setup.quantised.sheet)
-        status, reasons = audit.verdict(checks)
     made = record.Record(
         run_id=name,
         attempt=attempt,
-        status=status,
-        reasons=reasons,
+        status="failed",
+        reasons=(outcome.reason,) if outcome.reason else (),
         message=outcome.message,
         spec=spec,
-        sheet=setup.quantised.sheet,
-        engine={"build": llama.build, "version": llama.version, "server_sha256": llama.server_sha256},
-        device=setup.where.identity(),
+        sheet=Sheet.model_validate(setup.quantised.sheet),
+        engine=EngineFacts(build=llama.build, version=llama.version, server_sha256=llama.server_sha256),
+        device=setup.device,
         host=setup.host,
         started_utc=started,
         observed=outcome.observation,
-        audit=checks,
+        audit=(),
         raw=record.keep_logs(folder.path, name, outcome.logs, (setup.quantised.path.parent, llama.folder)),
     )
+    if made.observed is not None:
+        made = _audited(folder, made)
     return record.write(folder.path, made)
+
+
+def _audited(folder: study.Folder, r: record.Record) -> record.Record:
+    """The record with what the present rules say of it, its log being called as a witness."""
+    checks = audit.run(audit.measured(r)) + audit.log(witness.call(folder.path, r))
+    status, reasons = audit.verdict(checks)
+    return r.model_copy(update={"status": status, "reasons": reasons, "audit": checks})
 
 
 def judge_again(folder: study.Folder) -> list[record.Record]:
@@ -131,22 +158,20 @@ def judge_again(folder: study.Folder) -> list[record.Record]:
     Of each run the first attempt that is valid by now becomes a record of its own, which names the first one; nothing
     is measured, and nothing overwritten. Raises StudyError in a clone with changes: the rules must be a commit's.
     """
-    records, rules = folder.records(), process.facts()
+    records, rules = folder.evidence().records, process.facts()
     if rules["dirty"] or not rules["commit"]:
         raise study.StudyError("the rules must be a commit's: commit what you changed, then judge again")
-    made, there = [], study.standing(records)
+    made, there = [], gather.standing(records)
     for r in sorted(records, key=lambda r: r.attempt):
         if r.observed is None or there[r.key].done:
             continue
         seen = replace(r.observed, memory=reconciled(r.observed))
-        checks = audit.run(r.spec, seen, r.sheet)
-        status, reasons = audit.verdict(checks)
-        if status in record.DONE:
+        again = _audited(folder, r.model_copy(update={"observed": seen}))
+        if again.done:
             attempt = 1 + max(other.attempt for other in records if other.key == r.key)
-            now = {"status": status, "reasons": reasons, "observed": seen, "audit": checks, "attempt": attempt}
-            told = {"record": r.run_id, "digest": r.digest, "commit": rules["commit"]}
-            again = r.model_copy(update={**now, "run_id": record.run_id(r.spec, attempt), "judged": told})
-            there[r.key] = record.write(folder.path, again)
+            told = record.Judged(record=r.run_id, digest=r.digest, commit=rules["commit"])
+            now = {"attempt": attempt, "run_id": record.run_id(r.spec, attempt), "judged": told}
+            there[r.key] = record.write(folder.path, again.model_copy(update=now))
             made.append(there[r.key])
     return made
 
@@ -155,7 +180,7 @@ def _same_setup(done: list[record.Record], setup: Setup) -> None:
     """Refuse to add runs to those of another engine, device or file: they could not be compared."""
     here = (setup.llama.server_sha256, setup.where.name, setup.quantised.sheet["sha256"])
     for r in done:
-        there = (r.engine["server_sha256"], r.device["name"], r.sheet["sha256"])
+        there = (r.engine.server_sha256, r.device.name, r.sheet.sha256)
         if there != here:
             parts = zip(("engine", "device", "file"), here, there, strict=True)
             differ = ", ".join(part for part, a, b in parts if a != b)
@@ -185,7 +210,7 @@ def select(name: str, cell: str | None = None) -> tuple[study.Folder, list[study
 def done(folder: study.Folder, cells: list[study.Cell]) -> int:
     """How many of the cells' runs have a valid record."""
     here = {c.name for c in cells}
-    return sum(r.done and r.cell in here for r in study.standing(folder.records()).values())
+    return sum(r.done and r.cell in here for r in folder.evidence(light=True).standing.values())
 
 
 def _whole(folder: study.Folder, cell: study.Cell, status: study.Status) -> bool:

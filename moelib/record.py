@@ -4,22 +4,27 @@ A record is done when it parses, validates and carries its digest. Failed and in
 """
 
 import gzip
+import hashlib
 import json
 import logging
-from collections.abc import Iterable
-from dataclasses import asdict
+from array import array
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from moelib import files, params
+from moelib.facts import OLDEST, SCHEMA_VERSION, DeviceFacts, EngineFacts, HostFacts, Sheet
+from moelib.ranges import Sha256
 from moelib.run import Observation, Spec
 
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 2
 DONE = ("valid", "degraded")
+MAX_BYTES = 64 << 20  # of a record: 60 kB seen
 
 
 class RecordError(params.UserError, ValueError):
@@ -36,29 +41,39 @@ class Check:
     """What was found, with what it was held against."""
 
 
+class Judged(params.Strict):
+    """Readings audited again by later rules."""
+
+    record: str
+    """The one that has the first judgement."""
+    digest: Sha256
+    commit: str
+    """Of the rules."""
+
+
 class Record(params.Strict):
-    schema_version: Literal[SCHEMA_VERSION] = SCHEMA_VERSION
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    schema_version: Annotated[int, Field(ge=OLDEST, le=SCHEMA_VERSION)] = SCHEMA_VERSION
+    """See `facts.HISTORY`; records of an older one are read as they are."""
     run_id: str
-    attempt: int
+    attempt: Annotated[int, Field(ge=1, le=10_000)]
     status: Literal["valid", "degraded", "invalid", "failed"]
     reasons: tuple[str, ...]
     """Ids of the checks that failed, or the code of what ended a failed run."""
     message: str | None
     """What the engine or the harness said of a failure."""
     spec: Spec
-    sheet: dict[str, Any]
-    """The quantised file, as its sheet describes it; empty if it could not be made."""
-    engine: dict[str, Any]
-    device: dict[str, Any]
-    host: dict[str, Any]
-    started_utc: str
+    sheet: Sheet
+    engine: EngineFacts
+    device: DeviceFacts
+    host: HostFacts
+    started_utc: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00$")]
     observed: Observation | None
     audit: tuple[Check, ...]
-    raw: dict[str, str]
+    raw: dict[Annotated[str, Field(pattern=r"^[\w.=-]+\.log\.gz$")], Sha256]
     """Compressed logs beside the record: file name -> SHA-256."""
-    judged: dict[str, str] | None = None
-    """Of readings judged again by later rules: the `record` that has the first judgement, its `digest`, and the
-    `commit` of the rules."""
+    judged: Judged | None = None
     digest: str = ""
 
     @property
@@ -69,7 +84,7 @@ class Record(params.Strict):
     def cell(self) -> str:
         return f"{self.spec.model}/{self.spec.quant}"
 
-    @property
+    @cached_property
     def key(self) -> str:
         return spec_key(self.spec)
 
@@ -94,9 +109,16 @@ def _digest(data: dict[str, Any]) -> str:
 
 
 def write(folder: Path, record: Record) -> Record:
-    """Write the record with its digest to `folder/records/` and return it. Raises RecordError if it is there."""
+    """Write the record with its digest to `folder/records/` and return it.
+
+    Raises RecordError if it is there, or holds what `read` would refuse.
+    """
     data = record.model_dump(mode="json")
-    data["digest"] = _digest(data)
+    try:
+        data["digest"] = _digest(data)
+        Record.model_validate_json(files.canonical(data), strict=True)
+    except ValueError as err:
+        raise RecordError(f"{record.run_id} would not be read back: {' '.join(str(err).split())[:300]}") from None
     path = folder / "records" / f"{record.run_id}.json"
     if path.exists():
         raise RecordError(f"{path.name} exists; records are never overwritten")
@@ -109,26 +131,67 @@ def write(folder: Path, record: Record) -> Record:
 def read(path: Path) -> Record:
     """The record at `path`, verified. Raises RecordError."""
     try:
-        data = json.loads(path.read_bytes())
-        if not isinstance(data, dict) or data.get("digest") != _digest(data):
+        with path.open("rb") as f:
+            raw = f.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            raise RecordError(f"more than {MAX_BYTES >> 20} MiB are no record of a run")
+        found = Record.model_validate_json(raw, strict=True)
+        if found.digest != _digest_as_written(raw) and found.digest != _digest(json.loads(raw)):
             raise RecordError("its digest does not fit its content")
-        found = Record.model_validate(data)
-    except (OSError, ValueError, ValidationError) as err:
-        raise RecordError(f"{path.name}: {str(err)[:300]}") from None
-    if found.run_id != path.stem:
+    except (OSError, ValueError, ValidationError, RecursionError) as err:
+        raise RecordError(f"{path.name}: {' '.join(str(err).split())[:300]}") from None
+    if found.run_id != path.stem or found.run_id != run_id(found.spec, found.attempt):
         raise RecordError(f"{path.name}: it is the record of {found.run_id}")
     return found
 
 
-def read_all(folder: Path, set_aside: bool = False) -> tuple[list[Record], list[str]]:
+def _digest_as_written(raw: bytes) -> str | None:
+    """The digest of a file that has the layout of `write`, whose lines are canonical already; None for another."""
+    if not (raw.startswith(b"{\n ") and raw.endswith(b"\n}\n")):
+        return None
+    lines = [line.removesuffix(b",")[1:].replace(b'": ', b'":', 1) for line in raw[2:-3].split(b"\n")]
+    content = b",".join(line for line in lines if not line.startswith(b'"digest":'))
+    return hashlib.sha256(b"{" + content + b"}").hexdigest()
+
+
+class Lightener:
+    """Makes records small for a whole study's tables: what only one run's pictures need is left out, and what many
+    records share is held once. A light record is not to be audited: its readings are gone."""
+
+    def __init__(self) -> None:
+        self._held: dict[Any, Any] = {}
+
+    def _once(self, value: Any, key: Any = None) -> Any:
+        return self._held.setdefault(value if key is None else key, value)
+
+    def __call__(self, r: Record) -> Record:
+        shared = {
+            k: self._once(v, (k, v.model_dump_json())) for k, v in r if k in ("sheet", "engine", "device", "host")
+        }
+        shared["audit"] = tuple(self._once(Check(c.id, c.passed, "")) for c in r.audit)
+        if (o := r.observed) is not None:
+            memory = replace(o.memory, trace=replace(o.memory.trace, during=o.memory.trace.during[-1:]))
+            requests = (
+                replace(q, tokens=(), token_s=array("d", q.token_s), token_n=array("I", q.token_n)) for q in o.requests
+            )
+            told = {k: self._once(getattr(o, k)) for k in ("argv", "env", "report", "placement", "top_logprobs")}
+            told["absent"] = self._once(o.absent, tuple(o.absent.items()))
+            shared["observed"] = replace(o, memory=memory, requests=tuple(requests), **told)
+        return r.model_copy(update=shared)
+
+
+def read_all(
+    folder: Path, set_aside: bool = False, of: str = "", each: Callable[[Record], Record] = lambda r: r
+) -> tuple[list[Record], list[str]]:
     """All records under `folder/records/`, by run id, and what was wrong with the others.
 
-    set_aside: move damaged files to `records/damaged/`, so that their runs are done again.
+    set_aside: move damaged files to `records/damaged/`, so that their runs are done again. of: what the names begin
+    with. each: what is kept of a record, as it is read.
     """
     records, damaged = [], []
-    for path in sorted((folder / "records").glob("*.json")):
+    for path in sorted((folder / "records").glob(f"{of}*.json")):
         try:
-            records.append(read(path))
+            records.append(each(read(path)))
         except RecordError as err:
             damaged.append(str(err))
             if set_aside:

@@ -121,6 +121,10 @@ class Observation:
     """Of each workload's prompt; empty where there is no bus to look at."""
     watch_cpu_s: float | None = None
     """CPU seconds that watching took while the server was up; None in records of earlier code."""
+    engine_files: dict[str, str] | None = None
+    """SHA-256 of every program and library that llama-server had mapped, by name; None in records of schema 2."""
+    device_files: dict[str, str] | None = None
+    """The same of the process that plays the device; None where none does."""
 
     @property
     def engine_s(self) -> float:

@@ -11,13 +11,15 @@ import json
 import os
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from moelib import audit, files, harness, params, record, run
+from moelib.facts import Sheet
+from moelib.gather import Evidence, found, gather
 
 
 class StudyError(params.UserError):
@@ -91,17 +93,17 @@ def read_plan(path: Path) -> dict[str, Any]:
     return data
 
 
-def read_sheet(path: Path) -> dict[str, Any] | None:
+def read_sheet(path: Path) -> Sheet | None:
     """The sheet at `path`; None if there is none that can be read."""
     try:
-        return json.loads(path.read_bytes())
+        return Sheet.model_validate_json(path.read_bytes(), strict=True)
     except (OSError, ValueError):
         return None
 
 
-def same_sheet(a: dict[str, Any] | None, b: dict[str, Any] | None) -> bool:
+def same_sheet(a: Sheet | None, b: Sheet | None) -> bool:
     """Whether two sheets describe the same file; one that was made again took other seconds."""
-    return a is not None and b is not None and {**a, "quantize_s": 0} == {**b, "quantize_s": 0}
+    return a is not None and b is not None and a.model_copy(update={"quantize_s": b.quantize_s}) == b
 
 
 class Folder:
@@ -116,8 +118,8 @@ class Folder:
         self.work = self.path / "work"
         """Scratch: logs of running tools, locks. Git-ignored, safe to delete between runs."""
         self.cells = plan(self.study)
-        workloads = {w: params.workload(w) for w in self.study.workloads}
-        data = Plan(study=self.study, workloads=workloads, cells=self.cells).model_dump(mode="json")
+        self.workloads = {w: params.workload(w) for w in self.study.workloads}
+        data = Plan(study=self.study, workloads=self.workloads, cells=self.cells).model_dump(mode="json")
         path = self.path / "plan.json"
         if not path.exists():
             files.write_json(path, {**data, "digest": files.digest(data)})
@@ -136,17 +138,23 @@ class Folder:
             raise params.ParamsError(f"study {self.study.name} has no cell {name}; it has {', '.join(sorted(cells))}")
         return cells[name]
 
-    def records(self, set_aside: bool = False) -> list[record.Record]:
-        return record.read_all(self.path, set_aside)[0]
+    def records(self) -> list[record.Record]:
+        """Every record that can be read, whole."""
+        return record.read_all(self.path)[0]
+
+    def evidence(self, cell: Cell | None = None, set_aside: bool = False, light: bool = False) -> Evidence:
+        """What is there of the whole study, or of one cell."""
+        return gather(self.path, f"{cell.model}_{cell.quant}_" if cell else "", set_aside, light)
 
     def sheet_path(self, cell: Cell) -> Path:
         return self.path / "quants" / f"{cell.file_name}.json"
 
-    def sheet(self, cell: Cell) -> dict[str, Any] | None:
+    def sheet(self, cell: Cell) -> Sheet | None:
         return read_sheet(self.sheet_path(cell))
 
-    def status(self, cell: Cell) -> Status:
-        return Status.of(cell, self.records())
+    def status(self, cell: Cell, evidence: Evidence | None = None) -> Status:
+        """What `cell` has, by the study's `evidence`, or by its own records, read for this."""
+        return Status.of(cell, evidence or self.evidence(cell, light=True), self.workloads)
 
 
 @dataclass(frozen=True)
@@ -154,21 +162,20 @@ class Status:
     """What a cell has: the record that stands for each run, and what is missing or wrong."""
 
     blocks: tuple[tuple[record.Record, ...], ...]
-    """Records of whole, valid blocks."""
+    """Records of whole, usable blocks."""
     problems: tuple[str, ...]
-    """Every planned run or block without a valid result, with the reason."""
+    """Every planned run, block or cell without a usable result, with the reason."""
     tally: Counter[str]
-    """Runs by what they are: valid, invalid (with their block, if it is), missing."""
+    """Runs by what they are: valid, degraded, invalid (with their block or cell, if it is), missing."""
     checks: tuple[record.Check, ...] = ()
-    """What was found of every block whose runs are all there and valid."""
+    """What was found of every block whose runs are all there and usable, and of the cell."""
 
     @classmethod
-    def of(cls, cell: Cell, records: Sequence[record.Record]) -> Status:
+    def of(cls, cell: Cell, evidence: Evidence, workloads: Mapping[str, params.Workload]) -> Status:
         blocks, problems, checks, tally = [], [], [], Counter()
-        latest = standing(records)
         for b, specs in enumerate(cell.blocks):
-            runs = found(specs, latest)
-            why = [why_not(r) for r in runs]
+            runs = found(specs, evidence.standing)
+            why = [evidence.why_not(r) for r in runs]
             wrong = [f"{cell.name} {s.arm} block {b + 1}: {w}" for s, w in zip(specs, why, strict=True) if w]
             if not wrong:
                 found_here = audit.block(runs)
@@ -178,7 +185,17 @@ class Status:
             if not wrong:
                 blocks.append(tuple(runs))
             problems += wrong
-            tally.update("missing" if not r else "invalid" if w else "valid" for r, w in zip(runs, why, strict=True))
+            tally.update("missing" if not r else "invalid" if w else r.status for r, w in zip(runs, why, strict=True))
+        together = [r for b in blocks for r in b]
+        if together:
+            starts = {r.run_id: evidence.starts[r.run_id] for r in together if r.run_id in evidence.starts}
+            found_here = audit.cell(audit.Cell(together, workloads, starts))
+            checks += found_here
+            if wrong := [f"{cell.name}: {c.id}: {c.measured}" for c in found_here if not c.passed]:
+                # which of its runs is not what it says is not known, so none of them is used
+                tally.subtract(r.status for r in together)
+                tally["invalid"] += len(together)
+                blocks, problems = [], problems + wrong
         return cls(tuple(blocks), tuple(problems), tally, tuple(checks))
 
     @property
@@ -186,28 +203,12 @@ class Status:
         return self.tally.total()
 
     @property
+    def usable(self) -> int:
+        return self.tally["valid"] + self.tally["degraded"]
+
+    @property
     def complete(self) -> bool:
         return not self.problems
-
-
-def why_not(r: record.Record | None) -> str | None:
-    """Why a run has no result that stands; its audit is done again, so that no record vouches for itself."""
-    if not r:
-        return "not run"
-    if not r.done:
-        return f"{r.status} ({', '.join(r.reasons)})"
-    status, reasons = audit.verdict(audit.run(r.spec, r.observed, r.sheet)) if r.observed else ("failed", ())
-    return None if (status, reasons) == (r.status, r.reasons) else f"{r.status}, but its audit says {status}"
-
-
-def standing(records: Sequence[record.Record]) -> dict[str, record.Record]:
-    """The record that stands for each run: the last one that is done, else the last attempt."""
-    return {r.key: r for r in sorted(records, key=lambda r: (r.done, r.attempt))}
-
-
-def found(specs: Sequence[run.Spec], latest: dict[str, record.Record]) -> list[record.Record | None]:
-    """The record that stands for each of `specs`, by `standing`; None where there is none."""
-    return [latest.get(record.spec_key(s)) for s in specs]
 
 
 class Results(Plan):
@@ -215,8 +216,8 @@ class Results(Plan):
 
     name: str
     records: list[record.Record]
-    damaged: list[str]
-    sheets: list[dict[str, Any]]
+    evidence: Evidence
+    sheets: list[Sheet]
     accuracy: dict[str, harness.Harness]
     """How accurate the harness was found to be, by file; empty where nobody measured it."""
 
@@ -224,7 +225,11 @@ class Results(Plan):
     def statuses(self) -> dict[str, Status]:
         """Status of every planned cell, in the study's order of models and quants."""
         cells, order = {c.name: c for c in self.cells}, itertools.product(self.study.models, self.study.quants)
-        return {name: Status.of(cells[name], self.records) for name in map("/".join, order)}
+        return {name: Status.of(cells[name], self.evidence, self.workloads) for name in map("/".join, order)}
+
+    @property
+    def damaged(self) -> list[str]:
+        return self.evidence.damaged
 
     @property
     def done(self) -> list[record.Record]:
@@ -233,7 +238,7 @@ class Results(Plan):
 
     @property
     def measured(self) -> dict[str, Status]:
-        """The cells that have a whole, valid block."""
+        """The cells that have a whole, usable block."""
         return {name: s for name, s in self.statuses.items() if s.blocks}
 
     @property
@@ -250,13 +255,15 @@ class Results(Plan):
     def audit(self) -> tuple[record.Check, ...]:
         """The invariants of the study as a whole."""
         planned = [record.spec_key(s) for c in self.cells for s in c.specs]
-        return audit.study(planned, [r for b in self.blocks for r in b])
+        runs = [r for b in self.blocks for r in b]
+        return audit.study(audit.Matrix(planned, runs, self.records, self.evidence.set_aside))
 
     @property
     def tally(self) -> dict[str, int]:
-        """planned = valid + invalid + missing, in runs."""
+        """planned = usable + invalid + missing, and usable = valid + degraded, in runs."""
         count = sum((s.tally for s in self.statuses.values()), Counter())
-        return {"planned": count.total(), **{k: count[k] for k in ("valid", "invalid", "missing")}}
+        kinds = {k: count[k] for k in ("valid", "degraded", "invalid", "missing")}
+        return {"planned": count.total(), "usable": kinds["valid"] + kinds["degraded"], **kinds}
 
 
 def results(path: Path) -> Results:
@@ -265,23 +272,30 @@ def results(path: Path) -> Results:
     if not (path / "plan.json").exists():
         raise StudyError(f"{path} holds no plan; {first}")
     data = read_plan(path / "plan.json")
-    records, damaged = record.read_all(path)
-    if not any(r.done for r in records):
+    evidence = gather(path, light=True)
+    if not any(r.done for r in evidence.records):
         raise StudyError(f"{path} holds no valid record; {first}")
     sheets = {p.name: read_sheet(p) for p in sorted((path / "quants").glob("*.json"))}
     # a sheet that no record names, though its cell has records, is not the file's that was run
-    known = [(f"{r.spec.model}-{r.spec.quant}.json", r.sheet) for r in records]
+    known: dict[str, list[Sheet]] = {}
+    for r in evidence.records:
+        of = known.setdefault(f"{r.spec.model}-{r.spec.quant}.json", [])
+        if not any(r.sheet is s or r.sheet == s for s in of):
+            of.append(r.sheet)
     wrong = []
     for name, sheet in sheets.items():
-        told = [s for cell, s in known if cell == name]
-        if sheet is None or (told and not any(same_sheet(sheet, s) for s in told)):
+        of = known.get(name, [])
+        if sheet is None or (of and not any(same_sheet(sheet, s) for s in of)):
             wrong.append(name)
-    damaged += [f"quants/{name}: not the sheet of its records" for name in wrong]
-    sheets = [s for name, s in sheets.items() if name not in wrong]
+    damaged = [f"quants/{name}: not the sheet of its records" for name in wrong]
     accuracy = {}
     for p in sorted((path / harness.FOLDER).glob("*.json")):
         try:
             accuracy[f"{harness.FOLDER}/{p.name}"] = harness.read(p)
         except files.FileError:
             damaged.append(f"{harness.FOLDER}/{p.name}: not what was written")
-    return Results(name=path.name, **data, records=records, damaged=damaged, sheets=sheets, accuracy=accuracy)
+    evidence.damaged.extend(damaged)
+    sheets = [s for name, s in sheets.items() if name not in wrong]
+    return Results(
+        name=path.name, **data, records=evidence.records, evidence=evidence, sheets=sheets, accuracy=accuracy
+    )

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moelib import files
+from moelib.facts import Sheet
 from moelib.harness import Harness
 from moelib.record import Record
 
@@ -16,8 +17,9 @@ def cite(records: Iterable[Record]) -> Sources:
     return {r.run_id: r.digest for r in records}
 
 
-def cite_sheet(sheet: dict[str, Any]) -> Sources:
-    return {f"quants/{sheet['model']}-{sheet['quant']}.json": files.digest(sheet)}
+def cite_sheet(sheet: Sheet) -> Sources:
+    # as it was written: what a sheet of older code lacks is not in its digest
+    return {f"quants/{sheet.model}-{sheet.quant}.json": files.digest(sheet.model_dump(mode="json", exclude_unset=True))}
 
 
 def cite_harness(accuracy: dict[str, Harness]) -> Sources:

@@ -1,11 +1,16 @@
-"""Records made by hand: valid ones, to be broken in exactly one way."""
+"""Records made by hand, with the logs that bear them out: valid ones, to be broken in exactly one way."""
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 from dataclasses import replace
+from pathlib import Path
 
-from moelib import audit, client, host, record, run
+from moelib import audit, client, gather, host, params, record, run
 from moelib.engine import Buffer, Report
+from moelib.facts import DeviceFacts, EngineFacts, HostFacts, Sheet
+from moelib.invariants import Measured
 from moelib.memory import Reading, Trace, reconcile
 from moelib.nvml import NO_GPU
 
@@ -14,6 +19,8 @@ SHARED = {"host-quiet", "watched-lightly"}
 MIB = 1 << 20
 EXPERTS = 30 * MIB
 BASE = 40 * MIB
+USED, COUNT = 6, 64  # experts of a token, and of a layer
+STARTED_S = 0.05  # of the engine's log, after the process
 
 
 def spec(**change) -> run.Spec:
@@ -46,16 +53,29 @@ def request(index=0, n=5, step=0.01, first=0.02, **change) -> client.Request:
         prompt_n=8,
         cache_n=0,
         predicted_n=n,
-        engine_prompt_s=0.015,
+        engine_prompt_s=0.018,
         engine_predicted_s=step * (n - 1),
         token_s=tuple(round(first + step * i, 6) for i in range(n)),
         token_n=tuple(range(1, n + 1)),
         tokens=tuple(range(300, 300 + n)),
         finished=True,
-        started_s=0.1,
+        started_s=round(0.12 + 0.15 * index, 6),
         energy_joule=None,
     )
     return replace(made, **change)
+
+
+def argv(placement="baseline", context=1024, load_mode="mmap"):
+    """The command line of a run on the loopback device, as `engine` makes it."""
+    line = f"llama-server -m x.gguf --host 127.0.0.1 --port 0 -ngl 999 -c {context} -np 1 -t 1 -tb 1 -fa on --no-ui"
+    line += f" --offline --fit off --cache-ram 0 --ctx-checkpoints 0 --lazy-mode off -lv 4 --load-mode {load_mode}"
+    line += {"baseline": "", "cpu-moe": " --cpu-moe"}.get(placement, f" --n-cpu-moe {placement.partition('=')[2]}")
+    return tuple(f"{line} --rpc 127.0.0.1:5 --device RPC0".split())
+
+
+def share(nbytes):
+    """Of experts' bytes those that a token reads."""
+    return nbytes * USED // COUNT
 
 
 def observation(placement="baseline", **change) -> run.Observation:
@@ -71,18 +91,19 @@ def observation(placement="baseline", **change) -> run.Observation:
         before=(Reading(0.0, 8 * MIB, None),),
         during=(Reading(0.1, on_device, None), Reading(0.2, on_device + 12 * MIB, None)),
     )
-    argv = ("llama-server", "-m", "x.gguf", "-ngl", "999", "-c", "1024", "--fit", "off", "--load-mode", "mmap")
     made = run.Observation(
         load_s=0.1,
         wall_s=0.5,
-        argv=argv + (() if placement == "baseline" else ("--cpu-moe",)),
+        argv=argv(placement),
         env=("HOME", "LLAMA_API_KEY", "PATH"),
         file_sha256="a" * 64,
         device_kind="loopback",
         threads=1,
         build_info="b11434",
         report=report,
-        placement=run.Placement(9 if moved else 0, 3 if moved else 0, moved, on_device, on_device // 4, moved // 4),
+        placement=run.Placement(
+            *(9, 3) if moved else (0, 0), moved, on_device, BASE - EXPERTS + share(EXPERTS - moved), share(moved)
+        ),
         requests=(request(0), request(1)),
         top_logprobs=(-6.5, -6.6),
         memory=reconcile("loopback", trace, report, on_device, None, on_device + 12 * MIB),
@@ -96,16 +117,44 @@ def observation(placement="baseline", **change) -> run.Observation:
     return replace(made, **change)
 
 
-SHEET = {
-    "model": "deepseek-moe-16b",
-    "quant": "Q4_K_M",
-    "sha256": "a" * 64,
-    "file_bytes": 42 * MIB,
-    "bits_per_weight": 5.5,
-    "expert_bytes": EXPERTS,
-    "expert_types": {"Q4_K": 9},
-    "fallbacks": [],
-}
+SHEET = Sheet(
+    model="deepseek-moe-16b",
+    quant="Q4_K_M",
+    scale="tiny",
+    weights="twin",
+    origin="made up",
+    file_name="x.gguf",
+    file_bytes=42 * MIB,
+    predicted_bytes=42 * MIB,
+    sha256="a" * 64,
+    source_sha256="e" * 64,
+    parameters=60_000_000,
+    bits_per_weight=5.5,
+    tensor_types={"F32": 12, "Q4_K": 39},
+    expert_types={"Q4_K": 9},
+    expert_bytes=EXPERTS,
+    fallbacks=(),
+    engine_build=11434,
+    engine_version="version: test",
+    quantize_s=1.0,
+)
+ENGINE = EngineFacts(build=11434, version="version: test", server_sha256="b" * 64)
+DEVICE = DeviceFacts(kind="loopback", name="test device", uuid=None)
+HOST = HostFacts(
+    cpu="test CPU",
+    cpus=2,
+    ram_bytes=8 << 30,
+    system="Linux test",
+    python="3.11",
+    moelib="0",
+    commit=None,
+    dirty=None,
+    host_id="d" * 32,
+)
+
+
+def measured(asked, observed, sheet=SHEET, device=DEVICE, host=HOST):
+    return Measured(asked, observed, sheet, device, host)
 
 
 def made(observed=None, attempt=1, status=None, reasons=None, **of_spec) -> record.Record:
@@ -113,7 +162,7 @@ def made(observed=None, attempt=1, status=None, reasons=None, **of_spec) -> reco
     asked = spec(**of_spec)
     if observed is None and status != "failed":
         observed = observation(asked.placement)
-    checks = audit.run(asked, observed, SHEET) if observed else ()
+    checks = audit.run(measured(asked, observed)) if observed else ()
     found = audit.verdict(checks) if observed else ("failed", ("engine-ended",))
     return record.Record(
         run_id=record.run_id(asked, attempt),
@@ -123,19 +172,10 @@ def made(observed=None, attempt=1, status=None, reasons=None, **of_spec) -> reco
         message=None,
         spec=asked,
         sheet=SHEET,
-        engine={"build": 11434, "version": "version: test", "server_sha256": "b" * 64},
-        device={"kind": "loopback", "name": "test device", "uuid": None},
-        host={
-            "cpu": "test CPU",
-            "cpus": 2,
-            "ram_bytes": 8 << 30,
-            "system": "Linux test",
-            "python": "3.11",
-            "moelib": "0",
-            "commit": None,
-            "dirty": None,
-        },
-        started_utc="2026-01-01T00:00:00+00:00",
+        engine=ENGINE,
+        device=DEVICE,
+        host=HOST,
+        started_utc=f"2026-01-01T00:{asked.block:02}:{10 * asked.order:02}+00:00",
         observed=observed,
         audit=checks,
         raw={},
@@ -145,3 +185,55 @@ def made(observed=None, attempt=1, status=None, reasons=None, **of_spec) -> reco
 def block(**change) -> list[record.Record]:
     """A valid block: baseline and cpu-moe."""
     return [made(placement="baseline", **change), made(placement="cpu-moe", order=1, **change)]
+
+
+def log_of(r: record.Record) -> str:
+    """What llama-server prints of such a run, in the lines and the format of b11434."""
+    o, lines = r.observed, []
+
+    def say(t, text):
+        whole = int(t)
+        micro = round((t - whole) * 1e6)
+        lines.append(f"{whole // 60}.{whole % 60:02}.{micro // 1000:03}.{micro % 1000:03} I {text}")
+
+    say(0.001, f"common_params_print_info: build {o.report.built}")
+    say(0.002, f"system_info: n_threads = {o.threads} (n_threads_batch = {o.threads}) / 2")
+    for name, n in r.sheet.tensor_types.items():
+        say(0.003, f"llama_model_loader: - type {name.lower():>4}: {n:4} tensors")
+    say(0.004, f"print_info: n_expert              = {COUNT}")
+    say(0.004, f"print_info: n_expert_used         = {USED}")
+    say(0.005, f"load_tensors: loading model tensors, this can take a while... (load_mode = {r.spec.load_mode})")
+    say(0.006, f"load_tensors: offloaded {o.report.offloaded_layers}/{o.report.total_layers} layers to GPU")
+    for b in o.report.buffers:
+        say(0.007, f"load_tensors: {b.name} {b.kind} buffer size = {b.size_bytes / MIB:8.2f} MiB")
+    say(0.008, f"llama_context: n_ctx                 = {r.spec.context}")
+    say(0.009, f"sched_reserve: graph: nodes = 95, splits = {o.report.graph_splits[0]}, input objects = 4")
+    say(o.load_s - STARTED_S, "srv  llama_server: listening on http://127.0.0.1:5")
+    for i, q in enumerate(o.requests):
+        launched = q.started_s - STARTED_S + 0.0003
+        say(launched, f"slot launch_slot_: id  0 | task {i} | processing task, is_child = 0")
+        ended = launched + (q.total_s or 0)
+        slot, prompt, decode = f"slot print_timing: id  0 | task {i} |", q.engine_prompt_s, q.engine_predicted_s
+        say(ended, f"{slot} prompt eval time = {prompt * 1e3:10.2f} ms / {q.prompt_n:5} tokens (1 ms per token)")
+        say(ended, f"{slot}        eval time = {decode * 1e3:10.2f} ms / {q.predicted_n:5} tokens (1 ms per token)")
+    return "\n".join(lines) + "\n"
+
+
+def keep(folder: Path, r: record.Record, log: str | None = None) -> record.Record:
+    """Write a record into a study's folder, and the log of its run; returns it as it stands there."""
+    if r.observed is not None:
+        name, packed = f"{r.run_id}.server.log.gz", gzip.compress((log or log_of(r)).encode(), mtime=0)
+        (folder / "raw").mkdir(parents=True, exist_ok=True)
+        (folder / "raw" / name).write_bytes(packed)
+        r = r.model_copy(update={"raw": {name: hashlib.sha256(packed).hexdigest()}})
+    return record.write(folder, r)
+
+
+def evidence(records) -> gather.Evidence:
+    """Records that lie in no folder, each audited without a log."""
+    wrong = {r.run_id: why for r in records if (why := gather.why_not(r))}
+    return gather.Evidence(list(records), [], wrong, {})
+
+
+WORKLOADS = {"plan-short": params.Workload(name="plan-short", title="t", text="x", generate_tokens=5)}
+"""As the plan of such a record's study has them."""

@@ -37,12 +37,13 @@ import numpy as np
 import psutil
 import stub_server
 from conftest import SMOKE, furnish
-from factory import SHARED, spec
+from factory import SHARED, measured, spec
 from test_kill import MOELIB, complete, kill, no_orphans
 
 from moelib import audit, client, device, engine, files, gguf_file, host, measure, models, params, process, quantize
 from moelib import record as records
 from moelib import run as runs
+from moelib.facts import Sheet
 from moelib.memory import Reading
 from moelib.nvml import Counters
 from moelib.study import Folder, StudyError
@@ -378,7 +379,7 @@ def _(lab, chance, rounds):
     for file in (dead, there):
         outcome = runs.execute(asked, file, lab.stub, lab.where, lab.home / "nan")
         assert outcome.observation, outcome.message
-        checks = audit.run(asked, outcome.observation, file.sheet)
+        checks = audit.run(measured(asked, outcome.observation, Sheet(**file.sheet)))
         told.append(", ".join(i for i in audit.verdict(checks)[1] if i not in SHARED))
     shutil.rmtree(lab.home / "nan")
     assert told[1] == ""

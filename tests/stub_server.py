@@ -125,7 +125,7 @@ def _header(facts, path):
 
 class Server:
     def __init__(self, facts, argv, what):
-        self.facts, self.what, self.sent, self.started = facts, what, 0, time.monotonic()
+        self.facts, self.what, self.sent, self.task, self.started = facts, what, 0, 0, time.monotonic()
         after = dict(zip(argv, [*argv[1:], ""], strict=True))
         self.model, self.context = Path(after["-m"]), int(after["-c"])
         self.device, self.rpc = after.get("--device", "none"), after.get("--rpc")
@@ -136,7 +136,9 @@ class Server:
         self.key = os.environ.get("LLAMA_API_KEY")
 
     def log(self, part, text):
-        print(f"0.00.{int((time.monotonic() - self.started) * 1e3):03}.000 I {part}: {text}", flush=True)
+        seconds, micro = divmod(int((time.monotonic() - self.started) * 1e6), 1_000_000)
+        clock = f"{seconds // 60}.{seconds % 60:02}.{micro // 1000:03}.{micro % 1000:03}"
+        print(f"{clock} I {part}: {text}", flush=True)
 
     def load(self):
         """Say what the real one says of its build and of its load, where moelib looks."""
@@ -246,6 +248,8 @@ class Server:
             return self._json(c, 400, wrong, keep)
         n += self.what.get("more", 0)
         cached = self.what.get("cached", 0)
+        self.task += 1
+        self.log("slot launch_slot_", f"id  0 | task {self.task} | processing task, is_child = 0")
         time.sleep(STEP_S)
         prompt_ms = (first := time.monotonic()) - arrived
 
@@ -265,7 +269,14 @@ class Server:
             e = {"index": 0, "content": "", "tokens": [], "id_slot": 0, "stop": True, "model": str(self.model)}
             e |= {"tokens_predicted": done, "tokens_evaluated": len(prompt), "generation_settings": {}, "prompt": ""}
             e |= {"has_new_line": False, "truncated": False, "stop_type": "limit", "stopping_word": ""}
-            return e | {"tokens_cached": len(prompt) + done - 1, "timings": timings(done)}
+            t = timings(done)
+            for what, ms, tokens in (
+                ("prompt eval time", t["prompt_ms"], t["prompt_n"]),
+                ("       eval time", t["predicted_ms"], t["predicted_n"]),
+            ):
+                spent = f"{what} = {ms:10.2f} ms / {tokens:5} tokens ("
+                self.log("slot print_timing", f"id  0 | task {self.task} | {spent}")
+            return e | {"tokens_cached": len(prompt) + done - 1, "timings": t}
 
         if not asked.get("stream"):
             top = [{"id": i, "token": f" t{i}", "bytes": [32]} for i in range(asked.get("n_probs", 0))]

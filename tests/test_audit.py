@@ -3,13 +3,17 @@
 from dataclasses import replace
 
 import pytest
-from factory import BASE, EXPERTS, MIB, SHEET, block, made, observation, request, spec
+from factory import BASE, EXPERTS, MIB, SHEET, argv, block, made, measured, observation, request, spec
 
-from moelib import audit, memory, nvml
+from moelib import audit, bounds, memory, nvml, record
 from moelib.engine import Buffer, Report
 from moelib.invariants import INVARIANTS, agrees
 from moelib.memory import Reading, reconcile
 from moelib.nvml import Counters
+
+
+def checked(*what):
+    return audit.run(measured(*what))
 
 
 def of(kind):
@@ -52,7 +56,8 @@ def host(**change):
 
 
 ON_ANOTHER = tuple(replace(b, name=b.name.replace("RPC0", "Vulkan0")) for b in observation().report.buffers)
-ARGV = observation().argv
+ARGV = argv()
+OLDER = tuple(" ".join(ARGV).replace(" --load-mode mmap", "").replace(" --fit off", "").split())
 
 VIOLATIONS = {
     "requests-complete": broken(requests=(request(0),)),
@@ -76,14 +81,14 @@ VIOLATIONS = {
     "memory-undoubted": ("baseline", remembered(observation(), peak=0)),
     "not-slowed": broken(counters=(Counters(0.1, events=nvml.SLOWED["hw-thermal"]),)),
     "host-quiet": host(busy_s=0.71),
-    "watched-lightly": broken(watch_cpu_s=0.006),
+    "watched-lightly": broken(watch_cpu_s=0.026),
     "clock-steady": host(clock_step_s=-0.2),
     "clean-end": broken(exit_code=-9, exit_killed=True),
 }
 
 
 def failed(placement, seen, sheet=SHEET):
-    return audit.verdict(audit.run(spec(placement=placement), seen, sheet))
+    return audit.verdict(checked(spec(placement=placement), seen, sheet))
 
 
 @pytest.mark.parametrize("placement", ["baseline", "cpu-moe"])
@@ -92,8 +97,8 @@ def test_an_unbroken_run_is_valid(placement):
 
 
 def test_every_invariant_has_its_violation_its_limit_and_its_reason():
-    assert set(VIOLATIONS) == of("run")
-    assert of("run") | of("block") | of("study") == set(INVARIANTS)
+    assert set(VIOLATIONS) == {i for i in of("run") if INVARIANTS[i].find.__module__ != bounds.__name__}
+    assert of("run") | of("log") | of("block") | of("cell") | of("study") == set(INVARIANTS)
     for i in INVARIANTS.values():
         assert i.limit
         assert i.reason.endswith(".")
@@ -153,8 +158,8 @@ def test_times_have_many_ways_to_be_wrong(token_s, token_n):
     [
         (0.0201, 0.0201, True),
         (0.0201, 0.0202, False),  # before the prompt was done
-        (1.149, 1.0, True),  # 10 % and 50 ms
-        (1.151, 1.0, False),
+        (1.074, 1.0, True),  # 5 % and 25 ms
+        (1.076, 1.0, False),
         (0.02, None, False),
     ],
 )
@@ -165,10 +170,10 @@ def test_the_first_token_comes_after_the_prompt_and_soon(first, prompt, right):
 
 
 @pytest.mark.parametrize(
-    ("engine", "right"), [(0.04, True), (0.0631, True), (0.0633, False), (0.0191, True), (0.019, False), (None, False)]
+    ("engine", "right"), [(0.04, True), (0.0706, True), (0.0708, False), (0.01, True), (0.0098, False), (None, False)]
 )
 def test_the_clocks_may_differ_by_a_step_and_a_little(engine, right):
-    """Four steps of 10 ms; 5 % + 10 ms and one step are allowed."""
+    """Four steps of 10 ms; 1 % + 20 ms and one step are allowed."""
     assert ("clocks-agree" not in failed(*one_request(engine_predicted_s=engine))[1]) == right
 
 
@@ -185,20 +190,28 @@ def test_the_clocks_may_differ_by_a_step_and_a_little(engine, right):
         ("baseline", tuple("4096" if a == "1024" else a for a in ARGV), False),
         ("baseline", tuple("none" if a == "mmap" else a for a in ARGV), False),
         ("baseline", (*ARGV, "--no-mmap"), False),
-        ("baseline", ARGV[:-4], True),  # an older build, without --fit and --load-mode
+        ("baseline", OLDER, True),
         ("baseline", (), False),
+        ("baseline", (*ARGV, "-ot", ".*=CPU"), False),
+        ("baseline", (*ARGV, "--no-kv-offload"), False),
+        ("baseline", (*ARGV, "-ngl", "0"), False),
+        ("baseline", (*ARGV, "-c"), False),
+        ("baseline", ("llama-server", "x", *ARGV[1:]), False),
+        ("baseline", (*ARGV[:-4], "--rpc", "10.0.0.1:5", "--device", "RPC0"), False),
+        ("baseline", (*ARGV[:-2], "--device", "CUDA0"), False),
+        ("baseline", tuple("2" if a == "1" else a for a in ARGV), False),
     ],
 )
 def test_the_command_is_the_placement_and_nothing_else(placement, argv, right):
     arm = "baseline" if placement == "baseline" else "cpu-moe"
-    checks = audit.run(spec(placement=placement), replace(observation(arm), argv=argv), SHEET)
+    checks = checked(spec(placement=placement), replace(observation(arm), argv=argv), SHEET)
     assert next(c.passed for c in checks if c.id == "command-as-asked") == right
 
 
 def test_load_mode_none_must_be_told():
     seen = observation()
-    for argv, right in ((ARGV, False), ((*ARGV[:-1], "none"), True), ((*ARGV[:-2], "--no-mmap"), True)):
-        checks = audit.run(spec(load_mode="none"), replace(seen, argv=argv), SHEET)
+    for line, right in ((ARGV, False), (argv(load_mode="none"), True), ((*OLDER, "--no-mmap"), True)):
+        checks = checked(spec(load_mode="none"), replace(seen, argv=line), SHEET)
         assert next(c.passed for c in checks if c.id == "command-as-asked") == right
 
 
@@ -217,15 +230,14 @@ def test_nothing_is_not_valid():
     silent = remembered(observation(report=Report((), None, None, ())))
     wrong = {"layers-offloaded", "placement-on-device", "build-optimised", "device-is-the-one"}
     assert set(failed("baseline", silent)[1]) - {"memory-undoubted"} == wrong
-    assert failed("baseline", observation(), sheet={}) == ("invalid", ("file-is-its-sheet",))
     assert failed(*broken(env=())) == ("invalid", ("environment-clean",))
     nobody = spec(workloads=(), requests=1)
-    assert "requests-complete" in audit.verdict(audit.run(nobody, empty, SHEET))[1]
+    assert "requests-complete" in audit.verdict(checked(nobody, empty, SHEET))[1]
 
 
 def test_a_device_that_is_not_there_can_offload_nothing():
     def gone(arm):
-        seen = observation(arm, device_kind="none")
+        seen = observation(arm, device_kind="none", argv=(*argv(arm)[:-4], "--device", "none"))
         host_only = tuple(b for b in seen.report.buffers if not b.on_device)
         return remembered(replace(seen, report=replace(seen.report, buffers=host_only, offloaded_layers=0)))
 
@@ -252,14 +264,14 @@ def test_a_gpu_run_is_on_the_gpu():
 
 def test_a_gpu_whose_driver_does_not_tell_is_not_known_to_be_its_own():
     for counters, right in (((), False), ((Counters(0.1),), False), ((Counters(0.1, events=0),), True)):
-        checks = audit.run(spec(), observation(device_kind="cuda", counters=counters), SHEET)
+        checks = checked(spec(), observation(device_kind="cuda", counters=counters), SHEET)
         assert next(c.passed for c in checks if c.id == "not-slowed") == right
 
 
 def test_a_power_cap_is_not_a_slowdown_and_every_slowdown_is_one():
     assert failed(*broken(counters=(Counters(0.1, events=nvml.POWER_CAP), Counters(0.2)))) == ("valid", ())
     for name, bit in nvml.SLOWED.items():
-        checks = audit.run(spec(), observation(counters=(Counters(0.1), Counters(0.2, events=bit))), SHEET)
+        checks = checked(spec(), observation(counters=(Counters(0.1), Counters(0.2, events=bit))), SHEET)
         assert next(c for c in checks if c.id == "not-slowed").measured == name
 
 
@@ -277,8 +289,8 @@ def test_the_hosts_limits(change, right):
     assert (failed(*host(**change))[0] == "valid") == right
 
 
-@pytest.mark.parametrize(("spent", "right"), [(None, True), (0.0, True), (0.005, True), (0.0051, False)])
-def test_watching_may_take_a_hundredth_of_a_cpu(spent, right):
+@pytest.mark.parametrize(("spent", "right"), [(None, True), (0.001, True), (0.025, True), (0.0251, False)])
+def test_watching_may_take_a_twentieth_of_a_cpu(spent, right):
     """The run lasted 0.5 s."""
     assert failed(*broken(watch_cpu_s=spent)) == (("valid", ()) if right else ("degraded", ("watched-lightly",)))
 
@@ -330,13 +342,21 @@ def test_block_checks_flag_what_only_a_comparison_shows():
     assert flagged([base, made(status="failed", placement="cpu-moe", order=1)]) == {"block-complete"}
     assert flagged([base, with_report(moe, graph_splits=(2,))]) == {"block-placement"}
     assert flagged([base, with_report(moe, graph_splits=())]) == {"block-placement"}
-    for part, change in {
-        "sheet": {"sha256": "c" * 64},
-        "engine": {"server_sha256": "c" * 64},
-        "device": {"kind": "loopback", "name": "another", "uuid": None},
-    }.items():
-        other = moe.model_copy(update={part: {**getattr(moe, part), **change}})
+    for part, change in [
+        ("sheet", {"sha256": "c" * 64}),
+        ("engine", {"server_sha256": "c" * 64}),
+        ("device", {"name": "another"}),
+        ("device", {"uuid": "GPU-2"}),
+        ("device", {"driver": "581.1"}),
+        ("device", {"power_limit_watt": 350.0}),
+        ("host", {"host_id": "f" * 32}),
+        ("host", {"system": "Linux other"}),
+        ("host", {"ram_bytes": 16 << 30}),
+    ]:
+        other = moe.model_copy(update={part: getattr(moe, part).model_copy(update=change)})
         assert flagged([base, other]) == {"block-alike"}, part
+    exchanged = seen_as(moe, engine_files={"libggml.so": "c" * 64})
+    assert flagged([seen_as(base, engine_files={"libggml.so": "d" * 64}), exchanged]) == {"block-alike"}
     assert flagged([base, seen_as(moe, threads=2)]) == {"block-alike"}
     both = with_report(seen_as(moe, threads=2), graph_splits=())  # one failure hides no other
     assert flagged([base, both]) == {"block-alike", "block-placement"}
@@ -374,22 +394,21 @@ def plan_of(runs):
     return [r.key for r in runs]
 
 
-def study_flagged(planned, runs):
-    return {c.id for c in audit.study(planned, runs) if not c.passed}
+def of_study(planned, runs, **more):
+    return audit.study(audit.Matrix(planned, runs, **{"records": runs, **more}))
+
+
+def study_flagged(planned, runs, **more):
+    return {c.id for c in of_study(planned, runs, **more) if not c.passed}
 
 
 @pytest.fixture
 def runs():
-    """Two blocks, the later a little slower: nothing measured is twice the same."""
-    later = [seen_as(r, requests=tuple(request(i, first=0.03) for i in (0, 1))) for r in block(block=1)]
-    first = block()
-    first[1] = seen_as(first[1], requests=tuple(request(i, first=0.025) for i in (0, 1)))
-    later[1] = seen_as(later[1], requests=tuple(request(i, first=0.035) for i in (0, 1)))
-    return [*first, *later]
+    return [*block(), *block(block=1)]
 
 
 def test_a_whole_study_passes_every_study_check(runs):
-    checks = audit.study(plan_of(runs), runs)
+    checks = of_study(plan_of(runs), runs)
     assert {c.id for c in checks} == of("study")
     assert all(c.passed for c in checks)
 
@@ -398,15 +417,45 @@ def test_study_checks_flag_what_only_all_runs_show(runs):
     planned = plan_of(runs)
     assert study_flagged(planned, runs[:-1]) == {"matrix-complete"}
     assert study_flagged([], []) == {"matrix-complete"}
-    copied = [*runs[:3], seen_as(runs[3], requests=runs[1].observed.requests)]
-    assert study_flagged(planned, copied) == {"no-two-alike"}
-    value = runs[0].observed.memory.value_bytes
-    for grown, right in ((64 * MIB, True), (64 * MIB + 1, False)):
-        memory_ = replace(runs[2].observed.memory, value_bytes=value + grown)
-        wide = [runs[0], runs[1], seen_as(runs[2], memory=memory_), runs[3]]
-        assert (study_flagged(planned, wide) == set()) == right
-    unknown = [seen_as(r, memory=replace(r.observed.memory, value_bytes=None)) for r in runs]
-    assert study_flagged(planned, unknown) == set()
+
+
+def test_an_attempt_that_went_away_is_missed(runs):
+    planned = plan_of(runs)
+    again = [made(attempt=n) for n in (1, 2, 3)]
+    assert study_flagged(planned, runs, records=[*runs[1:], *again]) == set()
+    assert study_flagged(planned, runs, records=[*runs[1:], *again[1:]]) == {"attempts-kept"}
+    assert study_flagged(planned, runs, records=[*runs[1:], again[0], again[2]]) == {"attempts-kept"}
+    # damaged, it was moved away and is still known of
+    assert study_flagged(planned, runs, records=[*runs[1:], *again[1:]], set_aside=[again[0].run_id]) == set()
+    assert said(of_study(planned, runs, records=[made(attempt=7)]))["attempts-kept"].endswith(": [7]")
+
+
+def test_a_later_judgement_is_one_of_a_record_that_is_there(runs):
+    planned, first = plan_of(runs), runs[0].model_copy(update={"digest": "1" * 64})
+    named = record.Judged(record=first.run_id, digest="1" * 64, commit="c" * 40)
+    again = first.model_copy(update={"attempt": 2, "run_id": record.run_id(first.spec, 2), "judged": named})
+    assert study_flagged(planned, runs, records=[first, *runs[1:], again]) == set()
+    wrong = {
+        "nothing": named.model_copy(update={"record": "nobody"}),
+        "another content": named.model_copy(update={"digest": "2" * 64}),
+        "another run": named.model_copy(update={"record": runs[1].run_id, "digest": runs[1].digest or "1" * 64}),
+    }
+    for judged in wrong.values():
+        other = again.model_copy(update={"judged": judged})
+        assert study_flagged(planned, runs, records=[first, *runs[1:], other]) == {"audited-again-from-a-record"}
+    faster = seen_as(again, load_s=0.05)
+    assert study_flagged(planned, runs, records=[first, *runs[1:], faster]) == {"audited-again-from-a-record"}
+
+
+def test_a_cards_clocks_are_its_own(runs):
+    def clocked(*mhz, events=0):
+        pairs = zip(runs, mhz, strict=False)
+        return [seen_as(r, counters=(Counters(0.1, sm_clock_mhz=n, events=events),)) for r, n in pairs]
+
+    for mhz, right in (((1980, 1800), True), ((1980, 1781), False), ((1980,), True)):
+        clocks = clocked(*mhz, *[1980] * (4 - len(mhz)))
+        assert (study_flagged(plan_of(runs), clocks) == set()) == (right or mhz[1] >= 1782)
+    assert study_flagged(plan_of(runs), clocked(1980, 300, 300, 300, events=1)) == set()  # idle, and says so
 
 
 def test_a_reading_is_evidence_of_the_value():
@@ -427,13 +476,13 @@ LIMITS = {
     "stream-finished": "the engine's final event",
     "cache-not-hit": "0 tokens",
     "times-ordered": "each at or after the one before, the first alone",
-    "ttft-bounded": "the engine's prompt time, and at most 10% + 50 ms more",
-    "clocks-agree": "5% + 10 ms",
+    "ttft-bounded": "the engine's prompt time, and at most 5% + 25 ms more",
+    "clocks-agree": "1% + 20 ms",
     "layers-offloaded": "all layers",
     "device-is-the-one": "buffers named after the device",
     "placement-moves": "more than 0 bytes, none for a baseline",
     "placement-on-device": "0.1 % + 1 MiB",
-    "command-as-asked": "the placement's flags, and nothing fitted",
+    "command-as-asked": "these flags and no others",
     "environment-clean": "names on the allow-list",
     "build-optimised": "no `(debug)`",
     "output-alive": "finite, and not all equal",
@@ -443,7 +492,7 @@ LIMITS = {
     "memory-undoubted": "a value from two accounts",
     "not-slowed": "no thermal, power-brake or hardware slowdown",
     "host-quiet": "10% of the host's CPU time",
-    "watched-lightly": "1% of one CPU",
+    "watched-lightly": "5% of one CPU",
     "clock-steady": "100 ms",
     "clean-end": "exit 0 within the grace time",
     "block-complete": "one baseline and at least one more, each arm once",
@@ -451,8 +500,9 @@ LIMITS = {
     "block-placement": "0.1 % + 1 MiB, and more graph splits",
     "block-ttft-measured": "relative spread above 0.0001",
     "matrix-complete": "every planned run",
-    "no-two-alike": "no equal timestamps",
-    "memory-steady": "64 MiB or 1% within a cell and arm",
+    "attempts-kept": "1 to the last",
+    "audited-again-from-a-record": "a record with that digest and those readings",
+    "clocks-one-cards": "10% between readings of one card",
 }
 
 SAID = {
@@ -477,32 +527,33 @@ SAID = {
     "memory-undoubted": ("all taken", "sampled-peak"),
     "not-slowed": ("0 readings", "hw-thermal"),
     "host-quiet": ("0.0% by others", "11.0% by others"),
-    "watched-lightly": ("None CPU seconds of 0.50 s", "0.006 CPU seconds of 0.50 s"),
+    "watched-lightly": ("None CPU seconds of 0.50 s", "0.026 CPU seconds of 0.50 s"),
     "clock-steady": ("step 0.000 s, sleep 0.000 s", "step -0.200 s, sleep 0.000 s"),
     "clean-end": ("exit 0", "exit -9"),
 }
 
 
 def test_every_limit_is_the_documented_one():
-    assert {i.id: i.limit for i in INVARIANTS.values()} == LIMITS
+    elsewhere = {"log", "cell"}, {bounds.__name__}
+    here = [i for i in INVARIANTS.values() if i.of not in elsewhere[0] and i.find.__module__ not in elsewhere[1]]
+    assert {i.id: i.limit for i in here} == LIMITS
 
 
 def test_what_was_found_is_said_with_what_it_was_held_against():
     """What holds, and what the invariant's own violation says."""
-    holds = {c.id: c.measured for c in audit.run(spec(), observation(), SHEET)}
+    holds = {c.id: c.measured for c in checked(spec(), observation(), SHEET)}
     for check, (arm, seen) in VIOLATIONS.items():
-        found = next(c for c in audit.run(spec(placement=arm), seen, SHEET) if c.id == check)
+        found = next(c for c in checked(spec(placement=arm), seen, SHEET) if c.id == check)
         assert (holds[check], found.measured) == SAID[check]
 
 
 def test_nothing_says_what_was_not_there():
     silent = remembered(observation(report=Report((), None, None, ())))
-    assert {c.id: c.measured for c in audit.run(spec(), silent, {}) if not c.passed} == {
+    assert {c.id: c.measured for c in checked(spec(), silent) if not c.passed} == {
         "layers-offloaded": "None of None",
         "device-is-the-one": "none",
         "placement-on-device": "engine None, header 41943040 bytes",
         "build-optimised": "the engine told no build",
-        "file-is-its-sheet": "file aaaaaaaaaaaa, sheet None",
         "memory-undoubted": "engine-silent",
     }
     empty = observation(requests=(), env=(), top_logprobs=())
@@ -510,8 +561,8 @@ def test_nothing_says_what_was_not_there():
     nothing |= dict.fromkeys(("ttft-bounded", "clocks-agree"), "0 requests")
     nothing |= {"requests-complete": "0 of 0 requests", "environment-clean": "0 allowed"}
     nothing |= {"output-alive": "nothing told"}
-    assert {c.id: c.measured for c in audit.run(spec(workloads=()), empty, SHEET) if not c.passed} == nothing
-    moved = {c.id: c.measured for c in audit.run(spec(placement="cpu-moe"), observation("cpu-moe"), SHEET)}
+    assert {c.id: c.measured for c in checked(spec(workloads=()), empty) if not c.passed} == nothing
+    moved = {c.id: c.measured for c in checked(spec(placement="cpu-moe"), observation("cpu-moe"), SHEET)}
     assert moved["placement-moves"] == "31457280 bytes in 9 tensors moved"
 
 
@@ -535,51 +586,17 @@ def test_blocks_and_studies_say_what_was_found(runs):
         "cpu-moe/mmap: device weights 41943040 -> 41943040, header moves 31457280; "
         "cpu-moe/mmap: graph splits (2,) -> ()"
     )
-    other = seen_as(moe, threads=2).model_copy(update={"sheet": {}})
+    other = seen_as(moe, threads=2).model_copy(update={"sheet": SHEET.model_copy(update={"sha256": "c" * 64})})
     assert said(audit.block([base, other]))["block-alike"] == "differ in file, threads"
     asked = seen_as(moe, requests=())
     assert said(audit.block([seen_as(base, requests=()), asked]))["block-ttft-measured"] == "spread 0 over 0 requests"
-    assert said(audit.study(plan_of(runs), runs)) == {
+    assert said(of_study(plan_of(runs), runs)) == {
         "matrix-complete": "0 of 4 missing",
-        "no-two-alike": "4 runs differ",
-        "memory-steady": "2 arms steady",
+        "attempts-kept": "4 runs with all attempts",
+        "audited-again-from-a-record": "each names its first record",
+        "clocks-one-cards": "0 readings",
     }
-    wrong = [runs[0], seen_as(runs[2], requests=runs[0].observed.requests)]
-    big = replace(wrong[1].observed.memory, value_bytes=1 << 40)
-    wrong[1] = seen_as(wrong[1], memory=big)
-    assert said(audit.study(plan_of(runs), wrong)) == {
-        "matrix-complete": "2 of 4 missing",
-        "no-two-alike": f"alike: {runs[0].run_id}",
-        "memory-steady": "spread: deepseek-moe-16b/Q4_K_M baseline/mmap",
-    }
-
-
-@pytest.mark.parametrize(
-    ("memory", "steady"),
-    [
-        ((100 * MIB, 164 * MIB), True),
-        ((100 * MIB, 165 * MIB), False),
-        ((64 * MIB, 65 * MIB), True),
-        ((9_901 * MIB, 10_000 * MIB), True),  # 1 % of many is more than 64 MiB
-        ((9_899 * MIB, 10_000 * MIB), False),
-    ],
-)
-def test_memory_may_spread_by_64_mib_or_a_hundredth(memory, steady):
-    runs = [
-        seen_as(made(block=b), memory=replace(observation().memory, value_bytes=value))
-        for b, value in enumerate(memory)
-    ]
-    (found,) = (c for c in audit.study([], runs) if c.id == "memory-steady")
-    assert found.passed is steady
-
-
-def test_at_most_three_copies_are_named():
-    pairs = [
-        seen_as(made(block=2 * i + j), requests=(request(0, first=0.02 + i / 100),)) for i in range(4) for j in (0, 1)
-    ]
-    assert (
-        said(audit.study([], pairs))["no-two-alike"] == f"alike: {', '.join(sorted(r.run_id for r in pairs[::2])[:3])}"
-    )
+    assert said(of_study(plan_of(runs), runs[:2]))["matrix-complete"] == "2 of 4 missing"
 
 
 def test_two_tokens_are_enough_to_count_and_to_time():
@@ -592,7 +609,7 @@ def test_two_tokens_are_enough_to_count_and_to_time():
 
 def test_the_first_event_is_named_by_what_it_carried():
     late = one_request(token_n=(2, 2, 3, 4, 5))
-    found = next(c for c in audit.run(spec(), late[1], SHEET) if c.id == "times-ordered")
+    found = next(c for c in checked(spec(), late[1], SHEET) if c.id == "times-ordered")
     assert found.measured == "plan-short[0]: the first event carried 2 tokens"
 
 
@@ -628,15 +645,6 @@ def test_a_graph_that_nobody_told_is_not_one_that_was_cut():
     base, moe = block()
     blind = [with_report(r, graph_splits=()) for r in (base, moe)]
     assert flagged(blind) == {"block-placement"}
-
-
-def test_three_equal_times_are_a_copy_and_two_may_be_chance():
-    def timed(n):
-        short = {"token_s": (0.1, 0.2, 0.3)[:n], "token_n": (1, 2, 3)[:n]}
-        return [seen_as(r, requests=(request(0, **short),)) for r in (made(), made(block=1))]
-
-    assert said(audit.study([], timed(3)))["no-two-alike"].startswith("alike")
-    assert said(audit.study([], timed(2)))["no-two-alike"] == "2 runs differ"
 
 
 @pytest.mark.parametrize("cache_n", [-1, None, 1])

@@ -7,7 +7,7 @@ from factory import made, observation, spec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moelib import files, record
+from moelib import facts, files, record
 
 
 def test_a_record_comes_back_as_it_was(tmp_path):
@@ -67,6 +67,23 @@ def forge(path, change):
         lambda d: d.update(schema_version=record.SCHEMA_VERSION + 1),
         lambda d: d.pop("audit"),
         lambda d: d.update(run_id="another"),
+        lambda d: d.update(device={"nonsense": 1}),
+        lambda d: d["device"].update(note="x"),
+        lambda d: d["device"].update(bandwidth_bytes_per_s=-1.0),
+        lambda d: d["host"].update(ram_read_bytes_per_s=-1.0),
+        lambda d: d["host"].update(cpus=0),
+        lambda d: d["host"].update(host_id="my machine"),
+        lambda d: d["sheet"].update(file_bytes="42"),
+        lambda d: d["sheet"].update(bits_per_weight=0.0),
+        lambda d: d["sheet"].update(sha256="abc"),
+        lambda d: d["sheet"].pop("expert_bytes"),
+        lambda d: d["engine"].update(build=True),
+        lambda d: d.update(attempt=0),
+        lambda d: d.update(started_utc="yesterday"),
+        lambda d: d.update(judged={"record": "x"}),
+        lambda d: d.update(raw={"../../etc/passwd": "a" * 64}),
+        lambda d: d["observed"]["requests"][0].update(prompt_n=8.0),
+        lambda d: d["observed"].update(load_s="0.1"),
     ],
 )
 def test_what_the_schema_does_not_know_is_refused(written, change):
@@ -123,6 +140,88 @@ def test_logs_are_kept_compressed_the_same_each_time_without_this_machines_folde
     assert record.keep_logs(tmp_path, "run", [log], private) == first
 
 
+@given(st.data())
+def test_no_part_of_a_record_can_be_another_kind_of_thing(tmp_path_factory, data):
+    """Any number of it put into words, or any part taken away, and it is no record."""
+    folder = tmp_path_factory.mktemp("r")
+    path = folder / "records" / f"{record.write(folder, made()).run_id}.json"
+
+    def leaves(part):
+        items = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ()
+        for key, value in items:
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                yield part, key
+            yield from leaves(value)
+
+    def change(d):
+        parts = {k: d[k] for k in ("spec", "sheet", "engine", "device", "host", "observed")}
+        part, key = data.draw(st.sampled_from(list(leaves(parts))))
+        part[key] = data.draw(st.sampled_from([str(part[key]), [part[key]], {"x": 1}, True]))
+
+    forge(path, change)
+    with pytest.raises(record.RecordError):
+        record.read(path)
+
+
+def test_a_file_that_is_no_record_at_all_is_named(tmp_path):
+    path = tmp_path / "x.json"
+    for content in (b"", b"\xff\xfe", b"[" * 100_000, b"{}", b"null", b'{"digest": NaN}'):
+        path.write_bytes(content)
+        with pytest.raises(record.RecordError, match=r"x\.json"):
+            record.read(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(record.RecordError, match=r"x\.json"):
+        record.read(path)
+
+
+def test_the_digest_is_of_the_content_however_it_is_laid_out(written):
+    data = json.loads(written.read_text())
+    written.write_text(json.dumps(data, indent=2))
+    assert record.read(written).digest == data["digest"]
+
+
+def test_what_this_code_could_not_read_is_not_written(tmp_path):
+    broken = made().model_copy(update={"started_utc": "yesterday"})
+    with pytest.raises(record.RecordError, match="started_utc"):
+        record.write(tmp_path, broken)
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_every_schema_number_has_its_history_and_its_way_to_the_next():
+    assert set(facts.HISTORY) == set(range(1, facts.SCHEMA_VERSION + 1))
+    assert set(facts.STEPS) == set(range(facts.OLDEST, facts.SCHEMA_VERSION))
+
+
+def test_a_record_of_an_older_schema_is_migrated_without_a_change_of_what_it_says(tmp_path):
+    old = json.loads(GOLDEN.read_text())
+    new = facts.migrate(old)
+    assert new["schema_version"] == facts.SCHEMA_VERSION
+    assert old == json.loads(GOLDEN.read_text())
+    path = tmp_path / f"{old['run_id']}.json"
+    path.write_bytes(GOLDEN.read_bytes())
+    as_read = record.read(path)
+    migrated = record.Record.model_validate_json(json.dumps(new), strict=True)
+    assert migrated == as_read.model_copy(update={"schema_version": facts.SCHEMA_VERSION})
+    assert (migrated.host.host_id, migrated.observed.engine_files) == (None, None)
+    for version in (1, facts.SCHEMA_VERSION + 1, None, "2"):
+        with pytest.raises(ValueError, match="this moelib reads"):
+            facts.migrate({**old, "schema_version": version})
+
+
+def test_a_light_record_keeps_what_tables_need(tmp_path):
+    whole, lighten = record.write(tmp_path, made()), record.Lightener()
+    light, other = lighten(whole), lighten(whole)
+    assert light.sheet is other.sheet
+    assert [(q.tps, q.ttft_s, q.total_s) for q in light.observed.requests] == [
+        (q.tps, q.ttft_s, q.total_s) for q in whole.observed.requests
+    ]
+    assert light.observed.memory.value_bytes == whole.observed.memory.value_bytes
+    assert [(c.id, c.passed) for c in light.audit] == [(c.id, c.passed) for c in whole.audit]
+    assert (light.run_id, light.key, light.digest, light.raw) == (whole.run_id, whole.key, whole.digest, whole.raw)
+    assert light.observed.requests[0].tokens == ()
+
+
 GOLDEN = FIXTURES / "record-v2.json"
 
 
@@ -132,7 +231,7 @@ def test_a_record_of_this_schema_can_be_read_as_long_as_it_lasts(tmp_path):
     run = json.loads(GOLDEN.read_text())["run_id"]
     path = (tmp_path / GOLDEN.name).rename(tmp_path / f"{run}.json")
     r = record.read(path)
-    assert (r.status, r.spec.quant, r.device["kind"]) == ("valid", "Q4_K_M", "loopback")
+    assert (r.status, r.spec.quant, r.device.kind) == ("valid", "Q4_K_M", "loopback")
     assert len(r.observed.requests) == 4
     assert r.observed.memory.value_bytes > r.observed.memory.engine_bytes
     assert r.observed.requests[1].tps == pytest.approx(

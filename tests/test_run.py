@@ -6,9 +6,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
-from factory import SHARED, spec
+from factory import SHARED, measured, spec
 
 from moelib import audit, client, device, models, params, quantize, run, twin
+from moelib.facts import Sheet
 from moelib.nvml import Counters, Traffic
 
 pytestmark = pytest.mark.engine
@@ -33,7 +34,7 @@ def execute(engine, quantised, where, tmp_path, **change):
     asked = wanted(**change)
     outcome = run.execute(asked, quantised, engine, where, tmp_path / "work")
     assert outcome.reason is None, outcome.message
-    return outcome.observation, audit.run(asked, outcome.observation, quantised.sheet)
+    return outcome.observation, audit.run(measured(asked, outcome.observation, Sheet(**quantised.sheet)))
 
 
 def failed(checks):

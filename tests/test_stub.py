@@ -7,10 +7,11 @@ from contextlib import contextmanager
 import httpx
 import pytest
 import stub_server
-from factory import SHARED, spec
+from factory import SHARED, measured, spec
 
 from moelib import audit, device, models, process, quantize, run
 from moelib import engine as engines
+from moelib.facts import Sheet
 
 pytestmark = pytest.mark.engine
 
@@ -155,5 +156,5 @@ def test_a_run_of_it_is_valid(stub, quantised, tmp_path, placement):
     asked = spec(workloads=("smoke",), context=256, placement=placement)
     outcome = run.execute(asked, quantised, stub, device.Loopback(), tmp_path / "work")
     assert outcome.reason is None, outcome.message
-    checks = audit.run(asked, outcome.observation, quantised.sheet)
+    checks = audit.run(measured(asked, outcome.observation, Sheet(**quantised.sheet)))
     assert {c.id for c in checks if not c.passed} - SHARED == set()

@@ -12,9 +12,10 @@ import sys
 
 import pytest
 from conftest import REPO, SMOKE, furnish
-from factory import block, made, observation, spec
+from factory import WORKLOADS, block, evidence, keep, made, observation, spec
 
-from moelib import advice, evidence, files, measure, notebook, params, record, run, study
+from moelib import advice, files, gather, measure, notebook, params, record, run, study
+from moelib import evidence as evidences
 from moelib.study import Folder, StudyError
 
 MOELIB = [sys.executable, "-m", "moelib.cli"]
@@ -62,6 +63,8 @@ def refused(home, monkeypatch):
     as_made = (("nano", "tiny"), ("Q8_0", "Q4_K_M"), ("[smoke]", "[plan-short]"), ("256", "1024"))
     path = home / "params/studies/smoke.yaml"
     path.write_text(functools.reduce(lambda text, change: text.replace(*change), as_made, SMOKE))
+    workloads = home / "params/workloads.yaml"
+    workloads.write_text(workloads.read_text().replace("generate_tokens: 100", "generate_tokens: 5", 1))
     params._yaml.cache_clear()
     folder = Folder("smoke")
     asked = [s for b in folder.cells[0].blocks for s in b]
@@ -70,7 +73,7 @@ def refused(home, monkeypatch):
         if s.placement == "baseline":
             old = {"status": "invalid", "value_bytes": None, "reasons": ("accounts-disagree",)}
             seen = dataclasses.replace(seen, memory=dataclasses.replace(seen.memory, **old))
-        record.write(folder.path, made(seen, **dataclasses.asdict(s)))
+        keep(folder.path, made(seen, **dataclasses.asdict(s)))
     return folder
 
 
@@ -83,13 +86,13 @@ def test_readings_that_are_good_by_later_rules_are_judged_again_beside_the_first
     assert {r.key for r in again} == first.keys()
     for r in again:
         old = first[r.key]
-        assert r.judged == {"record": old.run_id, "digest": old.digest, "commit": "c" * 40}
+        assert r.judged == record.Judged(record=old.run_id, digest=old.digest, commit="c" * 40)
         assert (r.status, r.reasons) == ("valid", ())
         assert r.observed.memory.value_bytes is not None
         assert r.observed.memory.trace == old.observed.memory.trace
         assert r.observed.requests == old.observed.requests
         assert (r.attempt, r.host, r.started_utc, r.raw) == (2, old.host, old.started_utc, old.raw)
-        assert study.why_not(r) is None
+        assert gather.why_not(r) is None
     after = {p.name: p.read_bytes() for p in (refused.path / "records").iterdir()}
     assert before.items() <= after.items()
     assert len(after) == len(before) + len(again)
@@ -101,7 +104,7 @@ def test_the_first_good_attempt_is_the_one_that_is_judged_again(refused):
     later = one.model_copy(update={"attempt": 2, "run_id": record.run_id(one.spec, 2)})
     record.write(refused.path, later)
     again = {r.key: r for r in measure.judge_again(refused)}
-    assert again[one.key].judged["record"] == one.run_id
+    assert again[one.key].judged.record == one.run_id
     assert again[one.key].attempt == 3
 
 
@@ -122,7 +125,7 @@ def test_rules_that_no_commit_has_judge_nothing(refused, monkeypatch):
 
 def test_a_document_says_what_was_judged_again(refused):
     measure.judge_again(refused)
-    text = evidence.problems(study.results(refused.path)).markdown()
+    text = evidences.problems(study.results(refused.path)).markdown()
     assert "2 runs were *judged again*: their readings stand in an earlier record" in text
     assert "cccccccccccc" in text
 
@@ -130,32 +133,36 @@ def test_a_document_says_what_was_judged_again(refused):
 def test_the_record_that_stands_is_the_last_done_one_else_the_last():
     bad1, bad2 = (made(status="failed", attempt=n) for n in (1, 3))
     good = made(attempt=2)
-    assert study.standing([bad1, bad2]) == {bad1.key: bad2}
-    assert study.standing([bad2, good, bad1]) == {good.key: good}
-    assert study.standing([]) == {}
+    assert gather.standing([bad1, bad2]) == {bad1.key: bad2}
+    assert gather.standing([bad2, good, bad1]) == {good.key: good}
+    assert gather.standing([]) == {}
 
 
 def test_status_lists_every_run_that_is_missing_or_wrong():
     cell = study.Cell("deepseek-moe-16b", "Q4_K_M", ((spec(), spec(placement="cpu-moe", order=1)),))
     base, moe = block()
-    whole = study.Status.of(cell, [base, moe])
+
+    def status(*records):
+        return study.Status.of(cell, evidence(records), WORKLOADS)
+
+    whole = status(base, moe)
     assert whole.complete
     assert whole.blocks == ((base, moe),)
-    assert study.Status.of(cell, []).problems == (
+    assert status().problems == (
         "deepseek-moe-16b/Q4_K_M baseline/mmap block 1: not run",
         "deepseek-moe-16b/Q4_K_M cpu-moe/mmap block 1: not run",
     )
     bad = made(status="failed", placement="cpu-moe", order=1)
-    assert study.Status.of(cell, [base, bad]).problems[0].endswith("block 1: failed (engine-ended)")
-    changed = {"sheet": {**moe.sheet, "sha256": "c" * 64}}
+    assert status(base, bad).problems[0].endswith("block 1: failed (engine-ended)")
+    changed = {"sheet": moe.sheet.model_copy(update={"sha256": "c" * 64})}
     changed["observed"] = dataclasses.replace(moe.observed, file_sha256="c" * 64)
     other = moe.model_copy(update=changed)
-    mixed = study.Status.of(cell, [base, other])
+    mixed = status(base, other)
     assert mixed.blocks == ()
     assert "block-alike" in mixed.problems[0]
     dead = dataclasses.replace(moe.observed, top_logprobs=())
-    vouching = study.Status.of(cell, [base, moe.model_copy(update={"observed": dead})])
-    assert vouching.problems[0].endswith("valid, but its audit says invalid")
+    vouching = status(base, moe.model_copy(update={"observed": dead}))
+    assert vouching.problems[0].endswith("valid, but its audit says invalid: output-alive: nothing told")
 
 
 def test_what_was_measured_on_several_machines_is_said(home):
@@ -171,31 +178,33 @@ def test_what_was_measured_on_several_machines_is_said(home):
             cells.append(study.Cell(model, quant, tuple(pairs)))
             for b, uuid in enumerate(cards):
                 for r in block(block=b):
-                    told = {"device": {**r.device, "uuid": uuid}, "spec": dataclasses.replace(r.spec, quant=quant)}
-                    told["host"] = {**r.host, "cpu": uuid, "ram_read_bytes_per_s": 50e9 if uuid == "A" else 100e9}
-                    runs.append(r.model_copy(update=told))
+                    speed = 50e9 if uuid == "A" else 100e9
+                    told = {"device": r.device.model_copy(update={"uuid": uuid})}
+                    told["host"] = r.host.model_copy(update={"cpu": uuid, "ram_read_bytes_per_s": speed})
+                    told["spec"] = dataclasses.replace(r.spec, quant=quant)
+                    runs.append(r.model_copy(update=told | {"run_id": f"{quant} {r.run_id}"}))
         demo = params.study("demo").model_copy(update={"models": [model], "quants": list(uuids)})
-        found = {"workloads": {}, "cells": cells, "records": runs, "damaged": [], "sheets": [], "accuracy": {}}
-        return study.Results(name="s", study=demo, **found)
+        found = {"workloads": WORKLOADS, "cells": cells, "records": runs, "sheets": [], "accuracy": {}}
+        return study.Results(name="s", study=demo, evidence=evidence(runs), **found)
 
     alone = results(Q4_K_M="AAA", Q2_K="AAA")
     text = "- Blocks measure variation from run to run on one machine, not from machine to machine."
-    assert (evidence.machines(alone).text, evidence.apart(alone)) == (text, None)
+    assert (evidences.machines(alone).text, evidences.apart(alone)) == (text, None)
     mixed = results(Q4_K_M="ABB")
-    told = evidence.machines(mixed)
+    told = evidences.machines(mixed)
     assert f"{model}/Q4_K_M (1 + 2 blocks, RAM read at 50.0 to 100 GB/s) come from different machines" in told.text
     assert len(told.sources) == 6
-    assert evidence.apart(mixed) is None
+    assert evidences.apart(mixed) is None
     several = results(Q4_K_M="AAA", Q2_K="BBB", Q8_0="AAA")
     groups = f"{model}/Q4_K_M, {model}/Q8_0, RAM read at 50.0 GB/s; {model}/Q2_K, RAM read at 100 GB/s."
-    assert evidence.apart(several).startswith(f"Measured on one machine each: {groups}")
+    assert evidences.apart(several).startswith(f"Measured on one machine each: {groups}")
     assert groups in advice.limits(several).text
     assert "one machine each" not in advice.limits(alone).text
-    assert evidence.machines(several).text == text
-    cpus = several.records[0].host["cpus"]
+    assert evidences.machines(several).text == text
+    cpus = several.records[0].host.cpus
     told = f"A, {cpus} usable ({model}/Q4_K_M, {model}/Q8_0); B, {cpus} usable ({model}/Q2_K)"
-    assert told in evidence.environment_table(several).markdown()
-    assert f"| A, {cpus} usable  " in evidence.environment_table(alone).markdown()
+    assert told in evidences.environment_table(several).markdown()
+    assert f"| A, {cpus} usable  " in evidences.environment_table(alone).markdown()
 
 
 def test_a_study_without_records_is_an_error(home):
@@ -270,7 +279,7 @@ def test_a_study_leaves_its_evidence(whole):
 def test_the_audit_counts_every_planned_run_and_fails_where_one_is_missing(copy, models_folder):
     done = command(copy, models_folder, "audit", "smoke")
     assert done.returncode == 0, done.stderr
-    assert "4 planned, 4 valid, 0 invalid, 0 missing" in done.stdout
+    assert "4 planned, 4 usable" in done.stdout
     assert done.stdout.count("\n| ") >= 30
     records = copy / "outputs/smoke/records"
     first, second, *_ = sorted(records.glob("*.json"))
@@ -281,7 +290,7 @@ def test_the_audit_counts_every_planned_run_and_fails_where_one_is_missing(copy,
     record.write(records.parent, broken.model_copy(update={"observed": dead}))
     done = command(copy, models_folder, "audit", "smoke")
     assert done.returncode == 1
-    assert "4 planned, 2 valid, 1 invalid, 1 missing" in done.stdout
+    assert "4 planned, 2 usable" in done.stdout
     assert "but its audit says invalid" in done.stdout
     # and both are run when the study is
     again = command(copy, models_folder, "study", "run", "smoke")
@@ -306,7 +315,7 @@ def test_the_document_is_rebuilt_from_records_alone_byte_by_byte(copy):
 
     before = document()
     assert len(before) >= 6
-    for gone in ("work", "raw", "figures"):
+    for gone in ("work", "figures"):
         shutil.rmtree(out / gone)
     for gone in ("MOE-TECHNICAL-VALIDATION.md", "provenance.json"):
         (out / gone).unlink()
@@ -458,7 +467,9 @@ def test_runs_of_another_engine_are_not_mixed_in(copy):
     for r in folder.records():
         p = folder.path / "records" / f"{r.run_id}.json"
         p.unlink()
-        record.write(folder.path, r.model_copy(update={"engine": {**r.engine, "server_sha256": "0" * 64}}))
+        record.write(
+            folder.path, r.model_copy(update={"engine": r.engine.model_copy(update={"server_sha256": "0" * 64})})
+        )
     with pytest.raises(StudyError, match="another engine"):
         list(measure.measure(folder, cell))
     assert old.done
@@ -473,10 +484,11 @@ def test_a_block_that_another_gpu_began_is_done_on_this_one_alone(copy):
         path = folder.path / "records" / f"{r.run_id}.json"
         path.unlink()
         if (r.spec.block, r.spec.placement) != (0, "cpu-moe"):
-            record.write(folder.path, r.model_copy(update={"device": {**r.device, "uuid": "GPU-of-another-day"}}))
+            away = r.device.model_copy(update={"uuid": "GPU-of-another-day"})
+            record.write(folder.path, r.model_copy(update={"device": away}))
     before = {r.run_id for r in folder.records()}
     there = list(measure.measure(folder, cell))
-    assert [(r.spec.block, r.device["uuid"]) for r in there] == [(0, None)] * 2 + [(1, "GPU-of-another-day")] * 2
+    assert [(r.spec.block, r.device.uuid) for r in there] == [(0, None)] * 2 + [(1, "GPU-of-another-day")] * 2
     assert folder.status(cell).complete
     after = {r.run_id for r in folder.records()}
     assert before <= after
@@ -485,20 +497,26 @@ def test_a_block_that_another_gpu_began_is_done_on_this_one_alone(copy):
 
 def test_what_is_done_of_a_block():
     def ran(uuid, *runs):
-        return [r and r.model_copy(update={"device": {**r.device, "uuid": uuid}}) for r in runs]
+        return [r and r.model_copy(update={"device": r.device.model_copy(update={"uuid": uuid})}) for r in runs]
+
+    def to_do(found, uuid):
+        here = (uuid, None, "d" * 32, "Linux test")
+        return measure._to_do(found, [None if r and r.done else "not done" for r in found], here)
 
     base, moe = block()
     bad = made(status="failed", placement="cpu-moe", order=1)
-    assert measure._to_do(ran("A", base, moe), "A") == [False, False]
-    assert measure._to_do(ran("A", base, moe), "B") == [False, False]
-    assert measure._to_do(ran("A", base, None), "A") == [False, True]
-    assert measure._to_do(ran("A", base, bad), "A") == [False, True]
-    assert measure._to_do(ran("A", base, None), "B") == [True, True]
-    assert measure._to_do([*ran("A", base), *ran("B", moe)], "B") == [True, False]
+    assert to_do(ran("A", base, moe), "A") == [False, False]
+    assert to_do(ran("A", base, moe), "B") == [False, False]
+    assert to_do(ran("A", base, None), "A") == [False, True]
+    assert to_do(ran("A", base, bad), "A") == [False, True]
+    assert to_do(ran("A", base, None), "B") == [True, True]
+    assert to_do([*ran("A", base), *ran("B", moe)], "B") == [True, False]
+    newer = base.model_copy(update={"host": base.host.model_copy(update={"system": "Linux newer"})})
+    assert to_do([*ran("A", newer), None], "A") == [True, True]
     # on one GPU, and still not to be compared
     other = moe.model_copy(update={"observed": dataclasses.replace(moe.observed, threads=7)})
-    assert measure._to_do(ran("A", base, other), "A") == [True, True]
-    assert measure._to_do([], "A") == []
+    assert to_do(ran("A", base, other), "A") == [True, True]
+    assert to_do([], "A") == []
 
 
 def test_a_cell_can_be_chosen_alone(home):

@@ -1,0 +1,260 @@
+"""Invariants of a cell: what the runs of one file have in common, whatever their placement, and what sets them apart.
+
+One run's numbers can be made to fit each other; here each is held against its neighbours'.
+"""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timedelta
+from statistics import median
+from typing import Any, NamedTuple
+
+from moelib.bounds import found
+from moelib.client import Request
+from moelib.invariants import Finding, holds
+from moelib.memory import AGREE_BYTES, AGREE_SHARE
+from moelib.params import Workload
+from moelib.record import Record
+
+LATENCY_S, LATENCY_SHARE = 0.004, 0.05  # medians of an arm: 1 ms on an idle host, 5.6 ms where all CPUs decode
+DECODE_S, DECODE_SHARE = 0.004, 0.005  # medians of an arm: 0.1 to 4.1 ms seen
+START_S, STARTS = 0.25, 5  # a cold start of the engine, and times the cell's usual one
+STEADY_SHARE, STEADY_BYTES = 0.02, 8 << 20  # host memory, bus traffic: 0.01 % seen on a GPU's host, 0.8 % on loopback
+LOOPBACK_BYTES, LOOPBACK_SHARE = 4 << 20, 0.02  # RSS of a loopback device: 0.15 MiB apart seen
+REST_BYTES, REST_SHARE = 8 << 20, 0.05  # what the engine's buffers do not explain, between placements: 2.3 MiB seen
+ENERGY_TIMES = 1.6  # a run's energy per token against the median of its arm
+TURN_S = 2.0  # starts are kept to whole seconds
+ALIKE_S, ALIKE_SHARE = 8e-6, 0.01  # two runs' steps differ by 22 us, and by 0.7 to 3 %, at the least that was seen
+ALIKE_STEPS = 20  # fewer may be alike by chance
+NEIGHBOURS = 4  # a copy takes as long as what it was copied from: only the next in length are compared
+FAULTS = 100  # page faults that wait for the disk: from here on pages come and go, and RSS is not steady
+
+
+class Cell(NamedTuple):
+    """What a cell's invariants look at."""
+
+    runs: Sequence[Record]
+    """The records that stand, of whole blocks, in the plan's order."""
+    workloads: Mapping[str, Workload]
+    """As the plan has them."""
+    starts: Mapping[str, float]
+    """Run -> seconds from the start of its process to the log's first instant, where the log has times."""
+
+
+def _by_arm(runs: Iterable[Record]) -> dict[str, list[Record]]:
+    arms = defaultdict(list)
+    for r in runs:
+        arms[r.spec.arm].append(r)
+    return arms
+
+
+def _differ(what: Mapping[str, Callable[[Record], Any]], runs: Sequence[Record]) -> Iterator[str]:
+    for name, of in what.items():
+        values = [of(r) for r in runs]
+        odd = next((r for r, v in zip(runs, values, strict=True) if v != values[0]), None)
+        if odd is not None:
+            yield f"{name} of {odd.run_id}"
+
+
+@holds("cell", "equal")
+def one_file_and_engine(cell: Cell) -> Finding:
+    """Every run of a cell is of one file, one engine and one kind of device, or its blocks tell of different things."""
+    same = {
+        "file": lambda r: r.sheet.model_copy(update={"quantize_s": 0.0, "origin": None}),
+        "engine": lambda r: (r.engine.server_sha256, r.engine.build, r.observed.report.built),
+        "device": lambda r: (r.device.kind, r.device.name),
+        "device memory's speed": lambda r: r.device.bandwidth_bytes_per_s,
+        "device's size": lambda r: r.device.total_bytes,
+    }
+    return found(_differ(same, cell.runs), f"{len(cell.runs)} runs alike")
+
+
+@holds("cell", "equal, and adding up to one file")
+def header_numbers_agree(cell: Cell) -> Finding:
+    """What the file's header says of a placement is the same in every run, and no placement changes the file's sum."""
+
+    def wrong() -> Iterator[str]:
+        for arm, runs in _by_arm(cell.runs).items():
+            yield from (f"{arm}: {text}" for text in _differ({"header": lambda r: r.observed.placement}, runs))
+        sums = {
+            "weights": lambda r: r.observed.placement.device_bytes + r.observed.placement.moved_bytes,
+            "experts": lambda r: r.sheet.expert_bytes,
+        }
+        yield from _differ(sums, cell.runs)
+        read = [(p.device_read_bytes + p.host_read_bytes) for p in (r.observed.placement for r in cell.runs)]
+        if max(read) - min(read) > 1:  # the share of a part is rounded down
+            yield f"a token reads {min(read)} to {max(read)} bytes"
+        for r in cell.runs:
+            p, experts = r.observed.placement, r.sheet.expert_bytes
+            whole = r.spec.placement == "cpu-moe"
+            if p.moved_bytes > experts or (whole and p.moved_bytes != experts):
+                yield f"{r.run_id} moves {p.moved_bytes} of {experts} bytes"
+
+    return found(wrong(), "one file")
+
+
+@holds("cell", "the plan's")
+def workloads_as_planned(cell: Cell) -> Finding:
+    """Prompts and answers are as long as the plan has them, and a prompt has one length in all runs."""
+
+    def wrong() -> Iterator[str]:
+        lengths: dict[str, set[int]] = defaultdict(set)
+        for r in cell.runs:
+            for q in r.observed.requests:
+                asked = cell.workloads.get(q.workload)
+                lengths[q.workload].add(q.prompt_tokens)
+                if asked is None or q.generate_tokens != asked.generate_tokens:
+                    yield f"{r.run_id}: {q.workload} generates {q.generate_tokens}"
+                elif asked.prompt_tokens and q.prompt_tokens != asked.prompt_tokens:
+                    yield f"{r.run_id}: {q.workload} has {q.prompt_tokens} prompt tokens"
+        yield from (f"{name}: prompts of {sorted(n)} tokens" for name, n in lengths.items() if len(n) > 1)
+
+    return found(wrong(), f"{len(cell.workloads)} workloads")
+
+
+def _requests(runs: Iterable[Record]) -> list[Request]:
+    return [q for r in runs for q in r.observed.requests]
+
+
+@holds(
+    "cell", f"medians: first token {LATENCY_S * 1e3:g} ms + {LATENCY_SHARE:.0%}, decode {DECODE_S * 1e3:g} ms + 0.5 %"
+)
+def arms_keep_the_engines_time(cell: Cell) -> Finding:
+    """Over all of an arm's requests, what this side adds to the engine's own times is small: a run may be delayed, not
+    all of them by as much."""
+
+    def wrong() -> Iterator[str]:
+        for (arm, workload), asked in _by_workload(cell.runs).items():
+            late = [q.ttft_s - q.engine_prompt_s - LATENCY_SHARE * q.engine_prompt_s for q in asked]
+            if median(late) > LATENCY_S:
+                yield f"{arm}: first tokens of {workload} {median(late) * 1e3:.1f} ms late"
+            ours = [(q.token_s[-1] - q.token_s[0], q.engine_predicted_s) for q in asked]
+            apart = median([abs(a - b) - DECODE_SHARE * b for a, b in ours])
+            if apart > DECODE_S and len(asked) > 1 and all(q.token_n[-1] == q.predicted_n for q in asked):
+                yield f"{arm}: decoding {workload} {apart * 1e3:.1f} ms from the engine's time"
+
+    return found(wrong(), f"{len(_requests(cell.runs))} requests")
+
+
+def _by_workload(runs: Iterable[Record]) -> dict[tuple[str, str], list[Request]]:
+    groups = defaultdict(list)
+    for r in runs:
+        for q in r.observed.requests:
+            if q.ttft_s is not None and q.engine_prompt_s and q.engine_predicted_s is not None:
+                groups[r.spec.arm, q.workload].append(q)
+    return groups
+
+
+@holds("cell", f"{START_S * 1e3:g} ms, or {STARTS} times the cell's usual")
+def starts_alike(cell: Cell) -> Finding:
+    """From the start of a process to its log's first instant passes about the same time in every run."""
+    if not cell.starts:
+        return True, "the logs have no times"
+    usual = median(cell.starts.values())
+    late = (f"{name}: {s:.2f} s" for name, s in cell.starts.items() if s > max(START_S, STARTS * usual))
+    return found(late, f"{usual * 1e3:.0f} ms in the median")
+
+
+def _spread(name: str, values: Mapping[str, list[float]], least: float, share: float) -> Iterator[str]:
+    for of, numbers in values.items():
+        if numbers and max(numbers) - min(numbers) > max(least, share * max(numbers)):
+            yield f"{name} of {of}: {min(numbers):.0f} to {max(numbers):.0f}"
+
+
+@holds(
+    "cell",
+    f"device {AGREE_SHARE:.0%} or {AGREE_BYTES >> 20} MiB ({LOOPBACK_BYTES >> 20} on loopback), host and bus 2 %",
+)
+def memory_steady(cell: Cell) -> Finding:
+    """The same file in the same place takes the same memory of device and host in every block, and what the engine's
+    buffers leave unexplained is about the same in every placement; so is what a prompt moves over the bus."""
+
+    def wrong() -> Iterator[str]:
+        device, host, bus, rests = (defaultdict(list) for _ in range(4))
+        loopback = any(r.observed.device_kind == "loopback" for r in cell.runs)
+        for r in cell.runs:
+            o, arm = r.observed, r.spec.arm
+            if o.memory.value_bytes is not None:
+                device[arm].append(o.memory.value_bytes)
+            if o.memory.residual_bytes is not None:
+                rests[arm].append(o.memory.residual_bytes)
+            if o.host_rss_peak_bytes is not None and (o.host.major_faults or 0) < FAULTS:
+                host[arm].append(o.host_rss_peak_bytes)
+            for m in o.prompt_traffic:
+                if m.received_bytes is not None:
+                    bus[f"{arm}, {m.workload}"].append(m.received_bytes)
+        least, share = (LOOPBACK_BYTES, LOOPBACK_SHARE) if loopback else (AGREE_BYTES, AGREE_SHARE)
+        yield from _spread("device memory", device, least, share)
+        yield from _spread("host memory", host, STEADY_BYTES, STEADY_SHARE)
+        yield from _spread("bus traffic", bus, STEADY_BYTES, STEADY_SHARE)
+        middles = {arm: median(rest) for arm, rest in rests.items()}
+        largest = max((r.observed.memory.value_bytes or 0 for r in cell.runs), default=0)
+        bound = max(REST_BYTES, REST_SHARE * largest) if loopback else max(AGREE_BYTES, AGREE_SHARE * largest)
+        if middles and max(middles.values()) - min(middles.values()) > bound:
+            yield f"beside the engine's buffers {', '.join(f'{arm} {n:.0f}' for arm, n in middles.items())} bytes"
+
+    return found(wrong(), f"{len(_by_arm(cell.runs))} arms steady")
+
+
+@holds("cell", f"{ENERGY_TIMES:g} times the median of its arm")
+def energy_steady(cell: Cell) -> Finding:
+    """The same work takes about the same energy in every block."""
+
+    def wrong() -> Iterator[str]:
+        for arm, runs in _by_arm(cell.runs).items():
+            spent = {
+                r.run_id: sum(q.energy_joule for q in r.observed.requests)
+                for r in runs
+                if r.observed.requests and all(q.energy_joule is not None for q in r.observed.requests)
+            }
+            usual = median(spent.values()) if spent else 0.0
+            for name, joules in spent.items():
+                if not usual / ENERGY_TIMES <= joules <= usual * ENERGY_TIMES:
+                    yield f"{arm}: {joules:.0f} J in {name}, {usual:.0f} in the median"
+
+    return found(wrong(), "steady")
+
+
+@holds("cell", "each after the end of the one before")
+def runs_in_turn(cell: Cell) -> Finding:
+    """Runs on one machine follow each other: two at once would slow each other, and one of them was then made up."""
+    machines = defaultdict(list)
+    for r in cell.runs:
+        if r.judged is None:
+            machines[r.host.host_id, r.device.uuid].append(r)
+
+    def wrong() -> Iterator[str]:
+        for runs in machines.values():
+            begun = sorted(((datetime.fromisoformat(r.started_utc), r) for r in runs), key=lambda pair: pair[0])
+            for (a, first), (b, second) in itertools.pairwise(begun):
+                slack = TURN_S + abs(first.observed.host.clock_step_s)
+                if b < a + timedelta(seconds=first.observed.wall_s - slack):
+                    yield f"{second.run_id} began before {first.run_id} ended"
+
+    return found(wrong(), f"{len(cell.runs)} runs one after another")
+
+
+@holds("cell", f"steps {ALIKE_S * 1e6:g} us or {ALIKE_SHARE:.0%} apart in the median")
+def no_two_alike(cell: Cell) -> Finding:
+    """Two runs whose steps took the same time, one after another, are one run, copied: shifted or scaled, it shows."""
+    import numpy as np
+
+    groups = defaultdict(list)
+    for r in cell.runs:
+        if r.judged is None:
+            for q in r.observed.requests:
+                if len(q.token_s) > ALIKE_STEPS:
+                    steps = np.diff(np.asarray(q.token_s))
+                    groups[q.workload, len(steps)].append((float(steps.mean()), r.run_id, q.index, steps))
+    copies = set()
+    for same in groups.values():
+        # by length, which a shift leaves; by shape, which a change of scale leaves
+        for order in (lambda g: g[0], lambda g: float(np.median(g[3])) / g[0] if g[0] else 0.0):
+            ranked = sorted(same, key=order)
+            for i, (mean, name, index, steps) in enumerate(ranked):
+                for other_mean, other, other_index, others in ranked[i + 1 : i + 1 + NEIGHBOURS]:
+                    scale, least = mean / other_mean if other_mean else 1.0, min(ALIKE_S, ALIKE_SHARE * mean)
+                    if (name, index) != (other, other_index) and np.median(np.abs(steps - others * scale)) <= least:
+                        copies.add(f"{name}[{index}] and {other}[{other_index}]")
+    return found(iter(sorted(copies)), f"{len(cell.runs)} runs differ")

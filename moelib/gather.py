@@ -1,0 +1,82 @@
+"""The records of a study: each read once, audited once with its log as a witness, and what stands of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from moelib import audit, record, run, witness
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The records of a study, each read and audited once, with its log."""
+
+    records: list[record.Record]
+    damaged: list[str]
+    """What is wrong with the files that are no records."""
+    wrong: dict[str, str]
+    """Run -> why it has no result that stands; the others have one."""
+    starts: dict[str, float]
+    """Run -> seconds from the start of its process to its log's first instant."""
+    set_aside: tuple[str, ...] = ()
+    """Runs whose damaged records were moved away."""
+
+    @cached_property
+    def standing(self) -> dict[str, record.Record]:
+        return standing(self.records)
+
+    def why_not(self, r: record.Record | None) -> str | None:
+        """Why a planned run has no result that stands."""
+        return self.wrong.get(r.run_id) if r else "not run"
+
+
+def gather(folder: Path, of: str = "", set_aside: bool = False, light: bool = False) -> Evidence:
+    """Read and audit the records in a study's `folder`, those whose names begin with `of`, and their logs.
+
+    light: keep of each what a study's tables need. set_aside: move damaged records away.
+    """
+    wrong, starts, lighten = {}, {}, record.Lightener()
+
+    def look(r: record.Record) -> record.Record:
+        called = witness.call(folder, r)
+        if (why := why_not(r, called)) is not None:
+            wrong[r.run_id] = why
+        if r.observed and called.log and called.log.ready_s is not None:
+            starts[r.run_id] = r.observed.load_s - called.log.ready_s
+        return lighten(r) if light else r
+
+    records, damaged = record.read_all(folder, set_aside, of, look)
+    away = tuple(p.name.partition(".json")[0] for p in sorted((folder / "records" / "damaged").glob(f"{of}*")))
+    return Evidence(records, damaged, wrong, starts, away)
+
+
+def why_not(r: record.Record, called: witness.Witnessed | None = None) -> str | None:
+    """Why a run has no result that stands; its audit is done again, so that no record vouches for itself.
+
+    A record may carry a flag of its day's rules that today's would not give, and it keeps it; it may not lack one.
+    `called`: its log, where that is there to be looked at.
+    """
+    if not r.done:
+        return f"{r.status} ({', '.join(r.reasons)})"
+    if r.observed is None:
+        return f"{r.status}, but it observed nothing"
+    if audit.verdict(r.audit) != (r.status, r.reasons):
+        return f"{r.status}, but its own checks say {' '.join(map(str, audit.verdict(r.audit)))}"
+    checks = audit.run(audit.measured(r)) + (audit.log(called) if called else ())
+    failed = [c for c in checks if not c.passed and c.id not in r.reasons]
+    if not failed:
+        return None
+    return f"{r.status}, but its audit says {audit.verdict(checks)[0]}: " + "; ".join(
+        f"{c.id}: {c.measured}" for c in failed[:3]
+    )
+
+
+def standing(records: Sequence[record.Record]) -> dict[str, record.Record]:
+    """The record that stands for each run: the last one that is done, else the last attempt."""
+    return {r.key: r for r in sorted(records, key=lambda r: (r.done, r.attempt))}
+
+
+def found(specs: Sequence[run.Spec], latest: dict[str, record.Record]) -> list[record.Record | None]:
+    """The record that stands for each of `specs`, by `standing`; None where there is none."""
+    return [latest.get(record.spec_key(s)) for s in specs]

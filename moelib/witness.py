@@ -1,0 +1,150 @@
+"""The engine's kept log as the second witness of a run: every number that both hold must be the same one.
+
+A forger of a record must forge the log as well, and both in every detail; more no folder can prove.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from moelib import logs
+from moelib.bounds import found
+from moelib.client import Request
+from moelib.invariants import Finding, holds
+from moelib.memory import AGREE_BYTES, AGREE_SHARE
+from moelib.record import Record
+
+PRINTED_S = 6e-6  # the log has milliseconds with two decimals
+LAUNCH_S = 2.0  # from the start of the process to the log's first instant: 0.02 to 0.07 s seen
+TAKEN_UP_S = 0.050  # between the requests' distances here and in the log: 2.4 ms seen
+ANSWERED_S, ANSWERED_SHARE = 0.025, 0.002  # first to last instant of a request, here and in the log: 4.7 ms seen
+REPORTED = ("buffers", "offloaded_layers", "total_layers", "graph_splits", "built")
+
+
+class Witnessed(NamedTuple):
+    """A record and the log that its run left."""
+
+    record: Record
+    log: logs.Log | None
+    wrong: tuple[str, ...]
+    """What is not as it was kept."""
+
+
+def call(folder: Path, record: Record) -> Witnessed:
+    """Read the logs that `record` names, in the study's `folder`."""
+    log, wrong = None, []
+    for name, sha256 in record.raw.items():
+        try:
+            with (folder / "raw" / name).open("rb") as f:
+                packed = f.read(logs.MAX_BYTES)
+            if hashlib.sha256(packed).hexdigest() != sha256:
+                wrong.append(f"{name} was changed: its SHA-256 is not the record's")
+            elif name.endswith(logs.SERVER):
+                log = logs.unpack(packed, name)
+        except OSError as err:
+            wrong.append(f"{name} cannot be read: {err.strerror}")
+        except logs.LogError as err:
+            wrong.append(str(err))
+    if record.observed and not log and not wrong:
+        wrong.append("the record names no log of llama-server")
+    return Witnessed(record, log, tuple(wrong))
+
+
+@holds("log", "there, with the record's SHA-256")
+def log_kept(run: Witnessed) -> Finding:
+    """The logs that the record names are there, unchanged and readable: evidence that is not looked at is none."""
+    return not run.wrong, "; ".join(run.wrong) or f"{len(run.record.raw)} logs"
+
+
+def _tasks(run: Witnessed) -> list[tuple[str, Request, logs.Task]]:
+    asked = run.record.observed.requests
+    return [(f"{r.workload}[{r.index}]", r, t) for r, t in zip(asked, run.log.tasks, strict=False)]
+
+
+@holds("log", "equal")
+def log_tells_the_load(run: Witnessed) -> Finding:
+    """Buffers, layers, graph splits and build are those that the engine's log reports."""
+    said, kept = run.log.report, run.record.observed.report
+    differ = [name for name in REPORTED if getattr(said, name) != getattr(kept, name)]
+    return bool(said.buffers) and not differ, ", ".join(differ) or f"{len(said.buffers)} buffers"
+
+
+@holds("log", "equal; the file's types, context, threads and load mode too")
+def log_tells_the_file(run: Witnessed) -> Finding:
+    """The file that was loaded has the manifest's tensors, and was loaded as asked."""
+    log, spec, seen = run.log, run.record.spec, run.record.observed
+    want = {
+        "tensor types": (log.type_counts or None, {k.upper(): v for k, v in run.record.sheet.tensor_types.items()}),
+        "context": (log.context, spec.context),
+        "threads": (log.threads, seen.threads),
+        "load mode": (log.load_mode, spec.load_mode),
+    }
+    wrong = (f"{name}: log {a}, record {b}" for name, (a, b) in want.items() if a is not None and a != b)
+    return found(wrong, f"{sum(log.type_counts.values())} tensors")
+
+
+@holds("log", "exact")
+def log_tells_the_reads(run: Witnessed) -> Finding:
+    """The weights that a token reads follow from the file's experts, and from how many of them the engine uses."""
+    placement, experts = run.record.observed.placement, run.record.sheet.expert_bytes
+    if run.log.experts is None:
+        return True, "this build does not print its experts"
+    count, used = run.log.experts
+    dense = placement.device_bytes + placement.moved_bytes - experts
+    share = [dense + (experts - placement.moved_bytes) * used // count, placement.moved_bytes * used // count]
+    kept = [placement.device_read_bytes, placement.host_read_bytes]
+    return kept == share, f"device, host {kept}, by {used} of {count} experts {share}"
+
+
+@holds("log", "as printed")
+def log_tells_the_requests(run: Witnessed) -> Finding:
+    """Each request's token counts and the engine's own times are those that its log prints."""
+
+    def wrong() -> Iterator[str]:
+        if len(run.log.tasks) < len(run.record.observed.requests):
+            yield f"{len(run.log.tasks)} requests in the log, {len(run.record.observed.requests)} in the record"
+        for name, r, t in _tasks(run):
+            if (r.prompt_n, r.predicted_n) != (t.prompt_n, t.predicted_n):
+                yield f"{name}: {t.prompt_n} and {t.predicted_n} tokens"
+            for what, kept, printed in (
+                ("prompt", r.engine_prompt_s, t.prompt_s),
+                ("decode", r.engine_predicted_s, t.predicted_s),
+            ):
+                if kept is None or abs(kept - printed) > PRINTED_S:
+                    yield f"{name}: {what} {kept} s, the log has {printed:.5f} s"
+
+    return found(wrong(), f"{len(run.log.tasks)} requests")
+
+
+@holds("log", f"{TAKEN_UP_S * 1000:g} ms; {ANSWERED_S * 1000:g} ms + {ANSWERED_SHARE:.1%}; load within {LAUNCH_S:g} s")
+def log_tells_the_times(run: Witnessed) -> Finding:
+    """Load, the requests' beginnings and their ends lie as far apart in the engine's log as they do here."""
+    o = run.record.observed
+
+    def wrong() -> Iterator[str]:
+        if run.log.ready_s is not None and not -0.001 <= o.load_s - run.log.ready_s <= LAUNCH_S:
+            yield f"ready after {o.load_s} s, by the log {run.log.ready_s:.3f} s"
+        first = None
+        for name, r, t in _tasks(run):
+            if t.launched_s is None or t.ended_s is None or r.total_s is None:
+                continue
+            apart = t.launched_s - r.started_s
+            first = apart if first is None else first
+            if abs(apart - first) > TAKEN_UP_S:
+                yield f"{name}: begun {apart - first:+.3f} s from where the log has it"
+            took = t.ended_s - t.launched_s
+            if abs(took - r.total_s) > ANSWERED_S + ANSWERED_SHARE * took:
+                yield f"{name}: took {r.total_s:.4f} s, by the log {took:.4f} s"
+
+    return found(wrong(), f"{len(run.log.tasks)} requests")
+
+
+@holds("log", f"{AGREE_BYTES >> 20} MiB or {AGREE_SHARE:.0%}")
+def log_tells_the_memory(run: Witnessed) -> Finding:
+    """What the device had in use at the server's end is the same by the engine as by the driver."""
+    used, last = run.log.device_used_bytes, run.record.observed.memory.trace.during[-1:]
+    if used is None or not last or last[0].device_bytes is None:
+        return True, "one of them did not tell"
+    here = last[0].device_bytes
+    return abs(used - here) <= max(AGREE_BYTES, AGREE_SHARE * here), f"driver {here}, engine {used} bytes"

@@ -1,0 +1,239 @@
+"""What the runs of one cell have in common: each invariant has a cell that breaks it, and it alone."""
+
+import random
+from dataclasses import replace
+
+import pytest
+from factory import EXPERTS, MIB, WORKLOADS, evidence, made, observation, request, spec
+
+from moelib import audit, cells, params, study
+from moelib.invariants import INVARIANTS
+from moelib.run import PromptTraffic
+
+LONG = {"plan-short": params.Workload(name="plan-short", title="t", text="x", generate_tokens=40)}
+
+
+def jitter(k, i):
+    """Differences in length between steps, of no two runs the same: 0 to 1.2 ms."""
+    return random.Random(1000 * k + i).random() * 1.2e-3
+
+
+def timed(k, shift=0.0, scale=1.0):
+    """Two requests of 40 tokens, as run number `k` had them."""
+    made_ = []
+    for index in (0, 1):
+        t, times = 0.02, []
+        for i in range(40):
+            times.append(round((t + shift) * scale, 6))
+            t += 0.002 + jitter(2 * k + index, i)
+        lasted = times[-1] - times[0]
+        prompt = times[0] - 0.002
+        made_.append(
+            request(
+                index, n=40, token_s=tuple(times), engine_predicted_s=round(lasted, 6), engine_prompt_s=round(prompt, 6)
+            )
+        )
+    return tuple(made_)
+
+
+def cell_of(blocks=3):
+    """A valid cell: so many blocks of baseline and cpu-moe."""
+    runs = []
+    for b in range(blocks):
+        for order, placement in enumerate(("baseline", "cpu-moe")):
+            seen = replace(observation(placement), requests=timed(2 * b + order))
+            runs.append(made(seen, placement=placement, block=b, order=order))
+    return runs
+
+
+def flagged(runs, workloads=LONG, starts=None):
+    return {c.id for c in audit.cell(audit.Cell(runs, workloads, starts or {})) if not c.passed}
+
+
+def with_seen(r, **change):
+    return r.model_copy(update={"observed": replace(r.observed, **change)})
+
+
+def changed(runs, n, **change):
+    """The cell with run `n` changed."""
+    return [with_seen(r, **change) if i == n else r for i, r in enumerate(runs)]
+
+
+def arm(runs, placement, change):
+    """The cell with every run of one placement changed, by what `change` makes of its observation."""
+    return [with_seen(r, **change(r.observed)) if r.spec.placement == placement else r for r in runs]
+
+
+def test_a_whole_cell_passes_every_check():
+    checks = audit.cell(audit.Cell(cell_of(), LONG, {r.run_id: 0.02 for r in cell_of()}))
+    assert {c.id for c in checks} == {i.id for i in INVARIANTS.values() if i.of == "cell"}
+    assert [c for c in checks if not c.passed] == []
+
+
+def test_one_file_engine_and_kind_of_device():
+    runs = cell_of()
+    for part, change in [
+        ("sheet", {"expert_types": {"Q5_K": 9}}),
+        ("engine", {"server_sha256": "c" * 64}),
+        ("device", {"name": "another"}),
+        ("device", {"bandwidth_bytes_per_s": 1e12}),
+    ]:
+        other = runs[3].model_copy(update={part: getattr(runs[3], part).model_copy(update=change)})
+        assert flagged([*runs[:3], other, *runs[4:]]) == {"one-file-and-engine"}
+    # one that was made again took other seconds, and later code tells its origin
+    again = runs[3].sheet.model_copy(update={"quantize_s": 9.0, "origin": None})
+    assert flagged([*runs[:3], runs[3].model_copy(update={"sheet": again}), *runs[4:]]) == set()
+
+
+def test_the_headers_numbers_are_one_files():
+    runs = cell_of()
+    p = runs[0].observed.placement
+    assert flagged(changed(runs, 0, placement=replace(p, device_read_bytes=2 * p.device_read_bytes))) == {
+        "header-numbers-agree"
+    }
+    doubled = arm(
+        runs, "cpu-moe", lambda o: {"placement": replace(o.placement, host_read_bytes=2 * o.placement.host_read_bytes)}
+    )
+    assert flagged(doubled) == {"header-numbers-agree"}
+    fewer = arm(runs, "cpu-moe", lambda o: {"placement": replace(o.placement, moved_bytes=EXPERTS // 2)})
+    assert flagged(fewer) == {"header-numbers-agree"}
+
+
+def test_requests_are_as_long_as_the_plan_has_them():
+    runs = cell_of()
+    assert flagged(runs, WORKLOADS) == {"workloads-as-planned"}  # of 5 tokens
+    assert flagged(runs, {}) == {"workloads-as-planned"}
+    exact = {"plan-short": LONG["plan-short"].model_copy(update={"prompt_tokens": 9})}
+    assert flagged(runs, exact) == {"workloads-as-planned"}
+    other = tuple(replace(q, prompt_tokens=9, prompt_n=9) for q in runs[0].observed.requests)
+    assert flagged(changed(runs, 0, requests=other)) == {"workloads-as-planned"}
+
+
+def test_an_arm_cannot_be_late_as_a_whole():
+    runs = cell_of()
+
+    def later(o):
+        return {"requests": tuple(replace(q, token_s=tuple(t + 0.006 for t in q.token_s)) for q in o.requests)}
+
+    assert flagged(arm(runs, "baseline", later)) == {"arms-keep-the-engines-time"}
+    assert flagged(changed(runs, 0, **later(runs[0].observed))) == set()  # one run may be
+
+    def slower(o):
+        return {"requests": tuple(replace(q, engine_predicted_s=q.engine_predicted_s + 0.006) for q in o.requests)}
+
+    assert flagged(arm(runs, "cpu-moe", slower)) == {"arms-keep-the-engines-time"}
+
+
+def test_one_start_cannot_take_many_times_as_long_as_the_others():
+    runs = cell_of()
+    starts = {r.run_id: 0.02 for r in runs}
+    assert flagged(runs, starts=starts | {runs[0].run_id: 0.25}) == set()
+    assert flagged(runs, starts=starts | {runs[0].run_id: 0.26}) == {"starts-alike"}
+    slow = {r.run_id: 0.4 for r in runs}
+    assert flagged(runs, starts=slow | {runs[0].run_id: 1.9}) == set()
+    assert flagged(runs, starts=slow | {runs[0].run_id: 2.1}) == {"starts-alike"}
+
+
+def value(o, more):
+    return {"memory": replace(o.memory, value_bytes=o.memory.value_bytes + more)}
+
+
+@pytest.mark.parametrize(("more", "right"), [(4 * MIB, True), (4 * MIB + 1, False), (-4 * MIB - 1, False)])
+def test_device_memory_is_steady(more, right):
+    runs = cell_of()
+    assert (flagged(changed(runs, 0, **value(runs[0].observed, more))) == set()) == right
+
+
+@pytest.mark.parametrize(("mib", "right"), [(64, True), (65, False)])
+def test_a_gpus_memory_is_steady_within_what_two_accounts_may_differ_by(mib, right):
+    runs = [with_seen(r, device_kind="cuda") for r in cell_of()]
+    assert (flagged(changed(runs, 0, **value(runs[0].observed, mib * MIB))) == set()) == right
+
+
+def test_an_arms_memory_cannot_be_lowered_as_a_whole():
+    """What the engine's buffers leave unexplained is about the same in every placement."""
+    runs = cell_of()
+    assert flagged(arm(runs, "baseline", lambda o: value(o, -9 * MIB))) == {"memory-steady"}
+    assert flagged(arm(runs, "baseline", lambda o: value(o, -7 * MIB))) == set()
+
+
+def test_host_memory_and_bus_traffic_are_steady():
+    runs = cell_of()
+    assert flagged(changed(runs, 0, host_rss_peak_bytes=58 * MIB)) == set()
+    assert flagged(changed(runs, 0, host_rss_peak_bytes=59 * MIB)) == {"memory-steady"}
+    paging = replace(runs[0].observed.host, major_faults=100)
+    assert flagged(changed(runs, 0, host_rss_peak_bytes=20 * MIB, host=paging)) == set()
+
+    def moved(n):
+        return {"prompt_traffic": (PromptTraffic("plan-short", 8, n, 5),)}
+
+    bus = [with_seen(r, **moved(1000 * MIB)) for r in runs]
+    assert flagged(changed(bus, 0, **moved(1020 * MIB))) == set()
+    assert flagged(changed(bus, 0, **moved(1030 * MIB))) == {"memory-steady"}
+    assert flagged(changed(bus, 0, **moved(None))) == set()
+
+
+def test_energy_is_steady():
+    def spent(r, joules):
+        return with_seen(r, requests=tuple(replace(q, energy_joule=joules) for q in r.observed.requests))
+
+    runs = [spent(r, 10.0) for r in cell_of()]
+    assert flagged(runs) == set()
+    for joules, right in ((16.0, True), (16.1, False), (6.3, True), (6.2, False)):
+        assert (flagged([spent(runs[0], joules), *runs[1:]]) == set()) == right
+
+
+def test_runs_follow_each_other():
+    runs = cell_of()
+    at_once = runs[1].model_copy(update={"started_utc": runs[0].started_utc})
+    assert flagged([runs[0], at_once, *runs[2:]]) == set()  # kept to whole seconds, and half a second long
+
+    def at(r, second, **change):
+        return with_seen(r, wall_s=10.0).model_copy(
+            update={"started_utc": f"2026-01-01T00:00:{second:02}+00:00", **change}
+        )
+
+    for second, right in ((10, True), (8, True), (7, False)):
+        assert (flagged([at(runs[0], 0), at(runs[1], second), *runs[2:]]) == set()) == right
+    elsewhere = runs[1].host.model_copy(update={"host_id": "f" * 32})
+    assert flagged([at(runs[0], 0), at(runs[1], 7, host=elsewhere), *runs[2:]]) == set()
+
+
+@pytest.mark.parametrize("how", [{}, {"shift": 5e-6}, {"scale": 1.03}, {"scale": 0.5}])
+def test_a_copy_is_seen_however_it_was_shifted_or_scaled(how):
+    runs = cell_of()
+    assert flagged(changed(runs, 2, requests=timed(0, **how))) - {"arms-keep-the-engines-time"} == {"no-two-alike"}
+
+
+def test_noise_of_microseconds_hides_no_copy():
+    runs = cell_of()
+    noisy = tuple(
+        replace(q, token_s=tuple(round(t + 4e-6 * ((7 * i) % 3 - 1), 6) for i, t in enumerate(q.token_s)))
+        for q in timed(0)
+    )
+    assert flagged(changed(runs, 2, requests=noisy)) == {"no-two-alike"}
+
+
+def test_few_steps_may_be_alike_by_chance():
+    runs = [made(placement=p, block=b, order=o) for b in range(2) for o, p in enumerate(("baseline", "cpu-moe"))]
+    assert flagged(runs, WORKLOADS) == set()
+
+
+def test_a_copy_is_found_among_many():
+    runs = cell_of(20)
+    assert flagged(runs) == set()
+    assert flagged(changed(runs, 31, requests=timed(4, scale=1.01))) == {"no-two-alike"}
+
+
+def test_a_cell_that_does_not_hold_together_has_no_usable_run():
+    runs = cell_of()
+    plan = tuple(tuple(r.spec for r in runs[i : i + 2]) for i in range(0, 6, 2))
+    cell = study.Cell("deepseek-moe-16b", "Q4_K_M", plan)
+    whole = study.Status.of(cell, evidence(runs), LONG)
+    assert (whole.usable, len(whole.blocks), whole.problems) == (6, 3, ())
+    copied = changed(runs, 2, requests=runs[0].observed.requests)
+    broken = study.Status.of(cell, evidence(copied), LONG)
+    assert (broken.usable, broken.tally["invalid"], broken.planned, broken.blocks) == (0, 6, 6, ())
+    assert broken.problems[0].startswith("deepseek-moe-16b/Q4_K_M: no-two-alike: ")
+    assert spec().model == cell.model
+    assert cells.NEIGHBOURS == 4
