@@ -245,16 +245,18 @@ def no_two_alike(cell: Cell) -> Finding:
         if r.judged is None:
             for q in r.observed.requests:
                 if len(q.token_s) > ALIKE_STEPS:
-                    steps = np.diff(np.asarray(q.token_s))
-                    groups[q.workload, len(steps)].append((float(steps.mean()), r.run_id, q.index, steps))
+                    groups[q.workload, len(q.token_s)].append((f"{r.run_id}[{q.index}]", q.token_s))
     copies = set()
     for same in groups.values():
+        steps = np.diff(np.asarray([times for _, times in same]), axis=1)
+        mean = steps.mean(axis=1)
+        shapes = steps / np.where(mean > 0, mean, 1.0)[:, None]
+        least = np.minimum(ALIKE_S, ALIKE_SHARE * mean)
         # by length, which a shift leaves; by shape, which a change of scale leaves
-        for order in (lambda g: g[0], lambda g: float(np.median(g[3])) / g[0] if g[0] else 0.0):
-            ranked = sorted(same, key=order)
-            for i, (mean, name, index, steps) in enumerate(ranked):
-                for other_mean, other, other_index, others in ranked[i + 1 : i + 1 + NEIGHBOURS]:
-                    scale, least = mean / other_mean if other_mean else 1.0, min(ALIKE_S, ALIKE_SHARE * mean)
-                    if (name, index) != (other, other_index) and np.median(np.abs(steps - others * scale)) <= least:
-                        copies.add(f"{name}[{index}] and {other}[{other_index}]")
+        for order in (np.argsort(mean), np.argsort(np.median(shapes, axis=1))):
+            for near in range(1, min(NEIGHBOURS, len(order) - 1) + 1):
+                a, b = order[:-near], order[near:]
+                apart = np.median(np.abs(shapes[a] - shapes[b]), axis=1) * mean[a]
+                for i in np.flatnonzero(apart <= least[a]):
+                    copies.add(" and ".join(sorted((same[a[i]][0], same[b[i]][0]))))
     return found(iter(sorted(copies)), f"{len(cell.runs)} runs differ")

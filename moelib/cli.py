@@ -131,13 +131,13 @@ def study_run(name: str, cell: str | None) -> None:
 @click.argument("name")
 def study_status(name: str) -> None:
     """Say what of study NAME is valid, and why the rest is not."""
-    folder, cells = measure.select(name)
-    statuses = {c.name: folder.status(c) for c in cells}
-    for cell, status in statuses.items():
-        click.echo(f"{cell}: {sum(len(b) for b in status.blocks)} of {status.planned} runs in valid blocks")
-        for p in status.problems:
-            click.echo(f"  {p}")
-    sys.exit(0 if all(s.complete for s in statuses.values()) else FAILED)
+    folder, _ = measure.select(name)
+    found = folder.look()
+    for cell, status in found.statuses.items():
+        click.echo(f"{cell}: {sum(len(b) for b in status.blocks)} of {status.planned} runs in usable blocks")
+    for p in found.problems:
+        click.echo(f"  {p}")
+    sys.exit(FAILED if found.problems else 0)
 
 
 @main.command()

@@ -5,10 +5,10 @@ build does not print are None; nothing here judges (that is `witness`).
 Format: llama.cpp b6666 to b11434; since 2026 each line begins with `minutes.seconds.milliseconds.microseconds`.
 """
 
-import gzip
-import io
+import itertools
 import re
 import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from moelib.engine import Report, parse_log
@@ -59,20 +59,33 @@ _TIME = re.compile(r"(\d+)\.(\d\d)\.(\d{3})\.(\d{3}) ")
 _PROMPT = re.compile(r"prompt eval time = *([\d.]+) ms / *(\d+) tokens")
 _EVAL = re.compile(r"\beval time = *([\d.]+) ms / *(\d+) (?:tokens|runs)")
 _LEFT = re.compile(r"\| +- CUDA\d+ [^|]*\| +(\d+) = +(\d+) \+")
-_TYPE = re.compile(r"- type +(\w+): +(\d+) tensors")
-_FACT = re.compile(r"(n_expert|n_expert_used|n_ctx|load_mode|n_threads) += (\w+)")
+_REPORT = ("buffer size", "splits =", "offloaded ", "build")
+_FACTS = {
+    "print_info: n_expert ": "n_expert",
+    "print_info: n_expert_used ": "n_expert_used",
+    "llama_context: n_ctx ": "n_ctx",
+    "(load_mode ": "load_mode",
+    "system_info: n_threads ": "n_threads",
+}
+_READY = "listening on http"
+_LOADING = (*_REPORT, *_FACTS, "- type ", _READY)
+_SERVING = ("eval time = ", "processing task", "memory_breakdown")
+"""What the lines of interest hold, a tenth of all, before and after it is ready. Finding a word in the whole text
+is many times quicker than asking each line for each word, or matching a pattern."""
 
 
 def unpack(packed: bytes, name: str) -> Log:
     """The kept log `name`, by its gzipped bytes. Raises LogError if they cannot be unpacked, or are a flood."""
+    unpacker = zlib.decompressobj(wbits=31)  # gzip
     try:
-        with gzip.open(io.BytesIO(packed)) as f:
-            data = f.read(MAX_BYTES + 1)
-    except (OSError, EOFError, zlib.error) as err:
+        data = unpacker.decompress(packed, MAX_BYTES)
+    except zlib.error as err:
         raise LogError(f"{name} cannot be unpacked: {err}") from None
-    if len(data) > MAX_BYTES:
+    if unpacker.unconsumed_tail:
         raise LogError(f"{name} unpacks to more than {MAX_BYTES >> 20} MiB: it is no log of a run")
-    return parse(data.decode("utf-8", errors="replace"))
+    if not unpacker.eof:
+        raise LogError(f"{name} cannot be unpacked: it is cut short")
+    return parse(data)
 
 
 def _seconds(line: str) -> float | None:
@@ -82,31 +95,47 @@ def _seconds(line: str) -> float | None:
     return 60 * minutes + seconds + milli / 1e3 + micro / 1e6
 
 
-def parse(text: str) -> Log:
-    """Read a log's text."""
+def _lines(text: bytes, words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(word, line) of the lines that hold one of the words, in order."""
+    begins = {}
+    for word in words:
+        sought = word.encode()
+        at = text.find(sought)
+        while at >= 0:
+            begins.setdefault(text.rfind(b"\n", 0, at) + 1, word)
+            end = text.find(b"\n", at)
+            at = text.find(sought, end) if end >= 0 else -1
+    for begin, word in sorted(begins.items()):
+        end = text.find(b"\n", begin)
+        yield word, text[begin : end if end >= 0 else None].decode("utf-8", errors="replace")
+
+
+def parse(text: bytes) -> Log:
+    """Read a log's text, as the engine wrote it."""
     report, tasks, types, facts = [], [], {}, {}
     ready = launched = prompt = used = None
-    # `in` is many times quicker than a pattern, and most lines say nothing of interest
-    for line in text.split("\n"):
-        if "eval time = " in line:
+    head = text.find(b"\n", text.find(_READY.encode()) + 1) if _READY.encode() in text else len(text)
+    for word, line in itertools.chain(_lines(text[:head], _LOADING), _lines(text[head:], _SERVING)):
+        if word in _REPORT:
+            report.append(line)
+        elif word in _FACTS:
+            value = line.partition(word)[2].lstrip(" =").partition(" ")[0]
+            facts.setdefault(_FACTS[word], value.rstrip(")"))
+        elif word == "eval time = ":
             if m := _PROMPT.search(line):
                 prompt = (int(m[2]), float(m[1]) / 1e3)
             elif prompt and (m := _EVAL.search(line)):
                 tasks.append(Task(*prompt, int(m[2]), float(m[1]) / 1e3, launched, _seconds(line)))
                 prompt = launched = None
-        elif "processing task" in line:
+        elif word == "processing task":
             launched = _seconds(line)
-        elif "buffer size" in line or "splits =" in line or "offloaded " in line or "build" in line:
-            report.append(line)
-        elif "tensors" in line and (m := _TYPE.search(line)):
-            types[m[1].upper()] = int(m[2])
-        elif "listening on http" in line and ready is None:
-            ready = _seconds(line)
-        elif "memory_breakdown" in line and (m := _LEFT.search(line)):
+        elif word == "- type ":
+            name, _, count = line.partition(word)[2].partition(":")
+            types[name.strip().upper()] = int(count.split()[0])
+        elif word == _READY:
+            ready = _seconds(line) if ready is None else ready
+        elif m := _LEFT.search(line):
             used = (used or 0) + (int(m[1]) - int(m[2]) << 20)
-        elif "n_expert" in line or "n_ctx " in line or "(load_mode" in line or "system_info:" in line:
-            for key, value in _FACT.findall(line):
-                facts.setdefault(key, value)
     number = {key: int(value) for key, value in facts.items() if value.isdigit()}
     experts = (number.get("n_expert"), number.get("n_expert_used"))
     return Log(

@@ -61,6 +61,7 @@ def measure(folder: study.Folder, cell: study.Cell) -> Iterator[record.Record]:
     """
     llama = engine.find()
     where = device.choose(folder.study.device, llama)
+    folder.write_plan()
     folder.work.mkdir(parents=True, exist_ok=True)
     # one measurement at a time on a device, whichever clone or study asks: they would slow each other
     held = Path(tempfile.gettempdir()) / f"moelib-{os.getuid()}" / f"{where.uuid or 'host'}.lock"

@@ -9,8 +9,8 @@ import json
 import logging
 from array import array
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
-from functools import cached_property
+from dataclasses import fields, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -95,9 +95,10 @@ class Record(params.Strict):
         return f"{what}: {self.status}" + (f" ({', '.join(self.reasons)})" if self.reasons else "")
 
 
+@lru_cache(1 << 17)
 def spec_key(spec: Spec) -> str:
     """Digest of what defines a run; attempts at the same run share it."""
-    return files.digest(asdict(spec))[:12]
+    return files.digest({f.name: getattr(spec, f.name) for f in fields(spec)})[:12]
 
 
 def run_id(s: Spec, attempt: int) -> str:
@@ -162,12 +163,12 @@ class Lightener:
         self._held: dict[Any, Any] = {}
 
     def _once(self, value: Any, key: Any = None) -> Any:
-        return self._held.setdefault(value if key is None else key, value)
+        held = self._held.setdefault(value if key is None else key, value)
+        return held if held == value else value
 
     def __call__(self, r: Record) -> Record:
-        shared = {
-            k: self._once(v, (k, v.model_dump_json())) for k, v in r if k in ("sheet", "engine", "device", "host")
-        }
+        names = (("sheet", r.sheet.sha256), ("engine", r.engine.server_sha256), ("device", r.device.uuid))
+        shared = {k: self._once(getattr(r, k), (k, name)) for k, name in (*names, ("host", r.host.host_id))}
         shared["audit"] = tuple(self._once(Check(c.id, c.passed, "")) for c in r.audit)
         if (o := r.observed) is not None:
             memory = replace(o.memory, trace=replace(o.memory.trace, during=o.memory.trace.during[-1:]))

@@ -107,7 +107,7 @@ def same_sheet(a: Sheet | None, b: Sheet | None) -> bool:
 
 
 class Folder:
-    """A study's folder of products, opened by name. Opening writes the plan if there is none.
+    """A study's folder of products, opened by name; opening writes nothing.
 
     Raises params.ParamsError for an unknown study, StudyError if the plan in the folder is another one.
     """
@@ -119,15 +119,23 @@ class Folder:
         """Scratch: logs of running tools, locks. Git-ignored, safe to delete between runs."""
         self.cells = plan(self.study)
         self.workloads = {w: params.workload(w) for w in self.study.workloads}
-        data = Plan(study=self.study, workloads=self.workloads, cells=self.cells).model_dump(mode="json")
+        self._plan = Plan(study=self.study, workloads=self.workloads, cells=self.cells).model_dump(mode="json")
         path = self.path / "plan.json"
-        if not path.exists():
-            files.write_json(path, {**data, "digest": files.digest(data)})
-        if read_plan(path) != data:
+        if path.exists() and read_plan(path) != self._plan:
             raise StudyError(
                 f"{path} is the plan of a study with other parameters; give the changed study another name, "
                 f"or move {self.path} away"
             )
+
+    def write_plan(self) -> None:
+        """Write the plan if there is none: what measuring does first, and nothing else does."""
+        path = self.path / "plan.json"
+        if not path.exists():
+            files.write_json(path, {**self._plan, "digest": files.digest(self._plan)})
+
+    def look(self) -> Results:
+        """What is there of the study by now, be it nothing."""
+        return _results(self.path, self._plan, gather(self.path, light=True))
 
     def cell(self, model: str, quant: str) -> Cell:
         """The cell of `model` and `quant`. Raises ParamsError naming what the study has."""
@@ -275,6 +283,10 @@ def results(path: Path) -> Results:
     evidence = gather(path, light=True)
     if not any(r.done for r in evidence.records):
         raise StudyError(f"{path} holds no valid record; {first}")
+    return _results(path, data, evidence)
+
+
+def _results(path: Path, plan: dict[str, Any], evidence: Evidence) -> Results:
     sheets = {p.name: read_sheet(p) for p in sorted((path / "quants").glob("*.json"))}
     # a sheet that no record names, though its cell has records, is not the file's that was run
     known: dict[str, list[Sheet]] = {}
@@ -296,6 +308,5 @@ def results(path: Path) -> Results:
             damaged.append(f"{harness.FOLDER}/{p.name}: not what was written")
     evidence.damaged.extend(damaged)
     sheets = [s for name, s in sheets.items() if name not in wrong]
-    return Results(
-        name=path.name, **data, records=evidence.records, evidence=evidence, sheets=sheets, accuracy=accuracy
-    )
+    made = {"records": evidence.records, "evidence": evidence, "sheets": sheets, "accuracy": accuracy}
+    return Results(name=path.name, **plan, **made)

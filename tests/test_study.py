@@ -39,6 +39,8 @@ def test_a_plan_is_seeded_complete_and_random(home):
 
 def test_the_plan_is_written_first_and_another_one_is_refused(home):
     folder = Folder("smoke")
+    assert not folder.path.exists()  # opening is reading
+    folder.write_plan()
     plan = json.loads((folder.path / "plan.json").read_text())
     assert len(plan["cells"]) == 1
     Folder("smoke")
@@ -67,6 +69,7 @@ def refused(home, monkeypatch):
     workloads.write_text(workloads.read_text().replace("generate_tokens: 100", "generate_tokens: 5", 1))
     params._yaml.cache_clear()
     folder = Folder("smoke")
+    folder.write_plan()
     asked = [s for b in folder.cells[0].blocks for s in b]
     for s in asked:
         seen = observation(s.placement)
@@ -211,6 +214,7 @@ def test_a_study_without_records_is_an_error(home):
     with pytest.raises(StudyError, match="holds no plan"):
         study.results(home / "outputs/smoke")
     folder = Folder("smoke")
+    folder.write_plan()
     with pytest.raises(StudyError, match="no valid record"):
         study.results(folder.path)
     with pytest.raises(StudyError, match="no valid record"):
@@ -218,7 +222,9 @@ def test_a_study_without_records_is_an_error(home):
 
 
 def test_a_plan_that_was_changed_by_hand_is_seen(home):
-    path = Folder("smoke").path / "plan.json"
+    folder = Folder("smoke")
+    folder.write_plan()
+    path = folder.path / "plan.json"
     path.write_text(path.read_text().replace('"blocks": 2', '"blocks": 1'))
     with pytest.raises(StudyError, match="was changed"):
         study.results(path.parent)

@@ -159,7 +159,7 @@ def test_light_records_are_audited_before_they_are_made_light(tmp_path):
 
 
 def test_a_log_of_the_present_build_is_read():
-    log = logs.parse((FIXTURES / "llama-server-log-b11434.txt").read_text())
+    log = logs.parse((FIXTURES / "llama-server-log-b11434.txt").read_bytes())
     assert (log.experts, log.context, log.threads, log.load_mode) == ((64, 6), 1024, 2, "mmap")
     first = log.tasks[0]
     assert (first.prompt_n, first.prompt_s, first.predicted_n, first.predicted_s) == (8, 0.04219, 5, 0.12697)
@@ -169,13 +169,13 @@ def test_a_log_of_the_present_build_is_read():
 
 
 def test_a_log_of_an_old_build_has_no_times():
-    log = logs.parse((FIXTURES / "llama-server-log-b6666.txt").read_text())
+    log = logs.parse((FIXTURES / "llama-server-log-b6666.txt").read_bytes())
     assert (log.ready_s, log.device_used_bytes, log.experts) == (None, None, (64, 6))
     assert log.report.offloaded_layers == 5
 
 
 def test_requests_of_a_log_come_with_their_times():
-    log = logs.parse(log_of(made()))
+    log = logs.parse(log_of(made()).encode())
     assert [t.launched_s for t in log.tasks] == pytest.approx([0.0703, 0.2203], abs=1e-6)
     assert [t.ended_s for t in log.tasks] == pytest.approx([0.1303, 0.2813], abs=1e-6)
     assert log.ready_s == pytest.approx(0.05)
