@@ -7,7 +7,7 @@ SAMPLE ?= 0
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engine demo test faults hubfaults lint docs validation cards rehearsal mutation lab doctor bench clean
+.PHONY: help setup engine demo test faults forgeries hubfaults lint docs validation cards rehearsal mutation lab doctor bench scale clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -38,6 +38,9 @@ test: engine lint ## the test suite
 
 faults: engine ## the fault campaign, long form with a new seed, about 10 minutes (ARGS="--seed N" repeats one)
 	@$(BIN)/python tests/faults.py --rounds 10 $(ARGS)
+
+forgeries: setup ## the forging campaign: 2,000 changed records of the committed study, about 5 minutes (ARGS="--seed N")
+	@$(BIN)/python tests/forgeries.py $(ARGS)
 
 hubfaults: engine ## the fault campaign of publishing: every request fails in every way, about half an hour
 	@$(BIN)/python tests/publishing.py $(ARGS)
@@ -71,6 +74,9 @@ lab: setup ## open JupyterLab on the notebooks
 
 doctor: setup ## what is installed, what is missing, and what mends it
 	@$(BIN)/moelib doctor
+
+scale: setup ## how status, audit and report grow with the number of records, about 10 minutes
+	@$(BIN)/python benchmarks/scale.py $(ARGS)
 
 bench: demo ## the benchmarks: ratios within one run
 	@$(BIN)/python benchmarks/twin_write.py

@@ -14,12 +14,19 @@ TICK_S = 0.002  # times are kept to a tenth of a millisecond, and taken one afte
 LAST_READING_S = 1.0  # before the end of the watched time: the thread wakes every 0.1 s
 BOUND_SHARE = 1.0  # of the rate that reading the weights alone allows: 0.94 at most seen
 CACHED_BYTES = 1 << 30  # weights below this may come from the CPU's caches, which are faster than RAM
-ENERGY_S, ENERGY_SHARE = 0.15, 0.05  # the board's counter moves every 0.1 s or so
+ENERGY_S = 0.25  # the board's counter moves every 0.1 s or so
+COURSE_S = 0.35  # of power that the counter may tell later than it was drawn: 0.21 s seen
+METER = 2.5  # a request's mean power against readings at the ends of requests: 0.73 to 2.3 of their mean seen
 POWER_SHARE = 1.10  # a board steps over its limit for moments
 LINK_SHARE, LINK_BYTES = 1.05, 64 << 20  # page tables and commands go over the bus too
 PROMPT_BATCH = 512  # tokens for which the experts are copied once (llama.cpp's ubatch)
 MIB = 1 << 20
-RSS_BYTES = 4 << 30  # of libraries, caches and the driver, beside file and buffers: 0.6 GiB seen
+# Of libraries, caches and the driver, beside file and buffers: 247 to 512 MiB seen with a GPU, 2 to 25 MiB without.
+RSS_BYTES = {"cuda": 2 << 30}
+RSS_SMALL_BYTES = 256 << 20
+RESIDENT = 0.95  # of them; 1.01 and more seen
+ROOMY = 2  # times the file, of RAM: pages that were read once then stay
+PAGING = 100  # page faults that wait for the disk: from here on pages come and go
 SM_MHZ, MEMORY_MHZ = 4000, 25000  # no card comes near
 BUS_BITS = (32, 16384)  # of a memory bus, at two transfers a clock
 
@@ -100,32 +107,35 @@ def energy_possible(run: Measured) -> Finding:
             if used < 0 or (limit and used > POWER_SHARE * limit * (r.total_s + ENERGY_S)):
                 yield f"{name} with {limit} W"
             elif (course := _course(counters, r.started_s, r.started_s + r.total_s)) is not None:
-                watts = max((c.power_watt or 0.0 for c in counters), default=0.0) or limit or 0.0
-                slack = ENERGY_SHARE * course + 2 * ENERGY_S * max(watts, used / (r.total_s + ENERGY_S))
-                if used > course + slack:
-                    yield f"{name}, the counter moved by {course:.0f} J"
+                joules, lasted = course
+                watts = max(joules / lasted, used / r.total_s, *(c.power_watt or 0.0 for c in counters))
+                least = joules - watts * (lasted - r.total_s + COURSE_S)
+                if not least - 1 <= used <= joules + 1:
+                    yield f"{name}, the counter moved by {joules:.0f} J in {lasted:.3f} s"
         spent = [r.energy_joule for r in run.seen.requests]
-        if total and spent and None not in spent and sum(spent) > (total[-1] - total[0]) * (1 + ENERGY_SHARE):
+        if total and spent and None not in spent and sum(spent) > total[-1] - total[0] + 1:
             yield f"{sum(spent):.0f} J in requests, the counter moved by {total[-1] - total[0]:.0f} J"
         drawn = [c.power_watt for c in counters if c.power_watt is not None]
         lasted = sum(r.total_s or 0.0 for r in run.seen.requests)
-        if drawn and spent and None not in spent and lasted > 4 * ENERGY_S:
+        if drawn and spent and None not in spent and lasted > 1.0:
             mean = sum(spent) / lasted
-            if not min(drawn) / 4 <= mean <= 4 * max(drawn):
+            if not min(drawn) / METER <= mean <= METER * max(drawn):
                 yield f"{mean:.0f} W by energy, {min(drawn):.0f} to {max(drawn):.0f} W by the board's own meter"
 
     return found(wrong(), "as the board's counter says" if counters else "no counter")
 
 
-def _course(counters: Sequence[Counters], start_s: float, end_s: float) -> float | None:
-    """Joules between two readings of the counter that enclose a time; None where there are none."""
+def _course(counters: Sequence[Counters], start_s: float, end_s: float) -> tuple[float, float] | None:
+    """(joules, seconds) between two readings of the counter that enclose a time; None where there are none."""
     known = [c for c in counters if c.energy_joule is not None]
     before = [c for c in known if c.t_s <= start_s + TICK_S]
     after = [c for c in known if c.t_s >= end_s - TICK_S]
-    return after[0].energy_joule - before[-1].energy_joule if before and after else None
+    if not before or not after or after[0].t_s <= before[-1].t_s:
+        return None
+    return after[0].energy_joule - before[-1].energy_joule, after[0].t_s - before[-1].t_s
 
 
-@holds("run", "the copied host buffers at the least, the host's RAM at the most")
+@holds("run", "host buffers and mapped file at the least; RAM, or these and libraries, at the most")
 def host_memory_possible(run: Measured) -> Finding:
     """The server's resident memory holds what was copied to the host, and no more than file, buffers and libraries."""
     peak, ram = run.seen.host_rss_peak_bytes, run.host.ram_bytes
@@ -135,11 +145,14 @@ def host_memory_possible(run: Measured) -> Finding:
     copied = sum(
         b.size_bytes for b in buffers if b.kind == "model" and not b.on_device and not b.name.endswith("_Mapped")
     )
-    most = copied + run.sheet.file_bytes + RSS_BYTES
+    most = copied + run.sheet.file_bytes + RSS_BYTES.get(run.seen.device_kind, RSS_SMALL_BYTES)
+    roomy = ram >= ROOMY * run.sheet.file_bytes and (run.seen.host.major_faults or 0) < PAGING
+    if run.spec.load_mode == "mmap" and roomy:
+        copied += run.sheet.file_bytes  # all of a mapped file is read
     wrong = [
         f"{peak} bytes, {what} {bound}"
         for what, bound, holds_ in (
-            ("copied buffers take", copied, peak >= copied * 0.99),
+            ("copied buffers and a mapped file take", copied, peak >= copied * RESIDENT),
             ("RAM has", ram, not ram or peak <= ram),
             ("file, buffers and libraries take at most", most, peak <= most),
         )

@@ -6,11 +6,11 @@ One run's numbers can be made to fit each other; here each is held against its n
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from statistics import median
 from typing import Any, NamedTuple
 
-from moelib.bounds import found
+from moelib.bounds import TICK_S, found
 from moelib.client import Request
 from moelib.invariants import Finding, holds
 from moelib.memory import AGREE_BYTES, AGREE_SHARE
@@ -20,10 +20,14 @@ from moelib.record import Record
 LATENCY_S, LATENCY_SHARE = 0.004, 0.05  # medians of an arm: 1 ms on an idle host, 5.6 ms where all CPUs decode
 DECODE_S, DECODE_SHARE = 0.004, 0.005  # medians of an arm: 0.1 to 4.1 ms seen
 START_S, STARTS = 0.25, 5  # a cold start of the engine, and times the cell's usual one
+ARM_START_S = 0.015  # between medians of an arm and of its cell, beside a factor of two: 10 ms seen
 STEADY_SHARE, STEADY_BYTES = 0.02, 8 << 20  # host memory, bus traffic: 0.01 % seen on a GPU's host, 0.8 % on loopback
 LOOPBACK_BYTES, LOOPBACK_SHARE = 4 << 20, 0.02  # RSS of a loopback device: 0.15 MiB apart seen
 REST_BYTES, REST_SHARE = 8 << 20, 0.05  # what the engine's buffers do not explain, between placements: 2.3 MiB seen
-ENERGY_TIMES = 1.6  # a run's energy per token against the median of its arm
+ENERGY_TIMES = 1.6  # a run's energy against the median of its arm: 1.48 seen
+METER_SHARE, METER_S = 0.15, 1.0  # median over a cell's requests longer than that: 1.00 within 0.02 seen
+MONITOR_TIMES = 2.5  # a run's share of a CPU for monitors, the same: 1.97 seen
+SESSION_S = 2.0  # between runs of one process, which has read the host once; another takes longer to begin
 TURN_S = 2.0  # starts are kept to whole seconds
 ALIKE_S, ALIKE_SHARE = 8e-6, 0.01  # two runs' steps differ by 22 us, and by 0.7 to 3 %, at the least that was seen
 ALIKE_STEPS = 20  # fewer may be alike by chance
@@ -152,8 +156,15 @@ def starts_alike(cell: Cell) -> Finding:
     if not cell.starts:
         return True, "the logs have no times"
     usual = median(cell.starts.values())
-    late = (f"{name}: {s:.2f} s" for name, s in cell.starts.items() if s > max(START_S, STARTS * usual))
-    return found(late, f"{usual * 1e3:.0f} ms in the median")
+
+    def wrong() -> Iterator[str]:
+        yield from (f"{name}: {s:.2f} s" for name, s in cell.starts.items() if s > max(START_S, STARTS * usual))
+        for arm, runs in _by_arm(cell.runs).items():
+            known = [cell.starts[r.run_id] for r in runs if r.run_id in cell.starts]
+            if known and not usual / 2 - ARM_START_S <= median(known) <= 2 * usual + ARM_START_S:
+                yield f"{arm}: {median(known) * 1e3:.0f} ms in the median, all {usual * 1e3:.0f} ms"
+
+    return found(wrong(), f"{usual * 1e3:.0f} ms in the median")
 
 
 def _spread(name: str, values: Mapping[str, list[float]], least: float, share: float) -> Iterator[str]:
@@ -188,6 +199,10 @@ def memory_steady(cell: Cell) -> Finding:
         yield from _spread("device memory", device, least, share)
         yield from _spread("host memory", host, STEADY_BYTES, STEADY_SHARE)
         yield from _spread("bus traffic", bus, STEADY_BYTES, STEADY_SHARE)
+        alike = defaultdict(list)  # mapped or copied, the same experts cross the bus
+        for of, moved in bus.items():
+            alike[f"{of.partition('/')[0]}, {of.partition(', ')[2]} in all load modes"] += moved
+        yield from _spread("bus traffic", alike, STEADY_BYTES, STEADY_SHARE)
         middles = {arm: median(rest) for arm, rest in rests.items()}
         largest = max((r.observed.memory.value_bytes or 0 for r in cell.runs), default=0)
         bound = max(REST_BYTES, REST_SHARE * largest) if loopback else max(AGREE_BYTES, AGREE_SHARE * largest)
@@ -197,11 +212,14 @@ def memory_steady(cell: Cell) -> Finding:
     return found(wrong(), f"{len(_by_arm(cell.runs))} arms steady")
 
 
-@holds("cell", f"{ENERGY_TIMES:g} times the median of its arm")
+@holds("cell", f"{ENERGY_TIMES:g} times the median of its arm; the meter's power within {METER_SHARE:.0%}")
 def energy_steady(cell: Cell) -> Finding:
-    """The same work takes about the same energy in every block."""
+    """The same work takes about the same energy in every block, and long requests take what the board's meter reads."""
 
     def wrong() -> Iterator[str]:
+        shares = list(_meter_shares(cell.runs))
+        if shares and abs(median(shares) - 1) > METER_SHARE:
+            yield f"long requests take {median(shares):.2f} times the meter's power"
         for arm, runs in _by_arm(cell.runs).items():
             spent = {
                 r.run_id: sum(q.energy_joule for q in r.observed.requests)
@@ -216,23 +234,73 @@ def energy_steady(cell: Cell) -> Finding:
     return found(wrong(), "steady")
 
 
+def _meter_shares(runs: Iterable[Record]) -> Iterator[float]:
+    """Mean power of each long request by its energy, over the meter's reading at its end."""
+    for r in runs:
+        for q in r.observed.requests:
+            at_end = [c.power_watt for c in r.observed.counters if c.t_s >= q.started_s + (q.total_s or 0.0) - TICK_S]
+            if q.energy_joule and q.total_s and q.total_s > METER_S and at_end and at_end[0]:
+                yield q.energy_joule / q.total_s / at_end[0]
+
+
+@holds("cell", f"{MONITOR_TIMES:g} times the median of its arm")
+def monitors_alike(cell: Cell) -> Finding:
+    """Watching the same work takes about the same share of a CPU in every block."""
+
+    def wrong() -> Iterator[str]:
+        for arm, runs in _by_arm(cell.runs).items():
+            taken = {
+                r.run_id: r.observed.watch_cpu_s / r.observed.host.elapsed_s for r in runs if r.observed.watch_cpu_s
+            }
+            usual = median(taken.values()) if taken else 0.0
+            for name, share in taken.items():
+                if not usual / MONITOR_TIMES <= share <= usual * MONITOR_TIMES:
+                    yield f"{arm}: {share:.2%} of a CPU in {name}, {usual:.2%} in the median"
+
+    return found(wrong(), "alike")
+
+
+def _in_turn(runs: Iterable[Record]) -> Iterator[tuple[Record, Record, float]]:
+    """(run, the next one on its machine, seconds from the end of one to the start of the other)."""
+    machines = defaultdict(list)
+    for r in runs:
+        if r.judged is None:
+            machines[r.host.host_id, r.device.uuid].append((datetime.fromisoformat(r.started_utc), r))
+    for begun in machines.values():
+        begun.sort(key=lambda pair: pair[0])
+        for (a, first), (b, second) in itertools.pairwise(begun):
+            yield first, second, (b - a).total_seconds() - first.observed.wall_s
+
+
+@holds("cell", f"equal where {SESSION_S:g} s apart")
+def one_session(cell: Cell) -> Finding:
+    """Runs that follow each other at once are one process's, which read the host's speed and an empty context once; and
+    the board's energy counter goes on from one to the next."""
+
+    def wrong() -> Iterator[str]:
+        for first, second, gap in _in_turn(cell.runs):
+            if gap > SESSION_S:
+                continue
+            for part in ("host", "device"):
+                if getattr(first, part) != getattr(second, part):
+                    yield f"another {part} in {second.run_id}"
+            ended, begun = first.observed.counters[-1:], second.observed.counters[:1]
+            counted = [c.energy_joule for c in (*ended, *begun) if c.energy_joule is not None]
+            if len(counted) == 2 and counted[1] < counted[0] - 1:
+                yield f"the counter of {second.run_id} begins before the end of the one before"
+
+    return found(wrong(), f"{len(cell.runs)} runs")
+
+
 @holds("cell", "each after the end of the one before")
 def runs_in_turn(cell: Cell) -> Finding:
     """Runs on one machine follow each other: two at once would slow each other, and one of them was then made up."""
-    machines = defaultdict(list)
-    for r in cell.runs:
-        if r.judged is None:
-            machines[r.host.host_id, r.device.uuid].append(r)
-
-    def wrong() -> Iterator[str]:
-        for runs in machines.values():
-            begun = sorted(((datetime.fromisoformat(r.started_utc), r) for r in runs), key=lambda pair: pair[0])
-            for (a, first), (b, second) in itertools.pairwise(begun):
-                slack = TURN_S + abs(first.observed.host.clock_step_s)
-                if b < a + timedelta(seconds=first.observed.wall_s - slack):
-                    yield f"{second.run_id} began before {first.run_id} ended"
-
-    return found(wrong(), f"{len(cell.runs)} runs one after another")
+    early = (
+        f"{second.run_id} began before {first.run_id} ended"
+        for first, second, gap in _in_turn(cell.runs)
+        if gap < -TURN_S - abs(first.observed.host.clock_step_s)
+    )
+    return found(early, f"{len(cell.runs)} runs one after another")
 
 
 @holds("cell", f"steps {ALIKE_S * 1e6:g} us or {ALIKE_SHARE:.0%} apart in the median")

@@ -48,6 +48,9 @@ class Log:
     share the host's."""
     experts: tuple[int, int] | None
     """(experts of a layer, those that a token uses)."""
+    parameters: float | None
+    """In all tensors, to four digits."""
+    bits_per_weight: float | None
     type_counts: dict[str, int]
     """Tensors of the file by type, in capitals."""
     context: int | None
@@ -58,6 +61,8 @@ class Log:
 _TIME = re.compile(r"(\d+)\.(\d\d)\.(\d{3})\.(\d{3}) ")
 _PROMPT = re.compile(r"prompt eval time = *([\d.]+) ms / *(\d+) tokens")
 _EVAL = re.compile(r"\beval time = *([\d.]+) ms / *(\d+) (?:tokens|runs)")
+_PARAMETERS = re.compile(r"([\d.]+) ([KMBT])")
+_BITS = re.compile(r"\(([\d.]+) BPW\)")
 _LEFT = re.compile(r"\| +- CUDA\d+ [^|]*\| +(\d+) = +(\d+) \+")
 _REPORT = ("buffer size", "splits =", "offloaded ", "build")
 _FACTS = {
@@ -68,7 +73,7 @@ _FACTS = {
     "system_info: n_threads ": "n_threads",
 }
 _READY = "listening on http"
-_LOADING = (*_REPORT, *_FACTS, "- type ", _READY)
+_LOADING = (*_REPORT, *_FACTS, "- type ", "model params", " BPW)", _READY)
 _SERVING = ("eval time = ", "processing task", "memory_breakdown")
 """What the lines of interest hold, a tenth of all, before and after it is ready. Finding a word in the whole text
 is many times quicker than asking each line for each word, or matching a pattern."""
@@ -113,7 +118,7 @@ def _lines(text: bytes, words: Sequence[str]) -> Iterator[tuple[str, str]]:
 def parse(text: bytes) -> Log:
     """Read a log's text, as the engine wrote it."""
     report, tasks, types, facts = [], [], {}, {}
-    ready = launched = prompt = used = None
+    ready = launched = prompt = used = parameters = bits = None
     head = text.find(b"\n", text.find(_READY.encode()) + 1) if _READY.encode() in text else len(text)
     for word, line in itertools.chain(_lines(text[:head], _LOADING), _lines(text[head:], _SERVING)):
         if word in _REPORT:
@@ -132,6 +137,12 @@ def parse(text: bytes) -> Log:
         elif word == "- type ":
             name, _, count = line.partition(word)[2].partition(":")
             types[name.strip().upper()] = int(count.split()[0])
+        elif word == "model params":
+            m = _PARAMETERS.search(line.partition("=")[2])
+            parameters = float(m[1]) * 10 ** (3 * " KMBT".index(m[2])) if m else None
+        elif word == " BPW)":
+            m = _BITS.search(line)
+            bits = float(m[1]) if m else None
         elif word == _READY:
             ready = _seconds(line) if ready is None else ready
         elif m := _LEFT.search(line):
@@ -144,6 +155,8 @@ def parse(text: bytes) -> Log:
         ready_s=ready,
         device_used_bytes=used,
         experts=None if None in experts else experts,
+        parameters=parameters,
+        bits_per_weight=bits,
         type_counts=types,
         context=number.get("n_ctx"),
         threads=number.get("n_threads"),

@@ -15,6 +15,9 @@ from moelib.invariants import Finding, holds
 from moelib.memory import AGREE_BYTES, AGREE_SHARE
 from moelib.record import Record
 
+DIGITS = 0.003  # the log has four digits of a file's parameters, three of its bits per weight
+HEAD_BYTES, HEAD_SHARE, SMALL_HEAD = 32 << 20, 0.01, 0.05  # of a file: metadata and vocabulary, 2.4 MB at most seen
+ENDED_S = 0.5  # from the end of the last request to the end of the watched time: 0.01 to 0.08 s seen
 PRINTED_S = 6e-6  # the log has milliseconds with two decimals
 LAUNCH_S = 2.0  # from the start of the process to the log's first instant: 0.02 to 0.07 s seen
 TAKEN_UP_S = 0.050  # between the requests' distances here and in the log: 2.4 ms seen
@@ -80,8 +83,20 @@ def log_tells_the_file(run: Witnessed) -> Finding:
         "threads": (log.threads, seen.threads),
         "load mode": (log.load_mode, spec.load_mode),
     }
-    wrong = (f"{name}: log {a}, record {b}" for name, (a, b) in want.items() if a is not None and a != b)
-    return found(wrong, f"{sum(log.type_counts.values())} tensors")
+    sheet, rounded = run.record.sheet, {"parameters": DIGITS, "bits_per_weight": DIGITS}
+
+    def wrong() -> Iterator[str]:
+        yield from (f"{name}: log {a}, record {b}" for name, (a, b) in want.items() if a is not None and a != b)
+        for name, share in rounded.items():
+            said, kept = getattr(log, name), getattr(sheet, name)
+            if said is not None and abs(said - kept) > share * kept:
+                yield f"{name}: log {said}, manifest {kept}"
+        weights = sheet.parameters * sheet.bits_per_weight / 8
+        beside = sheet.file_bytes - weights
+        if not -DIGITS * weights <= beside <= max(HEAD_SHARE * weights, min(HEAD_BYTES, SMALL_HEAD * weights)):
+            yield f"a file of {sheet.file_bytes} bytes for {weights:.0f} bytes of weights"
+
+    return found(wrong(), f"{sum(log.type_counts.values())} tensors")
 
 
 @holds("log", "exact")
@@ -136,6 +151,10 @@ def log_tells_the_times(run: Witnessed) -> Finding:
             took = t.ended_s - t.launched_s
             if abs(took - r.total_s) > ANSWERED_S + ANSWERED_SHARE * took:
                 yield f"{name}: took {r.total_s:.4f} s, by the log {took:.4f} s"
+        if first is not None and run.log.tasks[-1].ended_s is not None:
+            after = o.host.elapsed_s - (run.log.tasks[-1].ended_s - first)
+            if not -TAKEN_UP_S <= after <= ENDED_S:
+                yield f"watched until {after:+.3f} s after the last request's end"
 
     return found(wrong(), f"{len(run.log.tasks)} requests")
 

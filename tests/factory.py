@@ -124,8 +124,8 @@ SHEET = Sheet(
     weights="twin",
     origin="made up",
     file_name="x.gguf",
-    file_bytes=42 * MIB,
-    predicted_bytes=42 * MIB,
+    file_bytes=40 * MIB,
+    predicted_bytes=40 * MIB,
     sha256="a" * 64,
     source_sha256="e" * 64,
     parameters=60_000_000,
@@ -200,6 +200,8 @@ def log_of(r: record.Record) -> str:
     say(0.002, f"system_info: n_threads = {o.threads} (n_threads_batch = {o.threads}) / 2")
     for name, n in r.sheet.tensor_types.items():
         say(0.003, f"llama_model_loader: - type {name.lower():>4}: {n:4} tensors")
+    say(0.004, f"print_info: file size   = 39.34 MiB ({r.sheet.bits_per_weight:.2f} BPW)")
+    say(0.004, f"print_info: model params          = {r.sheet.parameters / 1e6:.2f} M")
     say(0.004, f"print_info: n_expert              = {COUNT}")
     say(0.004, f"print_info: n_expert_used         = {USED}")
     say(0.005, f"load_tensors: loading model tensors, this can take a while... (load_mode = {r.spec.load_mode})")

@@ -10,6 +10,7 @@ from moelib.engine import Buffer, Report
 from moelib.invariants import INVARIANTS, agrees
 from moelib.memory import Reading, reconcile
 from moelib.nvml import Counters
+from moelib.run import PromptTraffic
 
 
 def checked(*what):
@@ -458,6 +459,66 @@ def test_a_cards_clocks_are_its_own(runs):
     assert study_flagged(plan_of(runs), clocked(1980, 300, 300, 300, events=1)) == set()  # idle, and says so
 
 
+def of_device(r, **change):
+    return r.model_copy(update={"device": r.device.model_copy(update={"uuid": "GPU-1", **change})})
+
+
+def of_host(r, **change):
+    return r.model_copy(update={"host": r.host.model_copy(update=change)})
+
+
+def test_a_machine_is_the_same_in_every_cell(runs):
+    planned, check = plan_of(runs), {"machines-are-themselves"}
+
+    def cells(*changed):
+        """The study with its second block in another cell, and that cell changed."""
+        return [*runs[:2], *(r.model_copy(update={"spec": replace(r.spec, quant="Q2_K")}) for r in changed)]
+
+    for fact in ("total_bytes", "bandwidth_bytes_per_s", "pcie_bytes_per_s"):
+        mixed = [of_device(r, **{fact: 10**10 + (i > 1)}) for i, r in enumerate(runs)]
+        assert study_flagged(planned, mixed) == check
+    for speed, right in ((130e9, True), (131e9, False)):
+        hosts = [of_host(r, ram_read_bytes_per_s=100e9 if i < 2 else speed) for i, r in enumerate(runs)]
+        assert (study_flagged(planned, hosts) == set()) == right
+    for watts, right in ((130.0, True), (131.0, False)):
+        idle = cells(*(seen_as(r, counters=(Counters(0.1, power_watt=watts),)) for r in runs[2:]))
+        idle[:2] = [seen_as(r, counters=(Counters(0.1, power_watt=100.0),)) for r in runs[:2]]
+        assert (check <= study_flagged(planned, idle)) == (not right)
+
+
+def test_an_energy_counter_only_grows_or_begins_anew(runs):
+    """Runs 10 s apart, and blocks a minute."""
+    planned, check = plan_of(runs), {"counters-have-one-course"}
+
+    def counted(*joules):
+        return [
+            seen_as(r, counters=(Counters(0.1, j), Counters(0.4, j + 50))) for r, j in zip(runs, joules, strict=True)
+        ]
+
+    assert study_flagged(planned, counted(1e5, 1.01e5, 1.05e5, 1.06e5)) == set()
+    assert study_flagged(planned, counted(1e5, 1.01e5, 100, 1100)) == set()  # the driver was loaded again
+    assert study_flagged(planned, counted(1e6, 1.001e6, 9e5, 9.01e5)) == check  # that much it cannot have drawn since
+    assert study_flagged(planned, counted(1e5, 1e6, 1.001e6, 1.002e6)) == check
+
+
+def test_quants_of_a_model_have_its_parameters_and_its_traffic(runs):
+    planned, check = plan_of(runs), {"quants-of-one-model"}
+    sheet = SHEET.model_copy(update={"parameters": 66_000_000})
+    assert study_flagged(planned, [*runs[:3], runs[3].model_copy(update={"sheet": sheet})]) == check
+
+    def moving(*shares):
+        def bus(r, share):
+            n = int(share * (r.observed.placement.moved_bytes or 16 * MIB))
+            return seen_as(r, prompt_traffic=(PromptTraffic("plan-short", 8, n, 5),))
+
+        return [bus(r, share) for r, share in zip(runs, shares, strict=True)]
+
+    assert study_flagged(planned, moving(1.0, 0.6, 1.04, 0.62)) == set()
+    assert study_flagged(planned, moving(1.0, 0.6, 1.04, 0.67)) == check
+    assert study_flagged(planned, moving(1.0, 0.6, 1.2, 0.6)) == check
+    assert study_flagged(planned, moving(1.0, 0.1, 1.0, 0.15)) == set()  # most were computed where they are
+
+
 def test_a_reading_is_evidence_of_the_value():
     """The same trace with one reading taken out of it no longer gives the value that stands."""
     seen = observation()
@@ -503,6 +564,9 @@ LIMITS = {
     "attempts-kept": "1 to the last",
     "audited-again-from-a-record": "a record with that digest and those readings",
     "clocks-one-cards": "10% between readings of one card",
+    "machines-are-themselves": "equal facts of one device; RAM and idle power within 1.3 times",
+    "counters-have-one-course": "2000 W at the most since the reading before",
+    "quants-of-one-model": "equal parameters; experts over the bus within 1.1 times",
 }
 
 SAID = {
@@ -595,6 +659,9 @@ def test_blocks_and_studies_say_what_was_found(runs):
         "attempts-kept": "4 runs with all attempts",
         "audited-again-from-a-record": "each names its first record",
         "clocks-one-cards": "0 readings",
+        "machines-are-themselves": "0 hosts",
+        "counters-have-one-course": "0 boards",
+        "quants-of-one-model": "1 models",
     }
     assert said(of_study(plan_of(runs), runs[:2]))["matrix-complete"] == "2 of 4 missing"
 

@@ -8,6 +8,7 @@ from factory import EXPERTS, MIB, WORKLOADS, evidence, made, observation, reques
 
 from moelib import audit, cells, params, study
 from moelib.invariants import INVARIANTS
+from moelib.nvml import Counters
 from moelib.run import PromptTraffic
 
 LONG = {"plan-short": params.Workload(name="plan-short", title="t", text="x", generate_tokens=40)}
@@ -181,6 +182,61 @@ def test_energy_is_steady():
     assert flagged(runs) == set()
     for joules, right in ((16.0, True), (16.1, False), (6.3, True), (6.2, False)):
         assert (flagged([spent(runs[0], joules), *runs[1:]]) == set()) == right
+
+
+def test_long_requests_take_the_power_that_the_meter_reads():
+    """Requests of 2 s at 100 W."""
+
+    def drawn(r, watts):
+        long = tuple(
+            replace(
+                q,
+                token_s=(0.1, *(0.1 + 0.05 * i for i in range(1, 40))),
+                energy_joule=205.0,
+                started_s=0.2 + 3 * q.index,
+            )
+            for q in r.observed.requests
+        )
+        counters = tuple(Counters(t, power_watt=watts) for t in (0.1, 2.3, 5.3))
+        return with_seen(r, requests=long, counters=counters)
+
+    for watts, right in ((100.0, True), (115.0, True), (120.0, False), (85.0, False)):
+        flags = flagged([drawn(r, watts) for r in cell_of()])
+        assert ("energy-steady" not in flags) == right
+
+
+def test_monitors_take_about_the_same_in_every_block():
+    runs = [with_seen(r, watch_cpu_s=0.002) for r in cell_of()]
+    assert flagged(runs) == set()
+    for spent, right in ((0.005, True), (0.0051, False), (0.0008, True), (0.00079, False)):
+        assert (flagged(changed(runs, 0, watch_cpu_s=spent)) == set()) == right
+
+
+def test_one_process_reads_its_host_once():
+    """Runs a second apart are of one session; the energy counter goes on between them."""
+    runs = [r.model_copy(update={"started_utc": f"2026-01-01T00:00:{i:02}+00:00"}) for i, r in enumerate(cell_of())]
+    assert flagged(runs) == set()
+
+    def at(i, part, **change):
+        return [
+            r.model_copy(update={part: getattr(r, part).model_copy(update=change)}) if n == i else r
+            for n, r in enumerate(runs)
+        ]
+
+    assert flagged(at(2, "host", ram_read_bytes_per_s=50e9)) == {"one-session"}
+    assert flagged(at(2, "device", context_bytes=5)) == {"one-session"}
+    later = [
+        r.model_copy(update={"started_utc": f"2026-01-01T00:{i:02}:00+00:00"})
+        for i, r in enumerate(at(2, "host", ram_read_bytes_per_s=50e9))
+    ]
+    assert flagged(later) == set()
+
+    def counted(*joules):
+        pairs = zip(runs, joules, strict=True)
+        return [with_seen(r, counters=(Counters(0.1, j), Counters(0.4, j + 10))) for r, j in pairs]
+
+    assert flagged(counted(0, 20, 40, 60, 80, 100)) == set()
+    assert flagged(counted(0, 20, 28, 60, 80, 100)) == {"one-session"}
 
 
 def test_runs_follow_each_other():

@@ -29,6 +29,10 @@ def seen(**change):
     return made(replace(observation(), **change))
 
 
+def made_of(**change):
+    return made().model_copy(update={"sheet": made().sheet.model_copy(update=change)})
+
+
 def asked(**change):
     return seen(requests=(request(0, **change), request(1)))
 
@@ -58,6 +62,12 @@ FORGED = {
         seen(threads=2),
         made(context=2048),
         made(load_mode="none"),
+        made_of(parameters=66_000_000, bits_per_weight=5.0),
+        made_of(parameters=54_000_000, bits_per_weight=6.1),
+        made_of(bits_per_weight=5.6),
+        made_of(file_bytes=44 * MIB),
+        made_of(file_bytes=39 * MIB),
+        made_of(tensor_types={"F32": 12, "Q5_K": 39}),
     ],
     "log-tells-the-reads": [
         placed(device_read_bytes=2 * observation().placement.device_read_bytes),
@@ -75,6 +85,7 @@ FORGED = {
         seen(load_s=0.049),
         asked(started_s=0.06),
         asked(token_s=SHIFTED),
+        seen(host=replace(observation().host, elapsed_s=0.9)),
     ],
 }
 

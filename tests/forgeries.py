@@ -1,0 +1,462 @@
+"""Forging campaign: records of a committed study are changed, given a digest that fits, and audited as a study is.
+
+    python tests/forgeries.py --number 2000 [--seed N] [--study h100-twins]
+
+Each forgery is one family's way of changing one run, one arm or one cell, by an amount drawn by lot. It counts where it
+moves a number that the document publishes by more than 5 %; it is accepted where the study has as many usable runs as
+before and no problem that it had not. Numbers are taken from the records' JSON by this file's own arithmetic.
+"""
+
+import copy
+import json
+import os
+import random
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import click
+
+from moelib import audit, files, gather, record, study, witness
+
+ROOT = Path(__file__).resolve().parent.parent
+STUDIES = {"h100-twins": ROOT / "outputs/h100-twins", "demo": ROOT / "docs/example/demo"}
+MOVED = 0.05
+FACTORS = (0.1, 0.5, 0.7, 0.8, 0.9, 1.1, 1.2, 1.5, 2.0, 10.0, 1000.0)
+
+Runs = list[dict[str, Any]]
+"""Records of a cell, as JSON has them."""
+
+
+def published(runs: Runs) -> dict[str, float | None]:
+    """Every mean over blocks that tables of the document show of a cell, by arm."""
+    values: dict[str, list[float | None]] = defaultdict(list)
+    for r in runs:
+        o, arm = r["observed"], f"{r['spec']['placement']}/{r['spec']['load_mode']}"
+        m, host, p = o["memory"], o["host"], o["placement"]
+
+        def tell(name: str, value: float | None, arm: str = arm) -> None:
+            values[f"{arm} {name}"].append(value)
+
+        tell("device memory", m["value_bytes"])
+        tell("engine's buffers", m["engine_bytes"])
+        tell("rest", m["value_bytes"] - m["engine_bytes"])
+        tell("device in all", m["growth_bytes"])
+        tell("load", o["load_s"])
+        tell("host RSS", o["host_rss_peak_bytes"])
+        tell("major page faults", host["major_faults"])
+        tell("moved", p["moved_bytes"])
+        tell("read on the device", p["device_read_bytes"])
+        tell("read on the host", p["host_read_bytes"])
+        tell("monitors", o["watch_cpu_s"] / host["elapsed_s"] if o["watch_cpu_s"] and host["elapsed_s"] else 0.0)
+        clocks = [c["sm_clock_mhz"] for c in o["counters"] if c["sm_clock_mhz"] is not None]
+        tell("clock", fmean(clocks) if clocks else None)
+        for t in o["prompt_traffic"]:
+            tell(f"bus {t['workload']}", t["received_bytes"])
+        spent = [(q["energy_joule"], q["token_s"][-1]) for q in o["requests"]]
+        if all(joules is not None for joules, _ in spent):
+            tell("watts", sum(j for j, _ in spent) / max(1e-9, sum(s for _, s in spent)))
+        for q in o["requests"]:
+            which = f"{q['workload']} {'warm' if q['index'] else 'first'}"
+            lasted = q["token_s"][-1] - q["token_s"][0]
+            rate = (q["token_n"][-1] - q["token_n"][0]) / lasted if lasted else None
+            tell(f"first token {which}", q["token_s"][0])
+            tell(f"rate {q['workload']}", rate)
+            device, ram = r["device"].get("bandwidth_bytes_per_s"), r["host"].get("ram_read_bytes_per_s")
+            if rate and device and ram:
+                tell(f"bound {q['workload']}", rate * (p["device_read_bytes"] / device + p["host_read_bytes"] / ram))
+            if q["energy_joule"] is not None and q["predicted_n"]:
+                tell(f"energy {q['workload']}", q["energy_joule"] / q["predicted_n"])
+        for name in ("file_bytes", "bits_per_weight", "expert_bytes", "parameters"):
+            values[f"file {name}"].append(r["sheet"][name])
+    return {k: fmean(v) if v and None not in v else None for k, v in values.items()}
+
+
+def moved(before: dict[str, float | None], after: dict[str, float | None]) -> list[str]:
+    """Which of the numbers are off by more than 5 %, or came or went."""
+
+    def differs(a: float | None, b: float | None) -> bool:
+        return (a is None) != (b is None) or (a is not None and abs(b - a) > MOVED * abs(a))
+
+    return [k for k in before.keys() | after.keys() if differs(before.get(k), after.get(k))]
+
+
+FAMILIES: dict[str, Callable[[random.Random, Runs, dict[str, bytes | None]], None]] = {}
+
+
+def family(name: str) -> Callable:
+    def register(how: Callable) -> Callable:
+        FAMILIES[name] = how
+        return how
+
+    return register
+
+
+def some(chance: random.Random, runs: Runs) -> Runs:
+    """One run, the runs of one arm, or all."""
+    arm = chance.choice(sorted({key(r) for r in runs}))
+    return chance.choice([[chance.choice(runs)], [r for r in runs if key(r) == arm], runs])
+
+
+def key(r: dict[str, Any]) -> str:
+    return f"{r['spec']['placement']}/{r['spec']['load_mode']}"
+
+
+def scaled(value: Any, by: float) -> Any:
+    return value if value is None or isinstance(value, bool) else type(value)(value * by)
+
+
+def put(what: Any, path: str, change: Callable[[Any], Any]) -> None:
+    """Change what lies at `a/b/*/c`; `*` is every item of a list or every value of a mapping."""
+    *way, last = path.split("/")
+    places = [what]
+    for step in way:
+        nxt: list[Any] = []
+        for place in places:
+            if place is None:
+                continue
+            nxt += (list(place.values()) if isinstance(place, dict) else place) if step == "*" else [place[step]]
+        places = nxt
+    for place in places:
+        if place is None:
+            continue
+        for k in (range(len(place)) if isinstance(place, list) else list(place)) if last == "*" else [last]:
+            if isinstance(place, list) or k in place:
+                place[k] = change(place[k])
+
+
+FIELDS = {
+    "load": ["observed/load_s"],
+    "RSS": ["observed/host_rss_peak_bytes"],
+    "energy of requests": ["observed/requests/*/energy_joule"],
+    "energy, counters too": ["observed/requests/*/energy_joule", "observed/counters/*/energy_joule"],
+    "energy, counters and meter": [
+        "observed/requests/*/energy_joule",
+        "observed/counters/*/energy_joule",
+        "observed/counters/*/power_watt",
+    ],
+    "page faults": ["observed/host/major_faults", "observed/host/minor_faults"],
+    "clock": ["observed/counters/*/sm_clock_mhz"],
+    "bus": ["observed/prompt_traffic/*/received_bytes", "observed/prompt_traffic/*/sent_bytes"],
+    "monitors": ["observed/watch_cpu_s"],
+    "elapsed": ["observed/host/elapsed_s"],
+    "elapsed and wall": ["observed/host/elapsed_s", "observed/wall_s"],
+    "header's reads": ["observed/placement/device_read_bytes", "observed/placement/host_read_bytes"],
+    "header's device bytes": ["observed/placement/device_bytes", "observed/placement/moved_bytes"],
+    "RAM's speed": ["host/ram_read_bytes_per_s"],
+    "device memory's speed": ["device/bandwidth_bytes_per_s"],
+    "file size": ["sheet/file_bytes"],
+    "bits per weight": ["sheet/bits_per_weight"],
+    "expert bytes": ["sheet/expert_bytes"],
+    "parameters": ["sheet/parameters"],
+    "engine's prompt time": ["observed/requests/*/engine_prompt_s"],
+    "all times of requests": [
+        "observed/requests/*/token_s/*",
+        "observed/requests/*/engine_prompt_s",
+        "observed/requests/*/engine_predicted_s",
+    ],
+    "all times of a run": [
+        "observed/requests/*/token_s/*",
+        "observed/requests/*/started_s",
+        "observed/requests/*/engine_prompt_s",
+        "observed/requests/*/engine_predicted_s",
+        "observed/load_s",
+        "observed/wall_s",
+        "observed/host/elapsed_s",
+        "observed/memory/trace/*/*/t_s",
+        "observed/counters/*/t_s",
+    ],
+    "value of memory": ["observed/memory/value_bytes"],
+    "memory, all accounts": [
+        "observed/memory/value_bytes",
+        "observed/memory/process_bytes",
+        "observed/memory/growth_bytes",
+        "observed/memory/trace/*/*/process_bytes",
+        "observed/memory/trace/*/*/device_bytes",
+    ],
+}
+
+
+def _field(name: str, paths: list[str]) -> None:
+    @family(name)
+    def change(chance: random.Random, runs: Runs, logs: dict[str, bytes | None]) -> None:
+        by = chance.choice((*FACTORS, -1.0, 0.0))
+        for r in some(chance, runs):
+            for path in paths:
+                put(r, path, lambda v: scaled(v, by))
+
+
+for _name, _paths in FIELDS.items():
+    _field(_name, _paths)
+
+
+@family("token times scaled")
+def _(chance, runs, logs):
+    by = chance.choice(FACTORS)
+    for r in some(chance, runs):
+        for q in r["observed"]["requests"]:
+            first = q["token_s"][0]
+            q["token_s"] = [round(first + (t - first) * by, 6) for t in q["token_s"]]
+
+
+@family("first token moved")
+def _(chance, runs, logs):
+    by = chance.choice(FACTORS)
+    for r in some(chance, runs):
+        for q in r["observed"]["requests"]:
+            more = q["token_s"][0] * (by - 1)
+            q["token_s"] = [round(t + more, 6) for t in q["token_s"]]
+
+
+@family("first token alone")
+def _(chance, runs, logs):
+    by = chance.choice(FACTORS)
+    for r in some(chance, runs):
+        for q in r["observed"]["requests"]:
+            q["token_s"][0] = round(min(q["token_s"][0] * by, q["token_s"][1]), 6)
+
+
+@family("half the tokens")
+def _(chance, runs, logs):
+    block = chance.choice(runs)["spec"]["block"]
+    for r in runs:
+        if r["spec"]["block"] == block:
+            for q in r["observed"]["requests"]:
+                half = len(q["token_s"]) // 2
+                for name in ("token_s", "token_n", "tokens"):
+                    q[name] = q[name][:half]
+                q["predicted_n"] = q["generate_tokens"] = half
+                q["engine_predicted_s"] = round(q["token_s"][-1] - q["token_s"][0], 6)
+
+
+def _swap(path: str) -> Callable:
+    def change(chance: random.Random, runs: Runs, logs: dict[str, bytes | None]) -> None:
+        arms = sorted({key(r) for r in runs})
+        one, other = chance.sample(arms, 2)
+        blocks = {r["spec"]["block"] for r in runs}
+        for block in chance.choice([blocks, {chance.choice(sorted(blocks))}]):
+            pair = [next(r for r in runs if key(r) == arm and r["spec"]["block"] == block) for arm in (one, other)]
+            (a, b), (*way, last) = pair, path.split("/")
+            for step in way:
+                a, b = a[step], b[step]
+            a[last], b[last] = b[last], a[last]
+
+    return change
+
+
+for _path in ("requests", "load_s", "host_rss_peak_bytes", "memory", "prompt_traffic", "host"):
+    FAMILIES[f"swapped between arms: {_path}"] = _swap(f"observed/{_path}")
+
+
+@family("a block copied and shifted")
+def _(chance, runs, logs):
+    a, b = chance.sample(sorted({r["spec"]["block"] for r in runs}), 2)
+    by, noise = chance.choice((1.0, 1.0, 1.1, 0.9)), chance.choice((1e-6, 3e-6))
+    for r in runs:
+        if r["spec"]["block"] == b:
+            of = next(o for o in runs if o["spec"]["block"] == a and key(o) == key(r))
+            r["observed"] = copy.deepcopy(of["observed"])
+            for q in r["observed"]["requests"]:
+                q["token_s"] = [round(t * by + chance.uniform(-noise, noise), 6) for t in q["token_s"]]
+
+
+@family("attempts gone")
+def _(chance, runs, logs):
+    r = chance.choice(runs)
+    r["attempt"] = 7
+    r["run_id"] = r["run_id"].rpartition("_a")[0] + "_a7"
+    put(r, "observed/requests/*/energy_joule", lambda v: scaled(v, 1.5))
+    put(r, "observed/host_rss_peak_bytes", lambda v: scaled(v, 1.5))
+
+
+@family("a judgement of nothing")
+def _(chance, runs, logs):
+    r = chance.choice(runs)
+    r["judged"] = {"record": "nobody", "digest": "0" * 64, "commit": "c" * 40}
+    put(r, "observed/host_rss_peak_bytes", lambda v: scaled(v, 1.5))
+
+
+@family("another flag on the command line")
+def _(chance, runs, logs):
+    flag = chance.choice((["-ot", ".*=CPU"], ["--no-kv-offload"], ["--cpu-moe"], ["-ub", "64"], ["-ctk", "q8_0"]))
+    for r in some(chance, runs):
+        r["observed"]["argv"] += flag
+        put(r, "observed/host_rss_peak_bytes", lambda v: scaled(v, 1.06))
+
+
+@family("another driver, kernel or host in a block")
+def _(chance, runs, logs):
+    r = chance.choice(runs)
+    part, name = chance.choice((("device", "driver"), ("host", "system"), ("host", "cpu"), ("device", "uuid")))
+    r[part][name] = "another"
+    put(r, "observed/host_rss_peak_bytes", lambda v: scaled(v, 1.06))
+
+
+@family("buffers")
+def _(chance, runs, logs):
+    kind, by = chance.choice(("KV", "compute", "model")), chance.choice(FACTORS)
+    for r in some(chance, runs):
+        for b in r["observed"]["report"]["buffers"]:
+            if b["kind"] == kind:
+                b["size_bytes"] = int(b["size_bytes"] * by)
+        r["observed"]["memory"]["engine_bytes"] = sum(
+            b["size_bytes"] for b in r["observed"]["report"]["buffers"] if b["name"].startswith(("CUDA0", "RPC"))
+        )
+
+
+@family("logs of zeros")
+def _(chance, runs, logs):
+    for r in some(chance, runs):
+        for name in r["raw"]:
+            logs[name] = b"\0" * 5000
+        put(r, "observed/load_s", lambda v: v * 1.1)
+
+
+@family("logs gone")
+def _(chance, runs, logs):
+    for r in some(chance, runs):
+        logs |= dict.fromkeys(r["raw"])
+        put(r, "observed/load_s", lambda v: v * 1.1)
+
+
+@family("no log named")
+def _(chance, runs, logs):
+    for r in some(chance, runs):
+        r["raw"] = {}
+        put(r, "observed/load_s", lambda v: v * 1.1)
+
+
+@family("logs of another run")
+def _(chance, runs, logs):
+    a, b = chance.sample(runs, 2)
+    a["observed"], kept = copy.deepcopy(b["observed"]), a["observed"]["argv"]
+    a["observed"]["argv"], a["raw"] = kept, dict(b["raw"])
+
+
+@family("any number")
+def _(chance, runs, logs):
+    """Some leaf of the observation, the same in some runs."""
+
+    def leaves(part: Any, path: tuple) -> Iterator[tuple]:
+        for k, v in part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ():
+            if isinstance(v, int | float) and not isinstance(v, bool):
+                yield (*path, k)
+            yield from leaves(v, (*path, k))
+
+    path = chance.choice(list(leaves(runs[0]["observed"], ())))
+    by = chance.choice((*FACTORS, -1.0, 0.0))
+    for r in some(chance, runs):
+        part = r["observed"]
+        try:
+            for step in path[:-1]:
+                part = part[step]
+            part[path[-1]] = scaled(part[path[-1]], by)
+        except (IndexError, KeyError, TypeError):
+            continue
+
+
+class Court:
+    """A study with its honest records, before which forgeries are brought."""
+
+    def __init__(self, folder: Path, scratch: Path):
+        self.folder, self.scratch = folder, scratch
+        self.honest = study.results(folder)
+        self.whole = gather.gather(folder)
+        self.known = set(self.honest.problems)
+        (scratch / "raw").mkdir(parents=True)
+        for path in (folder / "raw").iterdir():
+            (scratch / "raw" / path.name).symlink_to(path)
+        self.runs: dict[str, Runs] = defaultdict(list)
+        for r in self.whole.records:
+            if r.run_id not in self.whole.wrong:
+                path = folder / "records" / f"{r.run_id}.json"
+                self.runs[r.cell].append(json.loads(path.read_text(encoding="utf-8")))
+
+    def accepts(self, cell: str, runs: Runs, logs: dict[str, bytes | None]) -> bool:
+        """Whether a cell with these records passes as the honest one does."""
+        others = [r for r in self.whole.records if r.cell != cell or r.run_id in self.whole.wrong]
+        records, wrong, starts = list(others), dict(self.whole.wrong), dict(self.whole.starts)
+        for name, content in logs.items():
+            path = self.scratch / "raw" / name
+            path.unlink()
+            if content is not None:
+                path.write_bytes(content)
+        try:
+            for data in runs:
+                data["digest"] = files.digest({k: v for k, v in data.items() if k != "digest"})
+                path = self.scratch / f"{data['run_id']}.json"
+                path.write_text(json.dumps(data), encoding="utf-8")
+                try:
+                    r = record.read(path)
+                except record.RecordError:
+                    return False
+                finally:
+                    path.unlink()
+                called = witness.call(self.scratch, r)
+                wrong.pop(r.run_id, None)
+                if why := gather.why_not(r, called):
+                    wrong[r.run_id] = why
+                if called.log and called.log.ready_s is not None:
+                    starts[r.run_id] = r.observed.load_s - called.log.ready_s
+                records.append(r)
+        finally:
+            for name in logs:
+                (self.scratch / "raw" / name).unlink(missing_ok=True)
+                (self.scratch / "raw" / name).symlink_to(self.folder / "raw" / name)
+        evidence = gather.Evidence(records, [], wrong, starts)
+        planned = next(c for c in self.honest.cells if c.name == cell)
+        status = study.Status.of(planned, evidence, self.honest.workloads)
+        if status.usable != self.honest.statuses[cell].usable or set(status.problems) - self.known:
+            return False
+        blocks = [r for name, s in self.honest.statuses.items() if name != cell for b in s.blocks for r in b]
+        blocks += [r for b in status.blocks for r in b]
+        keys = [record.spec_key(s) for c in self.honest.cells for s in c.specs]
+        found = audit.study(audit.Matrix(keys, blocks, records))
+        return all(c.passed or c.id == "matrix-complete" for c in found)
+
+
+def campaign(court: Court, number: int, seed: int) -> dict[str, list[int]]:
+    """Family -> [made, of them moved a number, of these accepted]."""
+    chance, rows = random.Random(seed), {name: [0, 0, 0] for name in FAMILIES}
+    order = [name for _ in range(number // len(FAMILIES) + 1) for name in FAMILIES]
+    for name in order[:number]:
+        cell = chance.choice(sorted(court.runs))
+        runs, logs = copy.deepcopy(court.runs[cell]), {}
+        FAMILIES[name](chance, runs, logs)
+        rows[name][0] += 1
+        try:
+            numbers = moved(published(court.runs[cell]), published(runs))
+        except (TypeError, ValueError, IndexError, ZeroDivisionError):
+            numbers = ["nothing can be computed"]
+        if numbers:
+            rows[name][1] += 1
+            if court.accepts(cell, runs, logs):
+                rows[name][2] += 1
+                if os.environ.get("FORGERIES_TELL"):
+                    click.echo(f"accepted: {name} in {cell}: {sorted(numbers)[:6]}", err=True)
+    return rows
+
+
+@click.command()
+@click.option("--number", default=2000, show_default=True)
+@click.option("--seed", default=lambda: random.SystemRandom().randrange(1 << 32), show_default="new")
+@click.option("--study", "name", default="h100-twins", type=click.Choice(list(STUDIES)), show_default=True)
+def main(number: int, seed: int, name: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        court = Court(STUDIES[name], Path(folder))
+        for cell, runs in court.runs.items():
+            if not court.accepts(cell, copy.deepcopy(runs), {}):
+                raise click.ClickException(f"the honest records of {cell} are not accepted")
+        rows = campaign(court, number, seed)
+    click.echo(f"{name}, seed {seed}\n\n| family | made | moved a number | accepted |\n| --- | ---: | ---: | ---: |")
+    for what, row in rows.items():
+        click.echo(f"| {what} | {row[0]} | {row[1]} | {row[2]} |")
+    made, changed, accepted = (sum(row[i] for row in rows.values()) for i in range(3))
+    click.echo(f"| **all** | {made} | {changed} | {accepted} ({accepted / max(1, changed):.1%}) |")
+
+
+if __name__ == "__main__":
+    main()
