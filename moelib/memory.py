@@ -2,7 +2,7 @@
 
 The accounts: the driver's list of processes, the device's growth over its idle state, the engine's own buffers, and
 the weights that the file's header puts on the device. A value is never a bare number: it has a status, a method and
-reasons from a closed list. What cannot be told apart from something else is None, never 0.
+reasons from a closed list (`moelib.reasons`). What cannot be told apart from something else is None, never 0.
 """
 
 import math
@@ -10,34 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from moelib.engine import Report
 from moelib.files import stored
-
-REASONS = {
-    # invalid: the accounts contradict each other, or something disturbed them
-    "no-samples": "nothing could be read of the run's memory",
-    "gpu-lost": "the driver lost the GPU",
-    "unstable-baseline": "the idle device's memory was moving before the run",
-    "not-returned": "the device's memory did not come back to its idle state after the run",
-    "foreign-changed": "another process came to the device, left it or grew on it while the run lasted",
-    "accounts-disagree": "the process list and the device's growth differ by more than 64 MiB and 1 %, page tables of "
-    "pinned host memory left aside",
-    "below-engine-buffers": "less was read than a context and what buffers the engine says it holds",
-    "below-header-weights": "less was read than the weights that the file's header puts on the device",
-    "above-ceiling": "more was read than the engine's buffers and a context can explain",
-    # degraded: an account is missing; there is a value where what is left still proves it
-    "no-device": "the run had no device, so it has no device memory",
-    "process-not-listed": "the driver lists no process of the run, so its share of the device's growth is not known; "
-    "in a container, share the host's process ids",
-    "list-unsupported": "the driver could not list processes, so the run's share of the device's growth is not known",
-    "host-pid": "the driver lists the run's process by the host's id; it is known by coming and going with the run",
-    "bytes-not-listed": "the driver lists the run's process without its bytes; the value is the device's growth, where "
-    "the run was alone on it and pinned too little host memory for its page tables to matter",
-    "device-total-unknown": "the device's own total could not be read; the value is the process list's alone",
-    "foreign-process": "another process was on the device, and kept still",
-    "engine-silent": "the engine reported no buffers to hold the value against",
-    "context-unmeasured": "the size of an empty context could not be measured; a wide bound was used",
-    "sampled-peak": "the system keeps no peak; the value is the highest sample",
-}
-INVALID = tuple(REASONS)[:9]
+from moelib.reasons import INVALID, REASONS
 
 AGREE_BYTES, AGREE_SHARE = 64 << 20, 0.01  # two exact NVML accounts were seen to differ by 9 MiB, the rest is margin
 TABLE_ENTRY_BYTES, PAGE_BYTES = 8, 4096  # on the device, for pinned host memory; 80 MiB for 39.8 GiB seen on an H200
@@ -46,6 +19,9 @@ LEAST_CONTEXT_BYTES = 64 << 20  # no CUDA context is smaller: 518 MiB seen on an
 CONTEXTS, SHARE = 1.5, 0.01  # context, then cuBLAS workspace, pool and graphs: 1.35 contexts in all seen
 UNMEASURED_CONTEXT_BYTES = 4 << 29  # 2 GiB, where no context could be measured
 PROCESS_BYTES = 64 << 20  # code and heap of a loopback device's process: 12 MiB seen
+# of a loopback device's value, at the most: pages of the graph's buffer that nothing touched; 26 % seen, with a prompt
+# of 8 tokens in a context of 8,192
+UNTOUCHED_SHARE = 1.0
 HEADER_SHARE, HEADER_BYTES = 0.001, 1 << 20  # the engine prints MiB with two decimals and pads tensors
 
 
@@ -63,7 +39,9 @@ class Reading:
     others: tuple[tuple[int, int | None], ...] = ()
     """(process id, bytes) of the other processes on the device."""
     errors: tuple[str, ...] = ()
-    """What could not be read: gpu-lost, list-unsupported, memory-unsupported."""
+    """What could not be read: gpu-lost, list-unsupported, memory-unsupported, memory-shared."""
+    drawing: tuple[int, ...] = ()
+    """Of the others, those that only draw: they are in the driver's graphics list alone."""
 
 
 @stored
@@ -97,6 +75,10 @@ class Memory:
     context_bytes: int | None
     """An empty context on this device, measured."""
     trace: Trace
+    bound_bytes: int | None = None
+    """How far the value may be off, either way, where it is the device's growth and programs that the driver does not
+    list may be in it: the truth lies between the engine's buffers with the least context and with the largest. None
+    where the value is a process's own."""
 
     @property
     def residual_bytes(self) -> int | None:
@@ -146,17 +128,16 @@ def reconcile(
             method, reasons = "rss-samples", ["sampled-peak"]
         if value is None:
             reasons.append("no-samples")
-        # untouched pages of caches and graphs do not count in RSS; weights are written, so they do
-        floor, ceiling = report.device_bytes("model"), (engine or 0) + PROCESS_BYTES
+        floor, ceiling = _resident(report, trace, engine, method), (engine or 0) + PROCESS_BYTES
     else:
-        tables = report.pinned_bytes * TABLE_ENTRY_BYTES // PAGE_BYTES
+        tables = (report.pinned_bytes or 0) * TABLE_ENTRY_BYTES // PAGE_BYTES
         value, method, process, growth, reasons = _cuda(trace, tables)
         context = UNMEASURED_CONTEXT_BYTES if context_bytes is None else CONTEXTS * context_bytes
         if context_bytes is None:
             reasons.append("context-unmeasured")
         floor, ceiling = (engine or 0) + LEAST_CONTEXT_BYTES, (engine or 0) * (1 + SHARE) + context
     if engine is None:
-        reasons.append("engine-silent")
+        reasons.append("buffers-unknown" if report.buffers else "engine-silent")
         if growth is None or process is None:
             value = None  # one account with nothing to hold it against
         ceiling = math.inf
@@ -167,7 +148,17 @@ def reconcile(
     wrong = any(r in INVALID for r in reasons)
     status = "invalid" if wrong else "degraded" if reasons else "valid"
     ordered = tuple(r for r in REASONS if r in reasons)
-    return Memory(None if wrong else value, status, method, ordered, process, growth, **told)
+    value = None if wrong else value
+    bound = math.ceil(max(value - floor, ceiling - value)) if method == "nvml-growth" and value is not None else None
+    return Memory(value, status, method, ordered, process, growth, **told, bound_bytes=bound)
+
+
+def _resident(report: Report, trace: Trace, engine: int | None, method: str) -> float:
+    """The least that a loopback device's process holds: weights, which are written, caches, which are cleared, and, at
+    its peak, what it held before. Pages of the graph's buffer that nothing touched are fewer than those that it has."""
+    written = sum(report.device_bytes(kind) or 0 for kind in ("model", "KV", "RS"))
+    idle = min((r.process_bytes for r in trace.before if r.process_bytes), default=0) if method == "rss-peak" else 0
+    return max(idle + written, (engine or 0) / (1 + UNTOUCHED_SHARE))
 
 
 def _cuda(trace: Trace, tables: int) -> tuple[int | None, str, int | None, int | None, list[str]]:
@@ -180,32 +171,22 @@ def _cuda(trace: Trace, tables: int) -> tuple[int | None, str, int | None, int |
     if "gpu-lost" in errors or not trace.during:
         return None, "nvml-process", None, None, ["gpu-lost" if "gpu-lost" in errors else "no-samples"]
     reasons = []
-    mine, others = [r.process_bytes for r in trace.during], _others(every) or [{}]
-    if not any(r.listed for r in trace.during) and (ours := _newcomer(trace)) is not None:
-        mine = [dict(r.others).get(ours) for r in trace.during]
-        others = [{pid: n for pid, n in o.items() if pid != ours} for o in others]
+    mine, own = [r.process_bytes for r in trace.during], None
+    if not any(r.listed for r in trace.during) and (own := _newcomer(trace)) is not None:
+        mine = [dict(r.others).get(own) for r in trace.during]
         reasons.append("host-pid")
-    process = _peak(mine)
+    process, others = _peak(mine), _others(every, own) or [{}]
+    # bytes that the list gives to the others, each of them, while it gives the run its own: they are told apart exactly
+    explained = process is not None and all(None not in o.values() for o in others)
 
-    growth, used = None, [r.device_bytes for r in trace.during]
-    idle, end = [r.device_bytes for r in trace.before], [r.device_bytes for r in trace.after[-1:]]
-    # the last reading of the run must be there: it holds the peak
-    if not idle or None in [*idle, used[-1], *end]:
-        reasons.append("device-total-unknown")
-    elif not _still(idle):
-        reasons.append("unstable-baseline")
-    elif not end or not _still([max(idle), *end]):
-        reasons.append("not-returned")
-    elif (peak := _peak(used)) is not None and peak > max(idle):
-        growth = peak - max(idle)
-    elif process is not None:
-        reasons.append("accounts-disagree")  # a process holds memory and nothing grew
-
-    if any(o.keys() != others[0].keys() for o in others) or not all(
+    growth, doubts = _growth(trace, own, explained, process, tables)
+    reasons += doubts
+    changed = any(o.keys() != others[0].keys() for o in others) or not all(
         _still([o[pid] for o in others if o[pid] is not None]) for pid in others[0]
-    ):
+    )
+    if changed and not explained:
         reasons.append("foreign-changed")
-    elif others[0]:
+    elif any(others) and not (explained and _only_draw(every, own)):
         reasons.append("foreign-process")
 
     if process is not None and growth is not None:
@@ -214,22 +195,60 @@ def _cuda(trace: Trace, tables: int) -> tuple[int | None, str, int | None, int |
         return process, "nvml-process", process, growth, reasons
     if mine[-1]:  # a list that ended early may have missed the peak
         return process, "nvml-process", process, None, reasons
-    if process is None and growth is None:
-        return None, "nvml-growth", None, None, [*reasons, "no-samples"]
     # the device's growth is the run's where it is listed and no other is: while a list failed, one may have been there
     if "list-unsupported" in errors:
         reasons.append("list-unsupported")
     elif trace.during[-1].listed:
-        alone = not others[0] and tables <= AGREE_BYTES - SETTLED_BYTES
+        alone = not any(others) and tables <= AGREE_BYTES - SETTLED_BYTES
         return growth if alone else None, "nvml-growth", process, growth, [*reasons, "bytes-not-listed"]
     else:
         reasons.append("process-not-listed")
     return None, "nvml-growth", process, growth, reasons
 
 
-def _others(readings: Iterable[Reading]) -> list[dict[int, int | None]]:
+def _growth(
+    trace: Trace, own: int | None, explained: bool, process: int | None, tables: int
+) -> tuple[int | None, list[str]]:
+    """(growth of the device over its idle state, what is to be doubted of it), without what the list gives others."""
+    sums = {sum(o.values()) for o in _others((*trace.before, *trace.during, *trace.after), own)} if explained else {0}
+
+    def total(r: Reading) -> int | None:
+        if not explained or (len(sums) == 1 and "list-unsupported" in r.errors):
+            listed = next(iter(sums), 0)
+        else:
+            listed = None if "list-unsupported" in r.errors else sum(n for pid, n in r.others if pid != own)
+        return None if None in (r.device_bytes, listed) else r.device_bytes - listed
+
+    idle, used, end = (list(map(total, part)) for part in (trace.before, trace.during, trace.after[-1:]))
+    # the last reading of the run must be there, as it holds the peak; 0 with a process on the device says nothing
+    if not idle or None in [*idle, used[-1], *end] or trace.during[-1].device_bytes == 0:
+        shared = any("memory-shared" in r.errors for r in trace.during)
+        return None, ["memory-shared" if shared else "device-total-unknown"]
+    high, peak = max(idle), max(n for n in used if n is not None)
+    growth = peak - high if peak > high else None
+    doubt = "unstable-baseline" if not _still(idle) else "not-returned" if not end or not _still([high, *end]) else None
+    if doubt is None:  # where a process holds memory, something grew
+        held = process is not None or trace.during[-1].listed
+        return growth, ["accounts-disagree"] if growth is None and held else []
+    if not end or (process is None and not (trace.during[-1].listed and growth)):
+        return None, [doubt]
+    if process is None:
+        return growth, ["unseen-change"]
+    low, high = (f([*idle, *end]) for f in (min, max))
+    # the idle state was one of those between: what the list says must fit one of them
+    fits = _agree(process, min(max(process, peak - high), peak - low), tables)
+    return None, ["unseen-change" if fits else doubt]
+
+
+def _only_draw(readings: Iterable[Reading], own: int | None) -> bool:
+    """Whether no other process can compute."""
+    return all(pid in r.drawing for r in readings for pid, _ in r.others if pid != own)
+
+
+def _others(readings: Iterable[Reading], own: int | None = None) -> list[dict[int, int | None]]:
     """The other processes by reading, where the list could be read: a list that failed is not an empty one."""
-    return [dict(r.others) for r in readings if "list-unsupported" not in r.errors]
+    lists = [dict(r.others) for r in readings if "list-unsupported" not in r.errors]
+    return [{pid: n for pid, n in o.items() if pid != own} for o in lists]
 
 
 def _newcomer(trace: Trace) -> int | None:

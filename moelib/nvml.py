@@ -5,11 +5,13 @@ stands in `Gpu.absent`.
 """
 
 import contextlib
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pynvml
 
+from moelib import visible
 from moelib.files import stored
 from moelib.memory import Reading
 
@@ -23,6 +25,13 @@ SLOWED = {
 POWER_CAP = pynvml.nvmlClocksEventReasonSwPowerCap
 
 TURN_BYTES = 1 << 32
+# Transfers a second times what the line code leaves: 8 of 10 bits, then 128 of 130, then 242 of a FLIT's 256 bytes
+# (PCI Express base specifications 1.0 to 7.0).
+LANE_BYTES_PER_S = {
+    **{g: rate * 1e9 / 8 * 8 / 10 for g, rate in ((1, 2.5), (2, 5))},
+    **{g: rate * 1e9 / 8 * 128 / 130 for g, rate in ((3, 8), (4, 16), (5, 32))},
+    **{g: rate * 1e9 / 8 * 242 / 256 for g, rate in ((6, 64), (7, 128))},
+}
 # total = reserved + free + used, exact where seen: anything else is a struct of another version
 ADDS_UP_BYTES = 64 << 20
 
@@ -48,36 +57,54 @@ NO_GPU = dict.fromkeys((f for f in Counters.__dataclass_fields__ if f != "t_s"),
 
 
 class Gpu:
-    """One GPU by index or UUID; processes are looked for on all of them."""
+    """One GPU by what CUDA_VISIBLE_DEVICES says; processes are looked for on all of them."""
 
-    errors = (pynvml.NVMLError,)
+    errors = (pynvml.NVMLError, visible.NotVisible)
 
-    def __init__(self, which: str) -> None:
-        """Raises pynvml.NVMLError."""
+    def __init__(self, which: str | None, ask: Callable[[], str | None] | None = None) -> None:
+        """which: the variable's value, None where it is not set. ask: asks CUDA for the id of the device that it counts
+        first; without it, cards count as the driver lists them.
+
+        Raises pynvml.NVMLError or visible.NotVisible.
+        """
         pynvml.nvmlInit()
-        by_uuid, found = {}, None
+        handles, cards, lost = [], [], {}
         for i in range(pynvml.nvmlDeviceGetCount()):
             try:
                 handle = pynvml.nvmlDeviceGetHandleByIndex(i)
-                uuid = _text(pynvml.nvmlDeviceGetUUID(handle))
-            except pynvml.NVMLError:
-                if which == str(i):
-                    raise
-                continue  # another card that is lost is no matter of this one
-            by_uuid[uuid] = handle
-            if found is None and (which == str(i) or (which.startswith("GPU-") and uuid.startswith(which))):
-                found = uuid
-        if found is None:
-            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
-        self.uuid, self.handle = found, by_uuid.pop(found)
-        self._elsewhere = list(by_uuid.values())
+                card = visible.Card(_text(pynvml.nvmlDeviceGetUUID(handle)), _text(pynvml.nvmlDeviceGetName(handle)))
+            except pynvml.NVMLError as err:  # another card that is lost is no matter of this one
+                handle, card, lost[i] = None, visible.Card(None, None), err
+            handles.append(handle)
+            cards.append(card)
+        place = visible.first(which, cards, os.environ.get(visible.ORDER) if ask else visible.BY_ADDRESS, ask)
+        if place in lost:
+            raise lost[place]
+        if isinstance(place, str):
+            self.uuid, (self.handle, whole) = place, _instance(place)
+            place = next((i for i, c in enumerate(cards) if c.uuid == whole), None)
+        else:
+            self.uuid, self.handle = cards[place].uuid, handles[place]
+            self._refuse_divided()
+        self._elsewhere = [h for i, h in enumerate(handles) if h is not None and i != place]
         self.name = _text(pynvml.nvmlDeviceGetName(self.handle))
+        self.shared = False
+        """Whether the device's memory is the host's RAM, whose total says nothing of the device."""
         self.questions, self.absent = self._questions(), {}
-        for name, ask in self.questions.items():
+        for name, ask_it in self.questions.items():
             try:
-                ask()
+                ask_it()
             except pynvml.NVMLError as err:
                 self.absent[name] = str(err)
+
+    def _refuse_divided(self) -> None:
+        """CUDA shows the first instance of a card that MIG divides, and this would read the whole card."""
+        now, _ = _ask(lambda: pynvml.nvmlDeviceGetMigMode(self.handle)) or (0, 0)
+        if now:
+            raise visible.NotVisible(
+                f"{self.uuid} is divided into MIG instances: name one of those that nvidia-smi -L lists, "
+                f"{visible.VARIABLE}=MIG-..."
+            )
 
     def facts(self) -> dict[str, Any]:
         """Size, driver and power limit; None for what the driver does not say."""
@@ -89,21 +116,33 @@ class Gpu:
 
         return {
             "bandwidth_bytes_per_s": _ask(bandwidth),
-            "pcie_bytes_per_s": _ask(self._pcie),
+            "pcie_bytes_per_s": self._pcie(),
+            "pcie_link": self._link("Max"),
+            "pcie_link_now": self._link("Curr"),
             "total_bytes": _ask(lambda: int(self._memory().total)),
             "driver": _ask(lambda: _text(pynvml.nvmlSystemGetDriverVersion())),
             "power_limit_watt": _ask(lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(self.handle) / 1000),
         }
 
-    def _pcie(self) -> float:
-        """The most that the card's link can carry one way: 2.5 GT/s, then 5, then twice as much each generation."""
-        generation = pynvml.nvmlDeviceGetMaxPcieLinkGeneration(self.handle)
-        rate = 2.5e9 if generation == 1 else 5e9 * 2 ** (generation - 2)
-        return rate / 8 * pynvml.nvmlDeviceGetMaxPcieLinkWidth(self.handle)
+    def _link(self, which: str) -> tuple[int, int] | None:
+        """(generation, lanes) of the link: `Max`, what card and board can do; `Curr`, now, as idle ones slow down."""
+        generation, width = (
+            _ask(lambda what=what: getattr(pynvml, f"nvmlDeviceGet{which}PcieLink{what}")(self.handle))
+            for what in ("Generation", "Width")
+        )
+        return (int(generation), int(width)) if generation and width else None
+
+    def _pcie(self) -> float | None:
+        """The most that the card's link can carry one way, bytes a second; None of a link that is not known."""
+        generation, width = self._link("Max") or (None, None)
+        lane = LANE_BYTES_PER_S.get(generation)
+        return lane * width if lane else None
 
     def _memory(self) -> Any:
         # the first version's `used` includes what the driver reserves
         memory = pynvml.nvmlDeviceGetMemoryInfo(self.handle, version=pynvml.nvmlMemory_v2)
+        if memory.total == 0:  # a success that says nothing
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NO_DATA)
         if abs(memory.total - memory.reserved - memory.free - memory.used) > ADDS_UP_BYTES:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_ARGUMENT_VERSION_MISMATCH)
         return memory
@@ -121,22 +160,23 @@ class Gpu:
                 errors.add(failed)
             return None
 
-        here = ask(lambda: _processes(self.handle), "list-unsupported") or {}
+        here, drawing = ask(lambda: _processes(self.handle), "list-unsupported") or ({}, set())
         mine = {pid: n for pid, n in here.items() if pid in ours}
         for handle in self._elsewhere:
             # another card's faults and other processes are no matter of this run
             with contextlib.suppress(pynvml.NVMLError):
-                there = _processes(handle)
+                there, _ = _processes(handle)
                 for pid in ours & there.keys():
                     mine[pid] = None if None in (n := (mine.get(pid, 0), there[pid])) else sum(n)
         known = bool(mine) and None not in mine.values()
-        memory = ask(self._memory, "memory-unsupported")
+        memory = errors.add("memory-shared") if self.shared else ask(self._memory, "memory-unsupported")
         return Reading(
             t_s=t_s,
             process_bytes=sum(mine.values()) if known else None,
             device_bytes=int(memory.used) if memory else None,
             listed=bool(mine),
             others=tuple(sorted((pid, n) for pid, n in here.items() if pid not in ours)),
+            drawing=tuple(sorted(drawing - ours)),
             errors=tuple(sorted(errors)),
         )
 
@@ -171,7 +211,7 @@ class Gpu:
         return self._now("energy_joule")
 
     def traffic(self) -> "Traffic":
-        return Traffic(_ask(self._pcie), lambda: [self._now(f"pcie_{way}_bytes") for way in ("rx", "tx")])
+        return Traffic(self._pcie(), lambda: [self._now(f"pcie_{way}_bytes") for way in ("rx", "tx")])
 
 
 class Traffic:
@@ -220,16 +260,29 @@ def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
 
 
-def _processes(handle: Any) -> dict[int, int | None]:
-    """Process id -> bytes; a process in both of the driver's lists holds one context, so the larger counts."""
-    found: dict[int, int | None] = {}
+def _instance(uuid: str) -> tuple[Any, str]:
+    """The handle of a MIG instance, and the id of the card that it is a part of. Raises visible.NotVisible."""
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        whole = pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
+        return handle, _text(pynvml.nvmlDeviceGetUUID(whole))
+    except pynvml.NVMLError as err:
+        raise visible.NotVisible(f"{uuid} is no MIG instance here ({err}); nvidia-smi -L lists them") from None
+
+
+def _processes(handle: Any) -> tuple[dict[int, int | None], set[int]]:
+    """Process id -> bytes, and the ids that are in the graphics list alone.
+
+    A process in both of the driver's lists holds one context, so the larger counts.
+    """
     # by version: where an old driver lacks the function, the unversioned names raise what is no NVMLError
-    lists = [pynvml.nvmlDeviceGetComputeRunningProcesses_v3(handle)]
+    compute, graphics = pynvml.nvmlDeviceGetComputeRunningProcesses_v3(handle), []
     with contextlib.suppress(pynvml.NVMLError_NotSupported):  # cards without graphics
-        lists.append(pynvml.nvmlDeviceGetGraphicsRunningProcesses_v3(handle))
-    for p in (p for every in lists for p in every):
-        found[p.pid] = max(found.get(p.pid) or 0, p.usedGpuMemory or 0) or None
-    return found
+        graphics = pynvml.nvmlDeviceGetGraphicsRunningProcesses_v3(handle)
+    listed: dict[int, int | None] = {}
+    for p in (*compute, *graphics):
+        listed[p.pid] = max(listed.get(p.pid) or 0, p.usedGpuMemory or 0) or None
+    return listed, listed.keys() - {p.pid for p in compute}
 
 
 def slowed(events: int | None) -> tuple[str, ...]:

@@ -6,6 +6,8 @@
  *     0 memory TOTAL RESERVED FREE USED
  *     0 compute PID BYTES              one line a process, BYTES may be n/a; also: graphics
  *     0 energy MILLIJOULE              also: power, limit, events, buswidth, clock1, clock2, maxclock2, field197, ...
+ *     0 maxgen GENERATION              also: maxwidth, nowgen, nowwidth; mig (1 where it is divided)
+ *     7 parent NUMBER                  of a MIG instance, which is found by its uuid alone: leave its number out of the row
  *     0 old-list                       processes are written in an older driver's layout; also: old-memory
  *
  * `error CODE` in place of the values makes the call return that code; so does `0 handle error CODE` for every call
@@ -22,7 +24,7 @@
 #define API
 #endif
 
-enum { OK = 0, UNINITIALIZED = 1, NOT_SUPPORTED = 3, INSUFFICIENT_SIZE = 7 };
+enum { OK = 0, UNINITIALIZED = 1, NOT_SUPPORTED = 3, NOT_FOUND = 6, INSUFFICIENT_SIZE = 7 };
 typedef uint64_t u64;
 
 typedef struct { uint32_t version; u64 total, reserved, free, used; } Memory;
@@ -112,6 +114,24 @@ API int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **gpu) {
     return line(*gpu, "uuid", 0, values);
 }
 
+API int nvmlDeviceGetHandleByUUID(const char *uuid, void **gpu) {
+    char values[512];
+    for (intptr_t i = 1; i < 16; i++)
+        if (line((void *)i, "uuid", 0, values) == OK && !strcmp(values, uuid)) return *gpu = (void *)i, OK;
+    return NOT_FOUND;
+}
+
+API int nvmlDeviceGetDeviceHandleFromMigDeviceHandle(void *instance, void **gpu) {
+    u64 number_of_it = 0;
+    int code = number(instance, "parent", &number_of_it);
+    *gpu = (void *)(intptr_t)(number_of_it + 1);
+    return code;
+}
+
+API int nvmlDeviceGetMigMode(void *gpu, uint32_t *now, uint32_t *pending) {
+    return *pending = 0, small_number(gpu, "mig", now);
+}
+
 API int nvmlDeviceGetUUID(void *gpu, char *value, unsigned size) { return text(gpu, "uuid", value, size); }
 API int nvmlDeviceGetName(void *gpu, char *value, unsigned size) { return text(gpu, "name", value, size); }
 API int nvmlSystemGetDriverVersion(char *value, unsigned size) { return text((void *)1, "driver", value, size); }
@@ -143,6 +163,11 @@ API int nvmlDeviceGetPowerUsage(void *gpu, uint32_t *value) { return small_numbe
 API int nvmlDeviceGetEnforcedPowerLimit(void *gpu, uint32_t *value) { return small_number(gpu, "limit", value); }
 
 API int nvmlDeviceGetMemoryBusWidth(void *gpu, uint32_t *value) { return small_number(gpu, "buswidth", value); }
+
+API int nvmlDeviceGetMaxPcieLinkGeneration(void *gpu, uint32_t *value) { return small_number(gpu, "maxgen", value); }
+API int nvmlDeviceGetMaxPcieLinkWidth(void *gpu, uint32_t *value) { return small_number(gpu, "maxwidth", value); }
+API int nvmlDeviceGetCurrPcieLinkGeneration(void *gpu, uint32_t *value) { return small_number(gpu, "nowgen", value); }
+API int nvmlDeviceGetCurrPcieLinkWidth(void *gpu, uint32_t *value) { return small_number(gpu, "nowwidth", value); }
 
 API int nvmlDeviceGetClockInfo(void *gpu, unsigned kind, uint32_t *value) {
     char name[32];

@@ -27,7 +27,9 @@ PEAK = ENGINE + 620 * MIB  # of the run's processes
 OVERHEAD = 9 * MIB  # what a process costs the device beyond what the list says, as recorded on an H200
 SERVER, CHILD, HOST_PID, FOREIGN = 411, 412, 70411, 90
 UUIDS = ("GPU-263da6ff-9608-67cf-9bce-a8c85c7c1cd0", "GPU-99999999-9608-67cf-9bce-a8c85c7c1cd0")
-NOT_SUPPORTED, FUNCTION_NOT_FOUND, GPU_IS_LOST, UNKNOWN = 3, 13, 15, 999
+NOT_SUPPORTED, NO_PERMISSION, FUNCTION_NOT_FOUND, GPU_IS_LOST, UNKNOWN = 3, 4, 13, 15, 999
+MIG = "MIG-41f1b9a8-0000-5c7e-9f3a-77a1c20c7f3e"
+DESK = (77, 300 * MIB)
 
 
 def card(used: int = 0, *lines: str, gpu: int = 0) -> str:
@@ -81,12 +83,32 @@ def beside(*worlds: str) -> str:
 BOTH_IDLE = beside(IDLE, card(gpu=1))
 
 
+def beside_a_desktop(ours: int = 0, moved: int = 0, *further: tuple[int, int]) -> str:
+    """A GPU that draws a desktop, with the run's process on it if that holds something."""
+    drawing = ((DESK[0], DESK[1] + moved * MIB), *further)
+    mine = listing((SERVER, ours)) if ours else ()
+    used = ours + sum(n for _, n in drawing)
+    return card(used, *mine, *listing(*drawing, kind="graphics"))
+
+
+def divided(*processes: tuple[int, int]) -> str:
+    """A card with MIG on, whose own memory may not be asked for; its list has what its instances run."""
+    return card(0, "mig 1", *listing(*processes), f"memory error {NO_PERMISSION}")
+
+
+def instance(*processes: tuple[int, int]) -> str:
+    """An instance of it, which is in no row of cards."""
+    world = card(sum(n for _, n in processes), "parent 0", f"uuid {MIG}", *listing(*processes))
+    return "".join(f"7{line[1:]}\n" for line in world.splitlines())
+
+
 def half_full(used: int) -> str:
     """An older driver's memory struct on a card that a run fills to half: total = reserved, free = used = 0 adds up."""
     total = 2 * (RESERVED + PEAK + OVERHEAD)
     return card(0, "old-memory on", f"memory {total} {RESERVED} {total - RESERVED - used} {used}")
 
 
+WSL = listing((SERVER, "n/a"))
 SCENARIOS = {
     "own process": Scenario([LOADING, RUN], (PEAK, "valid", ())),
     "server and child, the child also a little on a second GPU": Scenario(
@@ -176,21 +198,23 @@ SCENARIOS = {
     ),
     "nothing supported": everywhere(
         [RUN],
-        (None, "invalid", ("no-samples", "device-total-unknown")),
+        (None, "degraded", ("list-unsupported", "device-total-unknown")),
         f"memory error {NOT_SUPPORTED}",
         f"compute error {NOT_SUPPORTED}",
     ),
     "another process joining to stay": Scenario(
-        [RUN, busy((SERVER, PEAK), ALONE)],
-        (None, "invalid", ("not-returned", "foreign-changed")),
-        after=[busy(ALONE)],
+        [RUN, busy((SERVER, PEAK), ALONE)], (PEAK, "degraded", ("foreign-process",)), after=[busy(ALONE)]
+    ),
+    "another process joining, its bytes not told": Scenario(
+        [RUN, card(PEAK + 2 * GIB, *listing((SERVER, PEAK), (FOREIGN, "n/a")))],
+        (None, "invalid", ("foreign-changed", "accounts-disagree")),
     ),
     "another process on a visit": Scenario(
-        [RUN, busy((SERVER, PEAK), ALONE)], (None, "invalid", ("foreign-changed", "accounts-disagree"))
+        [RUN, busy((SERVER, PEAK), ALONE)], (PEAK, "degraded", ("foreign-process",))
     ),
     "another process growing": Scenario(
         [busy((SERVER, PEAK), ALONE), busy((SERVER, PEAK), (FOREIGN, 3 * GIB))],
-        (None, "invalid", ("not-returned", "foreign-changed")),
+        (PEAK, "degraded", ("foreign-process",)),
         before=[busy(ALONE)] * 2,
         after=[busy((FOREIGN, 3 * GIB))],
     ),
@@ -202,7 +226,7 @@ SCENARIOS = {
     ),
     "another process leaving": Scenario(
         [busy(ALONE, (SERVER, CONTEXT)), RUN],
-        (None, "invalid", ("not-returned", "foreign-changed")),
+        (PEAK, "degraded", ("foreign-process",)),
         before=[busy(ALONE)] * 2,
     ),
     "GPU lost": Scenario(
@@ -210,8 +234,102 @@ SCENARIOS = {
         (None, "invalid", ("gpu-lost",)),
         after=[beside(f"0 handle error {GPU_IS_LOST}\n", IDLE)],
     ),
-    "unstable baseline": Scenario([RUN], (None, "invalid", ("unstable-baseline",)), before=[IDLE, card(100 * MIB)]),
-    "memory kept after the end": Scenario([RUN], (None, "invalid", ("not-returned",)), after=[card(GIB)]),
+    "unstable baseline": Scenario([RUN], (PEAK, "degraded", ("unseen-change",)), before=[IDLE, card(100 * MIB)]),
+    "unstable baseline, and a peak that it does not explain": Scenario(
+        [card(PEAK + 200 * MIB, *listing((SERVER, PEAK)))],
+        (None, "invalid", ("unstable-baseline",)),
+        before=[IDLE, card(100 * MIB)],
+    ),
+    "memory kept after the end": Scenario([RUN], (PEAK, "degraded", ("unseen-change",)), after=[card(GIB)]),
+    "memory kept after the end, list without bytes": Scenario(
+        [card(PEAK + OVERHEAD, *listing((SERVER, "n/a")))],
+        (PEAK + OVERHEAD, "degraded", ("bytes-not-listed", "unseen-change")),
+        after=[card(120 * MIB)],
+    ),
+    "memory kept after the end, empty list": Scenario(
+        [card(PEAK)], (None, "invalid", ("not-returned", "process-not-listed")), after=[card(GIB)]
+    ),
+    # seen under WSL2: no bytes, and the programs of Windows are not on the list
+    "WSL2, a program of Windows on a visit": Scenario(
+        [card(900 * MIB + PEAK + 100 * MIB, *listing((SERVER, "n/a"))), card(900 * MIB + PEAK, *WSL)],
+        (PEAK + 100 * MIB, "degraded", ("bytes-not-listed",)),
+        before=[card(900 * MIB)] * 2,
+        after=[card(900 * MIB)],
+    ),
+    "WSL2, the desktop moving before the run": Scenario(
+        [card(900 * MIB + PEAK, *WSL)],
+        (PEAK - 20 * MIB, "degraded", ("bytes-not-listed", "unseen-change")),
+        before=[card(900 * MIB), card(920 * MIB)],
+        after=[card(900 * MIB)],
+    ),
+    "the host's RAM as the device's": Scenario(
+        [card(6 * GIB + PEAK + 9 * GIB, *listing((SERVER, PEAK)))],
+        (PEAK, "degraded", ("unseen-change",)),
+        before=[card(6 * GIB)] * 2,
+        after=[card(15 * GIB)],
+    ),
+    "memory not told, list without bytes": Scenario(
+        [card(0, *WSL, f"memory error {NOT_SUPPORTED}")],
+        (None, "degraded", ("bytes-not-listed", "device-total-unknown")),
+        before=[card(0, f"memory error {NOT_SUPPORTED}")] * 2,
+        after=[card(0, f"memory error {NOT_SUPPORTED}")],
+    ),
+    "all zeros": Scenario(
+        [card(0, *listing((SERVER, PEAK)), "memory 0 0 0 0")],
+        (PEAK, "degraded", ("device-total-unknown",)),
+        before=[card(0, "memory 0 0 0 0")] * 2,
+        after=[card(0, "memory 0 0 0 0")],
+    ),
+    "all zeros, and an empty list": Scenario(
+        [card(0, "memory 0 0 0 0")],
+        (None, "degraded", ("process-not-listed", "device-total-unknown")),
+        before=[card(0, "memory 0 0 0 0")] * 2,
+        after=[card(0, "memory 0 0 0 0")],
+    ),
+    "a total that stays 0": Scenario(
+        [card(0, *listing((SERVER, PEAK)))], (PEAK, "degraded", ("device-total-unknown",))
+    ),
+    "managed memory: the list knows the context alone": Scenario(
+        [card(PEAK, *listing((SERVER, CONTEXT)))],
+        (None, "invalid", ("accounts-disagree", "below-engine-buffers", "below-header-weights")),
+    ),
+    "MIG: the whole card's memory not permitted": everywhere(
+        [RUN], (PEAK, "degraded", ("device-total-unknown",)), f"memory error {NO_PERMISSION}"
+    ),
+    "MPS: its server's process stays": Scenario(
+        [busy((500, 30 * MIB), (SERVER, PEAK))],
+        (PEAK, "degraded", ("foreign-process",)),
+        before=[busy((500, 30 * MIB))] * 2,
+        after=[busy((500, 30 * MIB))],
+    ),
+    **{
+        f"a desktop that moves by {moved} MiB": Scenario(
+            [beside_a_desktop(PEAK), beside_a_desktop(PEAK, moved), beside_a_desktop(PEAK)],
+            (PEAK, "valid", ()),
+            before=[beside_a_desktop()] * 2,
+            after=[beside_a_desktop()],
+        )
+        for moved in (0, 20, 60, 2000)
+    },
+    "a desktop that computes too": Scenario(
+        [card(300 * MIB + PEAK, *listing((SERVER, PEAK), DESK), *listing(DESK, kind="graphics"))],
+        (PEAK, "degraded", ("foreign-process",)),
+        before=[card(300 * MIB, *listing(DESK), *listing(DESK, kind="graphics"))] * 2,
+        after=[card(300 * MIB, *listing(DESK), *listing(DESK, kind="graphics"))],
+    ),
+    "a browser's process comes and goes": Scenario(
+        [beside_a_desktop(PEAK), beside_a_desktop(PEAK, 0, (78, 40 * MIB))],
+        (PEAK, "valid", ()),
+        before=[beside_a_desktop()] * 2,
+        after=[beside_a_desktop()],
+    ),
+    "an instance of MIG": Scenario(
+        [beside(divided((SERVER, PEAK)), instance((SERVER, PEAK)))],
+        (PEAK, "valid", ()),
+        before=[beside(divided(), instance())] * 2,
+        after=[beside(divided(), instance())],
+        which=MIG,
+    ),
     "memory unknown after the end": Scenario(
         [RUN], (PEAK, "degraded", ("device-total-unknown",)), after=[card(0, f"memory error {UNKNOWN}")]
     ),
@@ -258,6 +376,26 @@ STARTS = {
     "hidden from CUDA": (IDLE, ""),
     "lost": (card(0, f"handle error {GPU_IS_LOST}"), "0"),
     "no GPU": ("", "0"),
+    "divided by MIG": (card(0, "mig 1"), "0"),
+    "unknown instance": (IDLE, MIG),
+    **{
+        f"link {generation} x{width}": (
+            card(0, f"maxgen {generation}", f"maxwidth {width}", "nowgen 1", "nowwidth 8"),
+            "0",
+        )
+        for generation, width in (
+            (1, 16),
+            (2, 16),
+            (3, 16),
+            (4, 16),
+            (4, 8),
+            (5, 16),
+            (6, 16),
+            (7, 16),
+            (8, 16),
+            (0, 16),
+        )
+    },
 }
 """Name -> the world in which a GPU is asked for, and which."""
 
@@ -363,7 +501,9 @@ def test_counters_are_in_the_units_of_their_names(played):
         "driver": "580.1",
         "power_limit_watt": 700.0,
         "bandwidth_bytes_per_s": 4_916_736_000_000.0,  # 3201 MHz, 2 transfers, 6144 bit
-        "pcie_bytes_per_s": None,  # this library does not know it
+        "pcie_bytes_per_s": None,  # this driver does not say
+        "pcie_link": None,
+        "pcie_link_now": None,
     }
 
 
@@ -384,13 +524,46 @@ def test_a_size_from_another_versions_struct_is_not_believed(played):
 
 
 @pytest.mark.parametrize(
+    ("link", "gigabytes_per_s"),
+    [
+        # 8 of 10 bits up to generation 2, 128 of 130 from 3 on, 242 of 256 bytes from 6 on
+        ("1 x16", 4.0),
+        ("2 x16", 8.0),
+        ("3 x16", 15.754),
+        ("4 x16", 31.508),
+        ("4 x8", 15.754),
+        ("5 x16", 63.015),
+        ("6 x16", 121.0),
+        ("7 x16", 242.0),
+        ("8 x16", None),  # not known is not guessed
+        ("0 x16", None),
+    ],
+)
+def test_a_link_carries_what_its_line_code_leaves(played, link, gigabytes_per_s):
+    facts = played["starts"][f"link {link}"]["facts"]
+    generation, width = map(int, link.split(" x"))
+    assert facts["pcie_bytes_per_s"] == (gigabytes_per_s and pytest.approx(gigabytes_per_s * 1e9, rel=1e-4))
+    assert facts["pcie_link"] == ([generation, width] if generation else None)
+    assert facts["pcie_link_now"] == [1, 8]
+
+
+@pytest.mark.parametrize(
     ("name", "error"),
     [
-        ("unknown id", "Not Found"),
-        ("unknown index", "Not Found"),
-        ("hidden from CUDA", "Not Found"),
+        ("unknown id", f"CUDA_VISIBLE_DEVICES='GPU-00000000': GPU-00000000 is the id of none (here are 0: {UUIDS[0]})"),
+        ("unknown index", f"CUDA_VISIBLE_DEVICES='2': there is no GPU 2; here are 0: {UUIDS[0]}"),
+        (
+            "hidden from CUDA",
+            f"CUDA_VISIBLE_DEVICES='' hides every GPU (here are 0: {UUIDS[0]}); unset it, or name one",
+        ),
         ("lost", "GPU is lost"),
-        ("no GPU", "Not Found"),
+        ("no GPU", "the driver lists no GPU"),
+        (
+            "divided by MIG",
+            f"{UUIDS[0]} is divided into MIG instances: name one of those that nvidia-smi -L lists, "
+            "CUDA_VISIBLE_DEVICES=MIG-...",
+        ),
+        ("unknown instance", f"{MIG} is no MIG instance here (Not Found); nvidia-smi -L lists them"),
     ],
 )
 def test_a_gpu_that_is_not_there_is_an_error_that_says_so(played, name, error):
@@ -440,3 +613,15 @@ def test_one_look_counts_nothing_and_that_is_not_0():
     assert traffic.totals is None
     traffic.look(1.0)
     assert traffic.totals == [0, 0]
+
+
+def test_of_an_instance_of_mig_the_whole_cards_list_is_not_counted_again(played):
+    m = played["scenarios"]["an instance of MIG"]
+    assert m["process_bytes"] == PEAK
+
+
+def test_what_may_be_off_says_by_how_much(played):
+    for name, m in played["scenarios"].items():
+        if m["bound_bytes"] is not None:
+            assert abs(m["value_bytes"] - PEAK) <= m["bound_bytes"], name
+        assert (m["bound_bytes"] is None) == (m["value_bytes"] is None or m["method"] != "nvml-growth")
