@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 import click
 from tqdm import tqdm
 
-from moelib import __version__, files, measure, models, notebook, params, process, sources
+from moelib import __version__, files, measure, models, monitor, notebook, params, sources
 from moelib import engine as engines
 from moelib import quantize as quants
 
@@ -116,7 +116,7 @@ def study_run(name: str, cell: str | None) -> None:
     # the bar follows the records on disk by their number alone: reading them all would disturb what is being timed
     written = folder.path / "records"
     known = before - len(list(written.glob("*.json")))
-    with bar, process.repeating(lambda: bar.update(known + len(list(written.glob("*.json"))) - bar.n), 1.0):
+    with bar, monitor.repeating(lambda: bar.update(known + len(list(written.glob("*.json"))) - bar.n), 1.0):
         problems = measure.run_cells(folder, cells, say=tqdm.write)
     for p in problems:
         click.echo(f"  {p}", err=True)

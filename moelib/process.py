@@ -14,10 +14,9 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,32 +163,6 @@ class Child(AbstractContextManager):
         return self.exit
 
 
-@dataclass
-class Spent:
-    cpu_s: float = 0.0
-    """CPU seconds of a thread, known at its end."""
-
-
-@contextmanager
-def repeating(action: Callable[[], object], every_s: float) -> Iterator[Spent]:
-    """Call `action` every `every_s` seconds from a sleeping thread while the block runs, and once at its end."""
-    halt, spent = threading.Event(), Spent()
-
-    def follow() -> None:
-        while not halt.wait(every_s):
-            action()
-        spent.cpu_s = time.thread_time()
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield spent
-    finally:
-        halt.set()
-        thread.join(timeout=10)
-        action()
-
-
 def _identity(pid: int) -> list[float]:
     """Process id and start time: together they name one process, whatever is reused."""
     return [pid, psutil.Process(pid).create_time()]
@@ -258,9 +231,25 @@ def usable_cpus() -> int:
     return min(n, max(1, quota // period))
 
 
+PATIENCE = (0.001, 1000.0)
+
+
 def patience(seconds: float) -> float:
-    """A limit of a wait, times $MOELIB_PATIENCE: more on a very slow machine, less where faults are provoked."""
-    return seconds * float(os.environ.get("MOELIB_PATIENCE", "1"))
+    """A limit of a wait, times $MOELIB_PATIENCE: more on a very slow machine, less where faults are provoked.
+
+    Raises ParamsError if the variable is no such number.
+    """
+    told = os.environ.get("MOELIB_PATIENCE", "1")
+    try:
+        factor = float(told)
+    except ValueError:
+        factor = float("nan")
+    if not PATIENCE[0] <= factor <= PATIENCE[1]:  # what is not a number is not between either
+        least, most = PATIENCE
+        raise params.ParamsError(
+            f"MOELIB_PATIENCE={told!r} is no number from {least:g} to {most:g}; unset it, or set 1"
+        )
+    return seconds * factor
 
 
 def new_key() -> str:

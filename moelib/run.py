@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 
-from moelib import client, host, params, process
+from moelib import client, host, monitor, params, process
 from moelib import device as devices
 from moelib import engine as engines
 from moelib.client import Request
@@ -173,7 +173,7 @@ def _observe(
                     counters.append(session.counters(now()))
 
             count()
-            with process.repeating(
+            with monitor.repeating(
                 lambda: readings.append(session.read(server.pid, now())), devices.SAMPLE_S
             ) as watching:
                 limit = process.patience(LOAD_S) + quantised.header.file_bytes / LOAD_BYTES_PER_S
@@ -236,7 +236,7 @@ def _prompt_traffic(
     for workload, prompt in asked if session.traffic else ():
         bus = session.traffic()
         bus.look(now())
-        with process.repeating(lambda bus=bus: bus.look(now()), devices.BUS_S):
+        with monitor.repeating(lambda bus=bus: bus.look(now()), devices.BUS_S):
             client.ask_for_one(connection, prompt)
         found.append(PromptTraffic(workload.name, len(prompt), *(bus.totals or (None, None))))
         absent |= bus.absent()

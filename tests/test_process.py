@@ -8,7 +8,7 @@ import time
 import psutil
 import pytest
 
-from moelib import process
+from moelib import params, process
 
 SLEEP = [sys.executable, "-c", "import time; print('ready', flush=True); time.sleep(300)"]
 
@@ -184,3 +184,16 @@ def test_a_clone_is_dirty_by_what_measures_and_not_by_what_was_measured(tmp_path
     assert facts() == (commit, False)
     (tmp_path / "params/a").write_text("changed")
     assert facts() == (commit, True)
+
+
+@pytest.mark.parametrize("told", ["", "fast", "0", "-1", "nan", "inf", "1e9", "1e-9", "0x1"])
+def test_a_patience_that_is_no_number_is_said(monkeypatch, told):
+    monkeypatch.setenv("MOELIB_PATIENCE", told)
+    with pytest.raises(params.UserError, match="MOELIB_PATIENCE=.* is no number from 0.001 to 1000; unset it"):
+        process.patience(1)
+
+
+@pytest.mark.parametrize(("told", "waits"), [("1", 3.0), ("2.5", 7.5), ("1e-3", 0.003), (" 2 ", 6.0)])
+def test_patience_lengthens_waits(monkeypatch, told, waits):
+    monkeypatch.setenv("MOELIB_PATIENCE", told)
+    assert process.patience(3) == pytest.approx(waits)
