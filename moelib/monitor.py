@@ -59,7 +59,7 @@ def repeating(action: Callable[[], object], every_s: float) -> Iterator[Spent]:
     try:
         yield spent
     except BaseException:
-        with contextlib.suppress(process.ProcessError):
+        with contextlib.suppress(Exception):
             finish()
         raise
     finish()
