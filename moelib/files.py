@@ -1,11 +1,11 @@
 """Files that are whole or absent: atomic writes, digests, locks that die with their owner, disk space."""
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +16,11 @@ from typing import Any, TypeVar, dataclass_transform
 import psutil
 
 from moelib.params import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows: said where a lock is asked for
+    fcntl = None
 
 T = TypeVar("T")
 
@@ -122,29 +127,64 @@ def write_json(path: Path, data: Any) -> None:
     write_bytes(path, pretty(data))
 
 
+OWNER = b"process "
+
+
+def _open_lock(path: Path) -> int:
+    """A file of our own to lock, whatever was put in its place. Raises FileError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+    except OSError as err:
+        if err.errno in NO_SPACE:
+            raise FileError(f"{path} cannot be made: {full(path.parent)}") from err
+        what = "it is a symbolic link" if err.errno == errno.ELOOP else err.strerror
+        raise FileError(f"the lock {path} cannot be used: {what}; remove it, or what stands in its way") from None
+    about = os.fstat(fd)
+    ours = stat.S_ISREG(about.st_mode) and about.st_nlink == 1 and OWNER.startswith(os.pread(fd, len(OWNER), 0))
+    if not ours:  # locking would be no harm, and writing the owner into it would
+        os.close(fd)
+        raise FileError(f"{path} is no lock of moelib's, but stands where one is to be; move it away")
+    return fd
+
+
+def need_locks() -> None:
+    """Raise FileError where the system has no locks."""
+    if fcntl is None:
+        raise FileError("moelib needs file locks, as Linux and macOS have them; on Windows, run it under WSL2")
+
+
 @contextmanager
 def lock(path: Path, what: str, wait_s: float = 10.0) -> Iterator[None]:
     """Hold an exclusive flock on `path`; the kernel releases it however its owner ends.
 
-    Waits `wait_s` for a dying owner, then raises FileError naming the owner.
+    Waits `wait_s` for a dying owner, then raises FileError naming the owner. Nothing is followed, and nothing written
+    to, but a file of ours.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + wait_s
-    with path.open("a+") as f:
-        while True:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    f.seek(0)
-                    owner = f.read().strip() or "another process"
-                    raise FileError(f"{what} is in use by {owner}; wait for it to end, then run again") from None
-                time.sleep(0.05)
-        f.truncate(0)
-        f.write(f"process {os.getpid()}")
-        f.flush()
+    need_locks()
+    fd = _open_lock(path)
+    try:
+        deadline = time.monotonic() + wait_s
+        while not _locked(fd):
+            if time.monotonic() >= deadline:
+                owner = os.pread(fd, 100, 0).decode(errors="replace").strip() or "another process"
+                raise FileError(f"{what} is in use by {owner}; wait for it to end, then run again") from None
+            time.sleep(0.05)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, OWNER + str(os.getpid()).encode(), 0)
         yield
+    finally:
+        os.close(fd)
+
+
+def _locked(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as err:
+        raise FileError(f"the disk has no file locks ({err.strerror}); use a folder on another one") from None
+    return True
 
 
 def need_space(folder: Path, nbytes: int, what: str) -> None:

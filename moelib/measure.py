@@ -6,7 +6,6 @@ A run that fails is recorded and the rest go on; running again repeats nothing t
 import logging
 import os
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ import psutil
 
 from moelib import (
     audit,
+    claim,
     device,
     engine,
     files,
@@ -63,9 +63,7 @@ def measure(folder: study.Folder, cell: study.Cell) -> Iterator[record.Record]:
     where = device.choose(folder.study.device, llama)
     folder.write_plan()
     folder.work.mkdir(parents=True, exist_ok=True)
-    # one measurement at a time on a device, whichever clone or study asks: they would slow each other
-    held = Path(tempfile.gettempdir()) / f"moelib-{os.getuid()}" / f"{where.uuid or 'host'}.lock"
-    with files.lock(held, f"device {where.kind}", wait_s=process.patience(LOCK_S)), _scratch(folder) as work:
+    with claim.device(where.uuid, f"device {where.kind}", process.patience(LOCK_S)), _scratch(folder) as work:
         process.sweep(folder.work)
         source = sources.obtain(cell.model, folder.study.weights, folder.study.scale, needed=False)
         quantised = quantize.make(source, cell.quant, llama, work)

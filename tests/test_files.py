@@ -99,6 +99,52 @@ def test_a_lock_is_held_by_one_and_freed_by_death(tmp_path):
         assert path.read_text() == f"process {os.getpid()}"
 
 
+def test_a_planted_link_is_not_followed_and_its_target_kept(tmp_path):
+    victim, path = tmp_path / "victim", tmp_path / "lock"
+    victim.write_text("years of work", encoding="utf-8")
+    path.symlink_to(victim)
+    with pytest.raises(files.FileError, match="it is a symbolic link; remove it"), files.lock(path, "it", 0):
+        pass
+    path.unlink()
+    os.link(victim, path)
+    with pytest.raises(files.FileError, match="is no lock of moelib's"), files.lock(path, "it", 0):
+        pass
+    assert victim.read_text(encoding="utf-8") == "years of work"
+
+
+def test_what_is_no_lock_of_ours_is_not_written_to(tmp_path):
+    path = tmp_path / "poetry.lock"
+    path.write_text("[[package]]", encoding="utf-8")
+    with pytest.raises(files.FileError, match="stands where one is to be; move it away"), files.lock(path, "it", 0):
+        pass
+    assert path.read_text(encoding="utf-8") == "[[package]]"
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(files.FileError, match="is no lock of moelib's"), files.lock(tmp_path / "pipe", "it", 0):
+        pass
+    with pytest.raises(files.FileError, match="cannot be used: Is a directory"), files.lock(tmp_path, "it", 0):
+        pass
+
+
+def test_a_lock_is_readable_by_its_owner_alone_and_outlives_no_child(tmp_path):
+    path = tmp_path / "lock"
+    with files.lock(path, "it"):
+        assert path.stat().st_mode & 0o777 == 0o600
+        child = subprocess.Popen([sys.executable, "-c", "import time; print(flush=True); time.sleep(60)"], stdout=-1)
+        child.stdout.readline()
+    with files.lock(path, "it", wait_s=0):  # the child did not inherit it
+        child.kill()
+    child.wait()
+    child.stdout.close()
+
+
+def test_a_system_without_locks_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "fcntl", None)
+    with pytest.raises(files.FileError, match="Linux and macOS have them; on Windows, run it under WSL2"):
+        with files.lock(tmp_path / "lock", "it"):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_too_little_space_names_what_is_needed(tmp_path):
     with pytest.raises(files.FileError, match=r"the file needs 9313225\.75 GiB .* MOELIB_MODELS"):
         files.need_space(tmp_path, 10**16, "the file")

@@ -1,0 +1,160 @@
+"""Who holds a device, from other processes, folders and users."""
+
+import os
+import secrets
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moelib import claim, files
+
+HOLD = """
+import sys
+from moelib import claim
+with claim.device(sys.argv[1] or None, "device cuda", 0):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def uuid():
+    """The id of a GPU that no other test has."""
+    return f"GPU-{secrets.token_hex(4)}-9608-67cf-9bce-a8c85c7c1cd0"
+
+
+@pytest.fixture
+def holder(uuid):
+    """Starts a process that holds the device, with variables of its own; all are ended."""
+    started = []
+
+    def hold(**env):
+        argv = [sys.executable, "-c", HOLD, uuid]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(argv, env={**os.environ, **env}, **pipes))
+        return started[-1], started[-1].stdout.readline().strip()
+
+    yield hold
+    for child in started:
+        child.kill()
+        child.communicate()
+
+
+def held_by(uuid, wait_s=0.0):
+    """What is said to one who asks, None if the device is free."""
+    try:
+        with claim.device(uuid, "device cuda", wait_s):
+            return None
+    except files.FileError as err:
+        return str(err)
+
+
+def test_two_folders_for_temporary_files_do_not_measure_at_once(holder, uuid, tmp_path):
+    first, said = holder(TMPDIR=str(tmp_path / "a"), HOME=str(tmp_path))
+    assert said == "held"
+    assert held_by(uuid) == f"device cuda is in use by process {first.pid}; wait for it to end, then run again"
+    second, said = holder(TMPDIR=str(tmp_path / "b"))
+    assert said == ""
+    assert f"in use by process {first.pid}" in second.communicate()[1]
+    assert held_by(f"{uuid}-another") is None
+
+
+def test_the_kernel_frees_a_device_whose_holder_was_killed(holder, uuid):
+    first, said = holder()
+    assert said == "held"
+    first.kill()
+    assert held_by(uuid, wait_s=10) is None
+
+
+def test_a_device_is_free_again_after_a_run(uuid):
+    with claim.device(uuid, "device cuda", 0):
+        assert "in use by process" in held_by(uuid)
+    assert held_by(uuid) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="abstract sockets are Linux's")
+def test_the_host_and_a_gpu_have_names_of_their_own(uuid):
+    with claim.device(uuid, "device cuda", 0):
+        assert f"@{claim.PREFIX}{uuid}" in Path("/proc/net/unix").read_text(encoding="utf-8").split()
+    assert claim.HOST == "host"
+
+
+def test_another_users_holder_is_seen_though_its_folder_is_not(uuid, tmp_path, monkeypatch):
+    """Each user has a folder; the name in the kernel is the same for all."""
+    monkeypatch.setattr(claim, "ROOT", tmp_path / "mine")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "theirs").mkdir()
+    with claim.device(uuid, "device cuda", 0):
+        monkeypatch.setattr(claim, "ROOT", tmp_path / "theirs")
+        assert "in use by process" in held_by(uuid)
+        real = os.getuid()
+        monkeypatch.setattr(claim.os, "getuid", lambda: real + 1)  # asked by somebody else
+        assert f"another user's process (process {os.getpid()}, user " in held_by(uuid)
+    assert not list((tmp_path / "theirs").iterdir())
+
+
+def test_where_the_kernel_has_no_such_names_the_file_holds_the_device(uuid, tmp_path, monkeypatch):
+    """As on macOS, and for two containers of one user that share a folder and no network."""
+    monkeypatch.setattr(claim.sys, "platform", "darwin")
+    monkeypatch.setattr(claim, "ROOT", tmp_path)
+    with claim.device(uuid, "device cuda", 0):
+        assert held_by(uuid) == f"device cuda is in use by process {os.getpid()}; wait for it to end, then run again"
+    assert held_by(uuid) is None
+
+
+def test_a_planted_folder_or_link_is_refused_and_nothing_is_written_through_it(uuid, tmp_path, monkeypatch):
+    monkeypatch.setattr(claim, "ROOT", tmp_path)
+    own, victim = tmp_path / f"moelib-{os.getuid()}", tmp_path / "victim"
+    victim.mkdir()
+    own.symlink_to(victim)
+    assert "is not a folder of this user's" in held_by(uuid)
+    assert not list(victim.iterdir())
+    own.unlink()
+    own.write_text("", encoding="utf-8")
+    assert "remove what stands in its way" in held_by(uuid)
+    own.unlink()
+    own.mkdir(mode=0o777)
+    (victim / "thesis").write_text("whole", encoding="utf-8")
+    (own / f"{claim.PREFIX}{uuid}.lock").symlink_to(victim / "thesis")
+    assert "it is a symbolic link" in held_by(uuid)
+    assert (victim / "thesis").read_text(encoding="utf-8") == "whole"
+    assert own.stat().st_mode & 0o777 == 0o700  # and from now on nobody else plants anything
+    real = os.getuid()
+    monkeypatch.setattr(claim, "ROOT", tmp_path / "other")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / f"moelib-{real + 1}").mkdir()
+    monkeypatch.setattr(claim.os, "getuid", lambda: real + 1)
+    assert "is not a folder of this user's, but of" in held_by(uuid)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="abstract sockets are Linux's")
+def test_one_who_takes_the_name_and_answers_nobody_is_still_in_the_way(uuid):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as squatter:
+        squatter.bind(f"\0{claim.PREFIX}{uuid}")
+        assert held_by(uuid) == "device cuda is in use by another process; wait for it to end, then run again"
+
+
+def test_a_sandbox_that_refuses_the_name_leaves_the_file(uuid, tmp_path, monkeypatch):
+    class Refused(socket.socket):
+        def bind(self, address):
+            raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(claim.socket, "socket", Refused)
+    monkeypatch.setattr(claim, "ROOT", tmp_path)
+    with claim.device(uuid, "device cuda", 0):
+        assert f"in use by process {os.getpid()}" in held_by(uuid)
+
+
+def test_a_system_without_locks_is_named(uuid, monkeypatch):
+    monkeypatch.setattr(files, "fcntl", None)
+    assert "on Windows, run it under WSL2" in held_by(uuid)
+
+
+def test_a_name_holds_nothing_that_a_path_could_leave_by(tmp_path, monkeypatch):
+    monkeypatch.setattr(claim, "ROOT", tmp_path)
+    with claim.device("MIG-GPU-1/../../7/0", "device cuda", 0):
+        (lock,) = (tmp_path / f"moelib-{os.getuid()}").iterdir()
+    assert lock.name == "moelib-device-MIG-GPU-1_______7_0.lock"
