@@ -1,8 +1,13 @@
-"""What the host did during a run: whose time the CPUs took, the server's page faults, and whether a clock jumped."""
+"""What the host did during a run: whose time the CPUs took, the server's page faults, and whether a clock jumped; and
+what tells one host from another."""
 
-import contextlib
+import hashlib
+import hmac
 import os
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,6 +17,9 @@ from moelib import process
 from moelib.files import stored
 
 READ_BYTES = 1 << 30  # over all CPUs: more than any cache
+KEY = b"moelib: which host measured"  # of the project, and fixed: the same host has the same id in every study
+UNIDENTIFIED = "the system tells neither a boot's id nor a machine's"
+"""Why a host has no identity, where it has none."""
 
 
 @stored
@@ -41,21 +49,25 @@ class Use:
 
 
 class Watch:
-    """Clocks and CPU times from now on; `stop` tells what became of them."""
+    """Clocks and CPU times from now on; `stop` tells what became of them.
+
+    Both raise ProcessError (monitor-failed) where the system does not tell a time: none is taken for 0.
+    """
 
     def __init__(self) -> None:
         self._start = _clocks()
-        self._busy, self._own = _busy_s(), _cpu_s(os.getpid())
+        self._busy, self._own = _told(_busy_s), _told(_cpu_s, os.getpid())
 
     def stop(self, server_pid: int, device_pid: int | None) -> Use:
         """Call it while the processes are still there: their times end with them."""
-        own = _cpu_s(os.getpid()) - self._own + _cpu_s(server_pid) + _cpu_s(device_pid)
-        busy, now = _busy_s() - self._busy, _clocks()
+        children = sum(_told(_cpu_s, pid) for pid in (server_pid, device_pid) if pid is not None)
+        own = _told(_cpu_s, os.getpid()) - self._own + children
+        busy, now = _told(_busy_s) - self._busy, _clocks()
         wall, elapsed, boot = (b - a for a, b in zip(self._start, now, strict=True))
         minor, major = _faults(server_pid)
         return Use(
             elapsed_s=round(elapsed, 6),
-            cpus=psutil.cpu_count() or 1,
+            cpus=_told(_all_cpus),
             busy_s=round(busy, 3),
             own_s=round(own, 3),
             minor_faults=minor,
@@ -65,11 +77,27 @@ class Watch:
         )
 
 
+def _told(ask: Callable[..., float], *about: int) -> float:
+    try:
+        return ask(*about)
+    except (psutil.Error, OSError, ValueError) as err:
+        what = f"the CPU time of process {about[0]}" if about else "the host's CPU time"
+        raise process.ProcessError(
+            "monitor-failed", f"{what} could not be read ({err}): the run is not known to have had the host to itself"
+        ) from None
+
+
 def _clocks() -> tuple[float, float, float]:
     """(wall clock, monotonic, monotonic with sleep)."""
-    monotonic = time.monotonic()
-    boot = time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else monotonic
-    return time.time(), monotonic, boot
+    # the name of the one that goes on in sleep: macOS's monotonic clock of time.monotonic() stops (clock_gettime(3))
+    with_sleep = time.CLOCK_MONOTONIC if sys.platform == "darwin" else time.CLOCK_BOOTTIME
+    return time.time(), time.monotonic(), time.clock_gettime(with_sleep)
+
+
+def _all_cpus() -> int:
+    if (cpus := psutil.cpu_count()) is None:
+        raise ValueError("the system does not tell how many CPUs it has")
+    return cpus
 
 
 def _busy_s() -> float:
@@ -77,18 +105,16 @@ def _busy_s() -> float:
     return t.user + t.system + sum(getattr(t, name, 0.0) for name in ("nice", "irq", "softirq", "steal"))
 
 
-def _cpu_s(pid: int | None) -> float:
-    """CPU seconds of a process so far; 0 for one that is not there."""
-    with contextlib.suppress(psutil.Error):
-        t = psutil.Process(pid).cpu_times() if pid else None
-        return t.user + t.system if t else 0.0
-    return 0.0
+def _cpu_s(pid: int) -> float:
+    """CPU seconds of a process so far."""
+    t = psutil.Process(pid).cpu_times()
+    return t.user + t.system
 
 
 def _faults(pid: int) -> tuple[int | None, int | None]:
     """(minor, major) page faults of a process; None where the system does not say (proc(5), stat: 10 and 12)."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
         return int(fields[7]), int(fields[9])
     except (OSError, IndexError, ValueError):
         return None, None
@@ -101,14 +127,14 @@ def read_bandwidth() -> float:
     """
     import numpy as np
 
-    cpus = process.usable_cpus()
-    parts, best = [np.ones(READ_BYTES // 8 // cpus, np.int64) for _ in range(cpus)], 0.0
+    cpus, rates = process.usable_cpus(), []
+    parts = [np.ones(READ_BYTES // 8 // cpus, np.int64) for _ in range(cpus)]
     with ThreadPoolExecutor(cpus) as pool:
-        for _ in range(4):  # the first brings the pages in
+        for _ in range(4):
             started = time.perf_counter()
             list(pool.map(np.sum, parts))
-            best = max(best, sum(p.nbytes for p in parts) / (time.perf_counter() - started))
-    return best
+            rates.append(sum(p.nbytes for p in parts) / (time.perf_counter() - started))
+    return max(rates[1:])  # the first brings the pages in
 
 
 def tree(pid: int | None) -> set[int]:
@@ -119,3 +145,35 @@ def tree(pid: int | None) -> set[int]:
         return {pid, *(c.pid for c in psutil.Process(pid).children(recursive=True))}
     except psutil.NoSuchProcess:
         return {pid}
+
+
+def identity() -> str | None:
+    """16 hex digits that tell this host, in this boot, from any other, and nothing else; None: UNIDENTIFIED.
+
+    A keyed hash of the boot's and the machine's ids (boot_id of random(4), machine-id(5)). The boot's tells clones of
+    one image apart and is the same in all containers of a host; the machine's, where it differs, tells more. After a
+    reboot the host counts as another one: its memory and clocks may be. Virtual machines that are woken from one
+    snapshot of a running one have both ids in common, and are not told apart.
+    """
+    ids = [_first_line(p) for p in ("/proc/sys/kernel/random/boot_id", "/etc/machine-id")]
+    if sys.platform == "darwin":
+        ids = [_answer("sysctl", "-n", "kern.bootsessionuuid"), _answer("sysctl", "-n", "kern.uuid")]
+    if not any(ids):
+        return None
+    return hmac.new(KEY, "\n".join(i or "" for i in ids).encode(), hashlib.sha256).hexdigest()[:16]
+
+
+def _first_line(path: str) -> str | None:
+    """What a file of the system says; None where it does not, or says that nothing is set yet."""
+    try:
+        text = Path(path).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return None
+    return text if text and text != "uninitialized" else None
+
+
+def _answer(*argv: str) -> str | None:
+    try:
+        return subprocess.run(argv, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
