@@ -111,6 +111,8 @@ def study_run(name: str, cell: str | None) -> None:
     folder, cells = measure.select(name, cell)
     planned = sum(len(c.specs) for c in cells)
     before = measure.done(folder, cells)
+    if before < planned and (note := measure.device_note(folder)):
+        click.echo(f"{name} {note}")
     click.echo(f"{name}: {len(cells)} notebooks, {planned} runs, {before} of them done")
     bar = tqdm(total=planned, initial=before, unit="run", disable=None)
     # the bar follows the records on disk by their number alone: reading them all would disturb what is being timed

@@ -5,7 +5,6 @@ GPU, its counters.
 """
 
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,9 +14,9 @@ from typing import Any
 
 import psutil
 
-from moelib import host, params, process
+from moelib import cuda, gpus, host, params, process, visible
 from moelib.engine import Engine, EngineError
-from moelib.memory import SETTLED_BYTES, Reading
+from moelib.memory import LEAST_CONTEXT_BYTES, SETTLED_BYTES, Reading
 from moelib.nvml import NO_GPU, Counters, Gpu, Traffic
 
 SAMPLE_S = 0.1  # between readings of the memory: the last one holds the peak, as pools never shrink
@@ -25,7 +24,7 @@ SAMPLE_S = 0.1  # between readings of the memory: the last one holds the peak, a
 # slowest: on an H200 with 16 busy CPUs, monitors that went through all processes at each reading and asked for clocks
 # and power five times a second slowed decoding to 0.862 [0.813, 0.913] of its rate. So while a request runs only the
 # memory is read, which takes 26 us; clocks and power, which take the driver 4 ms, wait for its end.
-BUS_S = 0.01  # between looks at the bus: its counter turns over in 54 ms on an H200's link, and a look takes 1 ms
+BUS_S = 0.01  # between looks at the bus: its counter turns over in 68 ms on an H200's link, and a look takes 1 ms
 IDLE_READINGS, IDLE_S = 5, 0.02  # enough to see an idle device move
 LISTEN_S = 30.0  # for the loopback device's process, to be there
 PORTS = 5  # tried for it
@@ -34,6 +33,10 @@ SETTLE_S = 10.0  # for a driver to give back an ended process's memory
 
 class DeviceError(params.UserError):
     """The device that was asked for is not there; the message says what to do."""
+
+
+class NoDriver(DeviceError):
+    """No driver of NVIDIA answers: there may be no GPU of theirs."""
 
 
 @dataclass
@@ -90,10 +93,14 @@ class Device:
     uuid: str | None = None
     context_bytes: int | None = None
     """An empty context on the device, where one was measured."""
-    threads = process.usable_cpus()
-    """Threads of llama-server."""
     absent: dict[str, str] = NO_GPU
     """Counters that this device does not have -> why."""
+    note: str | None = None
+    """Why it was taken, in a sentence, where nobody named it and a GPU might have been expected."""
+
+    def __init__(self) -> None:
+        self.threads = process.usable_cpus()
+        """Threads of llama-server."""
 
     def identity(self) -> dict[str, Any]:
         """What a record says of the device."""
@@ -121,6 +128,7 @@ class Loopback(Device):
     kind = "loopback"
 
     def __init__(self) -> None:
+        super().__init__()
         cpus = process.usable_cpus()
         self.threads = max(1, cpus // 2)
         self.device_threads = max(1, cpus - self.threads)
@@ -163,15 +171,6 @@ class Loopback(Device):
             yield Session([*rpc, "--device", names[0]], read, cpus=self.cpus, pid=child.pid)
 
 
-# Holds an empty context on the first visible GPU until it is ended.
-_CONTEXT = (
-    "import ctypes,time\n"
-    "cuda,context=ctypes.CDLL('libcuda.so.1'),ctypes.c_void_p()\n"
-    "print('context',cuda.cuInit(0),cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context),0),flush=True)\n"
-    "time.sleep(60)\n"
-)
-
-
 class Family:
     """Reads the memory of a run's processes. All processes, which takes milliseconds, are looked through only when the
     driver lists one that is not known."""
@@ -198,10 +197,15 @@ class Cuda(Device):
     kind = "cuda"
 
     def __init__(self) -> None:
+        super().__init__()
         try:
-            self.gpu = Gpu(os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip())
+            self.gpu = Gpu(os.environ.get(visible.VARIABLE), cuda.first_id)
+        except visible.NotVisible as err:
+            raise DeviceError(f"no NVIDIA GPU can be used: {err}") from None
         except Gpu.errors as err:
-            raise DeviceError(f"no NVIDIA GPU can be used: {err}; check the driver with nvidia-smi") from None
+            gone = isinstance(err, Gpu.no_driver)
+            kind = NoDriver if gone else DeviceError
+            raise kind(f"no NVIDIA GPU can be used: {err}; check the driver with nvidia-smi") from None
         self.uuid, self.name, self.absent = self.gpu.uuid, self.gpu.name, self.gpu.absent
 
     def identity(self) -> dict[str, Any]:
@@ -209,16 +213,17 @@ class Cuda(Device):
 
     def calibrate(self, work: Path) -> None:
         before = self.gpu.read(set(), 0.0).device_bytes
-        argv = [sys.executable, "-c", _CONTEXT]
         env = process.environment(work, {"CUDA_VISIBLE_DEVICES": self.uuid})
         try:
-            with process.Child(argv, work / "context.log", env) as child:
-                child.wait_for(r"context 0 0", 30)
+            with process.Child(cuda.HOLD, work / "context.log", env) as child:
+                child.wait_for(r"context 0 0", process.patience(cuda.ANSWER_S))
+                self.gpu.shared = cuda.SHARED in child.text()
                 seen = self.gpu.read({child.pid}, 0.0)
         except process.ProcessError:
             return  # memory is then held against a wide bound, and says so
         growth = None if None in (before, seen.device_bytes) else seen.device_bytes - before
-        self.context_bytes = seen.process_bytes or growth or None  # what grows may be another's, the list is ours
+        context = seen.process_bytes or growth  # what grows may be another's, the list is ours
+        self.context_bytes = context if context and context >= LEAST_CONTEXT_BYTES else None
 
     @contextmanager
     def session(self, engine: Engine, work: Path) -> Iterator[Session]:
@@ -228,24 +233,63 @@ class Cuda(Device):
         yield Session(["--device", "CUDA0"], read, self.gpu.counters, self.gpu.energy, traffic, env, shared=True)
 
 
+CUDA_BUILD = "take a build with CUDA: `make engine` where nvcc is, or MOELIB_LLAMA_CPP"
+ALONE = "moelib measures NVIDIA GPUs alone"
+INSTEAD = {
+    "loopback": "measures on loopback, in a second process on this machine's CPU",
+    "none": "measures on the CPU alone, with nothing to offload from",
+}
+
+
 def choose(kind: str, engine: Engine) -> Device:
-    """The device for `kind`; `auto` takes a GPU that the engine can use, else loopback, else none.
+    """The device for `kind`; `auto` takes a GPU that the engine can use, else loopback, else none, and notes why.
 
     Raises DeviceError if the kind that was named is not there.
     """
-    if kind == "none":
-        return NoDevice()
+    why = None
     if kind in ("auto", "cuda"):
         try:
-            gpu = Cuda()
-            if any(name.startswith("CUDA") for name in engine.devices()):
-                return gpu
-            raise DeviceError(f"{engine} has no CUDA device; use a CUDA build or `device: loopback`")
-        except DeviceError:
+            return _cuda(engine)
+        except DeviceError as err:
             if kind == "cuda":
                 raise
-    if "--rpc" in engine.help.flags and "rpc-server" in engine.tools:
-        return Loopback()
-    if kind == "auto":
-        return NoDevice()
-    raise DeviceError(f"{engine} has no RPC; run `make engine` or set MOELIB_LLAMA_CPP to one that has")
+            why = passed_over(engine, err)
+    if kind != "none" and "--rpc" in engine.help.flags and "rpc-server" in engine.tools:
+        where = Loopback()
+    elif kind == "loopback":
+        raise DeviceError(f"{engine} has no RPC; run `make engine` or set MOELIB_LLAMA_CPP to one that has")
+    else:
+        where = NoDevice()
+    where.note = why and f"{INSTEAD[where.kind]}, because {why}"
+    return where
+
+
+def _cuda(engine: Engine) -> Cuda:
+    gpu = Cuda()
+    if not uses_cuda(engine):
+        raise DeviceError(f"{engine} has no CUDA device for the {gpu.name}; {CUDA_BUILD}, or name `device: loopback`")
+    return gpu
+
+
+def uses_cuda(engine: Engine) -> bool:
+    return any(name.startswith("CUDA") for name in engine.devices())
+
+
+def of_other_kinds(engine: Engine) -> list[str]:
+    """GPUs that the engine lists and moelib does not measure."""
+    try:
+        return [f"{name}: {text}" for name, text in gpus.others(engine.devices()).items()]
+    except EngineError:  # what cannot list them is told where it is used
+        return []
+
+
+def passed_over(engine: Engine, err: DeviceError) -> str:
+    """Why no GPU is measured on, in one sentence: what is here, and what stands in its way."""
+    if not isinstance(err, NoDriver):
+        return str(err)
+    here = gpus.present()
+    if nvidia := [str(f) for f in here if f.vendor == "NVIDIA"]:
+        return f"the driver of the {', '.join(nvidia)} does not answer: {err}"
+    if other := of_other_kinds(engine):
+        return f"{ALONE}, and the engine lists {', '.join(other)}"
+    return f"{ALONE}, and here is {', '.join(map(str, here))}" if here else "there is no GPU here"

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import psutil
 
-from moelib import device, engine, models, params, process
+from moelib import device, engine, gpus, models, params, process
 from moelib.stats import size
 
 PACKAGES = ("jupyterlab", "papermill", "nbconvert", "pandas", "seaborn", "nvidia-ml-py", "huggingface_hub", "gguf")
@@ -38,12 +38,28 @@ def _engine(llama: engine.Engine) -> Iterator[Finding]:
         yield flag, "yes" if known else "no", BUILD if flag in needed and not known else None
 
 
-def _gpu() -> str:
+def _gpus(llama: engine.Engine | None) -> Iterator[Finding]:
+    """Every GPU that the system or the engine shows, and a fault where it could be expected to be measured on."""
+    here, nvidia = gpus.present(), None
     try:
         gpu = device.Cuda()
-        return f"{gpu.name}, {size(gpu.identity()['total_bytes'])}, {gpu.uuid}"
+        lacks = llama and not device.uses_cuda(llama)
+        nvidia = f"{gpu.name}, {size(gpu.identity()['total_bytes'])}, {gpu.uuid}"
+        yield "GPU", f"{nvidia}{f'; {llama} has no CUDA device' if lacks else ''}", device.CUDA_BUILD if lacks else None
     except device.DeviceError as err:
-        return f"none ({err})"
+        there = [f for f in here if f.vendor == "NVIDIA"]
+        if there or not isinstance(err, device.NoDriver):
+            what = ", ".join(map(str, there)) or "NVIDIA GPU"
+            yield "GPU", f"{what}: {err}", "mend what the message says, or set `device: loopback` in the study"
+        else:
+            yield "GPU", f"none of NVIDIA ({err})", None
+    other = device.of_other_kinds(llama) if llama else []
+    other += [str(f) for f in here if f.vendor != "NVIDIA" and not (f.integrated or other)]
+    if other:
+        cure = None if nvidia else f"{device.ALONE}; set `device: loopback` in the study, or use a machine with one"
+        yield "other GPU", f"{', '.join(other)}, not used", cure
+    elif seen := [str(f) for f in here if f.integrated]:
+        yield "other GPU", f"{', '.join(seen)}, integrated: it shares the CPU's memory, and is not used", None
 
 
 def examine(explicit: str | None = None) -> Iterator[Finding]:
@@ -62,11 +78,13 @@ def examine(explicit: str | None = None) -> Iterator[Finding]:
     places = "; ".join(f"{how}: {folder or 'no'}" for how, folder in engine.candidates(explicit))
     yield "engine looked for", places, None
     yield from _engine(llama) if llama else (missing,)
-    yield "GPU", _gpu(), None
+    yield from _gpus(llama)
     if llama:
         where = device.choose("auto", llama)
         lacks = None if where.kind != "none" else f"a build with RPC or CUDA: {BUILD}"
         yield "device of a study", f"{where.kind}: {where.identity()['name']}", lacks
+        if where.note:
+            yield "why this one", where.note, None
     yield "CPU", f"{facts['cpu']}, {facts['cpus']} usable", None
     yield "RAM", f"{size(psutil.virtual_memory().available)} of {size(facts['ram_bytes'])} available", None
     folder = models.folder()

@@ -73,6 +73,10 @@ class EngineFacts(Facts):
     """Of the launcher alone; its libraries are in the observation."""
 
 
+Link = tuple[Annotated[int, Field(ge=1, le=16)], Annotated[int, Field(ge=1, le=64)]]
+"""Generation and lanes of PCI Express."""
+
+
 class DeviceFacts(Facts):
     """What holds the offloaded part; all but kind, name and uuid are a GPU's, by its driver."""
 
@@ -86,6 +90,9 @@ class DeviceFacts(Facts):
     bandwidth_bytes_per_s: BytesPerS | None = None
     pcie_bytes_per_s: BytesPerS | None = None
     """The most that the link carries one way."""
+    pcie_link: Link | None = None
+    """What card and board can do, and as it was when the run had ended: an idle link slows down."""
+    pcie_link_now: Link | None = None
     power_limit_watt: Watts | None = None
     max_sm_clock_mhz: Megahertz | None = None
 

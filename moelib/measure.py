@@ -84,6 +84,17 @@ def measure(folder: study.Folder, cell: study.Cell) -> Iterator[record.Record]:
                 yield _perform(folder, spec, 1 + last[record.spec_key(spec)], setup) if to_do else there
 
 
+def device_note(folder: study.Folder) -> str | None:
+    """Why the study measures on what it does, where it names no device itself; None too where there is no engine, as
+    each cell says that."""
+    if folder.study.device != "auto":
+        return None
+    try:
+        return device.choose("auto", engine.find()).note
+    except (engine.EngineError, device.DeviceError):
+        return None
+
+
 def _machine(of: Setup | record.Record) -> tuple[Any, ...]:
     """What the runs of a block must share beside engine and file, which a whole study shares."""
     return (of.device.uuid, of.device.driver, of.host.host_id, of.host.system)

@@ -60,6 +60,7 @@ class Gpu:
     """One GPU by what CUDA_VISIBLE_DEVICES says; processes are looked for on all of them."""
 
     errors = (pynvml.NVMLError, visible.NotVisible)
+    no_driver = (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded)
 
     def __init__(self, which: str | None, ask: Callable[[], str | None] | None = None) -> None:
         """which: the variable's value, None where it is not set. ask: asks CUDA for the id of the device that it counts
