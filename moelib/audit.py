@@ -20,7 +20,7 @@ FAMILIES = (invariants, command, bounds, witness, cells)
 RAM_TIMES = 1.3  # between cells of one host: 1.26 seen
 COUNTER_WATT = 2000.0  # more than any board of today draws
 SHARE_TIMES, SHARE_LEAST = 1.1, 0.2  # 1.014 seen; a short prompt's experts are computed where they are
-CLOCK_SHARE = 0.10  # boost moves by steps of 15 MHz, and not at all on the cards seen
+CLOCK_SHARE = 0.08  # boost moves by steps of 15 MHz, and not at all on the cards seen
 SAME_SHARE = 1e-4  # measured shares of one block's requests differ by percents
 
 

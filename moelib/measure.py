@@ -70,7 +70,7 @@ def measure(folder: study.Folder, cell: study.Cell) -> Iterator[record.Record]:
         if folder.sheet(cell) != Sheet.model_validate(quantised.sheet):
             files.write_json(folder.sheet_path(cell), quantised.sheet)
         where.calibrate(work)
-        about = HostFacts(**process.facts(), ram_read_bytes_per_s=host.read_bandwidth())
+        about = HostFacts(**process.facts(), host_id=host.identity(), ram_read_bytes_per_s=host.read_bandwidth())
         setup = Setup(quantised, llama, where, work, DeviceFacts(**where.identity()), about)
         evidence = folder.evidence(cell, set_aside=True)
         _same_setup([r for r in evidence.records if r.done], setup)
