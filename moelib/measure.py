@@ -56,9 +56,13 @@ class Setup(NamedTuple):
 def measure(folder: study.Folder, cell: study.Cell) -> Iterator[record.Record]:
     """Make the cell's file, then do every run that has no valid record; yield each run's record as it stands.
 
-    A run that fails is recorded and the next one goes on. Raises what stands in the way of all of them: no engine,
-    no device, no source, no disk.
+    A run that fails is recorded and the next one goes on. A cell that is whole is read, and needs neither engine nor
+    device. Raises what stands in the way of all runs: no engine, no device, no source, no disk.
     """
+    evidence = folder.evidence(cell)
+    if _whole(folder, cell, status := folder.status(cell, evidence)):
+        yield from (r for block in status.blocks for r in block)
+        return
     llama = engine.find()
     where = device.choose(folder.study.device, llama)
     folder.write_plan()
@@ -234,6 +238,7 @@ def run_cells(folder: study.Folder, cells: list[study.Cell], say: Callable[[str]
     `say` is told of each cell as its turn comes. Returns what has no valid result, run by run, with reasons.
     """
     problems = []
+    folder.write_plan()
     for i, cell in enumerate(cells):
         out = folder.path / "notebooks" / f"{cell.file_name}.ipynb"
         status = folder.status(cell)

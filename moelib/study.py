@@ -80,17 +80,28 @@ def outputs() -> Path:
 
 def read_plan(path: Path) -> dict[str, Any]:
     """The plan at `path`, without its digest. Raises StudyError if it is not what was written."""
+    again = "delete it and run the study: the plan is made again from params/, and the records that belong to it stand"
     try:
         data = json.loads(path.read_bytes())
         told = data.pop("digest")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        told = data = None
-    if data is None or told != files.digest(data):
-        raise StudyError(
-            f"{path} was changed or damaged: its digest does not fit; delete it and run the study: the plan is made "
-            "again from params/, and the records that belong to it stand"
-        )
+        fits = told == files.digest(data)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        fits = False
+    if not fits:
+        raise StudyError(f"{path} was changed or damaged: its digest does not fit; {again}")
+    try:
+        made = Plan.model_validate(data)
+    except ValueError as err:
+        raise StudyError(f"{path} is no plan of this moelib ({' '.join(str(err).split())[:200]}); {again}") from None
+    planned = {f"{m}/{q}" for m, q in itertools.product(made.study.models, made.study.quants)}
+    if {c.name for c in made.cells} != planned or made.workloads.keys() != set(made.study.workloads):
+        raise StudyError(f"{path} does not hold together: its cells or workloads are not those of its study; {again}")
     return data
+
+
+def same_plan(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two plans ask for the same runs; the number of the records' schema is not of the plan's own."""
+    return {**a, "schema_version": None} == {**b, "schema_version": None}
 
 
 def read_sheet(path: Path) -> Sheet | None:
@@ -121,7 +132,7 @@ class Folder:
         self.workloads = {w: params.workload(w) for w in self.study.workloads}
         self._plan = Plan(study=self.study, workloads=self.workloads, cells=self.cells).model_dump(mode="json")
         path = self.path / "plan.json"
-        if path.exists() and read_plan(path) != self._plan:
+        if path.exists() and not same_plan(read_plan(path), self._plan):
             raise StudyError(
                 f"{path} is the plan of a study with other parameters; give the changed study another name, "
                 f"or move {self.path} away"

@@ -51,6 +51,56 @@ def test_the_plan_is_written_first_and_another_one_is_refused(home):
         Folder("smoke")
 
 
+@pytest.mark.parametrize("name", ["h100-twins", "demo"])
+def test_a_cell_that_is_whole_is_read_without_engine_or_device_and_nothing_is_written(name, monkeypatch):
+    """A committed study, of a GPU too, on a machine that has neither."""
+    if name == "demo":
+        monkeypatch.setenv("MOELIB_OUTPUTS", str(REPO / "docs/example"))
+    monkeypatch.setattr(measure.engine, "find", lambda *_: pytest.fail("an engine was asked for"))
+    monkeypatch.setattr(measure.device, "choose", lambda *_: pytest.fail("a device was asked for"))
+    monkeypatch.setattr(files, "write_bytes", lambda path, _: pytest.fail(f"{path} was written"))
+    folder = Folder(name)
+    before = tree(folder.path)
+    there = list(measure.measure(folder, folder.cells[0]))
+    assert [r.spec for r in there] == folder.cells[0].specs
+    assert all(r.done for r in there)
+    assert tree(folder.path) == before
+
+
+def resigned(path, **change):
+    """The plan at `path` with other content and the digest of that."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    del data["digest"]
+    data |= change
+    path.write_text(json.dumps({**data, "digest": files.digest(data)}), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"cells": []}, "does not hold together"),
+        ({"workloads": {}}, "does not hold together"),
+        ({"cells": "none"}, "no plan of this moelib"),
+        ({"something": 1}, "no plan of this moelib"),
+    ],
+)
+def test_a_plan_with_a_digest_that_does_not_hold_together_is_refused(home, change, words):
+    folder = Folder("smoke")
+    folder.write_plan()
+    resigned(folder.path / "plan.json", **change)
+    with pytest.raises(StudyError, match=words):
+        study.results(folder.path)
+    with pytest.raises(StudyError, match=words):
+        Folder("smoke")
+
+
+def test_the_plan_of_a_study_of_an_older_schema_is_the_same_plan(home):
+    folder = Folder("smoke")
+    folder.write_plan()
+    resigned(folder.path / "plan.json", schema_version=2)
+    assert Folder("smoke").cells == folder.cells
+
+
 def test_an_unknown_cell_names_the_known_ones(home):
     with pytest.raises(params.ParamsError, match="deepseek-moe-16b/Q8_0"):
         Folder("smoke").cell("phi-3.5-moe", "Q8_0")
