@@ -130,8 +130,7 @@ def bench(llama: engine.Engine, where: device.Device, file: Path, placement: str
 def show(kept: harness.Harness) -> None:
     """Print the ratios: geometric means with 95 % intervals, by placement."""
     about = kept.about
-    name = about["device"]["name"]
-    print(f"{about['model']} at scale {about['scale']}, {about['quant']}, on {name}, {about['engine']}")
+    print(f"{about.model} at scale {about.scale}, {about.quant}, on {about.device.name}, {about.engine}")
     for placement, ratio, e in harness.ratios(kept):
         print(f"{placement:9} {ratio.name:60} {stats.close(e)}  {ratio.aim}: {ratio.met(e)}")
 
@@ -168,7 +167,7 @@ def main(
         about = {"model": model, "scale": scale, "quant": quant, "weights": "twin", "file_sha256": made.sheet["sha256"]}
         about |= {"engine": str(llama), "device": where.identity(), "host": process.facts(), "workload": WORKLOAD}
         found = harness.read(out) if out and out.exists() else None
-        if found and found.about != about:
+        if found and found.about != harness.About(**about):
             raise click.ClickException(f"{out} was measured on something else: give another --out, or delete it")
         measured = [r.model_dump(exclude_none=True) for r in found.rounds] if found else []
         for number in range(len(measured) // len(PLACEMENTS), rounds):

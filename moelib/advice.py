@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from moelib import analyse, evidence, harness, report, stats
+from moelib.facts import Sheet
+from moelib.neutral import markdown
 from moelib.params import Arm, Study
 from moelib.record import Record
 from moelib.stats import number, size, span
@@ -62,7 +64,7 @@ def _runs(results: Results, model: str | None = None) -> list[Record]:
 
 
 def _gpu(results: Results) -> bool:
-    return {r.device["kind"] for r in _runs(results)} == {"cuda"}
+    return {r.device.kind for r in _runs(results)} == {"cuda"}
 
 
 def place(results: Results, arm: Arm) -> str:
@@ -87,8 +89,8 @@ def _compare(
     return [c for c in analyse.compare(results, quantity, of) if c.model == model]
 
 
-def _sheets(results: Results, model: str) -> dict[str, dict]:
-    return {s["quant"]: s for s in results.sheets if s["model"] == model}
+def _sheets(results: Results, model: str) -> dict[str, Sheet]:
+    return {s.quant: s for s in results.sheets if s.model == model}
 
 
 def choices(results: Results, model: str) -> list[Choice]:
@@ -101,7 +103,7 @@ def choices(results: Results, model: str) -> list[Choice]:
             if rate and c.quant in sheets and None not in memory:
                 sheet, where = sheets[c.quant], place(results, arm)
                 sources = cite(runs) | cite_sheet(sheet)
-                found[c.quant, where] = Choice(c.quant, where, max(memory), sheet["bits_per_weight"], rate, sources)
+                found[c.quant, where] = Choice(c.quant, where, max(memory), sheet.bits_per_weight, rate, sources)
     return list(found.values())
 
 
@@ -144,11 +146,11 @@ def comparison(results: Results, model: str) -> Table:
     quantities = (analyse.device_memory, analyse.decode_rate(workload), analyse.first_token(workload, warm=True))
     rows, sources = [], []
     for memory, rate, ttft in zip(*(_compare(results, model, q) for q in quantities), strict=True):
-        sheet = sheets.get(memory.quant, {})
+        sheet = sheets.get(memory.quant)
         arm = {"placement": memory.arm.placement} if many else {}
         told = {
-            "file": size(sheet.get("file_bytes")),
-            "bits/weight": f"{sheet['bits_per_weight']:.2f}" if sheet else stats.NONE,
+            "file": size(sheet.file_bytes if sheet else None),
+            "bits/weight": f"{sheet.bits_per_weight:.2f}" if sheet else stats.NONE,
             "device memory": _both(memory, size),
             "tokens/s": _both(rate, number),
             "tokens/s, ratio": stats.estimate(rate.ratio),
@@ -160,9 +162,9 @@ def comparison(results: Results, model: str) -> Table:
         sources.append(cite(r for c in (memory, rate, ttft) for r in c.records) | (cite_sheet(sheet) if sheet else {}))
     asked, (base, *offloaded) = results.workloads[workload], _places(results)
     note = (
-        f"Left of the arrow {base}, right of it {' or '.join(offloaded)}. Workload {workload} ({asked.title}, "
-        f"{asked.generate_tokens} generated), warm requests for the first token; means, and ratios [95 % interval] "
-        f"within blocks, on {machine(results, model)}."
+        f"Left of the arrow {base}, right of it {' or '.join(offloaded)}. Workload {markdown(workload)} "
+        f"({markdown(asked.title)}, {asked.generate_tokens} generated), warm requests for the first token; means, and "
+        f"ratios [95 % interval] within blocks, on {machine(results, model)}."
     )
     return Table(f"comparison-{model}", rows, sources, note, tuple(rows[0])[1 + many :] if rows else ())
 
@@ -179,7 +181,7 @@ def verdict(results: Results, model: str) -> Text:
     if not memory or not rate:
         return Text(name, "Memory and speed were not measured together, so nothing is recommended.")
     (here, *away), used = _places(results), [*memory, *rate]
-    experts = [s["expert_bytes"] for q, s in _sheets(results, model).items() if q in {c.quant for c in memory}]
+    experts = [s.expert_bytes for q, s in _sheets(results, model).items() if q in {c.quant for c in memory}]
     slower = all(c.ratio.value < 1 for c in rate)
     told = [
         f"**{'First look whether a file fits whole' if slower else 'Speed'}**: {here}, decoding ran at "
@@ -198,7 +200,7 @@ def verdict(results: Results, model: str) -> Text:
         told.append(
             f"**{'For long prompts, copy' if sooner else 'Copying'} the experts** to memory of their own instead of "
             "mapping the file (`--load-mode none`; older builds `--no-mmap`): the first token of a warm "
-            f"{workload} request then took {first} times as long, starting the server {load} times."
+            f"{markdown(workload)} request then took {first} times as long, starting the server {load} times."
         )
         used += [c for found in modes for c in found]
     return Text(name, "\n".join(f"- {t}" for t in told), cite(r for c in used for r in c.records))
@@ -206,7 +208,7 @@ def verdict(results: Results, model: str) -> Text:
 
 def limits(results: Results) -> Text:
     """What the advice leaves out, once for all models."""
-    cpus = "; ".join(sorted({f"{r.host['cpu']}, {r.host['cpus']} usable" for r in _runs(results)}))
+    cpus = "; ".join(sorted({f"{markdown(r.host.cpu)}, {r.host.cpus} usable" for r in _runs(results)}))
     told, sources = [], cite(_runs(results))
     if slowed := harness.bias(results.accuracy.values()):
         told.append(slowed)

@@ -100,7 +100,7 @@ def bound(workload: str) -> Quantity:
     rate = decode_rate(workload)
 
     def share(r: Record) -> float | None:
-        device, host = r.device.get("bandwidth_bytes_per_s"), r.host.get("ram_read_bytes_per_s")
+        device, host = r.device.bandwidth_bytes_per_s, r.host.ram_read_bytes_per_s
         p, tps = r.observed.placement, rate(r)
         if not device or not host or tps is None:
             return None
@@ -131,7 +131,7 @@ def power(r: Record) -> float | None:
 def watching(r: Record) -> float | None:
     """Share of one CPU that watching the run took; None in records of earlier code."""
     spent = r.observed.watch_cpu_s
-    return None if spent is None else spent / r.observed.host.elapsed_s
+    return None if spent is None or not r.observed.host.elapsed_s else spent / r.observed.host.elapsed_s
 
 
 def major_faults(r: Record) -> float | None:

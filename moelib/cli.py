@@ -1,35 +1,86 @@
-"""`moelib`: the commands, without logic of their own."""
+"""`moelib`: the commands, without logic of their own. Each imports what it needs: `--help` is quick."""
 
+import errno
 import logging
 import os
 import sys
 import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import click
-from tqdm import tqdm
 
-from moelib import __version__, files, measure, models, monitor, notebook, params, sources
-from moelib import engine as engines
-from moelib import quantize as quants
+from moelib import __version__, neutral
 
 FAILED = 1
 """Exit code when something was wrong; 2 is click's for a wrong call, 130 for Ctrl-C."""
+PLACES = "MOELIB_OUTPUTS (studies) or MOELIB_MODELS (model files)"
+MEND = {
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS),
+        f"give this user the right to it, or set {PLACES} to a folder where it has it",
+    ),
+    **dict.fromkeys(
+        (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP),
+        f"a file is where a folder belongs, or the other way round: move it away, or set {PLACES} to another folder",
+    ),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), f"free some space, or set {PLACES} to another disk"),
+}
+"""What to do where the system refuses a file."""
+
+
+def say(text: object, err: bool = False) -> None:
+    """Print lines that may hold what somebody else wrote, without what a terminal would obey."""
+    click.echo(neutral.lines(text), err=err)
+
+
+def say_all(problems: list[str], err: bool = False) -> None:
+    """Print each on a line of its own."""
+    for p in problems:
+        say(f"  {neutral.plain(p, None)}", err)
 
 
 class Group(click.Group):
-    """Turns the errors that are meant for people into one message and an exit code."""
+    """Turns errors into one message and an exit code; a reader that has gone away ends the program quietly."""
+
+    def main(self, *args: object, **kwargs: object) -> object:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a terminal that has no `→` shows a `?`
+                stream.reconfigure(errors="replace")
+        return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
-        except params.UserError as err:
-            click.echo(f"moelib: {err}", err=True)
-            sys.exit(FAILED)
+        except (click.ClickException, click.Abort, click.exceptions.Exit):
+            raise
         except KeyboardInterrupt:
-            click.echo("\nmoelib: interrupted; what is finished is kept, run the same command to go on", err=True)
+            say("\nmoelib: interrupted; what is finished is kept, run the same command to go on", err=True)
             sys.exit(130)
+        except OSError as err:
+            if err.filename is None:  # of standard output
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if err.errno != errno.EPIPE:
+                where = "standard output" if err.filename is None else err.filename
+                mend = MEND.get(err.errno, "mend that, and run the same command again")
+                say(f"moelib: {where}: {err.strerror or err}; {mend}", err=True)
+            sys.exit(FAILED)
+        except Exception as err:
+            from moelib.params import UserError
+
+            if isinstance(err, UserError):
+                say(f"moelib: {err}", err=True)
+            else:
+                logging.getLogger(__name__).info("where it went wrong", exc_info=err)
+                what = neutral.plain(f"{type(err).__name__}: {err}")
+                say(f"moelib: {what}; this is a fault of moelib: report it with what `moelib -v` shows", err=True)
+            sys.exit(FAILED)
+
+
+class Formatter(logging.Formatter):
+    """What is logged may hold what somebody else wrote."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return neutral.lines(super().format(record))
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -37,7 +88,9 @@ class Group(click.Group):
 @click.option("-v", "--verbose", is_flag=True, help="Log what is done.")
 def main(verbose: bool) -> None:
     """What MoE CPU offloading buys and costs, measured."""
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(Formatter("%(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
@@ -50,9 +103,9 @@ def doctor(engine_path: str | None) -> None:
     findings = list(doctors.examine(engine_path))
     width = max(len(what) for what, _, _ in findings)
     for what, found, mend in findings:
-        click.echo(f"{'!!' if mend else 'ok'} {what:<{width}}  {found}")
+        say(f"{'!!' if mend else 'ok'} {what:<{width}}  {found}")
         if mend:
-            click.echo(f"   {'':<{width}}  mend: {mend}")
+            say(f"   {'':<{width}}  mend: {mend}")
     sys.exit(FAILED if any(mend for _, _, mend in findings) else 0)
 
 
@@ -63,6 +116,8 @@ def doctor(engine_path: str | None) -> None:
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Default: under models/.")
 def twin(model: str, scale: str, seed: int, out: Path | None) -> None:
     """Write a geometry twin of MODEL: its shapes, random weights."""
+    from moelib import models
+
     source = models.make_twin(model, scale, seed, out)
     click.echo(f"{source.path}  {source.header.file_bytes} bytes  sha256 {source.sha256}")
 
@@ -74,6 +129,8 @@ def twin(model: str, scale: str, seed: int, out: Path | None) -> None:
 @click.option("--from", "given", type=click.Path(exists=True, path_type=Path), help="An F16 GGUF, or safetensors.")
 def fetch(model: str, pin: str | None, revision: str, given: Path | None) -> None:
     """Get MODEL's real weights: the files pinned in params/models.yaml, or what --from names."""
+    from moelib import sources
+
     if pin:
         told = sources.pin(model, pin, revision)
         size = sum(f.bytes for f in told.files.values())
@@ -91,6 +148,12 @@ def fetch(model: str, pin: str | None, revision: str, given: Path | None) -> Non
 @click.option("--real", is_flag=True, help="The real weights, not a twin.")
 def quantize(model: str, quant: str, scale: str, real: bool) -> None:
     """Quantise MODEL's twin, or its real weights, to QUANT and print the file's sheet."""
+    from tempfile import TemporaryDirectory
+
+    from moelib import engine as engines
+    from moelib import files, params, sources
+    from moelib import quantize as quants
+
     params.quant(quant)
     with TemporaryDirectory() as scratch:
         source = sources.obtain(model, "real" if real else "twin", scale, needed=False)
@@ -108,23 +171,33 @@ def study() -> None:
 @click.option("--cell", help="Only MODEL/QUANT.")
 def study_run(name: str, cell: str | None) -> None:
     """Do everything of study NAME that is not done, then write its document."""
+    from tqdm import tqdm
+
+    from moelib import measure, monitor, notebook, words
+
     folder, cells = measure.select(name, cell)
     planned = sum(len(c.specs) for c in cells)
     before = measure.done(folder, cells)
     if before < planned and (note := measure.device_note(folder)):
-        click.echo(f"{name} {note}")
-    click.echo(f"{name}: {len(cells)} notebooks, {planned} runs, {before} of them done")
+        say(f"{name} {note}")
+    say(f"{name}: {len(cells)} notebooks, {planned} runs, {before} of them done")
     bar = tqdm(total=planned, initial=before, unit="run", disable=None)
     # the bar follows the records on disk by their number alone: reading them all would disturb what is being timed
     written = folder.path / "records"
     known = before - len(list(written.glob("*.json")))
     with bar, monitor.repeating(lambda: bar.update(known + len(list(written.glob("*.json"))) - bar.n), 1.0):
         problems = measure.run_cells(folder, cells, say=tqdm.write)
-    for p in problems:
-        click.echo(f"  {p}", err=True)
-    if not cell:
-        click.echo(f"{sum(len(b) for c in cells for b in folder.status(c).blocks)} of {planned} runs valid")
-        click.echo(f"document: {os.path.relpath(notebook.report(name, progress=False))}")
+    found = folder.look()
+    if cell:
+        say(f"{cell}: {words.usable(found.statuses[cell].tally, words.flags(found, cell))}")
+    else:
+        problems = list(dict.fromkeys([*problems, *found.problems]))
+        say(words.summary(found))
+    say_all(problems, err=True)
+    if not cell and found.done:
+        say(f"document: {os.path.relpath(notebook.document(name, progress=False))}")
+    elif not cell:
+        say("no document: no run came to a result", err=True)
     if problems:
         sys.exit(FAILED)
 
@@ -132,13 +205,14 @@ def study_run(name: str, cell: str | None) -> None:
 @study.command("status")
 @click.argument("name")
 def study_status(name: str) -> None:
-    """Say what of study NAME is valid, and why the rest is not."""
-    folder, _ = measure.select(name)
-    found = folder.look()
+    """Say what of study NAME is usable, and why the rest is not; writes nothing."""
+    from moelib import words
+    from moelib.study import Folder
+
+    found = Folder(name).look()
     for cell, status in found.statuses.items():
-        click.echo(f"{cell}: {sum(len(b) for b in status.blocks)} of {status.planned} runs in usable blocks")
-    for p in found.problems:
-        click.echo(f"  {p}")
+        say(f"{neutral.plain(cell)}: {words.usable(status.tally, words.flags(found, cell))}")
+    say_all(found.problems)
     sys.exit(FAILED if found.problems else 0)
 
 
@@ -147,16 +221,15 @@ def study_status(name: str) -> None:
 @click.option("--judge-again", is_flag=True, help="First judge runs without a valid result by the present rules.")
 def audit(name: str, judge_again: bool) -> None:
     """Check every record of study NAME against every invariant again, and say what stands."""
-    from moelib import evidence
+    from moelib import evidence, measure, words
     from moelib.study import Folder, outputs, results
 
     for r in measure.judge_again(Folder(name)) if judge_again else ():
-        click.echo(f"judged again: {r.line}, from the readings of {r.judged.record}")
+        say(f"judged again: {r.line}, from the readings of {r.judged.record}")
     found = results(outputs() / name)
-    click.echo(evidence.audit_table(found).text())
-    click.echo(", ".join(f"{count} {what}" for what, count in found.tally.items()))
-    for p in found.problems:
-        click.echo(f"  {p}")
+    say(evidence.audit_table(found).text())
+    say(words.summary(found))
+    say_all(found.problems)
     sys.exit(FAILED if found.problems else 0)
 
 
@@ -164,10 +237,23 @@ def audit(name: str, judge_again: bool) -> None:
 @click.argument("name")
 @click.option("--into", type=click.Path(file_okay=False, path_type=Path), help="Folder of the document; the study's.")
 def report(name: str, into: Path | None) -> None:
-    """Rebuild the document of study NAME from its records alone."""
+    """Rebuild the document of study NAME from its records alone.
+
+    Fails if there is nothing in it, or something in the study is wrong; runs that were not done yet are only told.
+    """
+    from moelib import notebook, words
+    from moelib.study import outputs, results
+
     started = time.monotonic()
-    path = os.path.relpath(notebook.report(name, into))
-    click.echo(f"document: {path} ({time.monotonic() - started:.0f} s)")
+    found = results(outputs() / name)
+    path = os.path.relpath(notebook.document(name, into))
+    say(f"document: {path} ({time.monotonic() - started:.0f} s)")
+    say(words.summary(found))
+    wrong = [p for p in found.problems if not p.endswith(": not run")]
+    say_all(wrong, err=True)
+    if not found.blocks:
+        say("moelib: no block is whole, so the document compares nothing: run the study again", err=True)
+    sys.exit(FAILED if wrong or not found.blocks else 0)
 
 
 @main.command()
@@ -210,7 +296,7 @@ def publish(name: str, namespace: str, yes: bool, public: bool | None) -> None:
     if not yes:
         click.echo("nothing was touched; add --yes to do it")
         return
-    publishing.publish(plans, lambda line: tqdm.write(line, file=sys.stdout))
+    publishing.publish(plans, say)
     click.echo("done")
 
 

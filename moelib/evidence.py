@@ -2,12 +2,13 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import pandas as pd
 
-from moelib import audit, harness, stats
+from moelib import audit, harness, stats, words
+from moelib.facts import Sheet
 from moelib.invariants import INVARIANTS
+from moelib.neutral import code, markdown
 from moelib.record import Record
 from moelib.stats import number, size
 from moelib.study import Results
@@ -15,23 +16,24 @@ from moelib.table import Table, Text, cite, cite_harness, cite_sheet, facts
 
 
 def _types(count: dict[str, int]) -> str:
-    return ", ".join(f"{n}x{t}" for t, n in count.items())
+    return ", ".join(f"{n}x{markdown(t)}" for t, n in count.items())
 
 
 def files_table(results: Results) -> Table:
-    models, quants = results.study.models, results.study.quants
-    sheets = sorted(results.sheets, key=lambda s: (models.index(s["model"]), quants.index(s["quant"])))
+    order = {name: i for i, name in enumerate(results.statuses)}
+    # a sheet of no planned cell comes last
+    sheets = sorted(results.sheets, key=lambda s: (order.get(f"{s.model}/{s.quant}", len(order)), s.model, s.quant))
     rows = [
         {
-            "model": s["model"],
-            "quant": s["quant"],
-            "file": size(s["file_bytes"]),
-            "bits/weight": f"{s['bits_per_weight']:.2f}",
-            "experts": size(s["expert_bytes"]),
-            "expert tensor types": _types(s["expert_types"]),
-            "other tensor types": _types(Counter(s["tensor_types"]) - Counter(s["expert_types"])),
-            "fallbacks": len(s["fallbacks"]),
-            "SHA-256": f"`{s['sha256'][:12]}`",
+            "model": markdown(s.model),
+            "quant": markdown(s.quant),
+            "file": size(s.file_bytes),
+            "bits/weight": f"{s.bits_per_weight:.2f}",
+            "experts": size(s.expert_bytes),
+            "expert tensor types": _types(s.expert_types),
+            "other tensor types": _types(Counter(s.tensor_types) - Counter(s.expert_types)),
+            "fallbacks": len(s.fallbacks),
+            "SHA-256": f"`{s.sha256[:12]}`",
         }
         for s in sheets
     ]
@@ -51,15 +53,15 @@ def ledger_table(blocks: Sequence[Sequence[Record]]) -> Table:
         moved = after.placement
         rows.append(
             {
-                "model": r.spec.model,
-                "quant": r.spec.quant,
-                "arm": r.spec.arm,
+                "model": markdown(r.spec.model),
+                "quant": markdown(r.spec.quant),
+                "arm": markdown(r.spec.arm),
                 "block": r.spec.block + 1,
                 "expert tensors moved": f"{moved.moved_tensors} in {moved.moved_blocks} blocks",
                 "by the header": size(moved.moved_bytes),
                 "off the device (engine)": size(weights[0] - weights[1]),
                 "off the device (memory)": size(None if None in memory else memory[0] - memory[1]),
-                "weights on the host in": ", ".join(sorted(hosts)),
+                "weights on the host in": ", ".join(map(markdown, sorted(hosts))),
                 "graph splits": f"{splits[0]} -> {splits[1]}",
             }
         )
@@ -74,11 +76,12 @@ def runs_table(records: Sequence[Record]) -> Table:
     ordered = sorted(records, key=lambda r: (r.spec.block, r.spec.order))
     for r in ordered:
         seen = r.observed
-        row = {"block": r.spec.block + 1, "arm": r.spec.arm, "status": r.status, "why": ", ".join(r.reasons) or "-"}
+        row = {"block": r.spec.block + 1, "arm": markdown(r.spec.arm), "status": r.status}
+        row["why"] = ", ".join(map(markdown, r.reasons)) or "-"
         row |= {k: size(getattr(seen.memory, name) if seen else None) for k, name in sizes.items()}
         row["load, s"] = number(seen.load_s) if seen else stats.NONE
         for q in seen.requests if seen else ():
-            row[f"{q.workload} #{q.index + 1}"] = f"{number(q.tps)} tok/s, {number(q.ttft_s, 1000)} ms"
+            row[f"{markdown(q.workload)} #{q.index + 1}"] = f"{number(q.tps)} tok/s, {number(q.ttft_s, 1000)} ms"
         rows.append(row)
     return Table("runs", rows, [cite([r]) for r in ordered], numbers=("block", *sizes, "load, s"))
 
@@ -88,11 +91,12 @@ def completeness_table(results: Results) -> Table:
     for name, s in results.statuses.items():
         here = [r for r in results.records if r.cell == name]
         count = Counter(r.status for r in here)
-        row = {"cell": name, "planned runs": s.planned, **{k: s.tally[k] for k in ("valid", "invalid", "missing")}}
-        row["in whole, valid blocks"] = sum(len(b) for b in s.blocks)
+        row = {"cell": markdown(name), "planned runs": s.planned, "usable": s.usable}
+        row |= {k: s.tally[k] for k in ("valid", "degraded", "invalid", "missing")}
+        row["in whole, usable blocks"] = sum(len(b) for b in s.blocks)
         rows.append({**row, **{f"{k} records": count[k] for k in ("valid", "degraded", "invalid", "failed")}})
         sources.append(cite(here))
-    return Table("completeness", rows, sources, numbers=tuple(rows[0])[1:])
+    return Table("completeness", rows, sources, numbers=tuple(rows[0])[1:] if rows else ())
 
 
 def audit_table(results: Results) -> Table:
@@ -116,15 +120,14 @@ def audit_table(results: Results) -> Table:
 
 
 def problems(results: Results) -> Text:
-    """Every planned run without a valid result, as a list; then what stands with a flag."""
-    wrong = "\n".join(f"- {p}" for p in results.problems)
-    text = f"Missing or not valid:\n\n{wrong}" if wrong else "Every planned run has a valid record."
-    flags = Counter(reason for b in results.blocks for r in b for reason in r.reasons)
-    if flags:
-        told = ", ".join(f"{reason} in {n} runs" for reason, n in sorted(flags.items()))
-        text += f"\n\nOf these, some stand with a flag (*degraded*): {told}."
+    """Every planned run without a usable result, as a list; then what is used with a flag."""
+    wrong = "\n".join(f"- {markdown(p)}" for p in results.problems)
+    text = f"Missing or not usable:\n\n{wrong}" if wrong else "Every planned run has a usable record."
+    text += f"\n\n{markdown(words.summary(results))}."
+    if results.tally["degraded"]:
+        text += " A *degraded* run's numbers stand, with the flag of the invariant that did not hold."
     if again := [r for b in results.blocks for r in b if r.judged]:
-        rules = ", ".join(sorted({r.judged.commit[:12] for r in again}))
+        rules = ", ".join(markdown(c) for c in sorted({r.judged.commit[:12] for r in again}))
         text += (
             f"\n\n{len(again)} runs were *judged again*: their readings stand in an earlier record that the rules of "
             f"its day refused, and commit {rules} has later ones. Both records are here; nothing was measured anew."
@@ -136,19 +139,19 @@ def environment_table(results: Results) -> Table:
     """Every distinct value of what the valid runs say of engine, device, host and code; of several, whose each is."""
 
     def told(r: Record) -> dict[str, str]:
-        host, device = r.host, r.device
-        commit = f"{host['commit'] or 'no git clone'}{' with local changes' if host['dirty'] else ''}"
-        limit = device.get("power_limit_watt")
+        host, device, said = r.host, r.device, markdown
+        commit = f"{host.commit or 'no git clone'}{' with local changes' if host.dirty else ''}"
+        limit = device.power_limit_watt
         return {
-            "engine": r.engine["version"],
-            "llama-server SHA-256": f"`{r.engine['server_sha256'][:12]}`",
-            "device": f"{device['kind']}: {device['name']}",
-            "driver": device.get("driver") or stats.NONE,
+            "engine": said(r.engine.version),
+            "llama-server SHA-256": f"`{r.engine.server_sha256[:12]}`",
+            "device": f"{device.kind}: {said(device.name)}",
+            "driver": said(device.driver or stats.NONE),
             "power limit": f"{limit:g} W" if limit else stats.NONE,
-            "CPU": f"{host['cpu']}, {host['cpus']} usable",
-            "RAM": size(host["ram_bytes"]),
-            "system": f"{host['system']}, Python {host['python']}",
-            "moelib": f"{host['moelib']}, commit {commit}",
+            "CPU": f"{said(host.cpu)}, {host.cpus} usable",
+            "RAM": size(host.ram_bytes),
+            "system": f"{said(host.system)}, Python {said(host.python)}",
+            "moelib": f"{said(host.moelib)}, commit {commit}",
             "llama-server threads": str(r.observed.threads),
         }
 
@@ -158,8 +161,9 @@ def environment_table(results: Results) -> Table:
             return values.iloc[0]
         return "; ".join(f"{value} ({', '.join(dict.fromkeys(of))})" for value, of in cells.items())
 
-    frame = pd.DataFrame([told(r) for r in results.done], index=[r.cell for r in results.done])
-    return facts("environment", {k: whose(frame[k]) for k in frame}, cite(results.done))
+    done = [r for r in results.done if r.observed]
+    frame = pd.DataFrame([told(r) for r in done], index=[markdown(r.cell) for r in done])
+    return facts("environment", {k: whose(frame[k]) for k in frame}, cite(done))
 
 
 def harness_table(results: Results) -> Table:
@@ -170,13 +174,13 @@ def harness_table(results: Results) -> Table:
     rows, sources = [], []
     for name, found in results.accuracy.items():
         about = found.about
-        what = f"{about['model']} {about['quant']} at {(about['host']['commit'] or stats.NONE)[:7]}"
+        what = markdown(f"{about.model} {about.quant} at {(about.host.commit or stats.NONE)[:7]}")
         for placement, ratio, e in harness.ratios(found):
-            told = {"file, commit": what, "placement": placement, "ratio": ratio.name, "found": stats.close(e)}
-            rows.append(told | {"pairs": e.n, "aim": ratio.aim, "met": ratio.met(e)})
+            told = {"file, commit": what, "placement": markdown(placement), "ratio": ratio.name}
+            rows.append(told | {"found": stats.close(e), "pairs": e.n, "aim": ratio.aim, "met": ratio.met(e)})
             sources.append(cite_harness({name: found}))
     abouts = [found.about for found in results.accuracy.values()]
-    setups = sorted({f"scale {a['scale']}, {a['workload']}, on {a['device']['name']}" for a in abouts})
+    setups = sorted({markdown(f"scale {a.scale}, {a.workload}, on {a.device.name}") for a in abouts})
     note = (
         f"Decode rates at {' and '.join(setups)}: geometric mean over pairs [95 % interval]. A pair is one round's, "
         "or, of watched / unwatched within one generation, two neighbouring slots of time. Commits are those of the "
@@ -191,7 +195,7 @@ def machines(results: Results) -> Text:
     for name, status in results.measured.items():
         cards = Counter(map(_card, status.blocks))
         if len(cards) > 1:
-            mixed.append(f"{name} ({' + '.join(map(str, cards.values()))} blocks{_ram(status.blocks)})")
+            mixed.append(f"{markdown(name)} ({' + '.join(map(str, cards.values()))} blocks{_ram(status.blocks)})")
     text = "- Blocks measure variation from run to run on one machine, not from machine to machine."
     if mixed:
         text = (
@@ -210,55 +214,60 @@ def apart(results: Results) -> str | None:
             groups[cards.pop()].append(name)
     if len(groups) < 2:
         return None
-    told = [f"{', '.join(g)}{_ram([b for n in g for b in results.measured[n].blocks])}" for g in groups.values()]
+    ram = [_ram([b for name in g for b in results.measured[name].blocks]) for g in groups.values()]
+    told = [f"{', '.join(map(markdown, g))}{speed}" for g, speed in zip(groups.values(), ram, strict=True)]
     return (
         f"Measured on one machine each: {'; '.join(told)}. Where rates of cells from two machines are compared, the "
         "machines are as well, above all with experts on the CPU; ratios within a cell are of one machine."
     )
 
 
-def _card(block: Sequence[Record]) -> str:
-    return block[0].device["uuid"] or block[0].device["name"]
+def _card(block: Sequence[Record]) -> str | None:
+    return block[0].device.uuid or block[0].device.name
 
 
 def _ram(blocks: Iterable[Iterable[Record]]) -> str:
     """How fast the host's memory was read before these runs, where all say it."""
-    speeds = [r.host.get("ram_read_bytes_per_s") for b in blocks for r in b]
-    return "" if None in speeds else f", RAM read at {stats.span([s / 1e9 for s in speeds], number)} GB/s"
+    speeds = [r.host.ram_read_bytes_per_s for b in blocks for r in b]
+    return "" if None in speeds or not speeds else f", RAM read at {stats.span([s / 1e9 for s in speeds], number)} GB/s"
 
 
 def workloads_table(results: Results) -> Table:
     rows, sources = [], []
     for name, w in results.workloads.items():
         here = [r for r in results.done if name in r.spec.workloads]
-        asked = {q.prompt_n for r in here for q in r.observed.requests if q.workload == name}
-        counts = {"prompt tokens": ", ".join(map(str, sorted(asked))), "tokens generated": w.generate_tokens}
-        rows.append({"workload": name, "what": w.title, **counts})
+        asked = {q.prompt_n for r in here if r.observed for q in r.observed.requests if q.workload == name}
+        counts = {"prompt tokens": ", ".join(map(str, sorted(asked))) or stats.NONE}
+        counts["tokens generated"] = w.generate_tokens
+        rows.append({"workload": markdown(name), "what": markdown(w.title), **counts})
         sources.append(cite(here))
     return Table("workloads", rows, sources)
 
 
 def records_table(results: Results) -> Table:
     """Every record by id, status and digest: what the set digests of the other tables stand for."""
-    rows = [{"record": f"`{r.run_id}`", "status": r.status, "digest": f"`{r.digest[:12]}`"} for r in results.records]
+    rows = [{"record": code(r.run_id), "status": r.status, "digest": f"`{r.digest[:12]}`"} for r in results.records]
     return Table("records", rows, [cite([r]) for r in results.records])
 
 
-def sheet_table(sheet: dict[str, Any]) -> Table:
+def sheet_table(sheet: Sheet | None) -> Table:
     """A quantised file's sheet."""
-    types, experts = (", ".join(f"{n} x {t}" for t, n in sheet[k].items()) for k in ("tensor_types", "expert_types"))
+    if sheet is None:
+        return Table("sheet", [], [], why_empty="there is none that can be read.")
+    counts = (sheet.tensor_types, sheet.expert_types)
+    types, experts = (", ".join(f"{n} x {markdown(t)}" for t, n in count.items()) for count in counts)
     fell = Counter((f.columns, f.type) for f in sheet.fallbacks)
     told = {
-        "file": sheet["file_name"],
-        "size": size(sheet["file_bytes"]),
-        "parameters": f"{sheet['parameters']:,}",
-        "bits per weight": f"{sheet['bits_per_weight']:.2f}",
+        "file": markdown(sheet.file_name),
+        "size": size(sheet.file_bytes),
+        "parameters": f"{sheet.parameters:,}",
+        "bits per weight": f"{sheet.bits_per_weight:.2f}",
         "tensor types": types,
         "expert tensors": experts,
-        "expert bytes": size(sheet["expert_bytes"]),
-        "fallbacks": "; ".join(f"{n} x {c} columns -> {t}" for (c, t), n in fell.items()) or "none",
-        "SHA-256": f"`{sheet['sha256']}`",
-        "made by": f"{sheet['engine_version']} in {number(sheet['quantize_s'])} s",
-        "weights": f"{sheet['weights']}, scale {sheet['scale']}",
+        "expert bytes": size(sheet.expert_bytes),
+        "fallbacks": "; ".join(f"{n} x {c} columns -> {markdown(t)}" for (c, t), n in fell.items()) or "none",
+        "SHA-256": f"`{sheet.sha256}`",
+        "made by": f"{markdown(sheet.engine_version)} in {number(sheet.quantize_s)} s",
+        "weights": f"{sheet.weights}, scale {markdown(sheet.scale)}",
     }
     return facts("sheet", told, cite_sheet(sheet))

@@ -15,6 +15,7 @@ from typing import Any, TypeVar, dataclass_transform
 
 import psutil
 
+from moelib import neutral
 from moelib.params import UserError
 
 try:
@@ -120,7 +121,8 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def pretty(data: Any) -> bytes:
     """JSON for people and for merges: sorted keys, a line each."""
-    return (json.dumps(data, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
+    text = json.dumps(data, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False)
+    return (neutral.escaped(text) + "\n").encode()
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -11,52 +11,73 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, Field
 
-from moelib import files, stats
+from moelib import files, neutral, stats
 from moelib.client import Request
+from moelib.facts import DeviceFacts, HostFacts
 from moelib.params import Strict
+from moelib.ranges import Name, Sha256
 
 FOLDER = "harness"  # in a study's: one file for each model, quant and state of the harness that was looked at
 SLOT_S = 0.5  # of watching or not: a few readings, and short beside what changes a machine's speed
 FILLED = 0.7  # of a slot, at the least: a step that crosses into the next belongs to neither
 
 
+Rate = Annotated[float, Field(gt=0, le=1e9)]
+"""Tokens per second."""
+
+
 class Rates(Strict):
     """Decode tokens per second of each request to one server."""
 
-    client: list[float]
+    client: list[Rate]
     """By arrival times here."""
-    server: list[float]
+    server: list[Rate]
     """By the server's own timings."""
 
 
 class Round(Strict):
     """Each way of measuring once, in random order, each with a fresh process."""
 
-    placement: str
-    order: list[str]
+    placement: Name
+    order: list[Name]
     watched: Rates
     """With every monitor that a study's run has."""
     unwatched: Rates | None = None
     """Without them, in a process of its own; in files of earlier code."""
-    toggled: list[tuple[float, float]] | None = None
+    toggled: list[tuple[Rate, Rate]] | None = None
     """(watched, unwatched) within one generation: its neighbouring slots of time, the monitors on in one of them."""
-    bench: list[float] | None = None
+    bench: list[Rate] | None = None
     """Tokens per second by llama-bench, which streams and samples nothing."""
     on_device: Rates | None = None
     """With the next token chosen on the device where the build can: the logits stay there."""
-    bare: list[float] | None = None
+    bare: list[Rate] | None = None
     """The server's rates so, with the answer in one piece: no event for each token."""
+
+
+class About(Strict):
+    """What the rates were measured with."""
+
+    model: Name
+    quant: Name
+    scale: Name
+    weights: Literal["twin", "real"]
+    file_sha256: Sha256
+    workload: Name
+    engine: Name
+    device: DeviceFacts
+    host: HostFacts
 
 
 class Harness(Strict):
     """What the file holds."""
 
-    about: dict[str, Any]
-    """Model, scale, quant and file; engine, device, host and commit; workload."""
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    about: About
     rounds: list[Round]
     digest: str
 
@@ -153,13 +174,13 @@ def ratios(found: Harness) -> Iterator[tuple[str, Ratio, stats.Estimate]]:
 
 def bias(accuracy: Iterable[Harness]) -> str | None:
     """A sentence for each placement that watching surely slowed by more than the aim allows, None where it did not."""
-    told = []
+    told, said = [], neutral.markdown
     for about, placement, ratio, e in ((found.about, *row) for found in accuracy for row in ratios(found)):
         if ratio is WATCHED and e.high is not None and e.high < ratio.lowest:
+            where, what = said(placement), said(f"{about.model} at {about.quant}")
             told.append(
-                f"**Watching slowed the runs**: {about['model']} at {about['quant']}, {placement}, decoded at "
-                f"{stats.estimate(e)} times the rate that it had unwatched. Rates of {placement} here are too low by "
-                "about as much, and so are their ratios."
+                f"**Watching slowed the runs**: {what}, {where}, decoded at {stats.estimate(e)} times the rate that it "
+                f"had unwatched. Rates of {where} here are too low by about as much, and so are their ratios."
             )
     return " ".join(told) or None
 
@@ -175,10 +196,11 @@ def write(path: Path, about: dict[str, Any], rounds: list[dict[str, Any]]) -> Ha
 def read(path: Path) -> Harness:
     """What was kept. Raises files.FileError if it is not what was written."""
     try:
-        data = json.loads(path.read_bytes())
-        found = Harness.model_validate(data)
+        raw = path.read_bytes()
+        found = Harness.model_validate_json(raw, strict=True)
+        data = json.loads(raw)
         del data["digest"]
-    except (OSError, ValueError, ValidationError):
+    except (OSError, ValueError, RecursionError):
         found = None
     if found is None or found.digest != files.digest(data):
         raise files.FileError(f"{path.name} was changed or damaged; measure it again: benchmarks/harness_accuracy.py")

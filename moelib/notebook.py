@@ -7,6 +7,7 @@ import ast
 import contextlib
 import json
 import re
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,12 @@ def execute(name: str, out: Path, parameters: dict[str, Any], progress: bool = T
 
     source = Path("notebooks") / f"{name}.ipynb"
     root = params.root()
-    known = papermill.inspect_notebook(str(root / source))
+    try:
+        known = papermill.inspect_notebook(str(root / source))
+    except Exception as err:  # of the file, of JSON, of nbformat
+        why = " ".join(str(err).split())[:200] or type(err).__name__
+        mend = "take it from the repository again, or set MOELIB_HOME to a clone that has it"
+        raise NotebookError(f"{source} of {root} cannot be read ({why}); {mend}") from None
     _refuse_unknown(parameters, list(known))
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -83,13 +89,14 @@ def require_whole(path: Path) -> None:
     After a dead kernel papermill's own metadata says that every cell is completed.
     """
     try:
-        cells = json.loads(path.read_text())["cells"]
-    except (OSError, ValueError, KeyError) as err:
-        raise NotebookError(f"{path.name} cannot be read: {err}") from None
-    code = [c for c in cells if c["cell_type"] == "code" and "".join(c["source"]).strip()]
-    for i, cell in enumerate(code):
-        errors = [o["evalue"] for o in cell["outputs"] if o["output_type"] == "error"]
-        if errors or cell["execution_count"] is None:
+        cells = json.loads(path.read_bytes())["cells"]
+        code = [c for c in cells if c["cell_type"] == "code" and "".join(c["source"]).strip()]
+        ran = [([o for o in c["outputs"] if o["output_type"] == "error"], c["execution_count"]) for c in code]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+        raise NotebookError(f"{path.name} cannot be read: {type(err).__name__} {err}") from None
+    for i, (failed, count) in enumerate(ran):
+        errors = [str(o.get("evalue")) for o in failed]
+        if errors or count is None:
             what = f"failed: {errors[0]}" if errors else "was not executed"
             raise NotebookError(f"{path.name}: code cell {i + 1} {what}")
     if not code:
@@ -108,7 +115,7 @@ def render(executed: Path, folder: Path) -> Path:
     require_whole(executed)
     book = nbformat.read(executed, as_version=4)
     provenance = _provenance(executed.name, book)
-    exporter = MarkdownExporter(raw_template=TEMPLATE.read_text())
+    exporter = MarkdownExporter(raw_template=TEMPLATE.read_text(encoding="utf-8"))
     text, resources = exporter.from_notebook_node(book, resources={"output_files_dir": FIGURES})
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.splitlines())).strip() + "\n"
     if str(params.root().resolve()) in text:
@@ -142,12 +149,19 @@ def _provenance(name: str, book: Any) -> dict[str, Any]:
 
 
 def report(name: str, into: Path | None = None, progress: bool = True) -> Path:
-    """Rebuild the document of study `name` from its records alone, in the study's folder or `into` another.
+    """Rebuild the document of study `name` from its records alone, in the study's folder or `into` another; then
+    nothing is written in the study's.
 
     Raises StudyError if there are none.
     """
+    study.results(study.outputs() / name)
+    return document(name, into, progress)
+
+
+def document(name: str, into: Path | None = None, progress: bool = True) -> Path:
+    """`report` of a study that is known to have records."""
     path = study.outputs() / name
-    study.results(path)
-    executed = path / "notebooks" / "analysis.ipynb"
-    execute("analysis", executed, {"study": name}, progress)
-    return render(executed, into or path)
+    with tempfile.TemporaryDirectory() as scratch:
+        executed = (Path(scratch) if into else path / "notebooks") / "analysis.ipynb"
+        execute("analysis", executed, {"study": name}, progress)
+        return render(executed, into or path)

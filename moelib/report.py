@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterable
 
-from moelib import analyse, harness, stats
+from moelib import analyse, harness, stats, words
+from moelib.neutral import markdown as neutral
 from moelib.params import Arm
 from moelib.record import Record
 from moelib.stats import percent, size
@@ -21,24 +22,27 @@ WEIGHTS = {
 
 def headline(results: Results) -> Text:
     """What was measured on what, in the document's first lines."""
-    runs, tally = results.done, results.tally
-    parameters = " and ".join(f"{n / 1e6:,.0f} M" for n in sorted({s["parameters"] for s in results.sheets}))
-    origins = "; ".join(sorted({s.get("origin", "") for s in results.sheets}))
-    weights = WEIGHTS[results.study.weights].format(scale=results.study.scale, parameters=parameters, origins=origins)
+    runs = results.done
+    parameters = " and ".join(f"{n / 1e6:,.0f} M" for n in sorted({s.parameters for s in results.sheets}))
+    origins = "; ".join(sorted({neutral(s.origin) for s in results.sheets if s.origin})) or "of unknown origin"
+    told = {"scale": neutral(results.study.scale), "parameters": parameters or "unknown", "origins": origins}
     text = (
-        f"{weights}\n\nStudy **{results.name}**: {results.study.title}. {tally['valid']} valid runs of "
-        f"{tally['planned']} planned ({tally['invalid']} invalid, {tally['missing']} missing), on "
-        f"{'; '.join(sorted({machine(r) for r in runs}))}."
+        f"{WEIGHTS[results.study.weights].format(**told)}\n\nStudy **{neutral(results.name)}**: "
+        f"{neutral(results.study.title)}. {neutral(words.summary(results))}, on "
+        f"{'; '.join(sorted({machine(r) for r in runs})) or 'no machine yet'}."
     )
     if gone := [name for name in results.statuses if name not in results.measured]:
-        text += f"\n\n**Not measured yet**, and in no table below: {', '.join(gone)}."
+        text += f"\n\n**Not measured yet**, and in no table below: {', '.join(map(neutral, gone))}."
+    if not results.measured:
+        text += "\n\n**Nothing is compared here**: no block is whole. What stands in its way is listed below."
     return Text("headline", text, cite(runs))
 
 
 def machine(r: Record) -> str:
-    if r.device["kind"] == "loopback":
-        return f"the *loopback* device ({r.device['name']}): no GPU took part, and no number here is one of a GPU"
-    return r.device["name"] or f"no device ({r.host['cpu']})"
+    name = neutral(r.device.name or "")
+    if r.device.kind == "loopback":
+        return f"the *loopback* device ({name}): no GPU took part, and no number here is one of a GPU"
+    return name or f"no device ({neutral(r.host.cpu or 'CPU unknown')})"
 
 
 def answer(results: Results) -> Text:
@@ -46,7 +50,8 @@ def answer(results: Results) -> Text:
     rates = [c for w in results.study.workloads for c in analyse.compare(results, analyse.decode_rate(w)) if c.ratio]
     memory = [c for c in analyse.compare(results, analyse.device_memory) if c.ratio]
     if not rates or not memory:
-        return Text("answer", "No whole block holds both a baseline and an offload run, so nothing can be compared.")
+        text = "No whole block holds a baseline and an offload run of known memory and rate: nothing can be compared."
+        return Text("answer", text, cite(r for b in results.blocks for r in b))
     saved = stats.span([1 - c.ratio.value for c in memory], percent)
     kept = stats.span([c.ratio.value for c in rates], percent)
     told = [f"Keeping the experts on the CPU took {saved} off device memory."]
@@ -58,9 +63,8 @@ def answer(results: Results) -> Text:
             here = [c for c in found if c.ratio and c.arm.load_mode == mode]
             if here:
                 times = stats.span([c.ratio.value for c in here], stats.number)
-                told.append(
-                    f"The first token of a warm {workload} request took {times} times as long (load mode {mode})."
-                )
+                what = f"The first token of a warm {neutral(workload)} request"
+                told.append(f"{what} took {times} times as long (load mode {mode}).")
                 used += here
     rest = [s for s in analyse.summarise(results, analyse.residual) if s.value]
     if rest:
@@ -82,7 +86,7 @@ def _label(arm: Arm, many: bool) -> str:
 
 
 def _where(row: analyse.Comparison | analyse.Summary, many: bool) -> dict[str, str]:
-    return {"model": row.model, "quant": row.quant, "arm": _label(row.arm, many)}
+    return {"model": neutral(row.model), "quant": row.quant, "arm": _label(row.arm, many)}
 
 
 def _many(results: Results) -> bool:
@@ -111,12 +115,12 @@ def _table(
 
 def _absent(results: Results, *counters: str) -> str:
     """Why the runs have none of a counter."""
-    why = {r.observed.absent.get(c) for c in counters for r in results.done} - {None}
-    return f"not measured: {'; '.join(sorted(why)) or 'no run told it'}."
+    why = {r.observed.absent.get(c) for c in counters for r in results.done if r.observed} - {None}
+    return f"not measured: {'; '.join(sorted(map(neutral, why))) or 'no run told it'}."
 
 
 def memory_table(results: Results) -> Table:
-    expert_bytes = {(s["model"], s["quant"]): s["expert_bytes"] for s in results.sheets}
+    expert_bytes = {(s.model, s.quant): s.expert_bytes for s in results.sheets}
 
     def show(c: analyse.Comparison) -> dict[str, str]:
         return {
@@ -137,7 +141,7 @@ def memory_parts_table(results: Results) -> Table:
     parts = zip(*(analyse.summarise(results, q) for q in quantities), strict=True)
     rows, records = [], []
     for whole, engine, rest, grown in parts:
-        contexts = {r.device.get("context_bytes") for r in whole.records} - {None}
+        contexts = {r.device.context_bytes for r in whole.records} - {None}
         share = rest.value.value / whole.value.value if rest.value and whole.value else None
         rows.append(
             {
@@ -187,9 +191,9 @@ def load_table(results: Results) -> Table:
 def load_mode_table(results: Results) -> Table:
     """The same placement with its host weights mapped from the file and copied to memory of their own."""
     last = results.study.workloads[-1]
-    quantities = {f"tokens/s, {w}": analyse.decode_rate(w) for w in results.study.workloads}
-    quantities[f"first token, {last}, first"] = analyse.first_token(last, warm=False)
-    quantities[f"first token, {last}, warm"] = analyse.first_token(last, warm=True)
+    quantities = {f"tokens/s, {neutral(w)}": analyse.decode_rate(w) for w in results.study.workloads}
+    quantities[f"first token, {neutral(last)}, first"] = analyse.first_token(last, warm=False)
+    quantities[f"first token, {neutral(last)}, warm"] = analyse.first_token(last, warm=True)
     quantities |= {
         "load time": analyse.load_time,
         "device memory": analyse.device_memory,
@@ -198,7 +202,7 @@ def load_mode_table(results: Results) -> Table:
     found = {name: analyse.compare(results, q, analyse.load_modes) for name, q in quantities.items()}
     rows, records = [], []
     for cells in zip(*found.values(), strict=True):
-        row = {"model": cells[0].model, "quant": cells[0].quant, "arm": cells[0].arm.placement}
+        row = {"model": neutral(cells[0].model), "quant": cells[0].quant, "arm": cells[0].arm.placement}
         rows.append(row | {k: stats.estimate(c.ratio) for k, c in zip(found, cells, strict=True)})
         records.append({r.run_id: r for c in cells for r in c.records}.values())
     note = "Load mode *none* over *mmap*, ratios [95 % interval] within blocks: above 1 is more tokens, time or memory."
@@ -225,8 +229,8 @@ def bound_table(results: Results, workload: str) -> Table:
             }
         )
         records.append(share.records)
-    speeds = {f"{r.device['bandwidth_bytes_per_s'] / 1e9:.0f}" for s in records for r in s}
-    hosts = sorted(r.host["ram_read_bytes_per_s"] / 1e9 for s in records for r in s)
+    speeds = {f"{r.device.bandwidth_bytes_per_s / 1e9:.0f}" for s in records for r in s}
+    hosts = sorted(r.host.ram_read_bytes_per_s / 1e9 for s in records for r in s)
     note = (
         "Weights that one token must read, and the share of the rate that reading them at full speed would allow, mean "
         f"[95 % interval]. Full speed: {' or '.join(sorted(speeds)) or stats.NONE} GB/s on the device (clock and bus "
@@ -254,7 +258,7 @@ def host_table(results: Results) -> Table:
     columns = {
         "host RSS, peak": (analyse.host_peak, stats.sizes),
         "major page faults": (analyse.major_faults, lambda e: stats.estimate(e)),
-        f"over PCIe for a prompt of {last}": (analyse.received(last), stats.sizes),
+        f"over PCIe for a prompt of {neutral(last)}": (analyse.received(last), stats.sizes),
         "GPU clock, MHz": (analyse.sm_clock, lambda e: stats.estimate(e)),
         "board, W": (analyse.power, lambda e: stats.estimate(e)),
         "watching, of one CPU": (analyse.watching, _percents),

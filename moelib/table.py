@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moelib import files
+from moelib import files, neutral
 from moelib.facts import Sheet
 from moelib.harness import Harness
 from moelib.record import Record
@@ -42,10 +42,10 @@ class Text(_Shown):
     sources: Sources = field(default_factory=dict)
 
     def markdown(self) -> str:
-        return self.text
+        return neutral.lines(self.text)
 
     def provenance(self) -> dict[str, Any]:
-        return {"kind": "text", "name": self.name, "text": self.text, "sources": self.sources}
+        return {"kind": "text", "name": self.name, "text": self.markdown(), "sources": self.sources}
 
 
 @dataclass(frozen=True)
@@ -69,24 +69,42 @@ class Table(_Shown):
     def text(self) -> str:
         import pandas as pd
 
-        frame = pd.DataFrame(self.rows).map(lambda v: str(v).replace("|", "\\|"))
-        align = ["right" if c in self.numbers else "left" for c in frame.columns]
-        return frame.to_markdown(index=False, colalign=align, disable_numparse=True)
+        columns = list(self.rows[0]) if self.rows else []
+        rows = [{_cell(k): _cell(v) for k, v in row.items()} for row in self.rows]
+        align = ["right" if c in self.numbers else "left" for c in columns]
+        return pd.DataFrame(rows).to_markdown(index=False, colalign=align, disable_numparse=True)
 
     def markdown(self) -> str:
         """The table, then where its numbers came from: the digest shows whether they still do."""
+        name = neutral.code(self.name)
         if not self.rows:
-            return f"*Table `{self.name}`: {self.why_empty}*"
-        about = f"{self.note}\n\n" if self.note else ""
-        cited = f"Table `{self.name}`: {len(self.sources)} sources, set digest `{files.digest(self.sources)[:12]}`."
+            return neutral.lines(f"*Table {name}: {self.why_empty}*")
+        about = f"{neutral.lines(self.note)}\n\n" if self.note else ""
+        cited = f"Table {name}: {len(self.sources)} sources, set digest `{files.digest(self.sources)[:12]}`."
         return f"{about}{self.text()}" + (f"\n\n*{cited}*" if self.sources else "")
 
     def provenance(self) -> dict[str, Any]:
         rows = [
-            {"cells": {k: str(v) for k, v in row.items()}, "from": sorted(sources)}
+            {"cells": {neutral.lines(k): neutral.lines(v) for k, v in row.items()}, "from": sorted(sources)}
             for row, sources in zip(self.rows, self.row_sources, strict=True)
         ]
-        return {"kind": "table", "name": self.name, "note": self.note, "rows": rows, "sources": self.sources}
+        return {
+            "kind": "table",
+            "name": self.name,
+            "note": neutral.lines(self.note),
+            "rows": rows,
+            "sources": self.sources,
+        }
+
+
+def _cell(value: Any) -> str:
+    """What ends neither its cell nor its row."""
+    return neutral.plain(value, None).replace("|", "\\|")
+
+
+def heading(name: str, text: str, level: int = 3) -> Text:
+    """A heading with a name in it that somebody else chose."""
+    return Text(name, f"{'#' * level} {neutral.markdown(text)}")
 
 
 def collect(told: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -43,8 +43,8 @@ def test_the_bound_is_the_time_to_read_each_tokens_weights_once():
     assert analyse.bound("plan-short")(r) is None  # the memories' speeds are not known
     known = r.model_copy(
         update={
-            "device": {**r.device, "bandwidth_bytes_per_s": 10.0},
-            "host": {**r.host, "ram_read_bytes_per_s": 20.0},
+            "device": r.device.model_copy(update={"bandwidth_bytes_per_s": 10.0}),
+            "host": r.host.model_copy(update={"ram_read_bytes_per_s": 20.0}),
         }
     )
     assert analyse.bound("plan-short")(known) == pytest.approx(0.5)

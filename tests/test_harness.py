@@ -4,7 +4,7 @@ import json
 
 import pytest
 from conftest import REPO
-from factory import request
+from factory import HOST, request
 
 from moelib import advice, evidence, files, harness, report, study
 
@@ -12,9 +12,12 @@ ABOUT = {
     "model": "a-model",
     "quant": "Q8_0",
     "scale": "tiny",
+    "weights": "twin",
+    "file_sha256": "a" * 64,
     "workload": "plan-short",
-    "device": {"name": "a GPU"},
-    "host": {"commit": "c" * 40},
+    "engine": "llama.cpp b11434",
+    "device": {"kind": "cuda", "name": "a GPU", "uuid": "GPU-1"},
+    "host": HOST.model_dump() | {"commit": "c" * 40},
 }
 
 

@@ -1,0 +1,61 @@
+"""Strings that somebody else wrote (records, sheets, plans, a GPU's driver), made harmless where people read them.
+
+A name may hold anything: an escape sequence for the terminal, a tag or a link for the document, a line break that
+ends a table's row. What is plain already comes back as it is. Digests and comparisons are of the strings as they are.
+"""
+
+import re
+import unicodedata
+
+LONGEST = 400
+"""Characters that are shown of one string."""
+GONE = "\N{REPLACEMENT CHARACTER}"
+"""Stands for what has no shape of its own, or changes how its neighbours look."""
+_SHAPELESS = ("Cc", "Cf", "Cs", "Co", "Cn")  # control, format (bidi, joiners), surrogate, private, unassigned
+_SPECIAL = re.compile(
+    r"(?P<escape>[\\`*\[\]~$]"
+    r"|(?<![^\W_])_|_(?![^\W_])"  # within a word it is no emphasis
+    r"|^[#+=-])"  # these begin a heading, a list
+    r"|(?P<entity>[<>&]|:(?=//)|(?<=\bwww)\.|(?<=\w)@(?=\w))",
+    re.IGNORECASE,
+)
+
+
+def _seen(c: str) -> str:
+    return GONE if unicodedata.category(c) in _SHAPELESS else c
+
+
+def plain(text: object, longest: int | None = LONGEST) -> str:
+    """`text` on one line, every character of it one that is seen; cut after `longest`."""
+    whole = " ".join(str(text).split())
+    cut = whole if longest is None or len(whole) <= longest else whole[: longest - 1] + "…"
+    return cut if cut.isascii() and cut.isprintable() else "".join(map(_seen, cut))
+
+
+def lines(text: object) -> str:
+    """`text` with its line breaks and spaces, and nothing else that is not seen."""
+    return "".join(c if c in " \n" else " " if c.isspace() else _seen(c) for c in str(text))
+
+
+def markdown(text: object) -> str:
+    """`text` as Markdown that shows just these characters: no tag, link, emphasis, code or mathematics."""
+    shown = _SPECIAL.sub(lambda m: f"\\{m[0]}" if m["escape"] else f"&#{ord(m[0])};", plain(text))
+    return re.sub(r"^(\d{1,9})([.)])(?=\s|$)", r"\1\\\2", shown)  # a numbered list
+
+
+def code(text: object, longest: int | None = LONGEST) -> str:
+    """`text` between backticks, which no backtick within it ends."""
+    return f"`{plain(text, longest).replace('`', chr(39))}`"
+
+
+def escaped(json_text: str) -> str:
+    """JSON whose strings hold nothing unseen as it is: the same values, spelt out."""
+    shapeless = {c for c in set(json_text) if c != "\n" and _seen(c) == GONE != c}
+    units = {c: c.encode("utf-16-be", "surrogatepass") for c in shapeless}
+    table = {ord(c): "".join(f"\\u{u[i : i + 2].hex()}" for i in range(0, len(u), 2)) for c, u in units.items()}
+    return json_text.translate(table)
+
+
+def label(text: object) -> str:
+    """`text` for a figure, where `$` would begin mathematics."""
+    return plain(text, 60).replace("$", r"\$")
