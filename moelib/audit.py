@@ -236,11 +236,12 @@ def measured(r: Record) -> Measured:
 
 
 def verdict(checks: Sequence[Check]) -> tuple[str, tuple[str, ...]]:
-    """(valid, degraded or invalid; the ids of the checks that failed). No checks at all is invalid."""
+    """(valid, degraded or invalid; the ids of the checks that failed). No checks at all is invalid, and so is
+    one that is not known here."""
     failed = tuple(c.id for c in checks if not c.passed)
     if not checks:
         return "invalid", ("nothing-checked",)
-    hard = [f for f in failed if not INVARIANTS[f].degrades]
+    hard = [f for f in failed if f not in INVARIANTS or not INVARIANTS[f].degrades]
     return "invalid" if hard else "degraded" if failed else "valid", failed
 
 

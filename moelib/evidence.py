@@ -100,11 +100,11 @@ def completeness_table(results: Results) -> Table:
 
 
 def audit_table(results: Results) -> Table:
-    """Every invariant, how often it held and how often not: of runs and blocks as they stand, and of the study."""
-    checks = [c for r in results.evidence.standing.values() for c in r.audit]
-    checks += [c for s in results.statuses.values() for c in s.checks]
-    checks += results.audit
-    held = Counter((c.id, c.passed) for c in checks)
+    """Every invariant, how often it held and how often not, by the rules of today: of runs as they stand with their
+    logs, of blocks, cells and the study."""
+    held = Counter(c for r in results.evidence.standing.values() for c in results.evidence.checks.get(r.run_id, ()))
+    held.update((c.id, c.passed) for s in results.statuses.values() for c in s.checks)
+    held.update((c.id, c.passed) for c in results.audit)
     rows = [
         {
             "invariant": i.id,

@@ -1,9 +1,10 @@
 """The records of a study: each read once, audited once with its log as a witness, and what stands of them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from moelib import audit, record, run, witness
 
@@ -21,6 +22,8 @@ class Evidence:
     """Run -> seconds from the start of its process to its log's first instant."""
     set_aside: tuple[str, ...] = ()
     """Runs whose damaged records were moved away."""
+    checks: dict[str, tuple[tuple[str, bool], ...]] = field(default_factory=dict)
+    """Run -> (invariant, whether it held) by the rules of today, of the runs that observed something."""
 
     @cached_property
     def standing(self) -> dict[str, record.Record]:
@@ -37,25 +40,40 @@ def gather(folder: Path, of: str = "", set_aside: bool = False, light: bool = Fa
     light: keep of each what a study's tables need. set_aside: move damaged records away.
     """
     wrong, starts, lighten = {}, {}, record.Lightener()
+    checks: dict[str, tuple[tuple[str, bool], ...]] = {}
+    once: dict[Any, Any] = {}  # the runs of a study share a few outcomes
 
     def look(r: record.Record) -> record.Record:
         called = witness.call(folder, r)
-        if (why := why_not(r, called)) is not None:
+        today = audit_today(r, called)
+        if (why := why_not(r, called, today)) is not None:
             wrong[r.run_id] = why
+        if today:
+            outcome = tuple((c.id, c.passed) for c in today)
+            checks[r.run_id] = once.setdefault(outcome, outcome)
         if r.observed and called.log and called.log.ready_s is not None:
             starts[r.run_id] = r.observed.load_s - called.log.ready_s
         return lighten(r) if light else r
 
     records, damaged = record.read_all(folder, set_aside, of, look)
     away = tuple(p.name.partition(".json")[0] for p in sorted((folder / "records" / "damaged").glob(f"{of}*")))
-    return Evidence(records, damaged, wrong, starts, away)
+    return Evidence(records, damaged, wrong, starts, away, checks)
 
 
-def why_not(r: record.Record, called: witness.Witnessed | None = None) -> str | None:
+def audit_today(r: record.Record, called: witness.Witnessed | None = None) -> tuple[record.Check, ...]:
+    """Every invariant of a run and of its log, by the rules of today; empty where it observed nothing."""
+    if r.observed is None:
+        return ()
+    return audit.run(audit.measured(r)) + (audit.log(called) if called else ())
+
+
+def why_not(
+    r: record.Record, called: witness.Witnessed | None = None, today: Sequence[record.Check] | None = None
+) -> str | None:
     """Why a run has no result that stands; its audit is done again, so that no record vouches for itself.
 
     A record may carry a flag of its day's rules that today's would not give, and it keeps it; it may not lack one.
-    `called`: its log, where that is there to be looked at.
+    `called`: its log, where that is there to be looked at; `today`: what `audit_today` made of both, if it is known.
     """
     if not r.done:
         return f"{r.status} ({', '.join(r.reasons)})"
@@ -63,7 +81,7 @@ def why_not(r: record.Record, called: witness.Witnessed | None = None) -> str | 
         return f"{r.status}, but it observed nothing"
     if audit.verdict(r.audit) != (r.status, r.reasons):
         return f"{r.status}, but its own checks say {' '.join(map(str, audit.verdict(r.audit)))}"
-    checks = audit.run(audit.measured(r)) + (audit.log(called) if called else ())
+    checks = audit_today(r, called) if today is None else today
     failed = [c for c in checks if not c.passed and c.id not in r.reasons]
     if not failed:
         return None

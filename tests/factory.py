@@ -234,7 +234,8 @@ def keep(folder: Path, r: record.Record, log: str | None = None) -> record.Recor
 def evidence(records) -> gather.Evidence:
     """Records that lie in no folder, each audited without a log."""
     wrong = {r.run_id: why for r in records if (why := gather.why_not(r))}
-    return gather.Evidence(list(records), [], wrong, {})
+    checks = {r.run_id: tuple((c.id, c.passed) for c in gather.audit_today(r)) for r in records}
+    return gather.Evidence(list(records), [], wrong, {}, checks=checks)
 
 
 WORKLOADS = {"plan-short": params.Workload(name="plan-short", title="t", text="x", generate_tokens=5)}

@@ -1,5 +1,6 @@
 """Model cards: made of records alone, and each rule of the lint fails alone."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -146,7 +147,8 @@ def test_the_document_and_the_card_hold_the_same_tables(full):
 def only(results, keep):
     left = [r for r in results.records if keep(r.spec)]
     told = {k: getattr(results, k) for k in ("study", "workloads", "cells", "name", "sheets")}
-    return study.Results(**told, records=left, damaged=[], accuracy={})
+    evidence = dataclasses.replace(results.evidence, records=left)
+    return study.Results(**told, records=left, evidence=evidence, accuracy={})
 
 
 def without(results, *quants):
@@ -181,7 +183,7 @@ def test_only_the_file_that_was_measured_may_be_published(full, tmp_path):
     with pytest.raises(cards.CardError, match="no file of this name"):
         cards.require_measured(full, path.rename(tmp_path / "other.gguf"))
     same = full.model_copy(
-        update={"sheets": [{**s, "sha256": files.sha256(tmp_path / "other.gguf")} for s in full.sheets]}
+        update={"sheets": [s.model_copy(update={"sha256": files.sha256(tmp_path / "other.gguf")}) for s in full.sheets]}
     )
     (tmp_path / "other.gguf").rename(path)
     assert cards.require_measured(same, path) == files.sha256(path)
