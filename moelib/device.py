@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +99,10 @@ class Device:
     note: str | None = None
     """Why it was taken, in a sentence, where nobody named it and a GPU might have been expected."""
 
-    def __init__(self) -> None:
-        self.threads = process.usable_cpus()
+    @cached_property
+    def threads(self) -> int:
         """Threads of llama-server."""
+        return process.usable_cpus()
 
     def identity(self) -> dict[str, Any]:
         """What a record says of the device."""
@@ -128,7 +130,6 @@ class Loopback(Device):
     kind = "loopback"
 
     def __init__(self) -> None:
-        super().__init__()
         cpus = process.usable_cpus()
         self.threads = max(1, cpus // 2)
         self.device_threads = max(1, cpus - self.threads)
@@ -197,7 +198,6 @@ class Cuda(Device):
     kind = "cuda"
 
     def __init__(self) -> None:
-        super().__init__()
         try:
             self.gpu = Gpu(os.environ.get(visible.VARIABLE), cuda.first_id)
         except visible.NotVisible as err:

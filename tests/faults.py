@@ -399,18 +399,33 @@ def readings(name, expect, change):
 
 
 def _others(pids):
-    return lambda reading: replace(reading, others=pids, device_bytes=reading.device_bytes + sum(n for _, n in pids))
+    return lambda reading: replace(
+        reading, others=pids, device_bytes=reading.device_bytes + sum(n or 0 for _, n in pids)
+    )
 
 
 readings(
-    "a foreign process comes to the GPU", "memory-known",
+    "a foreign process comes to the GPU", "memory-undoubted",
     lambda i, r: _others(((4242, 300 * MIB),))(r) if i >= 1 else r,
+)  # fmt: skip
+readings(
+    "a foreign process of unknown size comes to the GPU", "memory-known",
+    lambda i, r: _others(((4242, None),))(r) if i >= 1 else r,
 )  # fmt: skip
 readings(
     "a foreign process is on the GPU all the time", "memory-undoubted", lambda i, r: _others(((4242, 300 * MIB),))(r)
 )
 readings("the GPU is lost", "memory-known", lambda i, r: replace(r, errors=("gpu-lost",)) if i >= 1 else r)
-readings("the driver lists nothing and sees nothing", "memory-known", lambda i, r: Reading(r.t_s, None, None))
+readings("the driver lists nothing and sees nothing", "memory-undoubted", lambda i, r: Reading(r.t_s, None, None))
+
+
+def _breaks(i, reading):
+    if i >= 1:
+        raise OSError("the driver's library broke")
+    return reading
+
+
+readings("what reads the GPU breaks on the way", "monitor-failed", _breaks)
 
 
 # two at once
@@ -910,7 +925,7 @@ def main() -> int:
     print(f"{len(chosen)} faults, seed {a.seed}", flush=True)
     logging.disable(logging.WARNING)  # of files that are made again
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["TMPDIR"] = tempfile.tempdir = folder  # locks of its own: another campaign is not in its way
+        os.environ["TMPDIR"] = tempfile.tempdir = folder  # what is left there goes with it
         campaign = Campaign(Path(folder))
         for f in chosen:
             wrong, slowest, turn, again = [], 0.0, 0, True
