@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from moelib import bounds, cells, command, invariants, witness
 from moelib.cells import Cell
-from moelib.invariants import INVARIANTS, Finding, Measured, agrees, holds
+from moelib.invariants import INVARIANTS, Finding, Measured, agrees, holds, strained
 from moelib.record import Check, Record
 from moelib.witness import Witnessed
 
@@ -168,7 +168,7 @@ def machines_are_themselves(study: Matrix) -> Finding:
         told = (r.device.total_bytes, r.device.bandwidth_bytes_per_s, r.device.pcie_bytes_per_s)
         if devices.setdefault((r.device.uuid, r.device.name), told) != told:
             wrong.append(f"{r.device.name} in {r.run_id}")
-        if r.host.ram_read_bytes_per_s:
+        if r.host.ram_read_bytes_per_s and r.device.kind == "cuda" and not strained(r.observed):
             hosts[r.host.host_id, r.device.uuid, r.host.cpu].append(r.host.ram_read_bytes_per_s)
         if r.observed.counters and (watts := r.observed.counters[0].power_watt):
             cells = idle[r.device.uuid]

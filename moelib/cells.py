@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from moelib.bounds import TICK_S, found
 from moelib.client import Request
-from moelib.invariants import Finding, holds
+from moelib.invariants import Finding, holds, strained
 from moelib.memory import AGREE_BYTES, AGREE_SHARE
 from moelib.params import Workload
 from moelib.record import Record
@@ -125,11 +125,11 @@ def _requests(runs: Iterable[Record]) -> list[Request]:
     "cell", f"medians: first token {LATENCY_S * 1e3:g} ms + {LATENCY_SHARE:.0%}, decode {DECODE_S * 1e3:g} ms + 0.5 %"
 )
 def arms_keep_the_engines_time(cell: Cell) -> Finding:
-    """Over all of an arm's requests, what this side adds to the engine's own times is small: a run may be delayed, not
-    all of them by as much."""
+    """On a quiet host, what this side adds to the engine's own times is small over all of an arm's requests: a run may
+    be delayed, not all of them by as much."""
 
     def wrong() -> Iterator[str]:
-        for (arm, workload), asked in _by_workload(cell.runs).items():
+        for (arm, workload), asked in _by_workload(r for r in cell.runs if not strained(r.observed)).items():
             late = [q.ttft_s - q.engine_prompt_s - LATENCY_SHARE * q.engine_prompt_s for q in asked]
             if median(late) > LATENCY_S:
                 yield f"{arm}: first tokens of {workload} {median(late) * 1e3:.1f} ms late"
@@ -153,14 +153,16 @@ def _by_workload(runs: Iterable[Record]) -> dict[tuple[str, str], list[Request]]
 @holds("cell", f"{START_S * 1e3:g} ms, or {STARTS} times the cell's usual")
 def starts_alike(cell: Cell) -> Finding:
     """From the start of a process to its log's first instant passes about the same time in every run."""
-    if not cell.starts:
-        return True, "the logs have no times"
-    usual = median(cell.starts.values())
+    quiet = [r for r in cell.runs if r.run_id in cell.starts and not strained(r.observed)]
+    if not quiet:
+        return True, "the logs have no times, or the host was not quiet"
+    usual = median(cell.starts[r.run_id] for r in quiet)
 
     def wrong() -> Iterator[str]:
-        yield from (f"{name}: {s:.2f} s" for name, s in cell.starts.items() if s > max(START_S, STARTS * usual))
-        for arm, runs in _by_arm(cell.runs).items():
-            known = [cell.starts[r.run_id] for r in runs if r.run_id in cell.starts]
+        starts = ((r.run_id, cell.starts[r.run_id]) for r in quiet)
+        yield from (f"{name}: {s:.2f} s" for name, s in starts if s > max(START_S, STARTS * usual))
+        for arm, runs in _by_arm(quiet).items():
+            known = [cell.starts[r.run_id] for r in runs]
             if known and not usual / 2 - ARM_START_S <= median(known) <= 2 * usual + ARM_START_S:
                 yield f"{arm}: {median(known) * 1e3:.0f} ms in the median, all {usual * 1e3:.0f} ms"
 

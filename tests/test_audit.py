@@ -478,7 +478,10 @@ def test_a_machine_is_the_same_in_every_cell(runs):
         mixed = [of_device(r, **{fact: 10**10 + (i > 1)}) for i, r in enumerate(runs)]
         assert study_flagged(planned, mixed) == check
     for speed, right in ((130e9, True), (131e9, False)):
-        hosts = [of_host(r, ram_read_bytes_per_s=100e9 if i < 2 else speed) for i, r in enumerate(runs)]
+        hosts = [
+            of_host(of_device(r, kind="cuda"), ram_read_bytes_per_s=100e9 if i < 2 else speed)
+            for i, r in enumerate(runs)
+        ]
         assert (study_flagged(planned, hosts) == set()) == right
     for watts, right in ((130.0, True), (131.0, False)):
         idle = cells(*(seen_as(r, counters=(Counters(0.1, power_watt=watts),)) for r in runs[2:]))

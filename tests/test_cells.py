@@ -118,6 +118,8 @@ def test_an_arm_cannot_be_late_as_a_whole():
 
     assert flagged(arm(runs, "baseline", later)) == {"arms-keep-the-engines-time"}
     assert flagged(changed(runs, 0, **later(runs[0].observed))) == set()  # one run may be
+    busy = arm(runs, "baseline", lambda o: {"host": replace(o.host, busy_s=0.8)})  # and all, where others work
+    assert flagged(arm(busy, "baseline", later)) == set()
 
     def slower(o):
         return {"requests": tuple(replace(q, engine_predicted_s=q.engine_predicted_s + 0.006) for q in o.requests)}

@@ -75,7 +75,7 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(home, models
     assert len(kept) < 4
     again = subprocess.run(argv, capture_output=True, text=True, env=env, timeout=120)
     assert again.returncode == 0, again.stderr
-    assert "4 of 4 runs valid" in again.stdout
+    assert "4 of 4 runs usable" in again.stdout
     after = {r.run_id: r.digest for r in record.read_all(out)[0]}
     assert {r.run_id: r.digest for r in kept}.items() <= after.items()
     assert len(after) == 4

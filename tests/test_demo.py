@@ -15,7 +15,7 @@ def test_the_demo_from_nothing_to_its_document(home, models_folder):
     path.write_text(re.sub(r"blocks: 3", "blocks: 1", path.read_text()))
     done = command(home, models_folder, "study", "run", "demo")
     assert done.returncode == 0, done.stderr
-    assert "12 of 12 runs valid" in done.stdout
+    assert "12 of 12 runs usable" in done.stdout
     found = study.results(home / "outputs/demo")
     assert found.problems == []
     assert all(r.done for r in found.records)

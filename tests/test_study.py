@@ -294,7 +294,7 @@ def whole(tmp_path_factory, models_folder):
     home = furnish(tmp_path_factory.mktemp("whole"))
     done = command(home, models_folder, "study", "run", "smoke")
     assert done.returncode == 0, done.stderr
-    assert "4 of 4 runs valid" in done.stdout
+    assert "4 of 4 runs usable" in done.stdout
     assert "MOE-TECHNICAL-VALIDATION.md" in done.stdout.splitlines()[-1]
     return home
 
@@ -335,7 +335,7 @@ def test_a_study_leaves_its_evidence(whole):
 def test_the_audit_counts_every_planned_run_and_fails_where_one_is_missing(copy, models_folder):
     done = command(copy, models_folder, "audit", "smoke")
     assert done.returncode == 0, done.stderr
-    assert "4 planned, 4 usable" in done.stdout
+    assert "4 of 4 runs usable" in done.stdout
     assert done.stdout.count("\n| ") >= 30
     records = copy / "outputs/smoke/records"
     first, second, *_ = sorted(records.glob("*.json"))
@@ -346,11 +346,11 @@ def test_the_audit_counts_every_planned_run_and_fails_where_one_is_missing(copy,
     record.write(records.parent, broken.model_copy(update={"observed": dead}))
     done = command(copy, models_folder, "audit", "smoke")
     assert done.returncode == 1
-    assert "4 planned, 2 usable" in done.stdout
+    assert "2 of 4 runs usable" in done.stdout
     assert "but its audit says invalid" in done.stdout
     # and both are run when the study is
     again = command(copy, models_folder, "study", "run", "smoke")
-    assert "4 of 4 runs valid" in again.stdout, again.stderr
+    assert "4 of 4 runs usable" in again.stdout, again.stderr
 
 
 @pytest.mark.engine
@@ -467,7 +467,7 @@ def test_a_failed_cell_leaves_the_rest_running_and_the_exit_code_says_so(home, m
     own = home / "models"
     done = command(home, own, "study", "run", "smoke", MOELIB_LLAMA_CPP=str(tools))
     assert done.returncode == 1
-    assert "2 of 4 runs valid" in done.stdout
+    assert "2 of 4 runs usable" in done.stdout
     assert "Q2_K" in done.stderr
     assert "broken on purpose" in done.stderr
     out = home / "outputs/smoke"
