@@ -28,7 +28,7 @@ def headline(results: Results) -> Text:
     told = {"scale": neutral(results.study.scale), "parameters": parameters or "unknown", "origins": origins}
     text = (
         f"{WEIGHTS[results.study.weights].format(**told)}\n\nStudy **{neutral(results.name)}**: "
-        f"{neutral(results.study.title)}. {neutral(words.summary(results))}, on "
+        f"{neutral(results.study.title)}. {neutral(words.summary(results))}. Measured on "
         f"{'; '.join(sorted({machine(r) for r in runs})) or 'no machine yet'}."
     )
     if gone := [name for name in results.statuses if name not in results.measured]:
@@ -110,7 +110,7 @@ def _table(
     sources = [cite(r) for r in records]
     if why_empty and not any(sources):
         rows, sources = [], []
-    return Table(name, rows, sources, note, tuple(rows[0])[3:] if rows else (), why_empty)
+    return Table(name, rows, sources, note, tuple(rows[0])[3:] if rows else (), why_empty or "no block is whole.")
 
 
 def _absent(results: Results, *counters: str) -> str:
