@@ -28,6 +28,18 @@ class EngineError(params.UserError):
     """llama.cpp's tools are missing, too old, or failed; the message says what to do."""
 
 
+HOST = re.compile(
+    r"CPU|CPU_(Mapped|REPACK|AARCH64|HBM|KLEIDIAI|RISCV64_SPACEMIT)|AMX|BLAS|(CUDA|ROCm|MUSA|Vulkan|SYCL|CANN)_Host"
+)
+"""llama.cpp's names of buffer types in the host's memory; `_Host` is pinned, for a device to read."""
+
+DEVICE = re.compile(
+    r"((CUDA|ROCm|MUSA|SYCL)(\d+|\d*_Split)|(Vulkan|CANN|Kompute|OPENVINO)\d+|HTP\d+(-REPACK)?"
+    r"|(Metal|MTL\d+)(_Mapped|_Private)?|OpenCL|WebGPU|zDNN|RPC\d+|RPC(?=\[))(\[\S+\])?"
+)
+"""Its names of buffer types in a device's memory, with the address of one elsewhere. A name of neither kind is unknown: it counts nowhere."""
+
+
 @files.stored
 class Buffer:
     """One buffer as the engine reports it."""
@@ -35,13 +47,19 @@ class Buffer:
     name: str
     """Buffer type: `CUDA0`, `RPC0[...]` on a device; `CPU`, `CPU_Mapped`, `CPU_REPACK`, `CUDA_Host` on the host."""
     kind: str
-    """model, KV, compute, output, RS."""
+    """model, KV, compute, output, RS, LoRA, or another word of the engine's."""
     size_bytes: int
     """From MiB with two decimals: exact to 5 KiB."""
 
     @property
+    def place(self) -> str:
+        """device, host, or unknown for a name that is not known to be either's."""
+        return "device" if DEVICE.fullmatch(self.name) else "host" if HOST.fullmatch(self.name) else "unknown"
+
+    @property
     def on_device(self) -> bool:
-        return not (self.name.startswith("CPU") or self.name.endswith("_Host"))
+        """Whether the name is known to be a device's."""
+        return self.place == "device"
 
 
 @files.stored
@@ -55,37 +73,61 @@ class Report:
     """Splits of the large batch's graph, then of the single token's where the build prints both."""
     built: str | None = None
     """The build's own line: number, compiler, target, and `(debug)` where it is one."""
+    unused_tensors: tuple[str, ...] | None = None
+    """Tensors of the file that the engine said it does not load, as those of a NextN block; None where it reported no
+    load, and in records made before this was read."""
+
+    @property
+    def unknown_names(self) -> tuple[str, ...]:
+        """Names of buffers that are not known to be in a device's memory or in the host's."""
+        return tuple(sorted({b.name for b in self.buffers if b.place == "unknown"}))
 
     def device_bytes(self, kind: str | None = None) -> int | None:
-        """Bytes in device buffers of `kind` (all kinds without one); None if the engine reported no buffers."""
-        if not self.buffers:
+        """Bytes in device buffers of `kind` (all kinds without one); None if the engine reported no buffers, or one
+        of that kind under a name that is not known."""
+        asked = [b for b in self.buffers if kind in (None, b.kind)]
+        if not self.buffers or any(b.place == "unknown" for b in asked):
             return None
-        return sum(b.size_bytes for b in self.buffers if b.on_device and kind in (None, b.kind))
+        return sum(b.size_bytes for b in asked if b.on_device)
 
     @property
     def pinned_bytes(self) -> int:
         """Bytes in host buffers that the device reads by itself."""
-        return sum(b.size_bytes for b in self.buffers if b.name.endswith("_Host"))
+        return sum(b.size_bytes for b in self.buffers if b.place == "host" and b.name.endswith("_Host"))
 
 
-_BUFFER = re.compile(r"(\S+)\s+(model|KV|compute|output|RS)\s+buffer size\s*=\s*([0-9.]+) MiB")
-_BUILT = re.compile(r"\bbuild:? (\d+ \(.+)")
-_LAYERS = re.compile(r"offloaded (\d+)/(\d+) layers")
-_SPLITS = re.compile(r"splits = (\d+)(?: \(with bs=\d+\), (\d+) \(with bs=1\))?")
+KINDS = ("model", "KV", "compute", "output", "RS", "LoRA")
+MAX_BUFFERS, MAX_UNUSED = 256, 1 << 16  # a report of more is none
+# a number of thousands of digits is no report, and Python refuses to read it
+_BUFFER = re.compile(r"^(.{0,400}?)[ \t]buffer size[ \t]*=[ \t]*(\d{1,12}(?:\.\d{1,9})?)[ \t]*([KMG]iB)\b", re.M)
+_UNUSED = re.compile(r"model has unused tensor (\S{1,128}) \(size = \d+ bytes\)")
+_BUILT = re.compile(r"\bbuild:? (\d+ \(.{1,400})")
+_LAYERS = re.compile(r"offloaded (\d{1,9})/(\d{1,9}) layers")
+_SPLITS = re.compile(r"splits = (\d{1,9})(?: \(with bs=\d+\), (\d{1,9}) \(with bs=1\))?")
+_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 LISTENING = r"server is listening on http://127\.0\.0\.1:(\d+)|: listening on http://127\.0\.0\.1:(\d+)"
 
 
 def parse_log(text: str) -> Report:
     """Read the load report from llama-server's log (b6666 to b11434; format of common/log.h and llama.cpp)."""
     sums: dict[tuple[str, str], float] = {}
-    for name, kind, mib in _BUFFER.findall(text):
+    for said, size, unit in _BUFFER.findall(text):
+        # after the function's name: the buffer's name and its kind, which is one word but for DeepSeek V4's states
+        words = re.split(r":\s+", said.strip())[-1].split()
+        of_kind = 1 if words[1:2] == ["DSV4"] else -1
+        name, kind = (" ".join(part) for part in (words[:of_kind], words[of_kind:]))
+        if not name or (kind not in KINDS and Buffer(name, kind, 0).place == "unknown"):
+            continue  # other prose about buffers
         # a graph is reserved more than once and the last size stands; weights and caches come in several buffers
-        sums[name, kind] = float(mib) + (0.0 if kind == "compute" else sums.get((name, kind), 0.0))
-    layers, splits = _LAYERS.search(text), _SPLITS.findall(text)
-    buffers = tuple(Buffer(n, k, round(mib * 2**20)) for (n, k), mib in sums.items())
+        before = 0.0 if kind == "compute" else sums.get((name, kind), 0.0)
+        sums[name, kind] = before + float(size) * _UNITS[unit]
+    buffers = tuple(Buffer(n, k, round(size)) for (n, k), size in sums.items()) if len(sums) <= MAX_BUFFERS else ()
+    unused = tuple(dict.fromkeys(_UNUSED.findall(text)))
+    told = any(b.kind == "model" for b in buffers) and len(unused) <= MAX_UNUSED
+    layers, splits, built = _LAYERS.search(text), _SPLITS.findall(text), _BUILT.search(text)
     on, of = map(int, layers.groups()) if layers else (None, None)
-    built = _BUILT.search(text)
-    return Report(buffers, on, of, tuple(int(s) for s in splits[-1] if s) if splits else (), built and built[1])
+    splits = tuple(int(s) for s in splits[-1] if s) if splits else ()
+    return Report(buffers, on, of, splits, built and built[1], unused if told else None)
 
 
 @dataclass(frozen=True)

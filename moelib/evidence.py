@@ -49,7 +49,7 @@ def ledger_table(blocks: Sequence[Sequence[Record]]) -> Table:
         memory = [seen.memory.value_bytes for seen in (before, after)]
         weights = [seen.report.device_bytes("model") or 0 for seen in (before, after)]
         splits = [max(seen.report.graph_splits, default=0) for seen in (before, after)]
-        hosts = {b.name for b in after.report.buffers if b.kind == "model" and not b.on_device}
+        hosts = {b.name for b in after.report.buffers if b.kind == "model" and b.place == "host"}
         moved = after.placement
         rows.append(
             {

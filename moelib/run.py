@@ -199,7 +199,7 @@ def _observe(
         sha256 = quantised.content.sha256()
     except OSError as err:
         raise client.RunError("file-gone", f"{quantised.path.name} went away while it ran: {err}") from None
-    header = quantised.header
+    header = quantised.header.as_loaded(report.unused_tensors)
     moved = header.moved(spec.placement)
     there = (header.moved_bytes(spec.placement), header.device_bytes(spec.placement))
     reads = header.read_bytes(spec.placement)

@@ -19,6 +19,7 @@ from gguf import GGUFWriter, LlamaFileType, TokenType
 from tqdm import tqdm
 
 from moelib import files
+from moelib.gguf_header import TWIN_NAME
 from moelib.params import Geometry
 
 POOL_BYTES = 1 << 26
@@ -98,7 +99,7 @@ def _writer(path: Path, g: Geometry, title: str) -> GGUFWriter:
     tokens, scores, types = vocabulary(g.vocab_size)
     facts = {
         # llama.cpp takes a name with "phi-3" for another tokenizer, so the twin's name has no model name in it
-        "name": "geometry twin",
+        "name": TWIN_NAME,
         "description": f"random weights in the shape of {title}; text and quality are meaningless",
         "file_type": LlamaFileType.MOSTLY_F16,
         "quantization_version": 2,

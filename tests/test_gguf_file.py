@@ -82,7 +82,8 @@ def test_a_row_that_does_not_divide_is_refused():
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (b"", "truncated"),
+        (b"", "it is empty; fetch it again"),
+        (b"GGUF" + bytes(10), "truncated"),
         (b"PK\x03\x04" + b"x" * 100, "not a GGUF file"),
         (b"GGUF" + struct.pack("<I", 1) + b"\0" * 64, "version 1"),
         (b"GGUF" + struct.pack(">I", 3) + b"\0" * 64, "big-endian"),

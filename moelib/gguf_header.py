@@ -1,0 +1,227 @@
+"""What a GGUF says of itself: its kind, tensors, types and exact bytes, and what a placement moves of them."""
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from moelib.gguf_reader import GGUFError, refuse
+
+EXPERT_TENSOR = re.compile(r"^blk\.(\d+)\.ffn_(up|down|gate|gate_up)_(ch|)exps\.(weight|bias|scale)$")
+"""What `--cpu-moe` overrides: llama.cpp's `\\.ffn_(up|down|gate|gate_up)_(ch|)exps`."""
+
+LONE_EXPERT = re.compile(r"^blk\.\d+\.ffn_(up|down|gate)\.\d+\.(weight|bias)$")
+"""An expert in a tensor of its own, as files from before April 2024 have them."""
+
+UNQUANTISED = {"F64", "F32", "F16", "BF16", "I8", "I16", "I32", "I64"}
+TWIN_NAME = "geometry twin"
+"""general.name of a file with random weights that moelib wrote, and of its quants."""
+
+ON_CPU = {"token_embd.weight", "per_layer_token_embd.weight", "position_embd.weight", "token_types.weight"}
+"""Tables that are looked up in: llama.cpp keeps its input layer on the CPU."""
+
+DRAFTS = {"eagle3", "dflash"}
+"""Architectures of heads that guess for another model and cannot run alone."""
+
+LORA, IMATRIX = (".lora_a", ".lora_b"), (".in_sum2", ".counts")
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    name: str
+    shape: tuple[int, ...]
+    """Elements along each dimension, fastest first (ggml's `ne`)."""
+    type: str
+    nbytes: int
+    offset: int
+    """From the start of the file."""
+
+    @property
+    def block(self) -> int | None:
+        """Index of the transformer block that the tensor belongs to, None for the others."""
+        m = re.match(r"blk\.(\d{1,9})\.", self.name)
+        return int(m.group(1)) if m else None
+
+    @property
+    def is_expert(self) -> bool:
+        return EXPERT_TENSOR.match(self.name) is not None
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a GGUF says of itself."""
+
+    path: Path
+    file_bytes: int
+    metadata: dict[str, Any]
+    tensors: tuple[Tensor, ...]
+    unused: frozenset[str] | None = None
+    """Tensors that an engine said it does not load; None where none was asked: then those of NextN blocks."""
+
+    def as_loaded(self, unused: Iterable[str] | None) -> "Header":
+        """This header for an engine that said which tensors it does not load; None where it said nothing."""
+        return self if unused is None else replace(self, unused=frozenset(unused))
+
+    @property
+    def kind(self) -> str:
+        """model, or what else: adapter, control vector, imatrix, projector, draft, vocabulary, unknown."""
+        arch, general = self.metadata.get("general.architecture"), self.metadata.get("general.type")
+        keys, names = self.metadata.keys(), [t.name for t in self.tensors]
+        if general == "adapter" or any(k.startswith("adapter.") for k in keys) or (names and _all(names, LORA)):
+            return "adapter"
+        if arch == "controlvector" or (names and all(n.startswith("direction.") for n in names)):
+            return "control vector"
+        if general == "imatrix" or "imatrix.datasets" in keys or (names and _all(names, IMATRIX)):
+            return "imatrix"
+        if general == "mmproj" or arch == "clip" or any(k.startswith("clip.") for k in keys):
+            return "projector"
+        if not self.tensors:
+            return "vocabulary"
+        if not isinstance(arch, str) or not arch:
+            return "unknown"
+        blocks = {t.block for t in self.tensors} - {None}
+        head = self.layers is not None and blocks and min(blocks) >= self.layers  # the NextN block, sold separately
+        return "draft" if arch in DRAFTS or head else "model"
+
+    @property
+    def is_quantised(self) -> bool:
+        return any(t.type not in UNQUANTISED for t in self.tensors)
+
+    @property
+    def is_twin(self) -> bool:
+        """Whether the file was written as a geometry twin, or made from one: its weights are random."""
+        return self.metadata.get("general.name") == TWIN_NAME
+
+    @property
+    def type_counts(self) -> dict[str, int]:
+        """Number of tensors by type: the label of a quant is not its types."""
+        return dict(sorted(Counter(t.type for t in self.tensors).items()))
+
+    @property
+    def expert_types(self) -> dict[str, int]:
+        return dict(sorted(Counter(t.type for t in self.moved("cpu-moe")).items()))
+
+    @property
+    def parameters(self) -> int:
+        return sum(prod(t.shape) for t in self.tensors)
+
+    @property
+    def tensor_bytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.tensor_bytes / self.parameters
+
+    def _number(self, key: str, block: int | None = None) -> int | None:
+        """A count in the architecture's metadata; of `block`, where the file has one for each. None if it has none."""
+        value = self.metadata.get(f"{self.metadata.get('general.architecture')}.{key}")
+        if isinstance(value, list):
+            value = value[block] if block is not None and block < len(value) else None
+        return value
+
+    @property
+    def layers(self) -> int | None:
+        """Blocks of the model itself, those that only predict further tokens (NextN, MTP) left out."""
+        count = self._number("block_count")
+        return None if count is None else count - (self._number("nextn_predict_layers") or 0)
+
+    @cached_property
+    def loaded(self) -> tuple[Tensor, ...]:
+        """Tensors that the engine loads."""
+        if self.unused is not None:
+            return tuple(t for t in self.tensors if t.name not in self.unused)
+        if not self._number("nextn_predict_layers") or self.layers is None:
+            return self.tensors
+        return tuple(t for t in self.tensors if t.block is None or t.block < self.layers)
+
+    def moved(self, placement: str) -> tuple[Tensor, ...]:
+        """Expert tensors that `placement` keeps on the CPU: none for baseline, those of the first N blocks for
+        `n-cpu-moe=N`. Dense first blocks count among the N and move nothing."""
+        if placement == "baseline":
+            return ()
+        limit = None if placement == "cpu-moe" else int(placement.removeprefix("n-cpu-moe="))
+        return tuple(t for t in self.loaded if t.is_expert and (limit is None or (t.block or 0) < limit))
+
+    def moved_bytes(self, placement: str) -> int:
+        return sum(t.nbytes for t in self.moved(placement))
+
+    def device_bytes(self, placement: str) -> int:
+        """Bytes of the weights that llama.cpp puts on the device with all layers offloaded: everything that it loads
+        but its input layer (always on the CPU; the token embedding is copied to the device where it is also the
+        output) and what was moved."""
+        sizes = {t.name: t.nbytes for t in self.loaded}
+        host = ON_CPU | ({"token_embd_norm.weight"} if "output_norm.weight" in sizes else set())
+        tied = sizes.get("token_embd.weight", 0) if "output.weight" not in sizes else 0
+        return sum(n for name, n in sizes.items() if name not in host) + tied - self.moved_bytes(placement)
+
+    def read_bytes(self, placement: str) -> tuple[int, int]:
+        """(device, host) bytes of the weights that decoding one token must read: all of a dense tensor, the used
+        share of an expert one; one row of the token embedding does not count.
+
+        Raises GGUFError where the file does not say how many experts are used.
+        """
+        there = {"moved": Counter(), "device": Counter()}
+        moved = {t.name for t in self.moved(placement)}
+        for t in self.moved("cpu-moe"):
+            there["moved" if t.name in moved else "device"][self._share(t)] += t.nbytes
+        device, host = (sum(n * used // of for (used, of), n in there[k].items()) for k in ("device", "moved"))
+        return self.device_bytes("cpu-moe") + device, host
+
+    def _share(self, t: Tensor) -> tuple[int, int]:
+        """(used, all) of the experts of a tensor; its slowest dimension counts them."""
+        used, of = self._number("expert_used_count", t.block), t.shape[-1]
+        if used is not None and "_chexps" in t.name:  # chunks that several experts share
+            used = min(used, of)
+        refuse(
+            used is None or not 1 <= used <= of,
+            f"{self.path.name}: corrupt: expert_used_count is {used}, {t.name} has {of} experts",
+            "take another conversion of the model",
+        )
+        return used, of
+
+    def fault(self, placements: Iterable[str] = ()) -> str | None:
+        """What stands against running the file at `placements`, as one sentence with the next step; None if nothing.
+
+        It is known from the header alone: before hours of quantising.
+        """
+        if lone := next((t.name for t in self.tensors if LONE_EXPERT.match(t.name)), None):
+            return f"each expert has a tensor of its own ({lone}), which llama.cpp no longer loads; convert it anew"
+        experts = self.moved("cpu-moe")
+        try:
+            for t in experts:
+                _, of = self._share(t)
+                said = self._number("expert_count", t.block)
+                if said != of and "_chexps" not in t.name:
+                    return f"corrupt: expert_count is {said}, {t.name} has {of} experts; take another conversion of it"
+        except GGUFError as err:
+            return str(err).removeprefix(f"{self.path.name}: ")
+        if self.layers is None:
+            return "corrupt: it has no block_count; take another conversion of the model"
+        blocks = {t.block for t in experts}
+        return next(filter(None, (placement_fault(p, self.layers, blocks) for p in placements)), None)
+
+
+def placement_fault(placement: str, layers: int, expert_blocks: Collection[int]) -> str | None:
+    """Why `placement` makes no sense for a model of `layers` blocks of which `expert_blocks` have experts, with what
+    would; None if it does."""
+    if placement == "baseline":
+        return None
+    if not expert_blocks:
+        return f"{placement} moves nothing: the model is dense; take a mixture-of-experts model"
+    if placement == "cpu-moe":
+        return None
+    n, first = int(placement.removeprefix("n-cpu-moe=")), min(expert_blocks)
+    good = f"take n-cpu-moe={first + 1} to {layers}, or cpu-moe for all"
+    if n <= first:
+        dense = "layer 0 is" if first == 1 else f"layers 0 to {first - 1} are"
+        return f"{placement} moves nothing: {dense} dense; {good}"
+    return f"{placement} goes beyond the model's {layers} layers; {good}" if n > layers else None
+
+
+def _all(names: Sequence[str], ends: tuple[str, ...]) -> bool:
+    return all(n.endswith(ends) for n in names)
