@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from moelib import files, params, process
@@ -37,7 +37,13 @@ DEVICE = re.compile(
     r"((CUDA|ROCm|MUSA|SYCL)(\d+|\d*_Split)|(Vulkan|CANN|Kompute|OPENVINO)\d+|HTP\d+(-REPACK)?"
     r"|(Metal|MTL\d+)(_Mapped|_Private)?|OpenCL|WebGPU|zDNN|RPC\d+|RPC(?=\[))(\[\S+\])?"
 )
-"""Its names of buffer types in a device's memory, with the address of one elsewhere. A name of neither kind is unknown: it counts nowhere."""
+"""Its names of buffer types in a device's memory, with the address of one elsewhere. A name of neither kind is unknown: it
+counts nowhere."""
+
+
+@lru_cache(1024)
+def _place(name: str) -> str:
+    return "device" if DEVICE.fullmatch(name) else "host" if HOST.fullmatch(name) else "unknown"
 
 
 @files.stored
@@ -54,7 +60,7 @@ class Buffer:
     @property
     def place(self) -> str:
         """device, host, or unknown for a name that is not known to be either's."""
-        return "device" if DEVICE.fullmatch(self.name) else "host" if HOST.fullmatch(self.name) else "unknown"
+        return _place(self.name)
 
     @property
     def on_device(self) -> bool:

@@ -64,7 +64,7 @@ _EVAL = re.compile(r"\beval time = *([\d.]+) ms / *(\d+) (?:tokens|runs)")
 _PARAMETERS = re.compile(r"([\d.]+) ([KMBT])")
 _BITS = re.compile(r"\(([\d.]+) BPW\)")
 _LEFT = re.compile(r"\| +- CUDA\d+ [^|]*\| +(\d+) = +(\d+) \+")
-_REPORT = ("buffer size", "splits =", "offloaded ", "build")
+_REPORT = ("buffer size", "splits =", "offloaded ", "build", "unused tensor")
 _FACTS = {
     "print_info: n_expert ": "n_expert",
     "print_info: n_expert_used ": "n_expert_used",

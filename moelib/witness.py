@@ -71,6 +71,8 @@ def log_tells_the_load(run: Witnessed) -> Finding:
     """Buffers, layers, graph splits and build are those that the engine's log reports."""
     said, kept = run.log.report, run.record.observed.report
     differ = [name for name in REPORTED if getattr(said, name) != getattr(kept, name)]
+    if kept.unused_tensors is not None and said.unused_tensors != kept.unused_tensors:
+        differ.append("unused_tensors")
     return bool(said.buffers) and not differ, ", ".join(differ) or f"{len(said.buffers)} buffers"
 
 
