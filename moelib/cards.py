@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from moelib import advice, analyse, evidence, files, lint, params, report, stats, table
+from moelib import advice, analyse, evidence, files, hub, lint, params, report, stats, table, upstream
 from moelib.study import Results
 from moelib.table import Table
 
@@ -19,6 +19,7 @@ ROOT = "README.md"
 SUMS = "SHA256SUMS"
 PROVENANCE = "provenance.json"
 HUB = "https://huggingface.co"
+MAX_FILES, MAX_BYTES = 1000, 1 << 26  # of a folder of cards, and of one of its files
 
 
 class CardError(params.UserError):
@@ -48,8 +49,10 @@ def quants_of(results: Results, model: str) -> dict[str, dict[str, Any]]:
 def build(results: Results, namespace: str) -> dict[str, str]:
     """Path below the folder of cards -> text, for every model of which something was measured.
 
-    Raises CardError if there is no such model.
+    Raises CardError if there is no such model, ParamsError for what can be no namespace.
     """
+    upstream.namespace(namespace)
+    hub.require()
     pages: dict[str, str] = {}
     for model in advice.models(results):
         if quants_of(results, model):
@@ -65,19 +68,33 @@ def missing(results: Results) -> list[str]:
     return [m for m in results.study.models if not quants_of(results, m)]
 
 
-def write(results: Results, namespace: str, folder: Path) -> list[Path]:
-    """Write the cards into `folder`; returns their paths."""
+def fit(results: Results, namespace: str) -> dict[str, str]:
+    """The cards, as `build` makes them. Raises CardError if one of them breaks a rule of `lint`."""
     pages = build(results, namespace)
-    for name, text in pages.items():
-        files.write_bytes(folder / name, text.encode())
+    if wrong := lint.faults(pages, set(planned(results))):
+        told = "".join(f"\n  {f.page}: {f.rule}: {f.what}" for f in wrong)
+        raise CardError(f"the cards are not fit, and nothing was written:{told}")
+    return pages
+
+
+def write(results: Results, namespace: str, folder: Path) -> list[Path]:
+    """Write the cards into `folder`, if all of them are fit; returns their paths. Raises CardError."""
+    pages = fit(results, namespace)
+    try:
+        for name, text in pages.items():
+            files.write_bytes(folder / name, text.encode())
+    except OSError as err:
+        raise CardError(
+            f"the cards cannot be written into {folder} ({err.strerror or err}): mend its rights, or name another "
+            "folder with --into"
+        ) from None
     return [folder / name for name in pages]
 
 
 def check(folder: Path, results: Results, namespace: str) -> list[lint.Fault]:
     """Everything that is wrong with the cards in `folder`: by the rules of `lint`, and against the records."""
-    texts = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix != ".gguf")
-    there = {p.relative_to(folder).as_posix(): p.read_text(errors="replace") for p in texts}
-    found = lint.faults(there, set(planned(results)))
+    there, found = _texts(folder)
+    found += lint.faults(there, set(planned(results)))
     made = build(results, namespace)
     for name in sorted(there.keys() | made.keys()):
         if there.get(name) != made.get(name):
@@ -86,6 +103,22 @@ def check(folder: Path, results: Results, namespace: str) -> list[lint.Fault]:
                 lint.Fault(name, "records", what if name in made else "is no card of these records: delete it")
             )
     return found
+
+
+def _texts(folder: Path) -> tuple[dict[str, str], list[lint.Fault]]:
+    """Path -> content of the folder's files that are no models, and what cannot be looked at."""
+    there, odd = {}, []
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".gguf")[:MAX_FILES]:
+        name = path.relative_to(folder).as_posix()
+        try:
+            with path.open("rb") as f:
+                data = f.read(MAX_BYTES + 1)
+            there[name] = data[:MAX_BYTES].decode("utf-8", errors="replace")
+            if len(data) > MAX_BYTES:
+                odd.append(lint.Fault(name, "records", "is larger than any card: delete it"))
+        except OSError as err:
+            odd.append(lint.Fault(name, "records", f"cannot be read ({err.strerror}): mend its rights"))
+    return there, odd
 
 
 def planned(results: Results) -> dict[str, str]:

@@ -126,16 +126,24 @@ def twin(model: str, scale: str, seed: int, out: Path | None) -> None:
 @click.argument("model")
 @click.option("--pin", metavar="OWNER/NAME", help="Ask the Hub for this repository's F16 files, and write them down.")
 @click.option("--revision", default="main", show_default=True, help="With --pin: branch, tag or commit.")
+@click.option("--file", "named", multiple=True, metavar="PATH", help="With --pin: this file, or a split one's first.")
 @click.option("--from", "given", type=click.Path(exists=True, path_type=Path), help="An F16 GGUF, or safetensors.")
-def fetch(model: str, pin: str | None, revision: str, given: Path | None) -> None:
-    """Get MODEL's real weights: the files pinned in params/models.yaml, or what --from names."""
+def fetch(model: str, pin: str | None, revision: str, named: tuple[str, ...], given: Path | None) -> None:
+    """Get MODEL's real weights: the files pinned in params/pins.yaml, or what --from names."""
+    if named and not pin:
+        raise click.UsageError("--file names a file of the repository that --pin names: give both")
+    if pin and given:
+        raise click.UsageError("--pin asks the Hub, --from takes what is here: give one of them")
+
     from moelib import sources
 
     if pin:
-        told = sources.pin(model, pin, revision)
+        told = sources.pin(model, pin, revision, named=named)
         size = sum(f.bytes for f in told.files.values())
         click.echo(f"pinned {told.repository}@{told.revision}: {len(told.files)} files, {size / 2**30:.2f} GiB")
-        click.echo(f"params/models.yaml has them; `moelib fetch {model}` downloads")
+        for name in told.files:
+            click.echo(f"  {name}")
+        click.echo(f"params/pins.yaml has them; `moelib fetch {model}` downloads")
         return
     source = sources.adopt(model, given) if given else sources.fetch(model)
     click.echo(f"{source.path}  {source.header.file_bytes} bytes  sha256 {source.sha256}  from {source.origin}")
@@ -262,9 +270,10 @@ def report(name: str, into: Path | None) -> None:
 @click.option("--into", type=click.Path(file_okay=False, path_type=Path), help="Folder; default: cards/ of the study.")
 def card(name: str, namespace: str, into: Path | None) -> None:
     """Write the model cards of study NAME from its records alone, and check them."""
-    from moelib import cards
+    from moelib import cards, upstream
     from moelib.study import outputs, results
 
+    upstream.namespace(namespace)
     found, folder = results(outputs() / name), into or outputs() / name / "cards"
     for path in cards.write(found, namespace, folder):
         click.echo(os.path.relpath(path))
@@ -283,10 +292,11 @@ def card(name: str, namespace: str, into: Path | None) -> None:
 @click.option("--public/--private", default=None, help="Seen by all in the end; default: real weights are, twins not.")
 def publish(name: str, namespace: str, yes: bool, public: bool | None) -> None:
     """Put the files and cards of study NAME on the Hub, verified before they are public."""
-    from moelib import cards
+    from moelib import cards, upstream
     from moelib import publish as publishing
     from moelib.study import outputs, results
 
+    upstream.namespace(namespace)
     found = results(outputs() / name)
     plans = publishing.plan(found, namespace, public)
     for p in plans:

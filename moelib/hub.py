@@ -1,52 +1,46 @@
-"""The Hugging Face Hub: its client with bounded waits, and its errors as one message that names the next step.
+"""The Hugging Face Hub: its client bounded in time and size, and its errors as one message with the next step.
 
-The token is the Hub's own login (`hf auth login`, HF_TOKEN); it appears in no message.
+The token is the Hub's own login (`hf auth login`, HF_TOKEN); it appears in no message. What a server sends is bounded
+in `moelib/wire.py`.
 """
 
+import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from moelib import process
+from moelib import files, wire
 from moelib.params import UserError
 
 if TYPE_CHECKING:
-    from httpx2 import Client, Request
     from huggingface_hub import HfApi
 
-WAIT_S = 60.0  # for an answer to begin, or to go on; the library itself waits for ever
+MAX_FILES = 20_000  # of a repository's listing; the largest repositories of GGUFs have some hundreds
+WEB = re.compile(r"https?://[A-Za-z0-9._~\[\]:-]+(/[\x21-\x7e]*)?")
 
 
 class HubError(UserError):
     """The Hub could not be asked, or refused; the message says why and what to do."""
 
 
+def require() -> None:
+    """Raise HubError if the environment keeps the official client from being used at all."""
+    try:
+        from huggingface_hub import constants
+    except ValueError as err:  # it reads its variables when it is imported
+        raise HubError(f"a variable HF_... of the environment is wrong ({err}): unset it, or mend it") from None
+    if not WEB.fullmatch(constants.ENDPOINT):
+        raise HubError(f"HF_ENDPOINT is {plain(constants.ENDPOINT)!r}, which is no web address: unset it, or mend it")
+
+
 def api(endpoint: str | None = None) -> "HfApi":
-    """The official client, logged in as its user is; `endpoint`: HF_ENDPOINT or the Hub itself."""
+    """The official client, logged in as its user is; `endpoint`: HF_ENDPOINT or the Hub itself. Raises HubError."""
+    require()
     from huggingface_hub import HfApi
 
-    _bound_waits()
+    wire.install()
     return HfApi(endpoint=endpoint)
-
-
-@cache
-def _bound_waits() -> None:
-    from huggingface_hub import set_client_factory
-    from huggingface_hub.utils._http import default_client_factory
-
-    def bound(request: "Request") -> None:
-        # the library passes timeout=None with many requests, which a client's own timeout does not override
-        asked, limit = request.extensions.get("timeout", {}), process.patience(WAIT_S)
-        request.extensions["timeout"] = {k: asked.get(k) or limit for k in ("connect", "read", "write", "pool")}
-
-    def client() -> "Client":
-        made = default_client_factory()
-        made.event_hooks = {"request": [bound, *made.event_hooks["request"]]}
-        return made
-
-    set_client_factory(client)
 
 
 def located(client: "HfApi", url: str) -> tuple[str, dict[str, str] | None]:
@@ -58,9 +52,53 @@ def located(client: "HfApi", url: str) -> tuple[str, dict[str, str] | None]:
     return at, build_hf_headers() if at.startswith(f"{client.endpoint}/") else None
 
 
+def first_bytes(url: str, start: int, stop: int, headers: dict[str, str] | None) -> bytes:
+    """Bytes [start, stop) of what is at `url`, or fewer where it ends earlier; no more than these are read."""
+    from huggingface_hub.utils import hf_raise_for_status, http_stream_backoff
+
+    asked = {**(headers or {}), "Range": f"bytes={start}-{stop - 1}"}
+    with http_stream_backoff("GET", url, headers=asked) as response:
+        if response.status_code == 416:  # it ends before `start`
+            return b""
+        hf_raise_for_status(response)
+        skip = 0 if response.status_code == 206 else start  # 200: the range was not kept to
+        if response.status_code == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+            raise ValueError("another range was sent than was asked for")
+        data = bytearray()
+        for chunk in response.iter_bytes():
+            data += chunk
+            if len(data) >= skip + stop - start:
+                break
+    return bytes(data[skip : skip + stop - start])
+
+
+class Digest:
+    """Takes a download as a file would, and keeps its SHA-256 alone."""
+
+    def __init__(self) -> None:
+        self.sha256, self.at = hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        self.at += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, *_: int) -> int:
+        raise OSError("the answer began anew and cannot be gone on with")  # a range that the server did not keep to
+
+
 @contextmanager
-def asking(what: str) -> Iterator[None]:
-    """Turn whatever the client raises into a HubError that begins with `what`, without signatures or tokens."""
+def asking(what: str, receives: int = 0, sends: int = 0) -> Iterator[None]:
+    """Turn whatever the client raises into a HubError that begins with `what`, without signatures or tokens.
+
+    Nothing but questions to the Hub, and taking apart what it answers, belongs into the block: an answer of another
+    form than the Hub's is an error of the Hub too. `receives`, `sends`: bytes of files to come and to go, beside which
+    the answers are small; the block ends in a HubError if more comes, or if it takes longer than it can take.
+    """
+    require()
     from huggingface_hub import errors
 
     login = "log in with `hf auth login`, or set HF_TOKEN"
@@ -78,23 +116,39 @@ def asking(what: str) -> Iterator[None]:
         404: "there is no such thing: check the names",
         429: "the Hub asks to slow down: wait some minutes, then run the same command again",
     }
+    asked = wire.Asked(receives, sends)
     try:
-        yield
-    except tuple(steps) as err:
-        step = next(step for kind, step in steps.items() if isinstance(err, kind))
-        raise HubError(f"{what}: {step} ({_told(err)})") from None
-    except errors.HfHubHTTPError as err:
-        status = err.response.status_code if err.response is not None else 0
-        again = "the Hub is in trouble: run the same command again later" if status >= 500 else "the Hub refused"
-        raise HubError(f"{what}: {by_status.get(status, again)} ({_told(err)})") from None
-    except (errors.HTTPError, OSError, RuntimeError, ValueError, KeyError) as err:
-        on_disk = (
-            isinstance(err, OSError) and err.errno is not None and not isinstance(err, ConnectionError | TimeoutError)
-        )
-        if isinstance(err, UserError) or on_disk:
+        with asked:
+            yield
+    except Exception as err:
+        if isinstance(err, wire.TooMuchError) or (asked.late and not isinstance(err, UserError)):
+            said = str(err) if isinstance(err, wire.TooMuchError) else wire.SLOW
+            raise HubError(f"{what}: {said}") from None
+        if isinstance(err, UserError) or (isinstance(err, OSError) and err.errno in files.NO_SPACE):
             raise
-        reach = "the Hub cannot be reached, or broke off: check the network, then run the same command again"
-        raise HubError(f"{what}: {reach} ({_told(err)})") from None
+        if step := next((step for kind, step in steps.items() if isinstance(err, kind)), None):
+            pass
+        elif isinstance(err, errors.HfHubHTTPError):
+            status = err.response.status_code if err.response is not None else 0
+            again = "the Hub is in trouble: run the same command again later" if status >= 500 else "the Hub refused"
+            step = by_status.get(status, again)
+        elif _of_this_machine(err):
+            step = "a file of this machine cannot be used: mend that, then run the same command again"
+        elif isinstance(err, errors.HTTPError | OSError | RuntimeError | ValueError | KeyError):
+            step = "the Hub cannot be reached, or broke off: check the network, then run the same command again"
+        else:
+            step = "the answer is not one of the Hub's: check HF_ENDPOINT and the network, or update huggingface_hub"
+        raise HubError(f"{what}: {step} ({_told(err)})") from None
+
+
+def _of_this_machine(err: BaseException) -> bool:
+    is_net = isinstance(err, ConnectionError | TimeoutError)
+    return isinstance(err, OSError) and err.errno is not None and not is_net
+
+
+def plain(text: Any) -> str:
+    """What the Hub says, fit for a terminal: one line, nothing that moves a cursor, not too long."""
+    return "".join(c if c.isprintable() else "?" for c in str(text))[:300]
 
 
 def _told(err: BaseException) -> str:
@@ -104,4 +158,4 @@ def _told(err: BaseException) -> str:
     lines = [line for line in str(err).splitlines() if line.strip()] or [""]
     text = re.sub(r"\?[^\s'\")]+", "?...", f"{type(err).__name__}: {lines[0]}")
     token = get_token()
-    return re.sub(r"hf_\w+", "hf_...", text.replace(token, "hf_...") if token else text)[:300]
+    return plain(re.sub(r"hf_\w+", "hf_...", text.replace(token, "hf_...") if token else text))

@@ -3,52 +3,51 @@
 Unknown keys and names are refused with the allowed values, before any work starts.
 """
 
-import io
 import os
 import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, model_validator
+
+from moelib import yaml_file
+from moelib.strict import ParamsError, Strict, T, build, upto
+from moelib.strict import UserError as UserError
+from moelib.upstream import Pin as Pin
+from moelib.upstream import Repository, Upstream
+from moelib.upstream import SourceFile as SourceFile
 
 QUANTS = ("Q4_K_M", "Q2_K", "Q8_0")
 """llama-quantize type names that a study may ask for."""
 
 
-class UserError(Exception):
-    """Raised with a message meant for people: the command line shows it without a traceback."""
-
-
-class ParamsError(UserError, ValueError):
-    """A name or a file in `params/` is wrong; the message lists what is allowed."""
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+Width, Heads, Experts = upto(1 << 20), upto(4096), upto(4096)
+Tokens = upto(1 << 24)
+MAX_RUNS = 200_000
+MAX_NAMES = 100  # models, arms or workloads of a study
 
 
 class Geometry(Strict):
     """Shape of a model, in llama.cpp's GGUF terms (lengths in elements)."""
 
     architecture: Literal["phimoe", "deepseek"]
-    block_count: PositiveInt
-    leading_dense_block_count: int = Field(0, ge=0)
+    block_count: upto(1000)
+    leading_dense_block_count: upto(1000, 0) = 0
     """The first blocks have one dense feed-forward network instead of experts."""
-    embedding_length: PositiveInt
-    feed_forward_length: PositiveInt
-    expert_feed_forward_length: PositiveInt
-    expert_count: PositiveInt
-    expert_used_count: PositiveInt
-    expert_shared_count: int = Field(0, ge=0)
-    head_count: PositiveInt
-    head_count_kv: PositiveInt
-    vocab_size: int = Field(ge=320)
+    embedding_length: Width
+    feed_forward_length: Width
+    expert_feed_forward_length: Width
+    expert_count: Experts
+    expert_used_count: Experts
+    expert_shared_count: upto(64, 0) = 0
+    head_count: Heads
+    head_count_kv: Heads
+    vocab_size: upto(1 << 22, 320)
     """At least the special and byte tokens and the words of the plan's prompt."""
-    context_length: PositiveInt
-    original_context_length: PositiveInt | None = None
+    context_length: Tokens
+    original_context_length: Tokens | None = None
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
@@ -87,37 +86,12 @@ class Geometry(Strict):
         return self.model_copy(update=changed)
 
 
-class SourceFile(Strict):
-    bytes: PositiveInt
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-
-
-class Upstream(Strict):
-    """Where a model's F16 GGUF is published; what nobody looked up yet is null, and `moelib fetch --pin` fills it."""
-
-    publisher: str
-    """Whose F16 files the study's plan names."""
-    original: str
-    """Repository of the safetensors that they were converted from."""
-    repository: str | None = None
-    revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
-    """A commit: a branch moves."""
-    files: dict[Annotated[str, Field(pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)*\.gguf$")], SourceFile] = {}
-    """Path in the repository -> what must arrive; all files of a split model, in order."""
-
-    @model_validator(mode="after")
-    def _whole(self) -> Self:
-        if len({bool(self.repository), bool(self.revision), bool(self.files)}) > 1:
-            raise ValueError("repository, revision and files are pinned together, by `moelib fetch MODEL --pin`")
-        return self
-
-
 class Model(Strict):
     name: str
     title: str
     upstream: Upstream | None = None
     geometry: Geometry | None = None
-    scales: dict[str, dict[str, int]] = {}
+    scales: dict[str, dict[str, int]] = Field(default_factory=dict)
     excluded: str | None = None
     """Why no quants of this model can be made; such a model can be named but not used."""
 
@@ -129,21 +103,21 @@ class Model(Strict):
         if scale not in scales and re.fullmatch(r"[0-9]*\.?[0-9]+", scale):
             return self.geometry.scaled(float(scale))
         _known("scale", scale, list(scales), also=", a factor in (0, 1]")
-        return Geometry.model_validate({**self.geometry.model_dump(), **scales[scale]})
+        return build(Geometry, f"scale {scale} of {self.name}", {**self.geometry.model_dump(), **scales[scale]})
 
 
 class Workload(Strict):
     name: str
     title: str
     text: str = Field(min_length=1)
-    prompt_tokens: PositiveInt | None = None
-    generate_tokens: int = Field(ge=2)
+    prompt_tokens: Tokens | None = None
+    generate_tokens: upto(1 << 20, 2)
 
 
 class Arm(Strict):
     """One way to run a file; a block runs every arm of its study once."""
 
-    placement: str = Field(pattern=r"^(baseline|cpu-moe|n-cpu-moe=[1-9][0-9]*)$")
+    placement: str = Field(pattern=r"^(baseline|cpu-moe|n-cpu-moe=[1-9][0-9]{0,3})$")
     load_mode: Literal["mmap", "none"] = "mmap"
 
     @property
@@ -154,18 +128,18 @@ class Arm(Strict):
 class Study(Strict):
     name: str
     title: str
-    models: tuple[str, ...] = Field(min_length=1)
+    models: tuple[str, ...] = Field(min_length=1, max_length=MAX_NAMES)
     weights: Literal["twin", "real"]
     scale: str = "full"
     quants: tuple[Literal[QUANTS], ...] = Field(min_length=1)
-    arms: tuple[Arm, ...] = Field(min_length=1)
-    workloads: tuple[str, ...] = Field(min_length=1)
-    requests: PositiveInt = 2
+    arms: tuple[Arm, ...] = Field(min_length=1, max_length=MAX_NAMES)
+    workloads: tuple[str, ...] = Field(min_length=1, max_length=MAX_NAMES)
+    requests: upto(1000) = 2
     """Requests of each workload in a run, in order; the first is flagged as first."""
-    blocks: PositiveInt = 5
-    context: PositiveInt = 1024
+    blocks: upto(1000) = 5
+    context: Tokens = 1024
     device: Literal["auto", "cuda", "loopback", "none"] = "auto"
-    seed: int = Field(ge=0)
+    seed: upto((1 << 63) - 1, 0)
 
     @model_validator(mode="after")
     def _unique(self) -> Self:
@@ -177,6 +151,9 @@ class Study(Strict):
             raise ValueError("the first arm, and it alone, must be a baseline, with at least one to compare with it")
         if self.weights == "real" and self.scale != "full":
             raise ValueError("real weights have one scale: full")
+        runs = len(self.models) * len(self.quants) * len(self.arms) * self.blocks
+        if runs > MAX_RUNS:
+            raise ValueError(f"models x quants x arms x blocks are {runs} runs, more than {MAX_RUNS}: make two studies")
         return self
 
 
@@ -184,8 +161,8 @@ class Card(Strict):
     """What people own of a model's card on the Hugging Face Hub."""
 
     name: str
-    repository: str = Field(pattern=r"^[\w][\w.-]*$")
-    base_model: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    repository: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}$")
+    base_model: Repository
     license: str = Field(min_length=1)
     """The Hub's identifier; `other` needs a name and a link."""
     license_name: str | None = None
@@ -219,52 +196,32 @@ def _known(kind: str, name: str, allowed: Sequence[str], also: str = "") -> str:
     return name
 
 
-T = TypeVar("T", bound=Strict)
-
-
-def _build(cls: type[T], where: str, data: Any, name: str) -> T:
-    if not isinstance(data, dict):
-        raise ParamsError(f"{where}: expected a mapping, found {type(data).__name__}")
-    try:
-        return cls.model_validate({**data, "name": name})
-    except ValidationError as err:
-        lines = [f"{'.'.join(map(str, e['loc'])) or 'entry'}: {e['msg']}" for e in err.errors()]
-        raise ParamsError(f"{where}: " + "; ".join(lines)) from None
-
-
 @cache
 def _yaml(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml_file.load(path)
     except FileNotFoundError:
         raise ParamsError(f"{path.name} is missing from {path.parent}; run from a clone or set MOELIB_HOME") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as err:
-        raise ParamsError(f"{path.name} is not YAML: {err}") from None
+    except yaml_file.YamlError as err:
+        raise ParamsError(f"{path} is not YAML that can be used: {err}") from None
+
+
+def entries(file: str) -> dict[str, Any]:
+    """Name -> what `params/FILE` says of it, unchecked. Raises ParamsError."""
+    found = _yaml(root() / "params" / file)
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise ParamsError(f"params/{file}: expected a mapping of names, found {type(found).__name__}")
+    return found
 
 
 def _entry(cls: type[T], kind: str, file: str, name: str) -> T:
-    entries = _yaml(root() / "params" / file)
-    return _build(cls, f"params/{file}, {name}", entries[_known(kind, name, sorted(entries))], name)
+    there = entries(file)
+    return build(cls, f"params/{file}, {name}", there[_known(kind, name, sorted(there))], name=name)
 
 
 def model(name: str) -> Model:
     """The catalogue's entry. Raises ParamsError for a name that is not in it."""
     return _entry(Model, "model", "models.yaml", name)
-
-
-def model_changed(name: str, key: str, value: Any) -> tuple[Path, bytes]:
-    """(path, content) of the catalogue with one key of one model changed, comments and order kept; not written."""
-    from ruamel.yaml import YAML
-
-    path, text = root() / "params" / "models.yaml", io.BytesIO()
-    book = YAML()
-    book.width = 1000
-    book.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
-    entries = book.load(path)
-    entries[name][key] = value
-    book.dump(entries, text)
-    _yaml.cache_clear()
-    return path, text.getvalue()
 
 
 def workload(name: str) -> Workload:
@@ -287,8 +244,10 @@ def study_names() -> list[str]:
 
 def study(name: str) -> Study:
     """The study `params/studies/<name>.yaml` with every name in it checked. Raises ParamsError."""
-    path = f"params/studies/{_known('study', name, study_names())}.yaml"
-    found = _build(Study, path, _yaml(root() / path), name)
+    if not (names := study_names()):
+        raise ParamsError(f"{root()} holds no params/studies/*.yaml: run from a clone or set MOELIB_HOME")
+    path = f"params/studies/{_known('study', name, names)}.yaml"
+    found = build(Study, path, _yaml(root() / path), name=name)
     for m in found.models:
         model(m).at_scale(found.scale)
     for w in found.workloads:

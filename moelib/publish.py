@@ -9,14 +9,15 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moelib import cards, hub, lint, params, quantize
+from moelib import cards, hub, params, quantize
 from moelib.study import Results
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
 MAIN = "main"
 
@@ -95,12 +96,10 @@ def plan(results: Results, namespace: str, public: bool | None = None, endpoint:
     """What publishing `results` would do, by repository; nothing is changed anywhere.
 
     `public`: whether the repositories are to be seen by all; by default those of real weights are, as a twin's file
-    under a model's name would mislead. Raises PublishError if a card is not fit, CardError if a file is not the one
-    that was measured, HubError.
+    under a model's name would mislead. Raises CardError for a card that is not fit and a file that is not the one
+    that was measured, PublishError for one that is not there, HubError.
     """
-    pages, files = cards.build(results, namespace), cards.planned(results)
-    if wrong := lint.faults(pages, set(files)):
-        raise PublishError("the cards are not fit: " + "; ".join(f"{f.page}: {f.rule}: {f.what}" for f in wrong))
+    pages, files = cards.fit(results, namespace), cards.planned(results)
     at = {s["file_name"]: quantize.place(s) for s in results.sheets}
     items: dict[str, list[Item]] = {}
     for path, sha256 in files.items():
@@ -142,8 +141,10 @@ def _state(client: "HfApi", repository: str) -> str:
 
 def _listing(client: "HfApi", repository: str, revision: str) -> dict[str, str]:
     with hub.asking(f"listing {repository}"):
-        found = client.list_repo_tree(repository, recursive=True, revision=revision)
+        found = list(islice(client.list_repo_tree(repository, recursive=True, revision=revision), hub.MAX_FILES + 1))
         files = {f.path: f.lfs.sha256 if f.lfs else f.blob_id for f in found if hasattr(f, "blob_id")}
+        if len(found) > hub.MAX_FILES or not all(isinstance(x, str) for pair in files.items() for x in pair):
+            raise TypeError(f"a listing of {len(found)} paths")
     files.pop(".gitattributes", None)  # the Hub's own
     return files
 
@@ -170,14 +171,15 @@ def require_rights(client: "HfApi", namespaces: set[str]) -> None:
     """Raise PublishError unless the token may write to every namespace."""
     with hub.asking("asking whose token this is"):
         who = client.whoami()
-    access = who.get("auth", {}).get("accessToken", {})
-    orgs = {o["name"]: o.get("roleInOrg") for o in who.get("orgs", ())}
-    fine = {s["entity"]["name"]: s["permissions"] for s in access.get("fineGrained", {}).get("scoped", ())}
+        user, role = str(who["name"]), (access := who.get("auth", {}).get("accessToken", {})).get("role")
+        orgs = {o["name"]: o.get("roleInOrg") for o in who.get("orgs", ())}
+        scoped = access.get("fineGrained", {}).get("scoped", ())
+        fine = {s["entity"]["name"]: tuple(s["permissions"]) for s in scoped}
     for name in sorted(namespaces):
-        own = name == who["name"] or orgs.get(name) in ("admin", "write", "contributor")
-        if access.get("role") == "read" or not own:
-            why = "reads only" if own else f"is {who['name']}'s, who may not write to {name}"
-        elif access.get("role") == "fineGrained" and "repo.write" not in fine.get(name, ()):
+        own = name == user or orgs.get(name) in ("admin", "write", "contributor")
+        if role == "read" or not own:
+            why = "reads only" if own else f"is {hub.plain(user)}'s, who may not write to {name}"
+        elif role == "fineGrained" and "repo.write" not in fine.get(name, ()):
             why = f"has no right to write to repositories of {name}"
         else:
             continue
@@ -189,8 +191,6 @@ def _upload(client: "HfApi", p: Plan, say: Say) -> tuple[str, int | None] | None
 
     None if all of it is public already.
     """
-    from huggingface_hub import CommitOperationAdd
-
     what = f"publishing {p.repository}"
     if (state := _state(client, p.repository)) == "new":
         with hub.asking(what):
@@ -211,12 +211,12 @@ def _upload(client: "HfApi", p: Plan, say: Say) -> tuple[str, int | None] | None
     left = Plan(p.repository, p.title, p.items, p.visible, there)
     for commit in left.commits:
         say(f"{p.repository}: {_message(commit)} ({sum(i.nbytes for i in commit):,} bytes)")
-        operations = [CommitOperationAdd(i.name, str(i.content) if i.is_model else i.content) for i in commit]
+        operations = _operations(commit)
         for i, o in zip(commit, operations, strict=True):
             if o.upload_info.sha256.hex() != i.sha256:
                 raise PublishError(f"{i.name} changed while it was being published: run the same command again")
         request = state == "public" and number is None
-        with hub.asking(what):
+        with hub.asking(what, sends=sum(i.nbytes for i in commit)):
             done = client.create_commit(
                 p.repository,
                 operations,
@@ -224,9 +224,18 @@ def _upload(client: "HfApi", p: Plan, say: Say) -> tuple[str, int | None] | None
                 revision=None if request else revision,
                 create_pr=request,
             )
-        if request:
-            number, revision = done.pr_num, done.pr_revision
+            if request:
+                number, revision = int(done.pr_num), str(done.pr_revision)
     return revision, number
+
+
+def _operations(commit: tuple[Item, ...]) -> list["CommitOperationAdd"]:
+    from huggingface_hub import CommitOperationAdd
+
+    try:
+        return [CommitOperationAdd(i.name, str(i.content) if i.is_model else i.content) for i in commit]
+    except (OSError, ValueError) as err:  # the library says so of a file that is gone
+        raise PublishError(f"{commit[0].name} cannot be read any more ({err}): run the same command again") from None
 
 
 def _open_request(client: "HfApi", p: Plan) -> int | None:
@@ -234,25 +243,8 @@ def _open_request(client: "HfApi", p: Plan) -> int | None:
     with hub.asking(f"listing the pull requests of {p.repository}"):
         who = client.whoami()["name"]
         found = client.get_repo_discussions(p.repository, author=who, discussion_type="pull_request")
+        found = islice(found, hub.MAX_FILES)
         return max((d.num for d in found if d.title == p.title and d.status == "open"), default=None)
-
-
-class _Digest:
-    """Takes a download as a file would, and keeps its SHA-256 alone."""
-
-    def __init__(self) -> None:
-        self.sha256, self.at = hashlib.sha256(), 0
-
-    def write(self, data: bytes) -> int:
-        self.sha256.update(data)
-        self.at += len(data)
-        return len(data)
-
-    def tell(self) -> int:
-        return self.at
-
-    def seek(self, *_: int) -> int:
-        raise OSError("the answer began anew and cannot be gone on with")  # a range that the server did not keep to
 
 
 def _read_back(client: "HfApi", p: Plan, revision: str, say: Say) -> None:
@@ -263,8 +255,8 @@ def _read_back(client: "HfApi", p: Plan, revision: str, say: Say) -> None:
     listed = _listing(client, p.repository, revision)
     for n, i in enumerate(p.items):
         say(f"{p.repository}: reading back {i.name} ({n + 1} of {len(p.items)})")
-        found, url = _Digest(), hf_hub_url(p.repository, i.name, revision=revision, endpoint=client.endpoint)
-        with hub.asking(f"reading back {i.name} of {p.repository}"):
+        found, url = hub.Digest(), hf_hub_url(p.repository, i.name, revision=revision, endpoint=client.endpoint)
+        with hub.asking(f"reading back {i.name} of {p.repository}", receives=i.nbytes):
             at, headers = hub.located(client, url)
             http_get(at, found, headers=headers, expected_size=i.nbytes, displayed_filename=i.name)
         if found.sha256.hexdigest() != i.sha256 or not p.same(i, listed):

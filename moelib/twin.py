@@ -27,6 +27,8 @@ PIECE_BYTES = 1 << 23
 WEIGHT_RANGE = 0.035  # uniform in +-range: standard deviation 0.02, what models are initialised with
 ALIGNMENT = 32
 UNSPOKEN = 3 + 256  # special and byte tokens, first in the vocabulary
+NAME = TWIN_NAME  # llama.cpp takes a name with "phi-3" for another tokenizer, so it has no model name in it
+DESCRIPTION = "random weights in the shape of"
 PROMPT_WORDS = ("▁Explain", "▁quantum", "▁computing", "▁in", "▁simple", "▁terms", ".")
 
 
@@ -98,9 +100,8 @@ def _writer(path: Path, g: Geometry, title: str) -> GGUFWriter:
 
     tokens, scores, types = vocabulary(g.vocab_size)
     facts = {
-        # llama.cpp takes a name with "phi-3" for another tokenizer, so the twin's name has no model name in it
-        "name": TWIN_NAME,
-        "description": f"random weights in the shape of {title}; text and quality are meaningless",
+        "name": NAME,
+        "description": f"{DESCRIPTION} {title}; text and quality are meaningless",
         "file_type": LlamaFileType.MOSTLY_F16,
         "quantization_version": 2,
         **of("block_count context_length embedding_length feed_forward_length head_count head_count_kv"),

@@ -10,13 +10,15 @@ from contextlib import suppress
 from hashlib import sha256
 from types import SimpleNamespace
 
+import published
 import pytest
 import yaml
 from conftest import SMOKE
 from hub import HOWS, Hub, official_client
 from huggingface_hub import constants
 
-from moelib import files, gguf_file, hub, measure, notebook, params, process, quantize, sources, twin
+from moelib import files, gguf_file, hub, measure, notebook, params, pins, process, quantize, sources, twin
+from moelib.candidates import ChoiceError
 from moelib.hub import HubError
 from moelib.sources import SourceError
 
@@ -35,7 +37,7 @@ def toy(home, tmp_path, monkeypatch):
     path = home / "params/models.yaml"
     path.write_text(path.read_text() + yaml.safe_dump(entry))
     params._yaml.cache_clear()
-    twin.write(tmp_path / "toy.gguf", geometry, title="Toy")
+    published.twin_as_a_model(tmp_path / "toy.gguf", geometry)
     return (tmp_path / "toy.gguf").read_bytes()
 
 
@@ -52,28 +54,31 @@ def test_a_pin_is_the_commit_the_f16_file_and_its_hash(toy, lfs_hub, home):
     told = sources.pin("toy", REPO, endpoint=lfs_hub.url)
     want = params.SourceFile(bytes=len(toy), sha256=sha256(toy).hexdigest())
     assert (told.repository, told.revision, told.files) == (REPO, commit, {"toy-F16.gguf": want})
-    assert params.model("toy").upstream == told
-    after = (home / "params/models.yaml").read_text()
-    kept, _, _ = after.partition("\ntoy:")
-    assert kept == before.partition("\ntoy:")[0]  # comments, order and all of the other models
-    params._yaml.cache_clear()
-    assert params.model("phi-3.5-moe").geometry.block_count == 32
+    assert pins.of("toy") == told
+    assert (home / "params/models.yaml").read_text() == before
+    assert (home / "params/pins.yaml").read_text().startswith("# `moelib fetch MODEL --pin OWNER/NAME` alone writes")
 
 
 @pytest.mark.parametrize(
     ("there", "why"),
     [
-        ({"toy-Q4_K_M.gguf": b"GGUF" * 9000}, "no single F16 or BF16 model; its GGUF files are: toy-Q4_K_M.gguf"),
-        ({"README.md": b"# toy\n"}, "none"),
-        ({"a-f16.gguf": b"GGUF" * 9000, "b-f16.gguf": b"GGUF" * 9001}, "no single"),
-        ({"a-f16-00001-of-00002.gguf": b"GGUF" * 9000}, "no single"),
+        ({"toy-Q4_K_M.gguf": bytes(36000)}, "toy-Q4_K_M.gguf: 36,000 bytes, and the model unquantised has some"),
+        ({"README.md": b"# toy\n"}, "it holds no GGUF file.*pin another repository"),
+        ({"toy-F16.gguf": b"GGUF" + bytes(3 << 20)}, "toy-F16.gguf: .*GGUF version"),
+        ({"toy-F16.gguf": bytes(3 << 20)}, "toy-F16.gguf is no GGUF: it begins with"),
+        ({"a-f16-00001-of-00002.gguf": bytes(36000)}, "of 2 files by its name, file 2 is not there"),
+        ({"a-00002-of-00001.gguf": bytes(9)}, "its name says that it is file 2 of 1"),
+        ({"a-00000-of-00001.gguf": bytes(9)}, "its name says that it is file 0 of 1"),
+        ({"a-00001-of-99999.gguf": bytes(9)}, "its name says that it is file 1 of 99999"),
+        ({"toy.f16.gguf.part1of2": bytes(9000)}, "toy.f16.gguf.part1of2 are plain pieces.*join them with `cat`"),
+        ({"model-1.safetensors": bytes(9000)}, "it holds safetensors: `hf download alice/toy-GGUF.*--from FOLDER"),
     ],
 )
 def test_what_cannot_be_pinned_says_what_is_there(toy, lfs_hub, there, why):
     lfs_hub.put(REPO, there)
-    with pytest.raises(SourceError, match=why):
+    with pytest.raises(ChoiceError, match=why):
         sources.pin("toy", REPO, endpoint=lfs_hub.url)
-    assert not params.model("toy").upstream.files
+    assert pins.of("toy") is None
 
 
 def test_nothing_pinned_says_how_to_pin(toy):
@@ -95,7 +100,7 @@ def test_what_is_fetched_is_there_once_and_whole(pinned, lfs_hub):
     source = sources.fetch("toy", lfs_hub.url)
     assert source.path.read_bytes() == pinned
     assert (source.weights, source.scale, source.sha256) == ("real", "full", sha256(pinned).hexdigest())
-    assert source.origin == f"{REPO}@{params.model('toy').upstream.revision}"
+    assert source.origin == f"{REPO}@{pins.of('toy').revision}"
     asked = len(lfs_hub.requests)
     assert sources.fetch("toy", lfs_hub.url) == source == sources.obtain("toy", "real", "full")
     assert len(lfs_hub.requests) == asked
@@ -127,7 +132,7 @@ sources.fetch("toy", sys.argv[1])
 def test_a_killed_download_goes_on_where_it_was(pinned, lfs_hub):
     lfs_hub.fail("short", match=STORAGE)
     lfs_hub.fail("timeout", match=STORAGE, times=None)
-    want = next(iter(params.model("toy").upstream.files.values()))
+    want = next(iter(pins.of("toy").files.values()))
     begun = sources._begun(sources.folder("toy") / "toy-F16.gguf", want)
     with subprocess.Popen(
         [sys.executable, "-c", SLOWLY, lfs_hub.url], env=os.environ | {"HF_HUB_DISABLE_XET": "1"}
@@ -147,7 +152,7 @@ def test_a_killed_download_goes_on_where_it_was(pinned, lfs_hub):
 
 
 def test_more_than_there_is_to_come_is_no_beginning(pinned, lfs_hub):
-    want = next(iter(params.model("toy").upstream.files.values()))
+    want = next(iter(pins.of("toy").files.values()))
     begun = sources._begun(sources.folder("toy") / "toy-F16.gguf", want)
     begun.parent.mkdir(parents=True)
     begun.write_bytes(bytes(len(pinned) + 1))
@@ -155,7 +160,7 @@ def test_more_than_there_is_to_come_is_no_beginning(pinned, lfs_hub):
 
 
 def test_a_beginning_that_is_not_of_this_file_is_thrown_away(pinned, lfs_hub):
-    want = next(iter(params.model("toy").upstream.files.values()))
+    want = next(iter(pins.of("toy").files.values()))
     begun = sources._begun(sources.folder("toy") / "toy-F16.gguf", want)
     begun.parent.mkdir(parents=True)
     begun.write_bytes(bytes(1000))
@@ -300,7 +305,7 @@ def test_a_local_file_is_linked_and_known_by_its_name_alone(toy, tmp_path):
 
 def test_another_model_is_refused(toy, home, tmp_path):
     twin.write(tmp_path / "phi.gguf", params.model("phi-3.5-moe").at_scale("nano"), title="Phi")
-    with pytest.raises(SourceError, match=r"phi.gguf is not toy: architecture phimoe, .*expert_used_count 2, not 6"):
+    with pytest.raises(SourceError, match=r"phi.gguf is not toy: architecture phimoe, not deepseek. Give"):
         sources.adopt("toy", tmp_path / "phi.gguf")
     assert sources._chosen("toy") is None
 

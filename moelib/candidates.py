@@ -1,0 +1,287 @@
+"""Which files of a repository on the Hub are a model's unquantised weights: told by their headers, read by ranges.
+
+A name says nothing for sure: a vision projector, a draft, a head or a quantised file may have F16 in it, and the model
+may not. Names and sizes only say in which order to look, and what is too small to be looked at.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import log
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from moelib import gguf_file, hub, params, weights
+from moelib.strict import build
+from moelib.upstream import Pin, SourceFile, hub_path, repository_name
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+PREFIX_BYTES, MAX_PREFIX_BYTES = 1 << 20, 64 << 20  # of a file, for its header; a large vocabulary has 10 MB
+MAX_BYTES = 1 << 30  # of all headers
+MAX_LOOKED_AT = 40  # models
+MAX_PARTS = 500  # files of one model
+HINT = re.compile(r"(?i)(?<![a-z0-9])(fp?16|float16|bf16)(?![a-z0-9])")
+PIECE = re.compile(r"(?i)\.(gguf\.\S*part\S*|gguf-split-\w+|part\d\S*)$")
+
+
+class ChoiceError(params.UserError):
+    """A repository has no file to pin, or several; the message says why of each, and what to do."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One model of a repository: a file, or all files of a split one, in order."""
+
+    names: tuple[str, ...]
+    files: tuple[SourceFile, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(f.bytes for f in self.files)
+
+
+@dataclass
+class Listing:
+    """What a commit of a repository holds."""
+
+    repository: str
+    commit: str
+    files: dict[str, SourceFile]
+    others: list[str]
+    """Names of what is no GGUF."""
+    unfit: dict[str, str] = field(default_factory=dict)
+    """GGUF -> why it cannot be pinned."""
+
+
+def choose(model: str, repository: str, revision: str, client: "HfApi", named: Sequence[str] = ()) -> Pin:
+    """The unquantised weights of `model` in `repository`: F16 before BF16 before F32; or `named`, if it is.
+
+    Raises ChoiceError, HubError.
+    """
+    repository_name(repository)
+    listing = _listing(client, repository, revision)
+    there = _candidates(listing)
+    looked_at = [_named(listing, there, named)] if named else _likely(model, listing, there)
+    fit: dict[str, list[Candidate]] = {}
+    with TemporaryDirectory() as scratch:
+        reader = _Reader(client, listing, Path(scratch))
+        for one in tqdm(looked_at, desc="reading headers", disable=None, leave=False):
+            try:
+                header = reader.header(one)
+                why = weights.why_not(model, header)
+            except gguf_file.GGUFError as err:
+                why = [str(err)]
+            if why:
+                listing.unfit[one.names[0]] = "; ".join(why)
+            else:
+                fit.setdefault(weights.kind(header), []).append(one)
+    best = next((fit[k] for k in weights.UNQUANTISED if k in fit), [])
+    if len(best) != 1:
+        raise ChoiceError(_none(model, listing, best, named))
+    (one,) = best
+    found = {n: f.model_dump() for n, f in zip(one.names, one.files, strict=True)}
+    return build(
+        Pin, f"what {repository} tells", {"repository": repository, "revision": listing.commit, "files": found}
+    )
+
+
+def _listing(client: "HfApi", repository: str, revision: str) -> Listing:
+    with hub.asking(f"pinning {repository}"):
+        info = client.model_info(repository, revision=revision, files_metadata=True)
+        told: dict[str, Any] = {s.rfilename: s for s in info.siblings or ()}
+        if len(told) > hub.MAX_FILES or not re.fullmatch(r"[0-9a-f]{40}", info.sha or ""):
+            raise TypeError(f"a commit {info.sha!r:.60} of {len(told)} files")
+        listing = Listing(repository, info.sha, {}, [])
+        for name in sorted(told):
+            if not name.lower().endswith(".gguf"):
+                listing.others.append(name)
+                continue
+            try:
+                hub_path(name)
+                lfs = told[name].lfs
+                if lfs is None:
+                    raise ValueError("the Hub tells no SHA-256 of it")
+                listing.files[name] = build(
+                    SourceFile, "what the Hub tells", {"bytes": told[name].size, "sha256": lfs.sha256}
+                )
+            except ValueError as err:
+                listing.unfit[name] = str(err)
+    return listing
+
+
+def _candidates(listing: Listing) -> list[Candidate]:
+    """The models of a repository by the names of their files; what is not whole gets its reason."""
+    split: dict[tuple[str, int], dict[int, str]] = {}
+    whole = []
+    for name in listing.files:
+        if not (m := gguf_file.SPLIT.search(name)):
+            whole.append([name])
+        elif not 1 <= int(m[1]) <= int(m[2]) <= MAX_PARTS:
+            listing.unfit[name] = f"its name says that it is file {int(m[1])} of {int(m[2])}"
+        else:
+            split.setdefault((name[: m.start()], int(m[2])), {})[int(m[1])] = name
+    for (_, count), parts in split.items():
+        names = [parts[i] for i in sorted(parts)]
+        if gone := sorted(set(range(1, count + 1)) - parts.keys()):
+            listing.unfit[names[0]] = f"of {count} files by its name, file {gone[0]} is not there"
+        else:
+            whole.append(names)
+    return [Candidate(tuple(names), tuple(listing.files[n] for n in names)) for names in whole]
+
+
+def _likely(model: str, listing: Listing, there: list[Candidate]) -> list[Candidate]:
+    """What may be the model, most likely first. Raises ChoiceError if it is more than can be looked at."""
+    least = weights.least_bytes(model)
+    for one in there:
+        if one.nbytes < least:
+            listing.unfit[one.names[0]] = f"{one.nbytes:,} bytes, and the model unquantised has some {2 * least:,}"
+    large = [one for one in there if one.nbytes >= least]
+    if len(large) > MAX_LOOKED_AT:
+        raise ChoiceError(
+            f"{listing.repository} has {len(large)} models that may be {model}, more than are looked at: name its "
+            "file with --file PATH"
+        )
+    return sorted(large, key=lambda c: (not HINT.search(c.names[0]), abs(log(c.nbytes / (2 * least))), c.names))
+
+
+def _named(listing: Listing, there: list[Candidate], named: Sequence[str]) -> Candidate:
+    for name in named:
+        if name not in listing.files:
+            why = listing.unfit.get(name) or f"it has no such GGUF; it has {_some(sorted(listing.files))}"
+            raise ChoiceError(f"{hub.plain(name)} of {listing.repository} cannot be pinned: {why}")
+    for one in there:
+        if set(named) <= set(one.names):
+            return one
+    why = next((listing.unfit[n] for n in named if n in listing.unfit), "they are not the files of one model")
+    raise ChoiceError(
+        f"{_some(list(named))} of {listing.repository} cannot be pinned: {why}; see the names with the Hub"
+    )
+
+
+def _some(names: list[str], most: int = 12) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(hub.plain, names[:most])) + more if names else "none"
+
+
+def _none(model: str, listing: Listing, best: list[Candidate], named: Sequence[str]) -> str:
+    """Why nothing was chosen, of each file, and what to do."""
+    if best:
+        several = _some([one.names[0] for one in best])
+        return (
+            f"{listing.repository} has {model} unquantised {len(best)} times, in {several}: name one with --file PATH"
+        )
+    if named:
+        why = listing.unfit[next(n for n in listing.unfit if n in listing.files)]
+        return f"{hub.plain(named[0])} of {listing.repository} is not {model} unquantised: {hub.plain(why)}"
+    steps = f"pin another repository, or give what you have: `moelib fetch {model} --from PATH`"
+    if pieces := [n for n in listing.others if PIECE.search(n)]:
+        steps = (
+            f"{_some(pieces)} are plain pieces of a file: download them, join them with `cat`, and give the whole: "
+            f"`moelib fetch {model} --from FILE`"
+        )
+    elif any(n.endswith(".safetensors") for n in listing.others):
+        steps = (
+            f"it holds safetensors: `hf download {listing.repository} --local-dir FOLDER`, then have them converted: "
+            f"`moelib fetch {model} --from FOLDER`"
+        )
+    reasons = [f"{hub.plain(n)}: {hub.plain(why)}" for n, why in sorted(listing.unfit.items())]
+    more = f"; and {len(reasons) - 12} more" if len(reasons) > 12 else ""
+    told = "; ".join(reasons[:12]) + more if reasons else "it holds no GGUF file"
+    return f"{listing.repository} has no file that is {model} unquantised and whole ({told}); next: {steps}"
+
+
+class _Reader:
+    """Reads headers of a repository's files, a little of each file."""
+
+    def __init__(self, client: "HfApi", listing: Listing, scratch: Path):
+        self.client, self.listing, self.scratch, self.left = client, listing, scratch, MAX_BYTES
+
+    def header(self, one: Candidate) -> gguf_file.Header:
+        """The header of a candidate, by the same reader that reads it once it is here. Raises GGUFError, HubError."""
+        parts = [_Part(self, n, f) for n, f in zip(one.names, one.files, strict=True)]
+        try:
+            for part in parts:
+                part.more()
+            while True:
+                if odd := next((p for p in parts if p.magic != b"GGUF"), None):
+                    raise gguf_file.GGUFError(f"{odd.path.name} is no GGUF: it begins with {odd.magic!r}")
+                try:
+                    header = self._read(parts, as_large=True)
+                    if not [p for p in parts if p.had < p.want.bytes and not p.tensors]:
+                        return header
+                except gguf_file.GGUFError as err:
+                    # an error that is the same whether zeros follow or nothing is one of the bytes that came
+                    if str(err) == self._cut(parts):
+                        raise
+                    if not [p for p in parts if p.may_grow]:
+                        raise
+                next((p for p in parts if p.may_grow), parts[0]).more()
+        finally:
+            for part in parts:
+                part.path.unlink(missing_ok=True)
+
+    def _cut(self, parts: "list[_Part]") -> str:
+        try:
+            self._read(parts, as_large=False)
+        except gguf_file.GGUFError as err:
+            return str(err)
+        return ""
+
+    def _read(self, parts: "list[_Part]", as_large: bool) -> gguf_file.Header:
+        try:
+            for part in parts:
+                os.truncate(part.path, part.want.bytes if as_large else part.had)  # a hole takes no room
+            return gguf_file.read_header(parts[0].path)
+        except OSError as err:
+            size = max(p.want.bytes for p in parts)
+            raise ChoiceError(
+                f"no file with a hole of {size:,} bytes can be made in {self.scratch} ({err.strerror}): set TMPDIR to "
+                "a folder on another disk"
+            ) from None
+
+
+class _Part:
+    """The beginning of one file."""
+
+    def __init__(self, reader: _Reader, name: str, want: SourceFile):
+        self.reader, self.name, self.want, self.had, self._at = reader, name, want, 0, None
+        self.path = reader.scratch / PurePosixPath(name).name
+        self.magic, self.tensors = b"", 0
+
+    @property
+    def may_grow(self) -> bool:
+        return self.had < min(self.want.bytes, MAX_PREFIX_BYTES)
+
+    def more(self) -> None:
+        """Read as much again as there is, or a first MiB. Raises GGUFError at the limit, HubError."""
+        from huggingface_hub import hf_hub_url
+
+        client, listing = self.reader.client, self.reader.listing
+        upto = min(max(PREFIX_BYTES, 2 * self.had), self.want.bytes)
+        if upto > MAX_PREFIX_BYTES:
+            raise gguf_file.GGUFError(f"{self.path.name}: its header is longer than any model's")
+        if upto - self.had > self.reader.left:
+            raise ChoiceError(
+                f"the headers of {listing.repository} have over {MAX_BYTES >> 20} MiB: name the file with --file PATH"
+            )
+        with hub.asking(
+            f"reading the header of {hub.plain(self.name)} of {listing.repository}", receives=upto - self.had
+        ):
+            if self._at is None:
+                url = hf_hub_url(listing.repository, self.name, revision=listing.commit, endpoint=client.endpoint)
+                self._at = hub.located(client, url)
+            data = hub.first_bytes(self._at[0], self.had, upto, self._at[1])
+        if len(data) < upto - self.had:
+            raise gguf_file.GGUFError(f"{self.path.name}: the Hub sent less of it than it says there is")
+        with self.path.open("r+b" if self.had else "wb") as f:
+            f.seek(self.had)
+            f.write(data)
+        if not self.had:
+            self.magic, self.tensors = data[:4], int.from_bytes(data[8:16], "little")
+        self.had, self.reader.left = upto, self.reader.left - len(data)

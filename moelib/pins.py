@@ -1,0 +1,66 @@
+"""Which files of the Hub are each model's weights: `params/pins.yaml`, which `moelib fetch --pin` alone writes.
+
+It is written whole, through the schema that reads it, and read back; `params/models.yaml` stays people's.
+"""
+
+from pathlib import Path
+
+import yaml
+
+from moelib import files, params, yaml_file
+from moelib.strict import build
+from moelib.upstream import Pin
+
+HEAD = "# `moelib fetch MODEL --pin OWNER/NAME` alone writes this file, whole each time; people write models.yaml.\n"
+
+
+class PinsError(params.UserError):
+    """The file of pins cannot be read or written; the message says what to do."""
+
+
+def path() -> Path:
+    return params.root() / "params" / "pins.yaml"
+
+
+def read() -> dict[str, Pin]:
+    """Model -> its pin. Raises PinsError if the file is not what this module wrote."""
+    try:
+        return _checked(yaml_file.load(path()))
+    except FileNotFoundError:
+        return {}
+    except (yaml_file.YamlError, params.ParamsError) as err:
+        raise PinsError(
+            f"{path()} is damaged ({err}): it holds nothing but pins, so delete it and pin again with `moelib fetch "
+            "MODEL --pin OWNER/NAME`, or take it back from git"
+        ) from None
+
+
+def _checked(found: object) -> dict[str, Pin]:
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise params.ParamsError(f"expected a mapping of models, found {type(found).__name__}")
+    return {name: build(Pin, name, said) for name, said in found.items()}
+
+
+def of(model: str) -> Pin | None:
+    """The pin of `model`: the one in pins.yaml, else one that people wrote into models.yaml, else None."""
+    if pin := read().get(model):
+        return pin
+    said = params.model(model).upstream
+    return Pin(repository=said.repository, revision=said.revision, files=said.files) if said and said.files else None
+
+
+def write(model: str, pin: Pin) -> None:
+    """Pin `model`. Raises PinsError before anything is written if it could not be read again."""
+    with files.lock(path().with_name(".pins.lock"), "params/pins.yaml"):
+        pins = read() | {model: pin}
+        data = {name: pins[name].model_dump() for name in sorted(pins)}
+        text = HEAD + yaml.safe_dump(data, allow_unicode=True, width=1000, sort_keys=False)
+        try:
+            stands = _checked(yaml_file.loads(text)) == pins
+        except (yaml_file.YamlError, params.ParamsError) as err:
+            raise PinsError(f"{model} was not pinned, {path().name} is as it was: {err}") from None
+        if not stands:
+            raise PinsError(f"{model} was not pinned, {path().name} is as it was: it would read other than it is meant")
+        files.write_bytes(path(), text.encode("utf-8"))
+        if read() != pins:
+            raise PinsError(f"{path()} reads other than it was written: look at the disk, then pin again")

@@ -1,0 +1,88 @@
+"""Whether a file is a model's published weights, whole and unquantised, by what its header says: never by its name."""
+
+import hashlib
+from collections import Counter
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from moelib import gguf_file, params, twin
+
+UNQUANTISED = ("F16", "BF16", "F32")
+"""In the order of preference: what the plan names, what is as good, what is twice as large as it need be."""
+SHAPE = ("block_count", "embedding_length", "feed_forward_length", "expert_count", "expert_used_count")
+ABOUT = 0.02  # vocabularies are padded by some; a part of a model lacks far more
+
+
+class SourceError(params.UserError):
+    """A model's source cannot be had, or is not what it should be; the message says why and what to do."""
+
+
+def require(model: str, header: gguf_file.Header, what: str = "") -> None:
+    """Raise SourceError unless the file is the model's weights, whole and unquantised."""
+    if why := why_not(model, header):
+        raise SourceError(f"{what or header.path.name} is not {model}: {'; '.join(why)}. Give its F16 GGUF")
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a large file, with progress."""
+    digest = hashlib.sha256()
+    bar = {"total": path.stat().st_size, "desc": f"checking {path.name}", "unit": "B", "unit_scale": True}
+    with path.open("rb") as f, tqdm(**bar, disable=None, leave=False) as shown:
+        while chunk := f.read(1 << 24):
+            digest.update(chunk)
+            shown.update(len(chunk))
+    return digest.hexdigest()
+
+
+def kind(header: gguf_file.Header) -> str:
+    """The unquantised type that most of the file's bytes have."""
+    nbytes: Counter[str] = Counter()
+    for t in header.tensors:
+        nbytes[t.type] += t.nbytes
+    return max(UNQUANTISED, key=lambda k: nbytes[k])
+
+
+def least_bytes(model: str) -> int:
+    """A file of fewer bytes cannot hold the model unquantised."""
+    return twin.nbytes(params.model(model).at_scale("full")) // 2
+
+
+def why_not(model: str, header: gguf_file.Header) -> list[str]:
+    """Why the file is not the model's published weights, whole and unquantised; empty if it is."""
+    geometry, told = params.model(model).at_scale("full"), header.metadata
+    what, arch = told.get("general.type", "model"), told.get("general.architecture")
+    wrong = [f"it is of type {what!r:.40}, not a model"] if what != "model" else []
+    if arch != geometry.architecture:
+        return [*wrong, f"architecture {arch!s:.40}, not {geometry.architecture}"]
+    shape = {k: told.get(f"{arch}.{k}") for k in SHAPE}
+    wrong += [
+        f"{k} {v!s:.40}, not {getattr(geometry, k)}" for k, v in shape.items() if not _same(v, getattr(geometry, k))
+    ]
+    if told.get("general.name") == twin.NAME or str(told.get("general.description")).startswith(twin.DESCRIPTION):
+        wrong.append("its weights are random: it is a geometry twin")
+    if others := {t: n for t, n in header.type_counts.items() if t not in UNQUANTISED}:
+        wrong.append(f"it is quantised ({', '.join(f'{n} tensors {t}' for t, n in others.items())})")
+    return wrong or _lacks(geometry, header)
+
+
+def _same(said: Any, meant: int) -> bool:
+    return type(said) is int and said == meant  # True is no number of blocks
+
+
+def _lacks(geometry: params.Geometry, header: gguf_file.Header) -> list[str]:
+    """What a file of the right shape lacks of the model: a vocabulary, a head or a draft alone says the same shape."""
+    planned = twin.tensors(geometry)
+    experts: Counter[int | None] = Counter()
+    for t in planned:
+        if m := gguf_file.EXPERT_TENSOR.match(t.name):
+            experts[int(m[1])] += prod(t.shape)
+    for t in header.tensors:
+        if t.is_expert and t.name.endswith(".weight"):
+            experts[t.block] -= prod(t.shape)
+    if odd := [str(block) for block, n in sorted(experts.items(), key=str) if n]:
+        return [f"it is not whole: the experts of {len(odd)} layers are not the model's (of layer {odd[0]} first)"]
+    share = header.parameters / sum(prod(t.shape) for t in planned)
+    return [f"it is not whole: it has {share:.1%} of the model's weights"] if abs(share - 1) > ABOUT else []
