@@ -1,6 +1,7 @@
 """Real weights: pinned, fetched from a Hub on loopback, verified, adopted; and a study of them."""
 
 import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -318,6 +319,142 @@ def test_a_missing_file_says_so(toy, tmp_path):
         sources.adopt("toy", tmp_path / "a-00001-of-00002.gguf")
 
 
+@pytest.fixture
+def good(toy, tmp_path):
+    """A source that was chosen, and what its folder holds: nothing that is refused later may change it."""
+    source = sources.adopt("toy", tmp_path / "toy.gguf")
+    return source, state_of(sources.folder("toy"))
+
+
+def state_of(place):
+    return {p.name: (p.resolve(), p.read_bytes()) for p in place.iterdir() if p.suffix != ".lock"}
+
+
+REFUSED = {
+    "quantised": ({"kind": "Q8_0"}, "it is quantised"),
+    "twin": ({"general": {"name": "geometry twin"}}, "its weights are random: it is a geometry twin"),
+    "twin renamed": ({"general": {"description": "random weights in the shape of X"}}, "its weights are random"),
+    "projector": ({"arch": "clip", "general": {"type": "mmproj"}}, "architecture clip"),
+    "shape": ({"expert_used_count": 5}, "expert_used_count 5, not 6"),
+    "text for a number": ({"block_count": "2"}, "block_count 2, not 2"),
+    "number for text": ({"general": {"name": 7, "type": 8}}, "it is of type 8"),
+    "half": ({"keep": lambda name: "attn" not in name}, "it is not whole"),
+}
+
+
+@pytest.mark.parametrize("which", REFUSED)
+def test_what_is_not_the_model_replaces_nothing(good, tmp_path, which):
+    how, why = REFUSED[which]
+    source, before = good
+    given = tmp_path / "other" / "toy.gguf"  # under the good one's own name
+    given.parent.mkdir()
+    given.write_bytes(published.gguf(params.model("toy").at_scale("full"), **how))
+    with pytest.raises(SourceError, match=why) as caught:
+        sources.adopt("toy", given)
+    assert "\n" not in str(caught.value)
+    assert state_of(sources.folder("toy")) == before
+    assert sources.obtain("toy", "real", "full") == source
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"GGUF", b"GGUF" + bytes(5000), b"version https://git-lfs.github.com/spec/v1\n"]
+)
+def test_what_is_no_gguf_replaces_nothing(good, tmp_path, content):
+    _source, before = good
+    (tmp_path / "bad.gguf").write_bytes(content)
+    with pytest.raises(params.UserError, match=r"^bad.gguf: "):
+        sources.adopt("toy", tmp_path / "bad.gguf")
+    assert state_of(sources.folder("toy")) == before
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(good, tmp_path, monkeypatch):
+    _source, before = good
+    (tmp_path / "new.gguf").write_bytes(published.gguf(params.model("toy").at_scale("full")))
+
+    def digest(path):
+        with path.open("ab") as f:
+            f.write(b"more")
+        return "0" * 64
+
+    monkeypatch.setattr(sources.weights, "digest", digest)
+    with pytest.raises(SourceError, match="was changed while it was read"):
+        sources.adopt("toy", tmp_path / "new.gguf")
+    assert state_of(sources.folder("toy")) == before
+
+
+def test_a_local_file_that_is_gone_or_changed_is_not_taken_for_the_source(good, tmp_path):
+    source, _ = good
+    content = (tmp_path / "toy.gguf").read_bytes()
+    for harm in (lambda p: p.unlink(), lambda p: p.write_bytes(content[:-1] + b"x")):
+        harm(tmp_path / "toy.gguf")
+        for use in (lambda: sources.whole(source), lambda: sources.obtain("toy", "real", "full")):
+            with pytest.raises(SourceError, match=r"are local file toy.gguf, and that is gone or was changed: give it"):
+                use()
+        (tmp_path / "toy.gguf").write_bytes(content)
+        sources.adopt("toy", tmp_path / "toy.gguf")
+    assert sources.whole(source) == source
+
+
+def test_another_file_in_the_place_of_the_chosen_one_is_not_the_source(good, tmp_path):
+    source, _ = good
+    other = published.gguf(params.model("toy").at_scale("full"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/toy.gguf").write_bytes(other)
+    told = (sources.folder("toy") / "source.json").read_text()
+    sources.adopt("toy", tmp_path / "other/toy.gguf")
+    (sources.folder("toy") / "source.json").write_text(told)  # as if a kill had come before it was written
+    with pytest.raises(SourceError, match="gone or was changed"):
+        sources.whole(source)
+
+
+@pytest.mark.parametrize("said", ["", "[]", "{}", '{"file": 5, "sha256": 6, "origin": 7}', "[" * 100_000, "\x00"])
+def test_a_damaged_note_of_the_choice_is_no_choice(toy, said):
+    place = sources.folder("toy")
+    place.mkdir(parents=True)
+    (place / "source.json").write_text(said)
+    assert sources._chosen("toy") is None
+    (place / "source.json").write_text(json.dumps({"file": "../x.gguf", "sha256": "0", "origin": "x"}))
+    assert sources._chosen("toy") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("a-00002-of-00001.gguf", "would be file 2 of 1"),
+        ("a-00000-of-00002.gguf", "would be file 0 of 2"),
+        ("a-00001-of-99999.gguf", "would be file 1 of 99999"),
+        ("a-00003-of-00400.gguf", "and 396 more is not in"),
+        ("a.bin", "no name that ends in .gguf"),
+        ("source.json", "no name that ends in .gguf"),
+    ],
+)
+def test_odd_names_are_one_sentence(toy, tmp_path, name, why):
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / name).write_bytes(toy)
+    with pytest.raises(SourceError, match=why):
+        sources.adopt("toy", tmp_path / "odd" / name)
+    assert not (sources.folder("toy") / "source.json").exists()
+
+
+def test_parts_that_count_differently_are_refused(toy, tmp_path):
+    shape = params.model("toy").at_scale("full")
+    two, three = published.split(shape, 2), published.split(shape, 3)
+    for number, content in ((1, two[0]), (2, three[1]), (3, three[2])):
+        (tmp_path / f"s-{number:05}-of-00003.gguf").write_bytes(content)
+    with pytest.raises(gguf_file.GGUFError, match="fetch all of them"):
+        sources.adopt("toy", tmp_path / "s-00001-of-00003.gguf")
+    (tmp_path / "s-00001-of-00003.gguf").write_bytes(three[0])
+    assert sources.adopt("toy", tmp_path / "s-00002-of-00003.gguf").path.name == "s-00001-of-00003.gguf"
+
+
+def test_a_models_folder_that_cannot_be_written_is_one_sentence(toy, tmp_path, monkeypatch, pinned, lfs_hub):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MOELIB_MODELS", str(tmp_path / "file"))  # a folder's place is taken
+    for use in (lambda: sources.adopt("toy", tmp_path / "toy.gguf"), lambda: sources.fetch("toy", lfs_hub.url)):
+        with pytest.raises(files.FileError, match=r"cannot be read or written.*set MOELIB_MODELS"):
+            use()
+
+
 CONVERT = """
 import argparse, shutil
 p = argparse.ArgumentParser()
@@ -346,6 +483,35 @@ def test_safetensors_are_converted_once(safetensors, toy):
     assert source.origin == "al/t, converted by convert_hf_to_gguf.py from toy-chat"
     (safetensors / "weights.gguf").unlink()
     assert sources.adopt("toy", safetensors) == source
+
+
+def test_safetensors_that_changed_are_converted_again(safetensors, toy):
+    before = sources.adopt("toy", safetensors)
+    shape = params.model("toy").at_scale("full")
+    (safetensors / "weights.gguf").write_bytes(published.gguf(shape))
+    (safetensors / "model-00001-of-00001.safetensors").write_bytes(b"other weights")
+    assert sources.adopt("toy", safetensors).sha256 != before.sha256
+    for how in ({"kind": "Q8_0"}, {"block_count": 3}):  # what the converter writes is judged before it is kept
+        there = state_of(sources.folder("toy"))
+        (safetensors / "weights.gguf").write_bytes(published.gguf(shape, **how))
+        (safetensors / "config.json").write_text(str(how))
+        with pytest.raises(SourceError, match="what toy-chat was converted to is not toy: "):
+            sources.adopt("toy", safetensors)
+        assert state_of(sources.folder("toy")) == there
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ("'unclosed", "MOELIB_CONVERTER is .*which is no command"),
+        ("/nowhere/python {}", "names /nowhere/python, which is no program here"),
+        ("/tmp", "not found at /tmp"),
+    ],
+)
+def test_a_wrong_converter_is_one_sentence(safetensors, monkeypatch, said, why):
+    monkeypatch.setenv("MOELIB_CONVERTER", said)
+    with pytest.raises(SourceError, match=why):
+        sources.adopt("toy", safetensors)
 
 
 def test_a_conversion_that_fails_says_why(safetensors, monkeypatch):
