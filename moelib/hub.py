@@ -5,10 +5,12 @@ in `moelib/wire.py`.
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from moelib import files, wire
 from moelib.params import UserError
@@ -30,7 +32,11 @@ def require() -> None:
         from huggingface_hub import constants
     except ValueError as err:  # it reads its variables when it is imported
         raise HubError(f"a variable HF_... of the environment is wrong ({err}): unset it, or mend it") from None
-    if not WEB.fullmatch(constants.ENDPOINT):
+    try:
+        good = WEB.fullmatch(constants.ENDPOINT) and urlsplit(constants.ENDPOINT).port != 0
+    except ValueError:  # a port beyond 65,535
+        good = False
+    if not good:
         raise HubError(f"HF_ENDPOINT is {plain(constants.ENDPOINT)!r}, which is no web address: unset it, or mend it")
 
 
@@ -133,9 +139,10 @@ def asking(what: str, receives: int = 0, sends: int = 0) -> Iterator[None]:
             again = "the Hub is in trouble: run the same command again later" if status >= 500 else "the Hub refused"
             step = by_status.get(status, again)
         elif _of_this_machine(err):
-            step = "a file of this machine cannot be used: mend that, then run the same command again"
+            step = f"a file of this machine cannot be used{_set('SSL_CERT_FILE', 'SSL_CERT_DIR', 'HF_HOME')}: mend that"
         elif isinstance(err, errors.HTTPError | OSError | RuntimeError | ValueError | KeyError):
-            step = "the Hub cannot be reached, or broke off: check the network, then run the same command again"
+            proxy = _set("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+            step = f"the Hub cannot be reached, or broke off: check the network{proxy}, then run the same command again"
         else:
             step = "the answer is not one of the Hub's: check HF_ENDPOINT and the network, or update huggingface_hub"
         raise HubError(f"{what}: {step} ({_told(err)})") from None
@@ -144,6 +151,12 @@ def asking(what: str, receives: int = 0, sends: int = 0) -> Iterator[None]:
 def _of_this_machine(err: BaseException) -> bool:
     is_net = isinstance(err, ConnectionError | TimeoutError)
     return isinstance(err, OSError) and err.errno is not None and not is_net
+
+
+def _set(*names: str) -> str:
+    """Which of these variables are set, as they may be the cause."""
+    there = [n for n in names if os.environ.get(n) or os.environ.get(n.lower())]
+    return f" ({', '.join(there)} is set)" if there else ""
 
 
 def plain(text: Any) -> str:
@@ -155,7 +168,10 @@ def _told(err: BaseException) -> str:
     """The first line of an error, without what only its sender should see."""
     from huggingface_hub import get_token
 
+    try:
+        token = get_token()
+    except (OSError, ValueError):  # its file is what cannot be read
+        token = None
     lines = [line for line in str(err).splitlines() if line.strip()] or [""]
     text = re.sub(r"\?[^\s'\")]+", "?...", f"{type(err).__name__}: {lines[0]}")
-    token = get_token()
     return plain(re.sub(r"hf_\w+", "hf_...", text.replace(token, "hf_...") if token else text))

@@ -33,6 +33,7 @@ from types import SimpleNamespace
 from unittest import mock
 from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
+import hub_hostile
 import hub_write  # noqa: F401 - adds its routes
 from hub_api import ROUTES
 from hub_state import MAIN, Entry, Refused, State, regular
@@ -94,6 +95,7 @@ class Hub(State):
         self.requests: list[Request] = []
         self.gaps: list[str] = []  # what this Hub should have known how to answer
         self.connections = set()
+        self.twist = None  # (status, body, headers) -> the same, of every answer: for answers that nobody thought of
         self._faults, self._public = [], [(0, {})]
         self._lock, self._go = threading.RLock(), threading.Event()
 
@@ -149,10 +151,11 @@ class Hub(State):
         A number: that status. timeout: silence. reset: the connection is reset after `after` bytes of the body (half).
         lost: it is done, and reset instead of answered. short: the answer breaks off halfway. corrupt: storage keeps or
         sends wrong bytes (with xet: after a commit); anything else is answered by an HTML page, as by a portal.
-        times=None: always. Returns the fault, whose `struck` says how often it was.
+        A name of hub_hostile.WAYS: that harm. times=None: always. Returns the fault, whose `struck` says how often it
+        was.
         """
-        if how not in HOWS:
-            raise ValueError(f"{how} is none of {', '.join(HOWS)}")
+        if how not in HOWS and how not in hub_hostile.WAYS:
+            raise ValueError(f"{how} is none of {', '.join((*HOWS, *hub_hostile.WAYS))}")
         with self._lock:
             self._faults.append(Fault(how, match, nth, times, after))
             return self._faults[-1]
@@ -185,6 +188,14 @@ class Hub(State):
         if how == "timeout":
             self._go.wait(self.silence_s)
             return _reset(h)
+        if how in hub_hostile.WAYS:
+            h.close_connection = True
+            for piece in hub_hostile.WAYS[how](h.path):
+                if self._go.is_set():
+                    break
+                h.wfile.write(piece)
+                r.sent += len(piece)
+            return None
         try:
             with self._lock:
                 status, body, headers = self._answer(ask, h.server.is_storage)
@@ -194,6 +205,8 @@ class Hub(State):
         except Exception:
             self.gaps.append(f"{r.line}: {traceback.format_exc()}")
             status, body, headers = 500, {"error": "of the Hub of the tests, see its gaps"}, {}
+        if self.twist:
+            status, body, headers = self.twist(status, body, headers)
         if not isinstance(body, bytes):
             body, headers["Content-Type"] = json.dumps(body).encode(), "application/json; charset=utf-8"
         length, body = len(body), b"" if h.command == "HEAD" else body

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from conftest import FIXTURES, REPO
 from huggingface_hub import ModelCard
 
-from moelib import cards, cli, files, lint, models, params, process, quantize, stats, study
+from moelib import cards, cli, files, lint, models, params, process, publish, quantize, stats, study
 from moelib import engine as engines
 
 DEEPSEEK = "deepseek-moe-16b-cpu-offload-gguf"
@@ -25,6 +25,11 @@ def full():
 @pytest.fixture(scope="module")
 def demo():
     return study.results(REPO / "docs/example/demo")
+
+
+@pytest.fixture(scope="module")
+def demo_pages(demo):
+    return cards.build(demo, "acme")
 
 
 @pytest.fixture(scope="module")
@@ -248,3 +253,76 @@ def test_what_people_own_is_checked(home):
         params._yaml.cache_clear()
         with pytest.raises(params.ParamsError, match=words):
             params.card("deepseek-moe-16b")
+
+
+def tree(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    "name", ["../../evil", "a/b", "a b", "<script>alert(1)</script>", "x" * 200, "", "a\nb", "[a](b)"]
+)
+def test_what_can_be_no_namespace_writes_nothing(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("MOELIB_OUTPUTS", str(REPO / "docs/example"))
+    asked = ("card", "demo", "--into", str(tmp_path / "cards"), "--namespace", name)
+    for args in (asked, ("publish", "demo", "--to", name)):
+        done = CliRunner().invoke(cli.main, list(args))
+        assert done.exit_code == 1
+        assert "is no namespace of the Hub: it is one name" in done.output
+        assert len(done.output.splitlines()) == 1
+        assert done.exception is None or isinstance(done.exception, SystemExit)
+    assert not (tmp_path / "cards").exists()
+    with pytest.raises(params.ParamsError, match="no namespace"):
+        cards.build(None, name)
+
+
+def test_cards_that_are_not_fit_replace_no_good_ones(demo, tmp_path):
+    cards.write(demo, "acme", tmp_path)
+    before = tree(tmp_path)
+    with pytest.raises(
+        cards.CardError, match=r"(?s)not fit, and nothing was written:.*Q2_K.md: unfinished: holds 'NAMESPACE'"
+    ):
+        cards.write(demo, "NAMESPACE", tmp_path)
+    assert tree(tmp_path) == before
+    with pytest.raises(cards.CardError, match="not fit"):
+        publish.plan(demo, "NAMESPACE", None, "http://127.0.0.1:9")
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(demo, tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(cards.CardError, match=r"cannot be written into .*taken \(.*name another folder with --into"):
+        cards.write(demo, "acme", tmp_path / "taken")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("provenance.json", b"{"),
+        ("provenance.json", b"[" * 100_000),
+        ("provenance.json", b"[]"),
+        ("provenance.json", b'{"Q2_K.md": 5}'),
+        ("provenance.json", b'{"Q2_K.md": {"tables": [], "sources": 5}}'),
+        ("provenance.json", b"\xff\xfe"),
+        ("Q2_K.md", b"---\na: &a [*a]\n---\n# x\n"),
+        ("Q2_K.md", b"---\nmodel-index: 5\nlicense: []\n---\n# x\n"),
+        ("Q2_K.md", b"> " * 5000),
+        ("Q2_K.md", b"\xff\xfe\x00"),
+        ("Q2_K.md", b"[" * 5000),
+    ],
+)
+def test_damaged_cards_are_faults_and_no_tracebacks(demo, demo_pages, tmp_path, monkeypatch, name, content):
+    for page, text in demo_pages.items():
+        files.write_bytes(tmp_path / page, text.encode())
+    monkeypatch.setattr(cards, "build", lambda *_: demo_pages)  # to make them anew for each takes its time
+    (tmp_path / DEEPSEEK / name).write_bytes(content)
+    found = cards.check(tmp_path, demo, "acme")
+    assert (f"{DEEPSEEK}/{name}", "records") in {(f.page, f.rule) for f in found}
+
+
+def test_what_is_no_card_by_its_size_is_a_fault(demo, tmp_path, monkeypatch):
+    cards.write(demo, "acme", tmp_path)
+    monkeypatch.setattr(cards, "MAX_BYTES", 1 << 18)
+    (tmp_path / "big.txt").write_bytes(bytes(1 << 19))
+    assert "big.txt: is larger than any card: delete it" in {
+        f"{f.page}: {f.what}" for f in cards.check(tmp_path, demo, "acme")
+    }
