@@ -75,48 +75,47 @@ def heads(_):
 @way
 def circle(path):
     """A redirect to itself."""
-    yield b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: %s\r\n\r\n" % path.encode()
+    yield b"HTTP/1.1 302 Found\r\nConnection: close\r\nContent-Length: 0\r\nLocation: %s\r\n\r\n" % path.encode()
 
 
 @way
 def chain(path):
     """Redirects that never come to an end, each to another address."""
-    yield b"HTTP/1.1 307 Found\r\nContent-Length: 0\r\nLocation: %s%d\r\n\r\n" % (path.encode(), time.monotonic_ns())
+    yield b"HTTP/1.1 307 Found\r\nConnection: close\r\nLocation: %s%d\r\n\r\n" % (
+        path.encode(),
+        time.monotonic_ns(),
+    )
 
 
 @way
 def elsewhere(_):
     """A redirect to a file of the client's machine."""
-    yield b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: file:///etc/passwd\r\n\r\n"
+    yield b"HTTP/1.1 302 Found\r\nConnection: close\r\nContent-Length: 0\r\nLocation: file:///etc/passwd\r\n\r\n"
 
 
 @way
 def later(_):
     """Come again in thirty years."""
-    yield b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 2\r\nRetry-After: 999999999\r\n\r\n{}"
+    yield b"HTTP/1.1 429 No\r\nConnection: close\r\nContent-Length: 2\r\nRetry-After: 999999999\r\n\r\n{}"
 
 
 @way
 def much_later(_):
     """Come again after the end of the world."""
-    yield b"HTTP/1.1 503 No\r\nContent-Length: 2\r\nRetry-After: %s\r\n\r\n{}" % (b"9" * 5000)
+    yield b"HTTP/1.1 503 No\r\nConnection: close\r\nContent-Length: 2\r\nRetry-After: %s\r\n\r\n{}" % (b"9" * 5000)
 
 
 @way
 def window(_):
     """The same, in the newer words."""
-    yield b'HTTP/1.1 429 No\r\nContent-Length: 2\r\nRateLimit: "api";r=0;t=999999999\r\n\r\n{}'
+    yield b'HTTP/1.1 429 No\r\nConnection: close\r\nContent-Length: 2\r\nRateLimit: "api";r=0;t=999999999\r\n\r\n{}'
 
 
 @way
 def pages(path):
     """A listing whose next page is itself."""
     body = b"[]"
-    yield (
-        HEAD.replace(b"close", b"keep-alive")
-        + b'Content-Length: %d\r\nLink: <%s>; rel="next"\r\n\r\n' % (len(body), path.encode())
-        + body
-    )
+    yield (HEAD + b'Content-Length: %d\r\nLink: <%s>; rel="next"\r\n\r\n' % (len(body), path.encode()) + body)
 
 
 def _json(body):
@@ -187,5 +186,5 @@ def length(_):
 def no_text(_):
     """JSON that is not UTF-8, with what moves a terminal's cursor in it."""
     body = b'{"error": "\x1b[2J\xff\xfe\x07\x9b1m"}'
-    head = b"HTTP/1.1 404 Not Found\r\nX-Error-Message: \x1b[2J\x1b]0;x\x07\r\nContent-Length: %d\r\n\r\n"
+    head = b"HTTP/1.1 404 Not Found\r\nConnection: close\r\nX-Error-Message: \x1b[2J\x07\r\nContent-Length: %d\r\n\r\n"
     yield head % len(body) + body
