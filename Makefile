@@ -24,12 +24,13 @@ $(VENV)/.ready: pyproject.toml
 
 setup: $(VENV)/.ready ## virtual environment with moelib and all it imports
 
-engine: setup ## llama.cpp's tools: say which are used, build them if there are none
+engine: setup ## llama.cpp's tools: say which are used; without any, take the release archive that fits, or build them
 	@$(BIN)/python tools/build_engine.py
 
 demo: ## the whole demo study, to its document
 	@echo "demo: two small MoE models in F16, six quantised files, 36 measured runs, six notebooks, one document."
-	@echo "On 2 cores: about 1 minute to set up, 7 to build llama.cpp (each once), 2 to measure. Ctrl-C is safe; run again to go on."
+	@echo "On 2 cores: about 1 minute to set up, 2 to measure, and 7 to build llama.cpp where no build or release archive serves."
+	@echo "Ctrl-C is safe; run again to go on."
 	@$(MAKE) --no-print-directory engine
 	@$(BIN)/moelib study run demo
 

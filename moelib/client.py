@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 from pydantic import TypeAdapter
@@ -18,6 +19,11 @@ from moelib.files import stored
 
 STALL_S = 120.0  # without a token
 REQUEST_S = 1800.0
+ANSWER_BYTES = 16 << 20  # of an answer that is no stream: a prompt of a million tokens has 8 MB
+LINE_BYTES = 16 << 20  # of a stream: the last event repeats the prompt's text
+EVENT_BYTES, EVENT_LINES, SPARE_LINES = 16 << 10, 8, 10_000  # an event has 0.5 kB and two lines, one token each
+PROBS = 5
+PLAIN = {"Accept-Encoding": "identity"}  # and an answer that is compressed all the same is not unpacked, but unreadable
 # one candidate: the default sampler chain costs 2 % at 300 tok/s and is not what is measured
 SAMPLING = {"temperature": 0, "samplers": ["top_k"], "top_k": 1}
 
@@ -89,16 +95,34 @@ def connect(port: int, key: str) -> Iterator[httpx.Client]:
         raise RunError("connection-lost", f"{type(err).__name__}: {err}") from None
     except httpx.HTTPStatusError as err:
         raise RunError("request-refused", str(err)) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as err:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as err:
         raise RunError("answer-unreadable", f"{type(err).__name__}: {err}") from None
+
+
+def _answer(
+    client: httpx.Client, method: str, path: str, body: dict[str, Any] | None = None, limit_s: float = STALL_S
+) -> httpx.Response:
+    """An answer that is read to its end, which must come within `limit_s` and ANSWER_BYTES. Raises RunError."""
+    limit_s = process.patience(limit_s)
+    deadline = time.monotonic() + limit_s
+    with client.stream(method, path, json=body, headers=PLAIN) as answer:
+        held = bytearray()
+        for chunk in answer.iter_raw():
+            held += chunk
+            if len(held) > ANSWER_BYTES:
+                raise RunError("answer-too-large", f"{path} was answered with more than {ANSWER_BYTES >> 20} MiB")
+            if time.monotonic() > deadline:
+                raise RunError("engine-stalled", f"the answer to {path} did not end in {limit_s:g} s")
+        return httpx.Response(answer.status_code, content=bytes(held), request=answer.request)
 
 
 def check_ours(client: httpx.Client, model: Path) -> str | None:
     """Check that the server behind the port holds our file; return its build."""
-    answer = client.get("/props")
+    answer = _answer(client, "GET", "/props")
     if answer.status_code != 200 or Path(answer.json().get("model_path", "")).name != model.name:
         raise RunError("not-our-server", f"another server answers here: {answer.status_code} {answer.text[:200]}")
-    return answer.json().get("build_info")
+    build = answer.json().get("build_info")
+    return build[:200] if isinstance(build, str) else None
 
 
 Asked = tuple[params.Workload, list[int]]
@@ -127,16 +151,16 @@ def ask_for_one(client: httpx.Client, prompt: list[int]) -> None:
     """Process `prompt` for one token, untimed."""
     body = {"prompt": prompt, "n_predict": 1, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
     _connect(client)
-    client.post("/completion", json=body).raise_for_status()
+    _answer(client, "POST", "/completion", body, REQUEST_S).raise_for_status()
 
 
 def top_logprobs(client: httpx.Client, prompt: list[int]) -> tuple[float | None, ...]:
     """Log-probabilities of the likeliest next tokens, best first: weights that are not numbers serve happily."""
-    body = {"prompt": prompt, "n_predict": 1, "n_probs": 5, "temperature": 0, "cache_prompt": False}
+    body = {"prompt": prompt, "n_predict": 1, "n_probs": PROBS, "temperature": 0, "cache_prompt": False}
     _connect(client)
-    answer = client.post("/completion", json=body).raise_for_status().json()
+    answer = _answer(client, "POST", "/completion", body, REQUEST_S).raise_for_status().json()
     told = [t["top_logprobs"] for t in answer.get("completion_probabilities", [])[:1]]
-    found = [t["logprob"] for t in told[0]] if told else []
+    found = [t["logprob"] for t in told[0][:PROBS]] if told else []
     # llama.cpp says null; Python's JSON also reads NaN, which no record can hold
     return tuple(p if p is not None and math.isfinite(p) else None for p in found)
 
@@ -146,7 +170,7 @@ def _connect(client: httpx.Client) -> None:
     and a pooled connection can be found closed at any moment."""
     for _ in range(3):
         try:
-            client.get("/health")
+            _answer(client, "GET", "/health")
             return
         except httpx.TimeoutException:
             raise  # a server that hangs is not asked three times
@@ -159,7 +183,8 @@ def prompt_ids(client: httpx.Client, workload: params.Workload) -> list[int]:
     """The workload's prompt as the engine's token ids, repeated and cut to its exact length if it has one."""
     want, text = workload.prompt_tokens, workload.text
     for _ in range(8):
-        answer = client.post("/tokenize", json={"content": text, "add_special": True}).raise_for_status()
+        asked = {"content": text, "add_special": True}
+        answer = _answer(client, "POST", "/tokenize", asked).raise_for_status()
         ids = answer.json()["tokens"]
         if not ids or not all(isinstance(i, int) for i in ids):
             raise RunError("tokenizer", f"the engine returned no token ids for {workload.name}: {answer.text[:200]}")
@@ -183,29 +208,42 @@ def _ask(
     _connect(client)
     before = energy()
     sent = time.monotonic()
-    with client.stream("POST", "/completion", json=body) as answer:
+    with client.stream("POST", "/completion", json=body, headers=PLAIN) as answer:
         if answer.status_code != 200:
-            raise RunError("request-refused", f"{answer.status_code}: {answer.read()[:300]!r}")
+            raise RunError("request-refused", f"{answer.status_code}: {next(answer.iter_raw(), b'')[:300]!r}")
         clock, limit_s = (lambda: time.monotonic() - sent), process.patience(REQUEST_S)
-        arrived = list(arrivals(answer.iter_bytes(), clock, limit_s))
+        arrived = list(arrivals(answer.iter_raw(), clock, limit_s, workload.generate_tokens))
     after = energy()
     used = None if before is None or after is None else round(after - before, 3)
     lines = [(t, line.decode()) for t, line in arrived]
     return read_stream(workload, len(prompt), index, sent - started, lines, used)
 
 
-def arrivals(chunks: Iterable[bytes], clock: Callable[[], float], limit_s: float) -> Iterator[tuple[float, bytes]]:
+def arrivals(
+    chunks: Iterable[bytes], clock: Callable[[], float], limit_s: float, tokens: int = 1 << 20
+) -> Iterator[tuple[float, bytes]]:
     """A stream's lines with the time that their end came, however the bytes were cut into chunks.
 
     A last line without an end was cut off and is none. Lines end in a newline only: a token may be U+0085 or U+2028,
-    which JSON leaves as they are and str.splitlines takes for ends. Raises RunError after `limit_s`.
+    which JSON leaves as they are and str.splitlines takes for ends. Raises RunError after `limit_s`, and for more than
+    `tokens` tokens can be.
     """
-    rest = b""
+    most_bytes, most_lines = LINE_BYTES + tokens * EVENT_BYTES, SPARE_LINES + tokens * EVENT_LINES
+    rest: list[bytes] = []
+    came = lines = begun = 0
     for chunk in chunks:
         if (t := clock()) > limit_s:
             raise RunError("engine-stalled", f"a request took more than {limit_s:g} s")
-        *whole, rest = (rest + chunk).split(b"\n")
-        yield from ((t, line) for line in whole)
+        came += len(chunk)
+        *whole, last = chunk.split(b"\n")
+        if whole:
+            whole[0] = b"".join([*rest, whole[0]])
+            yield from ((t, line) for line in whole)
+            lines, begun, rest = lines + len(whole), 0, []
+        rest.append(last)
+        begun += len(last)
+        if came > most_bytes or lines > most_lines or begun > LINE_BYTES:
+            raise RunError("answer-too-large", f"{came} bytes in {lines} lines are more than {tokens} tokens can be")
 
 
 def _refuse(constant: str) -> None:
@@ -234,6 +272,9 @@ def read_stream(
             final = event
         if event.get("tokens"):
             tokens += event["tokens"]
+            if len(tokens) > SPARE_LINES + EVENT_LINES * workload.generate_tokens:
+                many = f"{len(tokens)} tokens came for {workload.generate_tokens}"
+                raise RunError("answer-too-large", many)
             by_then = event["timings"]["predicted_n"] if "timings" in event else event["tokens_predicted"]
             events.append((round(t, 6), by_then))
     timings = (final or {}).get("timings", {})

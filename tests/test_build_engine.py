@@ -12,9 +12,12 @@ from moelib.engine import EngineError
 
 
 @pytest.fixture
-def none_found(monkeypatch):
-    """A machine without the tools, where nothing may be built."""
+def none_found(tmp_path, monkeypatch):
+    """A machine without the tools that reaches no release site, where nothing may be built."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("MOELIB_ENGINE_URL", "http://127.0.0.1:9")
     monkeypatch.setattr(engines, "_package_folder", lambda: None)
+    monkeypatch.setattr(engines, "_aside", lambda folder: [])
     monkeypatch.setattr(engines.shutil, "which", lambda name: None)
     monkeypatch.delenv("MOELIB_LLAMA_CPP", raising=False)
 
@@ -33,6 +36,19 @@ def test_a_named_folder_without_tools_is_one_line_and_an_exit_code(tmp_path, mon
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"moelib: MOELIB_LLAMA_CPP names {tmp_path}, which holds no llama-server")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_installed_package_that_does_not_run_here_is_passed_over(tmp_path, none_found, monkeypatch, capsys):
+    server = tmp_path / "package/llama-server"
+    server.parent.mkdir()
+    server.write_text("#!/bin/sh\nkill -4 $$\n")
+    server.chmod(0o755)
+    monkeypatch.setattr(engines, "_package_folder", lambda: server.parent)
+    monkeypatch.setattr(build_engine, "build", lambda: "llama.cpp b1 (made up)")
+    with pytest.raises(EngineError, match=r"make engine.* \(one is there: .*built for a CPU"):
+        engines.find()
+    build_engine.main()
+    assert capsys.readouterr().out.splitlines()[-1] == "built llama.cpp b1 (made up)"
 
 
 def test_without_tools_they_are_built(none_found, monkeypatch, capsys):

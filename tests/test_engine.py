@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,134 @@ def test_a_named_folder_without_tools_is_not_passed_over(tmp_path, monkeypatch):
     monkeypatch.setenv("MOELIB_LLAMA_CPP", str(tmp_path))
     with pytest.raises(EngineError, match="MOELIB_LLAMA_CPP names"):
         engines.find()
+
+
+def loop(path):
+    path.symlink_to(path)
+
+
+def file(path):
+    path.write_text("")
+
+
+def locked(path):
+    path.mkdir(mode=0)
+
+
+@pytest.mark.parametrize(
+    ("made", "why"),
+    [
+        (lambda path: None, "does not exist"),
+        (file, "is a file"),
+        (loop, "is a link that leads nowhere or back to itself"),
+        (Path.mkdir, "holds no llama-server"),
+        (locked, "holds no llama-server|cannot be read"),
+    ],
+)
+def test_a_named_folder_that_is_none_is_one_sentence_with_its_cause(tmp_path, monkeypatch, made, why):
+    made(tmp_path / "named")
+    monkeypatch.setenv("MOELIB_LLAMA_CPP", str(tmp_path / "named"))
+    with pytest.raises(
+        EngineError, match=f"^MOELIB_LLAMA_CPP names .*named, which ({why}).*; name the folder of .*tools$"
+    ):
+        engines.find()
+
+
+def test_a_named_folder_that_may_not_be_read_says_so(tmp_path, monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setenv("MOELIB_LLAMA_CPP", str(tmp_path))
+    monkeypatch.setattr(Path, "is_file", denied)
+    with pytest.raises(EngineError, match=r"which cannot be read \(Permission denied\); name the folder"):
+        engines.find()
+
+
+ELF_FOR_ARM = b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x02\0\xb7\0" + bytes(44)
+
+
+@pytest.mark.parametrize(
+    ("server", "why"),
+    [
+        (ELF_FOR_ARM, "cannot be run: it is a program for another processor or system"),
+        (b"#!/no/such/loader\n", "cannot be run: it, or the interpreter or loader that it names, is not there"),
+        (b"#!/bin/sh\nexec yes plausible\n", "said more than 4 MiB and was ended"),
+        (b"#!/bin/sh\nsleep 1021\n", "did not end in 1.2 s and was ended"),
+        (b"#!/bin/sh\nkill -4 $$\n", "ended with -4: it was built for a CPU with instructions that this one lacks"),
+        (
+            b"#!/bin/sh\necho no such library >&2; exit 127\n",
+            "ended with 127; .*\nno such library",
+        ),
+    ],
+)
+def test_a_server_that_does_not_answer_is_told_with_cause_and_next_step(tmp_path, monkeypatch, server, why):
+    monkeypatch.setenv("MOELIB_PATIENCE", "0.02")
+    (tmp_path / "llama-server").write_bytes(server)
+    (tmp_path / "llama-server").chmod(0o755)
+    with pytest.raises(EngineError, match=f"(?s)llama-server.* {why}") as caught:
+        engines.find(tmp_path)
+    assert "use another build: mend PATH, set MOELIB_LLAMA_CPP, or run `make engine`" in str(caught.value)
+
+
+def test_a_tool_that_may_not_be_executed_is_told_when_it_is_needed(tmp_path):
+    there = folder(tmp_path / "x")
+    (there / "llama-quantize").chmod(0o644)
+    with pytest.raises(EngineError, match="llama-quantize may not be executed: `chmod"):
+        engines.find(there).tool("llama-quantize")
+
+
+@pytest.mark.parametrize(
+    "aside",
+    [
+        "libexec/{kind}/llama/bin",
+        "libexec/llama/bin",
+        "lib/{kind}/llama/bin",
+        "lib/llama.cpp",
+        "libexec/{kind}/ggml/bin",
+    ],
+)
+def test_tools_of_a_build_may_lie_in_two_folders(tmp_path, monkeypatch, aside):
+    """As in Debian: llama-server on PATH, the RPC server in a folder of the distribution's."""
+    kind = engines.sysconfig.get_config_var("MULTIARCH") or "x86_64-linux-gnu"
+    usual = folder(tmp_path / "usr/bin", tools=("llama-server", "llama-quantize"))
+    for name in (kind, "aarch64-other-gnu"):
+        if not (place := tmp_path / "usr" / aside.format(kind=name)).exists():
+            folder(place, tools=("ggml-rpc-server",))
+    monkeypatch.delenv("MOELIB_LLAMA_CPP", raising=False)
+    monkeypatch.setenv("PATH", f"{usual}{os.pathsep}{os.environ['PATH']}")
+    found = engines.find()
+    assert (found.found_by, found.folder) == ("PATH", usual)
+    assert found.tools["rpc-server"] == tmp_path / "usr" / aside.format(kind=kind) / "ggml-rpc-server"
+    assert engines.find(usual).tools == found.tools
+
+
+def test_the_other_folder_may_be_the_one_that_is_named(tmp_path):
+    folder(tmp_path / "usr/bin", tools=("llama-quantize",))
+    named = folder(tmp_path / "usr/libexec/x86_64-linux-gnu/llama/bin", tools=("llama-server", "ggml-rpc-server"))
+    assert engines.find(named).tools["llama-quantize"] == tmp_path / "usr/bin/llama-quantize"
+
+
+def test_a_link_on_path_leads_to_the_tools(tmp_path, monkeypatch):
+    real, links = folder(tmp_path / "opt/build/bin"), tmp_path / "bin"
+    links.mkdir()
+    (links / "llama-server").symlink_to(real / "llama-server")
+    monkeypatch.delenv("MOELIB_LLAMA_CPP", raising=False)
+    monkeypatch.setenv("PATH", f"{links}{os.pathsep}{os.environ['PATH']}")
+    assert engines.find().tools == engines.find(real).tools
+    assert engines.find().folder == real
+
+
+def test_words_without_measure_are_kept_short(tmp_path):
+    """Of a version line only its start is recorded, and a number is a number."""
+    found = engines.find(folder(tmp_path / "x", build="9" * 5000))
+    assert len(found.version) <= 200
+    assert found.build is None or found.build < 10**9
+
+
+def test_a_line_of_a_help_without_end_costs_no_time():
+    started = time.monotonic()
+    assert Help("--flag" + " " * 3_000_000 + "x\n--other  y").flags == {"--flag", "--other"}
+    assert time.monotonic() - started < 5
 
 
 def test_older_names_of_tools_are_found(tmp_path):

@@ -18,6 +18,8 @@ from moelib.study import Folder
 
 KILLS = 50
 LONGEST_S = 6.0  # a whole smoke study takes about as long: every moment of it is hit
+# What a cell of a test may be flagged with: its runs are few and short, and others hold them up.
+HELD_UP = {"arms-keep-the-engines-time", "starts-alike", "monitors-alike"}
 MOELIB = [sys.executable, "-m", "moelib.cli"]
 
 
@@ -84,7 +86,8 @@ def complete(out):
     assert not damaged
     planned = sorted(record.spec_key(s) for c in folder.cells for s in c.specs)
     assert sorted(r.key for r in records if r.done) == planned
-    assert all(folder.status(c).complete for c in folder.cells)
+    problems = [p for c in folder.cells for p in folder.status(c).problems]
+    assert [p for p in problems if not any(f": {check}: " in p for check in HELD_UP)] == []
 
 
 def no_orphans(within_s=15):

@@ -8,7 +8,7 @@ import time
 import psutil
 import pytest
 
-from moelib import params, process
+from moelib import logfile, params, process
 
 SLEEP = [sys.executable, "-c", "import time; print('ready', flush=True); time.sleep(300)"]
 
@@ -60,6 +60,145 @@ def test_a_deadline_is_kept(tmp_path):
         c.wait_for("never", 0.3)
     assert caught.value.reason == "engine-timeout"
     assert time.monotonic() - started < 20
+
+
+def shell(tmp_path, script, **how):
+    return process.Child(["/bin/sh", "-c", script], tmp_path / "child.log", process.environment(tmp_path), **how)
+
+
+def test_a_match_is_found_in_a_log_as_it_grows(tmp_path):
+    with shell(
+        tmp_path, "printf 'a re'; sleep 0.1; printf 'ad'; sleep 0.1; echo y; head -c 3000000 /dev/zero; echo ready2"
+    ) as c:
+        assert c.wait_for("rea(d.)$", 30)[1] == "dy"
+        assert c.wait_for("ready(2)", 30)[1] == "2"
+        assert c.wait_for("rea(dy)", 30)[1] == "dy", "a second look begins at the beginning"
+
+
+def test_looking_again_reads_only_what_is_new(tmp_path, monkeypatch):
+    path = tmp_path / "x.log"
+    path.write_bytes(b"x" * 5_000_000)
+    look = logfile.Log(path).looking_for("needle")
+    assert look() is None
+    read = []
+    monkeypatch.setattr(logfile, "CHUNK_BYTES", 1000)
+    with path.open("ab") as f:
+        f.write(b"need")
+    assert look() is None
+    with path.open("ab") as f:
+        f.write(b"le")
+    real = type(path).open
+    monkeypatch.setattr(type(path), "open", lambda self, *a: Counted(real(self, *a), read))
+    assert look()[0] == "needle"
+    assert sum(read) == 2
+
+
+class Counted:
+    """A file that notes how much is read."""
+
+    def __init__(self, f, read):
+        self.f, self.noted = f, read
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.f.close()
+
+    def seek(self, at):
+        return self.f.seek(at)
+
+    def read(self, n):
+        data = self.f.read(n)
+        self.noted.append(len(data))
+        return data
+
+
+def test_the_end_of_a_log_is_read_alone(tmp_path):
+    path = tmp_path / "x.log"
+    path.write_bytes(b"x" * 1_000_000 + "\n\u00e4\nlast\n".encode())
+    assert logfile.Log(path).tail(2) == "\u00e4\nlast"
+    assert len(logfile.Log(path).tail(3)) < 70_000
+    path.write_bytes(b"")
+    assert logfile.Log(path).tail(3) == ""
+
+
+FLOODS = ["exec head -c 3000000000 /dev/zero", "exec yes plausible", "trap '' TERM; yes plausible; sleep 300"]
+
+
+@pytest.mark.parametrize("script", FLOODS)
+@pytest.mark.parametrize("wait", ["for words", "for its end"])
+def test_a_log_without_end_ends_its_writer(tmp_path, script, wait):
+    started = time.monotonic()
+    with shell(tmp_path, script, log_bytes=4 << 20) as c:
+        with pytest.raises(process.ProcessError, match="more than 4 MiB to its log and was ended") as caught:
+            c.wait_for("never", 60) if wait == "for words" else c.wait_end(60)
+    assert caught.value.reason == "engine-log-flood"
+    assert gone(c.pid)
+    assert (tmp_path / "child.log").stat().st_size == logfile.KEPT_BYTES
+    assert time.monotonic() - started < 20
+
+
+def test_a_log_without_end_ends_its_writer_while_nobody_looks(tmp_path):
+    with shell(tmp_path, "exec yes", log_bytes=4 << 20) as c:
+        assert gone(c.pid)
+        assert (tmp_path / "child.log").stat().st_size < 2 << 30
+        with pytest.raises(process.ProcessError) as caught:
+            c.check_log()
+    assert caught.value.reason == "engine-log-flood"
+
+
+def test_what_a_child_started_ends_with_it(tmp_path):
+    for script, seconds in (
+        ("sleep 1011 & echo ready; exit 0", 1011),
+        ("trap '' TERM; setsid sleep 1012 & echo ready; wait; sleep 1012", 1012),
+    ):
+        with shell(tmp_path, script) as c:
+            c.wait_for("ready", 30)
+            while not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", str(seconds)]]:
+                time.sleep(0.01)
+            c.stop(grace_s=0.2)
+        assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", str(seconds)]]
+
+
+def test_an_exit_code_is_known_before_the_child_is_reaped(tmp_path):
+    """Until then its id cannot be another process's."""
+    with shell(tmp_path, "exit 7") as c:
+        while c.running():
+            time.sleep(0.005)
+        assert psutil.Process(c.pid).status() == psutil.STATUS_ZOMBIE
+        assert process.ended(c._popen) == 7
+        assert c.stop() == process.Exit(7, False)
+    assert not psutil.pid_exists(c.pid)
+    assert c.stop() == process.Exit(7, False)
+
+
+def test_a_child_that_cannot_be_run_says_so_in_a_line(tmp_path):
+    (tmp_path / "tool").write_text("#!/no/such/loader\n")
+    (tmp_path / "tool").chmod(0o755)
+    with child(tmp_path, [str(tmp_path / "tool")]) as c:
+        with pytest.raises(
+            process.ProcessError, match="ended with 1; its log ends:\n/.*tool cannot be run: .*No such file"
+        ):
+            c.wait_for("never", 30)
+    assert len(c.text().splitlines()) == 1
+
+
+def test_nothing_needs_a_locale_that_is_utf_8(tmp_path):
+    """Words that are no ASCII, told by a child, in a folder whose name is none either."""
+    here = tmp_path / "gr\u00fc\u00df"
+    here.mkdir()
+    code = (
+        "import sys, pathlib; from moelib import probe, process; here = pathlib.Path(sys.argv[1])\n"
+        "argv = ['/bin/sh', '-c', \"printf '\\\\303\\\\274ber\\\\377'\"]\n"
+        "with process.Child(argv, here / 'x.log', process.environment(here)) as c: c.wait_end(30)\n"
+        "assert c.text() == '\\xfcber\\ufffd' == probe.ask(argv, 30).out, ascii(c.text())\n"
+        "process.facts()\n"
+    )
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for flags in ([], ["-OO"]):
+        done = subprocess.run([sys.executable, *flags, "-c", code, str(here)], env=env, capture_output=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_only_the_allow_list_reaches_a_child(tmp_path, monkeypatch):

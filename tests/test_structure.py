@@ -13,10 +13,10 @@ from conftest import REPO
 
 # Each module may import those before it, never those after.
 LAYERS = """yaml_file strict upstream params neutral ranges facts files claim gguf_reader gguf_foreign gguf_header
-gguf_file stats twin process monitor wire hub host engine logs models pins weights convert candidates
-sources quantize reasons memory visible nvml cuda gpus device client harness run record invariants command
-bounds witness cells audit gather study words analyse table plots report evidence advice notebook lint cards
-publish measure doctor cli""".split()
+gguf_file stats twin logfile process monitor wire hub host mapped probe release tarball archive engine logs
+models pins weights convert candidates sources quantize reasons memory visible nvml cuda gpus device client
+trial harness run record invariants command bounds witness cells audit gather study words analyse table
+plots report evidence advice notebook lint cards publish measure doctor cli""".split()
 
 
 def _imports(name):

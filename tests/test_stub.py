@@ -154,7 +154,7 @@ def test_without_a_device_both_keep_everything_on_the_host(engine, stub, quantis
 @pytest.mark.parametrize("placement", ["baseline", "cpu-moe"])
 def test_a_run_of_it_is_valid(stub, quantised, tmp_path, placement):
     asked = spec(workloads=("smoke",), context=256, placement=placement)
-    outcome = run.execute(asked, quantised, stub, device.Loopback(), tmp_path / "work")
+    outcome = run.execute(asked, quantised, stub, stub_server.loopback(), tmp_path / "work")
     assert outcome.reason is None, outcome.message
     checks = audit.run(measured(asked, outcome.observation, Sheet(**quantised.sheet)))
     assert {c.id for c in checks if not c.passed} - SHARED == set()

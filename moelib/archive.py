@@ -1,0 +1,305 @@
+"""llama.cpp's official release archives: pinned in `params/engine.yaml`, downloaded, checked, unpacked, kept.
+
+An archive's size and hash are checked before it is opened, and what it holds before it is written. It is unpacked
+beside its place and renamed, so that it is there whole or not at all, and counts once a trial run on this machine
+ended well (`moelib.trial`).
+"""
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Self
+
+import httpx
+from pydantic import Field, PositiveInt, ValidationError, model_validator
+
+from moelib import files, params, process, release, tarball
+from moelib.release import ArchiveError
+
+log = logging.getLogger(__name__)
+
+URL = "MOELIB_ENGINE_URL"
+TRIES = 5  # of a download that breaks off, as long as each brings something
+MANIFEST, TRIED = ".manifest.json", ".tried.json"
+
+
+class File(params.Strict):
+    bytes: PositiveInt
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Pin(params.Strict):
+    """What a system and a backend need: all files go into one folder."""
+
+    build: PositiveInt | None
+    """llama.cpp's build number; null where nobody looked it up."""
+    glibc: str = Field(pattern=r"^[0-9]+\.[0-9]+$")
+    """The oldest C library that the tools start with."""
+    files: dict[Annotated[str, Field(pattern=r"^\w[\w.+-]*\.tar\.gz$")], File]
+    """Name at the release -> what must arrive; the tools first, then a runtime where there is one."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if (self.build is None) != (not self.files):
+            raise ValueError("build and files are pinned together, by tools/pin_engine.py")
+        return self
+
+
+class Pins(params.Strict):
+    url: str = Field(pattern=r"^https://|^http://127\.0\.0\.1[:/]")
+    pins: dict[Annotated[str, Field(pattern=r"^[a-z]+-[a-z0-9_]+/[a-z]+(-[0-9]+\.[0-9]+)?$")], Pin]
+    """System/backend, such as `linux-x86_64/cuda-12.8`."""
+
+
+def path() -> Path:
+    return params.root() / "params" / "engine.yaml"
+
+
+def read() -> Pins:
+    """What is pinned. Raises ParamsError."""
+    return check(params._yaml(path()))
+
+
+def check(data: object) -> Pins:
+    try:
+        return Pins.model_validate(data)
+    except ValidationError as err:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in err.errors())
+        raise params.ParamsError(f"params/engine.yaml: {wrong}") from None
+
+
+@dataclass(frozen=True)
+class Archive:
+    """One pin, and where it is kept."""
+
+    backend: str
+    """cpu, or cuda with its version."""
+    pin: Pin
+
+    @property
+    def folder(self) -> Path:
+        name = files.digest([self.pin.build, {k: f.sha256 for k, f in self.pin.files.items()}])[:12]
+        return cache() / f"llama.cpp-b{self.pin.build}-{self.backend}-{name}"
+
+    @property
+    def bytes(self) -> int:
+        return sum(f.bytes for f in self.pin.files.values())
+
+    def __str__(self) -> str:
+        return next(iter(self.pin.files))
+
+    def tools(self) -> Path | None:
+        """The folder of the tools, if it was unpacked."""
+        found = sorted(self.folder.glob("**/llama-server"), key=lambda p: len(p.parts))
+        return found[0].parent if found else None
+
+
+def cache() -> Path:
+    """Where engines are kept for this user. Raises ArchiveError for a user without a home."""
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        base = Path(named) if os.path.isabs(named) else Path.home() / ".cache"
+    except RuntimeError:
+        raise ArchiveError("this user has no home to keep an engine in: set XDG_CACHE_HOME to a folder") from None
+    return base / "moelib"
+
+
+def system() -> str:
+    return f"{platform.system()}-{platform.machine()}".lower()
+
+
+def fitting() -> tuple[list[Archive], list[str]]:
+    """The archives that may run here, best first, and of the others of this system why not."""
+    found, passed_over, cuda = [], [], driver_cuda()
+    libc, version = platform.libc_ver()
+    for name, pin in read().pins.items():
+        where, _, backend = name.partition("/")
+        needs = _numbers(backend.partition("-")[2])
+        if where != system() or (needs and cuda is None):
+            continue
+        if not pin.files:
+            passed_over += [f"{name} is not pinned in params/engine.yaml"] if needs else []
+        elif needs and needs > cuda:
+            passed_over.append(f"{backend} needs a newer driver: this one knows CUDA {'.'.join(map(str, cuda))}")
+        elif where.startswith("linux") and (libc != "glibc" or _numbers(version) < _numbers(pin.glibc)):
+            passed_over.append(
+                f"{name} needs glibc {pin.glibc}, here is {libc or 'another C library'} {version}".strip()
+            )
+        else:
+            found.append((needs, Archive(backend, pin)))
+    return [a for _, a in sorted(found, key=lambda f: f[0], reverse=True)], passed_over
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".") if part.isdigit())
+
+
+def driver_cuda() -> tuple[int, int] | None:
+    """The newest CUDA version that the NVIDIA driver knows; None without a driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        number = pynvml.nvmlSystemGetCudaDriverVersion_v2()
+        pynvml.nvmlShutdown()
+    except (pynvml.NVMLError, OSError, AttributeError):
+        return None
+    return number // 1000, number % 1000 // 10
+
+
+def installed() -> Path | None:
+    """The tools' folder of the best archive that is unpacked and was tried on this machine; None without one."""
+    try:
+        if not any(
+            (a := Archive(name.partition("/")[2], pin)).pin.files and a.tools() for name, pin in read().pins.items()
+        ):
+            return None
+        return next((a.tools() for a in fitting()[0] if a.tools() and _tried(a.folder) == _machine()), None)
+    except (params.UserError, OSError):
+        return None
+
+
+def _machine() -> dict[str, str]:
+    """What a trial's outcome depends on: a home may be shared by machines."""
+    return {"cpu": str(process.facts()["cpu"]), "libc": " ".join(platform.libc_ver()), "system": system()}
+
+
+def _tried(folder: Path) -> dict[str, str] | None:
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((folder / TRIED).read_text(encoding="utf-8"))
+    return None
+
+
+def accept(archive: Archive) -> None:
+    """Note that the trial on this machine ended well."""
+    files.write_json(archive.folder / TRIED, _machine())
+
+
+def home(tools: Path) -> Path:
+    """The unpacked folder that a folder of tools lies in."""
+    return next((p for p in (tools, *tools.parents) if (p / MANIFEST).is_file()), tools)
+
+
+def whole(folder: Path) -> bool:
+    """Whether an unpacked folder holds what was unpacked: every file is read."""
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8")) == _listing(folder)
+    except (OSError, ValueError):
+        return False
+
+
+def _listing(folder: Path) -> dict[str, str]:
+    """Every file and link -> its SHA-256, or where it leads."""
+    held = {}
+    for p in sorted(folder.rglob("*")):
+        name = str(p.relative_to(folder))
+        if p.is_symlink():
+            held[name] = f"-> {os.readlink(p)}"
+        elif p.is_file() and name not in (MANIFEST, TRIED):
+            held[name] = files.sha256(p)
+    return held
+
+
+@contextlib.contextmanager
+def alone(name: Path, what: str) -> Iterator[None]:
+    """Hold the lock on a folder of the cache; says so where another process has it. Raises ArchiveError where the cache
+    cannot be written."""
+    place = name.with_name(f"{name.name}.lock")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(place.parent, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise ArchiveError(f"{place.parent} cannot be written: set XDG_CACHE_HOME to a folder of yours")
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(files.lock(place, what, wait_s=0.2))
+        except files.FileError:
+            log.warning("waiting for another process, which is at %s", what)
+            stack.enter_context(files.lock(place, what, wait_s=release.LIMIT_S))
+        yield
+
+
+def fetch(archive: Archive) -> Path:
+    """The tools' folder of an archive, downloaded and unpacked if it is not there or not whole.
+
+    Goes on where an earlier try ended. Raises Unreachable, ArchiveError, FileError without room.
+    """
+    folder = archive.folder
+    with alone(folder, str(archive)):
+        if not whole(folder):
+            if folder.exists():
+                log.warning("%s is damaged and is made again", folder)
+            for left in (folder, *cache().glob(f".{folder.name}.*.unpacking")):
+                shutil.rmtree(left, ignore_errors=True)
+            files.need_space(cache(), 5 * archive.bytes, f"the release archive {archive}")
+            parts = [_download(archive.pin.build, name, want) for name, want in archive.pin.files.items()]
+            _unpack(parts, folder)
+            for part in parts:
+                part.unlink()
+        if tools := archive.tools():
+            return tools
+    raise ArchiveError(f"{archive} holds no llama-server")
+
+
+def base_url() -> str:
+    """Where releases are. Raises ArchiveError for one that is neither encrypted nor on loopback."""
+    url = (os.environ.get(URL) or read().url).rstrip("/")
+    release.allowed(url, URL if os.environ.get(URL) else "params/engine.yaml")
+    return url
+
+
+def _download(build: int, name: str, want: File) -> Path:
+    """The file `name` of a release, of the size and hash that are pinned."""
+    part, url = cache() / f".{name}.{want.sha256[:12]}.part", f"{base_url()}/b{build}/{name}"
+    with release.client(url) as client:
+        for _ in range(TRIES):
+            had = release.size(part)
+            try:
+                release.receive(client, url, part, want.bytes, exactly=True)
+                break
+            except httpx.HTTPError as err:
+                if release.size(part) <= had:
+                    raise release.unreachable(url, err) from None
+        else:
+            raise release.Unreachable(f"the download of {name} broke off {TRIES} times; run again to go on")
+    sha256 = files.sha256(part)
+    if sha256 != want.sha256:
+        part.unlink()
+        raise ArchiveError(
+            f"{name} came with SHA-256 {sha256[:12]}..., pinned is {want.sha256[:12]}...; it was deleted"
+        )
+    return part
+
+
+def _unpack(parts: list[Path], folder: Path) -> None:
+    """Unpack archives into one new folder, which then gets its name. Raises ArchiveError, and leaves nothing then."""
+    making = folder.with_name(f".{folder.name}.{os.getpid()}.unpacking")
+    try:
+        making.mkdir(parents=True)
+        for part in parts:
+            tarball.extract(part, making)
+        _together(making)
+        files.write_json(making / MANIFEST, _listing(making))
+        os.replace(making, folder)
+    except OSError as err:
+        if err.errno in files.NO_SPACE:
+            raise files.FileError(f"{folder.name} cannot be written: {files.full(folder.parent)}") from None
+        raise ArchiveError(f"{parts[0].name} cannot be unpacked: {err}") from None
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+
+
+def _together(folder: Path) -> None:
+    """Put the libraries of a runtime that came apart beside the tools, where the loader looks for them."""
+    tools = next(iter(sorted(folder.glob("**/llama-server"), key=lambda p: len(p.parts))), None)
+    for p in sorted(folder.rglob("lib*.so*")) if tools else ():
+        if p.parent != tools.parent and not (tools.parent / p.name).exists():
+            os.replace(p, tools.parent / p.name)

@@ -1,0 +1,154 @@
+"""The programs and libraries that a running process has mapped: what an engine really is.
+
+A launcher of 18 kB says nothing of the libraries that do the work, and a library can be exchanged between two runs or
+under a running process. `/proc/PID/maps` names every file with its device and inode, proc_pid_maps(5).
+"""
+
+import contextlib
+import mmap
+import os
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import psutil
+
+from moelib import files
+from moelib.process import ProcessError
+
+OWN = re.compile(r"^lib(ggml|llama|mtmd)|^(llama|ggml|rpc)-", re.I)  # the build's, wherever a distribution puts them
+NO_MAPS = "this system does not say which files a process has mapped"
+_LINE = re.compile(rb"^\S+ (\S+) \S+ (\S+) (\d+) +(/.*)$", re.M)
+_NO_FILE = ("/dev/", "/memfd:", "/SYSV", "/anon_hugepage", "/[")
+GONE = " (deleted)"
+
+
+class NotTold(Exception):
+    """The system does not say what a process has mapped; the message says why."""
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """A file of code as it was mapped; `state` is the file's, read while the process ran."""
+
+    path: Path
+    state: tuple[int, ...]
+    own: bool
+    """Part of the engine, and not of the system."""
+
+
+def look(pid: int, since: float, folders: Iterable[Path] = ()) -> tuple[Mapping, ...]:
+    """Every ELF file that process `pid` and what it started have mapped, by path. Quick: nothing is hashed.
+
+    `since`: the wall clock at its start. Files in `folders` are the engine's own, as is the process's program.
+    Raises NotTold; ProcessError "engine-changed" for a file that is not what it was when it was mapped.
+    """
+    own, found = {str(f.resolve()) for f in folders}, {}
+    program = _program(pid)
+    for (path, device, inode), runs in _code(pid).items():
+        file, now = Path(path), None
+        with contextlib.suppress(FileNotFoundError), _open(file) as f:
+            if f.read(4) != b"\x7fELF":
+                continue
+            now = os.fstat(f.fileno())
+            # some file systems tell another device in the map than in a file's state: ask with a map of our own
+            if (now.st_dev, now.st_ino) != (device, inode) and _as_mapped(f.fileno(), path) != (device, inode):
+                now = None
+        if now is None and not runs:  # data that was removed
+            continue
+        if now is None or since < now.st_ctime <= time.time():
+            raise ProcessError(
+                "engine-changed",
+                f"{file.name.removesuffix(GONE)} was exchanged, removed or written to while a process had it mapped: "
+                "leave the engine alone during a study, and run again",
+            )
+        mine = path == program or str(file.parent) in own or OWN.search(file.name) is not None
+        found[path] = Mapping(file, _state(now), mine)
+    if not found:
+        raise NotTold(f"{NO_MAPS}: process {pid} has ended")
+    return tuple(found[path] for path in sorted(found))
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        raise
+    except OSError as err:
+        raise NotTold(f"{path.name}, which is mapped, cannot be read: {err.strerror}") from None
+
+
+def _code(pid: int) -> dict[tuple[str, int, int], bool]:
+    """(path, device, inode) of each file that a process and what it started have mapped -> whether any of it can be
+    executed."""
+    found = _maps(pid)
+    with contextlib.suppress(psutil.Error):
+        for child in psutil.Process(pid).children(recursive=True):
+            with contextlib.suppress(NotTold):  # it ended meanwhile
+                found = {**_maps(child.pid), **found}
+    return found
+
+
+def _maps(pid: int) -> dict[tuple[str, int, int], bool]:
+    """What the system says of one process. A removed file's name ends in GONE, so that it is not found."""
+    try:
+        text = Path(f"/proc/{pid}/maps").read_bytes()
+    except OSError as err:
+        raise NotTold(f"{NO_MAPS}: {err.strerror}") from None
+    found: dict[tuple[str, int, int], bool] = {}
+    for rights, device, inode, name in _LINE.findall(text):
+        path = os.fsdecode(name.replace(rb"\012", b"\n"))
+        if not path.startswith(_NO_FILE):
+            major, minor = (int(part, 16) for part in device.split(b":"))
+            key = (path, os.makedev(major, minor), int(inode))
+            found[key] = found.get(key, False) or b"x" in rights
+    return found
+
+
+def _program(pid: int) -> str | None:
+    with contextlib.suppress(OSError):
+        return os.readlink(f"/proc/{pid}/exe")
+    return None
+
+
+def _as_mapped(fd: int, path: str) -> tuple[int, int] | None:
+    """(device, inode) that this process's own map shows for the file."""
+    with mmap.mmap(fd, 1, access=mmap.ACCESS_READ):
+        return next((key[1:] for key in _maps(os.getpid()) if key[0] == path), None)
+
+
+def _state(s: os.stat_result) -> tuple[int, ...]:
+    return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
+
+
+class Hashes:
+    """SHA-256 of mapped files, each read once for as long as it stays the file that it is."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Path, tuple[int, ...]], str] = {}
+
+    def of(self, mappings: Iterable[Mapping]) -> dict[str, str]:
+        """File name -> SHA-256. A second file of the same name is told as such.
+
+        Raises ProcessError "engine-changed" where a file is no longer the one that was looked at.
+        """
+        told: dict[str, str] = {}
+        for m in mappings:
+            key = (m.path, m.state)
+            try:
+                if key not in self._known:
+                    self._known[key] = files.sha256(m.path)
+                same = _state(m.path.stat()) == m.state
+            except OSError:
+                same = False
+            if not same:
+                self._known.pop(key, None)
+                raise ProcessError("engine-changed", f"{m.path.name} changed after the run: run again")
+            name, n = m.path.name, 2
+            while name in told:
+                name, n = f"{m.path.name} ({n})", n + 1
+            told[name] = self._known[key]
+        return told

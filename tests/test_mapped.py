@@ -1,0 +1,213 @@
+"""What a process has mapped, told by the system: an engine is all of its files, and one that is exchanged is seen."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from factory import spec
+
+from moelib import device, mapped, models, quantize, run
+from moelib import engine as engines
+from moelib.process import ProcessError
+
+HOLD = """
+import ctypes, mmap, sys
+held = [ctypes.CDLL(p) for p in sys.argv[2:]]
+data = open(sys.argv[1], "rb")
+m = mmap.mmap(data.fileno(), 0, access=mmap.ACCESS_READ)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def library(tmp_path):
+    """A small shared library of one's own: a copy of one that Python came with."""
+    import _ctypes
+
+    path = tmp_path / "build/libggml-test.so"
+    path.parent.mkdir()
+    shutil.copy(_ctypes.__file__, path)
+    time.sleep(0.02)  # a file system keeps times in steps of some milliseconds
+    return path
+
+
+@contextlib.contextmanager
+def holding(*libraries):
+    """A process that has the libraries and a data file mapped, and the wall clock before it started."""
+    data = Path(libraries[0]).parent / "model.gguf"
+    data.write_bytes(b"GGUF" + bytes(5000))
+    since = time.time()
+    argv = [sys.executable, "-c", HOLD, str(data), *map(str, libraries)]
+    p = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert p.stdout.readline() == "ready\n"
+        yield p.pid, since
+    finally:
+        p.communicate("")
+
+
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def test_programs_and_libraries_are_found_and_data_is_not(library):
+    with holding(library) as (pid, since):
+        found = {m.path: m for m in mapped.look(pid, since)}
+        program = Path(os.readlink(f"/proc/{pid}/exe"))
+    assert found[library].own, "by its name, wherever it lies"
+    assert found[program].own, "the program itself"
+    libc = next(p for p in found if p.name.startswith("libc.so"))
+    assert not found[libc].own
+    assert library.parent / "model.gguf" not in found
+    told = mapped.Hashes().of(found.values())
+    assert told[library.name] == sha256(library)
+    assert told[libc.name] == sha256(libc)
+
+
+def test_what_lies_beside_the_tools_is_the_engines_whatever_its_name(library):
+    other = library.with_name("libcudart.so.12")
+    shutil.copy(library, other)
+    time.sleep(0.02)
+    with holding(library, other) as (pid, since):
+        own, without = ({m.path for m in mapped.look(pid, since, f) if m.own} for f in ([library.parent], []))
+    assert own - without == {other}
+
+
+def exchange(path):
+    shutil.copy(path, new := path.with_name("new"))
+    os.replace(new, path)
+
+
+def write(path):
+    with path.open("r+b") as f:
+        f.seek(0, os.SEEK_END)
+        f.write(b"more")
+
+
+@pytest.mark.parametrize("harm", [exchange, write, Path.unlink])
+def test_a_file_that_is_exchanged_written_to_or_removed_is_told(library, harm):
+    with holding(library) as (pid, since):
+        mapped.look(pid, since)
+        harm(library)
+        with pytest.raises(ProcessError, match="^libggml-test.so was exchanged, removed or written") as caught:
+            mapped.look(pid, since)
+    assert caught.value.reason == "engine-changed"
+
+
+def test_data_that_is_removed_is_nobodys_fault(library):
+    with holding(library) as (pid, since):
+        (library.parent / "model.gguf").unlink()
+        assert library in {m.path for m in mapped.look(pid, since)}
+
+
+def test_a_file_that_changes_between_the_look_and_the_hash_is_told(library):
+    with holding(library) as (pid, since):
+        found = mapped.look(pid, since)
+        exchange(library)
+    with pytest.raises(ProcessError, match="changed after the run") as caught:
+        mapped.Hashes().of(found)
+    assert caught.value.reason == "engine-changed"
+
+
+def test_another_device_in_the_map_is_no_change_if_the_file_is_the_same(library, monkeypatch):
+    """As on overlays and btrfs: only a map of one's own tells which file it is."""
+    real = mapped._maps
+
+    def shifted(pid):
+        return {(path, device + 1, inode): runs for (path, device, inode), runs in real(pid).items()}
+
+    monkeypatch.setattr(mapped, "_maps", shifted)
+    with holding(library) as (pid, since):
+        assert library in {m.path for m in mapped.look(pid, since)}
+        exchange(library)
+        with pytest.raises(ProcessError):
+            mapped.look(pid, since)
+
+
+def test_a_file_is_read_once_for_as_long_as_it_stays(library, monkeypatch):
+    read = []
+    monkeypatch.setattr(mapped.files, "sha256", lambda p: read.append(p) or str(len(read)))
+    hashes = mapped.Hashes()
+    with holding(library) as (pid, since):
+        first = [hashes.of(mapped.look(pid, since)) for _ in range(2)]
+    assert first[0] == first[1]
+    assert len(read) == len(set(read)) == len(first[0])
+    exchange(library)
+    time.sleep(0.02)
+    with holding(library) as (pid, since):
+        now = hashes.of(mapped.look(pid, since))
+    assert read[-1] == library
+    assert {name for name in now if now[name] != first[0][name]} == {library.name}
+
+
+def test_two_files_of_one_name_are_two(library, tmp_path):
+    other = tmp_path / "other" / library.name
+    other.parent.mkdir()
+    write(Path(shutil.copy(library, other)))
+    time.sleep(0.02)
+    with holding(library, other) as (pid, since):
+        told = mapped.Hashes().of(mapped.look(pid, since))
+    assert {told["libggml-test.so"], told["libggml-test.so (2)"]} == {sha256(library), sha256(other)}
+
+
+LOAD = "import sys, ctypes; ctypes.CDLL(sys.argv[1]); print(1, flush=True); sys.stdin.read()"
+
+
+def test_what_a_process_started_counts_too(library):
+    """A wrapper script may not become the tool that it calls."""
+    since, how = time.time(), {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    shell = subprocess.Popen(["/bin/sh", "-c", '"$@"; exit', "sh", sys.executable, "-c", LOAD, str(library)], **how)
+    assert shell.stdout.readline() == "1\n"
+    assert library in {m.path for m in mapped.look(shell.pid, since)}
+    shell.communicate("")
+
+
+def test_where_the_system_does_not_say_there_is_a_reason(monkeypatch, tmp_path):
+    gone = subprocess.Popen(["/bin/true"])
+    gone.wait()
+    with pytest.raises(mapped.NotTold, match="does not say which files a process has mapped"):
+        mapped.look(gone.pid, time.time())
+    monkeypatch.setattr(mapped, "Path", lambda p: tmp_path / "no" / str(p).lstrip("/"))  # a system without /proc
+    llama = engines.Engine(tmp_path, "test", {}, 1, "v", engines.Help(""))
+    looked, untold = llama.looked_at(os.getpid(), None, time.time())
+    assert looked == {}
+    assert list(untold) == ["engine_files"]
+    assert llama.digests(looked) == {}
+
+
+@pytest.mark.engine
+def test_a_library_exchanged_between_two_runs_shows(engine, home, tmp_path):
+    """The launcher stays the same; its digest said nothing of this."""
+    build = tmp_path / "build"
+    shutil.copytree(engine.folder, build, symlinks=True)
+    llama = engines.load(build, "a copy")
+    made = quantize.make(models.make_twin("deepseek-moe-16b", "nano"), "Q8_0", llama, tmp_path / "q")
+    library = next(p for p in build.glob("libggml-base*") if not p.is_symlink())
+    seen = []
+    for _ in range(2):
+        asked = spec(workloads=("smoke",), context=256)
+        outcome = run.execute(asked, made, llama, device.Loopback(), tmp_path / "work")
+        assert outcome.reason is None, outcome.message
+        seen.append(outcome.observation)
+        shutil.copy(library, new := build / "new")
+        write(new)
+        os.replace(new, library)
+        time.sleep(0.02)
+    first, second = seen
+    names = {"llama-server", library.name}
+    assert names <= first.engine_files.keys()
+    assert "ggml-rpc-server" in first.device_files
+    assert any(name.startswith("libc.so") for name in first.system_files)
+    assert first.system_files == second.system_files
+    for before, after in ((first.engine_files, second.engine_files), (first.device_files, second.device_files)):
+        assert {name for name in before if before[name] != after.get(name)} == {library.name}
+    assert first.engine_files["llama-server"] == llama.server_sha256
+    assert first.engine_digest != second.engine_digest
+    assert not any("/" in name for name in first.engine_files)

@@ -1,0 +1,104 @@
+"""Tools asked for a few words, which say too much, too little, nothing, or go on for ever."""
+
+import errno
+import os
+import subprocess
+import time
+
+import psutil
+import pytest
+
+from moelib import probe
+
+
+def shell(script):
+    return ["/bin/sh", "-c", script]
+
+
+def sleeping(seconds):
+    """Processes that sleep for so long: each test has a number of its own."""
+    return [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", str(seconds)]]
+
+
+def test_words_and_code_are_told():
+    answer = probe.ask(shell("echo out; echo err >&2; exit 3"), 30)
+    assert answer == probe.Answer(3, "out\n", "err\n")
+    assert probe.ask(shell("kill -11 $$"), 30).code == -11
+    assert probe.ask(shell("printf '\\377'"), 30).out == "\ufffd"
+
+
+def test_all_is_read_of_a_tool_that_says_much_at_once():
+    assert len(probe.ask(shell("head -c 3000000 /dev/zero; head -c 1000000 /dev/zero >&2"), 30).out) == 3_000_000
+
+
+@pytest.mark.parametrize("where", ["", " >&2"])
+def test_a_tool_that_talks_without_end_is_ended(where):
+    started = time.monotonic()
+    with pytest.raises(probe.ProbeError, match="said more than 4 MiB and was ended"):
+        probe.ask(shell(f"exec yes plausible output of llama-server{where}"), 60)
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(
+    ("script", "seconds"),
+    [
+        ("sleep 1001; :", 1001),
+        ("trap '' TERM; sleep 1002; :", 1002),
+        ("setsid sleep 1003; :", 1003),
+        ("(setsid sleep 1004 &); sleep 1004; :", 1004),
+        ("exec >/dev/null 2>&1; sleep 1005; :", 1005),
+    ],
+)
+def test_a_tool_that_hangs_is_ended_with_all_that_it_started(script, seconds):
+    with pytest.raises(probe.ProbeError, match="did not end in 0.5 s and was ended"):
+        probe.ask(shell(script), 0.5)
+    assert sleeping(seconds) == []
+
+
+@pytest.mark.parametrize(
+    ("script", "seconds"), [("sleep 1006 & echo hi", 1006), ("setsid sleep 1007 & sleep 0.1; echo hi", 1007)]
+)
+def test_what_a_tool_leaves_behind_is_ended_and_not_waited_for(script, seconds):
+    started = time.monotonic()
+    assert probe.ask(shell(script), 30).out == "hi\n"
+    assert time.monotonic() - started < 10
+    assert sleeping(seconds) == []
+
+
+def test_ctrl_c_ends_it_too(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(probe, "_listen", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        probe.ask(shell("sleep 1008; :"), 30)
+    assert sleeping(1008) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "words"),
+    [
+        (None, 0, "is not there"),
+        (b"#!/bin/sh\n", 0o644, "may not be executed"),
+        (b"#!/no/such/loader\n", 0o755, "the interpreter or loader that it names, is not there"),
+        (b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x02\0\xb7\0" + bytes(44), 0o755, "another processor"),
+    ],
+)
+def test_a_tool_that_cannot_be_run_is_told_with_its_cause(tmp_path, content, mode, words):
+    path = tmp_path / "tool"
+    if content is not None:
+        path.write_bytes(content)
+        path.chmod(mode)
+    if mode == 0o644 and os.geteuid() == 0:
+        assert not os.access(path, os.X_OK)
+    with pytest.raises(probe.ProbeError, match=words):
+        probe.ask([str(path)], 30)
+
+
+def test_any_other_error_of_the_system_is_told_in_its_words(monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(subprocess, "Popen", full)
+    with pytest.raises(probe.ProbeError, match="cannot be run: Cannot allocate memory"):
+        probe.ask(["/bin/true"], 1)
