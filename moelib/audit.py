@@ -59,7 +59,13 @@ def block_alike(runs: Sequence[Record]) -> Finding:
         }
 
     first = common(runs[0])
-    differs = sorted({k for r in runs[1:] for k, v in common(r).items() if v != first[k]})
+    differs = {k for r in runs[1:] for k, v in common(r).items() if v != first[k]}
+    # a driver maps some of its libraries late, so only those that both have are compared
+    system = runs[0].observed.system_files or {}
+    for r in runs[1:]:
+        if any(system.get(name, sha256) != sha256 for name, sha256 in (r.observed.system_files or {}).items()):
+            differs.add("the system's libraries")
+    differs = sorted(differs)
     return not differs, f"differ in {', '.join(differs)}" if differs else f"{len(runs)} runs alike"
 
 

@@ -67,6 +67,7 @@ def one_file_and_engine(cell: Cell) -> Finding:
     same = {
         "file": lambda r: r.sheet.model_copy(update={"quantize_s": 0.0, "origin": None}),
         "engine": lambda r: (r.engine.server_sha256, r.engine.build, r.observed.report.built),
+        "engine's libraries": lambda r: r.observed.engine_digest,
         "device": lambda r: (r.device.kind, r.device.name),
         "device memory's speed": lambda r: r.device.bandwidth_bytes_per_s,
         "device's size": lambda r: r.device.total_bytes,

@@ -43,12 +43,12 @@ DEVICE = re.compile(
     r"((CUDA|ROCm|MUSA|SYCL)(\d+|\d*_Split)|(Vulkan|CANN|Kompute|OPENVINO)\d+|HTP\d+(-REPACK)?"
     r"|(Metal|MTL\d+)(_Mapped|_Private)?|OpenCL|WebGPU|zDNN|RPC\d+|RPC(?=\[))(\[\S+\])?"
 )
-"""Its names of buffer types in a device's memory, with the address of one elsewhere. A name of neither kind is unknown: it
-counts nowhere."""
+"""Its names of buffer types in a device's memory, with the address of one elsewhere. A name of neither kind is unknown:
+it counts nowhere."""
 
 
 @lru_cache(1024)
-def _place(name: str) -> str:
+def _side(name: str) -> str:
     return "device" if DEVICE.fullmatch(name) else "host" if HOST.fullmatch(name) else "unknown"
 
 
@@ -66,7 +66,7 @@ class Buffer:
     @property
     def place(self) -> str:
         """device, host, or unknown for a name that is not known to be either's."""
-        return _place(self.name)
+        return _side(self.name)
 
     @property
     def on_device(self) -> bool:

@@ -120,7 +120,8 @@ class HostFacts(Facts):
 
 
 def _to_3(data: dict[str, Any]) -> dict[str, Any]:
-    observed = data["observed"] and {**data["observed"], "engine_files": None, "device_files": None}
+    mapped = dict.fromkeys(("engine_files", "device_files", "system_files"))
+    observed = data["observed"] and {**data["observed"], **mapped}
     return {**data, "host": {**data["host"], "host_id": None}, "observed": observed}
 
 

@@ -358,6 +358,10 @@ def test_block_checks_flag_what_only_a_comparison_shows():
         assert flagged([base, other]) == {"block-alike"}, part
     exchanged = seen_as(moe, engine_files={"libggml.so": "c" * 64})
     assert flagged([seen_as(base, engine_files={"libggml.so": "d" * 64}), exchanged]) == {"block-alike"}
+    libc = {"libc.so.6": "e" * 64}
+    late = seen_as(moe, system_files={**libc, "libcuda.so.1": "f" * 64})
+    assert flagged([seen_as(base, system_files=libc), late]) == set()
+    assert flagged([seen_as(base, system_files={"libc.so.6": "0" * 64}), late]) == {"block-alike"}
     assert flagged([base, seen_as(moe, threads=2)]) == {"block-alike"}
     both = with_report(seen_as(moe, threads=2), graph_splits=())  # one failure hides no other
     assert flagged([base, both]) == {"block-alike", "block-placement"}

@@ -81,6 +81,8 @@ def test_one_file_engine_and_kind_of_device():
     ]:
         other = runs[3].model_copy(update={part: getattr(runs[3], part).model_copy(update=change)})
         assert flagged([*runs[:3], other, *runs[4:]]) - {"one-session-at-a-time"} == {"one-file-and-engine"}
+    exchanged = with_seen(runs[3], engine_files={"libggml.so": "c" * 64})
+    assert flagged([*runs[:3], exchanged, *runs[4:]]) == {"one-file-and-engine"}
     # one that was made again took other seconds, and later code tells its origin
     again = runs[3].sheet.model_copy(update={"quantize_s": 9.0, "origin": None})
     assert flagged([*runs[:3], runs[3].model_copy(update={"sheet": again}), *runs[4:]]) == set()

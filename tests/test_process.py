@@ -70,7 +70,7 @@ def test_a_match_is_found_in_a_log_as_it_grows(tmp_path):
     with shell(
         tmp_path, "printf 'a re'; sleep 0.1; printf 'ad'; sleep 0.1; echo y; head -c 3000000 /dev/zero; echo ready2"
     ) as c:
-        assert c.wait_for("rea(d.)$", 30)[1] == "dy"
+        assert c.wait_for(r"rea(d.)\n", 30)[1] == "dy"
         assert c.wait_for("ready(2)", 30)[1] == "2"
         assert c.wait_for("rea(dy)", 30)[1] == "dy", "a second look begins at the beginning"
 

@@ -4,7 +4,7 @@ import json
 import pytest
 from conftest import FIXTURES
 from factory import made, observation, spec
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moelib import facts, files, record
@@ -28,6 +28,7 @@ def written(tmp_path):
     return tmp_path / "records" / f"{r.run_id}.json"
 
 
+@settings(deadline=None)
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_a_truncated_record_is_seen(tmp_path_factory, share):
     folder = tmp_path_factory.mktemp("r")
@@ -140,6 +141,7 @@ def test_logs_are_kept_compressed_the_same_each_time_without_this_machines_folde
     assert record.keep_logs(tmp_path, "run", [log], private) == first
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_no_part_of_a_record_can_be_another_kind_of_thing(tmp_path_factory, data):
     """Any number of it put into words, or any part taken away, and it is no record."""
