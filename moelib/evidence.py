@@ -7,7 +7,7 @@ import pandas as pd
 
 from moelib import audit, harness, stats, words
 from moelib.facts import Sheet
-from moelib.invariants import INVARIANTS
+from moelib.invariants import INVARIANTS, KINDS
 from moelib.neutral import code, markdown
 from moelib.record import Record
 from moelib.stats import number, size
@@ -114,7 +114,7 @@ def audit_table(results: Results) -> Table:
             "failed": held[i.id, False],
             "a failure": "degrades" if i.degrades else "invalidates",
         }
-        for i in INVARIANTS.values()
+        for i in sorted(INVARIANTS.values(), key=lambda i: KINDS.index(i.of))
     ]
     return Table("audit", rows, [cite(results.records)] * len(rows), numbers=("held", "failed"))
 

@@ -15,6 +15,7 @@ import psutil
 
 from moelib import process
 from moelib.files import stored
+from moelib.ranges import Count, Cpus, Elapsed, Seconds, Step
 
 READ_BYTES = 1 << 30  # over all CPUs: more than any cache
 KEY = b"moelib: which host measured"  # of the project, and fixed: the same host has the same id in every study
@@ -26,20 +27,20 @@ UNIDENTIFIED = "the system tells neither a boot's id nor a machine's"
 class Use:
     """The host over one run."""
 
-    elapsed_s: float
-    cpus: int
+    elapsed_s: Elapsed
+    cpus: Cpus
     """CPUs of the whole host, which `busy_s` is counted over."""
-    busy_s: float
+    busy_s: Seconds
     """CPU seconds of everything on the host, time stolen by a hypervisor included."""
-    own_s: float
+    own_s: Seconds
     """CPU seconds of this process, the server and the device's process."""
-    minor_faults: int | None
+    minor_faults: Count | None
     """Of the server: pages that were in memory already."""
-    major_faults: int | None
+    major_faults: Count | None
     """Of the server: pages that had to be read."""
-    clock_step_s: float
+    clock_step_s: Step
     """By how much the wall clock was set or slewed against the monotonic one."""
-    suspended_s: float
+    suspended_s: Step
     """Time that the host slept."""
 
     @property

@@ -52,6 +52,8 @@ class Invariant:
 
 
 INVARIANTS: dict[str, Invariant] = {}
+KINDS = ("run", "log", "block", "cell", "study")
+"""What an invariant is of, from the smallest to the whole."""
 
 
 def holds(of: str, limit: str, degrades: bool = False) -> Callable:

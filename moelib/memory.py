@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from moelib.engine import Report
 from moelib.files import stored
+from moelib.ranges import Bytes, Seconds
 from moelib.reasons import INVALID, REASONS
 
 AGREE_BYTES, AGREE_SHARE = 64 << 20, 0.01  # two exact NVML accounts were seen to differ by 9 MiB, the rest is margin
@@ -29,10 +30,10 @@ HEADER_SHARE, HEADER_BYTES = 0.001, 1 << 20  # the engine prints MiB with two de
 class Reading:
     """One look at the device, `t_s` seconds after the run's start."""
 
-    t_s: float
-    process_bytes: int | None
+    t_s: Seconds
+    process_bytes: Bytes | None
     """Memory of the run's processes on every GPU, by the driver's list; RSS of a loopback device."""
-    device_bytes: int | None
+    device_bytes: Bytes | None
     """Memory in use on the whole device."""
     listed: bool = False
     """Whether the driver listed a process of the run, with or without its bytes."""
@@ -56,23 +57,23 @@ class Trace:
 
 @stored
 class Memory:
-    value_bytes: int | None
+    value_bytes: Bytes | None
     """Peak device memory of the run's processes; None with a reason where it is not known."""
     status: str
     """valid, degraded or invalid."""
     method: str | None
     """rss-peak, rss-samples, nvml-process, nvml-growth."""
     reasons: tuple[str, ...]
-    process_bytes: int | None
+    process_bytes: Bytes | None
     """Account 1: peak of the run's processes by the system's list."""
-    growth_bytes: int | None
+    growth_bytes: Bytes | None
     """Account 2: peak of the device over its idle state; None on loopback. Unlike account 1 it holds the page tables
     through which the device reads pinned host memory: 2 MiB for each GiB."""
-    engine_bytes: int | None
+    engine_bytes: Bytes | None
     """Account 3: device buffers by the engine's own report, a part of the value."""
-    weights_bytes: int
+    weights_bytes: Bytes
     """Account 4: weights on the device by the file's header, a part of account 3."""
-    context_bytes: int | None
+    context_bytes: Bytes | None
     """An empty context on this device, measured."""
     trace: Trace
     bound_bytes: int | None = None

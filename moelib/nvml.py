@@ -14,6 +14,7 @@ import pynvml
 from moelib import visible
 from moelib.files import stored
 from moelib.memory import Reading
+from moelib.ranges import Bits, Bytes, Joules, Megahertz, Seconds, Watts
 
 SLOWED = {
     "hw-slowdown": pynvml.nvmlClocksEventReasonHwSlowdown,
@@ -40,16 +41,16 @@ ADDS_UP_BYTES = 64 << 20
 class Counters:
     """One look at a GPU's clocks and running totals, `t_s` seconds after the run's start."""
 
-    t_s: float
-    energy_joule: float | None = None
+    t_s: Seconds
+    energy_joule: Joules | None = None
     """Of the board since the driver was loaded; the CPU's is not in it."""
-    pcie_rx_bytes: int | None = None
+    pcie_rx_bytes: Bytes | None = None
     """Received by the GPU, modulo 2^32: the driver's counter has 32 bits (seen on an H200)."""
-    pcie_tx_bytes: int | None = None
-    sm_clock_mhz: int | None = None
-    memory_clock_mhz: int | None = None
-    power_watt: float | None = None
-    events: int | None = None
+    pcie_tx_bytes: Bytes | None = None
+    sm_clock_mhz: Megahertz | None = None
+    memory_clock_mhz: Megahertz | None = None
+    power_watt: Watts | None = None
+    events: Bits | None = None
     """Bits of the clock-event (throttle) reasons."""
 
 

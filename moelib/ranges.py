@@ -11,6 +11,10 @@ Bytes = Annotated[int, Field(ge=0, le=1 << 50)]
 Count = Annotated[int, Field(ge=0, le=1 << 40)]
 Index = Annotated[int, Field(ge=0, le=1 << 20)]
 Seconds = Annotated[float, Field(ge=0, le=1e7)]
+Elapsed = Annotated[float, Field(gt=0, le=1e7)]
+"""Seconds of something that took place."""
+Cpus = Annotated[int, Field(ge=1, le=1 << 16)]
+Bits = Annotated[int, Field(ge=0, lt=1 << 64)]
 Step = Annotated[float, Field(ge=-1e10, le=1e10)]
 """Seconds by which a clock was moved, either way."""
 Joules = Annotated[float, Field(ge=0, le=1e12)]

@@ -18,6 +18,7 @@ from moelib.files import stored
 from moelib.memory import Memory, Trace, reconcile
 from moelib.nvml import Counters
 from moelib.quantize import Quantised
+from moelib.ranges import Bytes, Count, Index, Seconds, Sha256
 
 LOAD_S, LOAD_BYTES_PER_S = 120.0, 50e6  # a cold disk and a slow link at the very worst
 END_S = 2.0  # for a dying server to be gone, so that its end is what is reported and not the broken connection
@@ -38,15 +39,15 @@ class Spec:
     quant: str
     placement: str
     load_mode: str
-    block: int
+    block: Index
     """From 0; the runs of a block are compared with each other."""
-    order: int
+    order: Index
     """Position within the block's random order."""
     workloads: tuple[str, ...]
-    requests: int
-    context: int
+    requests: Count
+    context: Count
     device: str
-    seed: int
+    seed: Count
 
     @property
     def arm(self) -> str:
@@ -57,15 +58,15 @@ class Spec:
 class Placement:
     """What the file's header says of a placement."""
 
-    moved_tensors: int
-    moved_blocks: int
-    moved_bytes: int
+    moved_tensors: Count
+    moved_blocks: Count
+    moved_bytes: Bytes
     """Expert weights that the placement keeps on the CPU."""
-    device_bytes: int
+    device_bytes: Bytes
     """Weights that must then be on the device."""
-    device_read_bytes: int
+    device_read_bytes: Bytes
     """Of them, those that decoding one token must read: the used share of the experts, all of the rest."""
-    host_read_bytes: int
+    host_read_bytes: Bytes
     """The same of the experts on the CPU."""
 
 
@@ -75,29 +76,29 @@ class PromptTraffic:
     looking at the bus that often would slow them."""
 
     workload: str
-    prompt_tokens: int
-    received_bytes: int | None
+    prompt_tokens: Count
+    received_bytes: Bytes | None
     """By the GPU; None where its counter may have turned over unseen."""
-    sent_bytes: int | None
+    sent_bytes: Bytes | None
 
 
 @stored
 class Observation:
     """Everything that one run showed."""
 
-    load_s: float
+    load_s: Seconds
     """Start of the server process to ready for requests."""
-    wall_s: float
+    wall_s: Seconds
     """The whole run, device process and clean end included."""
     argv: tuple[str, ...]
     """llama-server's command line, with the model's file name alone."""
     env: tuple[str, ...]
     """Names of llama-server's environment variables."""
-    file_sha256: str
+    file_sha256: Sha256
     """Of the quantised file, read from disk since this process began to measure it, and unchanged since."""
     device_kind: str
     """cuda, loopback or none."""
-    threads: int
+    threads: Count
     build_info: str | None
     report: engines.Report
     placement: Placement
@@ -110,16 +111,16 @@ class Observation:
     absent: dict[str, str]
     """Counters that are not there -> why."""
     host: host.Use
-    host_rss_peak_bytes: int | None
+    host_rss_peak_bytes: Bytes | None
     """Peak RSS of llama-server, mapped file pages included; None where the system keeps none."""
     exit_code: int | None
     exit_killed: bool
-    pcie_received_bytes: int | None = None
+    pcie_received_bytes: Bytes | None = None
     """Over the whole run, in records made before prompts were watched alone."""
-    pcie_sent_bytes: int | None = None
+    pcie_sent_bytes: Bytes | None = None
     prompt_traffic: tuple[PromptTraffic, ...] = ()
     """Of each workload's prompt; empty where there is no bus to look at."""
-    watch_cpu_s: float | None = None
+    watch_cpu_s: Seconds | None = None
     """CPU seconds that watching took while the server was up; None in records of earlier code."""
     engine_files: dict[str, str] | None = None
     """SHA-256 of every program and library of the engine that llama-server had mapped after its last request, by name;
