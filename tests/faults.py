@@ -572,7 +572,7 @@ def _(lab, chance, rounds):
         except StudyError as err:
             told.add(str(err))
     path.unlink()
-    lab.folder  # noqa: B018  makes it again
+    lab.folder.write_plan()
     assert path.read_bytes() == whole
     return told.pop() if len(told) == 1 else f"{len(told)} reasons"
 
@@ -652,7 +652,7 @@ def full_disk(folder: Path) -> None:
     full("a twin", twin, MIB)
     source = twin()
     full("a quant", lambda: quantize.make(source, "Q8_0", lab.stub, folder.parent / "q"), MIB // 2)
-    full("the plan", lambda: lab.folder, 100)
+    full("the plan", lambda: lab.folder.write_plan(), 100)
     lab.script()
     execute = runs.execute
 

@@ -1,7 +1,9 @@
 """`make engine`: what it does with the tools that it finds, and without any. The build itself takes minutes."""
 
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import build_engine
 import pytest
@@ -67,6 +69,22 @@ def test_a_build_that_fails_says_so_with_its_last_words(tmp_path, monkeypatch):
     with pytest.raises(EngineError, match=r"could not be built; .*wheel\.log ends"):
         build_engine._compile(tmp_path / "wheel")
     assert not (tmp_path / "wheel").exists()
+
+
+@pytest.mark.parametrize(("free", "want"), [(64 << 30, 3), (1 << 30, 2), (0, 1)])
+def test_a_build_starts_no_more_compilers_than_the_machine_can_hold(tmp_path, monkeypatch, free, want):
+    """The package says `-j`, which is as many as there are files: 60 compilers of 300 MB each on 2 cores."""
+    real = tmp_path / "real"
+    real.mkdir()
+    (real / "gmake").write_text('#!/bin/sh\necho "$#" "$@"\n')
+    (real / "gmake").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{real}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(build_engine.process, "usable_cpus", lambda: 3)
+    monkeypatch.setattr(build_engine.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    env = {"PATH": build_engine.bounded_make(tmp_path / "shim")}
+    for args, called in ((["-f", "a b", "-j"], f"3 -f a b -j{want}"), (["-j7", "all"], "2 -j7 all"), ([], "0")):
+        done = subprocess.run(["gmake", *args], env=env, capture_output=True, text=True, timeout=60)
+        assert done.stdout.strip() == called
 
 
 def test_every_build_has_rpc_and_its_number():

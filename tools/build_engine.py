@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 from tqdm import tqdm
 
 from moelib import archive, files, params, process, release, trial
@@ -28,6 +29,7 @@ FLAGS += [f"-DLLAMA_{part}=OFF" for part in ("BUILD_TESTS", "BUILD_EXAMPLES", "B
 FLAGS += [f"-DLLAMA_BUILD_NUMBER={BUILD}", f"-DLLAMA_BUILD_COMMIT=b{BUILD}"]
 # Some virtual machines announce AMX and trap on it, and ggml's AMX kernels serve no expert tensors.
 NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+COMPILER_BYTES = 1 << 29  # 340 MB seen
 LIMIT_S, LOG_BYTES = 3600.0, 1 << 30
 
 
@@ -74,12 +76,30 @@ def build() -> Engine:
     return find()
 
 
+def jobs() -> int:
+    """Compilers at a time: as many as CPUs, as long as each has its memory."""
+    return max(1, min(process.usable_cpus(), psutil.virtual_memory().available // COMPILER_BYTES))
+
+
+def bounded_make(folder: Path) -> str:
+    """A PATH on which make starts `jobs()` compilers where it is asked for any number of them, as the package does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("gmake", "make"):
+        if real := shutil.which(name):
+            shim = folder / name
+            one = f'if [ "$a" = -j ]; then a=-j{jobs()}; fi'
+            shim.write_text(f'#!/bin/sh\nfor a; do shift; {one}; set -- "$@" "$a"; done\nexec "{real}" "$@"\n')
+            shim.chmod(0o755)
+    return f"{folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+
+
 def _compile(cache: Path) -> None:
     log, part = cache.with_suffix(".log"), cache.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
     argv = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-cache-dir", "--no-binary", PACKAGE]
     argv += ["--wheel-dir", str(part), f"{PACKAGE}=={BUILD}.0.0"]
-    env = {**os.environ, "CMAKE_ARGS": " ".join(flags()), "CMAKE_BUILD_PARALLEL_LEVEL": str(process.usable_cpus())}
+    env = {**os.environ, "CMAKE_ARGS": " ".join(flags()), "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs())}
+    env["PATH"] = bounded_make(cache.with_suffix(".make"))
     started = time.monotonic()
     bar = tqdm(total=100, unit="%", mininterval=1, desc="building llama.cpp")
     with process.Child(argv, log, env, log_bytes=LOG_BYTES) as child, bar:
