@@ -56,7 +56,7 @@ def finest(choices: Sequence[Choice]) -> Choice:
 
 def models(results: Results) -> list[str]:
     """The models of which something was measured, in the study's order."""
-    return list(dict.fromkeys(name.split("/")[0] for name in results.measured))
+    return list(dict.fromkeys(name.rsplit("/", 1)[0] for name in results.measured))
 
 
 def _runs(results: Results, model: str | None = None) -> list[Record]:

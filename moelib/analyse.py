@@ -192,7 +192,7 @@ def compare(
                 if None not in value:
                     values.append(value)
                     used += two
-            rows.append(Comparison(*name.split("/"), arm, against, tuple(used), *_estimates(values)))
+            rows.append(Comparison(*name.rsplit("/", 1), arm, against, tuple(used), *_estimates(values)))
     return rows
 
 
@@ -223,5 +223,5 @@ def summarise(results: Results, quantity: Quantity) -> list[Summary]:
         for arm in results.study.arms:
             here = [r for b in status.blocks for r in b if r.spec.arm == arm.label and quantity(r) is not None]
             value = stats.mean([quantity(r) for r in here]) if here else None
-            rows.append(Summary(*name.split("/"), arm, tuple(here), value))
+            rows.append(Summary(*name.rsplit("/", 1), arm, tuple(here), value))
     return rows

@@ -5,13 +5,14 @@ same records give the same bytes.
 """
 
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from moelib import advice, analyse, evidence, files, hub, lint, params, report, stats, table, upstream
+from moelib import advice, analyse, evidence, files, hub, lint, neutral, params, report, stats, table, upstream
 from moelib.study import Results
 from moelib.table import Table
 
@@ -162,7 +163,7 @@ def _repository(results: Results, model: str, namespace: str) -> dict[str, str]:
         text, shown = _render(template, {**told, "results": of, "sheet": of.sheets[0], "argv": _argv(of)})
         texts[name] = f"---\n{_metadata(of, model, namespace)}\n---\n\n{text}\n"
         provenance[name] = table.collect(s.provenance() for s in shown)
-    texts[SUMS] = "".join(f"{s['sha256']}  {s['file_name']}\n" for s in sheets.values())
+    texts[SUMS] = "".join(f"{s.sha256}  {neutral.plain(s.file_name)}\n" for s in sheets.values())
     return texts | {PROVENANCE: files.pretty(provenance).decode()}
 
 
@@ -198,7 +199,13 @@ def _render(template: str, told: dict[str, Any]) -> tuple[str, list[Any]]:
     how = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), **how)
     environment.filters |= {"hub": f"{HUB}/{{}}".format, "without": _without, "linked": _linked, "show": show}
+    environment.filters |= {"plain": neutral.markdown, "word": _word, "code": lambda text: neutral.code(text, 4000)}
     return re.sub(r"\n{3,}", "\n\n", environment.get_template(template).render(told)).strip(), shown
+
+
+def _word(name: str) -> str:
+    """A file's name as one word of a command, whatever it holds."""
+    return shlex.quote(neutral.plain(name).replace("`", "'"))
 
 
 def _metadata(of: Results, model: str, namespace: str) -> str:
@@ -232,8 +239,10 @@ def _measured(of: Results, url: str) -> list[Any]:
     twin = "geometry twin, " if of.study.weights == "twin" else ""
     quantities = [("peak_device_memory_mib", "Peak device memory, MiB", None, analyse.device_memory, 2**-20)]
     for w in of.study.workloads:
-        quantities.append(("decode_tokens_per_second", f"Decode rate, {w}, tokens/s", w, analyse.decode_rate(w), 1))
-        name, ttft = f"Time to first token, {w}, warm, ms", analyse.first_token(w, warm=True)
+        quantities.append(
+            ("decode_tokens_per_second", f"Decode rate, {neutral.plain(w)}, tokens/s", w, analyse.decode_rate(w), 1)
+        )
+        name, ttft = f"Time to first token, {neutral.plain(w)}, warm, ms", analyse.first_token(w, warm=True)
         quantities.append(("warm_time_to_first_token_ms", name, w, ttft, 1000))
     found: dict[tuple, EvalResult] = {}
     for metric, name, workload, quantity, scale in quantities:
@@ -243,15 +252,15 @@ def _measured(of: Results, url: str) -> list[Any]:
             interval = [float(stats.number(x, scale)) for x in (e.low, e.high) if x is not None]
             found[name, quant, arm] = EvalResult(
                 task_type="text-generation",
-                dataset_type=f"moelib-{of.name}",
+                dataset_type=f"moelib-{neutral.plain(of.name)}",
                 dataset_name=f"{twin}on {advice.machine(of)}",
                 dataset_config=f"{quant}, {advice.place(of, arm)}",
                 metric_type=metric,
                 metric_name=name,
                 metric_value=float(stats.number(e.value, scale)),
-                metric_config=workload,
+                metric_config=workload and neutral.plain(workload),
                 metric_args={"blocks": e.n, "interval_95": interval},
-                source_name=f"moelib, study {of.name}",
+                source_name=f"moelib, study {neutral.plain(of.name)}",
                 source_url=f"{url}/blob/main/{quant}.md",
             )
     return list(found.values())

@@ -39,6 +39,15 @@ def say_all(problems: list[str], err: bool = False) -> None:
         say(f"  {neutral.plain(p, None)}", err)
 
 
+def _output_is_gone() -> bool:
+    """Whether what was printed cannot be: its reader went away, or its disk is full."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return True
+    return False
+
+
 class Group(click.Group):
     """Turns errors into one message and an exit code; a reader that has gone away ends the program quietly."""
 
@@ -57,10 +66,10 @@ class Group(click.Group):
             say("\nmoelib: interrupted; what is finished is kept, run the same command to go on", err=True)
             sys.exit(130)
         except OSError as err:
-            if err.filename is None:  # of standard output
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            if err.errno != errno.EPIPE:
-                where = "standard output" if err.filename is None else err.filename
+            if gone := _output_is_gone():
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would try again at its end
+            if not (gone and err.errno == errno.EPIPE):
+                where = "standard output" if gone else err.filename or type(err).__name__
                 mend = MEND.get(err.errno, "mend that, and run the same command again")
                 say(f"moelib: {where}: {err.strerror or err}; {mend}", err=True)
             sys.exit(FAILED)

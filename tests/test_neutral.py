@@ -1,0 +1,282 @@
+"""Strings that others wrote: plain ones come back as they are, and no other one gets out as what it tries to be."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+import re
+import types
+import typing
+import unicodedata
+from dataclasses import fields
+from typing import Any
+
+import mistune
+import pytest
+import shown
+import yaml
+from click.testing import CliRunner
+from conftest import REPO
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from moelib import cards, cli, evidence, files, neutral, notebook, plots, study, table
+
+HOSTILE = (
+    "<script>alert(1)</script><img src=x onerror=y>|&lt;b&gt;\n\n| a | b |\n|---|---|\n# head\n- item\n"
+    "[link](http://evil.example) ![i](http://evil.example/x.png) <http://evil.example> http://evil.example "
+    "www.evil.example `code` ``` ~~~ **bold** _em_ $x^2$ \\ \x1b[31mred\x1b]0;title\x07 \x00 \x7f \x9b "
+    "\u202eright to left\u2066 \u200b\ufeff\u2028 &#60;b&#62; ]] }} {{ x }} {% raw %}"
+)
+PLAIN = (
+    "Intel(R) Xeon(R) Processor",
+    "NVIDIA H100 80GB HBM3",
+    "version: 0.6.0-dev (build 11434, commit b11434); built with GNU 13.3.0 for Linux x86_64",
+    "Linux 6.18.44-fc-v657-gpu",
+    "3.11.7",
+    "deepseek-moe-16b/Q4_K_M",
+    "ggml-rpc-server, 1 threads on AMD EPYC 9V74",
+    "RPC0[127.0.0.1:5]".replace("[", "(").replace("]", ")"),
+    "n-cpu-moe=12",
+)
+MARKDOWN = mistune.create_markdown(renderer="html", escape=False, plugins=["table", "url", "strikethrough", "math"])
+TAGS = {"p", "table", "thead", "tbody", "tr", "th", "td", "code", "em", "strong", "ul", "li", "h1", "h2", "h3"}
+
+
+def unseen(text: str) -> set[str]:
+    return {c for c in text if unicodedata.category(c) in neutral._SHAPELESS and c != "\n"}
+
+
+def tags(text: str) -> set[str]:
+    """The tags of what Markdown makes of a text, HTML in it let through."""
+    return {name.lower() for name in re.findall(r"<\s*/?\s*([A-Za-z][\w-]*)", MARKDOWN(text))}
+
+
+@pytest.mark.parametrize("text", PLAIN)
+def test_what_is_plain_stays_as_it_is(text):
+    assert neutral.plain(text) == neutral.markdown(text) == neutral.lines(text) == text
+    assert neutral.label(text) in (text, f"{text[:59]}…")
+    assert neutral.code(text) == f"`{text}`"
+
+
+def test_known_values():
+    assert neutral.plain("a\tb\r\nc\x1b[0m") == "a b c\N{REPLACEMENT CHARACTER}[0m"
+    assert neutral.plain("x" * 1000) == "x" * (neutral.LONGEST - 1) + "…"
+    assert neutral.markdown("<b>*x*</b> [y](z) & _e_ a_b") == r"&#60;b&#62;\*x\*&#60;/b&#62; \[y\](z) &#38; \_e\_ a_b"
+    assert neutral.markdown("# x") == r"\# x"
+    assert neutral.markdown("12. x") == r"12\. x"
+    assert neutral.markdown("https://x.y www.x.y a@b.c") == "https&#58;//x.y www&#46;x.y a&#64;b.c"
+    assert neutral.code("a`b``c") == "`a'b''c`"
+    assert neutral.label("$x$") == r"\$x\$"
+    assert neutral.lines("  a\n\x1b[2Jb\tc") == "  a\n\N{REPLACEMENT CHARACTER}[2Jb c"
+    assert neutral.escaped('{"a": "\u202e\x7f\n\U000e0001"}') == '{"a": "\\u202e\\u007f\n\\udb40\\udc01"}'
+
+
+@given(st.text(max_size=300))
+def test_any_text_is_one_paragraph_of_its_own_characters(text):
+    told = neutral.markdown(text)
+    assert not unseen(told)
+    assert "\n" not in told
+    assert tags(f"x {told}") == {"p"}
+    seen = re.sub(r"</?p>", "", MARKDOWN(f"x {told}"))
+    assert html.unescape(seen).split() == ["x", *neutral.plain(text).split()]
+
+
+@given(st.text(max_size=100))
+def test_any_text_is_the_same_in_json_spelt_out(text):
+    told = files.pretty({"a": text, text: 1}).decode("utf-8")
+    assert json.loads(told) == {"a": text, text: 1}
+    assert not unseen(told)
+
+
+@given(st.text(max_size=100), st.text(max_size=100))
+def test_any_cell_and_any_column_keep_the_tables_shape(value, column):
+    made = table.Table("t", [{"x": 1, f"c{column}": neutral.markdown(value)}] * 2, [{}] * 2)
+    rows = MARKDOWN(made.markdown())
+    assert rows.count("<tr>") == 3
+    assert len(re.findall(r"<t[hd]", rows)) == 6 + rows.count("<thead>")
+
+
+def strings(annotation: Any) -> bool:
+    """Whether a field may hold any string at all."""
+    if annotation is str:
+        return True
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        inner, *how = typing.get_args(annotation)
+        return strings(inner) and not any(getattr(h, "pattern", None) or "pattern=" in repr(h) for h in how)
+    if origin in (typing.Union, types.UnionType):
+        return any(map(strings, typing.get_args(annotation)))
+    return False
+
+
+class Poison:
+    """Replaces every string of a record or sheet that may be any string; `taken` says where there were some."""
+
+    def __init__(self, models: bool):
+        self.models = models
+        """Whether names of models are made hostile too; cards are made of models that `params/` knows alone."""
+        self.taken: set[str] = set()
+
+    def name(self, value: str) -> str:
+        return f"{value} {HOSTILE}"
+
+    def __call__(self, value: Any, where: str = "") -> Any:
+        if isinstance(value, BaseModel) or dataclasses.is_dataclass(value):
+            kinds = typing.get_type_hints(type(value), include_extras=True)
+            names = type(value).model_fields if isinstance(value, BaseModel) else [f.name for f in fields(value)]
+            change = {k: self.field(k, kinds[k], getattr(value, k), f"{type(value).__name__}.{k}") for k in names}
+            if isinstance(value, BaseModel):
+                return value.model_copy(update=change)
+            return dataclasses.replace(value, **change)
+        if isinstance(value, tuple | list):
+            return type(value)(self(v, where) for v in value)
+        if isinstance(value, dict):
+            return {self(k, where): self(v, where) for k, v in value.items()}
+        if isinstance(value, str):
+            self.taken.add(where)
+            return self.name(value)
+        return value
+
+    def field(self, key: str, kind: Any, value: Any, where: str) -> Any:
+        if key in KEPT or (key == "model" and not self.models):
+            return value
+        if isinstance(value, str) and not strings(kind):
+            return value
+        return self(value, where)
+
+
+KEPT = {"quant", "placement", "load_mode", "kind", "digest", "raw", "started_utc", "block", "order"}
+"""What a schema or a pattern holds to a few values, and what rows are found by."""
+COMMITTED = {"demo": REPO / "docs/example/demo", "h100-twins": REPO / "outputs/h100-twins"}
+
+
+def poisoned(name: str, models: bool) -> tuple[study.Results, set[str]]:
+    """A committed study as evidence in which every free string is hostile; nothing is asked of it again."""
+    found, poison = study.results(COMMITTED[name]), Poison(models)
+    plan = found.study.model_copy(
+        update={
+            "name": poison.name("x"),
+            "title": HOSTILE,
+            "scale": HOSTILE if models else found.study.scale,
+            "models": tuple(map(poison.name, found.study.models)) if models else found.study.models,
+            "workloads": tuple(map(poison.name, found.study.workloads)),
+        }
+    )
+    workloads = {
+        poison.name(k): w.model_copy(update={"name": poison.name(k), "title": HOSTILE, "text": HOSTILE})
+        for k, w in found.workloads.items()
+    }
+    records = {r.run_id: poison(r) for r in found.records}
+    statuses = {}
+    for cell, s in found.statuses.items():
+        model, quant = cell.split("/")
+        blocks = tuple(tuple(records[r.run_id] for r in block) for block in s.blocks)
+        key = f"{poison.name(model) if models else model}/{quant}"
+        statuses[key] = dataclasses.replace(s, blocks=blocks, problems=(f"{key}: {HOSTILE}",))
+    bad = dataclasses.replace(found.evidence, records=[*records.values()], damaged=[HOSTILE], wrong={}, checks={})
+    made = study.Results.model_construct(
+        schema_version=3,
+        study=plan,
+        workloads=workloads,
+        cells=[poison(c) for c in found.cells],
+        name=poison.name("x"),
+        records=[*records.values()],
+        evidence=bad,
+        sheets=[poison(s) for s in found.sheets],
+        accuracy={f"harness/{HOSTILE}": poison(h) for h in found.accuracy.values()},
+    )
+    made.__dict__["statuses"] = statuses
+    made.__dict__["audit"] = tuple(poison(c) for c in found.audit)
+    return made, poison.taken
+
+
+@pytest.fixture(scope="module", params=COMMITTED)
+def bad(request):
+    return poisoned(request.param, models=True)
+
+
+def test_every_free_string_of_a_record_is_among_those_that_are_tried():
+    taken = set().union(*(poisoned(name, models=True)[1] for name in COMMITTED))
+    known = {
+        "Record": ("run_id", "reasons"),
+        "Spec": ("study", "model", "workloads", "scale"),
+        "Sheet": ("model", "origin", "file_name", "engine_version", "tensor_types", "expert_types"),
+        "EngineFacts": ("version",),
+        "DeviceFacts": ("name",),
+        "HostFacts": ("cpu", "system", "python", "moelib"),
+        "Observation": ("argv", "absent"),
+        "Request": ("workload",),
+        "Buffer": ("name",),
+        "Check": ("id",),
+    }
+    assert {f"{owner}.{name}" for owner, names in known.items() for name in names} <= taken
+
+
+def clean(text: str) -> None:
+    """A page shows no string as anything but itself."""
+    assert not unseen(text), unseen(text)
+    page = MARKDOWN(text)
+    found = {name.lower() for name in re.findall(r"<\s*/?\s*([A-Za-z][\w-]*)", page)}
+    assert found <= TAGS | {"img"}, found - TAGS
+    assert "evil.example" in page, "the strings are there"
+    assert not re.search(r"(href|src|onerror)\s*=\s*[\"'][^\"']*evil", page)
+    tables = page.count("<table>")
+    for rows in re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL):
+        assert rows.count("<td") == 0 or rows.count("<td") > 1
+    assert tables == len(re.findall(r"^\|[:|-]+\|$", text, re.MULTILINE)), "every table is one"
+
+
+def test_no_string_gets_out_in_the_document(bad, monkeypatch):
+    found, _ = bad
+    monkeypatch.setattr(study, "results", lambda _: found)
+    clean(shown.document("x", figures=True))
+
+
+def test_no_string_gets_out_in_the_tables_of_a_run(bad):
+    found, _ = bad
+    records = [r for b in found.blocks for r in b][:2]
+    clean(evidence.runs_table(records).markdown())
+    clean(evidence.sheet_table(found.sheets[0]).markdown())
+    for figure in (plots.memory_over_time(records), plots.tokens_over_time(records, found.study.workloads[0])):
+        figure.draw_without_rendering()
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_no_string_gets_out_in_a_card(name, monkeypatch):
+    found, _ = poisoned(name, models=False)
+    part = cards.part
+
+    def part_of(*args):
+        made = part(*args)
+        made.__dict__["statuses"] = {f"{c.model}/{c.quant}": found.statuses[f"{c.model}/{c.quant}"] for c in made.cells}
+        return made
+
+    monkeypatch.setattr(cards, "part", part_of)
+    pages = {k: v for k, v in cards.build(found, "acme").items() if k.endswith(".md")}
+    assert pages
+    for text in pages.values():
+        front, body = text.split("\n---\n", 1)
+        assert not unseen(text)
+        assert yaml.safe_load(front)["license"]
+        page = MARKDOWN(body)
+        found_tags = {name.lower() for name in re.findall(r"<\s*/?\s*([A-Za-z][\w-]*)", page)}
+        assert found_tags <= TAGS | {"a", "pre", "blockquote", "h4"}
+        assert not re.search(r"(href|src|onerror)\s*=\s*[\"'][^\"']*evil", page)
+        assert body.count("```") == 2 * len(re.findall(r"^```\w+$", body, re.MULTILINE)), "no block of code ends early"
+
+
+def test_no_string_gets_out_on_a_terminal(bad, monkeypatch):
+    found, _ = bad
+    monkeypatch.setattr(study, "results", lambda _: found)
+    monkeypatch.setattr(study.Folder, "look", lambda _: found)
+    monkeypatch.setattr(notebook, "document", lambda *_: REPO)
+    for argv in (["audit", "demo"], ["study", "status", "demo"], ["report", "demo"]):
+        done = CliRunner().invoke(cli.main, argv)
+        assert done.exit_code == 1, done.exception
+        assert "fault of moelib" not in done.output
+        assert not unseen(done.output)
+        problems = [line for line in done.output.splitlines() if line.startswith("  ")]
+        assert len(problems) == len(found.problems)
