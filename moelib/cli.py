@@ -28,24 +28,22 @@ MEND = {
 """What to do where the system refuses a file."""
 
 
+class Unprinted(OSError):
+    """The reader of what is printed went away, or its disk is full."""
+
+
 def say(text: object, err: bool = False) -> None:
     """Print lines that may hold what somebody else wrote, without what a terminal would obey."""
-    click.echo(neutral.lines(text), err=err)
+    try:
+        click.echo(neutral.lines(text), err=err)
+    except OSError as error:
+        raise Unprinted(error.errno, error.strerror, "standard output") from None
 
 
 def say_all(problems: list[str], err: bool = False) -> None:
     """Print each on a line of its own."""
     for p in problems:
         say(f"  {neutral.plain(p, None)}", err)
-
-
-def _output_is_gone() -> bool:
-    """Whether what was printed cannot be: its reader went away, or its disk is full."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        return True
-    return False
 
 
 class Group(click.Group):
@@ -66,12 +64,11 @@ class Group(click.Group):
             say("\nmoelib: interrupted; what is finished is kept, run the same command to go on", err=True)
             sys.exit(130)
         except OSError as err:
-            if gone := _output_is_gone():
+            if isinstance(err, Unprinted):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would try again at its end
-            if not (gone and err.errno == errno.EPIPE):
-                where = "standard output" if gone else err.filename or type(err).__name__
+            if not (isinstance(err, Unprinted) and err.errno == errno.EPIPE):
                 mend = MEND.get(err.errno, "mend that, and run the same command again")
-                say(f"moelib: {where}: {err.strerror or err}; {mend}", err=True)
+                say(f"moelib: {err.filename or type(err).__name__}: {err.strerror or err}; {mend}", err=True)
             sys.exit(FAILED)
         except Exception as err:
             from moelib.params import UserError
@@ -128,7 +125,7 @@ def twin(model: str, scale: str, seed: int, out: Path | None) -> None:
     from moelib import models
 
     source = models.make_twin(model, scale, seed, out)
-    click.echo(f"{source.path}  {source.header.file_bytes} bytes  sha256 {source.sha256}")
+    say(f"{source.path}  {source.header.file_bytes} bytes  sha256 {source.sha256}")
 
 
 @main.command()
@@ -149,13 +146,13 @@ def fetch(model: str, pin: str | None, revision: str, named: tuple[str, ...], gi
     if pin:
         told = sources.pin(model, pin, revision, named=named)
         size = sum(f.bytes for f in told.files.values())
-        click.echo(f"pinned {told.repository}@{told.revision}: {len(told.files)} files, {size / 2**30:.2f} GiB")
+        say(f"pinned {told.repository}@{told.revision}: {len(told.files)} files, {size / 2**30:.2f} GiB")
         for name in told.files:
-            click.echo(f"  {name}")
-        click.echo(f"params/pins.yaml has them; `moelib fetch {model}` downloads")
+            say(f"  {name}")
+        say(f"params/pins.yaml has them; `moelib fetch {model}` downloads")
         return
     source = sources.adopt(model, given) if given else sources.fetch(model)
-    click.echo(f"{source.path}  {source.header.file_bytes} bytes  sha256 {source.sha256}  from {source.origin}")
+    say(f"{source.path}  {source.header.file_bytes} bytes  sha256 {source.sha256}  from {source.origin}")
 
 
 @main.command()
@@ -175,7 +172,7 @@ def quantize(model: str, quant: str, scale: str, real: bool) -> None:
     with TemporaryDirectory() as scratch:
         source = sources.obtain(model, "real" if real else "twin", scale, needed=False)
         made = quants.make(source, quant, engines.find(), Path(scratch))
-    click.echo(f"{made.path}\n{files.canonical(made.sheet).decode()}")
+    say(f"{made.path}\n{files.canonical(made.sheet).decode()}")
 
 
 @main.group()
@@ -285,12 +282,12 @@ def card(name: str, namespace: str, into: Path | None) -> None:
     upstream.namespace(namespace)
     found, folder = results(outputs() / name), into or outputs() / name / "cards"
     for path in cards.write(found, namespace, folder):
-        click.echo(os.path.relpath(path))
+        say(os.path.relpath(path))
     for model in cards.missing(found):
-        click.echo(f"no card for {model}: no whole block of it is measured", err=True)
+        say(f"no card for {model}: no whole block of it is measured", err=True)
     wrong = cards.check(folder, found, namespace)
     for fault in wrong:
-        click.echo(f"  {fault.page}: {fault.rule}: {fault.what}", err=True)
+        say(f"  {fault.page}: {fault.rule}: {fault.what}", err=True)
     sys.exit(FAILED if wrong else 0)
 
 
@@ -309,14 +306,14 @@ def publish(name: str, namespace: str, yes: bool, public: bool | None) -> None:
     found = results(outputs() / name)
     plans = publishing.plan(found, namespace, public)
     for p in plans:
-        click.echo(p.text())
+        say(p.text())
     for model in cards.missing(found):
-        click.echo(f"nothing of {model}: no whole block of it is measured", err=True)
+        say(f"nothing of {model}: no whole block of it is measured", err=True)
     if not yes:
-        click.echo("nothing was touched; add --yes to do it")
+        say("nothing was touched; add --yes to do it")
         return
     publishing.publish(plans, say)
-    click.echo("done")
+    say("done")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The commands as a person types them."""
 
+import ast
 import functools
 import json
 import os
@@ -7,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from conftest import REPO
 
-from moelib import cli, engine, files, gguf_file, record
+from moelib import cli, engine, files, gguf_file, params, record
 
 
 def call(*args):
@@ -79,3 +82,109 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(home, models
     after = {r.run_id: r.digest for r in record.read_all(out)[0]}
     assert {r.run_id: r.digest for r in kept}.items() <= after.items()
     assert len(after) == 4
+
+
+def command(*argv, **how):
+    """The command as a process of its own, on the committed demo unless `env` says otherwise."""
+    env = {**os.environ, "MOELIB_HOME": str(REPO), "MOELIB_OUTPUTS": str(REPO / "docs/example"), **how.pop("env", {})}
+    python = how.pop("python", [])
+    argv = [sys.executable, *python, "-m", "moelib.cli", *argv]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | how
+    return subprocess.run(argv, env=env, encoding="utf-8", errors="replace", timeout=120, cwd=REPO, **pipes)
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    code = "import sys\nfrom moelib import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\n"
+    code += "print(sorted({m.partition('.')[0] for m in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", cwd=REPO, timeout=60)
+    assert "study" in done.stdout
+    loaded = set(ast.literal_eval(done.stdout.splitlines()[-1]))
+    assert "click" in loaded
+    assert not loaded & {"pandas", "numpy", "scipy", "seaborn", "matplotlib", "papermill", "pydantic", "yaml", "psutil"}
+
+
+@pytest.mark.parametrize("argv", [("--help",), ("audit", "demo"), ("study", "status", "demo")])
+def test_without_docstrings_and_assertions_it_works_the_same(argv):
+    done = command(*argv, python=["-OO"])
+    assert done.returncode == 0, done.stderr
+    if argv != ("--help",):
+        assert done.stdout == command(*argv).stdout
+
+
+ASCII = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+
+
+def test_a_terminal_without_arrows_shows_the_rest():
+    for argv in (("audit", "demo"), ("study", "status", "demo"), ("study", "status", "nicht-därin")):
+        done = command(*argv, env=ASCII)
+        assert "Traceback" not in done.stderr
+        assert done.returncode == ("demo" not in argv)
+        assert done.stdout + done.stderr
+
+
+def test_a_document_is_the_same_whatever_the_locale(tmp_path):
+    done = command("card", "demo", "--namespace", "moelib", "--into", str(tmp_path), env=ASCII)
+    assert done.returncode == 0, done.stderr
+    here = REPO / "docs/example/demo/cards"
+    made = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert made.keys() == {p.relative_to(here) for p in here.rglob("*") if p.is_file()}
+    assert all("→".encode() in text for name, text in made.items() if name.name == "README.md")
+
+
+def test_a_reader_that_goes_away_ends_it_quietly():
+    read, write = os.pipe()
+    os.close(read)
+    done = command("audit", "demo", stdout=write)
+    os.close(write)
+    assert done.returncode == 1
+    assert done.stderr == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full: Linux has one")
+def test_a_full_disk_behind_standard_output_is_a_sentence():
+    with open("/dev/full", "wb") as full:
+        done = command("audit", "demo", stdout=full)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("moelib: standard output: No space left on device; free some space")
+
+
+PLACES = {
+    "a file": lambda tmp: (tmp / "file").write_text("x", encoding="utf-8") and tmp / "file",
+    "below a file": lambda tmp: (tmp / "file").write_text("x", encoding="utf-8") and tmp / "file/below",
+    "a loop": lambda tmp: (tmp / "loop").symlink_to(tmp / "loop") or tmp / "loop",
+    "a name too long": lambda tmp: tmp / ("x" * 300),
+    "not writable": lambda tmp: Path("/proc/nothing"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("variable", ["MOELIB_OUTPUTS", "MOELIB_HOME", "MOELIB_MODELS"])
+def test_a_place_that_is_none_is_a_sentence(home, tmp_path, monkeypatch, variable, place):
+    monkeypatch.setenv(variable, str(PLACES[place](tmp_path)))
+    params._yaml.cache_clear()
+    card = ("card", "smoke", "--namespace", "a")
+    reading = (("study", "status", "smoke"), ("audit", "smoke"), ("report", "smoke"), card)
+    writing = (("twin", "deepseek-moe-16b", "--scale", "nano"), ("study", "run", "smoke"))
+    for argv in (*reading, *writing):
+        if argv[0] == "twin" and variable == "MOELIB_OUTPUTS":
+            continue  # it needs no such place
+        if argv[:2] == ("study", "run") and variable == "MOELIB_MODELS":
+            continue  # that a cell cannot be made is said by its notebook
+        done = call(*argv)
+        assert done.exit_code == 1, (argv, done.output)
+        assert isinstance(done.exception, SystemExit)
+        assert "fault of moelib" not in done.output, (argv, done.output)
+        assert "Traceback" not in done.output
+
+
+def test_what_nobody_thought_of_is_one_line_too(monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError("made up \x1b[31m")
+
+    monkeypatch.setattr("moelib.study.results", broken)
+    done = call("audit", "demo")
+    assert done.exit_code == 1
+    assert "moelib: ZeroDivisionError: made up" in done.output
+    assert "this is a fault of moelib" in done.output
+    assert "\x1b" not in done.output
