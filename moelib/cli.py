@@ -187,8 +187,9 @@ def study_run(name: str, cell: str | None) -> None:
     """Do everything of study NAME that is not done, then write its document."""
     from tqdm import tqdm
 
-    from moelib import measure, monitor, notebook, words
+    from moelib import measure, monitor, notebook, params, words
 
+    measure.refuse_senseless(params.study(name))  # before anything is looked for or written
     folder, cells = measure.select(name, cell)
     planned = sum(len(c.specs) for c in cells)
     before = measure.done(folder, cells)

@@ -11,10 +11,11 @@ from stat import S_ISREG
 from typing import Any, BinaryIO
 
 from moelib import gguf_foreign, gguf_reader
-from moelib.gguf_header import Header, Tensor, placement_fault
+from moelib.gguf_header import UNQUANTISED, Header, Tensor, placement_fault
 from moelib.gguf_reader import AGAIN, GGUFError, HeaderCut, mib, refuse, tensor_bytes
 
 __all__ = [
+    "UNQUANTISED",
     "GGUFError",
     "Header",
     "HeaderCut",

@@ -216,7 +216,7 @@ def placement_fault(placement: str, layers: int, expert_blocks: Collection[int])
     if placement == "cpu-moe":
         return None
     n, first = int(placement.removeprefix("n-cpu-moe=")), min(expert_blocks)
-    good = f"take n-cpu-moe={first + 1} to {layers}, or cpu-moe for all"
+    good = "take cpu-moe" if first + 1 >= layers else f"take n-cpu-moe={first + 1} to {layers}, or cpu-moe for all"
     if n <= first:
         dense = "layer 0 is" if first == 1 else f"layers 0 to {first - 1} are"
         return f"{placement} moves nothing: {dense} dense; {good}"

@@ -23,8 +23,10 @@ from moelib import (
     engine,
     files,
     gather,
+    gguf_file,
     host,
     notebook,
+    params,
     process,
     quantize,
     record,
@@ -63,6 +65,7 @@ def measure(folder: study.Folder, cell: study.Cell) -> Iterator[record.Record]:
     if _whole(folder, cell, status := folder.status(cell, evidence)):
         yield from (r for block in status.blocks for r in block)
         return
+    refuse_senseless(folder.study)
     llama = engine.find()
     where = device.choose(folder.study.device, llama)
     folder.write_plan()
@@ -70,6 +73,9 @@ def measure(folder: study.Folder, cell: study.Cell) -> Iterator[record.Record]:
     with claim.device(where.uuid, f"device {where.kind}", process.patience(LOCK_S)), _scratch(folder) as work:
         process.sweep(folder.work)
         source = sources.obtain(cell.model, folder.study.weights, folder.study.scale, needed=False)
+        placements = [a.placement for a in folder.study.arms]
+        if source.path.exists():
+            quantize.refuse_senseless(source.header, placements)
         quantised = quantize.make(source, cell.quant, llama, work)
         if folder.sheet(cell) != Sheet.model_validate(quantised.sheet):
             files.write_json(folder.sheet_path(cell), quantised.sheet)
@@ -102,6 +108,17 @@ def device_note(folder: study.Folder) -> str | None:
 def _machine(of: Setup | record.Record) -> tuple[Any, ...]:
     """What the runs of a block must share beside engine and file, which a whole study shares."""
     return (of.device.uuid, of.device.driver, of.host.host_id, of.host.system)
+
+
+def refuse_senseless(asked: params.Study) -> None:
+    """Raise StudyError if a placement moves nothing of a model, or goes beyond it: by the catalogue, before anything is
+    fetched, written or quantised."""
+    for name in asked.models:
+        g = params.model(name).at_scale(asked.scale)
+        blocks = range(g.leading_dense_block_count, g.block_count)
+        for arm in asked.arms:
+            if why := gguf_file.placement_fault(arm.placement, g.block_count, blocks):
+                raise study.StudyError(f"params/studies/{asked.name}.yaml: {name}: {why}")
 
 
 def _to_do(found: Sequence[record.Record | None], wrong: Sequence[str | None], here: tuple[Any, ...]) -> list[bool]:
@@ -235,8 +252,10 @@ def _whole(folder: study.Folder, cell: study.Cell, status: study.Status) -> bool
 def run_cells(folder: study.Folder, cells: list[study.Cell], say: Callable[[str], object] = log.info) -> list[str]:
     """Execute the notebook of every cell that is not done; a cell that fails leaves the rest running.
 
-    `say` is told of each cell as its turn comes. Returns what has no valid result, run by run, with reasons.
+    `say` is told of each cell as its turn comes. Returns what has no valid result, run by run, with reasons. Raises
+    StudyError for placements that make no sense.
     """
+    refuse_senseless(folder.study)
     problems = []
     folder.write_plan()
     for i, cell in enumerate(cells):

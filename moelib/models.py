@@ -7,6 +7,7 @@ is hashed again, and made again if it changed.
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,10 @@ from typing import Any
 from moelib import files, gguf_file, params, twin
 
 log = logging.getLogger(__name__)
+
+NOTE_BYTES = 1 << 24  # the facts of a file of 65,536 tensors that all fell back are 7 MB
+NO_NOTE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading a note raises that is damaged, not JSON, too deep or of another shape: then there is none."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +66,14 @@ def once(
     A file that is not `needed` may be gone: its note is then enough.
     """
     place = note(path)
+    _writable(path.parent)
     with files.lock(path.with_suffix(".lock"), path.name, wait_s=3600):
         try:
-            noted = json.loads(place.read_text())
-            told = noted["digest"] == files.digest(noted["facts"])  # a note that was damaged is none
-            stands = told and expected.items() <= noted["facts"].items()
+            noted = _read_note(path)
+            whole = noted["digest"] == files.digest(noted["facts"])  # a note that was damaged is none
+            stands = whole and expected.items() <= noted["facts"].items()
             stands = stands and (_unchanged(path, noted) if needed or path.exists() else True)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except NO_NOTE:
             noted, stands = {}, False
         facts = noted["facts"] if stands else make()
         if (
@@ -76,6 +82,28 @@ def once(
         ):
             files.write_json(place, now)
     return facts
+
+
+def _read_note(path: Path) -> dict[str, Any]:
+    """What was noted of the file at `path`. Raises one of NO_NOTE where nothing that can be read."""
+    with note(path).open("rb") as f:
+        noted = json.loads(f.read(NOTE_BYTES).decode("utf-8"))
+    return noted if isinstance(noted, dict) and isinstance(noted["facts"], dict) else {}
+
+
+def _writable(folder: Path) -> None:
+    """Raise files.FileError unless files can be made in `folder`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as err:
+        if err.errno in files.NO_SPACE:
+            raise files.FileError(f"{folder} takes no file: {files.full(folder)}") from None
+        raise files.FileError(
+            f"model files cannot be kept in {folder}: {err.strerror}; let this user write there, or set "
+            "MOELIB_MODELS to a folder that it may write to"
+        ) from None
 
 
 def _unchanged(path: Path, noted: dict[str, Any]) -> bool:
@@ -91,8 +119,8 @@ def _unchanged(path: Path, noted: dict[str, Any]) -> bool:
 def kept(path: Path) -> bool:
     """Whether the file is there, and is what its note says."""
     try:
-        return _unchanged(path, json.loads(note(path).read_text()))
-    except (OSError, ValueError, KeyError, TypeError):
+        return _unchanged(path, _read_note(path))
+    except NO_NOTE:
         return False
 
 
@@ -113,9 +141,9 @@ def twin_whole(source: Source) -> Source:
 
 def _noted(source: Source) -> bool:
     try:
-        noted = json.loads(note(source.path).read_text())
+        noted = _read_note(source.path)
         return noted["file"] == files.state(source.path) and noted["facts"]["sha256"] == source.sha256
-    except (OSError, ValueError, KeyError, TypeError):
+    except NO_NOTE:
         return False
 
 

@@ -8,6 +8,7 @@ file: a quant's label is not its types.
 import re
 import signal
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from tqdm import tqdm
 from moelib import files, gguf_file, models, params, process, sources
 from moelib.engine import Engine
 
-UNQUANTISED = {"F32", "F16", "BF16"}
+UNQUANTISED = gguf_file.UNQUANTISED
+ASKED_S = 60.0  # for llama.cpp to read a header: 0.02 s seen
+LOG_BYTES = 32 << 20  # of a tool: 65,536 tensors, a line each, are 10 MB
+TAIL_BYTES = 1 << 14
 SUPER_BLOCK = 256  # k-quants work on rows of whole super-blocks
 READY_S = 600.0
 SLOWEST_BYTES_PER_S = 2e6  # of source; far below any machine seen (25e6 on one core), so that only a hang is ended
@@ -43,12 +47,18 @@ class Quantised:
 
 def refuse_quantised(source: gguf_file.Header) -> None:
     """Raise QuantizeError if the source's weights are already quantised."""
-    types = sorted(set(source.type_counts) - UNQUANTISED)
-    if types:
+    if source.is_quantised:
+        types = sorted(set(source.type_counts) - UNQUANTISED)
         raise QuantizeError(
             f"{source.path.name} is already quantised ({', '.join(types)}); quantising again adds error that no record "
             "could separate, and llama-quantize refuses it: start from an F16 or BF16 file"
         )
+
+
+def refuse_senseless(source: gguf_file.Header, placements: Iterable[str]) -> None:
+    """Raise QuantizeError if the file could not be run at `placements`, by its header: before it is quantised."""
+    if why := source.fault(placements):
+        raise QuantizeError(f"{source.path.name}: {why}")
 
 
 def fallbacks(header: gguf_file.Header, quant: str) -> list[dict[str, Any]]:
@@ -59,23 +69,60 @@ def fallbacks(header: gguf_file.Header, quant: str) -> list[dict[str, Any]]:
 
 def predict_bytes(engine: Engine, source: gguf_file.Header, quant: str, scratch: Path) -> int | None:
     """File size by `llama-quantize --dry-run` and the source's header, None where the build has no dry run."""
-    tool = _run(engine, ["--dry-run", str(source.path), quant], scratch / f"dry-run-{quant}.log", READY_S)
-    m = re.search(r"quant size\s*=\s*([0-9.]+) MiB", tool.text())
+    args = [engine.tool("llama-quantize"), "--dry-run", str(source.path), quant]
+    _, said = _run(args, scratch / f"dry-run-{quant}.log", READY_S)
+    if unknown := re.search(r"unknown model architecture: '[^'\n]{0,100}'", said):
+        raise QuantizeError(f"{engine} cannot quantise {source.path.name}: {unknown[0]}; a newer build may know it")
+    m = re.search(r"quant size\s*=\s*(\d{1,12}(?:\.\d{1,9})?) MiB", said)
     return round(float(m[1]) * 2**20) + source.file_bytes - source.tensor_bytes if m else None
 
 
-def _run(engine: Engine, args: list[str], log: Path, limit_s: float, tensors: int = 0) -> process.Child:
-    """Run llama-quantize to its end, with its `[ 12/ 51]` as progress where `tensors` are given; return it ended."""
-    argv, deadline = [engine.tool("llama-quantize"), *args], time.monotonic() + limit_s
+def refuse_unloadable(engine: Engine, source: gguf_file.Header, scratch: Path) -> None:
+    """Raise QuantizeError if the engine says that it cannot load a model of the source's header and tensors.
+
+    Asked of llama-fit-params, which reads no weights and takes no device; builds without it are not asked.
+    """
+    tool = engine.folder / "llama-fit-params"
+    if not tool.is_file():
+        return
+    argv = [str(tool), "--device", "none", "-lv", "4", "-m", str(source.path)]
+    for attempt in range(3):  # the tool was seen to lose the last lines of its log, one time in ten
+        code, said = _run(argv, scratch / f"loads-{attempt}.log", ASKED_S)
+        why = re.search(r"error loading model: (.{1,300})|GGML_ASSERT\((.{1,200})\) failed", said)
+        if code and why:
+            raise QuantizeError(
+                f"{engine} cannot load {source.path.name}: {(why[1] or why[2]).strip()}; take another conversion of "
+                "the model, or another build of llama.cpp"
+            )
+        if not code:
+            return
+
+
+def _run(argv: list[str], log: Path, limit_s: float, tensors: int = 0) -> tuple[int | None, str]:
+    """Run a tool to its end, with its `[ 12/ 51]` as progress where `tensors` are given; its exit code and its log.
+
+    Raises QuantizeError where it takes too long or says too much; it is ended then.
+    """
+    deadline = time.monotonic() + limit_s
     bar = tqdm(total=tensors, desc=log.stem, unit="tensor", disable=None if tensors else True, leave=False)
     with process.Child(argv, log, process.environment(log.parent)) as child, bar:
         while child.running():
             if time.monotonic() > deadline:
-                raise QuantizeError(f"{child.name} did not end in {limit_s:.0f} s:\n{child.tail()}")
-            if tensors and (done := re.findall(r"\[ *(\d+)/ *\d+\]", child.tail(3))):
+                raise QuantizeError(f"{child.name} did not end in {limit_s:.0f} s; its log ends:\n{_end(log)}")
+            if log.stat().st_size > LOG_BYTES:
+                raise QuantizeError(f"{child.name} floods its log; use another build. It ends:\n{_end(log)}")
+            if tensors and (done := re.findall(r"\[ *(\d{1,9})/ *\d+\]", _end(log))):
                 bar.update(int(done[-1]) - bar.n)
             time.sleep(0.02)
-    return child
+    with log.open("rb") as f:
+        return child.exit.code, f.read(LOG_BYTES).decode("utf-8", errors="replace")
+
+
+def _end(log: Path, lines: int = 8) -> str:
+    """The last lines of a log of any length."""
+    with log.open("rb") as f:
+        f.seek(max(0, f.seek(0, 2) - TAIL_BYTES))
+        return "\n".join(f.read(TAIL_BYTES).decode("utf-8", errors="replace").splitlines()[-lines:])[-2000:]
 
 
 def make(source: models.Source, quant: str, engine: Engine, scratch: Path) -> Quantised:
@@ -112,19 +159,21 @@ def place(sheet: dict[str, Any]) -> Path:
 
 def _make(source: models.Source, quant: str, engine: Engine, scratch: Path, path: Path) -> dict[str, Any]:
     source = sources.whole(source)
+    refuse_quantised(source.header)
+    refuse_unloadable(engine, source.header, scratch)
     predicted = predict_bytes(engine, source.header, quant, scratch)
     files.need_space(path.parent, predicted or source.header.file_bytes, f"quantising to {path.name}")
     with files.replacing(path) as partial:
         args, log = [str(source.path), str(partial), quant], scratch / f"{path.stem}.quantize.log"
         limit_s = READY_S + source.header.file_bytes / SLOWEST_BYTES_PER_S
         started = time.monotonic()
-        tool = _run(engine, [*args, str(process.usable_cpus())], log, limit_s, len(source.header.tensors))
+        argv = [engine.tool("llama-quantize"), *args, str(process.usable_cpus())]
+        code, said = _run(argv, log, limit_s, len(source.header.tensors))
         seconds = time.monotonic() - started
-        code = tool.exit.code
-        if "iostream error" in tool.text() or code == -signal.SIGXFSZ:  # of its output: it reads by other means
+        if "iostream error" in said or code == -signal.SIGXFSZ:  # of its output: it reads by other means
             raise files.FileError(f"{path.name} cannot be written: {files.full(path.parent)}")
         if code:
-            raise QuantizeError(f"llama-quantize ended with {code} on {path.name}; its log ends:\n{tool.tail()}")
+            raise QuantizeError(f"llama-quantize ended with {code} on {path.name}; its log ends:\n{_end(log)}")
         header = gguf_file.read_header(partial)
         if {t.name: t.shape for t in source.header.tensors} != {t.name: t.shape for t in header.tensors}:
             raise QuantizeError(f"the {quant} file does not hold the source's tensors; the engine's build is suspect")
