@@ -11,7 +11,7 @@ from typing import Any
 
 from moelib.gguf_reader import GGUFError, refuse
 
-EXPERT_TENSOR = re.compile(r"^blk\.(\d+)\.ffn_(up|down|gate|gate_up)_(ch|)exps\.(weight|bias|scale)$")
+EXPERT_TENSOR = re.compile(r"^blk\.(\d{1,9})\.ffn_(up|down|gate|gate_up)_(ch|)exps\.(weight|bias|scale)$")
 """What `--cpu-moe` overrides: llama.cpp's `\\.ffn_(up|down|gate|gate_up)_(ch|)exps`."""
 
 LONE_EXPERT = re.compile(r"^blk\.\d+\.ffn_(up|down|gate)\.\d+\.(weight|bias)$")
