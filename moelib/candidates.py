@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from moelib import gguf_file, hub, params, weights
+from moelib import gguf_file, hub, neutral, params, weights
 from moelib.strict import build
 from moelib.upstream import Pin, SourceFile, hub_path, repository_name
 
@@ -154,7 +154,7 @@ def _named(listing: Listing, there: list[Candidate], named: Sequence[str]) -> Ca
     for name in named:
         if name not in listing.files:
             why = listing.unfit.get(name) or f"it has no such GGUF; it has {_some(sorted(listing.files))}"
-            raise ChoiceError(f"{hub.plain(name)} of {listing.repository} cannot be pinned: {why}")
+            raise ChoiceError(f"{neutral.plain(name)} of {listing.repository} cannot be pinned: {why}")
     for one in there:
         if set(named) <= set(one.names):
             return one
@@ -166,7 +166,7 @@ def _named(listing: Listing, there: list[Candidate], named: Sequence[str]) -> Ca
 
 def _some(names: list[str], most: int = 12) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(hub.plain, names[:most])) + more if names else "none"
+    return ", ".join(map(neutral.plain, names[:most])) + more if names else "none"
 
 
 def _none(model: str, listing: Listing, best: list[Candidate], named: Sequence[str]) -> str:
@@ -178,7 +178,7 @@ def _none(model: str, listing: Listing, best: list[Candidate], named: Sequence[s
         )
     if named:
         why = listing.unfit[next(n for n in listing.unfit if n in listing.files)]
-        return f"{hub.plain(named[0])} of {listing.repository} is not {model} unquantised: {hub.plain(why)}"
+        return f"{neutral.plain(named[0])} of {listing.repository} is not {model} unquantised: {neutral.plain(why)}"
     steps = f"pin another repository, or give what you have: `moelib fetch {model} --from PATH`"
     if pieces := [n for n in listing.others if PIECE.search(n)]:
         steps = (
@@ -190,7 +190,7 @@ def _none(model: str, listing: Listing, best: list[Candidate], named: Sequence[s
             f"it holds safetensors: `hf download {listing.repository} --local-dir FOLDER`, then have them converted: "
             f"`moelib fetch {model} --from FOLDER`"
         )
-    reasons = [f"{hub.plain(n)}: {hub.plain(why)}" for n, why in sorted(listing.unfit.items())]
+    reasons = [f"{neutral.plain(n)}: {neutral.plain(why)}" for n, why in sorted(listing.unfit.items())]
     more = f"; and {len(reasons) - 12} more" if len(reasons) > 12 else ""
     told = "; ".join(reasons[:12]) + more if reasons else "it holds no GGUF file"
     return f"{listing.repository} has no file that is {model} unquantised and whole ({told}); next: {steps}"
@@ -271,7 +271,7 @@ class _Part:
                 f"the headers of {listing.repository} have over {MAX_BYTES >> 20} MiB: name the file with --file PATH"
             )
         with hub.asking(
-            f"reading the header of {hub.plain(self.name)} of {listing.repository}", receives=upto - self.had
+            f"reading the header of {neutral.plain(self.name)} of {listing.repository}", receives=upto - self.had
         ):
             if self._at is None:
                 url = hf_hub_url(listing.repository, self.name, revision=listing.commit, endpoint=client.endpoint)

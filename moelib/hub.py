@@ -9,10 +9,10 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from moelib import files, wire
+from moelib import files, neutral, wire
 from moelib.params import UserError
 
 if TYPE_CHECKING:
@@ -37,7 +37,9 @@ def require() -> None:
     except ValueError:  # a port beyond 65,535
         good = False
     if not good:
-        raise HubError(f"HF_ENDPOINT is {plain(constants.ENDPOINT)!r}, which is no web address: unset it, or mend it")
+        raise HubError(
+            f"HF_ENDPOINT is {neutral.plain(constants.ENDPOINT)!r}, which is no web address: unset it, or mend it"
+        )
 
 
 def api(endpoint: str | None = None) -> "HfApi":
@@ -159,11 +161,6 @@ def _set(*names: str) -> str:
     return f" ({', '.join(there)} is set)" if there else ""
 
 
-def plain(text: Any) -> str:
-    """What the Hub says, fit for a terminal: one line, nothing that moves a cursor, not too long."""
-    return "".join(c if c.isprintable() else "?" for c in str(text))[:300]
-
-
 def _told(err: BaseException) -> str:
     """The first line of an error, without what only its sender should see."""
     from huggingface_hub import get_token
@@ -174,4 +171,4 @@ def _told(err: BaseException) -> str:
         token = None
     lines = [line for line in str(err).splitlines() if line.strip()] or [""]
     text = re.sub(r"\?[^\s'\")]+", "?...", f"{type(err).__name__}: {lines[0]}")
-    return plain(re.sub(r"hf_\w+", "hf_...", text.replace(token, "hf_...") if token else text))
+    return neutral.plain(re.sub(r"hf_\w+", "hf_...", text.replace(token, "hf_...") if token else text), 300)

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moelib import cards, hub, params, quantize
+from moelib import cards, hub, neutral, params, quantize
 from moelib.study import Results
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def require_rights(client: "HfApi", namespaces: set[str]) -> None:
     for name in sorted(namespaces):
         own = name == user or orgs.get(name) in ("admin", "write", "contributor")
         if role == "read" or not own:
-            why = "reads only" if own else f"is {hub.plain(user)}'s, who may not write to {name}"
+            why = "reads only" if own else f"is {neutral.plain(user)}'s, who may not write to {name}"
         elif role == "fineGrained" and "repo.write" not in fine.get(name, ()):
             why = f"has no right to write to repositories of {name}"
         else:

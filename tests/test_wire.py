@@ -190,6 +190,7 @@ def test_a_wrong_environment_is_one_sentence(toy, variables, why):
     done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
+    assert "fault of moelib" not in done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith("moelib: "), done.stderr
     assert re.search(why, last), last
