@@ -4,13 +4,11 @@ A name says nothing for sure: a vision projector, a draft, a head or a quantised
 may not. Names and sizes only say in which order to look, and what is too small to be looked at.
 """
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import log
-from pathlib import Path, PurePosixPath
-from tempfile import TemporaryDirectory
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -69,18 +67,17 @@ def choose(model: str, repository: str, revision: str, client: "HfApi", named: S
     there = _candidates(listing)
     looked_at = [_named(listing, there, named)] if named else _likely(model, listing, there)
     fit: dict[str, list[Candidate]] = {}
-    with TemporaryDirectory() as scratch:
-        reader = _Reader(client, listing, Path(scratch))
-        for one in tqdm(looked_at, desc="reading headers", disable=None, leave=False):
-            try:
-                header = reader.header(one)
-                why = weights.why_not(model, header)
-            except gguf_file.GGUFError as err:
-                why = [str(err)]
-            if why:
-                listing.unfit[one.names[0]] = "; ".join(why)
-            else:
-                fit.setdefault(weights.kind(header), []).append(one)
+    reader = _Reader(client, listing)
+    for one in tqdm(looked_at, desc="reading headers", disable=None, leave=False):
+        try:
+            header = reader.header(one)
+            why = weights.why_not(model, header)
+        except gguf_file.GGUFError as err:
+            why = [str(err).removeprefix(f"{PurePosixPath(one.names[0]).name}: ")]
+        if why:
+            listing.unfit[one.names[0]] = "; ".join(why)
+        else:
+            fit.setdefault(weights.kind(header), []).append(one)
     best = next((fit[k] for k in weights.UNQUANTISED if k in fit), [])
     if len(best) != 1:
         raise ChoiceError(_none(model, listing, best, named))
@@ -199,89 +196,46 @@ def _none(model: str, listing: Listing, best: list[Candidate], named: Sequence[s
 class _Reader:
     """Reads headers of a repository's files, a little of each file."""
 
-    def __init__(self, client: "HfApi", listing: Listing, scratch: Path):
-        self.client, self.listing, self.scratch, self.left = client, listing, scratch, MAX_BYTES
+    def __init__(self, client: "HfApi", listing: Listing):
+        self.client, self.listing, self.left = client, listing, MAX_BYTES
 
     def header(self, one: Candidate) -> gguf_file.Header:
-        """The header of a candidate, by the same reader that reads it once it is here. Raises GGUFError, HubError."""
-        parts = [_Part(self, n, f) for n, f in zip(one.names, one.files, strict=True)]
-        try:
-            for part in parts:
-                part.more()
-            while True:
-                if odd := next((p for p in parts if p.magic != b"GGUF"), None):
-                    raise gguf_file.GGUFError(f"{odd.path.name} is no GGUF: it begins with {odd.magic!r}")
-                try:
-                    header = self._read(parts, as_large=True)
-                    if not [p for p in parts if p.had < p.want.bytes and not p.tensors]:
-                        return header
-                except gguf_file.GGUFError as err:
-                    # an error that is the same whether zeros follow or nothing is one of the bytes that came
-                    if str(err) == self._cut(parts):
-                        raise
-                    if not [p for p in parts if p.may_grow]:
-                        raise
-                next((p for p in parts if p.may_grow), parts[0]).more()
-        finally:
-            for part in parts:
-                part.path.unlink(missing_ok=True)
+        """The header of a candidate, of all its files together. Raises GGUFError, ChoiceError, HubError."""
+        parts = [self._part(n, f.bytes) for n, f in zip(one.names, one.files, strict=True)]
+        first, tensors = parts[0], tuple(t for p in parts for t in p.tensors)
+        told = [(p.metadata.get("split.count", 0), p.metadata.get("split.no", 0)) for p in parts]
+        if told != [(len(parts), i) for i in range(len(parts))] and not (len(parts) == 1 and told[0][0] in (0, 1)):
+            raise gguf_file.GGUFError(f"its files say that they are file {told[0][1] + 1} of {told[0][0]}, and so on")
+        if len({t.name for t in tensors}) < len(tensors):
+            raise gguf_file.GGUFError("a tensor stands in two of its files")
+        return gguf_file.Header(first.path, one.nbytes, first.metadata, tensors)
 
-    def _cut(self, parts: "list[_Part]") -> str:
-        try:
-            self._read(parts, as_large=False)
-        except gguf_file.GGUFError as err:
-            return str(err)
-        return ""
+    def _part(self, name: str, nbytes: int) -> gguf_file.Header:
+        """The header of one file, of which as much is read as it needs."""
+        data, at, upto = bytearray(), self._located(name), min(PREFIX_BYTES, nbytes)
+        while True:
+            data += self._piece(name, at, len(data), upto)
+            if len(data) < upto:
+                raise gguf_file.GGUFError(f"the Hub sent {len(data)} bytes of it and no more, of {upto} asked for")
+            try:
+                return gguf_file.from_bytes(bytes(data), PurePosixPath(name).name, nbytes)
+            except gguf_file.HeaderCut:
+                if upto in (nbytes, MAX_PREFIX_BYTES):
+                    raise
+            upto = min(2 * upto, nbytes, MAX_PREFIX_BYTES)
 
-    def _read(self, parts: "list[_Part]", as_large: bool) -> gguf_file.Header:
-        try:
-            for part in parts:
-                os.truncate(part.path, part.want.bytes if as_large else part.had)  # a hole takes no room
-            return gguf_file.read_header(parts[0].path)
-        except OSError as err:
-            size = max(p.want.bytes for p in parts)
-            raise ChoiceError(
-                f"no file with a hole of {size:,} bytes can be made in {self.scratch} ({err.strerror}): set TMPDIR to "
-                "a folder on another disk"
-            ) from None
-
-
-class _Part:
-    """The beginning of one file."""
-
-    def __init__(self, reader: _Reader, name: str, want: SourceFile):
-        self.reader, self.name, self.want, self.had, self._at = reader, name, want, 0, None
-        self.path = reader.scratch / PurePosixPath(name).name
-        self.magic, self.tensors = b"", 0
-
-    @property
-    def may_grow(self) -> bool:
-        return self.had < min(self.want.bytes, MAX_PREFIX_BYTES)
-
-    def more(self) -> None:
-        """Read as much again as there is, or a first MiB. Raises GGUFError at the limit, HubError."""
+    def _located(self, name: str) -> tuple[str, dict[str, str] | None]:
         from huggingface_hub import hf_hub_url
 
-        client, listing = self.reader.client, self.reader.listing
-        upto = min(max(PREFIX_BYTES, 2 * self.had), self.want.bytes)
-        if upto > MAX_PREFIX_BYTES:
-            raise gguf_file.GGUFError(f"{self.path.name}: its header is longer than any model's")
-        if upto - self.had > self.reader.left:
-            raise ChoiceError(
-                f"the headers of {listing.repository} have over {MAX_BYTES >> 20} MiB: name the file with --file PATH"
-            )
-        with hub.asking(
-            f"reading the header of {neutral.plain(self.name)} of {listing.repository}", receives=upto - self.had
-        ):
-            if self._at is None:
-                url = hf_hub_url(listing.repository, self.name, revision=listing.commit, endpoint=client.endpoint)
-                self._at = hub.located(client, url)
-            data = hub.first_bytes(self._at[0], self.had, upto, self._at[1])
-        if len(data) < upto - self.had:
-            raise gguf_file.GGUFError(f"{self.path.name}: the Hub sent less of it than it says there is")
-        with self.path.open("r+b" if self.had else "wb") as f:
-            f.seek(self.had)
-            f.write(data)
-        if not self.had:
-            self.magic, self.tensors = data[:4], int.from_bytes(data[8:16], "little")
-        self.had, self.reader.left = upto, self.reader.left - len(data)
+        of, client = self.listing, self.client
+        with hub.asking(f"looking for {neutral.plain(name)} of {of.repository}"):
+            url = hf_hub_url(of.repository, name, revision=of.commit, endpoint=client.endpoint)
+            return hub.located(client, url)
+
+    def _piece(self, name: str, at: tuple[str, dict[str, str] | None], start: int, stop: int) -> bytes:
+        of = self.listing.repository
+        self.left -= stop - start
+        if self.left < 0:
+            raise ChoiceError(f"the headers of {of} have over {MAX_BYTES >> 20} MiB: name the file with --file PATH")
+        with hub.asking(f"reading the header of {neutral.plain(name)} of {of}", receives=stop - start):
+            return hub.first_bytes(at[0], start, stop, at[1])

@@ -190,13 +190,9 @@ def adopt(model: str, given: Path) -> Source:
 
 def _parts(given: Path) -> list[Path]:
     """All files of the model that `given` is a file of. Raises SourceError."""
-    if (m := gguf_file.SPLIT.search(given.name)) and not 1 <= int(m[1]) <= int(m[2]) <= candidates.MAX_PARTS:
-        raise SourceError(
-            f"{given.name} would be file {int(m[1])} of {int(m[2])}: give it the name that it was published under"
-        )
     if given.suffix != ".gguf":
         raise SourceError(f"{given.name} has no name that ends in .gguf: give it one, or a folder of safetensors")
-    parts = gguf_file.split_paths(given)
+    parts = gguf_file.split_paths(given)  # raises where the name is none that a split has
     if gone := [p.name for p in parts if not p.is_file()]:
         more = f" and {len(gone) - 3} more" if len(gone) > 3 else ""
         raise SourceError(

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from moelib import gguf_file, params, twin
+from moelib import gguf_file, gguf_header, params, twin
 
 UNQUANTISED = ("F16", "BF16", "F32")
 """In the order of preference: what the plan names, what is as good, what is twice as large as it need be."""
@@ -53,6 +53,8 @@ def least_bytes(model: str) -> int:
 def why_not(model: str, header: gguf_file.Header) -> list[str]:
     """Why the file is not the model's published weights, whole and unquantised; empty if it is."""
     geometry, told = params.model(model).at_scale("full"), header.metadata
+    if header.kind != "model":
+        return [f"it is {gguf_file.NOT_MODELS[header.kind][0]}"]
     what, arch = told.get("general.type", "model"), told.get("general.architecture")
     wrong = [f"it is of type {what!r:.40}, not a model"] if what != "model" else []
     if arch != geometry.architecture:
@@ -61,7 +63,7 @@ def why_not(model: str, header: gguf_file.Header) -> list[str]:
     wrong += [
         f"{k} {v!s:.40}, not {getattr(geometry, k)}" for k, v in shape.items() if not _same(v, getattr(geometry, k))
     ]
-    if told.get("general.name") == twin.NAME or str(told.get("general.description")).startswith(twin.DESCRIPTION):
+    if header.is_twin or str(told.get("general.description")).startswith(twin.DESCRIPTION):
         wrong.append("its weights are random: it is a geometry twin")
     if others := {t: n for t, n in header.type_counts.items() if t not in UNQUANTISED}:
         wrong.append(f"it is quantised ({', '.join(f'{n} tensors {t}' for t, n in others.items())})")
@@ -77,7 +79,7 @@ def _lacks(geometry: params.Geometry, header: gguf_file.Header) -> list[str]:
     planned = twin.tensors(geometry)
     experts: Counter[int | None] = Counter()
     for t in planned:
-        if m := gguf_file.EXPERT_TENSOR.match(t.name):
+        if m := gguf_header.EXPERT_TENSOR.match(t.name):
             experts[int(m[1])] += prod(t.shape)
     for t in header.tensors:
         if t.is_expert and t.name.endswith(".weight"):

@@ -30,7 +30,7 @@ def twin_as_a_model(path, geometry):
     twin.write(path, geometry, title="Toy")
     with path.open("r+b") as f:
         head = f.read(1 << 20)
-        for old in (twin.NAME, twin.DESCRIPTION):
+        for old in ("geometry twin", twin.DESCRIPTION):
             assert head.count(old.encode()) == 1
             head = head.replace(old.encode(), old.upper().encode())
         f.seek(0)

@@ -96,10 +96,14 @@ def test_each_layout_of_a_publisher_is_understood(shape, make, lfs_hub):
 
 NO_MODEL = {
     "quantised": ({"kind": "Q8_0"}, "it is quantised \\(19 tensors Q8_0\\)"),
-    "projector": ({"arch": "clip", "general": {"type": "mmproj"}}, "type 'mmproj', not a model; architecture clip"),
-    "adapter": ({"general": {"type": "adapter"}}, "of type 'adapter', not a model"),
+    "projector": ({"arch": "clip", "general": {"type": "mmproj"}}, "it is a multimodal projector"),
+    "adapter": ({"general": {"type": "adapter"}}, "it is a LoRA adapter"),
     "shape": ({"block_count": 3}, "block_count 3, not 2"),
-    "bool": ({"expert_count": "16"}, "expert_count 16, not 16"),
+    "bool": ({"expert_count": "16"}, "expert_count is '16', which is no count"),
+    "importance": ({"arch": "none", "general": {"type": "imatrix"}}, "it is an importance matrix"),
+    "vector": ({"arch": "controlvector"}, "it is a control vector"),
+    "vocabulary": ({"keep": lambda n: False}, "it is a vocabulary alone"),
+    "type of file": ({"general": {"type": "dataset"}}, "of type 'dataset', not a model"),
     "head": ({"keep": lambda n: not n.startswith("blk.")}, "not whole: the experts of 1 layers.*of layer 1 first"),
     "no head": (
         {"keep": lambda n: "output" not in n and "token" not in n},
@@ -170,7 +174,7 @@ def test_a_long_header_is_read_piece_by_piece(shape, lfs_hub, monkeypatch):
 def test_a_damaged_header_is_not_read_to_its_end(shape, lfs_hub, monkeypatch):
     monkeypatch.setattr(candidates, "PREFIX_BYTES", 1 << 15)
     data = bytearray(published.gguf(shape))
-    data[40:48] = b"\xff" * 8  # the length of a name
+    data[24:32] = b"\xff" * 8  # the length of the first key
     lfs_hub.put(REPO, {"m.gguf": bytes(data)})
     with pytest.raises(ChoiceError, match="corrupt"):
         sources.pin("toy", REPO, endpoint=lfs_hub.url)
