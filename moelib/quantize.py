@@ -85,8 +85,8 @@ def refuse_unloadable(engine: Engine, source: gguf_file.Header, scratch: Path) -
     tool = engine.folder / "llama-fit-params"
     if not tool.is_file():
         return
-    argv = [str(tool), "--device", "none", "-lv", "4", "-m", str(source.path)]
-    for attempt in range(3):  # the tool was seen to lose the last lines of its log, one time in ten
+    argv = [str(tool), "--device", "none", "-lv", "4", "--fit-print", "on", "-m", str(source.path)]
+    for attempt in range(3):  # the tool was seen to lose the last lines of its log
         code, said = _run(argv, scratch / f"loads-{attempt}.log", ASKED_S)
         why = re.search(r"error loading model: (.{1,300})|GGML_ASSERT\((.{1,200})\) failed", said)
         if code and why:
@@ -160,6 +160,7 @@ def place(sheet: dict[str, Any]) -> Path:
 def _make(source: models.Source, quant: str, engine: Engine, scratch: Path, path: Path) -> dict[str, Any]:
     source = sources.whole(source)
     refuse_quantised(source.header)
+    refuse_senseless(source.header, ())
     refuse_unloadable(engine, source.header, scratch)
     predicted = predict_bytes(engine, source.header, quant, scratch)
     files.need_space(path.parent, predicted or source.header.file_bytes, f"quantising to {path.name}")

@@ -130,6 +130,81 @@ def test_a_log_that_says_nothing_gives_unknown_not_zero():
     assert report.offloaded_layers is None
 
 
+PLACES = {
+    "device": "CUDA0 CUDA12 CUDA0_Split CUDA_Split ROCm0 ROCm1_Split MUSA0 Vulkan0 SYCL0 SYCL_Split Metal Metal_Mapped "
+    "MTL0 MTL0_Mapped MTL0_Private CANN0 OpenCL Kompute0 WebGPU zDNN HTP0 HTP0-REPACK OPENVINO0 RPC0 "
+    "RPC0[127.0.0.1:50052] RPC[127.0.0.1:50052] RPC1[[::1]:50052]",
+    "host": "CPU CPU_Mapped CPU_REPACK CPU_AARCH64 CPU_HBM CPU_KLEIDIAI AMX BLAS CUDA_Host ROCm_Host MUSA_Host "
+    "Vulkan_Host SYCL_Host CANN_Host",
+    "unknown": "CUDA0_MoE_Cached CUDA CPUX CPU_Elastic CPU_Pinned_New TPU0 TPU_Host CUDA_Hosts _Host RPC "
+    "Meta(CUDA0) NPU cuda0 CUDA0x XCPU Host Vulkan Device0",
+}
+
+
+@pytest.mark.parametrize(("place", "name"), [(p, n) for p, names in PLACES.items() for n in names.split()])
+def test_a_buffer_is_where_its_name_is_known_to_be_and_else_unknown(place, name):
+    report = parse_log(f"0.00.1 I load_tensors: {name:>12} model buffer size =  1234.50 MiB\n")
+    (buffer,) = report.buffers
+    assert (buffer.name, buffer.kind, buffer.place, buffer.on_device) == (name, "model", place, place == "device")
+    size = round(1234.5 * 2**20)
+    assert report.device_bytes("model") == {"device": size, "host": 0, "unknown": None}[place]
+    assert report.pinned_bytes == (size if place == "host" and name.endswith("_Host") else 0)
+    assert report.unknown_names == ((name,) if place == "unknown" else ())
+
+
+def test_one_unknown_buffer_makes_only_its_kind_unknown():
+    report = parse_log("x: CUDA0 model buffer size = 8.00 MiB\nx: My Cache KV buffer size = 2.00 MiB\n")
+    assert report.device_bytes("model") == 8 << 20
+    assert (report.device_bytes("KV"), report.device_bytes()) == (None, None)
+    assert report.unknown_names == ("My Cache",)
+
+
+def test_sizes_in_other_units_and_states_of_other_names():
+    report = parse_log(
+        "load_tensors:        CUDA0 model buffer size =     1.25 GiB\n"
+        "load_tensors:   CPU_Mapped model buffer size =   512.00 KiB\n"
+        "x:      CUDA0 DSV4 csa state buffer size =     3.00 MiB\nx:   CUDA0 LoRA buffer size = 1.00 MiB\n"
+        "x:   CUDA0 indexer buffer size = 2.00 MiB\nx: reserving host buffer size = 9.00 MiB\n"
+    )
+    assert {(b.name, b.kind): b.size_bytes for b in report.buffers} == {
+        ("CUDA0", "model"): 1280 << 20,
+        ("CPU_Mapped", "model"): 512 << 10,
+        ("CUDA0", "DSV4 csa state"): 3 << 20,
+        ("CUDA0", "LoRA"): 1 << 20,
+        ("CUDA0", "indexer"): 2 << 20,
+    }
+    assert report.device_bytes() == 1286 << 20
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"x: CUDA0 model buffer size = {'9' * 5000} MiB",
+        "x: CUDA0 model buffer size = 1.2.3 MiB",
+        "x: CUDA0 model buffer size = -4 MiB",
+        "x: CUDA0 model buffer size = nan MiB",
+        f"x: offloaded {'9' * 5000}/3 layers to GPU",
+        f"x: graph splits = {'9' * 5000}",
+        "buffer size = 3.00 MiB",
+        "\n".join(f"x: CUDA{i} KV buffer size = 1.00 MiB" for i in range(300)),
+    ],
+    ids=range(8),
+)
+def test_nonsense_in_a_log_is_no_report_and_no_crash(line):
+    report = parse_log(line + "\n")
+    assert (report.buffers, report.device_bytes(), report.unused_tensors) == ((), None, None)
+
+
+def test_the_engine_says_which_tensors_it_does_not_load():
+    unused = "".join(
+        f"W model has unused tensor blk.4.{n} (size = 1024 bytes) -- ignoring\n" for n in ("a.weight", "b.weight") * 2
+    )
+    assert parse_log(unused).unused_tensors is None  # it did not come to a load
+    loaded = "x: CUDA0 model buffer size = 1.00 MiB\n"
+    assert parse_log(unused + loaded).unused_tensors == ("blk.4.a.weight", "blk.4.b.weight")
+    assert parse_log(loaded).unused_tensors == ()
+
+
 def folder(path, help_text=NEW.text, build=11434, tools=("llama-server", "llama-quantize", "ggml-rpc-server")):
     path.mkdir(parents=True)
     (path / "help.txt").write_text(help_text)

@@ -1,11 +1,15 @@
 """Quantising with the real llama-quantize."""
 
+import json
 import shutil
+import sys
 from dataclasses import replace
 
+import ggufs
 import pytest
+from click.testing import CliRunner
 
-from moelib import files, gguf_file, models, process, quantize
+from moelib import cli, files, gguf_file, measure, models, params, process, quantize, study
 from moelib.params import ParamsError
 from moelib.quantize import QuantizeError
 
@@ -140,3 +144,110 @@ def test_a_source_that_was_deleted_is_not_needed_for_quants_that_are_there(own_s
 def test_a_source_that_was_never_made_is_made_even_where_it_is_not_needed(home, tmp_path, monkeypatch):
     monkeypatch.setenv("MOELIB_MODELS", str(tmp_path / "m"))
     assert models.make_twin("deepseek-moe-16b", "nano", needed=False).path.exists()
+
+
+def tool_that(tmp_path, engine, script):
+    """The engine with a llama-quantize of `script`, and no llama-fit-params."""
+    tool = tmp_path / "llama-quantize"
+    tool.write_text(script)
+    tool.chmod(0o755)
+    return replace(engine, folder=tmp_path, tools={**engine.tools, "llama-quantize": tool})
+
+
+def test_a_tool_that_floods_its_log_is_ended_and_its_log_not_read_whole(own_source, engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantize, "LOG_BYTES", 1 << 20)
+    broken = tool_that(tmp_path, engine, f"#!{sys.executable}\nwhile True: print('x' * 4000)\n")
+    with pytest.raises(QuantizeError, match=r"llama-quantize floods its log; use another build"):
+        quantize.make(own_source, "Q8_0", broken, tmp_path / "work")
+    assert not list(own_source.path.parent.glob("*Q8_0*gguf"))
+
+
+def test_an_architecture_that_the_engine_does_not_know_is_said_before_quantising(home, engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "once", lambda *_: pytest.fail("a file was asked for"))
+    path = tmp_path / "m.gguf"
+    path.write_bytes(ggufs.build(*ggufs.moe("nonsense")))
+    source = models.Source("m", "real", "full", path, files.sha256(path), "test")
+    with pytest.raises(QuantizeError, match=r"cannot load m\.gguf: unknown model architecture: 'nonsense'"):
+        quantize.refuse_unloadable(engine, source.header, tmp_path)
+    # a build without that tool says it in its dry run
+    old = replace(engine, folder=tmp_path)
+    quantize.refuse_unloadable(old, source.header, tmp_path)
+    with pytest.raises(QuantizeError, match="cannot quantise m.gguf: unknown model architecture: 'nonsense'"):
+        quantize.predict_bytes(old, source.header, "Q8_0", tmp_path)
+
+
+def test_tensors_that_the_engine_misses_are_said_before_quantising(engine, tmp_path):
+    whole = ggufs.write_nextn(tmp_path / "glm.gguf")
+    quantize.refuse_unloadable(engine, gguf_file.read_header(whole), tmp_path)
+    # the same with another tensor's name
+    whole.write_bytes(whole.read_bytes().replace(b"blk.1.attn_q.weight", b"blk.1.attn_Q.weight"))
+    with pytest.raises(QuantizeError, match=r"cannot load glm\.gguf: .*; take another conversion"):
+        quantize.refuse_unloadable(engine, gguf_file.read_header(whole), tmp_path)
+
+
+def test_a_placement_that_the_header_refuses_is_refused(source):
+    quantize.refuse_senseless(source.header, ["baseline", "cpu-moe", "n-cpu-moe=2"])
+    with pytest.raises(QuantizeError, match="n-cpu-moe=1 moves nothing: layer 0 is dense"):
+        quantize.refuse_senseless(source.header, ["baseline", "n-cpu-moe=1"])
+
+
+DEEP = "[" * 200_000 + "]" * 200_000
+NOTES = {
+    "deep": DEEP,
+    "deep facts": '{"digest": "x", "facts": ' + DEEP + "}",
+    "list": "[1]",
+    "facts are a list": '{"facts": [], "digest": "x", "file": 1}',
+    "not UTF-8": b"\xff\xfe{}",
+    "a number": "1e999",
+    "digits": "9" * 5000,
+    "empty": "",
+}
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_a_damaged_note_is_no_note(own_source, name):
+    raw = NOTES[name]
+    models.note(own_source.path).write_bytes(raw if isinstance(raw, bytes) else raw.encode())
+    assert not models.kept(own_source.path)
+    assert models.make_twin("deepseek-moe-16b", "nano").sha256 == own_source.sha256
+    assert models.kept(own_source.path)
+    assert json.loads(models.note(own_source.path).read_bytes())["facts"]["sha256"] == own_source.sha256
+
+
+def test_a_models_folder_that_takes_no_file_is_said_in_a_sentence(home, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file/below", "/proc/moelib"):
+        monkeypatch.setenv("MOELIB_MODELS", str(place))
+        with pytest.raises(files.FileError, match="model files cannot be kept in .*; .* set MOELIB_MODELS"):
+            models.make_twin("deepseek-moe-16b", "nano")
+
+
+SENSELESS = """
+title: try
+models: [deepseek-moe-16b]
+weights: twin
+scale: nano
+quants: [Q4_K_M]
+arms: [{placement: baseline}, {placement: n-cpu-moe=N}]
+workloads: [smoke]
+requests: 1
+blocks: 1
+context: 512
+device: loopback
+seed: 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("n", "cause"), [(1, "moves nothing: layer 0 is dense"), (99, "goes beyond the model's 2 layers")]
+)
+def test_a_study_of_a_senseless_placement_is_refused_with_nothing_written(home, monkeypatch, tmp_path, n, cause):
+    monkeypatch.setenv("MOELIB_MODELS", str(tmp_path / "m"))
+    (home / "params/studies/try.yaml").write_text(SENSELESS.replace("=N", f"={n}"), encoding="utf-8")
+    result = CliRunner().invoke(cli.main, ["study", "run", "try"])
+    assert result.exit_code == 1
+    assert f"params/studies/try.yaml: deepseek-moe-16b: n-cpu-moe={n} {cause}" in result.output
+    assert not (tmp_path / "m").exists()
+    assert not (home / "outputs/try").exists()
+    with pytest.raises(study.StudyError, match=cause):
+        measure.refuse_senseless(params.study("try"))

@@ -1,0 +1,51 @@
+"""Blocks that the engine does not load, on the real engine: header and engine agree to the last digit printed."""
+
+import ggufs
+import pytest
+from factory import SHARED, spec
+
+from moelib import audit, device, files, gguf_file, models, quantize, run
+
+pytestmark = pytest.mark.engine
+
+PRINTED = 2 * 0.005 * 2**20  # MiB with two decimals, and tensors padded to 32 bytes
+
+
+@pytest.fixture
+def source(home, tmp_path):
+    path = ggufs.write_nextn(tmp_path / "glm.gguf")
+    return models.Source("glm", "real", "full", path, files.sha256(path), "test")
+
+
+def observed(engine, made, work, placement):
+    asked = spec(placement=placement, workloads=("smoke",), requests=1)
+    outcome = run.execute(asked, made, engine, device.Loopback(), work)
+    assert outcome.reason is None, outcome.message
+    checks = audit.run(asked, outcome.observation, made.sheet)
+    assert {c.id for c in checks if not c.passed} <= SHARED
+    return outcome.observation
+
+
+@pytest.mark.parametrize("quant", [None, "Q4_K_M"])
+def test_header_and_engine_agree_on_a_model_with_a_block_that_is_not_loaded(
+    source, engine, tmp_path, quant, monkeypatch
+):
+    if quant:
+        monkeypatch.setattr(quantize.sources, "whole", lambda source: source)
+        made = quantize.make(source, quant, engine, tmp_path / "q")
+    else:
+        made = quantize.Quantised(source.header, {"sha256": source.sha256}, files.Hashed(source.path))
+    header = made.header
+    assert header.layers == 3
+    for placement in ("baseline", "cpu-moe", "n-cpu-moe=2"):
+        seen = observed(engine, made, tmp_path / "work", placement)
+        unused = {t.name for t in header.tensors if t.block == 3}
+        assert set(seen.report.unused_tensors) == unused
+        assert abs(seen.report.device_bytes("model") - header.device_bytes(placement)) <= PRINTED
+        assert seen.placement.device_bytes == header.device_bytes(placement)
+        assert seen.placement.moved_bytes == header.moved_bytes(placement)
+        host = {b.size_bytes for b in seen.report.buffers if b.kind == "model" and b.place == "host"}
+        assert sum(host) >= header.moved_bytes(placement) - PRINTED
+    # without that, the header would say half as much again
+    whole = gguf_file.read_header(header.path).as_loaded(())
+    assert whole.moved_bytes("cpu-moe") > 1.4 * header.moved_bytes("cpu-moe")
