@@ -2,9 +2,10 @@
 
 import ggufs
 import pytest
-from factory import SHARED, spec
+from factory import SHARED, SHEET, measured, spec
 
 from moelib import audit, device, files, gguf_file, models, quantize, run
+from moelib.facts import Sheet
 
 pytestmark = pytest.mark.engine
 
@@ -21,7 +22,7 @@ def observed(engine, made, work, placement):
     asked = spec(placement=placement, workloads=("smoke",), requests=1)
     outcome = run.execute(asked, made, engine, device.Loopback(), work)
     assert outcome.reason is None, outcome.message
-    checks = audit.run(asked, outcome.observation, made.sheet)
+    checks = audit.run(measured(asked, outcome.observation, Sheet(**made.sheet)))
     assert {c.id for c in checks if not c.passed} <= SHARED
     return outcome.observation
 
@@ -34,7 +35,9 @@ def test_header_and_engine_agree_on_a_model_with_a_block_that_is_not_loaded(
         monkeypatch.setattr(quantize.sources, "whole", lambda source: source)
         made = quantize.make(source, quant, engine, tmp_path / "q")
     else:
-        made = quantize.Quantised(source.header, {"sha256": source.sha256}, files.Hashed(source.path))
+        made = quantize.Quantised(
+            source.header, SHEET.model_dump() | {"sha256": source.sha256}, files.Hashed(source.path)
+        )
     header = made.header
     assert header.layers == 3
     for placement in ("baseline", "cpu-moe", "n-cpu-moe=2"):
