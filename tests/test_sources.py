@@ -18,7 +18,7 @@ from conftest import SMOKE
 from hub import HOWS, Hub, official_client
 from huggingface_hub import constants
 
-from moelib import files, gguf_file, hub, measure, notebook, params, pins, process, quantize, sources, twin
+from moelib import files, gguf_file, hub, measure, neutral, notebook, params, pins, process, quantize, sources, twin
 from moelib.candidates import ChoiceError
 from moelib.hub import HubError
 from moelib.sources import SourceError
@@ -584,7 +584,7 @@ def test_a_study_of_real_weights_says_whose(pinned, lfs_hub, home, monkeypatch):
     assert {r.sheet["origin"] for r in records} == {source.origin}
     text = notebook.report("smoke", progress=False).read_text()
     assert "The weights are the **published ones** (" in text
-    assert source.origin in text
+    assert neutral.markdown(source.origin) in text
     assert "geometry twins" not in text
 
 
