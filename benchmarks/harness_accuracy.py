@@ -121,7 +121,7 @@ def bench(llama: engine.Engine, where: device.Device, file: Path, placement: str
         if session.cpus:
             argv = ["taskset", "-c", ",".join(map(str, session.cpus)), *argv]
         env = process.environment(work, session.env)
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=600, env=env)
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=600, env=env, encoding="utf-8")
     if done.returncode:
         raise click.ClickException(f"llama-bench ended with {done.returncode}: {done.stderr[-400:]}")
     return json.loads(done.stdout)[0]["samples_ts"]

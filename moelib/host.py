@@ -175,6 +175,7 @@ def _first_line(path: str) -> str | None:
 
 def _answer(*argv: str) -> str | None:
     try:
-        return subprocess.run(argv, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
+        done = subprocess.run(argv, capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=True)
+        return done.stdout.strip() or None
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return None

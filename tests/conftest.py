@@ -47,11 +47,18 @@ def pytest_configure(config: pytest.Config) -> None:
     stay_off_the_hub(home)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever uses the real engine is marked so: `make quick` leaves it out."""
+    for item in items:
+        if "engine" in getattr(item, "fixturenames", ()):
+            item.add_marker("engine")
+
+
 def furnish(home: Path, smoke: str = SMOKE) -> Path:
     """Copy the repository's params and notebooks to `home` and add the study `smoke`."""
     for name in ("params", "notebooks"):
         shutil.copytree(REPO / name, home / name)
-    (home / "params/studies/smoke.yaml").write_text(smoke)
+    (home / "params/studies/smoke.yaml").write_text(smoke, encoding="utf-8")
     return home
 
 

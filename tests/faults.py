@@ -89,7 +89,7 @@ class Lab:
         self.home, self.where, self.real = home, where, real
         smoke = SMOKE.replace("[smoke]", "[long]").replace("requests: 2", "requests: 1") if real else SMOKE
         furnish(home, smoke)
-        with (home / "params/workloads.yaml").open("a") as f:
+        with (home / "params/workloads.yaml").open("a", encoding="utf-8") as f:
             f.write(LONG)
         self.stub = stub_server.install(home / "tools", llama)
         self.models = home.parent / "models"
@@ -329,7 +329,7 @@ def _when_streaming(lab, action, delay_s):
         def watch():
             while not over.wait(0.001):
                 with contextlib.suppress(OSError):
-                    if "processing task" in lab.server_log.read_text(errors="replace"):
+                    if "processing task" in lab.server_log.read_text(errors="replace", encoding="utf-8"):
                         time.sleep(delay_s)
                         return action()
 
@@ -476,7 +476,7 @@ def _(lab, chance, rounds):
     with contextlib.ExitStack() as stack:
         stub_server.script(lab.stub, at="token", token=3, how="hang", times=1)
         argv = [sys.executable, __file__, "--hold", str(other), str(lab.home), lab.where.uuid]
-        holder = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=os.environ)
+        holder = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=os.environ, encoding="utf-8")
         stack.callback(holder.wait)
         stack.callback(holder.kill)
         assert holder.stdout.readline().strip() == "streaming"
@@ -682,7 +682,9 @@ def _(folder, chance, rounds):
     inner = [sys.executable, __file__, "--full-disk", str(folder / "disk")]
     tiny = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=128m none "$0" && exec "$@"', str(folder / "disk")]
     can = shutil.which("unshare") and not subprocess.run([*tiny, "true"], capture_output=True).returncode
-    done = subprocess.run([*(tiny if can else []), *inner], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*(tiny if can else []), *inner], capture_output=True, text=True, timeout=120, encoding="utf-8"
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     for what, told, seconds, left, _ in lines:
@@ -856,6 +858,7 @@ def interrupted(folder: Path, chance: random.Random, rounds: int, stop: Callable
             run = subprocess.Popen(
                 [*MOELIB, "study", "run", "smoke"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                 start_new_session=True,
+                encoding="utf-8",
             )  # fmt: skip
             try:
                 run.wait(chance.uniform(0.3, 7))
@@ -881,7 +884,9 @@ def interrupted(folder: Path, chance: random.Random, rounds: int, stop: Callable
                 assert run.returncode in (130, -signal.SIGINT), f"round {i}: {run.returncode}\n{said[-2000:]}"
         assert no_orphans(), "an engine outlived its study"
         for _ in range(2):  # what a kernel left may still hold the device for a moment
-            done = subprocess.run([*MOELIB, "study", "run", "smoke"], capture_output=True, text=True, timeout=120)
+            done = subprocess.run(
+                [*MOELIB, "study", "run", "smoke"], capture_output=True, text=True, timeout=120, encoding="utf-8"
+            )
             if done.returncode == 0:
                 break
         assert done.returncode == 0, done.stderr[-2000:]

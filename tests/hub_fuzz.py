@@ -139,7 +139,7 @@ def campaign(home, cases, seed, say=print):
         "toy": {"title": "T", "geometry": geometry.model_dump(), "upstream": {"publisher": "a", "original": "a/t"}}
     }
     path = home / "params/models.yaml"
-    path.write_text(path.read_text() + yaml.safe_dump(entry))
+    path.write_text(path.read_text(encoding="utf-8") + yaml.safe_dump(entry), encoding="utf-8")
     params._yaml.cache_clear()
     toy = published.gguf(geometry)
     clean = path.read_bytes()

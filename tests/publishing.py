@@ -45,7 +45,7 @@ seed: 7
 
 def measured(home: Path, models="deepseek-moe-16b", quants="Q8_0"):
     """Run a small study in `home` with the real llama.cpp, if it has not been; its results."""
-    (home / "params/studies/files.yaml").write_text(STUDY.format(models=models, quants=quants))
+    (home / "params/studies/files.yaml").write_text(STUDY.format(models=models, quants=quants), encoding="utf-8")
     params._yaml.cache_clear()
     folder, cells = measure.select("files")
     assert measure.run_cells(folder, cells) == []

@@ -113,5 +113,5 @@ def rehearse(study, folder, stop_at=3):
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as own:
         text, sent = rehearse(sys.argv[1], Path(own))
-    Path(sys.argv[2]).write_text(text)
+    Path(sys.argv[2]).write_text(text, encoding="utf-8")
     print(f"{sys.argv[2]}: {sent[0]:,} bytes sent until the interruption, {sent[1]:,} after it, {sent[2]:,} then")

@@ -14,7 +14,7 @@ from moelib import notebook, plots
 
 
 def document(name: str, figures: bool = False, book: str = "analysis", **parameters: str) -> str:
-    """The Markdown that `notebooks/<book>.ipynb` shows of study `name`; figures are drawn, and saved if asked for."""
+    """The Markdown that `notebooks/<book>.ipynb` shows of study `name`; figures are made, and drawn if asked for."""
     cells = json.loads((REPO / f"notebooks/{book}.ipynb").read_text(encoding="utf-8"))["cells"]
     parts: list[str] = []
 
@@ -30,7 +30,7 @@ def document(name: str, figures: bool = False, book: str = "analysis", **paramet
                 parts.append(thing._repr_markdown_())
 
     def draw(figure: Any, name: str, alt: str, records: Any = ()) -> None:
-        figure.draw_without_rendering()
+        assert figure.axes
         display(None, raw=True, metadata={"filename": plots._file_name(name), "alt": plots.neutral.markdown(alt)})
 
     here: dict[str, Any] = {"display": display}

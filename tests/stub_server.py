@@ -34,13 +34,13 @@ def install(folder, engine):
     folder.mkdir(parents=True)
     facts = {"real": engine.tool("llama-server"), "build": engine.build, "said": engine.version}
     facts["path"] = [str(REPO), *sys.path]
-    (folder / "facts.json").write_text(json.dumps(facts))
+    (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
     path = folder / "llama-server"
-    path.write_text(f"#!{sys.executable} -IS\n" + Path(__file__).read_text())
+    path.write_text(f"#!{sys.executable} -IS\n" + Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
     path.chmod(0o755)
     for name in ("llama-quantize", "rpc-server"):  # for who looks for the tools in a folder
         tool = Path(engine.tool(name))
-        (folder / tool.name).write_text(f'#!/bin/sh\nexec {tool} "$@"\n')
+        (folder / tool.name).write_text(f'#!/bin/sh\nexec {tool} "$@"\n', encoding="utf-8")
         (folder / tool.name).chmod(0o755)
     return replace(engine, folder=folder, tools={**engine.tools, "llama-server": path})
 
@@ -57,7 +57,7 @@ def loopback():
             note = llama.folder / "held"
             note.unlink(missing_ok=True)
             with super().session(llama, work) as made:
-                told = lambda: int(note.read_text()) if note.exists() else 0  # noqa: E731
+                told = lambda: int(note.read_text(encoding="utf-8")) if note.exists() else 0  # noqa: E731
                 made.peak_bytes = lambda: process.peak_rss(made.pid) + told()
                 yield made
 
@@ -67,13 +67,13 @@ def loopback():
 def script(engine, times=None, **what):
     """Let the next `times` runs (all, without it) do `what`; nothing to do again with neither."""
     path = engine.folder / "script.json"
-    path.write_text(json.dumps({"times": times, **what}))
+    path.write_text(json.dumps({"times": times, **what}), encoding="utf-8")
 
 
 def _script():
     """What is to be done now, with how often it still is; a script that is used up is all well."""
     path = HERE / "script.json"
-    what = json.loads(path.read_text()) if path.exists() else {}
+    what = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return {"real": what.get("real", False)} if what.get("times") == 0 else what
 
 
@@ -83,12 +83,12 @@ def _take(argv):
     if "only" in what and f"--{what['only']}" not in argv:
         return {"real": what.get("real", False)}
     if what.get("times"):
-        (HERE / "script.json").write_text(json.dumps({**what, "times": what["times"] - 1}))
+        (HERE / "script.json").write_text(json.dumps({**what, "times": what["times"] - 1}), encoding="utf-8")
     return what
 
 
 def main():
-    facts, argv = json.loads((HERE / "facts.json").read_text()), sys.argv[1:]
+    facts, argv = json.loads((HERE / "facts.json").read_text(encoding="utf-8")), sys.argv[1:]
     if argv[0] == "--read":
         return _read(facts, *map(Path, argv[1:]))
     if "--list-devices" in argv and _script().get("at") == "devices":
@@ -141,7 +141,7 @@ def _header(facts, path):
         part = kept.with_suffix(f".{os.getpid()}")
         subprocess.run([sys.executable, "-IS", sys.argv[0], "--read", str(path), str(part)], check=True)
         part.rename(kept)
-    return json.loads(kept.read_text())
+    return json.loads(kept.read_text(encoding="utf-8"))
 
 
 def _read(facts, path, part):
@@ -154,7 +154,7 @@ def _read(facts, path, part):
     short = {k.removeprefix(h.metadata["general.architecture"] + "."): v for k, v in h.metadata.items()}
     told |= {k: short[k] for k in ("block_count", "embedding_length")}
     told["kv"] = short["attention.head_count_kv"] * short["embedding_length"] // short["attention.head_count"]
-    part.write_text(json.dumps(told))
+    part.write_text(json.dumps(told), encoding="utf-8")
 
 
 class Server:
@@ -196,7 +196,7 @@ class Server:
             self._buffer("load_tensors", name, "model", on)
         kv = 2 * 2 * self.context * h["block_count"] * h["kv"]
         where = name if on else "CPU"
-        (HERE / "held").write_text(str(on + kv + 2 * MIB if on else 0))
+        (HERE / "held").write_text(str(on + kv + 2 * MIB if on else 0), encoding="utf-8")
         self._buffer("llama_context", "CPU", "output", 2048)
         self._buffer("llama_kv_cache", where, "KV", kv)
         if on:

@@ -84,7 +84,7 @@ def raw_memory(told):
     """(quant, placement) -> the largest device memory of the records that the table cites, read from their files."""
     found = {}
     for run_id in (k for k in told.sources if not k.startswith("quants/")):
-        record = json.loads((FULL / "records" / f"{run_id}.json").read_text())
+        record = json.loads((FULL / "records" / f"{run_id}.json").read_text(encoding="utf-8"))
         key = (record["spec"]["quant"], record["spec"]["placement"])
         found[key] = max(found.get(key, 0), record["observed"]["memory"]["value_bytes"])
     return found

@@ -113,10 +113,10 @@ def link(name, to, kind=tarfile.SYMTYPE):
 def pinned(place, data, name=NAME, key="linux-x86_64/cpu", **change):
     """Have `data` pinned as the archive; the release site gets nothing."""
     path = place / "home/params/engine.yaml"
-    book = yaml.safe_load(path.read_text())
+    book = yaml.safe_load(path.read_text(encoding="utf-8"))
     held = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), **change}
     book["pins"][key] = {"build": BUILD, "glibc": "2.17", "files": {name: held}}
-    path.write_text(yaml.safe_dump(book))
+    path.write_text(yaml.safe_dump(book), encoding="utf-8")
     params._yaml.cache_clear()
     return archive.Archive(key.partition("/")[2], archive.read().pins[key])
 
@@ -138,7 +138,7 @@ def left(place):
 
 
 def test_the_pins_of_the_repository_are_the_known_ones():
-    found = archive.check(yaml.safe_load((REPO / "params/engine.yaml").read_text()))
+    found = archive.check(yaml.safe_load((REPO / "params/engine.yaml").read_text(encoding="utf-8")))
     cpu = found.pins["linux-x86_64/cpu"]
     sha256 = "527c09064f3c89e4b6e1008a641e31903a04ccdd1c69abd0752acbbd4e1905f6"
     assert (cpu.build, cpu.glibc) == (BUILD, "2.35")
@@ -325,7 +325,7 @@ def test_a_damaged_cache_is_made_again(place, site, harm):
     elif harm == "more":
         (tools / "libmore.so").write_bytes(b"x")
     elif harm == "note":
-        (one.folder / archive.MANIFEST).write_text("{")
+        (one.folder / archive.MANIFEST).write_text("{", encoding="utf-8")
     else:
         (tools / "libggml.so").unlink()
         (tools / "libggml.so").symlink_to("/etc/passwd")
@@ -338,11 +338,11 @@ def test_a_damaged_cache_is_made_again(place, site, harm):
 def test_the_libraries_of_a_runtime_come_beside_the_tools(place, site):
     tools, runtime = packed(GOOD), packed([("cudart/lib/libcudart.so.12", b"runtime")])
     path = place / "home/params/engine.yaml"
-    book = yaml.safe_load(path.read_text())
+    book = yaml.safe_load(path.read_text(encoding="utf-8"))
     held = {"a.tar.gz": tools, "b.tar.gz": runtime}
     pins = {k: {"bytes": len(v), "sha256": hashlib.sha256(v).hexdigest()} for k, v in held.items()}
     book["pins"]["linux-x86_64/cuda-12.8"] = {"build": BUILD, "glibc": "2.17", "files": pins}
-    path.write_text(yaml.safe_dump(book))
+    path.write_text(yaml.safe_dump(book), encoding="utf-8")
     params._yaml.cache_clear()
     site.held = {f"/b{BUILD}/{k}": v for k, v in held.items()}
     folder = archive.fetch(archive.Archive("cuda-12.8", archive.read().pins["linux-x86_64/cuda-12.8"]))
@@ -356,7 +356,10 @@ FETCH = (
 
 def test_two_at_once_download_once(place, site):
     one = offered(site, place, packed(GOOD))
-    runs = [subprocess.Popen([sys.executable, "-c", FETCH], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    runs = [
+        subprocess.Popen([sys.executable, "-c", FETCH], stdout=subprocess.PIPE, text=True, encoding="utf-8")
+        for _ in range(3)
+    ]
     said = {r.communicate(timeout=60)[0] for r in runs}
     assert [r.returncode for r in runs] == [0, 0, 0]
     assert said == {f"{one.tools()}\n"}
@@ -365,7 +368,7 @@ def test_two_at_once_download_once(place, site):
 
 def test_a_cache_that_cannot_be_had_is_one_sentence(place, site, monkeypatch):
     one = offered(site, place, packed(GOOD))
-    (place / "file").write_text("")
+    (place / "file").write_text("", encoding="utf-8")
     monkeypatch.setenv("XDG_CACHE_HOME", str(place / "file"))
     with pytest.raises(ArchiveError, match="file/moelib cannot be written: set XDG_CACHE_HOME to a folder of yours"):
         archive.fetch(one)
@@ -536,7 +539,7 @@ def test_the_trial_refuses_what_starts_and_does_not_compute(engine, tmp_path, mo
 def test_a_release_is_pinned_by_what_comes(place, site, capsys, monkeypatch):
     data, path = packed(GOOD), place / "home/params/engine.yaml"
     site.held["/b12000/tools.tar.gz"] = data
-    before = path.read_text()
+    before = path.read_text(encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["x", "linux-x86_64/cuda-12.8", "--build", "12000", "tools.tar.gz"])
     pin_engine.main()
     sha256 = hashlib.sha256(data).hexdigest()
@@ -545,7 +548,7 @@ def test_a_release_is_pinned_by_what_comes(place, site, capsys, monkeypatch):
     assert pins["linux-x86_64/cuda-12.8"].files == {"tools.tar.gz": archive.File(bytes=len(data), sha256=sha256)}
     assert (pins["linux-x86_64/cuda-12.8"].build, pins["linux-x86_64/cuda-12.8"].glibc) == (12000, "2.39")
     kept = [line for line in before.splitlines() if line.startswith(("#", "  #")) or "527c09" in line]
-    assert set(kept) <= set(path.read_text().splitlines())
+    assert set(kept) <= set(path.read_text(encoding="utf-8").splitlines())
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def test_tools_that_are_found_are_named_and_nothing_is_built(engine, monkeypatch
 def test_a_named_folder_without_tools_is_one_line_and_an_exit_code(tmp_path, monkeypatch):
     monkeypatch.setenv("MOELIB_LLAMA_CPP", str(tmp_path))
     argv = [sys.executable, str(REPO / "tools/build_engine.py")]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, encoding="utf-8")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"moelib: MOELIB_LLAMA_CPP names {tmp_path}, which holds no llama-server")
     assert len(done.stderr.splitlines()) == 1
@@ -43,7 +43,7 @@ def test_a_named_folder_without_tools_is_one_line_and_an_exit_code(tmp_path, mon
 def test_an_installed_package_that_does_not_run_here_is_passed_over(tmp_path, none_found, monkeypatch, capsys):
     server = tmp_path / "package/llama-server"
     server.parent.mkdir()
-    server.write_text("#!/bin/sh\nkill -4 $$\n")
+    server.write_text("#!/bin/sh\nkill -4 $$\n", encoding="utf-8")
     server.chmod(0o755)
     monkeypatch.setattr(engines, "_package_folder", lambda: server.parent)
     monkeypatch.setattr(build_engine, "build", lambda: "llama.cpp b1 (made up)")
@@ -76,14 +76,14 @@ def test_a_build_starts_no_more_compilers_than_the_machine_can_hold(tmp_path, mo
     """The package says `-j`, which is as many as there are files: 60 compilers of 300 MB each on 2 cores."""
     real = tmp_path / "real"
     real.mkdir()
-    (real / "gmake").write_text('#!/bin/sh\necho "$#" "$@"\n')
+    (real / "gmake").write_text('#!/bin/sh\necho "$#" "$@"\n', encoding="utf-8")
     (real / "gmake").chmod(0o755)
     monkeypatch.setenv("PATH", f"{real}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(build_engine.process, "usable_cpus", lambda: 3)
     monkeypatch.setattr(build_engine.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
     env = {"PATH": build_engine.bounded_make(tmp_path / "shim")}
     for args, called in ((["-f", "a b", "-j"], f"3 -f a b -j{want}"), (["-j7", "all"], "2 -j7 all"), ([], "0")):
-        done = subprocess.run(["gmake", *args], env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(["gmake", *args], env=env, capture_output=True, text=True, timeout=60, encoding="utf-8")
         assert done.stdout.strip() == called
 
 

@@ -107,7 +107,7 @@ def test_what_was_written_is_held_against_the_records(full, tmp_path):
     assert {f.rule for f in cards.check(tmp_path, full, "else")} >= {"records"}
     for harm, words in (("changed", "make the cards again"), ("deleted", "is missing"), ("added", "delete it")):
         path = tmp_path / DEEPSEEK / ("SHA256SUMS" if harm != "added" else "note.txt")
-        path.unlink() if harm == "deleted" else path.write_text("0")
+        path.unlink() if harm == "deleted" else path.write_text("0", encoding="utf-8")
         (fault,) = [f for f in cards.check(tmp_path, full, "acme") if f.rule == "records"]
         assert words in fault.what
         path.unlink(missing_ok=True)
@@ -140,7 +140,7 @@ def test_a_twin_says_so_first_and_in_its_metadata(pages):
 
 
 def test_the_document_and_the_card_hold_the_same_tables(full):
-    document = (REPO / "docs/MOE-TECHNICAL-VALIDATION.md").read_text()
+    document = (REPO / "docs/MOE-TECHNICAL-VALIDATION.md").read_text(encoding="utf-8")
     for name, text in cards.build(full, "acme").items():
         if name.endswith("README.md"):
             card = text.split("## Which file")[1].split("How to read it")[0]
@@ -202,7 +202,7 @@ def test_the_command_writes_checks_and_names_what_it_needs(tmp_path, monkeypatch
     done = CliRunner().invoke(cli.main, [*asked, "--namespace", "acme"])
     assert done.exit_code == 0, done.output
     assert (tmp_path / ROOT).exists()
-    (tmp_path / "stray.md").write_text("# stray\n")
+    (tmp_path / "stray.md").write_text("# stray\n", encoding="utf-8")
     done = CliRunner().invoke(cli.main, [*asked, "--namespace", "acme"])
     assert done.exit_code == 1
     assert "stray.md: records: is no card of these records" in done.output
@@ -217,7 +217,7 @@ def test_every_flag_of_the_commands_is_known_to_old_and_new_builds(pages):
     commands = [line for line in lines if line.startswith("llama-server")]
     assert len(commands) == 3
     for build in ("b6666", "b11434"):
-        known = engines.Help((FIXTURES / f"llama-server-help-{build}.txt").read_text()).flags
+        known = engines.Help((FIXTURES / f"llama-server-help-{build}.txt").read_text(encoding="utf-8")).flags
         assert {f for c in commands for f in re.findall(r" (--?[a-z][\w-]*)", c)} <= known
 
 
@@ -231,7 +231,9 @@ def test_the_python_example_runs(model, demo, home, engine, tmp_path):
     with process.Child(argv, tmp_path / "server.log", process.environment(tmp_path)) as server:
         port = next(filter(None, server.wait_for(engines.LISTENING, process.patience(60)).groups()))
         code = code.replace(":8080/", f":{port}/")
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, encoding="utf-8"
+        )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 
@@ -242,14 +244,14 @@ def test_what_people_own_is_checked(home):
     with pytest.raises(params.ParamsError, match="allowed: deepseek-moe-16b, phi-3.5-moe"):
         params.card("gpt-oss-20b")
     path = home / "params/cards.yaml"
-    whole = path.read_text()
+    whole = path.read_text(encoding="utf-8")
     for old, new, words in (
         ("  license_name: deepseek\n", "", "license other needs license_name and license_link"),
         ("  languages: [en, zh]\n", "  languages: []\n", "languages"),
         ("  summary:", "  sumary:", "sumary"),
         ("base_model: deepseek-ai/", "base_model: ", "base_model"),
     ):
-        path.write_text(whole.replace(old, new))
+        path.write_text(whole.replace(old, new), encoding="utf-8")
         params._yaml.cache_clear()
         with pytest.raises(params.ParamsError, match=words):
             params.card("deepseek-moe-16b")
@@ -289,7 +291,7 @@ def test_cards_that_are_not_fit_replace_no_good_ones(demo, tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(demo, tmp_path):
-    (tmp_path / "taken").write_text("")
+    (tmp_path / "taken").write_text("", encoding="utf-8")
     with pytest.raises(cards.CardError, match=r"cannot be written into .*taken \(.*name another folder with --into"):
         cards.write(demo, "acme", tmp_path / "taken")
 

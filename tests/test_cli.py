@@ -76,7 +76,7 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(home, models
     assert kept
     assert not damaged
     assert len(kept) < 4
-    again = subprocess.run(argv, capture_output=True, text=True, env=env, timeout=120)
+    again = subprocess.run(argv, capture_output=True, text=True, env=env, timeout=120, encoding="utf-8")
     assert again.returncode == 0, again.stderr
     assert "4 of 4 runs usable" in again.stdout
     after = {r.run_id: r.digest for r in record.read_all(out)[0]}

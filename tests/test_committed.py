@@ -82,20 +82,20 @@ def test_the_cards_are_rebuilt_byte_by_byte_and_have_no_fault(name):
 
 @pytest.mark.parametrize("harm", ["deleted", "changed"])
 def test_a_cited_record_that_is_gone_or_changed_shows(name, copy, tmp_path, harm):
-    told = json.loads((COMMITTED[name].document / "provenance.json").read_text())
+    told = json.loads((COMMITTED[name].document / "provenance.json").read_text(encoding="utf-8"))
     path = sorted((copy / "records").glob("*.json"))[-1]
     assert path.stem in told["sources"]
     if harm == "deleted":
         path.unlink()
     else:
-        path.write_text(path.read_text().replace('"exit_code":0', '"exit_code":1'))
+        path.write_text(path.read_text(encoding="utf-8").replace('"exit_code":0', '"exit_code":1'), encoding="utf-8")
     assert rebuilt(copy, tmp_path) != products(COMMITTED[name].document)
-    text = (tmp_path / "rebuilt" / notebook.DOCUMENT).read_text()
+    text = (tmp_path / "rebuilt" / notebook.DOCUMENT).read_text(encoding="utf-8")
     assert (f"damaged: {path.name}" in text) == (harm == "changed")
 
 
 def test_all_of_a_studys_evidence_is_cited(name):
-    told = json.loads((COMMITTED[name].document / "provenance.json").read_text())["sources"]
+    told = json.loads((COMMITTED[name].document / "provenance.json").read_text(encoding="utf-8"))["sources"]
     found = study.results(COMMITTED[name].study)
     evidence = cite(found.records) | cite_harness(found.accuracy)
     for sheet in found.sheets:
@@ -110,7 +110,7 @@ def test_the_study_of_the_document_is_whole():
 
 
 def test_the_readmes_figures_are_committed_documents():
-    text = (REPO / "README.md").read_text()
+    text = (REPO / "README.md").read_text(encoding="utf-8")
     for figure in ("docs/example/demo/figures/trade.png", "docs/figures/trade.png"):
         if figure in text:
             assert (REPO / figure).exists()

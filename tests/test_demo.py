@@ -12,7 +12,7 @@ from moelib import analyse, gguf_file, record, study
 @pytest.mark.engine
 def test_the_demo_from_nothing_to_its_document(home, models_folder):
     path = home / "params/studies/demo.yaml"
-    path.write_text(re.sub(r"blocks: 3", "blocks: 1", path.read_text()))
+    path.write_text(re.sub(r"blocks: 3", "blocks: 1", path.read_text(encoding="utf-8")), encoding="utf-8")
     done = command(home, models_folder, "study", "run", "demo")
     assert done.returncode == 0, done.stderr
     assert "12 of 12 runs usable" in done.stdout
@@ -27,7 +27,7 @@ def test_the_demo_from_nothing_to_its_document(home, models_folder):
     for row in rows:
         file = models_folder / row.model / "twin-tiny" / f"{row.model}-{row.quant}.gguf"
         assert row.difference.value >= gguf_file.read_header(file).moved_bytes("cpu-moe") > 10 << 20
-    text = (home / "outputs/demo/MOE-TECHNICAL-VALIDATION.md").read_text()
+    text = (home / "outputs/demo/MOE-TECHNICAL-VALIDATION.md").read_text(encoding="utf-8")
     for model in ("phi-3.5-moe", "deepseek-moe-16b"):
         for quant in ("Q4_K_M", "Q2_K", "Q8_0"):
             assert len(re.findall(rf"^\| {model} +\| {quant} +\| cpu-moe", text, re.M)) >= 8

@@ -11,7 +11,7 @@ from conftest import FIXTURES
 from moelib import engine as engines
 from moelib.engine import Engine, EngineError, Help, parse_log
 
-OLD, NEW = (Help((FIXTURES / f"llama-server-help-{b}.txt").read_text()) for b in ("b6666", "b11434"))
+OLD, NEW = (Help((FIXTURES / f"llama-server-help-{b}.txt").read_text(encoding="utf-8")) for b in ("b6666", "b11434"))
 
 
 def made(text, build, **tools):
@@ -103,7 +103,7 @@ def test_a_missing_tool_is_an_error_that_says_how_to_get_it():
      ("b6666", "RPC[127.0.0.1:50113]", 4.50, 4, 11.57, {"CPU_Mapped"}, (8,))],
 )  # fmt: skip
 def test_recorded_logs_replay(build, device, model, kv, compute, host, splits):
-    report = parse_log((FIXTURES / f"llama-server-log-{build}.txt").read_text(errors="replace"))
+    report = parse_log((FIXTURES / f"llama-server-log-{build}.txt").read_text(errors="replace", encoding="utf-8"))
     on = {b.kind: b.size_bytes / 2**20 for b in report.buffers if b.on_device}
     assert on == pytest.approx({"model": model, "KV": kv, "compute": compute}, abs=0.001)
     assert {b.name for b in report.buffers if b.on_device} == {device}
@@ -207,12 +207,13 @@ def test_the_engine_says_which_tensors_it_does_not_load():
 
 def folder(path, help_text=NEW.text, build=11434, tools=("llama-server", "llama-quantize", "ggml-rpc-server")):
     path.mkdir(parents=True)
-    (path / "help.txt").write_text(help_text)
+    (path / "help.txt").write_text(help_text, encoding="utf-8")
     for tool in tools:
         script = path / tool
         script.write_text(
             f'#!/bin/sh\ncase "$1" in --version) echo "version: 0.6.0 (build {build}, commit x)";; '
-            f'--help) cat "{path}/help.txt";; esac\n'
+            f'--help) cat "{path}/help.txt";; esac\n',
+            encoding="utf-8",
         )
         script.chmod(0o755)
     return path
@@ -247,7 +248,7 @@ def loop(path):
 
 
 def file(path):
-    path.write_text("")
+    path.write_text("", encoding="utf-8")
 
 
 def locked(path):
@@ -381,6 +382,6 @@ def test_the_real_engine_is_whole(engine):
     assert engine.build >= engines.OLDEST_BUILD
     assert "--cpu-moe" in engine.help.flags
     argv = engine.server_argv(Path("none.gguf"), "cpu-moe", "none", 512, 1, [])
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, encoding="utf-8")
     assert "none.gguf" in done.stdout + done.stderr  # every flag was understood; the file is what is missing
     assert "invalid argument" not in done.stdout + done.stderr

@@ -76,7 +76,7 @@ def test_kill_at_any_moment_leaves_a_whole_file(tmp_path):
         time.sleep(0.0007 * k)
         child.send_signal(signal.SIGKILL)
         child.wait()
-        assert len(json.loads(path.read_text())["fill"]) == 200000
+        assert len(json.loads(path.read_text(encoding="utf-8"))["fill"]) == 200000
 
 
 def _hold(path, ready, go):
@@ -96,7 +96,7 @@ def test_a_lock_is_held_by_one_and_freed_by_death(tmp_path):
     owner.kill()
     owner.join()
     with files.lock(path, "it", wait_s=5):
-        assert path.read_text() == f"process {os.getpid()}"
+        assert path.read_text(encoding="utf-8") == f"process {os.getpid()}"
 
 
 def test_a_planted_link_is_not_followed_and_its_target_kept(tmp_path):

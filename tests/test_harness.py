@@ -127,12 +127,12 @@ def test_what_was_kept_is_read_back_and_a_change_is_seen(tmp_path):
     path = tmp_path / NAME
     found = kept(tmp_path, rounds())
     assert harness.read(path) == found
-    good = path.read_text()
+    good = path.read_text(encoding="utf-8")
     path.unlink()
     with pytest.raises(files.FileError, match="measure it again"):
         harness.read(path)
     for bad in (good.replace("100.0", "101.0", 1), good[:-20], "{}", good.replace('"bench"', '"bank"', 1)):
-        path.write_text(bad)
+        path.write_text(bad, encoding="utf-8")
         with pytest.raises(files.FileError, match="measure it again"):
             harness.read(path)
 
@@ -163,9 +163,9 @@ def test_a_damaged_file_is_told_with_the_study(tmp_path):
     shutil.copytree(REPO / "docs/example/demo", copy, ignore=shutil.ignore_patterns("raw", "figures"))
     found = kept(copy, rounds())
     assert study.results(copy).accuracy == {NAME: found}
-    data = json.loads((copy / NAME).read_text())
+    data = json.loads((copy / NAME).read_text(encoding="utf-8"))
     data["rounds"][0]["bench"] = [1.0]
-    (copy / NAME).write_text(json.dumps(data))
+    (copy / NAME).write_text(json.dumps(data), encoding="utf-8")
     told = study.results(copy)
     assert told.accuracy == {}
     assert any(NAME in d for d in told.damaged)

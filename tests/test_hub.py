@@ -347,9 +347,11 @@ def js_folder(request):
 
 def test_the_javascript_client_gets_along(lfs_hub, tmp_path, js_folder):
     node, where = js_folder
-    script = Path(__file__).with_name("hub_client.mjs").read_text()  # as text, so that it finds the package in `where`
+    script = (
+        Path(__file__).with_name("hub_client.mjs").read_text(encoding="utf-8")
+    )  # as text, so that it finds the package in `where`
     run = [node, "--input-type=module", "-e", script, lfs_hub.url, str(folder(tmp_path))]
-    done = subprocess.run(run, cwd=where, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(run, cwd=where, capture_output=True, text=True, timeout=60, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     out = json.loads(done.stdout)
     assert (out["who"], out["created"]) == ("alice", f"{lfs_hub.url}/alice/js")

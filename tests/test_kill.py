@@ -60,7 +60,9 @@ def test_kill_9_at_random_moments_loses_nothing(tmp_path, monkeypatch, models_fo
     # whatever the last kill left, one more run makes it whole
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        done = subprocess.run([*MOELIB, "study", "run", "smoke"], capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [*MOELIB, "study", "run", "smoke"], capture_output=True, text=True, timeout=120, encoding="utf-8"
+        )
         if done.returncode == 0:
             break
     assert done.returncode == 0, done.stderr

@@ -45,7 +45,7 @@ def holding(*libraries):
     data.write_bytes(b"GGUF" + bytes(5000))
     since = time.time()
     argv = [sys.executable, "-c", HOLD, str(data), *map(str, libraries)]
-    p = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    p = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
     try:
         assert p.stdout.readline() == "ready\n"
         yield p.pid, since

@@ -224,7 +224,7 @@ def test_what_the_engine_does_not_explain_is_the_rest():
 
 
 def test_an_h200s_recording_gives_what_was_allocated_and_a_context():
-    probe = json.loads((FIXTURES / "nvml-probe-h200.json").read_text())
+    probe = json.loads((FIXTURES / "nvml-probe-h200.json").read_text(encoding="utf-8"))
 
     def reading(label: str) -> Reading:
         snap = next(s for s in probe["snaps"] if s["label"] == label)
@@ -244,7 +244,7 @@ def test_an_h200s_recording_gives_what_was_allocated_and_a_context():
 
 
 def test_page_tables_of_pinned_memory_are_charged_to_no_process():
-    told = json.loads((FIXTURES / "pinned-h200.json").read_text())
+    told = json.loads((FIXTURES / "pinned-h200.json").read_text(encoding="utf-8"))
     trace = Trace(**{k: TypeAdapter(tuple[Reading, ...]).validate_python(v) for k, v in told["trace"].items()})
     report = TypeAdapter(Report).validate_python(told["report"])
     pinned = report.pinned_bytes

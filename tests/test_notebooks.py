@@ -17,16 +17,16 @@ PAPERMILL = [sys.executable, "-m", "papermill", "--no-progress-bar"]
 def papermill(home, models_folder, *args):
     env = {**os.environ, "MOELIB_HOME": str(home), "MOELIB_MODELS": str(models_folder)}
     argv = [*PAPERMILL, "notebooks/run.ipynb", str(home / "out.ipynb"), *args]
-    return subprocess.run(argv, capture_output=True, text=True, env=env, cwd=REPO, timeout=300)
+    return subprocess.run(argv, capture_output=True, text=True, env=env, cwd=REPO, timeout=300, encoding="utf-8")
 
 
 @pytest.mark.engine
 def test_run_works_by_itself_and_from_a_file_of_parameters(home, models_folder):
-    (home / "p.yaml").write_text("study: smoke\nmodel: deepseek-moe-16b\nquant: Q8_0\n")
+    (home / "p.yaml").write_text("study: smoke\nmodel: deepseek-moe-16b\nquant: Q8_0\n", encoding="utf-8")
     done = papermill(home, models_folder, "-f", str(home / "p.yaml"))
     assert done.returncode == 0, done.stderr
     notebook.require_whole(home / "out.ipynb")
-    cells = json.loads((home / "out.ipynb").read_text())["cells"]
+    cells = json.loads((home / "out.ipynb").read_text(encoding="utf-8"))["cells"]
     shown = [o for c in cells if c["cell_type"] == "code" for o in c["outputs"]]
     assert sum("image/png" in o.get("data", {}) for o in shown) == 2
     told = [o["metadata"]["moelib"] for o in shown if "moelib" in o.get("metadata", {})]
@@ -90,10 +90,10 @@ def cell(count=1, outputs=(), source="x"):
 )
 def test_a_notebook_that_is_not_whole_is_not_believed(tmp_path, cells, words):
     path = tmp_path / "n.ipynb"
-    path.write_text(json.dumps({"cells": cells}))
+    path.write_text(json.dumps({"cells": cells}), encoding="utf-8")
     with pytest.raises(notebook.NotebookError, match=words):
         notebook.require_whole(path)
-    path.write_text("{")
+    path.write_text("{", encoding="utf-8")
     assert not notebook.is_whole(path)
     assert not notebook.is_whole(tmp_path / "missing.ipynb")
 
@@ -106,13 +106,13 @@ def shown(metadata, text="42"):
 
 def test_a_number_that_does_not_say_where_it_came_from_is_not_shown(tmp_path):
     path = tmp_path / "n.ipynb"
-    path.write_text(json.dumps(shown({})))
+    path.write_text(json.dumps(shown({})), encoding="utf-8")
     with pytest.raises(notebook.NotebookError, match="shows '42' without saying what it came from"):
         notebook.render(path, tmp_path)
     told = {"kind": "text", "name": "answer", "text": "42", "sources": {"a run": "its digest"}}
-    path.write_text(json.dumps(shown({"moelib": told})))
-    assert notebook.render(path, tmp_path).read_text() == "42\n"
-    provenance = json.loads((tmp_path / "provenance.json").read_text())
+    path.write_text(json.dumps(shown({"moelib": told})), encoding="utf-8")
+    assert notebook.render(path, tmp_path).read_text(encoding="utf-8") == "42\n"
+    provenance = json.loads((tmp_path / "provenance.json").read_text(encoding="utf-8"))
     assert provenance["texts"] == {"answer": {"text": "42", "from": ["a run"]}}
     assert provenance["sources"] == {"a run": "its digest"}
 
@@ -121,10 +121,10 @@ def test_a_number_that_does_not_say_where_it_came_from_is_not_shown(tmp_path):
 def test_a_dead_kernel_is_seen(home, monkeypatch):
     """papermill's saved copy then says that every cell is completed."""
     path = home / "notebooks/run.ipynb"
-    book = json.loads(path.read_text())
+    book = json.loads(path.read_text(encoding="utf-8"))
     code = [c for c in book["cells"] if c["cell_type"] == "code"]
     code[2]["source"] = ["import os\n", "os._exit(9)"]
-    path.write_text(json.dumps(book))
+    path.write_text(json.dumps(book), encoding="utf-8")
     out = home / "out.ipynb"
     with pytest.raises(notebook.NotebookError):
         notebook.execute("run", out, {"study": "smoke"}, progress=False)

@@ -404,14 +404,14 @@ def play(world: Path) -> dict:
     """Play everything against the library that pynvml finds; `world` is the file that it reads."""
 
     def start(text: str, which: str) -> Gpu:
-        world.write_text(text)
+        world.write_text(text, encoding="utf-8")
         return Gpu(which)
 
     def scenario(s: Scenario) -> dict:
         gpu = start(s.before[0], s.which)
 
         def look(texts: list[str], ours: tuple[int, ...]) -> tuple:
-            return tuple((world.write_text(text), gpu.read(set(ours), 0.5))[1] for text in texts)
+            return tuple((world.write_text(text, encoding="utf-8"), gpu.read(set(ours), 0.5))[1] for text in texts)
 
         trace = Trace(look(s.before, ()), look(s.during, s.ours), look(s.after, s.ours))
         report = Report((Buffer("CUDA0", "model", WEIGHTS), Buffer("CUDA0", "KV", ENGINE - WEIGHTS)), 1, 1, (2,))
@@ -444,7 +444,9 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> dict:
     source, library = Path(__file__).with_name("fake_nvml.c"), folder / "libnvidia-ml.so.1"
     subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", library, source], check=True)
     env = {**os.environ, "LD_LIBRARY_PATH": str(folder), "FAKE_NVML": str(folder / "world")}
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, __file__], env=env, capture_output=True, text=True, timeout=60, encoding="utf-8"
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -56,7 +56,7 @@ def test_an_excluded_model_says_why():
 )
 def test_a_study_with_a_mistake_is_refused(home, change, complaint):
     path = home / "params/studies/smoke.yaml"
-    path.write_text(path.read_text() + change)
+    path.write_text(path.read_text(encoding="utf-8") + change, encoding="utf-8")
     with pytest.raises(params.ParamsError, match=complaint):
         params.study("smoke")
 
@@ -113,7 +113,7 @@ LIMITS = [
 @pytest.mark.parametrize(("change", "complaint"), LIMITS)
 def test_a_number_beyond_any_study_is_named_with_its_limit(home, change, complaint):
     path = home / "params/studies/smoke.yaml"
-    path.write_text(path.read_text() + change + "\n")
+    path.write_text(path.read_text(encoding="utf-8") + change + "\n", encoding="utf-8")
     with pytest.raises(params.ParamsError, match=re.escape(complaint)) as caught:
         params.study("smoke")
     assert str(caught.value).startswith("params/studies/smoke.yaml: ")
@@ -121,7 +121,11 @@ def test_a_number_beyond_any_study_is_named_with_its_limit(home, change, complai
 
 def test_the_largest_that_is_allowed_is_allowed(home):
     path = home / "params/studies/smoke.yaml"
-    path.write_text(path.read_text() + "requests: 1000\nblocks: 1000\ncontext: 16777216\nseed: 9223372036854775807\n")
+    path.write_text(
+        path.read_text(encoding="utf-8")
+        + "requests: 1000\nblocks: 1000\ncontext: 16777216\nseed: 9223372036854775807\n",
+        encoding="utf-8",
+    )
     assert params.study("smoke").blocks == 1000
 
 
@@ -188,9 +192,9 @@ def test_the_largest_that_is_allowed_is_allowed(home):
 )
 def test_numbers_of_models_and_workloads_have_limits(home, file, old, new, ask, complaint):
     path = home / "params" / file
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     assert old in text
-    path.write_text(text.replace(old, new, 1))
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
     params._yaml.cache_clear()
     with pytest.raises(params.ParamsError, match=complaint):
         ask()

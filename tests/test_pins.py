@@ -23,7 +23,7 @@ def shape(home, monkeypatch):
         "toy": {"title": "T", "geometry": geometry.model_dump(), "upstream": {"publisher": "a", "original": "a/t"}}
     }
     path = home / "params/models.yaml"
-    path.write_text(path.read_text() + yaml.safe_dump(entry))
+    path.write_text(path.read_text(encoding="utf-8") + yaml.safe_dump(entry), encoding="utf-8")
     params._yaml.cache_clear()
     return geometry
 
@@ -247,7 +247,7 @@ def test_pins_are_kept_sorted_and_apart(home):
     assert list(pins.read()) == ["abc", "zoo"]
     assert pins.read()["zoo"].revision == "1" * 40
     assert pins.read()["abc"] == PIN
-    text = pins.path().read_text()
+    text = pins.path().read_text(encoding="utf-8")
     assert text.startswith("# ")
     assert "m 1.gguf" in text
 
@@ -292,9 +292,9 @@ def test_what_would_not_be_read_again_is_not_written(home):
 
 def test_a_pin_that_people_wrote_holds_until_a_machine_writes_one(shape, home):
     path = home / "params/models.yaml"
-    said = yaml.safe_load(path.read_text())
+    said = yaml.safe_load(path.read_text(encoding="utf-8"))
     said["toy"]["upstream"] |= PIN.model_dump()
-    path.write_text(yaml.safe_dump(said))
+    path.write_text(yaml.safe_dump(said), encoding="utf-8")
     params._yaml.cache_clear()
     assert pins.of("toy") == PIN
     pins.write("toy", PIN.model_copy(update={"repository": "c/d"}))

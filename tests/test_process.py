@@ -174,7 +174,7 @@ def test_an_exit_code_is_known_before_the_child_is_reaped(tmp_path):
 
 
 def test_a_child_that_cannot_be_run_says_so_in_a_line(tmp_path):
-    (tmp_path / "tool").write_text("#!/no/such/loader\n")
+    (tmp_path / "tool").write_text("#!/no/such/loader\n", encoding="utf-8")
     (tmp_path / "tool").chmod(0o755)
     with child(tmp_path, [str(tmp_path / "tool")]) as c:
         with pytest.raises(
@@ -244,7 +244,9 @@ time.sleep(300)
 
 
 def test_no_orphan_after_kill_9_of_the_parent(tmp_path):
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(tmp_path)], stdout=subprocess.PIPE, text=True, encoding="utf-8"
+    )
     pid = int(parent.stdout.readline())
     time.sleep(0.3)  # the launcher has become the tool
     assert psutil.Process(pid).name() == "sleep"
@@ -255,7 +257,9 @@ def test_no_orphan_after_kill_9_of_the_parent(tmp_path):
 
 def test_a_parent_that_dies_at_once_leaves_no_child_either(tmp_path):
     for _ in range(5):
-        parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        parent = subprocess.Popen(
+            [sys.executable, "-c", PARENT, str(tmp_path)], stdout=subprocess.PIPE, text=True, encoding="utf-8"
+        )
         pid = int(parent.stdout.readline())
         parent.kill()
         parent.wait()
@@ -268,13 +272,13 @@ def test_the_sweep_ends_children_of_dead_parents_by_identity_only(tmp_path):
     me = [os.getpid(), psutil.Process().create_time()]
 
     def note(name, parent, who):
-        (tmp_path / f"{name}.child.json").write_text(json.dumps({"parent": parent, "child": who}))
+        (tmp_path / f"{name}.child.json").write_text(json.dumps({"parent": parent, "child": who}), encoding="utf-8")
 
     try:
         note("orphan", [me[0], me[1] - 50], [orphan.pid, born[orphan.pid]])
         note("living", me, [living.pid, born[living.pid]])
         note("reused", [me[0], me[1] - 50], [reused.pid, born[reused.pid] - 50])
-        (tmp_path / "cut.child.json").write_text('{"par')
+        (tmp_path / "cut.child.json").write_text('{"par', encoding="utf-8")
         assert process.sweep(tmp_path) == [orphan.pid]
         assert orphan.wait(10) == -signal.SIGKILL
         assert living.poll() is None
@@ -306,22 +310,22 @@ def test_a_clone_is_dirty_by_what_measures_and_not_by_what_was_measured(tmp_path
 
     def git(*args):
         who = ["-c", "user.name=n", "-c", "user.email=e"]
-        return subprocess.check_output(["git", *who, *args], cwd=tmp_path, text=True)
+        return subprocess.check_output(["git", *who, *args], cwd=tmp_path, text=True, encoding="utf-8")
 
     assert facts() == (None, None)
     for name in ("params/a", "outputs/b", "docs/c"):
         (tmp_path / name).parent.mkdir()
-        (tmp_path / name).write_text("as committed")
+        (tmp_path / name).write_text("as committed", encoding="utf-8")
     git("init", "-q")
     git("add", ".")
     git("commit", "-qm", "all")
     commit = git("rev-parse", "HEAD").strip()
     assert facts() == (commit, False)
-    (tmp_path / "new").write_text("not tracked")
-    (tmp_path / "outputs/b").write_text("a product made again")
+    (tmp_path / "new").write_text("not tracked", encoding="utf-8")
+    (tmp_path / "outputs/b").write_text("a product made again", encoding="utf-8")
     (tmp_path / "docs/c").unlink()
     assert facts() == (commit, False)
-    (tmp_path / "params/a").write_text("changed")
+    (tmp_path / "params/a").write_text("changed", encoding="utf-8")
     assert facts() == (commit, True)
 
 

@@ -217,7 +217,7 @@ def test_the_command_shows_the_plan_and_does_it_when_told(results, tmp_path):
     def command(*args):
         argv = [sys.executable, "-m", "moelib.cli", "publish", "files", "--to", SPACE, *args]
         env = os.environ | {"HF_ENDPOINT": there.url, "HF_HUB_DISABLE_XET": "1", "MOELIB_PATIENCE": "1"}
-        done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=120, encoding="utf-8")
         assert publishing.TOKEN not in done.stdout + done.stderr
         assert done.returncode == 0, done.stderr
         return done.stdout

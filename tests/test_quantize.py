@@ -97,7 +97,9 @@ def test_an_engine_that_fails_leaves_no_file_and_its_last_words(own_source, engi
     tools = shutil.copytree(engine.folder, tmp_path / "tools", symlinks=True)
     tool = tools / "llama-quantize"
     tool.unlink()
-    tool.write_text("#!/bin/sh\n[ $1 = --dry-run ] || { head -c 100000 /dev/zero > $2; echo no luck; exit 1; }\n")
+    tool.write_text(
+        "#!/bin/sh\n[ $1 = --dry-run ] || { head -c 100000 /dev/zero > $2; echo no luck; exit 1; }\n", encoding="utf-8"
+    )
     tool.chmod(0o755)
     broken = replace(engine, tools={**engine.tools, "llama-quantize": tool})
     with pytest.raises(QuantizeError, match="ended with 1 .*\n.*no luck"):
@@ -107,12 +109,12 @@ def test_an_engine_that_fails_leaves_no_file_and_its_last_words(own_source, engi
 
 def test_an_engine_that_writes_rubbish_and_says_all_is_well_is_not_believed(own_source, engine, tmp_path):
     tool = tmp_path / "llama-quantize"
-    tool.write_text("#!/bin/sh\n[ $1 = --dry-run ] || head -c 100000 /dev/zero > $2\n")
+    tool.write_text("#!/bin/sh\n[ $1 = --dry-run ] || head -c 100000 /dev/zero > $2\n", encoding="utf-8")
     tool.chmod(0o755)
     broken = replace(engine, tools={**engine.tools, "llama-quantize": tool})
     with pytest.raises(gguf_file.GGUFError, match="not a GGUF file"):
         quantize.make(own_source, "Q8_0", broken, tmp_path)
-    tool.write_text('#!/bin/sh\n[ $1 = --dry-run ] || cp "$1" "$2"\n')
+    tool.write_text('#!/bin/sh\n[ $1 = --dry-run ] || cp "$1" "$2"\n', encoding="utf-8")
     with pytest.raises(QuantizeError, match="not quantised"):
         quantize.make(own_source, "Q8_0", broken, tmp_path)
     assert not list(own_source.path.parent.glob("*Q8_0*gguf*"))

@@ -41,20 +41,20 @@ def test_a_truncated_record_is_seen(tmp_path_factory, share):
 
 
 def test_a_changed_number_is_seen(written):
-    text = written.read_text()
+    text = written.read_text(encoding="utf-8")
     assert '"load_s":0.1' in text
-    written.write_text(text.replace('"load_s":0.1', '"load_s":0.2'))
+    written.write_text(text.replace('"load_s":0.1', '"load_s":0.2'), encoding="utf-8")
     with pytest.raises(record.RecordError, match="digest"):
         record.read(written)
 
 
 def forge(path, change):
     """Change a record and give it a digest that fits: only the schema can object now."""
-    data = json.loads(path.read_text())
+    data = json.loads(path.read_text(encoding="utf-8"))
     change(data)
     data.pop("digest")
     data["digest"] = files.digest(data)
-    path.write_text(json.dumps(data))
+    path.write_text(json.dumps(data), encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -97,17 +97,17 @@ def test_damaged_records_are_set_aside_and_the_others_read(tmp_path):
     good = record.write(tmp_path, made())
     bad = tmp_path / "records" / "bad.json"
     for n in range(2):
-        bad.write_text("{")
+        bad.write_text("{", encoding="utf-8")
         records, damaged = record.read_all(tmp_path, set_aside=True)
         assert [r.run_id for r in records] == [good.run_id]
         assert len(damaged) == 1
         assert not bad.exists()
-        assert (bad.parent / "damaged" / f"bad.json.{n}").read_text() == "{"
+        assert (bad.parent / "damaged" / f"bad.json.{n}").read_text(encoding="utf-8") == "{"
 
 
 def test_reading_without_setting_aside_touches_nothing(tmp_path):
     (tmp_path / "records").mkdir()
-    (tmp_path / "records" / "bad.json").write_text("{")
+    (tmp_path / "records" / "bad.json").write_text("{", encoding="utf-8")
     assert len(record.read_all(tmp_path)[1]) == 1
     assert (tmp_path / "records" / "bad.json").exists()
 
@@ -133,7 +133,7 @@ def test_logs_are_kept_compressed_the_same_each_time_without_this_machines_folde
     linked.symlink_to(engine)
     private = (tmp_path / "models", linked)
     log = tmp_path / "server.log"
-    log.write_text(f"load {tmp_path}/models/x.gguf {linked}/libggml.so {engine}/libcuda.so\n" * 100)
+    log.write_text(f"load {tmp_path}/models/x.gguf {linked}/libggml.so {engine}/libcuda.so\n" * 100, encoding="utf-8")
     first = record.keep_logs(tmp_path, "run", [log, tmp_path / "missing.log"], private)
     kept = gzip.decompress((tmp_path / "raw/run.server.log.gz").read_bytes())
     assert kept == b"load x.gguf libggml.so libcuda.so\n" * 100
@@ -183,8 +183,8 @@ def test_a_file_that_is_no_record_at_all_is_named(tmp_path):
 
 
 def test_the_digest_is_of_the_content_however_it_is_laid_out(written):
-    data = json.loads(written.read_text())
-    written.write_text(json.dumps(data, indent=2))
+    data = json.loads(written.read_text(encoding="utf-8"))
+    written.write_text(json.dumps(data, indent=2), encoding="utf-8")
     assert record.read(written).digest == data["digest"]
 
 
@@ -201,10 +201,10 @@ def test_every_schema_number_has_its_history_and_its_way_to_the_next():
 
 
 def test_a_record_of_an_older_schema_is_migrated_without_a_change_of_what_it_says(tmp_path):
-    old = json.loads(GOLDEN.read_text())
+    old = json.loads(GOLDEN.read_text(encoding="utf-8"))
     new = facts.migrate(old)
     assert new["schema_version"] == facts.SCHEMA_VERSION
-    assert old == json.loads(GOLDEN.read_text())
+    assert old == json.loads(GOLDEN.read_text(encoding="utf-8"))
     path = tmp_path / f"{old['run_id']}.json"
     path.write_bytes(GOLDEN.read_bytes())
     as_read = record.read(path)
@@ -235,7 +235,7 @@ GOLDEN = FIXTURES / "record-v2.json"
 def test_a_record_of_this_schema_can_be_read_as_long_as_it_lasts(tmp_path):
     """A record as it was written when this schema was new, from a run of the real engine on the loopback device."""
     (tmp_path / GOLDEN.name).write_bytes(GOLDEN.read_bytes())
-    run = json.loads(GOLDEN.read_text())["run_id"]
+    run = json.loads(GOLDEN.read_text(encoding="utf-8"))["run_id"]
     path = (tmp_path / GOLDEN.name).rename(tmp_path / f"{run}.json")
     r = record.read(path)
     assert (r.status, r.spec.quant, r.device.kind) == ("valid", "Q4_K_M", "loopback")

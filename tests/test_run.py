@@ -159,7 +159,7 @@ def test_a_dense_model_makes_cpu_moe_invalid(engine, home, loopback, tmp_path):
 def wrapped(engine, tmp_path, script):
     """The real tools with llama-server behind a shell script; REAL in it becomes the real one."""
     path = tmp_path / "llama-server"
-    path.write_text("#!/bin/sh\n" + script.replace("REAL", engine.tool("llama-server")))
+    path.write_text("#!/bin/sh\n" + script.replace("REAL", engine.tool("llama-server")), encoding="utf-8")
     path.chmod(0o755)
     return replace(engine, tools={**engine.tools, "llama-server": path})
 
@@ -215,7 +215,7 @@ def test_no_key_on_the_command_line_or_in_a_log(engine, quantised, loopback, tmp
     seen, _ = execute(engine, quantised, loopback, tmp_path, workloads=("smoke",))
     assert not any("sesame" in a for a in seen.argv)
     for log in (tmp_path / "work").glob("*.log"):
-        assert "sesame" not in log.read_text(errors="replace")
+        assert "sesame" not in log.read_text(errors="replace", encoding="utf-8")
 
 
 def test_an_environment_that_would_turn_a_baseline_into_an_offload_is_kept_out(
@@ -232,7 +232,7 @@ def test_the_old_spelling_of_everything_is_understood(engine, quantised, loopbac
 
     from moelib.engine import Help
 
-    old = replace(engine, help=Help((FIXTURES / "llama-server-help-b6666.txt").read_text()))
+    old = replace(engine, help=Help((FIXTURES / "llama-server-help-b6666.txt").read_text(encoding="utf-8")))
     asked = old.server_argv(quantised.path, "cpu-moe", "mmap", 1024, 1, [])
     assert not {a for a in asked if a.startswith("--")} - old.help.flags
 

@@ -36,7 +36,7 @@ def toy(home, tmp_path, monkeypatch):
         "toy": {"title": "Toy", "geometry": geometry.model_dump(), "upstream": {"publisher": "al", "original": "al/t"}}
     }
     path = home / "params/models.yaml"
-    path.write_text(path.read_text() + yaml.safe_dump(entry))
+    path.write_text(path.read_text(encoding="utf-8") + yaml.safe_dump(entry), encoding="utf-8")
     params._yaml.cache_clear()
     published.twin_as_a_model(tmp_path / "toy.gguf", geometry)
     return (tmp_path / "toy.gguf").read_bytes()
@@ -51,13 +51,17 @@ def pinned(toy, lfs_hub):
 
 def test_a_pin_is_the_commit_the_f16_file_and_its_hash(toy, lfs_hub, home):
     commit = lfs_hub.put(REPO, {"toy-F16.gguf": toy, "toy-bf16.gguf": toy[::-1], "toy-Q8_0.gguf": b"GGUF" * 9000})
-    before = (home / "params/models.yaml").read_text()
+    before = (home / "params/models.yaml").read_text(encoding="utf-8")
     told = sources.pin("toy", REPO, endpoint=lfs_hub.url)
     want = params.SourceFile(bytes=len(toy), sha256=sha256(toy).hexdigest())
     assert (told.repository, told.revision, told.files) == (REPO, commit, {"toy-F16.gguf": want})
     assert pins.of("toy") == told
-    assert (home / "params/models.yaml").read_text() == before
-    assert (home / "params/pins.yaml").read_text().startswith("# `moelib fetch MODEL --pin OWNER/NAME` alone writes")
+    assert (home / "params/models.yaml").read_text(encoding="utf-8") == before
+    assert (
+        (home / "params/pins.yaml")
+        .read_text(encoding="utf-8")
+        .startswith("# `moelib fetch MODEL --pin OWNER/NAME` alone writes")
+    )
 
 
 @pytest.mark.parametrize(
@@ -277,7 +281,7 @@ def test_the_command_pins_fetches_and_says_what_is_excluded(toy, lfs_hub, tmp_pa
     def command(*args):
         env = os.environ | {"HF_ENDPOINT": lfs_hub.url, "HF_HUB_DISABLE_XET": "1"}
         argv = [sys.executable, "-m", "moelib.cli", "fetch", *args]
-        done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60, encoding="utf-8")
         assert "hf_read" not in done.stdout + done.stderr
         return done
 
@@ -400,9 +404,11 @@ def test_another_file_in_the_place_of_the_chosen_one_is_not_the_source(good, tmp
     other = published.gguf(params.model("toy").at_scale("full"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other/toy.gguf").write_bytes(other)
-    told = (sources.folder("toy") / "source.json").read_text()
+    told = (sources.folder("toy") / "source.json").read_text(encoding="utf-8")
     sources.adopt("toy", tmp_path / "other/toy.gguf")
-    (sources.folder("toy") / "source.json").write_text(told)  # as if a kill had come before it was written
+    (sources.folder("toy") / "source.json").write_text(
+        told, encoding="utf-8"
+    )  # as if a kill had come before it was written
     with pytest.raises(SourceError, match="gone or was changed"):
         sources.whole(source)
 
@@ -411,9 +417,11 @@ def test_another_file_in_the_place_of_the_chosen_one_is_not_the_source(good, tmp
 def test_a_damaged_note_of_the_choice_is_no_choice(toy, said):
     place = sources.folder("toy")
     place.mkdir(parents=True)
-    (place / "source.json").write_text(said)
+    (place / "source.json").write_text(said, encoding="utf-8")
     assert sources._chosen("toy") is None
-    (place / "source.json").write_text(json.dumps({"file": "../x.gguf", "sha256": "0", "origin": "x"}))
+    (place / "source.json").write_text(
+        json.dumps({"file": "../x.gguf", "sha256": "0", "origin": "x"}), encoding="utf-8"
+    )
     assert sources._chosen("toy") is None
 
 
@@ -448,7 +456,7 @@ def test_parts_that_count_differently_are_refused(toy, tmp_path):
 
 
 def test_a_models_folder_that_cannot_be_written_is_one_sentence(toy, tmp_path, monkeypatch, pinned, lfs_hub):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     monkeypatch.setenv("MOELIB_MODELS", str(tmp_path / "file"))  # a folder's place is taken
     for use in (lambda: sources.adopt("toy", tmp_path / "toy.gguf"), lambda: sources.fetch("toy", lfs_hub.url)):
         with pytest.raises(files.FileError, match=r"cannot be read or written.*set MOELIB_MODELS"):
@@ -469,10 +477,10 @@ def safetensors(toy, tmp_path, monkeypatch):
     """A model's folder as the Hub publishes it, and a script in the converter's place."""
     place = tmp_path / "toy-chat"
     place.mkdir()
-    (place / "config.json").write_text("{}")
+    (place / "config.json").write_text("{}", encoding="utf-8")
     (place / "model-00001-of-00001.safetensors").write_bytes(b"weights")
     (place / "weights.gguf").write_bytes(toy)
-    (tmp_path / "convert.py").write_text(CONVERT)
+    (tmp_path / "convert.py").write_text(CONVERT, encoding="utf-8")
     monkeypatch.setenv("MOELIB_CONVERTER", str(tmp_path / "convert.py"))
     return place
 
@@ -494,7 +502,7 @@ def test_safetensors_that_changed_are_converted_again(safetensors, toy):
     for how in ({"kind": "Q8_0"}, {"block_count": 3}):  # what the converter writes is judged before it is kept
         there = state_of(sources.folder("toy"))
         (safetensors / "weights.gguf").write_bytes(published.gguf(shape, **how))
-        (safetensors / "config.json").write_text(str(how))
+        (safetensors / "config.json").write_text(str(how), encoding="utf-8")
         with pytest.raises(SourceError, match="what toy-chat was converted to is not toy: "):
             sources.adopt("toy", safetensors)
         assert state_of(sources.folder("toy")) == there
@@ -574,7 +582,7 @@ def test_a_split_model_is_one_model(split, tmp_path, engine, lfs_hub):
 @pytest.mark.engine
 def test_a_study_of_real_weights_says_whose(pinned, lfs_hub, home, monkeypatch):
     told = SMOKE.replace("weights: twin\nscale: nano", "weights: real").replace("deepseek-moe-16b", "toy")
-    (home / "params/studies/smoke.yaml").write_text(told)
+    (home / "params/studies/smoke.yaml").write_text(told, encoding="utf-8")
     params._yaml.cache_clear()
     source = sources.fetch("toy", lfs_hub.url)
     folder, cells = measure.select("smoke")
@@ -582,7 +590,7 @@ def test_a_study_of_real_weights_says_whose(pinned, lfs_hub, home, monkeypatch):
     records = folder.records()
     assert {r.sheet["weights"] for r in records} == {"real"}
     assert {r.sheet["origin"] for r in records} == {source.origin}
-    text = notebook.report("smoke", progress=False).read_text()
+    text = notebook.report("smoke", progress=False).read_text(encoding="utf-8")
     assert "The weights are the **published ones** (" in text
     assert neutral.markdown(source.origin) in text
     assert "geometry twins" not in text
@@ -590,7 +598,7 @@ def test_a_study_of_real_weights_says_whose(pinned, lfs_hub, home, monkeypatch):
 
 def test_real_weights_have_no_scale(home):
     path = home / "params/studies/smoke.yaml"
-    path.write_text(SMOKE.replace("weights: twin", "weights: real"))
+    path.write_text(SMOKE.replace("weights: twin", "weights: real"), encoding="utf-8")
     params._yaml.cache_clear()
     with pytest.raises(params.ParamsError, match="real weights have one scale: full"):
         params.study("smoke")

@@ -21,7 +21,7 @@ plots report evidence advice notebook lint cards publish measure doctor cli""".s
 
 def _imports(name):
     found = set()
-    for node in ast.walk(ast.parse((REPO / "moelib" / f"{name}.py").read_text())):
+    for node in ast.walk(ast.parse((REPO / "moelib" / f"{name}.py").read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module == "moelib":
             found |= {a.name for a in node.names if a.name != "__version__"}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("moelib."):
@@ -39,13 +39,17 @@ def test_imports_go_one_way(name):
 
 
 def test_modules_stay_small():
-    long = {p.name: n for p in (REPO / "moelib").glob("*.py") if (n := len(p.read_text().splitlines())) > 400}
+    long = {
+        p.name: n
+        for p in (REPO / "moelib").glob("*.py")
+        if (n := len(p.read_text(encoding="utf-8").splitlines())) > 400
+    }
     assert not long
 
 
 def test_importing_moelib_is_cheap():
     code = "import sys, moelib; print(sorted(set(sys.modules) & {'pandas', 'numpy', 'seaborn', 'papermill', 'yaml'}))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, encoding="utf-8")
     assert out.stdout.strip() == "[]"
 
 
@@ -53,7 +57,7 @@ CONDA_NAMES = {"matplotlib": "matplotlib-base", "seaborn": "seaborn-base"}
 
 
 def _pyproject():
-    return tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    return tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 def test_pyproject_and_environment_agree():
@@ -64,7 +68,7 @@ def test_pyproject_and_environment_agree():
         name, spec = re.fullmatch(r"([\w.-]+)(.*)", requirement).groups()
         pip[CONDA_NAMES.get(name, name)] = spec.replace(" ", "")
     conda = {}
-    for line in yaml.safe_load((REPO / "environment.yml").read_text())["dependencies"]:
+    for line in yaml.safe_load((REPO / "environment.yml").read_text(encoding="utf-8"))["dependencies"]:
         name, _, spec = line.partition(" ")
         conda[name] = spec.replace(" ", "")
     assert conda.pop("python") == project["requires-python"]
@@ -89,7 +93,7 @@ NOTEBOOKS = sorted((REPO / "notebooks").glob("*.ipynb"))
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebooks_tell_and_the_library_does(path):
-    cells = json.loads(path.read_text())["cells"]
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     code = [c for c in cells if c["cell_type"] == "code"]
     assert code
     for cell in code:
@@ -103,7 +107,7 @@ def test_notebooks_tell_and_the_library_does(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_the_parameters_cell_is_a_plain_signature(path):
-    cells = json.loads(path.read_text())["cells"]
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     tagged = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
     assert len(tagged) == 1
     for line in "".join(tagged[0]["source"]).splitlines():
@@ -118,8 +122,83 @@ def test_cell_parameter_files_name_what_exists():
     files = sorted((REPO / "params/cells").glob("*.yaml"))
     assert files
     for path in files:
-        cell = yaml.safe_load(path.read_text())
+        cell = yaml.safe_load(path.read_text(encoding="utf-8"))
         study = params.study(cell.pop("study"))
         assert cell.pop("model") in study.models
         assert cell.pop("quant") in study.quants
         assert not cell
+
+
+TEXT_CALLS = {
+    "open",
+    "read_text",
+    "write_text",
+    "run",
+    "Popen",
+    "check_output",
+    "check_call",
+    "fdopen",
+    "NamedTemporaryFile",
+}
+
+
+def _without_encoding(path):
+    """Lines of a file where text is read or written in whatever encoding the machine has."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        owner = getattr(node.func, "value", None)
+        if name not in TEXT_CALLS or any(k.arg in ("encoding", None) for k in node.keywords):
+            continue
+        said = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
+        values = [c.value for a in node.args for c in ast.walk(a) if isinstance(c, ast.Constant)] + [said.get("mode")]
+        modes = [v for v in values if isinstance(v, str) and re.fullmatch(r"[rwxa]?[bt+]*", v) and v]
+        if name in ("run", "Popen", "check_output", "check_call"):
+            text = said.get("text") or said.get("universal_newlines")
+        elif name in ("open", "fdopen", "NamedTemporaryFile"):
+            other = isinstance(owner, ast.Name) and owner.id in ("os", "gzip", "tarfile", "lzma")
+            default_is_text = name != "NamedTemporaryFile"
+            text = not other and (not any("b" in m for m in modes) if modes else default_is_text)
+        else:
+            positional = 1 if name == "read_text" else 2
+            text = len(node.args) < positional
+        if text:
+            found.append(f"{path.relative_to(REPO)}:{node.lineno}: {name}")
+    return found
+
+
+SOURCES = sorted(p for folder in ("moelib", "tools", "benchmarks", "tests") for p in (REPO / folder).rglob("*.py"))
+
+
+def test_text_is_read_and_written_as_utf_8_whatever_the_locale():
+    assert [line for path in SOURCES for line in _without_encoding(path)] == []
+
+
+@pytest.mark.parametrize(
+    ("code", "wrong"),
+    [
+        ("open('x')", True),
+        ("open('x', 'wb')", False),
+        ("open('x', mode='r')", True),
+        ("open('x', encoding='utf-8')", False),
+        ("p.open()", True),
+        ("p.open('rb')", False),
+        ("p.open('a+')", True),
+        ("os.open('x', 1)", False),
+        ("p.read_text()", True),
+        ("p.read_text('utf-8')", False),
+        ("p.write_text(x)", True),
+        ("p.write_text(x, encoding='utf-8')", False),
+        ("subprocess.run(a, text=True)", True),
+        ("subprocess.run(a)", False),
+        ("subprocess.run(a, text=True, encoding='utf-8')", False),
+        ("subprocess.Popen(a, **how)", False),
+    ],
+)
+def test_what_reads_text_without_an_encoding_is_seen(tmp_path, monkeypatch, code, wrong):
+    monkeypatch.setitem(globals(), "REPO", tmp_path)
+    path = tmp_path / "code.py"
+    path.write_text(code, encoding="utf-8")
+    assert bool(_without_encoding(path)) is wrong

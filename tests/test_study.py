@@ -41,11 +41,11 @@ def test_the_plan_is_written_first_and_another_one_is_refused(home):
     folder = Folder("smoke")
     assert not folder.path.exists()  # opening is reading
     folder.write_plan()
-    plan = json.loads((folder.path / "plan.json").read_text())
+    plan = json.loads((folder.path / "plan.json").read_text(encoding="utf-8"))
     assert len(plan["cells"]) == 1
     Folder("smoke")
     path = home / "params/studies/smoke.yaml"
-    path.write_text(SMOKE.replace("blocks: 2", "blocks: 3"))
+    path.write_text(SMOKE.replace("blocks: 2", "blocks: 3"), encoding="utf-8")
     params._yaml.cache_clear()
     with pytest.raises(StudyError, match="another name"):
         Folder("smoke")
@@ -114,9 +114,11 @@ def refused(home, monkeypatch):
     monkeypatch.setattr(measure.process, "facts", lambda: {"commit": "c" * 40, "dirty": False})
     as_made = (("nano", "tiny"), ("Q8_0", "Q4_K_M"), ("[smoke]", "[plan-short]"), ("256", "1024"))
     path = home / "params/studies/smoke.yaml"
-    path.write_text(functools.reduce(lambda text, change: text.replace(*change), as_made, SMOKE))
+    path.write_text(functools.reduce(lambda text, change: text.replace(*change), as_made, SMOKE), encoding="utf-8")
     workloads = home / "params/workloads.yaml"
-    workloads.write_text(workloads.read_text().replace("generate_tokens: 100", "generate_tokens: 5", 1))
+    workloads.write_text(
+        workloads.read_text(encoding="utf-8").replace("generate_tokens: 100", "generate_tokens: 5", 1), encoding="utf-8"
+    )
     params._yaml.cache_clear()
     folder = Folder("smoke")
     folder.write_plan()
@@ -275,7 +277,7 @@ def test_a_plan_that_was_changed_by_hand_is_seen(home):
     folder = Folder("smoke")
     folder.write_plan()
     path = folder.path / "plan.json"
-    path.write_text(path.read_text().replace('"blocks": 2', '"blocks": 1'))
+    path.write_text(path.read_text(encoding="utf-8").replace('"blocks": 2', '"blocks": 1'), encoding="utf-8")
     with pytest.raises(StudyError, match="was changed"):
         study.results(path.parent)
 
@@ -301,7 +303,9 @@ def whole(tmp_path_factory, models_folder):
 
 def command(home, models_folder, *args, **env):
     env = {**os.environ, "MOELIB_HOME": str(home), "MOELIB_MODELS": str(models_folder), **env}
-    return subprocess.run([*MOELIB, *args], capture_output=True, text=True, env=env, timeout=300, cwd=home)
+    return subprocess.run(
+        [*MOELIB, *args], capture_output=True, text=True, env=env, timeout=300, cwd=home, encoding="utf-8"
+    )
 
 
 @pytest.fixture
@@ -377,7 +381,7 @@ def test_the_document_is_rebuilt_from_records_alone_byte_by_byte(copy):
         (out / gone).unlink()
     notebook.report("smoke", progress=False)
     assert document() == before
-    text = (out / "MOE-TECHNICAL-VALIDATION.md").read_text()
+    text = (out / "MOE-TECHNICAL-VALIDATION.md").read_text(encoding="utf-8")
     assert str(copy) not in text
     assert "geometry twins" in text.split("## ")[1] or "geometry twins" in text.split("## ")[0]
     for figure in (out / "figures").iterdir():
@@ -387,11 +391,11 @@ def test_the_document_is_rebuilt_from_records_alone_byte_by_byte(copy):
 @pytest.mark.engine
 def test_the_provenance_names_every_record_and_its_digest(copy):
     out = copy / "outputs/smoke"
-    provenance = json.loads((out / "provenance.json").read_text())
+    provenance = json.loads((out / "provenance.json").read_text(encoding="utf-8"))
     sources = {r.run_id: r.digest for r in record.read_all(out)[0]}
     assert sources.items() <= provenance["sources"].items()
     for sheet in set(provenance["sources"]) - set(sources):
-        assert files.digest(json.loads((out / sheet).read_text())) == provenance["sources"][sheet]
+        assert files.digest(json.loads((out / sheet).read_text(encoding="utf-8"))) == provenance["sources"][sheet]
     tables = provenance["tables"]
     assert {"device-memory", "speed-smoke", "ttft-warm-smoke", "load", "placement", "environment"} <= set(tables)
     assert {run for row in tables["device-memory"]["rows"] for run in row["from"]} == set(sources)
@@ -403,14 +407,18 @@ def test_the_provenance_names_every_record_and_its_digest(copy):
 @pytest.mark.engine
 def test_every_line_of_the_document_with_a_number_is_in_the_provenance_or_the_notebooks_prose(copy):
     out = copy / "outputs/smoke"
-    provenance = json.loads((out / "provenance.json").read_text())
-    cells = json.loads((REPO / "notebooks/analysis.ipynb").read_text())["cells"]
+    provenance = json.loads((out / "provenance.json").read_text(encoding="utf-8"))
+    cells = json.loads((REPO / "notebooks/analysis.ipynb").read_text(encoding="utf-8"))["cells"]
     known = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
     known += "\n".join(t["text"] for t in provenance["texts"].values())
     known += "\n".join(t["note"] for t in provenance["tables"].values())
     rows = {tuple(row["cells"].values()) for t in provenance["tables"].values() for row in t["rows"]}
     rows = {tuple(sorted(cells)) for cells in rows}
-    lines = [line for line in (out / "MOE-TECHNICAL-VALIDATION.md").read_text().splitlines() if re.search(r"\d", line)]
+    lines = [
+        line
+        for line in (out / "MOE-TECHNICAL-VALIDATION.md").read_text(encoding="utf-8").splitlines()
+        if re.search(r"\d", line)
+    ]
     assert len(lines) > 40
     heads = {tuple(row["cells"]) for t in provenance["tables"].values() for row in t["rows"]}
     for line in lines:
@@ -426,9 +434,9 @@ def test_missing_cells_are_listed_and_damaged_records_reported(copy):
     out = copy / "outputs/smoke"
     paths = sorted((out / "records").glob("*_b1_*.json"))
     paths[0].unlink()
-    paths[1].write_text(paths[1].read_text()[:1000])
+    paths[1].write_text(paths[1].read_text(encoding="utf-8")[:1000], encoding="utf-8")
     notebook.report("smoke", progress=False)
-    text = (out / "MOE-TECHNICAL-VALIDATION.md").read_text()
+    text = (out / "MOE-TECHNICAL-VALIDATION.md").read_text(encoding="utf-8")
     assert text.count("block 2: not run") == 2
     assert f"damaged: {paths[1].name}" in text
 
@@ -437,7 +445,7 @@ def test_missing_cells_are_listed_and_damaged_records_reported(copy):
 def test_a_damaged_record_is_set_aside_and_its_run_alone_done_again(copy, models_folder):
     out = copy / "outputs/smoke"
     path = sorted((out / "records").glob("*.json"))[0]
-    path.write_text("{")
+    path.write_text("{", encoding="utf-8")
     before = tree(out / "records")
     assert command(copy, models_folder, "study", "status", "smoke").returncode == 1
     done = command(copy, models_folder, "study", "run", "smoke")
@@ -452,7 +460,7 @@ def test_a_damaged_record_is_set_aside_and_its_run_alone_done_again(copy, models
 def test_a_failed_cell_leaves_the_rest_running_and_the_exit_code_says_so(home, models_folder):
     """One quant's tool fails; the other quant's runs are all there."""
     path = home / "params/studies/smoke.yaml"
-    path.write_text(SMOKE.replace("[Q8_0]", "[Q2_K, Q8_0]").replace("blocks: 2", "blocks: 1"))
+    path.write_text(SMOKE.replace("[Q8_0]", "[Q2_K, Q8_0]").replace("blocks: 2", "blocks: 1"), encoding="utf-8")
     from moelib import engine
 
     real = engine.find()
@@ -462,7 +470,7 @@ def test_a_failed_cell_leaves_the_rest_running_and_the_exit_code_says_so(home, m
         script = f'exec {tool} "$@"'
         if name == "llama-quantize":
             script = f'case "$*" in *Q2_K*) echo broken on purpose; exit 1;; esac; {script}'
-        (tools / tool.name).write_text(f"#!/bin/sh\n{script}\n")
+        (tools / tool.name).write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
         (tools / tool.name).chmod(0o755)
     own = home / "models"
     done = command(home, own, "study", "run", "smoke", MOELIB_LLAMA_CPP=str(tools))
@@ -472,14 +480,14 @@ def test_a_failed_cell_leaves_the_rest_running_and_the_exit_code_says_so(home, m
     assert "broken on purpose" in done.stderr
     out = home / "outputs/smoke"
     assert {r.spec.quant for r in record.read_all(out)[0]} == {"Q8_0"}
-    text = (out / "MOE-TECHNICAL-VALIDATION.md").read_text()
+    text = (out / "MOE-TECHNICAL-VALIDATION.md").read_text(encoding="utf-8")
     assert text.count("Q2_K baseline/mmap block 1: not run") == 1
     # the copy of the failed notebook is kept, and not believed
     assert not notebook.is_whole(out / "notebooks/deepseek-moe-16b-Q2_K.ipynb")
     # mended, only what is missing is done
     before = tree(out / "records")
     quantize = tools / real.tools["llama-quantize"].name
-    quantize.write_text(f'#!/bin/sh\nexec {real.tool("llama-quantize")} "$@"\n')
+    quantize.write_text(f'#!/bin/sh\nexec {real.tool("llama-quantize")} "$@"\n', encoding="utf-8")
     done = command(home, own, "study", "run", "smoke", MOELIB_LLAMA_CPP=str(tools))
     assert done.returncode == 0, done.stderr
     after = tree(out / "records")

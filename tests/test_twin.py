@@ -53,7 +53,7 @@ def test_memory_stays_below_a_gibibyte_whatever_the_size(tmp_path):
         f"assert twin.nbytes(g) > 1 << 30; twin.write(Path({str(tmp_path / 'big.gguf')!r}), g)\n"
         "print(peak_rss(os.getpid()))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert 0 < int(done.stdout) < 512 << 20
 

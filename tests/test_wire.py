@@ -31,7 +31,7 @@ def toy(home, tmp_path, monkeypatch):
         "toy": {"title": "T", "geometry": geometry.model_dump(), "upstream": {"publisher": "a", "original": "a/t"}}
     }
     path = home / "params/models.yaml"
-    path.write_text(path.read_text() + yaml.safe_dump(entry))
+    path.write_text(path.read_text(encoding="utf-8") + yaml.safe_dump(entry), encoding="utf-8")
     params._yaml.cache_clear()
     return published.gguf(geometry)
 
@@ -187,7 +187,7 @@ def test_a_wrong_environment_is_one_sentence(toy, variables, why):
     env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     env |= {"HF_ENDPOINT": "http://127.0.0.1:9", "MOELIB_PATIENCE": "0.01", **variables}
     argv = [sys.executable, "-m", "moelib.cli", "fetch", "toy", "--pin", "a/b"]
-    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60, encoding="utf-8")
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert "fault of moelib" not in done.stderr

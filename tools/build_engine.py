@@ -88,7 +88,9 @@ def bounded_make(folder: Path) -> str:
         if real := shutil.which(name):
             shim = folder / name
             one = f'if [ "$a" = -j ]; then a=-j{jobs()}; fi'
-            shim.write_text(f'#!/bin/sh\nfor a; do shift; {one}; set -- "$@" "$a"; done\nexec "{real}" "$@"\n')
+            shim.write_text(
+                f'#!/bin/sh\nfor a; do shift; {one}; set -- "$@" "$a"; done\nexec "{real}" "$@"\n', encoding="utf-8"
+            )
             shim.chmod(0o755)
     return f"{folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 

@@ -35,7 +35,7 @@ name = "local"
 
 
 def tool(*args: str, cwd: Path) -> str:
-    done = subprocess.run([sys.executable, "-m", *args], cwd=cwd, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", *args], cwd=cwd, capture_output=True, text=True, encoding="utf-8")
     if done.returncode:
         raise click.ClickException(f"{' '.join(args)}: {(done.stdout + done.stderr)[-600:]}")
     return done.stdout
@@ -48,7 +48,7 @@ def prune(session: Path, copy: Path, sample: int, seed: int) -> int:
         places, drop = defaultdict(list), []
         for job, module, operator, row, column in db.execute(f"SELECT {columns} FROM mutation_specs"):
             family = re.sub(r"_[A-Za-z]+$", "", operator)
-            line = (copy / module).read_text().splitlines()[row - 1]
+            line = (copy / module).read_text(encoding="utf-8").splitlines()[row - 1]
             annotation = "BitOr" in operator and re.search(r"\| None|\| \w+\b.*[:>]|->", line)
             places[module, family, row, column].append(job)
             same = operator.endswith(("_Eq_Is", "_NotEq_IsNot"))  # of constants, and those are one object
@@ -71,16 +71,20 @@ def prune(session: Path, copy: Path, sample: int, seed: int) -> int:
 def main(sample: int, seed: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        listed = subprocess.run(
+            ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True, encoding="utf-8"
+        ).stdout
         for name in filter(None, listed.split("\0")):
             if not name.startswith("docs/") and (ROOT / name).is_file():
                 (copy / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / name, copy / name)
         modules = ", ".join(f'"moelib/{m}.py"' for m in MODULES)
         tests = " ".join(f"tests/{t}" for t in TESTS)
-        (copy / "c.toml").write_text(CONFIG.format(modules=modules, tests=tests, python=sys.executable))
+        (copy / "c.toml").write_text(
+            CONFIG.format(modules=modules, tests=tests, python=sys.executable), encoding="utf-8"
+        )
         # the copy, and not the installed package, is what the tests import
-        (copy / "conftest.py").write_text(f"import sys\nsys.path.insert(0, {str(copy)!r})\n")
+        (copy / "conftest.py").write_text(f"import sys\nsys.path.insert(0, {str(copy)!r})\n", encoding="utf-8")
         tool("pytest", "-x", "-q", *(f"tests/{t}" for t in TESTS), cwd=copy)  # unbroken, everything passes
         tool("cosmic_ray.cli", "init", "c.toml", "c.sqlite", cwd=copy)
         click.echo(f"{prune(copy / 'c.sqlite', copy, sample, seed)} mutants of {', '.join(MODULES)}, seed {seed}")
