@@ -50,7 +50,9 @@ def block_alike(runs: Sequence[Record]) -> Finding:
             "engine": (r.engine.server_sha256, r.observed.engine_files, r.observed.device_files),
             "device": (device.kind, device.name, device.uuid, device.total_bytes, device.context_bytes),
             "driver": device.driver,
-            "link and limits": [device[k] for k in ("pcie_bytes_per_s", "bandwidth_bytes_per_s", "power_limit_watt")],
+            "link and limits": [
+                getattr(device, k) for k in ("pcie_bytes_per_s", "bandwidth_bytes_per_s", "power_limit_watt")
+            ],
             "host": (host.host_id, host.cpu, host.cpus, host.ram_bytes),
             "kernel": host.system,
             "threads": r.observed.threads,

@@ -42,7 +42,7 @@ def part(results: Results, model: str, quant: str | None = None) -> Results:
 
 def quants_of(results: Results, model: str) -> dict[str, dict[str, Any]]:
     """Quant -> sheet, of the quants of `model` that have a whole block and a sheet, in the study's order."""
-    sheets = {f"{s['model']}/{s['quant']}": s for s in results.sheets}
+    sheets = {f"{s.model}/{s.quant}": s for s in results.sheets}
     names = {q: f"{model}/{q}" for q in results.study.quants}
     return {q: sheets[n] for q, n in names.items() if n in results.measured and n in sheets}
 
@@ -125,7 +125,7 @@ def _texts(folder: Path) -> tuple[dict[str, str], list[lint.Fault]]:
 def planned(results: Results) -> dict[str, str]:
     """Path below the folder of cards -> SHA-256, of the GGUF files that the cards are about."""
     sheets = [(params.card(m).repository, s) for m in results.study.models for s in quants_of(results, m).values()]
-    return {f"{repository}/{s['file_name']}": s["sha256"] for repository, s in sheets}
+    return {f"{repository}/{s.file_name}": s.sha256 for repository, s in sheets}
 
 
 def require_measured(results: Results, path: Path) -> str:
@@ -169,7 +169,7 @@ def _repository(results: Results, model: str, namespace: str) -> dict[str, str]:
 
 def _argv(of: Results) -> str:
     """The command line of the first file's first run with experts on the CPU; names of files, not of folders."""
-    wanted = (of.sheets[0]["quant"], advice.pairs(of.study)[0][1].label)
+    wanted = (of.sheets[0].quant, advice.pairs(of.study)[0][1].label)
     return next(" ".join(r.observed.argv) for b in of.blocks for r in b if (r.spec.quant, r.spec.arm) == wanted)
 
 

@@ -22,13 +22,6 @@ OLDEST = 2
 class Facts(Strict):
     """Keys that a record of an older schema lacks are None."""
 
-    def __getitem__(self, key: str) -> Any:
-        return getattr(self, key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        value = getattr(self, key, None)
-        return default if value is None else value
-
 
 class Fallback(Strict):
     """A tensor whose rows the quant's own type could not take."""

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from moelib import files, gguf_file, models, params, process, sources
 from moelib.engine import Engine
+from moelib.facts import Sheet
 
 UNQUANTISED = gguf_file.UNQUANTISED
 ASKED_S = 60.0  # for llama.cpp to read a header: 0.02 s seen
@@ -151,10 +152,10 @@ def make(source: models.Source, quant: str, engine: Engine, scratch: Path) -> Qu
     raise QuantizeError(f"{path.name} reads back other than it was written: check this machine's disk and memory")
 
 
-def place(sheet: dict[str, Any]) -> Path:
+def place(sheet: Sheet) -> Path:
     """Where the file of a sheet is kept."""
-    real, model = sheet["weights"] == "real", sheet["model"]
-    return (sources.folder(model) if real else models.twin_folder(model, sheet["scale"])) / sheet["file_name"]
+    real, model = sheet.weights == "real", sheet.model
+    return (sources.folder(model) if real else models.twin_folder(model, sheet.scale)) / sheet.file_name
 
 
 def _make(source: models.Source, quant: str, engine: Engine, scratch: Path, path: Path) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def test_every_record_stands_and_was_measured_by_committed_code(name):
     assert found.tally["planned"] == sum(found.tally[k] for k in ("valid", "invalid", "missing"))
     assert found.tally["invalid"] == 0
     assert all(p.endswith("not run") for p in found.problems)
-    assert {r.host["dirty"] for r in found.records} == {False}
+    assert {r.host.dirty for r in found.records} == {False}
     raw = COMMITTED[name].study / "raw"
     for r in found.records:
         assert {kept: record.files.sha256(raw / kept) for kept in r.raw} == r.raw

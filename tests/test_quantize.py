@@ -151,7 +151,7 @@ def test_a_source_that_was_never_made_is_made_even_where_it_is_not_needed(home, 
 def tool_that(tmp_path, engine, script):
     """The engine with a llama-quantize of `script`, and no llama-fit-params."""
     tool = tmp_path / "llama-quantize"
-    tool.write_text(script)
+    tool.write_text(script, encoding="utf-8")
     tool.chmod(0o755)
     return replace(engine, folder=tmp_path, tools={**engine.tools, "llama-quantize": tool})
 
@@ -217,7 +217,7 @@ def test_a_damaged_note_is_no_note(own_source, name):
 
 
 def test_a_models_folder_that_takes_no_file_is_said_in_a_sentence(home, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     for place in (tmp_path / "file", tmp_path / "file/below", "/proc/moelib"):
         monkeypatch.setenv("MOELIB_MODELS", str(place))
         with pytest.raises(files.FileError, match="model files cannot be kept in .*; .* set MOELIB_MODELS"):

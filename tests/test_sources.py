@@ -588,8 +588,8 @@ def test_a_study_of_real_weights_says_whose(pinned, lfs_hub, home, monkeypatch):
     folder, cells = measure.select("smoke")
     assert measure.run_cells(folder, cells) == []
     records = folder.records()
-    assert {r.sheet["weights"] for r in records} == {"real"}
-    assert {r.sheet["origin"] for r in records} == {source.origin}
+    assert {r.sheet.weights for r in records} == {"real"}
+    assert {r.sheet.origin for r in records} == {source.origin}
     text = notebook.report("smoke", progress=False).read_text(encoding="utf-8")
     assert "The weights are the **published ones** (" in text
     assert neutral.markdown(source.origin) in text
