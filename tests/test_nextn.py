@@ -2,13 +2,14 @@
 
 import ggufs
 import pytest
-from factory import SHARED, SHEET, measured, spec
+from factory import SHEET, measured, spec
 
 from moelib import audit, device, files, gguf_file, models, quantize, run
 from moelib.facts import Sheet
 
 pytestmark = pytest.mark.engine
 
+OF_PLACEMENT = {"placement-on-device", "placement-moves", "layers-offloaded", "device-is-the-one", "memory-known"}
 PRINTED = 2 * 0.005 * 2**20  # MiB with two decimals, and tensors padded to 32 bytes
 
 
@@ -23,7 +24,8 @@ def observed(engine, made, work, placement):
     outcome = run.execute(asked, made, engine, device.Loopback(), work)
     assert outcome.reason is None, outcome.message
     checks = audit.run(measured(asked, outcome.observation, Sheet(**made.sheet)))
-    assert [c for c in checks if not c.passed and c.id not in SHARED] == []
+    assert [c for c in checks if not c.passed and c.id in OF_PLACEMENT] == []
+    assert OF_PLACEMENT <= {c.id for c in checks}
     return outcome.observation
 
 
