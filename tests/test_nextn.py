@@ -25,7 +25,7 @@ def observed(engine, made, work, placement):
     assert outcome.reason is None, outcome.message
     checks = audit.run(measured(asked, outcome.observation, Sheet(**made.sheet)))
     assert [c for c in checks if not c.passed and c.id in OF_PLACEMENT] == []
-    assert OF_PLACEMENT <= {c.id for c in checks}
+    assert {c.id for c in checks} >= OF_PLACEMENT
     return outcome.observation
 
 
