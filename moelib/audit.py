@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 
 from moelib import bounds, cells, command, invariants, witness
 from moelib.cells import Cell
+from moelib.facts import DeviceFacts, HostFacts, Sheet
 from moelib.invariants import INVARIANTS, Finding, Measured, agrees, holds, strained
 from moelib.record import Check, Record
+from moelib.run import Observation, Spec
 from moelib.witness import Witnessed
 
 FAMILIES = (invariants, command, bounds, witness, cells)
@@ -233,8 +235,18 @@ def _check(of: str, what: Any) -> Iterator[Check]:
                 yield Check(i.id, False, f"it cannot be computed: {type(err).__name__}: {err}")
 
 
-def run(what: Measured) -> tuple[Check, ...]:
-    """Every invariant of a run, in order."""
+def run(
+    what: Measured | Spec, seen: Observation | None = None, sheet: dict[str, Any] | None = None
+) -> tuple[Check, ...]:
+    """Every invariant of a run, in order; also of a spec, an observation and a sheet alone, whose device and host said
+    nothing of themselves."""
+    if seen is not None:
+        device = DeviceFacts(kind=seen.device_kind, name=None, uuid=None)
+        host = HostFacts(
+            cpu=None, cpus=seen.host.cpus, ram_bytes=0, system="", python="", moelib="", commit=None, dirty=None
+        )
+        unknown = dict.fromkeys(Sheet.model_fields) | {"file_bytes": 0}
+        what = Measured(what, seen, Sheet.model_construct(**unknown | (sheet or {})), device, host)
     return tuple(_check("run", what))
 
 
