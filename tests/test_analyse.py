@@ -61,3 +61,17 @@ def test_a_prompts_traffic_is_its_own_workloads():
     traffic = (PromptTraffic("plan-short", 8, 100, 1), PromptTraffic("long-512", 512, 900, 1))
     assert analyse.received("long-512")(run_of(request(), prompt_traffic=traffic)) == 900
     assert analyse.received("plan-short")(run_of(request())) is None
+
+
+def test_what_must_be_free_is_known_only_where_the_memory_is():
+    """The device's growth alone is no account of the run: without a value that stands, nothing is advised."""
+    memory = observation().memory
+
+    def of(value, growth):
+        seen = replace(memory, value_bytes=value, growth_bytes=growth)
+        return analyse.device_need(made(replace(observation(requests=(request(),)), memory=seen)))
+
+    assert of(100, None) == of(100, 90) == 100
+    assert of(100, 120) == 120
+    assert of(None, 120) is None
+    assert of(None, None) is None

@@ -229,6 +229,23 @@ def test_the_command_shows_the_plan_and_does_it_when_told(results, tmp_path):
         assert visible(there)[-1] == wanted(results)
 
 
+def test_a_file_that_the_hub_lists_with_another_hash_is_not_shown(results, there, monkeypatch):
+    """Its bytes come back right: what others would be served may still be what the list says."""
+    honest, back = publish._listing, publish._read_back
+
+    def read_back(*args):
+        with monkeypatch.context() as patch:
+            told = {results.sheets[0]["file_name"]: "0" * 64}
+            patch.setattr(publish, "_listing", lambda *where: honest(*where) | told)
+            back(*args)
+
+    monkeypatch.setattr(publish, "_read_back", read_back)
+    with pytest.raises(PublishError, match="reads back other than it was sent"):
+        go(results, there)
+    assert there.repos[REPO].private
+    assert not [shown for shown in visible(there) if shown]
+
+
 @pytest.mark.parametrize("scene", publishing.SCENES, ids=str)
 def test_whatever_fails_nothing_partial_is_public(results, tmp_path, scene):
     injected, safe, wrongs = publishing.campaign(results, tmp_path, scene, every=37, first=os.getpid())

@@ -78,6 +78,12 @@ def test_numbers_as_people_read_them(x, text):
 def test_sizes_and_the_unknown():
     assert stats.size(3 << 30) == "3.00 GiB"
     assert stats.size(1 << 20) == "1.00 MiB"
+    assert (stats.size(1 << 30), stats.size((1 << 30) - 1), stats.size(-(1 << 30))) == (
+        "1.00 GiB",
+        "1024.00 MiB",
+        "-1.00 GiB",
+    )
+    assert (stats.byte_unit(2**30), stats.byte_unit(2**30 - 1)) == (("GiB", 2**30), ("MiB", 2**20))
     assert stats.size(None) == stats.estimate(None) == stats.sizes(None) == stats.percent(None) == "n/a"
     assert stats.estimate(stats.Estimate(2.0, 1.0, 3.0, 3)) == "2.00 [1.00, 3.00]"
     assert stats.estimate(stats.Estimate(2.0, None, None, 1)) == "2.00 (n = 1)"

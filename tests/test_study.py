@@ -273,6 +273,27 @@ def test_a_study_without_records_is_an_error(home):
         notebook.report("smoke")
 
 
+def test_a_record_with_the_right_status_for_other_reasons_does_not_stand():
+    """A flag that was exchanged for another hides what is known against the run."""
+    flagged = made(observation(exit_code=9, exit_killed=True))
+    assert (flagged.status, flagged.reasons) == ("degraded", ("clean-end",))
+    assert gather.why_not(flagged) is None
+    other = flagged.model_copy(update={"reasons": ("host-quiet",)})
+    assert "its own checks say degraded ('clean-end',)" in gather.why_not(other)
+    assert "its own checks say degraded" in gather.why_not(flagged.model_copy(update={"reasons": ()}))
+
+
+def test_a_study_of_failed_runs_alone_is_no_evidence(refused):
+    for path in (refused.path / "records").iterdir():
+        r = record.read(path)
+        path.unlink()
+        failed = {"status": "failed", "reasons": ("engine-ended",), "observed": None, "audit": (), "raw": {}}
+        record.write(refused.path, r.model_copy(update=failed))
+    assert len(refused.records()) == 4
+    with pytest.raises(StudyError, match="holds no valid record; run the study first"):
+        study.results(refused.path)
+
+
 def test_a_plan_that_was_changed_by_hand_is_seen(home):
     folder = Folder("smoke")
     folder.write_plan()
