@@ -46,6 +46,7 @@ def test_a_wrong_name_is_one_line_and_an_exit_code(home):
         assert "Traceback" not in result.output
 
 
+@pytest.mark.engine
 def test_twin_and_quantize_make_files_that_are_what_they_say(home, tmp_path, monkeypatch):
     monkeypatch.setenv("MOELIB_MODELS", str(tmp_path / "m"))
     result = call("twin", "deepseek-moe-16b", "--scale", "nano", "--out", str(tmp_path / "t.gguf"))

@@ -1,0 +1,77 @@
+"""How many runs there are to use: the same words everywhere, and counts that add up."""
+
+import dataclasses
+
+import pytest
+from conftest import REPO
+from factory import WORKLOADS, block, evidence, made, observation, spec
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moelib import study, words
+
+
+@pytest.mark.parametrize(
+    ("tally", "flags", "text"),
+    [
+        (
+            {"valid": 57, "degraded": 33},
+            {"host-quiet": 33},
+            "90 of 90 runs usable: 57 valid, 33 degraded (host-quiet in 33)",
+        ),
+        ({"valid": 36}, {}, "36 of 36 runs usable: 36 valid, 0 degraded"),
+        (
+            {"valid": 2, "degraded": 1, "invalid": 4, "missing": 5},
+            {"b": 1, "a": 1},
+            "3 of 12 runs usable: 2 valid, 1 degraded (a in 1, b in 1); 4 invalid, 5 missing",
+        ),
+        ({"missing": 6}, {}, "0 of 6 runs usable; 6 missing"),
+        ({"invalid": 1}, {}, "0 of 1 runs usable; 1 invalid"),
+        ({}, {}, "0 of 0 runs usable"),
+    ],
+)
+def test_known_words(tally, flags, text):
+    assert words.usable({"valid": 0, "degraded": 0, "invalid": 0, "missing": 0} | tally, flags) == text
+
+
+@given(*[st.integers(0, 99)] * 4)
+def test_every_planned_run_is_counted_once(valid, degraded, invalid, missing):
+    text = words.usable({"valid": valid, "degraded": degraded, "invalid": invalid, "missing": missing}, {})
+    usable, planned = map(int, text.split(" runs")[0].split(" of "))
+    assert (usable, planned) == (valid + degraded, valid + degraded + invalid + missing)
+
+
+def results(*blocks):
+    """A study of these blocks: (baseline, offload), where None was not run."""
+    cells = [
+        study.Cell(
+            "deepseek-moe-16b",
+            "Q4_K_M",
+            tuple((spec(block=b), spec(block=b, placement="cpu-moe", order=1)) for b in range(len(blocks))),
+        )
+    ]
+    there = study.results(REPO / "docs/example/demo")
+    plan = there.study.model_copy(update={"models": ("deepseek-moe-16b",), "quants": ("Q4_K_M",)})
+    records = [r for b in blocks for r in b if r]
+    told = {"name": "s", "study": plan, "workloads": WORKLOADS, "cells": cells, "records": records, "sheets": []}
+    return study.Results(**told, evidence=evidence(records), accuracy={})
+
+
+def flagged(**change):
+    return made(observation(change.get("placement", "baseline"), exit_code=9, exit_killed=True), **change)
+
+
+def test_flags_are_those_of_the_runs_that_are_counted_as_usable():
+    base, moe = block(block=1)
+    noisy = flagged(placement="cpu-moe", order=1)
+    found = results((made(), noisy), (base, None))
+    assert words.flags(found) == words.flags(found, "deepseek-moe-16b/Q4_K_M") == {"clean-end": 1}
+    assert words.flags(found, "another") == {}
+    assert words.summary(found).startswith("3 of 4 runs usable: 2 valid, 1 degraded (clean-end in 1); 1 missing")
+    # alone in its block it is usable all the same; with one that does not fit it is not
+    assert words.flags(results((flagged(), None))) == {"clean-end": 1}
+    other = noisy.model_copy(update={"observed": dataclasses.replace(noisy.observed, threads=1, file_sha256="c" * 64)})
+    apart = results((flagged(), other.model_copy(update={"sheet": moe.sheet.model_copy(update={"sha256": "c" * 64})})))
+    assert apart.tally["invalid"] == 2
+    assert words.flags(apart) == {}
+    assert words.summary(apart) == "0 of 2 runs usable; 2 invalid"
