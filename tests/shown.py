@@ -35,7 +35,7 @@ def document(name: str, figures: bool = False, book: str = "analysis", **paramet
 
     here: dict[str, Any] = {"display": display}
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(notebook, "check_injected"))
+        stack.enter_context(mock.patch.object(notebook, "check_injected", return_value=None))
         stack.enter_context(mock.patch.object(plots, "display", display))
         if not figures:
             stack.enter_context(mock.patch.object(plots, "show", draw))

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+import shown as analysis
 from conftest import REPO
 
 from moelib import notebook
@@ -129,3 +131,55 @@ def test_a_dead_kernel_is_seen(home, monkeypatch):
     with pytest.raises(notebook.NotebookError):
         notebook.execute("run", out, {"study": "smoke"}, progress=False)
     assert not notebook.is_whole(out)
+
+
+def test_a_document_made_elsewhere_leaves_the_studys_folder_alone(home, tmp_path, monkeypatch):
+    executed = []
+
+    def execute(name, out, parameters, progress):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        told = {"kind": "text", "name": "answer", "text": "42", "sources": {}}
+        out.write_text(json.dumps(shown({"moelib": told})), encoding="utf-8")
+        executed.append(out)
+
+    monkeypatch.setattr(notebook, "execute", execute)
+    assert notebook.document("smoke", tmp_path / "into") == tmp_path / "into" / notebook.DOCUMENT
+    assert not (home / "outputs").exists()
+    assert not executed[0].exists(), "its working copy is gone"
+    notebook.document("smoke")
+    assert executed[1] == home / "outputs/smoke/notebooks/analysis.ipynb"
+    assert executed[1].exists()
+
+
+def test_a_whole_cells_notebook_shows_on_a_machine_without_engine_or_device(monkeypatch):
+    """The committed study of a GPU."""
+    from moelib import device, engine
+
+    monkeypatch.setattr(engine, "find", lambda *_: pytest.fail("an engine was asked for"))
+    monkeypatch.setattr(device, "choose", lambda *_: pytest.fail("a device was asked for"))
+    text = analysis.document("h100-twins", book="run", model="deepseek-moe-16b", quant="Q2_K")
+    assert len(re.findall(r"\| cpu-moe/none +\|", text)) == 10  # of placement and runs, five blocks each
+    assert "![Device memory of each run over time](memory.png)" in text
+    assert "Tokens generated over time, long-512" in text
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", '{"cells": 1}', '{"cells": [1]}', '{"cells": [{"cell_type": "code"}]}']
+)
+def test_a_notebook_of_another_form_is_one_sentence(tmp_path, content):
+    path = tmp_path / "n.ipynb"
+    for text in (content.encode(), b"\xff\xfe", b"[" * 100_000):
+        path.write_bytes(text)
+        with pytest.raises(notebook.NotebookError, match="n.ipynb cannot be read|no code cells"):
+            notebook.require_whole(path)
+
+
+@pytest.mark.parametrize("harm", ["gone", "damaged", "deep"])
+def test_a_template_that_cannot_be_read_is_one_sentence(home, tmp_path, harm):
+    path = home / "notebooks/analysis.ipynb"
+    if harm == "gone":
+        path.unlink()
+    else:
+        path.write_text("{" if harm == "damaged" else "[" * 100_000, encoding="utf-8")
+    with pytest.raises(notebook.NotebookError, match="analysis.ipynb .*cannot be read.*MOELIB_HOME"):
+        notebook.execute("analysis", tmp_path / "out.ipynb", {"study": "smoke"}, progress=False)

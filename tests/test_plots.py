@@ -1,12 +1,16 @@
 """Figures: an arm keeps its colour, and a bar stands for its runs."""
 
+import dataclasses
+import re
 from statistics import fmean
 
 import pytest
 from conftest import REPO
+from factory import made
 from matplotlib.colors import to_hex
 
 from moelib import plots, study
+from moelib.params import Arm
 
 ARMS = {
     "outputs/h100-twins": ["baseline/mmap", "cpu-moe/mmap", "cpu-moe/none"],
@@ -40,3 +44,88 @@ def test_a_bar_in_an_arms_colour_is_the_mean_of_its_requests():
             runs = [r for b in found.measured[f"deepseek-moe-16b/{quant}"].blocks for r in b if r.spec.arm == arm]
             asked = [q for r in runs for q in r.observed.requests if q.index and q.workload == "long-512"]
             assert bar.get_height() == pytest.approx(1000 * fmean(q.ttft_s for q in asked))
+
+
+def session():
+    """What a figure could change for the rest of a session."""
+    import matplotlib as mpl
+
+    return dict(mpl.rcParams), dict(mpl.colors.colorConverter.colors)
+
+
+def test_figures_leave_the_sessions_settings_alone_and_are_not_changed_by_them(monkeypatch):
+    import matplotlib as mpl
+
+    shown = []
+    monkeypatch.setattr(plots, "display", lambda data, **_: shown.append(data["image/png"]))
+    found = study.results(REPO / "docs/example/demo")
+    records = [r for b in found.blocks for r in b]
+
+    def draw():
+        for name, figure in FIGURES.items():
+            plots.show(figure(found), name, name, records)
+        plots.show(plots.tokens_over_time(records[:2], "plan-short"), "tokens", "tokens", records)
+
+    before = session()
+    draw()
+    assert session() == before
+    with mpl.rc_context({"font.size": 30, "axes.facecolor": "black", "lines.linewidth": 9, "savefig.dpi": 20}):
+        own = session()
+        draw()
+        assert session() == own
+    half = len(shown) // 2
+    assert shown[:half] == shown[half:]
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_where_there_is_nothing_to_draw_the_figure_says_so(name):
+    found = study.results(REPO / "docs/example/demo")
+    empty = found.model_copy()
+    empty.__dict__["statuses"] = {k: dataclasses.replace(s, blocks=()) for k, s in found.statuses.items()}
+    figure = FIGURES[name](empty)
+    (axis,) = figure.axes
+    assert axis.texts[0].get_text().startswith("nothing to draw: no whole block")
+    figure.draw_without_rendering()
+
+
+def test_a_run_without_records_has_figures_that_say_so():
+    failed = [made(status="failed")]
+    for figure in (plots.memory_over_time([]), plots.tokens_over_time([], "x"), plots.memory_over_time(failed)):
+        assert figure.axes[0].texts[0].get_text().startswith("nothing to draw")
+    assert [axis.get_title() for axis in plots.tokens_over_time(failed, "x").axes] == ["baseline/mmap"]
+
+
+def test_more_arms_than_colours_are_all_in_the_legend():
+    found = study.results(REPO / "docs/example/demo")
+    arms = [Arm(placement="baseline")] + [Arm(placement=f"n-cpu-moe={n}") for n in range(1, 7)]
+    many = found.model_copy(update={"study": found.study.model_copy(update={"arms": tuple(arms)})})
+    block = found.blocks[0]
+    runs = [
+        block[0].model_copy(update={"spec": dataclasses.replace(block[0].spec, placement=a.placement)}) for a in arms
+    ]
+    cell = next(iter(found.statuses))
+    many.__dict__["statuses"] = {cell: dataclasses.replace(found.statuses[cell], blocks=(tuple(runs),))}
+    for draw in FIGURES.values():
+        figure = draw(many)
+        (legend,) = figure.legends
+        assert [t.get_text() for t in legend.texts] == [a.placement for a in arms]
+        figure.draw_without_rendering()
+
+
+@pytest.mark.parametrize(
+    ("name", "safe"),
+    [
+        ("speed-plan-short", True),
+        ("ttft-long-512", True),
+        ("../../x", False),
+        ("a/b", False),
+        ("", False),
+        ("x" * 200, False),
+    ],
+)
+def test_a_figures_file_stays_in_its_folder(name, safe):
+    file = plots._file_name(name)
+    assert (file == name) is safe
+    assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", file)
+    assert ".." not in file
+    assert plots._file_name(f"{name}?") != plots._file_name(f"{name}!")
