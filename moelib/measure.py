@@ -68,6 +68,12 @@ def measure(folder: study.Folder, cell: study.Cell) -> Iterator[record.Record]:
     refuse_senseless(folder.study)
     llama = engine.find()
     where = device.choose(folder.study.device, llama)
+    if where.kind == "none":
+        raise study.StudyError(
+            f"study {folder.study.name} has no device ({where.note or 'it asks for none'}), so no offload of it could "
+            "be valid: run `make engine` for a build with RPC or CUDA, or set `device: auto` in "
+            f"params/studies/{folder.study.name}.yaml"
+        )
     folder.write_plan()
     folder.work.mkdir(parents=True, exist_ok=True)
     with claim.device(where.uuid, f"device {where.kind}", process.patience(LOCK_S)), _scratch(folder) as work:

@@ -294,6 +294,16 @@ def test_a_study_of_failed_runs_alone_is_no_evidence(refused):
         study.results(refused.path)
 
 
+def test_without_a_device_nothing_is_made_or_measured(home, monkeypatch):
+    """There is nothing to offload from: each such run would be measured, and then be invalid."""
+    monkeypatch.setattr(measure.engine, "find", lambda *_: None)
+    monkeypatch.setattr(measure.device, "choose", lambda *_: measure.device.NoDevice())
+    folder = Folder("smoke")
+    with pytest.raises(StudyError, match="study smoke has no device .*no offload .* could be valid: run `make engine`"):
+        list(measure.measure(folder, folder.cells[0]))
+    assert not folder.path.exists()
+
+
 def test_a_plan_that_was_changed_by_hand_is_seen(home):
     folder = Folder("smoke")
     folder.write_plan()
