@@ -16,8 +16,10 @@ def shell(script):
 
 
 def sleeping(seconds):
-    """Processes that sleep for so long: each test has a number of its own."""
-    return [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", str(seconds)]]
+    """Processes that sleep for so long: each test has a number of its own. The dead wait for their new parent."""
+    every = psutil.process_iter(["cmdline", "status"])
+    found = [p for p in every if p.info["cmdline"] == ["sleep", str(seconds)]]
+    return [p for p in found if p.info["status"] != psutil.STATUS_ZOMBIE]
 
 
 def test_words_and_code_are_told():
