@@ -43,7 +43,7 @@ def name(request):
 @pytest.fixture
 def copy(name, tmp_path, monkeypatch):
     """The study's evidence, without anything that was made from it."""
-    shutil.copytree(COMMITTED[name].study, tmp_path / name, ignore=shutil.ignore_patterns("figures", "*.md", "raw"))
+    shutil.copytree(COMMITTED[name].study, tmp_path / name, ignore=shutil.ignore_patterns("figures", "*.md"))
     monkeypatch.setenv("MOELIB_OUTPUTS", str(tmp_path))
     params._yaml.cache_clear()
     return tmp_path / name
@@ -59,7 +59,8 @@ def rebuilt(folder, tmp_path):
 def test_every_record_stands_and_was_measured_by_committed_code(name):
     found = study.results(COMMITTED[name].study)
     assert not found.damaged
-    assert found.tally["planned"] == sum(found.tally[k] for k in ("valid", "invalid", "missing"))
+    assert found.tally["planned"] == sum(found.tally[k] for k in ("usable", "invalid", "missing"))
+    assert found.tally["usable"] == found.tally["valid"] + found.tally["degraded"]
     assert found.tally["invalid"] == 0
     assert all(p.endswith("not run") for p in found.problems)
     assert {r.host.dirty for r in found.records} == {False}
@@ -105,7 +106,8 @@ def test_all_of_a_studys_evidence_is_cited(name):
 
 def test_the_study_of_the_document_is_whole():
     found = study.results(COMMITTED["h100-twins"].study)
-    assert found.tally == {"planned": 90, "valid": 90, "invalid": 0, "missing": 0}
+    assert found.tally == {"planned": 90, "usable": 90, "valid": 57, "degraded": 33, "invalid": 0, "missing": 0}
+    assert {reason for r in found.done for reason in r.reasons} == {"watched-lightly"}
     assert found.problems == []
 
 
