@@ -7,7 +7,7 @@ SAMPLE ?= 0
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engine demo test faults forgeries hubfaults lint docs validation cards rehearsal mutation lab doctor bench scale clean
+.PHONY: help setup engine demo test quick faults forgeries hubfaults lint docs validation cards rehearsal mutation lab doctor bench scale clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -36,6 +36,9 @@ demo: ## the whole demo study, to its document
 
 test: engine lint ## the test suite
 	@$(BIN)/python -m pytest
+
+quick: setup ## the tests that need no engine and are soon done: under a minute
+	@MOELIB_LLAMA_CPP=/nowhere $(BIN)/python -m pytest -q -m "not engine and not slow"
 
 faults: engine ## the fault campaign, long form with a new seed, about 10 minutes (ARGS="--seed N" repeats one)
 	@$(BIN)/python tests/faults.py --rounds 10 $(ARGS)
@@ -66,7 +69,7 @@ rehearsal: engine ## publish the committed demo study to a Hub on loopback, with
 	  $(BIN)/moelib quantize $$model $$quant --scale tiny > /dev/null || exit 1; done; done
 	@MOELIB_OUTPUTS=docs/example $(BIN)/python tests/rehearsal.py demo docs/example/publication.md
 
-mutation: engine ## mutation testing of memory and audit (about half an hour; SAMPLE=N for a part)
+mutation: engine ## mutation testing of what decides whether a number is believed, hours (SAMPLE=N for a part)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[test,mutation]'
 	@$(BIN)/python tools/mutation.py --sample $(SAMPLE)
 

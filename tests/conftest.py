@@ -47,11 +47,45 @@ def pytest_configure(config: pytest.Config) -> None:
     stay_off_the_hub(home)
 
 
+SLOW = {
+    # kernels are started; documents, cards, figures and models are made
+    "test_committed",
+    "test_notebooks",
+    "test_cards",
+    "test_plots",
+    "test_twin",
+    # commands run as processes of their own, or through whole studies
+    "test_cli",
+    "test_damaged",
+    "test_demo",
+    # campaigns: of faults, of forgeries, of hostile strings
+    "test_forgeries",
+    "test_neutral::test_no_string_gets_out_in_the_document",
+    "test_neutral::test_no_string_gets_out_in_a_card",
+    "test_sources",
+    "test_wire",
+    "test_hub",
+    "test_hub_faults",
+    "test_gguf_kinds::test_the_campaign_in_short",
+    "test_yaml_file::test_harm_is_one_sentence_at_once_and_in_little_memory",
+    "test_memory::test_a_value_is_the_truth_whatever_the_driver_shows",
+    "test_archive",
+    "test_pins",
+    "test_process",
+    "test_probe",
+    "test_gguf_file::test_hostile_headers_end_in_an_error_or_a_header",
+}
+"""Files, and tests of other files, that take seconds each; `make quick` leaves them out."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever uses the real engine is marked so: `make quick` leaves it out."""
+    """Whatever uses the real engine, and whatever is slow, is marked so."""
     for item in items:
         if "engine" in getattr(item, "fixturenames", ()):
             item.add_marker("engine")
+        name = item.path.stem
+        if SLOW & {name, f"{name}::{getattr(item, 'originalname', item.name)}"}:
+            item.add_marker("slow")
 
 
 def furnish(home: Path, smoke: str = SMOKE) -> Path:

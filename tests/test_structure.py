@@ -9,7 +9,7 @@ import tomllib
 
 import pytest
 import yaml
-from conftest import REPO
+from conftest import REPO, SLOW
 
 # Each module may import those before it, never those after.
 LAYERS = """yaml_file strict upstream params neutral ranges facts files claim gguf_reader gguf_foreign gguf_header
@@ -227,3 +227,11 @@ def test_what_reads_text_without_an_encoding_is_seen(tmp_path, monkeypatch, code
     path = tmp_path / "code.py"
     path.write_text(code, encoding="utf-8")
     assert bool(_without_encoding(path)) is wrong
+
+
+def test_what_make_quick_leaves_out_is_there():
+    """And all that needs the engine is left out: the target runs where none can be found."""
+    for name in SLOW:
+        module, _, test = name.partition("::")
+        assert f"def {test or 'test_'}" in (REPO / "tests" / f"{module}.py").read_text(encoding="utf-8")
+    assert "MOELIB_LLAMA_CPP=/nowhere" in (REPO / "Makefile").read_text(encoding="utf-8")
