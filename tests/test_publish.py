@@ -235,7 +235,7 @@ def test_a_file_that_the_hub_lists_with_another_hash_is_not_shown(results, there
 
     def read_back(*args):
         with monkeypatch.context() as patch:
-            told = {results.sheets[0]["file_name"]: "0" * 64}
+            told = {results.sheets[0].file_name: "0" * 64}
             patch.setattr(publish, "_listing", lambda *where: honest(*where) | told)
             back(*args)
 
