@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import numpy as np
@@ -69,7 +70,17 @@ def test_a_95_percent_interval_covers_95_percent(n):
 
 
 @pytest.mark.parametrize(
-    ("x", "text"), [(1234.6, "1235"), (123.46, "123"), (12.346, "12.3"), (0.0123, "0.0123"), (0, "0"), (999.6, "1000")]
+    ("x", "text"),
+    [
+        (1234.6, "1235"),
+        (123.46, "123"),
+        (12.346, "12.3"),
+        (0.0123, "0.0123"),
+        (0, "0"),
+        (999.6, "1000"),
+        (99.0, "99.0"),
+        (99.96, "100"),
+    ],
 )
 def test_numbers_as_people_read_them(x, text):
     assert stats.number(x) == text
@@ -88,3 +99,33 @@ def test_sizes_and_the_unknown():
     assert stats.estimate(stats.Estimate(2.0, 1.0, 3.0, 3)) == "2.00 [1.00, 3.00]"
     assert stats.estimate(stats.Estimate(2.0, None, None, 1)) == "2.00 (n = 1)"
     assert stats.sizes(stats.Estimate(2.0 * 2**20, 2**20, 3 * 2**20, 3)) == "2.00 [1.00, 3.00] MiB"
+
+
+def test_ranges_shares_and_units_as_people_read_them():
+    assert stats.span([2.0, 1.0, 3.0], stats.number) == "1.00 to 3.00"
+    assert stats.span([2.0, 2.001], stats.number) == "2.00"
+    assert stats.span([0.5], stats.percent) == stats.percent(0.5) == "50.0 %"
+    assert (stats.percent(0.12345), stats.percent(1), stats.percent(0)) == ("12.3 %", "100.0 %", "0.0 %")
+    assert stats.close(stats.Estimate(0.99876, 0.99, 1.01, 3)) == "0.9988 [0.9900, 1.0100]"
+    assert stats.close(None) == "n/a"
+    assert stats.estimate(stats.Estimate(0.002, 0.001, 0.003, 3), 1000) == "2.00 [1.00, 3.00]"
+    assert stats.sizes(stats.Estimate(-(2.0**30), -(2.0**31), -(2.0**29), 3)) == "-1.00 [-2.00, -0.50] GiB"
+    assert stats.sizes(stats.Estimate(2.0**20, None, None, 1)) == "1.00 MiB (n = 1)"
+
+
+def test_an_estimate_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        stats.mean([1, 2, 3]).value = 7
+
+
+def test_two_values_have_the_widest_interval():
+    """ppf(0.975, 1) = 12.706205 by scipy's documentation of t; sd of 1, 3 is the root of 2."""
+    e = stats.mean([1, 3])
+    half = 12.706205 * math.sqrt(2) / math.sqrt(2)
+    assert (e.low, e.high, e.n) == (pytest.approx(2 - half, rel=1e-6), pytest.approx(2 + half, rel=1e-6), 2)
+
+
+def test_a_geometric_mean_is_the_root_of_the_product():
+    assert stats.geometric_mean([1, 10, 100]).value == pytest.approx(10)
+    assert stats.geometric_mean([2, 8]).value == pytest.approx(4)
+    assert stats.LEVEL == 0.95
