@@ -10,7 +10,7 @@ from datetime import datetime
 from statistics import median
 from typing import Any, NamedTuple
 
-from moelib.bounds import COURSE_S, TICK_S, found
+from moelib.bounds import COURSE_S, PAGING, TICK_S, found
 from moelib.client import Request
 from moelib.invariants import Finding, holds, strained
 from moelib.memory import AGREE_BYTES, AGREE_SHARE
@@ -34,7 +34,6 @@ TURN_S = 2.0  # starts are kept to whole seconds
 ALIKE_S, ALIKE_SHARE = 8e-6, 0.01  # two runs' steps differ by 22 us, and by 0.7 to 3 %, at the least that was seen
 ALIKE_STEPS = 20  # fewer may be alike by chance
 NEIGHBOURS = 4  # a copy takes as long as what it was copied from: only the next in length are compared
-FAULTS = 100  # page faults that wait for the disk: from here on pages come and go, and RSS is not steady
 
 
 class Cell(NamedTuple):
@@ -195,7 +194,7 @@ def memory_steady(cell: Cell) -> Finding:
                 device[arm].append(o.memory.value_bytes)
             if o.memory.residual_bytes is not None:
                 rests[arm].append(o.memory.residual_bytes)
-            if o.host_rss_peak_bytes is not None and (o.host.major_faults or 0) < FAULTS:
+            if o.host_rss_peak_bytes is not None and (o.host.major_faults or 0) < PAGING:
                 host[arm].append(o.host_rss_peak_bytes)
             for m in o.prompt_traffic:
                 if m.received_bytes is not None:

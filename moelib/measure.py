@@ -184,7 +184,7 @@ def _perform(folder: study.Folder, spec: run.Spec, attempt: int, setup: Setup) -
 
 def _audited(folder: study.Folder, r: record.Record) -> record.Record:
     """The record with what the present rules say of it, its log being called as a witness."""
-    checks = audit.run(audit.measured(r)) + audit.log(witness.call(folder.path, r))
+    checks = gather.audit_today(r, witness.call(folder.path, r))
     status, reasons = audit.verdict(checks)
     return r.model_copy(update={"status": status, "reasons": reasons, "audit": checks})
 
@@ -195,7 +195,7 @@ def judge_again(folder: study.Folder) -> list[record.Record]:
     Of each run the first attempt that is valid by now becomes a record of its own, which names the first one; nothing
     is measured, and nothing overwritten. Raises StudyError in a clone with changes: the rules must be a commit's.
     """
-    records, rules = folder.evidence().records, process.facts()
+    records, rules = folder.records(), process.facts()
     if rules["dirty"] or not rules["commit"]:
         raise study.StudyError("the rules must be a commit's: commit what you changed, then judge again")
     made, there = [], gather.standing(records)
@@ -247,7 +247,9 @@ def select(name: str, cell: str | None = None) -> tuple[study.Folder, list[study
 def done(folder: study.Folder, cells: list[study.Cell]) -> int:
     """How many of the cells' runs have a valid record."""
     here = {c.name for c in cells}
-    return sum(r.done and r.cell in here for r in folder.evidence(light=True).standing.values())
+    # their number alone: who runs or shows them audits them
+    records, _ = record.read_all(folder.path, each=record.Lightener())
+    return sum(r.done and r.cell in here for r in gather.standing(records).values())
 
 
 def _whole(folder: study.Folder, cell: study.Cell, status: study.Status) -> bool:

@@ -12,7 +12,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -317,7 +317,7 @@ def _results(path: Path, plan: dict[str, Any], evidence: Evidence) -> Results:
             accuracy[f"{harness.FOLDER}/{p.name}"] = harness.read(p)
         except files.FileError:
             damaged.append(f"{harness.FOLDER}/{p.name}: not what was written")
-    evidence.damaged.extend(damaged)
+    evidence = replace(evidence, damaged=[*evidence.damaged, *damaged])
     sheets = [s for name, s in sheets.items() if name not in wrong]
     made = {"records": evidence.records, "evidence": evidence, "sheets": sheets, "accuracy": accuracy}
     return Results(name=path.name, **plan, **made)

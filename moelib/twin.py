@@ -27,7 +27,6 @@ PIECE_BYTES = 1 << 23
 WEIGHT_RANGE = 0.035  # uniform in +-range: standard deviation 0.02, what models are initialised with
 ALIGNMENT = 32
 UNSPOKEN = 3 + 256  # special and byte tokens, first in the vocabulary
-NAME = TWIN_NAME  # llama.cpp takes a name with "phi-3" for another tokenizer, so it has no model name in it
 DESCRIPTION = "random weights in the shape of"
 PROMPT_WORDS = ("▁Explain", "▁quantum", "▁computing", "▁in", "▁simple", "▁terms", ".")
 
@@ -100,7 +99,7 @@ def _writer(path: Path, g: Geometry, title: str) -> GGUFWriter:
 
     tokens, scores, types = vocabulary(g.vocab_size)
     facts = {
-        "name": NAME,
+        "name": TWIN_NAME,  # llama.cpp takes a name with "phi-3" for another tokenizer, so it has no model name in it
         "description": f"{DESCRIPTION} {title}; text and quality are meaningless",
         "file_type": LlamaFileType.MOSTLY_F16,
         "quantization_version": 2,

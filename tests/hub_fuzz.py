@@ -21,7 +21,6 @@ from pathlib import Path
 from unittest import mock
 
 import published
-import yaml
 from hub import Hub, official_client
 
 from moelib import hub, params, publish, sources
@@ -134,13 +133,7 @@ def doors(there, folder):
 def campaign(home, cases, seed, say=print):
     """(how each case ended, tracebacks by their last line)."""
     rng, ended, bad = random.Random(seed), Counter(), Counter()
-    geometry = params.model("deepseek-moe-16b").at_scale("nano")
-    entry = {
-        "toy": {"title": "T", "geometry": geometry.model_dump(), "upstream": {"publisher": "a", "original": "a/t"}}
-    }
-    path = home / "params/models.yaml"
-    path.write_text(path.read_text(encoding="utf-8") + yaml.safe_dump(entry), encoding="utf-8")
-    params._yaml.cache_clear()
+    geometry, path = published.catalogued(home), home / "params/models.yaml"
     toy = published.gguf(geometry)
     clean = path.read_bytes()
     with (

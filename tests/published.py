@@ -4,12 +4,24 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import yaml
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quant_shape_to_byte_shape
 
-from moelib import twin
+from moelib import params, twin
 
 LLAMA_KEYS = "block_count context_length embedding_length feed_forward_length expert_count expert_used_count".split()
+
+
+def catalogued(home, title="T", publisher="a", original="a/t"):
+    """Put a model `toy` into the home's catalogue, the smallest that it can have of its kind; returns its geometry."""
+    geometry = params.model("deepseek-moe-16b").at_scale("nano")
+    upstream = {"publisher": publisher, "original": original}
+    entry = {"toy": {"title": title, "geometry": geometry.model_dump(), "upstream": upstream}}
+    path = home / "params/models.yaml"
+    path.write_text(path.read_text(encoding="utf-8") + yaml.safe_dump(entry), encoding="utf-8")
+    params._yaml.cache_clear()
+    return geometry
 
 
 def gguf(geometry, kind="F16", arch=None, keep=lambda name: True, filling=1, general=None, **keys):

@@ -18,14 +18,7 @@ REPO = "alice/toy-GGUF"
 def shape(home, monkeypatch):
     """Shape of the model `toy`, the smallest that the catalogue can have of its kind."""
     monkeypatch.setenv("HF_TOKEN", "hf_read")
-    geometry = params.model("deepseek-moe-16b").at_scale("nano")
-    entry = {
-        "toy": {"title": "T", "geometry": geometry.model_dump(), "upstream": {"publisher": "a", "original": "a/t"}}
-    }
-    path = home / "params/models.yaml"
-    path.write_text(path.read_text(encoding="utf-8") + yaml.safe_dump(entry), encoding="utf-8")
-    params._yaml.cache_clear()
-    return geometry
+    return published.catalogued(home)
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import published
 import pytest
-import yaml
 from conftest import SMOKE
 from hub import HOWS, Hub, official_client
 from huggingface_hub import constants
@@ -31,13 +30,7 @@ def toy(home, tmp_path, monkeypatch):
     """A model `toy` in the catalogue whose full size is deepseek's nano, and the bytes of its F16 file."""
     monkeypatch.setenv("MOELIB_MODELS", str(tmp_path / "m"))
     monkeypatch.setenv("HF_TOKEN", "hf_read")
-    geometry = params.model("deepseek-moe-16b").at_scale("nano")
-    entry = {
-        "toy": {"title": "Toy", "geometry": geometry.model_dump(), "upstream": {"publisher": "al", "original": "al/t"}}
-    }
-    path = home / "params/models.yaml"
-    path.write_text(path.read_text(encoding="utf-8") + yaml.safe_dump(entry), encoding="utf-8")
-    params._yaml.cache_clear()
+    geometry = published.catalogued(home, "Toy", "al", "al/t")
     published.twin_as_a_model(tmp_path / "toy.gguf", geometry)
     return (tmp_path / "toy.gguf").read_bytes()
 

@@ -12,7 +12,6 @@ import hub_hostile
 import psutil
 import published
 import pytest
-import yaml
 from huggingface_hub import constants
 
 from moelib import hub, params, pins, publish, sources, wire
@@ -26,13 +25,7 @@ def toy(home, tmp_path, monkeypatch):
     """A model of the catalogue, and the bytes of its file."""
     monkeypatch.setenv("MOELIB_MODELS", str(tmp_path / "m"))
     monkeypatch.setenv("HF_TOKEN", "hf_write")
-    geometry = params.model("deepseek-moe-16b").at_scale("nano")
-    entry = {
-        "toy": {"title": "T", "geometry": geometry.model_dump(), "upstream": {"publisher": "a", "original": "a/t"}}
-    }
-    path = home / "params/models.yaml"
-    path.write_text(path.read_text(encoding="utf-8") + yaml.safe_dump(entry), encoding="utf-8")
-    params._yaml.cache_clear()
+    geometry = published.catalogued(home)
     return published.gguf(geometry)
 
 
