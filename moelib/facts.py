@@ -92,6 +92,7 @@ class DeviceFacts(Facts):
     pcie_link_now: Link | None = None
     power_limit_watt: Watts | None = None
     max_sm_clock_mhz: Megahertz | None = None
+    """The highest that the card has; None where the driver does not say, and in records of schema 2."""
 
 
 class HostFacts(Facts):

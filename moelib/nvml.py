@@ -109,7 +109,7 @@ class Gpu:
             )
 
     def facts(self) -> dict[str, Any]:
-        """Size, driver and power limit; None for what the driver does not say."""
+        """Size, driver, highest clock and power limit; None for what the driver does not say."""
 
         def bandwidth() -> float:
             """Clock x 2 transfers x bus width, as the driver tells them."""
@@ -123,6 +123,7 @@ class Gpu:
             "pcie_link_now": self._link("Curr"),
             "total_bytes": _ask(lambda: int(self._memory().total)),
             "driver": _ask(lambda: _text(pynvml.nvmlSystemGetDriverVersion())),
+            "max_sm_clock_mhz": _ask(lambda: pynvml.nvmlDeviceGetMaxClockInfo(self.handle, pynvml.NVML_CLOCK_SM)),
             "power_limit_watt": _ask(lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(self.handle) / 1000),
         }
 

@@ -364,7 +364,7 @@ SCENARIOS = {
 
 COUNTERS = (
     *("energy 123456", "power 350500", "clock1 1980", "clock2 2619", "field198 1000", "field197 2000"),
-    *("buswidth 6144", "maxclock2 3201"),
+    *("buswidth 6144", "maxclock1 1980", "maxclock2 3201"),
     f"events {0x8 | 0x40 | POWER_CAP}",
 )
 STARTS = {
@@ -502,6 +502,7 @@ def test_counters_are_in_the_units_of_their_names(played):
         "total_bytes": TOTAL,
         "driver": "580.1",
         "power_limit_watt": 700.0,
+        "max_sm_clock_mhz": 1980,
         "bandwidth_bytes_per_s": 4_916_736_000_000.0,  # 3201 MHz, 2 transfers, 6144 bit
         "pcie_bytes_per_s": None,  # this driver does not say
         "pcie_link": None,
