@@ -11,9 +11,8 @@ from math import log
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from moelib import gguf_file, hub, neutral, params, weights
+from moelib.bar import tqdm
 from moelib.strict import build
 from moelib.upstream import Pin, SourceFile, hub_path, repository_name
 

@@ -185,9 +185,8 @@ def study() -> None:
 @click.option("--cell", help="Only MODEL/QUANT.")
 def study_run(name: str, cell: str | None) -> None:
     """Do everything of study NAME that is not done, then write its document."""
-    from tqdm import tqdm
-
     from moelib import measure, monitor, notebook, params, words
+    from moelib.bar import tqdm
 
     measure.refuse_senseless(params.study(name))  # before anything is looked for or written
     folder, cells = measure.select(name, cell)

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from moelib import files, gguf_file, models, params, process, sources
+from moelib.bar import tqdm
 from moelib.engine import Engine
 from moelib.facts import Sheet
 

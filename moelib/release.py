@@ -8,9 +8,9 @@ import urllib.request
 from pathlib import Path
 
 import httpx
-from tqdm import tqdm
 
 from moelib import files, params
+from moelib.bar import tqdm
 
 CONNECT_S, SILENT_S, LIMIT_S = 5.0, 20.0, 3600.0
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 from gguf import GGUFWriter, LlamaFileType, TokenType
-from tqdm import tqdm
 
 from moelib import files
+from moelib.bar import tqdm
 from moelib.gguf_header import TWIN_NAME
 from moelib.params import Geometry
 

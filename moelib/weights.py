@@ -6,9 +6,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from moelib import gguf_file, gguf_header, params, twin
+from moelib.bar import tqdm
 
 UNQUANTISED = ("F16", "BF16", "F32")
 """In the order of preference: what the plan names, what is as good, what is twice as large as it need be."""

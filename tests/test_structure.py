@@ -12,7 +12,7 @@ import yaml
 from conftest import REPO, SLOW
 
 # Each module may import those before it, never those after.
-LAYERS = """yaml_file strict upstream params neutral ranges facts files claim gguf_reader gguf_foreign gguf_header
+LAYERS = """bar yaml_file strict upstream params neutral ranges facts files claim gguf_reader gguf_foreign gguf_header
 gguf_file stats twin logfile process monitor wire hub host mapped probe release tarball archive engine logs
 models pins weights convert candidates sources quantize reasons memory visible nvml cuda gpus device client
 trial harness run record invariants command bounds witness cells audit gather study words analyse table
@@ -51,6 +51,18 @@ def test_importing_moelib_is_cheap():
     code = "import sys, moelib; print(sorted(set(sys.modules) & {'pandas', 'numpy', 'seaborn', 'papermill', 'yaml'}))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, encoding="utf-8")
     assert out.stdout.strip() == "[]"
+
+
+def test_a_bar_starts_no_process():
+    """With the start method that Python has from 3.14 on."""
+    code = (
+        "import multiprocessing, psutil; multiprocessing.set_start_method('forkserver')\n"
+        "from moelib.bar import tqdm\n"
+        "with tqdm(total=2) as bar:\n"
+        "    bar.update(); print([p.cmdline() for p in psutil.Process().children()])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, encoding="utf-8")
+    assert out.stdout.strip() == "[]", out.stderr
 
 
 CONDA_NAMES = {"matplotlib": "matplotlib-base", "seaborn": "seaborn-base"}

@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 
 import psutil
-from tqdm import tqdm
 
 from moelib import archive, files, params, process, release, trial
+from moelib.bar import tqdm
 from moelib.engine import ARCHIVE, MADE, PACKAGE, Engine, EngineError, candidates, find, load
 
 BUILD = 11434
