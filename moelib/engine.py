@@ -283,7 +283,7 @@ def _package_folder() -> Path | None:
 def candidates(explicit: str | Path | None = None) -> list[tuple[str, Path | None]]:
     """Where tools are looked for, in order: (how, folder or None where there is nothing)."""
     env, on_path = os.environ.get("MOELIB_LLAMA_CPP"), shutil.which("llama-server")
-    aside = next((p for p in _aside(Path("/usr/bin")) if (p / "llama-server").is_file()), None)
+    aside = next((p for p in _aside(Path("/usr/bin")) if _is_tool(p / "llama-server")), None)
     return [
         (EXPLICIT, Path(explicit) if explicit else None),
         (VARIABLE, Path(env) if env else None),
@@ -296,7 +296,7 @@ def candidates(explicit: str | Path | None = None) -> list[tuple[str, Path | Non
 def _of_link(server: Path) -> Path:
     """The folder of a tool on PATH: where its link leads, if the tools are there."""
     real = server.resolve().parent
-    return real if (real / server.name).is_file() else server.parent
+    return real if _is_tool(real / server.name) else server.parent
 
 
 def find(explicit: str | Path | None = None) -> Engine:
@@ -325,14 +325,16 @@ def _place(folder: Path, how: str) -> Path | None:
     """The folder of the tools that `folder` stands for. Raises EngineError for one that was named and holds none."""
     why = "holds no llama-server"
     try:
+        folder.lstat()  # is_file and is_dir say no, from Python 3.14 on, where they may not look
         for place in (folder, folder / "bin", folder / "build" / "bin"):
             if (place / "llama-server").is_file():
                 return place.resolve()
-        if not folder.is_dir():
-            why = "is a file" if folder.is_file() else "does not exist"
-            why = "is a link that leads nowhere or back to itself" if folder.is_symlink() and why[0] == "d" else why
-        else:
+        if folder.is_dir():
             os.listdir(folder)
+        else:
+            why = "is a link that leads nowhere or back to itself" if folder.is_symlink() else "is a file"
+    except (FileNotFoundError, NotADirectoryError):
+        why = "does not exist"
     except OSError as err:
         why = f"cannot be read ({err.strerror})"
     if how in MADE:

