@@ -65,7 +65,8 @@ def test_without_a_compiler_it_says_what_to_install(none_found):
 
 
 def test_a_build_that_fails_says_so_with_its_last_words(tmp_path, monkeypatch):
-    monkeypatch.setattr(build_engine.sys, "executable", "/bin/false")
+    # its own name alone: the bar's lock starts a process of Python's, which would be a false one for all later tests
+    monkeypatch.setattr(build_engine, "sys", SimpleNamespace(executable="/bin/false"))
     with pytest.raises(EngineError, match=r"could not be built; .*wheel\.log ends"):
         build_engine._compile(tmp_path / "wheel")
     assert not (tmp_path / "wheel").exists()
