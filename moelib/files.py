@@ -58,6 +58,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def head(path: Path, most: int) -> bytes:
+    """The file's bytes, no more than `most`. Asking a file for far more than it has makes room for all of it first."""
+    with path.open("rb") as f:
+        return f.read(min(os.fstat(f.fileno()).st_size + 1, most))
+
+
 class Hashed:
     """A file's SHA-256, read from disk once, and again whenever the file changed since.
 

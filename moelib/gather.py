@@ -1,6 +1,8 @@
 """The records of a study: each read once, audited once with its log as a witness, and what stands of them."""
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -55,9 +57,22 @@ def gather(folder: Path, of: str = "", set_aside: bool = False, light: bool = Fa
             starts[r.run_id] = r.observed.load_s - called.log.ready_s
         return lighten(r) if light else r
 
-    records, damaged = record.read_all(folder, set_aside, of, look)
+    with _no_search_for_cycles():
+        records, damaged = record.read_all(folder, set_aside, of, look)
     away = tuple(p.name.partition(".json")[0] for p in sorted((folder / "records" / "damaged").glob(f"{of}*")))
     return Evidence(records, damaged, wrong, starts, away, checks)
+
+
+@contextmanager
+def _no_search_for_cycles() -> Iterator[None]:
+    """Records hold no cycles, and Python would look for them in all that was read, again and again."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def audit_today(r: record.Record, called: witness.Witnessed | None = None) -> tuple[record.Check, ...]:

@@ -8,7 +8,7 @@ Format: llama.cpp b6666 to b11434; since 2026 each line begins with `minutes.sec
 import itertools
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from moelib.engine import Report, parse_log
@@ -73,8 +73,8 @@ _FACTS = {
     "system_info: n_threads ": "n_threads",
 }
 _READY = "listening on http"
-_LOADING = (*_REPORT, *_FACTS, "- type ", "model params", " BPW)", _READY)
-_SERVING = ("eval time = ", "processing task", "memory_breakdown")
+_LOADING = {w: w.encode() for w in (*_REPORT, *_FACTS, "- type ", "model params", " BPW)", _READY)}
+_SERVING = {w: w.encode() for w in ("eval time = ", "processing task", "memory_breakdown")}
 """What the lines of interest hold, a tenth of all, before and after it is ready. Finding a word in the whole text
 is many times quicker than asking each line for each word, or matching a pattern."""
 
@@ -100,26 +100,30 @@ def _seconds(line: str) -> float | None:
     return 60 * minutes + seconds + milli / 1e3 + micro / 1e6
 
 
-def _lines(text: bytes, words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(word, line) of the lines that hold one of the words, in order."""
-    begins = {}
-    for word in words:
-        sought = word.encode()
-        at = text.find(sought)
+def _lines(text: bytes, words: Mapping[str, bytes]) -> Iterator[tuple[str, str]]:
+    """(word, line) of the lines that hold one of the words, in order; of a fact, the first line."""
+    lines: dict[int, tuple[str, int]] = {}
+    find, last = text.find, len(text)
+    for word, sought in words.items():
+        at = find(sought)
         while at >= 0:
-            begins.setdefault(text.rfind(b"\n", 0, at) + 1, word)
-            end = text.find(b"\n", at)
-            at = text.find(sought, end) if end >= 0 else -1
-    for begin, word in sorted(begins.items()):
-        end = text.find(b"\n", begin)
-        yield word, text[begin : end if end >= 0 else None].decode("utf-8", errors="replace")
+            begin, end = text.rfind(b"\n", 0, at) + 1, find(b"\n", at)
+            if begin not in lines:
+                lines[begin] = (word, end if end >= 0 else last)
+                if word in _FACTS:
+                    break
+            at = find(sought, end) if end >= 0 else -1
+    for begin in sorted(lines):
+        word, end = lines[begin]
+        yield word, text[begin:end].decode("utf-8", "replace")
 
 
 def parse(text: bytes) -> Log:
     """Read a log's text, as the engine wrote it."""
     report, tasks, types, facts = [], [], {}, {}
     ready = launched = prompt = used = parameters = bits = None
-    head = text.find(b"\n", text.find(_READY.encode()) + 1) if _READY.encode() in text else len(text)
+    said = text.find(_LOADING[_READY])
+    head = text.find(b"\n", said + 1) if said >= 0 else len(text)
     for word, line in itertools.chain(_lines(text[:head], _LOADING), _lines(text[head:], _SERVING)):
         if word in _REPORT:
             report.append(line)

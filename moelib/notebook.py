@@ -69,7 +69,9 @@ def execute(name: str, out: Path, parameters: dict[str, Any], progress: bool = T
     with contextlib.chdir(root):
         try:
             how = {"progress_bar": progress, "kernel_name": "python3", "extra_arguments": QUIET}
-            papermill.execute_notebook(str(source), str(to), parameters, **how)
+            # an analysis grows with its study, and papermill would write all of it before and after each cell
+            saves = name != "analysis"
+            papermill.execute_notebook(str(source), str(to), parameters, request_save_on_cell_execute=saves, **how)
         except Exception as err:  # a cell's error; else a dead kernel, a lost connection: many types, one meaning
             kind = "" if isinstance(err, PapermillException) else f"{type(err).__name__}: "
             raise NotebookError(f"{out.name}: {kind}{(str(err).strip() or 'no words').splitlines()[-1]}") from err

@@ -9,7 +9,7 @@ import json
 import logging
 from array import array
 from collections.abc import Callable, Iterable
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -132,8 +132,7 @@ def write(folder: Path, record: Record) -> Record:
 def read(path: Path) -> Record:
     """The record at `path`, verified. Raises RecordError."""
     try:
-        with path.open("rb") as f:
-            raw = f.read(MAX_BYTES + 1)
+        raw = files.head(path, MAX_BYTES + 1)
         if len(raw) > MAX_BYTES:
             raise RecordError(f"more than {MAX_BYTES >> 20} MiB are no record of a run")
         found = Record.model_validate_json(raw, strict=True)
@@ -161,24 +160,33 @@ class Lightener:
 
     def __init__(self) -> None:
         self._held: dict[Any, Any] = {}
+        self._outcomes: dict[tuple[tuple[str, bool], ...], tuple[Check, ...]] = {}
 
     def _once(self, value: Any, key: Any = None) -> Any:
         held = self._held.setdefault(value if key is None else key, value)
         return held if held == value else value
 
     def __call__(self, r: Record) -> Record:
+        """`r` itself, made small in place: as it was just read, nobody else has it. Copies of frozen parts, of which
+        it has dozens, would take longer than to verify it."""
+        small = object.__setattr__
         names = (("sheet", r.sheet.sha256), ("engine", r.engine.server_sha256), ("device", r.device.uuid))
-        shared = {k: self._once(getattr(r, k), (k, name)) for k, name in (*names, ("host", r.host.host_id))}
-        shared["audit"] = tuple(self._once(Check(c.id, c.passed, "")) for c in r.audit)
+        for k, name in (*names, ("host", r.host.host_id)):
+            r.__dict__[k] = self._once(getattr(r, k), (k, name))
+        outcome = tuple((c.id, c.passed) for c in r.audit)
+        if outcome not in self._outcomes:
+            self._outcomes[outcome] = tuple(Check(*told, "") for told in outcome)
+        r.__dict__["audit"] = self._outcomes[outcome]
         if (o := r.observed) is not None:
-            memory = replace(o.memory, trace=replace(o.memory.trace, during=o.memory.trace.during[-1:]))
-            requests = (
-                replace(q, tokens=(), token_s=array("d", q.token_s), token_n=array("I", q.token_n)) for q in o.requests
-            )
-            told = {k: self._once(getattr(o, k)) for k in ("argv", "env", "report", "placement", "top_logprobs")}
-            told["absent"] = self._once(o.absent, tuple(o.absent.items()))
-            shared["observed"] = replace(o, memory=memory, requests=tuple(requests), **told)
-        return r.model_copy(update=shared)
+            small(o.memory.trace, "during", o.memory.trace.during[-1:])
+            for q in o.requests:
+                small(q, "tokens", ())
+                small(q, "token_s", array("d", q.token_s))
+                small(q, "token_n", array("I", q.token_n))
+            for k in ("argv", "env", "report", "placement", "top_logprobs"):
+                small(o, k, self._once(getattr(o, k)))
+            small(o, "absent", self._once(o.absent, tuple(o.absent.items())))
+        return r
 
 
 def read_all(

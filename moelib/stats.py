@@ -7,9 +7,8 @@ logarithms 94 to 96 %.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from statistics import fmean, stdev
-
-from scipy.stats import t as student
 
 LEVEL = 0.95
 NONE = "n/a"
@@ -25,6 +24,14 @@ class Estimate:
     n: int
 
 
+@cache
+def _student(freedom: int) -> float:
+    """Quantile of Student's t at the upper end of the interval; what `scipy.stats` has, without all of the rest."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, (1 + LEVEL) / 2))
+
+
 def mean(values: Sequence[float]) -> Estimate:
     """Arithmetic mean with its t interval. Raises ValueError on no or non-finite values."""
     n = len(values)
@@ -33,7 +40,7 @@ def mean(values: Sequence[float]) -> Estimate:
     centre = fmean(values)
     if n == 1:
         return Estimate(centre, None, None, n)
-    half = float(student.ppf((1 + LEVEL) / 2, n - 1)) * stdev(values) / math.sqrt(n)
+    half = _student(n - 1) * stdev(values) / math.sqrt(n)
     return Estimate(centre, centre - half, centre + half, n)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from moelib import logs
+from moelib import files, logs
 from moelib.bounds import found
 from moelib.client import Request
 from moelib.invariants import Finding, holds, strained
@@ -40,8 +40,7 @@ def call(folder: Path, record: Record) -> Witnessed:
     log, wrong = None, []
     for name, sha256 in record.raw.items():
         try:
-            with (folder / "raw" / name).open("rb") as f:
-                packed = f.read(logs.MAX_BYTES)
+            packed = files.head(folder / "raw" / name, logs.MAX_BYTES)
             if hashlib.sha256(packed).hexdigest() != sha256:
                 wrong.append(f"{name} was changed: its SHA-256 is not the record's")
             elif name.endswith(logs.SERVER):

@@ -217,9 +217,11 @@ def test_a_record_of_an_older_schema_is_migrated_without_a_change_of_what_it_say
 
 
 def test_a_light_record_keeps_what_tables_need(tmp_path):
-    whole, lighten = record.write(tmp_path, made()), record.Lightener()
-    light, other = lighten(whole), lighten(whole)
+    path = tmp_path / "records" / f"{record.write(tmp_path, made()).run_id}.json"
+    whole, lighten = record.read(path), record.Lightener()
+    light, other = lighten(record.read(path)), lighten(record.read(path))
     assert light.sheet is other.sheet
+    assert light.audit is other.audit
     assert [(q.tps, q.ttft_s, q.total_s) for q in light.observed.requests] == [
         (q.tps, q.ttft_s, q.total_s) for q in whole.observed.requests
     ]
