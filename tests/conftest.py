@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 from hub import Hub, official_client
 
 from moelib import engine as engines
-from moelib import params
+from moelib import mapped, params
 
 REPO = Path(__file__).resolve().parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -117,6 +119,31 @@ def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine() -> engines.Engine:
     """The real llama.cpp. `make test` builds it; without it these tests fail rather than pass unseen."""
     return engines.find()
+
+
+def copy_of(llama: engines.Engine, folder: Path) -> engines.Engine:
+    """A copy of the build in `folder`, libraries and all: of a distribution's, that keeps them elsewhere, too."""
+    if any(p.name.startswith(LIBRARY) for p in llama.folder.iterdir()):
+        return engines.load(shutil.copytree(llama.folder, folder, symlinks=True), "a copy")
+    (real := folder / "real").mkdir(parents=True)
+    for tool in llama.tools.values():
+        said = subprocess.run(["ldd", tool], capture_output=True, text=True, check=True, encoding="utf-8").stdout
+        for name, path in re.findall(r"(\S+) => (/\S+)", said):
+            if mapped.OWN.search(name):
+                shutil.copy(path, real / name)
+        shutil.copy(tool, real)
+        script = folder / tool.name
+        script.write_text(f'#!/bin/sh\nLD_LIBRARY_PATH={real} exec {real / tool.name} "$@"\n', encoding="utf-8")
+        script.chmod(0o755)
+    return engines.load(folder, "a copy")
+
+
+LIBRARY = "libggml-base"
+
+
+def library_of(copy: engines.Engine) -> Path:
+    """One that every tool of a copy of a build has mapped."""
+    return next(p for p in copy.folder.rglob(f"{LIBRARY}*") if not p.is_symlink())
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ from unittest import mock
 import numpy as np
 import psutil
 import stub_server
-from conftest import SMOKE, furnish
+from conftest import SMOKE, copy_of, furnish, library_of
 from factory import SHARED, measured, spec
 from test_kill import MOELIB, complete, kill, no_orphans
 
@@ -381,11 +381,10 @@ def _(lab, chance, rounds):
 @fault("a library exchanged while it runs", "files", "engine-changed", 20, "real")
 def _(lab, chance, rounds):
     """Another build is installed over the running one: what it computed from then on is nobody's."""
-    folder = shutil.copytree(engine.find().folder, lab.home / "build", symlinks=True)
-    llama = engine.load(folder, "a copy")
+    llama = copy_of(engine.find(), lab.home / "build")
     made = quantize.make(models.make_twin("deepseek-moe-16b", "nano"), "Q8_0", llama, lab.home / "q")
     asked, ask_all = spec(workloads=("smoke",), context=256), client.ask_all
-    library = next(p for p in folder.glob("libggml-base*") if not p.is_symlink())
+    library = library_of(llama)
 
     def exchanged(*args):
         yield from ask_all(*args)

@@ -160,6 +160,7 @@ def _read(facts, path, part):
 class Server:
     def __init__(self, facts, argv, what):
         self.facts, self.what, self.sent, self.task, self.started = facts, what, 0, 0, time.monotonic()
+        self.commit = re.search(r"(?:commit |\()(\w+)\)", facts["said"])[1]  # b11434; Debian in Debian's build
         after = dict(zip(argv, [*argv[1:], ""], strict=True))
         self.model, self.context = Path(after["-m"]), int(after["-c"])
         self.device, self.rpc = after.get("--device", "none"), after.get("--rpc")
@@ -178,7 +179,7 @@ class Server:
         """Say what the real one says of its build and of its load, where moelib looks."""
         h = _header(self.facts, self.model)
         number, with_ = self.facts["build"], re.search(r"built (with .*?)(;|$)", self.facts["said"])[1]
-        self.log("cmn  common_param", f"common_params_print_info: build {number} (b{number}) {with_}")
+        self.log("cmn  common_param", f"common_params_print_info: build {number} ({self.commit}) {with_}")
         if self.what.get("load") == "silent":
             return
         placement = "baseline" if self.what.get("load") == "deaf" else self.placement
@@ -260,7 +261,7 @@ class Server:
             return self._json(c, 200, {"status": "ok"}, keep)
         if path == "/props":
             number = self.facts["build"]
-            told = {"model_path": str(self.model), "build_info": f"b{number}-b{number}", "total_slots": 1}
+            told = {"model_path": str(self.model), "build_info": f"b{number}-{self.commit}", "total_slots": 1}
             return self._json(c, 200, told, keep)
         if path == "/tokenize":
             words = re.findall(r"\w+|[^\w\s]", asked["content"])

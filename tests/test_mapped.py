@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import copy_of, library_of
 from factory import spec
 
 from moelib import device, mapped, models, quantize, run
@@ -185,18 +186,16 @@ def test_where_the_system_does_not_say_there_is_a_reason(monkeypatch, tmp_path):
 @pytest.mark.engine
 def test_a_library_exchanged_between_two_runs_shows(engine, home, tmp_path):
     """The launcher stays the same; its digest said nothing of this."""
-    build = tmp_path / "build"
-    shutil.copytree(engine.folder, build, symlinks=True)
-    llama = engines.load(build, "a copy")
+    llama = copy_of(engine, tmp_path / "build")
     made = quantize.make(models.make_twin("deepseek-moe-16b", "nano"), "Q8_0", llama, tmp_path / "q")
-    library = next(p for p in build.glob("libggml-base*") if not p.is_symlink())
+    library = library_of(llama)
     seen = []
     for _ in range(2):
         asked = spec(workloads=("smoke",), context=256)
         outcome = run.execute(asked, made, llama, device.Loopback(), tmp_path / "work")
         assert outcome.reason is None, outcome.message
         seen.append(outcome.observation)
-        shutil.copy(library, new := build / "new")
+        shutil.copy(library, new := library.with_name("new"))
         write(new)
         os.replace(new, library)
         time.sleep(0.02)
@@ -208,6 +207,6 @@ def test_a_library_exchanged_between_two_runs_shows(engine, home, tmp_path):
     assert first.system_files == second.system_files
     for before, after in ((first.engine_files, second.engine_files), (first.device_files, second.device_files)):
         assert {name for name in before if before[name] != after.get(name)} == {library.name}
-    assert first.engine_files["llama-server"] == llama.server_sha256
+    assert first.engine_files["llama-server"] == engine.server_sha256
     assert first.engine_digest != second.engine_digest
     assert not any("/" in name for name in first.engine_files)
