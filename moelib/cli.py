@@ -209,7 +209,7 @@ def study_run(name: str, cell: str | None) -> None:
         say(words.summary(found))
     say_all(problems, err=True)
     if not cell and found.done:
-        say(f"document: {os.path.relpath(notebook.document(name, progress=False))}")
+        say(f"document: {os.path.relpath(notebook.document(name, progress=False).path)}")
     elif not cell:
         say("no document: no run came to a result", err=True)
     if problems:
@@ -255,14 +255,12 @@ def report(name: str, into: Path | None) -> None:
 
     Fails if there is nothing in it, or something in the study is wrong; runs that were not done yet are only told.
     """
-    from moelib import notebook, words
-    from moelib.study import outputs, results
+    from moelib import notebook
 
     started = time.monotonic()
-    found = results(outputs() / name)
-    path = os.path.relpath(notebook.document(name, into))
-    say(f"document: {path} ({time.monotonic() - started:.0f} s)")
-    say(words.summary(found))
+    found = notebook.report(name, into)
+    say(f"document: {os.path.relpath(found.path)} ({time.monotonic() - started:.0f} s)")
+    say(found.summary)
     wrong = [p for p in found.problems if not p.endswith(": not run")]
     say_all(wrong, err=True)
     if not found.blocks:

@@ -8,7 +8,7 @@ import pandas as pd
 from moelib import audit, harness, stats, words
 from moelib.facts import Sheet
 from moelib.invariants import INVARIANTS, KINDS
-from moelib.neutral import code, markdown
+from moelib.neutral import code, markdown, plain
 from moelib.record import Record
 from moelib.stats import number, size
 from moelib.study import Results
@@ -132,7 +132,9 @@ def problems(results: Results) -> Text:
             f"\n\n{len(again)} runs were *judged again*: their readings stand in an earlier record that the rules of "
             f"its day refused, and commit {rules} has later ones. Both records are here; nothing was measured anew."
         )
-    return Text("problems", text, cite(results.records))
+    told = [plain(p, None) for p in results.problems]
+    verdict = {"summary": words.summary(results), "problems": told, "blocks": len(results.blocks)}
+    return Text("problems", text, cite(results.records), verdict)
 
 
 def environment_table(results: Results) -> Table:

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-from moelib import files, yaml_file
+from moelib import files, table, yaml_file
 
 LICENSES = """apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigcode-openrail-m bsd-2-clause
 bsd-3-clause cc-by-4.0 cc-by-sa-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 cc0-1.0 gpl-3.0 lgpl-3.0 agpl-3.0 mpl-2.0 unlicense
@@ -142,14 +142,14 @@ def renders(page: Page) -> Iterator[str]:
 
 def tables(page: Page) -> Iterator[str]:
     """Every table cites its sources, and is, cell by cell, what `provenance.json` says it is."""
-    told = page.provenance or {"tables": {}, "sources": {}}
+    told = page.provenance or {"tables": {}, "sets": {}, "sources": {}}
     cited = CITED.findall(page.text)
     if len(cited) != len(page.of("table")):
         yield f"{len(page.of('table'))} tables, {len(cited)} of them cite their sources"
     lines = [sorted(c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]) for line in page.text.splitlines()]
     for name, count, digest in cited:
         rows = told["tables"].get(name, {"rows": []})["rows"]
-        sources = {k: told["sources"].get(k) for row in rows for k in row["from"]}
+        sources = table.resolved((name for row in rows for name in row["from"]), told)
         if (len(sources), files.digest(sources)[: len(digest)]) != (int(count), digest):
             yield f"table {name} cites other sources than provenance.json"
         elif any(sorted(c.replace("|", "\\|") for c in row["cells"].values()) not in lines for row in rows):

@@ -34,7 +34,10 @@ def plain(text: object, longest: int | None = LONGEST) -> str:
 
 def lines(text: object) -> str:
     """`text` with its line breaks and spaces, and nothing else that is not seen."""
-    return "".join(c if c in " \n" else " " if c.isspace() else _seen(c) for c in str(text))
+    whole = str(text)
+    if whole.isascii() and whole.replace("\n", "").isprintable():
+        return whole
+    return "".join(c if c in " \n" else " " if c.isspace() else _seen(c) for c in whole)
 
 
 def markdown(text: object) -> str:
@@ -51,6 +54,8 @@ def code(text: object, longest: int | None = LONGEST) -> str:
 def escaped(json_text: str) -> str:
     """JSON whose strings hold nothing unseen as it is: the same values, spelt out."""
     shapeless = {c for c in set(json_text) if c != "\n" and _seen(c) == GONE != c}
+    if not shapeless:
+        return json_text
     units = {c: c.encode("utf-16-be", "surrogatepass") for c in shapeless}
     table = {ord(c): "".join(f"\\u{u[i : i + 2].hex()}" for i in range(0, len(u), 2)) for c, u in units.items()}
     return json_text.translate(table)

@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moelib import files, params, study, table
 
@@ -35,6 +35,7 @@ def check_injected(allowed: list[str], history: Iterable[str] | None = None) -> 
         from IPython import get_ipython
 
         history = get_ipython().user_ns["In"]
+    table.begin()
     cells = [ast.parse(source) for source in history if source.startswith(INJECTED)]
     _refuse_unknown({n.id for c in cells for n in ast.walk(c) if isinstance(n, ast.Name)}, allowed)
 
@@ -111,21 +112,30 @@ def render(executed: Path, folder: Path) -> Path:
     Beside it: `figures/`, and `provenance.json`, which names the records of every number. Raises NotebookError if the
     notebook is not whole or shows something that Markdown cannot hold.
     """
+    return _render(executed.name, _read(executed), folder)
+
+
+def _read(executed: Path) -> Any:
+    """An executed notebook that is whole. Raises NotebookError."""
     import nbformat
-    from nbconvert import MarkdownExporter
 
     require_whole(executed)
-    book = nbformat.read(executed, as_version=4)
-    provenance = _provenance(executed.name, book)
+    return nbformat.read(executed, as_version=4)
+
+
+def _render(name: str, book: Any, folder: Path) -> Path:
+    from nbconvert import MarkdownExporter
+
+    provenance = _provenance(name, book)
     exporter = MarkdownExporter(raw_template=TEMPLATE.read_text(encoding="utf-8"))
     text, resources = exporter.from_notebook_node(book, resources={"output_files_dir": FIGURES})
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.splitlines())).strip() + "\n"
     if str(params.root().resolve()) in text:
-        raise NotebookError(f"the document of {executed.name} names a folder of this machine")
+        raise NotebookError(f"the document of {name} names a folder of this machine")
     for stale in (folder / FIGURES).glob("*.png"):
         stale.unlink()
-    for name, data in resources.get("outputs", {}).items():
-        files.write_bytes(folder / name, data)
+    for figure, data in resources.get("outputs", {}).items():
+        files.write_bytes(folder / figure, data)
     files.write_json(folder / "provenance.json", provenance)
     files.write_bytes(folder / DOCUMENT, text.encode())
     return folder / DOCUMENT
@@ -147,23 +157,45 @@ def _provenance(name: str, book: Any) -> dict[str, Any]:
                 f"{name} shows {shown!r} without saying what it came from; show a Table, Text or figure"
             )
         parts.append(told)
-    return table.collect(parts)
+    try:
+        return table.collect(parts)
+    except ValueError as err:
+        raise NotebookError(f"{name}: {err}; run the notebook from its start") from None
 
 
-def report(name: str, into: Path | None = None, progress: bool = True) -> Path:
+class Reported(NamedTuple):
+    """A document that was rebuilt, and what its notebook found of the study."""
+
+    path: Path
+    summary: str
+    problems: list[str]
+    blocks: int
+    """How many blocks are whole and usable."""
+
+
+def report(name: str, into: Path | None = None, progress: bool = True) -> Reported:
     """Rebuild the document of study `name` from its records alone, in the study's folder or `into` another; then
-    nothing is written in the study's.
+    nothing is written in the study's. The records are read once, by the notebook.
 
     Raises StudyError if there are none.
     """
-    study.results(study.outputs() / name)
+    study.require_results(study.outputs() / name)
     return document(name, into, progress)
 
 
-def document(name: str, into: Path | None = None, progress: bool = True) -> Path:
+def document(name: str, into: Path | None = None, progress: bool = True) -> Reported:
     """`report` of a study that is known to have records."""
     path = study.outputs() / name
     with tempfile.TemporaryDirectory() as scratch:
         executed = (Path(scratch) if into else path / "notebooks") / "analysis.ipynb"
         execute("analysis", executed, {"study": name}, progress)
-        return render(executed, into or path)
+        book = _read(executed)
+        return Reported(_render(executed.name, book, into or path), **_verdict(executed.name, book))
+
+
+def _verdict(name: str, book: Any) -> dict[str, Any]:
+    """What an executed analysis tells of its study. Raises NotebookError if it does not."""
+    for out in (out for cell in book.cells for out in cell.get("outputs", [])):
+        if told := out.get("metadata", {}).get("moelib-verdict"):
+            return told
+    raise NotebookError(f"{name} does not show what is wrong with its study: it must show `evidence.problems`")

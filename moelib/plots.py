@@ -15,11 +15,10 @@ from IPython.display import display
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from moelib import analyse, files, neutral
+from moelib import analyse, files, neutral, table
 from moelib.record import Record
 from moelib.stats import byte_unit
 from moelib.study import Results
-from moelib.table import cite
 
 COLOURS = ["#3b6fb6", "#d1742f", "#4f9a6b", "#8d6cb3"]
 """Of the first arms; they come again where there are more."""
@@ -53,8 +52,8 @@ def show(figure: Any, name: str, alt: str, records: Iterable[Record] = ()) -> No
     out, name, alt = io.BytesIO(), _file_name(name), neutral.markdown(alt)
     figure.savefig(out, format="png", dpi=DPI, metadata={"Software": None})
     data = {"image/png": base64.b64encode(out.getvalue()).decode(), "text/plain": alt}
-    told = {"kind": "figure", "name": name, "sources": cite(records)}
-    display(data, raw=True, metadata={"filename": name, "alt": alt, "moelib": told})
+    told = table.part("figure", name, table.cite(records))
+    display(data, raw=True, metadata={"filename": name, "alt": alt, "moelib": table.tell(told)})
 
 
 def _file_name(name: str) -> str:

@@ -3,12 +3,13 @@
 A record is done when it parses, validates and carries its digest. Failed and invalid runs are records too.
 """
 
+import contextlib
 import gzip
 import hashlib
 import json
 import logging
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -187,6 +188,13 @@ class Lightener:
                 small(o, k, self._once(getattr(o, k)))
             small(o, "absent", self._once(o.absent, tuple(o.absent.items())))
         return r
+
+
+def each(folder: Path) -> Iterator[Record]:
+    """The records under `folder/records/` that can be read, one after another."""
+    for path in sorted((folder / "records").glob("*.json")):
+        with contextlib.suppress(RecordError):
+            yield read(path)
 
 
 def read_all(

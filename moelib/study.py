@@ -11,7 +11,7 @@ import json
 import os
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -287,14 +287,31 @@ class Results(Plan):
 
 def results(path: Path) -> Results:
     """Read a study's folder. Raises StudyError if there is no plan, or no record that stands."""
-    first = f"run the study first: `moelib study run {path.name}`"
-    if not (path / "plan.json").exists():
-        raise StudyError(f"{path} holds no plan; {first}")
-    data = read_plan(path / "plan.json")
+    data = _plan_of(path)
     evidence = gather(path, light=True)
-    if not any(r.done for r in evidence.records):
-        raise StudyError(f"{path} holds no valid record; {first}")
+    _require_done(path, evidence.records)
     return _results(path, data, evidence)
+
+
+def require_results(path: Path) -> None:
+    """Raise StudyError where `results` would; of the records no more are read than until one is done."""
+    _plan_of(path)
+    _require_done(path, record.each(path))
+
+
+def _first(path: Path) -> str:
+    return f"run the study first: `moelib study run {path.name}`"
+
+
+def _plan_of(path: Path) -> dict[str, Any]:
+    if not (path / "plan.json").exists():
+        raise StudyError(f"{path} holds no plan; {_first(path)}")
+    return read_plan(path / "plan.json")
+
+
+def _require_done(path: Path, records: Iterable[record.Record]) -> None:
+    if not any(r.done for r in records):
+        raise StudyError(f"{path} holds no valid record; {_first(path)}")
 
 
 def _results(path: Path, plan: dict[str, Any], evidence: Evidence) -> Results:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from moelib import files, neutral
@@ -11,6 +12,11 @@ from moelib.record import Record
 
 Sources = dict[str, str]
 """Id of a record, or path of another file of the study, -> digest."""
+
+
+FEW = 4
+"""Sources that are named one by one; more are named as a set, by its digest."""
+_told: set[str] = set()
 
 
 def cite(records: Iterable[Record]) -> Sources:
@@ -26,11 +32,54 @@ def cite_harness(accuracy: dict[str, Harness]) -> Sources:
     return {name: found.digest for name, found in accuracy.items()}
 
 
+def cited(every: Iterable[Sources]) -> tuple[list[list[str]], dict[str, Any]]:
+    """What each of `every` is cited by, and what resolves that: the members of each set, the digest of each source.
+
+    All rows of a table may be of all records, and so may many tables: their names are written once.
+    """
+    known: dict[int, tuple[Sources, list[str]]] = {}
+    names, sets, digests = [], {}, {}
+    for sources in every:
+        if id(sources) not in known:
+            by = sorted(sources)
+            if len(by) > FEW:
+                name = f"set {files.digest(sources)[:12]}"
+                sets[name], by = by, [name]
+            digests |= sources
+            known[id(sources)] = (sources, by)
+        names.append(known[id(sources)][1])
+    return names, {"sets": sets, "sources": digests}
+
+
+def resolved(names: Iterable[str], told: dict[str, Any]) -> Sources:
+    """The sources that a row, text or figure is cited by, with the digests that a page's provenance tells."""
+    return {k: told["sources"].get(k) for name in names for k in told["sets"].get(name, [name])}
+
+
+def part(kind: str, name: str, sources: Sources, **more: Any) -> dict[str, Any]:
+    """What a text or a figure tells of itself."""
+    (by,), what = cited([sources])
+    return {"kind": kind, "name": name, **more, "from": by, **what}
+
+
+def begin() -> None:
+    """A notebook begins, and none of its outputs has told anything."""
+    _told.clear()
+
+
+def tell(told: dict[str, Any]) -> dict[str, Any]:
+    """`told` as metadata of a notebook's output, without the sets and digests that an output before has told."""
+    new = {k: {name: v for name, v in told[k].items() if name not in _told} for k in ("sets", "sources")}
+    for names in new.values():
+        _told.update(names)
+    return told | new
+
+
 class _Shown:
     """What a notebook displays: Markdown, with its provenance as metadata of the output."""
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, str], dict[str, Any]]:
-        return {"text/markdown": self.markdown(), "text/plain": self.name}, {"moelib": self.provenance()}
+        return {"text/markdown": self.markdown(), "text/plain": self.name}, {"moelib": tell(self.provenance())}
 
 
 @dataclass(frozen=True)
@@ -40,12 +89,18 @@ class Text(_Shown):
     name: str
     text: str
     sources: Sources = field(default_factory=dict)
+    verdict: dict[str, Any] | None = None
+    """What the command that runs the notebook is to know of the study; it is not shown."""
 
     def markdown(self) -> str:
         return neutral.lines(self.text)
 
     def provenance(self) -> dict[str, Any]:
-        return {"kind": "text", "name": self.name, "text": self.markdown(), "sources": self.sources}
+        return part("text", self.name, self.sources, text=self.markdown())
+
+    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, str], dict[str, Any]]:
+        data, metadata = super()._repr_mimebundle_()
+        return data, metadata | ({"moelib-verdict": self.verdict} if self.verdict else {})
 
 
 @dataclass(frozen=True)
@@ -62,17 +117,20 @@ class Table(_Shown):
     why_empty: str = "nothing to show."
     """What is said instead of a table without rows."""
 
-    @property
+    @cached_property
     def sources(self) -> Sources:
-        return {k: v for row in self.row_sources for k, v in row.items()}
+        once = {id(row): row for row in self.row_sources}  # rows may share all that they are from
+        return {k: v for row in once.values() for k, v in row.items()}
 
     def text(self) -> str:
-        import pandas as pd
+        from tabulate import tabulate
 
         columns = list(self.rows[0]) if self.rows else []
         rows = [{_cell(k): _cell(v) for k, v in row.items()} for row in self.rows]
+        heads = list(dict.fromkeys(k for row in rows for k in row))
+        cells = [[row.get(k, "nan") for k in heads] for row in rows]
         align = ["right" if c in self.numbers else "left" for c in columns]
-        return pd.DataFrame(rows).to_markdown(index=False, colalign=align, disable_numparse=True)
+        return tabulate(cells, heads, tablefmt="pipe", colalign=align, disable_numparse=True)
 
     def markdown(self) -> str:
         """The table, then where its numbers came from: the digest shows whether they still do."""
@@ -84,17 +142,12 @@ class Table(_Shown):
         return f"{about}{self.text()}" + (f"\n\n*{cited}*" if self.sources else "")
 
     def provenance(self) -> dict[str, Any]:
+        names, what = cited(self.row_sources)
         rows = [
-            {"cells": {neutral.lines(k): neutral.lines(v) for k, v in row.items()}, "from": sorted(sources)}
-            for row, sources in zip(self.rows, self.row_sources, strict=True)
+            {"cells": {neutral.lines(k): neutral.lines(v) for k, v in row.items()}, "from": by}
+            for row, by in zip(self.rows, names, strict=True)
         ]
-        return {
-            "kind": "table",
-            "name": self.name,
-            "note": neutral.lines(self.note),
-            "rows": rows,
-            "sources": self.sources,
-        }
+        return {"kind": "table", "name": self.name, "note": neutral.lines(self.note), "rows": rows, **what}
 
 
 def _cell(value: Any) -> str:
@@ -108,14 +161,19 @@ def heading(name: str, text: str, level: int = 3) -> Text:
 
 
 def collect(told: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Where every number of a page came from, by table, text and figure, of what its parts tell."""
-    found: dict[str, dict[str, Any]] = {"tables": {}, "texts": {}, "figures": {}, "sources": {}}
-    for part in told:
-        found["sources"] |= part["sources"]
-        entry = {k: v for k, v in part.items() if k not in ("kind", "name", "sources")}
-        if part["kind"] != "table":
-            entry["from"] = sorted(part["sources"])
-        found[f"{part['kind']}s"][part["name"]] = entry
+    """Where every number of a page came from, by table, text and figure, of what its parts tell. Raises ValueError
+    where they name what none of them tells."""
+    found: dict[str, dict[str, Any]] = {"tables": {}, "texts": {}, "figures": {}, "sets": {}, "sources": {}}
+    named = set()
+    for here in told:
+        found["sets"] |= here["sets"]
+        found["sources"] |= here["sources"]
+        found[f"{here['kind']}s"][here["name"]] = {
+            k: v for k, v in here.items() if k not in ("kind", "name", "sets", "sources")
+        }
+        named |= {name for row in here.get("rows", [here]) for name in row["from"]}
+    if unknown := named - found["sets"].keys() - found["sources"].keys():
+        raise ValueError(f"{min(unknown)} is named and not told")
     return found
 
 

@@ -14,7 +14,7 @@ import shown
 from click.testing import CliRunner, Result
 from conftest import REPO, furnish
 
-from moelib import cli, files, notebook, params, study
+from moelib import cli, evidence, files, notebook, params, study
 
 CELL = "deepseek-moe-16b-Q2_K"
 DEEP = "[" * 10_000 + "]" * 10_000
@@ -54,10 +54,10 @@ def folder(small, tmp_path, monkeypatch):
     monkeypatch.setenv("MOELIB_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("MOELIB_OUTPUTS", raising=False)
 
-    def without_a_kernel(name: str, into: Path | None = None, progress: bool = True) -> Path:
+    def without_a_kernel(name: str, into: Path | None = None, progress: bool = True) -> notebook.Reported:
         path = (into or study.outputs() / name) / notebook.DOCUMENT
         files.write_bytes(path, shown.document(name).encode())
-        return path
+        return notebook.Reported(path, **evidence.problems(study.results(study.outputs() / name)).verdict)
 
     monkeypatch.setattr(notebook, "document", without_a_kernel)
     params._yaml.cache_clear()

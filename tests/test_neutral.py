@@ -272,7 +272,8 @@ def test_no_string_gets_out_on_a_terminal(bad, monkeypatch):
     found, _ = bad
     monkeypatch.setattr(study, "results", lambda _: found)
     monkeypatch.setattr(study.Folder, "look", lambda _: found)
-    monkeypatch.setattr(notebook, "document", lambda *_: REPO)
+    verdict = evidence.problems(found).verdict
+    monkeypatch.setattr(notebook, "report", lambda *_: notebook.Reported(REPO, **verdict))
     for argv in (["audit", "demo"], ["study", "status", "demo"], ["report", "demo"]):
         done = CliRunner().invoke(cli.main, argv)
         assert done.exit_code == 1, done.exception

@@ -10,7 +10,7 @@ import pytest
 import shown as analysis
 from conftest import REPO
 
-from moelib import notebook
+from moelib import files, notebook, table
 from moelib.params import ParamsError
 
 PAPERMILL = [sys.executable, "-m", "papermill", "--no-progress-bar"]
@@ -111,7 +111,11 @@ def test_a_number_that_does_not_say_where_it_came_from_is_not_shown(tmp_path):
     path.write_text(json.dumps(shown({})), encoding="utf-8")
     with pytest.raises(notebook.NotebookError, match="shows '42' without saying what it came from"):
         notebook.render(path, tmp_path)
-    told = {"kind": "text", "name": "answer", "text": "42", "sources": {"a run": "its digest"}}
+    told = {"kind": "text", "name": "answer", "text": "42", "from": ["a run"], "sets": {}}
+    path.write_text(json.dumps(shown({"moelib": told | {"sources": {}}})), encoding="utf-8")
+    with pytest.raises(notebook.NotebookError, match="a run is named and not told; run the notebook from its start"):
+        notebook.render(path, tmp_path)
+    told["sources"] = {"a run": "its digest"}
     path.write_text(json.dumps(shown({"moelib": told})), encoding="utf-8")
     assert notebook.render(path, tmp_path).read_text(encoding="utf-8") == "42\n"
     provenance = json.loads((tmp_path / "provenance.json").read_text(encoding="utf-8"))
@@ -138,17 +142,39 @@ def test_a_document_made_elsewhere_leaves_the_studys_folder_alone(home, tmp_path
 
     def execute(name, out, parameters, progress):
         out.parent.mkdir(parents=True, exist_ok=True)
-        told = {"kind": "text", "name": "answer", "text": "42", "sources": {}}
-        out.write_text(json.dumps(shown({"moelib": told})), encoding="utf-8")
+        told = {"moelib": {"kind": "text", "name": "answer", "text": "42", "from": [], "sets": {}, "sources": {}}}
+        out.write_text(json.dumps(shown(told | {"moelib-verdict": verdict})), encoding="utf-8")
         executed.append(out)
 
+    verdict = {"summary": "1 of 2 runs usable", "problems": ["one"], "blocks": 0}
     monkeypatch.setattr(notebook, "execute", execute)
-    assert notebook.document("smoke", tmp_path / "into") == tmp_path / "into" / notebook.DOCUMENT
+    made = notebook.document("smoke", tmp_path / "into")
+    assert made == (tmp_path / "into" / notebook.DOCUMENT, *verdict.values())
     assert not (home / "outputs").exists()
     assert not executed[0].exists(), "its working copy is gone"
     notebook.document("smoke")
     assert executed[1] == home / "outputs/smoke/notebooks/analysis.ipynb"
     assert executed[1].exists()
+    verdict.clear()
+    with pytest.raises(notebook.NotebookError, match="it must show `evidence.problems`"):
+        notebook.document("smoke")
+
+
+def test_what_an_output_has_told_no_later_one_of_the_notebook_repeats():
+    every = {f"run {i}": "a digest" for i in range(9)}
+    shown = [table.Text("one", "1", every), table.facts("two", {"a": "1", "b": "2"}, every), table.Text("three", "3")]
+    for _ in range(2):
+        table.begin()
+        parts = [s._repr_mimebundle_()[1]["moelib"] for s in shown]
+        assert [(len(p["sets"]), len(p["sources"])) for p in parts] == [(1, 9), (0, 0), (0, 0)]
+        assert table.collect(parts) == table.collect(s.provenance() for s in shown)
+    found = table.collect(parts)
+    (name,) = found["sets"]
+    assert name == f"set {files.digest(every)[:12]}"
+    assert found["tables"]["two"]["rows"][1] == {"cells": {"what": "b", "value": "2"}, "from": [name]}
+    assert table.resolved([name], found) == every
+    with pytest.raises(ValueError, match="is named and not told"):
+        table.collect(parts[1:])
 
 
 def test_a_whole_cells_notebook_shows_on_a_machine_without_engine_or_device(monkeypatch):

@@ -583,7 +583,7 @@ def test_a_study_of_real_weights_says_whose(pinned, lfs_hub, home, monkeypatch):
     records = folder.records()
     assert {r.sheet.weights for r in records} == {"real"}
     assert {r.sheet.origin for r in records} == {source.origin}
-    text = notebook.report("smoke", progress=False).read_text(encoding="utf-8")
+    text = notebook.report("smoke", progress=False).path.read_text(encoding="utf-8")
     assert "The weights are the **published ones** (" in text
     assert neutral.markdown(source.origin) in text
     assert "geometry twins" not in text

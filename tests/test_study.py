@@ -17,6 +17,7 @@ from factory import WORKLOADS, block, evidence, keep, made, observation, spec
 from moelib import advice, files, gather, measure, notebook, params, record, run, study
 from moelib import evidence as evidences
 from moelib.study import Folder, StudyError
+from moelib.table import resolved
 
 MOELIB = [sys.executable, "-m", "moelib.cli"]
 
@@ -429,10 +430,10 @@ def test_the_provenance_names_every_record_and_its_digest(copy):
         assert files.digest(json.loads((out / sheet).read_text(encoding="utf-8"))) == provenance["sources"][sheet]
     tables = provenance["tables"]
     assert {"device-memory", "speed-smoke", "ttft-warm-smoke", "load", "placement", "environment"} <= set(tables)
-    assert {run for row in tables["device-memory"]["rows"] for run in row["from"]} == set(sources)
+    assert {k for row in tables["device-memory"]["rows"] for k in resolved(row["from"], provenance)} == set(sources)
     rows = [row for table in tables.values() for row in table["rows"]]
     assert all(row["from"] for row in rows)
-    assert {run for row in rows for run in row["from"]} <= set(provenance["sources"])
+    assert {k for row in rows for k in resolved(row["from"], provenance)} <= set(provenance["sources"])
 
 
 @pytest.mark.engine
