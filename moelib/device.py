@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
@@ -29,6 +30,10 @@ BUS_S = 0.01  # between looks at the bus: its counter turns over in 68 ms on an 
 IDLE_READINGS, IDLE_S = 5, 0.02  # enough to see an idle device move
 LISTEN_S = 30.0  # for the loopback device's process, to be there
 PORTS = 5  # tried for it
+RPC = (
+    "install its other packages (Debian: `apt-get install llama.cpp-tools-extra libggml0-backend-rpc`), or set "
+    "MOELIB_LLAMA_CPP to a build with -DGGML_RPC=ON"
+)
 SETTLE_S = 10.0  # for a driver to give back an ended process's memory
 
 
@@ -170,6 +175,16 @@ class Loopback(Device):
                     return Reading(t_s, None, None)
 
             yield Session([*rpc, "--device", names[0]], read, cpus=self.cpus, pid=child.pid)
+
+
+def no_loopback(engine: Engine) -> str | None:
+    """Why this build has no loopback device, and what mends it; None where it answers. A distribution may keep RPC in
+    packages of its own, and llama-server then names the flag and refuses it."""
+    try:
+        with TemporaryDirectory(prefix="moelib-") as work, Loopback().session(engine, Path(work)):
+            return None
+    except (EngineError, process.ProcessError) as err:
+        return f"{engine} has no RPC that works: {RPC}\n{err}"
 
 
 class Family:

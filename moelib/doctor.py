@@ -31,7 +31,8 @@ def _engine(llama: engine.Engine) -> Iterator[Finding]:
     old = llama.build is not None and llama.build < engine.OLDEST_BUILD
     yield "engine", f"{llama}, {llama.version}", f"use b{engine.OLDEST_BUILD} or newer: {BUILD}" if old else None
     for tool in engine.TOOLS:
-        yield tool, str(llama.tools.get(tool, "missing")), None if tool in llama.tools else BUILD
+        cure = device.RPC if tool == "rpc-server" else BUILD
+        yield tool, str(llama.tools.get(tool, "missing")), None if tool in llama.tools else cure
     needed = ("--cpu-moe", "--n-cpu-moe", "--list-devices")
     for flag in (*needed, "--rpc", "--fit", "--load-mode"):
         known = flag in llama.help.flags
@@ -81,7 +82,7 @@ def examine(explicit: str | None = None) -> Iterator[Finding]:
     yield from _gpus(llama)
     if llama:
         where = device.choose("auto", llama)
-        lacks = None if where.kind != "none" else f"a build with RPC or CUDA: {BUILD}"
+        lacks = device.no_loopback(llama) if where.kind != "cuda" else None
         yield "device of a study", f"{where.kind}: {where.identity()['name']}", lacks
         if where.note:
             yield "why this one", where.note, None

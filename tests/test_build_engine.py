@@ -40,6 +40,32 @@ def test_a_named_folder_without_tools_is_one_line_and_an_exit_code(tmp_path, mon
     assert len(done.stderr.splitlines()) == 1
 
 
+SERVER = """#!/bin/sh
+case "$1" in --version) echo "version: 0.7.0 (build 11669, commit x)";;
+  --help) printf -- '--rpc x\\n--list-devices\\n';; esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("rpc_server", "why"),
+    [
+        (None, "has no rpc-server"),
+        ("#!/bin/sh\necho Failed to find RPC backend\nexit 1\n", "Failed to find RPC backend"),
+    ],
+)
+def test_a_build_with_nothing_to_offload_to_is_told_with_its_cure(tmp_path, none_found, monkeypatch, rpc_server, why):
+    """As where a distribution has RPC in packages of its own, which were not installed."""
+    for name, text in (("llama-server", SERVER), ("ggml-rpc-server", rpc_server)):
+        if text:
+            (tmp_path / name).write_text(text, encoding="utf-8")
+            (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("MOELIB_LLAMA_CPP", str(tmp_path))
+    monkeypatch.setattr(build_engine, "build", lambda: pytest.fail("built"))
+    cure = "apt-get install llama.cpp-tools-extra libggml0-backend-rpc"
+    with pytest.raises(EngineError, match=f"(?s)nothing can be offloaded to.*{cure}.*{why}"):
+        build_engine.main()
+
+
 def test_an_installed_package_that_does_not_run_here_is_passed_over(tmp_path, none_found, monkeypatch, capsys):
     server = tmp_path / "package/llama-server"
     server.parent.mkdir()

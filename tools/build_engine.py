@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from moelib import archive, files, params, process, release, trial
+from moelib import archive, device, files, params, process, release, trial
 from moelib.bar import tqdm
 from moelib.engine import ARCHIVE, MADE, PACKAGE, Engine, EngineError, candidates, find, load
 
@@ -148,11 +148,14 @@ def from_archive() -> Engine | None:
 
 
 def main() -> None:
-    """Say which tools are used; get them if there are none. A folder that was named and is wrong is an error."""
+    """Say which tools are used; get them if there are none. A folder that was named and is wrong is an error, and so is
+    a build without a device to offload to."""
     try:
         llama = find()
         if llama.found_by != ARCHIVE or archive.whole(archive.home(llama.folder)):
             print(f"using {llama}")
+            if llama.found_by not in MADE and not device.uses_cuda(llama) and (why := device.no_loopback(llama)):
+                raise EngineError(f"nothing can be offloaded to with it: {why}")
             return
     except EngineError:
         if any(folder for how, folder in candidates() if how not in MADE):
