@@ -8,6 +8,7 @@ from moelib.invariants import Finding, Measured, holds
 # Flag -> the value that it must have; None for one without a value. Whatever else a command line holds is refused.
 ALWAYS = {"-ngl": "999", "-np": "1", "--host": "127.0.0.1", "--port": "0"}
 IF_KNOWN = {"--fit": "off", "--cache-ram": "0", "--ctx-checkpoints": "0", "--lazy-mode": "off", "-lv": "4"}
+IF_KNOWN |= {"--moe-cache-mib": "0"}
 SPELLINGS = {"--flash-attn": "-fa", "--no-webui": "--no-ui"}
 FIXED = {"-fa": "on", "--no-ui": None, "--offline": None}
 

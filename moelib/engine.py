@@ -28,7 +28,7 @@ TOOLS = {
     "llama-quantize": ("llama-quantize",),
     "rpc-server": ("ggml-rpc-server", "rpc-server"),  # renamed in 2026
 }
-OLDEST_BUILD = 6686  # October 2025; fixtures of the help texts of b6666 and b11434 are in tests/
+OLDEST_BUILD = 6686  # October 2025; help texts of b6666, b11434 and b11669 are in tests/
 
 
 class EngineError(params.UserError):
@@ -122,7 +122,7 @@ LISTENING = r"server is listening on http://127\.0\.0\.1:(\d+)|: listening on ht
 
 
 def parse_log(text: str) -> Report:
-    """Read the load report from llama-server's log (b6666 to b11434; format of common/log.h and llama.cpp)."""
+    """Read the load report from llama-server's log (b6666 to b11669; format of common/log.h and llama.cpp)."""
     sums: dict[tuple[str, str], float] = {}
     for said, size, unit in _BUFFER.findall(text):
         # after the function's name: the buffer's name and its kind, which is one word but for DeepSeek V4's states
@@ -236,6 +236,7 @@ class Engine:
         argv += [self.need("-fa", "--flash-attn"), "on", self.need("--no-ui", "--no-webui"), self.need("--offline")]
         # newer than --cpu-moe; --fit is on by default where it exists
         newer = {"--fit": "off", "--cache-ram": "0", "--ctx-checkpoints": "0", "--lazy-mode": "off"}
+        newer |= {"--moe-cache-mib": "0"}  # of the experts on the CPU, in the device's memory
         # newer builds print buffer sizes at verbosity 4; older ones always, and log every response at 4
         newer |= {"-lv": "4"} if "- 4: trace" in self.help.text else {}
         newer |= {"--load-mode": load_mode}

@@ -2,7 +2,7 @@
 
 The log is the second witness of every number that the client took: the engine wrote it by its own clock. Lines that a
 build does not print are None; nothing here judges (that is `witness`).
-Format: llama.cpp b6666 to b11434; since 2026 each line begins with `minutes.seconds.milliseconds.microseconds`.
+Format: llama.cpp b6666 to b11669; since 2026 each line begins with `minutes.seconds.milliseconds.microseconds`.
 """
 
 import itertools

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 from conftest import FIXTURES
+from factory import measured, observation, spec
 
+from moelib import command
 from moelib import engine as engines
 from moelib.engine import Engine, EngineError, Help, parse_log
 
-OLD, NEW = (Help((FIXTURES / f"llama-server-help-{b}.txt").read_text(encoding="utf-8")) for b in ("b6666", "b11434"))
+BUILDS = ("b6666", "b11434", "b11669")
+OLD, NEW, NEWEST = (Help((FIXTURES / f"llama-server-help-{b}.txt").read_text(encoding="utf-8")) for b in BUILDS)
 
 
 def made(text, build, **tools):
@@ -20,7 +23,7 @@ def made(text, build, **tools):
     return Engine(Path("/x"), "test", tools, build, "version", text)
 
 
-@pytest.mark.parametrize("text", [OLD, NEW], ids=["old", "new"])
+@pytest.mark.parametrize("text", [OLD, NEW, NEWEST], ids=BUILDS)
 def test_flags_that_every_supported_build_has(text):
     needed = {
         "--cpu-moe",
@@ -39,19 +42,20 @@ def test_flags_that_every_supported_build_has(text):
 
 
 @pytest.mark.parametrize(
-    ("flag", "old", "new"),
+    ("flag", "known"),
     [
-        ("--no-mmap", True, False),
-        ("--load-mode", False, True),
-        ("--no-webui", True, True),
-        ("--no-ui", False, True),
-        ("--fit", False, True),
-        ("--cache-ram", False, True),
-        ("--lazy-mode", False, True),
+        ("--no-mmap", (True, False, False)),
+        ("--load-mode", (False, True, True)),
+        ("--no-webui", (True, True, True)),
+        ("--no-ui", (False, True, True)),
+        ("--fit", (False, True, True)),
+        ("--cache-ram", (False, True, True)),
+        ("--lazy-mode", (False, True, True)),
+        ("--moe-cache-mib", (False, False, True)),
     ],
 )
-def test_flags_that_came_or_went(flag, old, new):
-    assert (flag in OLD.flags, flag in NEW.flags) == (old, new)
+def test_flags_that_came_or_went(flag, known):
+    assert tuple(flag in build.flags for build in (OLD, NEW, NEWEST)) == known
 
 
 def test_words_of_descriptions_are_not_flags():
@@ -63,13 +67,15 @@ def argv(text, placement="baseline", load_mode="mmap"):
     return made(text, 1).server_argv(Path("m.gguf"), placement, load_mode, 1024, 2, ["--device", "X"])[1:]
 
 
-def test_a_new_build_is_told_to_fit_cache_and_map_nothing_by_itself():
-    got = " ".join(argv(NEW))
+@pytest.mark.parametrize("text", [NEW, NEWEST], ids=BUILDS[1:])
+def test_a_new_build_is_told_to_fit_cache_and_map_nothing_by_itself(text):
+    got = " ".join(argv(text))
+    assert ("--moe-cache-mib 0" in got) == (text is NEWEST)
     for part in ("--fit off", "--cache-ram 0", "--ctx-checkpoints 0", "--lazy-mode off", "-lv 4", "--load-mode mmap"):
         assert part in got
     for part in ("-m m.gguf", "--host 127.0.0.1", "--port 0", "-ngl 999", "-c 1024", "-np 1", "-t 2 -tb 2", "-fa on"):
         assert part in got
-    assert "moe" not in got
+    assert "cpu-moe" not in got
     assert got.endswith("--device X")
 
 
@@ -80,11 +86,26 @@ def test_an_old_build_is_told_what_it_knows():
     assert "--no-mmap" in argv(OLD, load_mode="none")
 
 
-@pytest.mark.parametrize("text", [OLD, NEW], ids=["old", "new"])
+@pytest.mark.parametrize("text", [OLD, NEW, NEWEST], ids=BUILDS)
 def test_placements_become_flags(text):
     assert argv(text, "cpu-moe")[-3] == "--cpu-moe"
     assert argv(text, "n-cpu-moe=12")[-4:-2] == ["--n-cpu-moe", "12"]
     assert set(argv(text, "cpu-moe")) - set(argv(text)) == {"--cpu-moe"}
+
+
+@pytest.mark.parametrize("load_mode", ["mmap", "none"])
+@pytest.mark.parametrize("placement", ["baseline", "cpu-moe", "n-cpu-moe=3"])
+@pytest.mark.parametrize("text", [OLD, NEW, NEWEST], ids=BUILDS)
+def test_what_a_build_is_told_is_what_the_audit_asks_for(text, placement, load_mode):
+    device = ["--rpc", "127.0.0.1:5", "--device", "RPC0"]
+    line = made(text, 1).server_argv(Path("m.gguf"), placement, load_mode, 1024, 1, device)
+    asked = spec(placement=placement, load_mode=load_mode)
+    found = {False: line, True: [*line, "--moe-cache-mib", "8"]}
+    if text is NEWEST:
+        found[True] = ["8" if before == "--moe-cache-mib" else part for before, part in zip(["", *line[:-1]], line, strict=True)]
+    for wrong, told in found.items():
+        held, said = command.command_as_asked(measured(asked, observation(placement, argv=tuple(told))))
+        assert (held, said) == (not wrong, "wrong: --moe-cache-mib" if wrong else "as asked")
 
 
 def test_a_missing_flag_is_an_error_that_names_flag_and_build():
@@ -100,7 +121,8 @@ def test_a_missing_tool_is_an_error_that_says_how_to_get_it():
 
 @pytest.mark.parametrize(
     ("build", "device", "model", "kv", "compute", "host", "splits"),
-    [("b11434", "RPC0[127.0.0.1:50111]", 2.02, 4, 11.08, {"CPU_Mapped", "CPU_REPACK"}, (8,)),
+    [("b11669", "RPC0[127.0.0.1:36951]", 2.02, 4, 11.08, {"CPU_Mapped", "CPU_REPACK"}, (8,)),
+     ("b11434", "RPC0[127.0.0.1:50111]", 2.02, 4, 11.08, {"CPU_Mapped", "CPU_REPACK"}, (8,)),
      ("b6666", "RPC[127.0.0.1:50113]", 4.50, 4, 11.57, {"CPU_Mapped"}, (8,))],
 )  # fmt: skip
 def test_recorded_logs_replay(build, device, model, kv, compute, host, splits):

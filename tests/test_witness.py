@@ -169,12 +169,20 @@ def test_light_records_are_audited_before_they_are_made_light(tmp_path):
     assert gather.gather(tmp_path, light=True).wrong == gather.gather(tmp_path).wrong == {}
 
 
-def test_a_log_of_the_present_build_is_read():
-    log = logs.parse((FIXTURES / "llama-server-log-b11434.txt").read_bytes())
-    assert (log.experts, log.context, log.threads, log.load_mode) == ((64, 6), 1024, 2, "mmap")
+@pytest.mark.parametrize(
+    ("build", "threads", "task", "ended_s", "built"),
+    [
+        ("b11434", 2, (8, 0.04219, 5, 0.12697), 2.708618, "11434 (b11434) with GNU 12.2.0 for Linux x86_64"),
+        ("b11669", 1, (8, 0.00844, 100, 0.26443), 0.378591, "11669 (Debian) with GNU 16.2.0 for Linux x86_64"),
+    ],
+)
+def test_a_log_of_a_present_build_is_read(build, threads, task, ended_s, built):
+    log = logs.parse((FIXTURES / f"llama-server-log-{build}.txt").read_bytes())
+    assert (log.experts, log.context, log.threads, log.load_mode) == ((64, 6), 1024, threads, "mmap")
     first = log.tasks[0]
-    assert (first.prompt_n, first.prompt_s, first.predicted_n, first.predicted_s) == (8, 0.04219, 5, 0.12697)
-    assert first.ended_s == pytest.approx(2.708618)
+    assert (first.prompt_n, first.prompt_s, first.predicted_n, first.predicted_s) == task
+    assert first.ended_s == pytest.approx(ended_s)
+    assert log.report.built == built
     assert log.ready_s is not None
     assert sum(log.type_counts.values()) > 40
 
