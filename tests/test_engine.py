@@ -100,10 +100,11 @@ def test_what_a_build_is_told_is_what_the_audit_asks_for(text, placement, load_m
     device = ["--rpc", "127.0.0.1:5", "--device", "RPC0"]
     line = made(text, 1).server_argv(Path("m.gguf"), placement, load_mode, 1024, 1, device)
     asked = spec(placement=placement, load_mode=load_mode)
-    found = {False: line, True: [*line, "--moe-cache-mib", "8"]}
+    cached = [*line, "--moe-cache-mib", "8"]
     if text is NEWEST:
-        found[True] = ["8" if before == "--moe-cache-mib" else part for before, part in zip(["", *line[:-1]], line, strict=True)]
-    for wrong, told in found.items():
+        cached = [*line]
+        cached[line.index("--moe-cache-mib") + 1] = "8"
+    for wrong, told in ((False, line), (True, cached)):
         held, said = command.command_as_asked(measured(asked, observation(placement, argv=tuple(told))))
         assert (held, said) == (not wrong, "wrong: --moe-cache-mib" if wrong else "as asked")
 
