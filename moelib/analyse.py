@@ -41,9 +41,10 @@ def runs(records: Iterable[Record]) -> pd.DataFrame:
     return pd.DataFrame({column: [get(r) for r in seen] for column, get in RUN_COLUMNS.items()})
 
 
-def requests(records: Iterable[Record]) -> pd.DataFrame:
-    """One row for each request of each record; columns of where it was and REQUEST_COLUMNS."""
-    asked = [(r, q) for r in records if r.observed for q in r.observed.requests]
+def requests(records: Iterable[Record], workload: str | None = None) -> pd.DataFrame:
+    """One row for each request of each record, of all workloads or of one; columns of where it was and
+    REQUEST_COLUMNS."""
+    asked = [(r, q) for r in records if r.observed for q in r.observed.requests if workload in (None, q.workload)]
     where = {column: [get(r) for r, _ in asked] for column, get in _WHERE.items()}
     return pd.DataFrame(where | {column: [getattr(q, k) for _, q in asked] for column, k in REQUEST_COLUMNS.items()})
 

@@ -3,8 +3,6 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
-import pandas as pd
-
 from moelib import audit, harness, stats, words
 from moelib.facts import Sheet
 from moelib.invariants import INVARIANTS, KINDS
@@ -157,15 +155,20 @@ def environment_table(results: Results) -> Table:
             "llama-server threads": str(r.observed.threads),
         }
 
-    def whose(values: pd.Series) -> str:
-        cells = values.groupby(values).groups
-        if len(cells) == 1:
-            return values.iloc[0]
-        return "; ".join(f"{value} ({', '.join(dict.fromkeys(of))})" for value, of in cells.items())
+    def whose(values: dict[str, dict[str, None]]) -> str:
+        if len(values) == 1:
+            return next(iter(values))
+        return "; ".join(f"{value} ({', '.join(map(markdown, values[value]))})" for value in sorted(values))
 
-    done = [r for r in results.done if r.observed]
-    frame = pd.DataFrame([told(r) for r in done], index=[markdown(r.cell) for r in done])
-    return facts("environment", {k: whose(frame[k]) for k in frame}, cite(done))
+    done, known = [r for r in results.done if r.observed], {}
+    found: dict[str, dict[str, dict[str, None]]] = defaultdict(lambda: defaultdict(dict))
+    for r in done:
+        parts = (r.engine, r.device, r.host, r.observed.threads)  # records read for tables share these objects
+        if (of := (*map(id, parts), r.cell)) not in known:
+            known[of] = parts
+            for what, value in told(r).items():
+                found[what][value][r.cell] = None
+    return facts("environment", {what: whose(values) for what, values in found.items()}, cite(done))
 
 
 def harness_table(results: Results) -> Table:

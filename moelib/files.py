@@ -60,8 +60,11 @@ def sha256(path: Path) -> str:
 
 def head(path: Path, most: int) -> bytes:
     """The file's bytes, no more than `most`. Asking a file for far more than it has makes room for all of it first."""
-    with path.open("rb") as f:
-        return f.read(min(os.fstat(f.fileno()).st_size + 1, most))
+    with open(path, "rb", buffering=0) as f:
+        data = f.read(min(os.fstat(f.fileno()).st_size + 1, most))
+        while data and len(data) < most and (more := f.read(min(1 << 20, most - len(data)))):  # it grew, or was cut
+            data += more
+        return data
 
 
 class Hashed:

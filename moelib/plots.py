@@ -116,15 +116,15 @@ def memory(results: Results) -> Any:
 @_styled
 def speed(results: Results, workload: str) -> Any:
     """Decode rate by quant and placement; a dot a request."""
-    frame = analyse.requests(r for b in results.blocks for r in b)
-    return _facets(results, frame[frame.workload == workload], "tokens_per_s", "tokens/s")
+    frame = analyse.requests((r for b in results.blocks for r in b), workload)
+    return _facets(results, frame, "tokens_per_s", "tokens/s")
 
 
 @_styled
 def first_token(results: Results, workload: str) -> Any:
     """Time to first token of warm requests by quant and placement; a dot a request."""
-    frame = analyse.requests(r for b in results.blocks for r in b)
-    frame = frame[(frame.workload == workload) & (frame.request > 0)]
+    frame = analyse.requests((r for b in results.blocks for r in b), workload)
+    frame = frame[frame.request > 0]
     return _facets(results, frame.assign(ms=frame.ttft_s * 1000), "ms", "time to first token, ms")
 
 
