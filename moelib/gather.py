@@ -10,6 +10,8 @@ from typing import Any
 
 from moelib import audit, record, run, witness
 
+MANY = 1000  # records; fewer take no time
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -59,6 +61,8 @@ def gather(folder: Path, of: str = "", set_aside: bool = False, light: bool = Fa
 
     with _no_search_for_cycles():
         records, damaged = record.read_all(folder, set_aside, of, look)
+        if len(records) >= MANY:
+            gc.freeze()  # nor are they to be searched later on: a tenth of a command's time
     away = tuple(p.name.partition(".json")[0] for p in sorted((folder / "records" / "damaged").glob(f"{of}*")))
     return Evidence(records, damaged, wrong, starts, away, checks)
 
