@@ -7,9 +7,10 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from datetime import datetime
+from statistics import median
 from typing import Any, NamedTuple
 
-from moelib import bounds, cells, command, invariants, witness
+from moelib import bounds, cells, command, energy, invariants, witness
 from moelib.cells import Cell
 from moelib.facts import DeviceFacts, HostFacts, Sheet
 from moelib.invariants import INVARIANTS, Finding, Measured, agrees, holds, strained
@@ -17,10 +18,13 @@ from moelib.record import Check, Record
 from moelib.run import Observation, Spec
 from moelib.witness import Witnessed
 
-FAMILIES = (invariants, command, bounds, witness, cells)
+FAMILIES = (invariants, command, bounds, witness, cells, energy)
 """Modules whose invariants count beside those of this one; importing them registers theirs."""
 RAM_TIMES = 1.3  # between cells of one host: 1.26 seen
 COUNTER_WATT = 2000.0  # more than any board of today draws
+LIBRARY_BYTES = {"cuda": 512 << 20}  # of what a server's memory holds beside weights, between runs: 265 MiB apart seen
+LIBRARY_SMALL_BYTES = 32 << 20  # with no GPU's libraries in it: 22 MiB seen
+WATCH_TIMES, WATCH_MORE, WATCHED = 1.6, 5e-4, 3  # share of a CPU, medians of so many runs of an arm: 1.3 times seen
 SHARE_TIMES, SHARE_LEAST = 1.1, 0.2  # 1.014 seen; a short prompt's experts are computed where they are
 CLOCK_SHARE = 0.08  # boost moves by steps of 15 MHz, and not at all on the cards seen
 SAME_SHARE = 1e-4  # measured shares of one block's requests differ by percents
@@ -190,6 +194,41 @@ def machines_are_themselves(study: Matrix) -> Finding:
         if max(speeds) > RAM_TIMES * min(speeds):
             wrong.append(f"RAM of {cpu}: {min(speeds) / 1e9:.1f} to {max(speeds) / 1e9:.1f} GB/s")
     return not wrong, "; ".join(wrong[:3]) or f"{len(hosts)} hosts"
+
+
+@holds("study", f"{LIBRARY_BYTES['cuda'] >> 20} MiB apart with a GPU, {LIBRARY_SMALL_BYTES >> 20} without")
+def libraries_one_size(study: Matrix) -> Finding:
+    """What a server's resident memory holds beside weights is libraries and buffers of one engine on one machine:
+    about as much in every run, whatever the file."""
+    rests = defaultdict(list)
+    for r in study.runs:
+        weights, stay = bounds.weights_resident(r)
+        if r.observed.host_rss_peak_bytes is not None and stay:
+            machine = r.device.kind, r.device.uuid, r.host.host_id, r.host.cpu, r.engine.server_sha256
+            rests[machine].append((r.observed.host_rss_peak_bytes - weights, r.run_id))
+    apart = [
+        f"{min(of)[0]} in {min(of)[1]}, {max(of)[0]} in {max(of)[1]}"
+        for (kind, *_), of in rests.items()
+        if max(of)[0] - min(of)[0] > LIBRARY_BYTES.get(kind, LIBRARY_SMALL_BYTES)
+    ]
+    return not apart, "; ".join(apart[:3]) or f"{len(rests)} machines"
+
+
+@holds("study", f"{WATCH_TIMES:g} times + {WATCH_MORE:.2%} of a CPU, in the median of an arm")
+def monitors_one_price(study: Matrix) -> Finding:
+    """Monitors read one machine's instruments at one pace: that takes about as much of a CPU in every cell."""
+    shares = defaultdict(lambda: defaultdict(list))
+    for r in study.runs:
+        spent, use = r.observed.watch_cpu_s, r.observed.host
+        if spent and use.elapsed_s > 0 and not strained(r.observed):
+            machine = r.device.kind, r.device.uuid, r.host.host_id, r.host.cpu, r.host.commit
+            shares[*machine, r.spec.arm][r.cell].append(spent / use.elapsed_s)
+    apart = []
+    for (*_, arm), of in shares.items():
+        usual = {name: median(known) for name, known in of.items() if len(known) >= WATCHED}
+        if usual and max(usual.values()) > WATCH_TIMES * min(usual.values()) + WATCH_MORE:
+            apart.append(f"{arm}: {', '.join(f'{name} {share:.2%}' for name, share in usual.items())}")
+    return not apart, "; ".join(apart[:3]) or f"{len(shares)} arms"
 
 
 @holds("study", f"{COUNTER_WATT:g} W at the most since the reading before")

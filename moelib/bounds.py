@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from moelib.invariants import Finding, Measured, holds
 from moelib.nvml import Counters
+from moelib.record import Record
 
 TICK_S = 0.002  # times are kept to a tenth of a millisecond, and taken one after another
 LAST_READING_S = 1.0  # before the end of the watched time: the thread wakes every 0.1 s
@@ -24,7 +25,7 @@ MIB = 1 << 20
 # Of libraries, caches and the driver, beside file and buffers: 247 to 512 MiB seen with a GPU, 2 to 25 MiB without.
 RSS_BYTES = {"cuda": 2 << 30}
 RSS_SMALL_BYTES = 256 << 20
-RESIDENT = 0.95  # of them; 1.01 and more seen
+RESIDENT = 0.985  # of them; 1.006 and more seen
 ROOMY = 2  # times the file, of RAM: pages that were read once then stay
 PAGING = 100  # page faults that wait for the disk: from here on pages come and go
 SM_MHZ, MEMORY_MHZ = 4000, 25000  # no card comes near
@@ -106,8 +107,8 @@ def energy_possible(run: Measured) -> Finding:
             name = f"{r.workload}[{r.index}]: {used} J in {r.total_s:.3f} s"
             if used < 0 or (limit and used > POWER_SHARE * limit * (r.total_s + ENERGY_S)):
                 yield f"{name} with {limit} W"
-            elif (course := _course(counters, r.started_s, r.started_s + r.total_s)) is not None:
-                joules, lasted = course
+            elif (moved := course(counters, r.started_s, r.started_s + r.total_s)) is not None:
+                joules, lasted = moved
                 watts = max(joules / lasted, used / r.total_s, *(c.power_watt or 0.0 for c in counters))
                 least = joules - watts * (lasted - r.total_s + COURSE_S)
                 if not least - 1 <= used <= joules + 1:
@@ -125,7 +126,7 @@ def energy_possible(run: Measured) -> Finding:
     return found(wrong(), "as the board's counter says" if counters else "no counter")
 
 
-def _course(counters: Sequence[Counters], start_s: float, end_s: float) -> tuple[float, float] | None:
+def course(counters: Sequence[Counters], start_s: float, end_s: float) -> tuple[float, float] | None:
     """(joules, seconds) between two readings of the counter that enclose a time; None where there are none."""
     known = [c for c in counters if c.energy_joule is not None]
     before = [c for c in known if c.t_s <= start_s + TICK_S]
@@ -135,24 +136,32 @@ def _course(counters: Sequence[Counters], start_s: float, end_s: float) -> tuple
     return after[0].energy_joule - before[-1].energy_joule, after[0].t_s - before[-1].t_s
 
 
+def weights_resident(run: Measured | Record) -> tuple[int, bool]:
+    """(bytes of weights in the server's memory, whether a mapped file's pages, counted in, surely stay there)."""
+    seen = run.seen if isinstance(run, Measured) else run.observed
+    buffers = (b for b in seen.report.buffers if b.kind == "model" and not b.on_device)
+    copied = sum(b.size_bytes for b in buffers if not b.name.endswith("_Mapped"))
+    if run.spec.load_mode != "mmap":
+        return copied, True
+    stay = run.host.ram_bytes >= ROOMY * run.sheet.file_bytes and (seen.host.major_faults or 0) < PAGING
+    return copied + run.sheet.file_bytes, stay  # all of a mapped file is read
+
+
 @holds("run", "host buffers and mapped file at the least; RAM, or these and libraries, at the most")
 def host_memory_possible(run: Measured) -> Finding:
     """The server's resident memory holds what was copied to the host, and no more than file, buffers and libraries."""
     peak, ram = run.seen.host_rss_peak_bytes, run.host.ram_bytes
     if peak is None:
         return True, "the system keeps no peak"
-    buffers = run.seen.report.buffers
-    copied = sum(
-        b.size_bytes for b in buffers if b.kind == "model" and not b.on_device and not b.name.endswith("_Mapped")
-    )
-    most = copied + run.sheet.file_bytes + RSS_BYTES.get(run.seen.device_kind, RSS_SMALL_BYTES)
-    roomy = ram >= ROOMY * run.sheet.file_bytes and (run.seen.host.major_faults or 0) < PAGING
-    if run.spec.load_mode == "mmap" and roomy:
-        copied += run.sheet.file_bytes  # all of a mapped file is read
+    weights, stay = weights_resident(run)
+    least = weights if stay else weights - run.sheet.file_bytes
+    # not mapped, the file is read piece by piece: how much of it at once is the engine's affair
+    most = weights + RSS_BYTES.get(run.seen.device_kind, RSS_SMALL_BYTES)
+    most += run.sheet.file_bytes if run.spec.load_mode != "mmap" else 0
     wrong = [
         f"{peak} bytes, {what} {bound}"
         for what, bound, holds_ in (
-            ("copied buffers and a mapped file take", copied, peak >= copied * RESIDENT),
+            ("copied buffers and a mapped file take", least, peak >= least * RESIDENT),
             ("RAM has", ram, not ram or peak <= ram),
             ("file, buffers and libraries take at most", most, peak <= most),
         )
@@ -187,7 +196,7 @@ def bus_traffic_possible(run: Measured) -> Finding:
             took = [r.engine_prompt_s for r in o.requests if r.workload == moved.workload and r.engine_prompt_s]
             if link and took:
                 most = min(most, link * (2 * max(took) + 0.1) + LINK_BYTES)
-            if any(n is not None and not 0 <= n <= most for n in (moved.received_bytes, moved.sent_bytes)):
+            if any(n is not None and not 0 < n <= most for n in (moved.received_bytes, moved.sent_bytes)):
                 yield f"{name}, at most {most:.0f}"
 
     return found(wrong(), f"{len(o.prompt_traffic)} prompts")

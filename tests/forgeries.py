@@ -436,7 +436,9 @@ def campaign(court: Court, number: int, seed: int) -> dict[str, list[int]]:
             if court.accepts(cell, runs, logs):
                 rows[name][2] += 1
                 if os.environ.get("FORGERIES_TELL"):
-                    click.echo(f"accepted: {name} in {cell}: {sorted(numbers)[:6]}", err=True)
+                    was, now = published(court.runs[cell]), published(runs)
+                    told = "; ".join(f"{k} {was.get(k)} -> {now.get(k)}" for k in sorted(numbers)[:6])
+                    click.echo(f"accepted: {name} in {cell}: {told}", err=True)
     return rows
 
 

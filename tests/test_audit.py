@@ -500,6 +500,47 @@ def test_a_machine_is_the_same_in_every_cell(runs):
         assert (check <= study_flagged(planned, idle)) == (not right)
 
 
+def test_libraries_take_as_much_memory_beside_every_file(runs):
+    """Resident memory less weights: of a mapped file all, of a copied one its buffers on the host."""
+    planned, check = plan_of(runs), {"libraries-one-size"}
+    usual = runs[0].observed.host_rss_peak_bytes
+
+    def larger(by, **device):
+        other = seen_as(runs[3], host_rss_peak_bytes=usual + by)
+        return [of_device(r, uuid="GPU-1", **device) for r in (*runs[:3], other)]
+
+    for by, right in ((32 * MIB, True), (32 * MIB + 1, False)):
+        assert (study_flagged(planned, larger(by)) == set()) == right
+    for by, right in ((512 * MIB, True), (512 * MIB + 1, False)):
+        assert (study_flagged(planned, larger(by, kind="cuda")) == set()) == right
+    grown = larger(64 * MIB)
+    apart = [*grown[:3], of_device(grown[3], uuid="GPU-2")]
+    assert check & study_flagged(planned, apart) == set()  # of another machine
+    paging = seen_as(grown[3], host=replace(grown[3].observed.host, major_faults=100))
+    assert study_flagged(planned, [*grown[:3], paging]) == set()  # pages came and went
+
+
+def test_monitors_take_as_much_of_a_cpu_in_every_cell(runs):
+    """Of arms with three runs and more in each of two cells."""
+    check = {"monitors-one-price"}
+
+    def shares(one, other, cell=3):
+        made_ = []
+        for quant, share in (("Q4_K_M", one), ("Q2_K", other)):
+            for b in range(cell):
+                for r in runs[:2]:
+                    of = replace(r.spec, quant=quant, block=b)
+                    spent = share * r.observed.host.elapsed_s
+                    made_.append(seen_as(r, watch_cpu_s=spent).model_copy(update={"spec": of}))
+        return made_
+
+    for other, right in ((0.0164, True), (0.0166, False), (0.0060, True), (0.0058, False)):
+        assert (check & study_flagged([], shares(0.01, other)) == set()) == right
+    assert check & study_flagged([], shares(0.01, 0.1, cell=2)) == set()  # too few to tell
+    busy = [seen_as(r, host=replace(r.observed.host, busy_s=0.8)) for r in shares(0.01, 0.1)]
+    assert check & study_flagged([], busy) == set()
+
+
 def test_an_energy_counter_only_grows_or_begins_anew(runs):
     """Runs 10 s apart, and blocks a minute."""
     planned, check = plan_of(runs), {"counters-have-one-course"}
@@ -579,6 +620,8 @@ LIMITS = {
     "audited-again-from-a-record": "a record with that digest and those readings",
     "clocks-one-cards": "8% between readings of one card",
     "machines-are-themselves": "equal facts of one device; RAM and idle power within 1.3 times",
+    "libraries-one-size": "512 MiB apart with a GPU, 32 without",
+    "monitors-one-price": "1.6 times + 0.05% of a CPU, in the median of an arm",
     "counters-have-one-course": "2000 W at the most since the reading before",
     "quants-of-one-model": "equal parameters; experts over the bus within 1.1 times",
 }
@@ -674,6 +717,8 @@ def test_blocks_and_studies_say_what_was_found(runs):
         "audited-again-from-a-record": "each names its first record",
         "clocks-one-cards": "0 readings",
         "machines-are-themselves": "0 hosts",
+        "libraries-one-size": "1 machines",
+        "monitors-one-price": "0 arms",
         "counters-have-one-course": "0 boards",
         "quants-of-one-model": "1 models",
     }

@@ -76,6 +76,7 @@ VIOLATIONS = [
     (ONE, replace(host(elapsed_s=2.0), wall_s=2.0)),  # nothing was read in the last 1.8 s
     (ONE, observation(counters=(Counters(0.3), Counters(0.2)))),
     ("host-memory-possible", observation(host_rss_peak_bytes=0)),
+    ("host-memory-possible", observation(host_rss_peak_bytes=39 * MIB)),  # all of a file of 40 MiB was read
     ("host-memory-possible", observation(host_rss_peak_bytes=9 << 30)),  # of 8 GiB of RAM
     ("host-memory-possible", observation(host_rss_peak_bytes=5 << 30)),  # of a file of 42 MiB
     ("cpu-time-possible", observation(watch_cpu_s=0.0)),
@@ -98,6 +99,7 @@ ON_GPU = [
     ("energy-possible", metered(joules=(0, 60, 120), watts=2000.0)),
     ("energy-possible", metered(joules=(0, 60, 120), watts=-300.0)),
     ("bus-traffic-possible", of_gpu(prompt_traffic=(PromptTraffic("plan-short", 8, -1, 5),))),
+    ("bus-traffic-possible", of_gpu(prompt_traffic=(PromptTraffic("plan-short", 8, 0, 5),))),  # not even the prompt
     ("bus-traffic-possible", of_gpu(prompt_traffic=(PromptTraffic("plan-short", 8, 5, -1),))),
     ("bus-traffic-possible", of_gpu(prompt_traffic=(PromptTraffic("plan-short", 8, 300 * MIB, 5),))),
 ]
