@@ -7,11 +7,13 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from statistics import median
 from typing import Any, NamedTuple
 
 from moelib.bounds import PAGING, found
 from moelib.client import Request
+from moelib.facts import DeviceFacts, HostFacts
 from moelib.invariants import Finding, holds, strained
 from moelib.memory import AGREE_BYTES, AGREE_SHARE
 from moelib.params import Workload
@@ -273,7 +275,12 @@ def monitors_alike(cell: Cell) -> Finding:
 
 def _session(r: Record) -> str:
     """What a process says of its host and device, which it looks at once, before its runs."""
-    return f"{r.host!r} {r.device!r}"
+    return _told(r.host, r.device)
+
+
+@lru_cache(4096)
+def _told(host: HostFacts, device: DeviceFacts) -> str:
+    return f"{host!r} {device!r}"
 
 
 def _in_turn(runs: Iterable[Record]) -> Iterator[tuple[Record, Record, float]]:
