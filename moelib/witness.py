@@ -37,10 +37,10 @@ class Witnessed(NamedTuple):
 
 def call(folder: Path, record: Record) -> Witnessed:
     """Read the logs that `record` names, in the study's `folder`."""
-    log, wrong = None, []
+    log, wrong, kept = None, [], folder / "raw"
     for name, sha256 in record.raw.items():
         try:
-            packed = files.head(folder / "raw" / name, logs.MAX_BYTES)
+            packed = files.head(kept / name, logs.MAX_BYTES)
             if hashlib.sha256(packed).hexdigest() != sha256:
                 wrong.append(f"{name} was changed: its SHA-256 is not the record's")
             elif name.endswith(logs.SERVER):

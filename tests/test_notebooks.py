@@ -34,7 +34,8 @@ def test_run_works_by_itself_and_from_a_file_of_parameters(home, models_folder):
     told = [o["metadata"]["moelib"] for o in shown if "moelib" in o.get("metadata", {})]
     assert {t["name"] for t in told if t["kind"] == "table"} == {"sheet", "placement", "runs"}
     assert {t["name"] for t in told if t["kind"] == "figure"} == {"memory", "tokens-smoke"}
-    assert all(t["sources"] for t in told)
+    assert all(row["from"] for t in told for row in t.get("rows", [t]))
+    assert table.collect(told)["sources"]
     assert len(list((home / "outputs/smoke/records").glob("*.json"))) == 4
     # again with -p: nothing is done twice
     args = ["-p", "study", "smoke", "-p", "model", "deepseek-moe-16b", "-p", "quant", "Q8_0"]
