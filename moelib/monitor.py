@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from moelib import process
 
@@ -49,10 +50,7 @@ def repeating(action: Callable[[], object], every_s: float) -> Iterator[Spent]:
             raise _unwatched(f"ended with {_words(raised[0])}") from raised[0]
         if spent.calls == 0 and lasted > STARVED * every_s + 1:
             raise _unwatched(f"was not called once in {lasted:.1f} s, though it was to be every {every_s:g} s")
-        try:
-            action()
-        except Exception as err:
-            raise _unwatched(f"ended with {_words(err)}") from err
+        once(action)
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
@@ -63,6 +61,14 @@ def repeating(action: Callable[[], object], every_s: float) -> Iterator[Spent]:
             finish()
         raise
     finish()
+
+
+def once(action: Callable[[], Any]) -> Any:
+    """What `action` returns. Raises ProcessError (monitor-failed) if it raised."""
+    try:
+        return action()
+    except Exception as err:
+        raise _unwatched(f"ended with {_words(err)}") from err
 
 
 def _unwatched(what: str) -> process.ProcessError:

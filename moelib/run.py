@@ -205,7 +205,8 @@ def _observe(
             looked, untold = engine.looked_at(server.pid, session.pid, since)
             ended = server.stop()
             server.check_log()
-            trace = Trace(idle, tuple(readings), session.settled(idle, server.pid, now))
+            after = monitor.once(lambda: session.settled(idle, server.pid, now))
+            trace = Trace(idle, tuple(readings), after)
             report = engines.parse_log(server.text())
     try:
         sha256 = quantised.content.sha256()

@@ -465,7 +465,12 @@ def _breaks(i, reading):
     return reading
 
 
+def _breaks_at_the_end(i, reading):
+    return _breaks(i + 1, reading) if i >= 0 and not reading.listed else reading
+
+
 readings("what reads the GPU breaks on the way", "monitor-failed", _breaks)
+readings("what reads the GPU breaks after the end", "monitor-failed", _breaks_at_the_end)
 
 
 # two at once
