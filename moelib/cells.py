@@ -290,7 +290,7 @@ def _in_turn(runs: Iterable[Record]) -> Iterator[tuple[Record, Record, float]]:
         if r.judged is None:
             machines[r.host.host_id, r.device.uuid].append((datetime.fromisoformat(r.started_utc), r))
     for begun in machines.values():
-        begun.sort(key=lambda pair: pair[0])
+        begun.sort(key=lambda pair: (pair[0], pair[1].attempt))  # starts are kept to whole seconds
         for (a, first), (b, second) in itertools.pairwise(begun):
             yield first, second, (b - a).total_seconds() - first.observed.wall_s
 

@@ -259,6 +259,9 @@ def test_one_process_reads_its_host_once():
     assert flagged(at(2, "host", ram_read_bytes_per_s=50e9)) == check
     assert flagged(at(2, "device", context_bytes=5)) == check
     assert flagged(at(5, "host", ram_read_bytes_per_s=50e9)) == set()  # a second process did the last run
+    again = at(2, "host", ram_read_bytes_per_s=50e9)  # a run done again, in the second in which the others' last began
+    again[2] = again[2].model_copy(update={"attempt": 2, "started_utc": runs[5].started_utc})
+    assert flagged(again) == set()
 
     def counted(*joules):
         pairs = zip(runs, joules, strict=True)
