@@ -188,8 +188,7 @@ def no_loopback(engine: Engine) -> str | None:
 
 
 class Family:
-    """Reads the memory of a run's processes. All processes, which takes milliseconds, are looked through only when the
-    driver lists one that is not known."""
+    """Reads the memory of a run's processes. They are looked for only when the driver lists one that is not known."""
 
     def __init__(self, gpu: Gpu) -> None:
         self._gpu, self._ours, self._strangers = gpu, set(), set()

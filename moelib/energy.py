@@ -17,7 +17,8 @@ ARM_SHARES, ARM_REQUESTS = (
     5,
 )  # an arm's requests against the meter, which lags: medians of 0.88 to 1.17 seen
 GAP_SHARES = (0.4, 1.15)  # between requests: of the lowest reading of the meter, and of the power in requests
-GAP_S = 0.15  # of power, by the root of the number of runs: the counter moves every 0.1 s
+GAP_S = 0.15  # of power, by the root of the number of requests: the counter moves every 0.1 s
+GAP_REQUEST_S = 0.25  # of shorter requests, in the mean, the counter says nothing
 
 
 @holds("cell", f"{ENERGY_TIMES:g} times the median of its arm")
@@ -60,15 +61,13 @@ def energy_between_requests(cell: Cell) -> Finding:
     def wrong() -> Iterator[str]:
         for arm, runs in by_arm(cell.runs).items():
             whole = [(r, moved) for r in runs if _known(r) and _watts(r) and (moved := _moved(r)) is not None]
-            if not whole:
+            lasted = [q.total_s for r, _ in whole for q in r.observed.requests]
+            if not whole or sum(lasted) < GAP_REQUEST_S * len(lasted):
                 continue
-            spent, asked = (
-                sum(_spent(r) for r, _ in whole),
-                sum(q.total_s for r, _ in whole for q in r.observed.requests),
-            )
+            spent, asked = sum(_spent(r) for r, _ in whole), sum(lasted)
             between, waited = sum(j for _, (j, _) in whole) - spent, sum(s for _, (_, s) in whole) - asked
             busy, idle = spent / asked, min(min(_watts(r)) for r, _ in whole)
-            slack = GAP_S * max(busy, idle) * len(whole) ** 0.5
+            slack = GAP_S * max(busy, idle) * len(lasted) ** 0.5
             least, most = GAP_SHARES[0] * idle * waited - slack, GAP_SHARES[1] * busy * waited + slack
             if not least <= between <= most:
                 yield f"{arm}: {between:.0f} J in {waited:.2f} s between requests, {least:.0f} to {most:.0f} possible"

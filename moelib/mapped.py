@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import psutil
-
-from moelib import files
+from moelib import files, host
 from moelib.process import ProcessError
 
 OWN = re.compile(r"^lib(ggml|llama|mtmd)|^(llama|ggml|rpc)-", re.I)  # the build's, wherever a distribution puts them
@@ -85,10 +83,9 @@ def _code(pid: int) -> dict[tuple[str, int, int], bool]:
     """(path, device, inode) of each file that a process and what it started have mapped -> whether any of it can be
     executed."""
     found = _maps(pid)
-    with contextlib.suppress(psutil.Error):
-        for child in psutil.Process(pid).children(recursive=True):
-            with contextlib.suppress(NotTold):  # it ended meanwhile
-                found = {**_maps(child.pid), **found}
+    for child in host.tree(pid) - {pid}:
+        with contextlib.suppress(NotTold):  # it ended meanwhile
+            found = {**_maps(child), **found}
     return found
 
 

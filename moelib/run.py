@@ -155,7 +155,8 @@ def execute(spec: Spec, quantised: Quantised, engine: engines.Engine, device: de
     """Carry out one run in the scratch folder `work`. Every failure of the engine becomes an Outcome with a reason."""
     logs = (work / "server.log", work / "device.log")
     try:
-        return Outcome(_observe(spec, quantised, engine, device, work), None, None, logs)
+        with monitor.unhindered():
+            return Outcome(_observe(spec, quantised, engine, device, work), None, None, logs)
     except process.ProcessError as err:
         return Outcome(None, err.reason, str(err), logs)
     except (engines.EngineError, devices.DeviceError) as err:

@@ -2,6 +2,9 @@
 
 import os
 import re
+import signal
+import subprocess
+import sys
 
 import psutil
 import pytest
@@ -82,3 +85,34 @@ def test_a_time_that_cannot_be_read_fails_the_run_and_is_not_0(monkeypatch):
     monkeypatch.setattr(host.psutil, "cpu_times", lambda: (_ for _ in ()).throw(OSError("no /proc/stat")))
     with pytest.raises(process.ProcessError, match="the host's CPU time could not be read .no /proc/stat"):
         host.Watch()
+
+
+FAMILY = """
+import subprocess, sys, threading, time
+start = lambda *argv: subprocess.Popen([sys.executable, "-c", *argv], stdout=subprocess.PIPE)
+nested = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
+children = []
+thread = threading.Thread(target=lambda: (children.append(start(nested)), time.sleep(60)), daemon=True)
+thread.start()
+while not children:
+    time.sleep(0.01)
+print(children[0].pid, int(children[0].stdout.readline()), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_tree_has_the_children_of_every_thread_and_theirs(monkeypatch, told):
+    """By the system's own list of a thread's children, and without it by looking through all processes."""
+    if not told:
+        monkeypatch.setattr(host.os, "getpid", lambda: 0)  # of which there is no list
+    with subprocess.Popen([sys.executable, "-c", FAMILY], stdout=subprocess.PIPE) as parent:
+        try:
+            below = set(map(int, parent.stdout.readline().split()))
+            assert host.tree(parent.pid) == {parent.pid, *below}
+            assert len(below) == 2
+        finally:
+            for pid in (*host.tree(parent.pid) - {parent.pid}, parent.pid):
+                os.kill(pid, signal.SIGKILL)
+    assert host.tree(parent.pid) == {parent.pid}
+    assert host.tree(None) == set()

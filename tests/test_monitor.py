@@ -1,5 +1,6 @@
 """A thread that watches a run: what becomes of the run when it dies, hangs or never looks."""
 
+import gc
 import threading
 import time
 
@@ -95,3 +96,28 @@ def test_a_monitor_that_was_never_called_is_said(monkeypatch):
         with monitor.repeating(lambda: calls.append(1), 0.1):
             # its thread waits for its first turn: time went by without it
             assert calls == []
+
+
+def test_no_search_for_cycles_falls_into_a_run():
+    """What a run's block leaves behind is searched for afterwards, and whoever had searching off keeps it off."""
+    searched = []
+    gc.callbacks.append(lambda phase, info: searched.append(info["generation"]))
+    try:
+        with monitor.unhindered():
+            searched.clear()  # the one before the run
+            for _ in range(3 * gc.get_threshold()[0]):
+                loop = []
+                loop.append(loop)
+            assert searched == []
+        assert gc.isenabled()
+        gc.collect()
+        assert searched
+    finally:
+        gc.callbacks.pop()
+    gc.disable()
+    try:
+        with pytest.raises(KeyError), monitor.unhindered():
+            raise KeyError
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
