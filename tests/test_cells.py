@@ -160,9 +160,12 @@ def test_no_run_ends_its_requests_long_after_the_engine():
     def shifted(o, by):
         return {"requests": tuple(replace(q, token_s=tuple(t + by for t in q.token_s)) for q in o.requests)}
 
-    for by, right in ((0.0019, True), (0.0021, False), (-0.0019, True), (-0.0021, False)):
-        found = flagged(changed(runs, 2, **shifted(runs[2].observed, by)))
-        assert (found == set()) if right else (found == {"arms-keep-the-engines-time"})
+    check = {"arms-keep-the-engines-time"}
+    for by, right in ((0.0079, True), (0.0081, False), (-0.0019, True), (-0.0021, False)):
+        assert flagged(changed(runs, 2, **shifted(runs[2].observed, by))) == (set() if right else check)
+    for by, right in ((0.0029, True), (0.0031, False)):
+        of_gpu = changed(runs, 3, device_kind="cuda", **shifted(runs[3].observed, by))
+        assert (check & flagged(of_gpu) == set()) == right
     busy = replace(runs[2].observed.host, busy_s=0.8)
     assert flagged(changed(runs, 2, **shifted(runs[2].observed, 0.1), host=busy)) == set()
 

@@ -53,6 +53,32 @@ def test_importing_moelib_is_cheap():
     assert out.stdout.strip() == "[]"
 
 
+WATCHED_IMPORT = """
+import importlib, os, sys
+HOME, opened = sys.argv[1], []
+def look(event, args):
+    if event in ("open", "subprocess.Popen", "socket.connect", "os.mkdir", "os.remove"):
+        frame = sys._getframe(1)
+        while frame and "importlib" in frame.f_code.co_filename:
+            if frame.f_code.co_name in ("get_data", "path_stats"):
+                return  # the import's own reading of a module
+            frame = frame.f_back
+        if frame and frame.f_code.co_filename.startswith(HOME):
+            opened.append((os.path.basename(frame.f_code.co_filename), event, str(args[0])))
+sys.addaudithook(look)
+for name in sys.argv[2:]:
+    importlib.import_module(f"moelib.{name}")
+print(opened)
+"""
+
+
+def test_importing_any_module_does_no_work():
+    """Of its own: what the libraries below read when they are imported is theirs."""
+    argv = [sys.executable, "-c", WATCHED_IMPORT, str(REPO / "moelib"), *LAYERS]
+    out = subprocess.run(argv, capture_output=True, text=True, cwd=REPO, encoding="utf-8", timeout=60)
+    assert out.stdout.strip() == "[]", out.stderr
+
+
 def test_a_bar_starts_no_process():
     """With the start method that Python has from 3.14 on."""
     code = (
