@@ -79,7 +79,7 @@ lab: setup ## open JupyterLab on the notebooks
 doctor: setup ## what is installed, what is missing, and what mends it
 	@$(BIN)/moelib doctor
 
-scale: setup ## how status, audit and report grow with the number of records, about 10 minutes
+scale: setup ## how status, audit and report grow with the number of records, about 15 minutes
 	@$(BIN)/python benchmarks/scale.py $(ARGS)
 
 bench: demo ## the benchmarks: ratios within one run

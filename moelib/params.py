@@ -136,7 +136,7 @@ class Study(Strict):
     workloads: tuple[str, ...] = Field(min_length=1, max_length=MAX_NAMES)
     requests: upto(1000) = 2
     """Requests of each workload in a run, in order; the first is flagged as first."""
-    blocks: upto(1000) = 5
+    blocks: upto(10_000) = 5
     context: Tokens = 1024
     device: Literal["auto", "cuda", "loopback", "none"] = "auto"
     seed: upto((1 << 63) - 1, 0)

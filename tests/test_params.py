@@ -88,7 +88,7 @@ def test_a_scaled_geometry_is_valid_and_keeps_its_quirks(name, factor):
 LIMITS = [
     ("requests: 1000000000000", "requests: Input should be less than or equal to 1000"),
     ("requests: 1001", "requests: Input should be less than or equal to 1000"),
-    ("blocks: 1000000", "blocks: Input should be less than or equal to 1000"),
+    ("blocks: 1000000", "blocks: Input should be less than or equal to 10000"),
     ("context: 99999999999", "context: Input should be less than or equal to 16777216"),
     ("seed: 9223372036854775808", "seed: Input should be less than or equal to 9223372036854775807"),
     ("seed: -1", "seed: Input should be greater than or equal to 0"),
@@ -100,7 +100,7 @@ LIMITS = [
     (f"models: [{', '.join(f'm{i}' for i in range(101))}]", "models: Tuple should have at most 100 items"),
     (f"workloads: [{', '.join(f'w{i}' for i in range(101))}]", "workloads: Tuple should have at most 100 items"),
     (
-        f"models: [{', '.join(f'm{i}' for i in range(100))}]\nblocks: 1001",
+        f"models: [{', '.join(f'm{i}' for i in range(100))}]\nblocks: 10001",
         "blocks: Input should be less than or equal to",
     ),
     (
@@ -123,10 +123,10 @@ def test_the_largest_that_is_allowed_is_allowed(home):
     path = home / "params/studies/smoke.yaml"
     path.write_text(
         path.read_text(encoding="utf-8")
-        + "requests: 1000\nblocks: 1000\ncontext: 16777216\nseed: 9223372036854775807\n",
+        + "requests: 1000\nblocks: 10000\ncontext: 16777216\nseed: 9223372036854775807\n",
         encoding="utf-8",
     )
-    assert params.study("smoke").blocks == 1000
+    assert params.study("smoke").blocks == 10_000
 
 
 @pytest.mark.parametrize(
