@@ -16,10 +16,16 @@ def shell(script):
 
 
 def sleeping(seconds):
-    """Processes that sleep for so long: each test has a number of its own. The dead wait for their new parent."""
-    every = psutil.process_iter(["cmdline", "status"])
-    found = [p for p in every if p.info["cmdline"] == ["sleep", str(seconds)]]
-    return [p for p in found if p.info["status"] != psutil.STATUS_ZOMBIE]
+    """Processes that go on sleeping for so long: each test has a number of its own. The killed take a moment to die, and
+    the dead wait for their new parent."""
+    deadline = time.monotonic() + 2
+    while True:
+        every = psutil.process_iter(["cmdline", "status"])
+        found = [p for p in every if p.info["cmdline"] == ["sleep", str(seconds)]]
+        found = [p for p in found if p.info["status"] != psutil.STATUS_ZOMBIE]
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.02)
 
 
 def test_words_and_code_are_told():
