@@ -16,8 +16,8 @@ def shell(script):
 
 
 def sleeping(seconds):
-    """Processes that go on sleeping for so long: each test has a number of its own. The killed take a moment to die, and
-    the dead wait for their new parent."""
+    """Processes that go on sleeping for so long: each test has a number of its own. The killed take a moment to die,
+    and the dead wait for their new parent."""
     deadline = time.monotonic() + 2
     while True:
         every = psutil.process_iter(["cmdline", "status"])
