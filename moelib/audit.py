@@ -21,11 +21,12 @@ from moelib.witness import Witnessed
 
 FAMILIES = (invariants, command, bounds, witness, cells, energy)
 """Modules whose invariants count beside those of this one; importing them registers theirs."""
-RAM_TIMES = 1.6  # between cells of one host: 1.5 seen on a virtual machine, whose memory others read too
+RAM_TIMES = 1.4  # between cells of one host: 1.26 seen
 IDLE_TIMES = 1.3  # between cells of one board: 1.26 seen
 COUNTER_WATT = 2000.0  # more than any board of today draws
 LIBRARY_BYTES = {"cuda": 512 << 20}  # of what a server's memory holds beside weights, between runs: 265 MiB apart seen
 LIBRARY_SMALL_BYTES = 32 << 20  # with no GPU's libraries in it: 22 MiB seen
+PAGE_BYTES, PAGE_SHARE, SMALL_PAGES = 4096, 0.05, 0.5  # faults for each page of resident memory: 0.977 to 0.997 seen
 WATCH_TIMES, WATCH_MORE, WATCHED = 1.6, 5e-4, 3  # share of a CPU, medians of so many runs of an arm: 1.3 times seen
 SHARE_TIMES, SHARE_LEAST = 1.1, 0.2  # 1.014 seen; a short prompt's experts are computed where they are
 SHARE_BYTES = 1 << 30  # of experts moved: beside less, what else crosses the bus counts
@@ -215,6 +216,23 @@ def libraries_one_size(study: Matrix) -> Finding:
         if max(of)[0] - min(of)[0] > LIBRARY_BYTES.get(kind, LIBRARY_SMALL_BYTES)
     ]
     return not apart, "; ".join(apart[:3]) or f"{len(rests)} machines"
+
+
+@holds("study", f"{PAGE_SHARE:.0%} apart, faults for each page")
+def pages_one_size(study: Matrix) -> Finding:
+    """Where pages are small and hold copies, each is touched once: a machine's runs have as many page faults for each
+    page of resident memory, whatever the file. Of large pages their number says nothing."""
+    rates = defaultdict(list)
+    for r in study.runs:
+        faults, peak = r.observed.host.minor_faults, r.observed.host_rss_peak_bytes
+        if r.spec.load_mode == "none" and r.device.kind == "cuda" and faults and peak:
+            rates[r.device.uuid, r.host.host_id, r.host.cpu].append((faults / (peak / PAGE_BYTES), r.run_id))
+    apart = [
+        f"{min(of)[0]:.3f} in {min(of)[1]}, {max(of)[0]:.3f} in {max(of)[1]}"
+        for of in rates.values()
+        if min(of)[0] > SMALL_PAGES and max(of)[0] > min(of)[0] * (1 + PAGE_SHARE)
+    ]
+    return not apart, "; ".join(apart[:3]) or f"{len(rates)} machines"
 
 
 @holds(

@@ -28,6 +28,8 @@ RSS_SMALL_BYTES = 256 << 20
 RESIDENT = 0.985  # of them; 1.006 and more seen
 ROOMY = 2  # times the file, of RAM: pages that were read once then stay
 PAGING = 100  # page faults that wait for the disk: from here on pages come and go
+READING_S = {"cuda": 1.2e-4}  # of CPU at the least, for a look at the card: 3.7e-4 seen
+READING_SMALL_S = 2e-5  # for one at a process alone: 2.2e-4 seen
 SM_MHZ, MEMORY_MHZ = 4000, 25000  # no card comes near
 BUS_BITS = (32, 16384)  # of a memory bus, at two transfers a clock
 
@@ -239,6 +241,9 @@ def cpu_time_possible(run: Measured) -> Finding:
                 yield f"{what}: {spent} CPU seconds of {most:.1f}"
         if monitors is not None and not 0 < monitors <= use.elapsed_s:
             yield f"monitors: {monitors} CPU seconds in {use.elapsed_s:.2f} s"
+        readings = len(run.seen.memory.trace.during)
+        if monitors is not None and monitors < readings * READING_S.get(run.seen.device_kind, READING_SMALL_S):
+            yield f"monitors: {monitors} CPU seconds for {readings} readings"
         if any(n is not None and n < 0 for n in (use.minor_faults, use.major_faults)):
             yield f"page faults {use.minor_faults}, {use.major_faults}"
         if use.minor_faults == 0:

@@ -19,6 +19,7 @@ from moelib.files import stored
 from moelib.ranges import Count, Cpus, Elapsed, Seconds, Step
 
 READ_BYTES = 1 << 30  # over all CPUs: more than any cache
+READ_S = 0.5
 KEY = b"moelib: which host measured"  # of the project, and fixed: the same host has the same id in every study
 UNIDENTIFIED = "the system tells neither a boot's id nor a machine's"
 """Why a host has no identity, where it has none."""
@@ -123,16 +124,18 @@ def _faults(pid: int) -> tuple[int | None, int | None]:
 
 
 def read_bandwidth() -> float:
-    """Bytes per second that all usable CPUs together read from RAM, best of 3: the bound of experts on the CPU.
+    """Bytes per second that all usable CPUs together read from RAM, at best: the bound of experts on the CPU.
 
-    Each thread sums its own part, which numpy does without the interpreter's lock.
+    Each thread sums its own part, which numpy does without the interpreter's lock. What others do with a shared RAM
+    can only make a reading slower.
     """
     import numpy as np
 
     cpus, rates = process.usable_cpus(), []
     parts = [np.ones(READ_BYTES // 8 // cpus, np.int64) for _ in range(cpus)]
     with ThreadPoolExecutor(cpus) as pool:
-        for _ in range(4):
+        begun = time.perf_counter()
+        while len(rates) < 4 or time.perf_counter() - begun < READ_S:
             started = time.perf_counter()
             list(pool.map(np.sum, parts))
             rates.append(sum(p.nbytes for p in parts) / (time.perf_counter() - started))

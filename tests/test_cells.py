@@ -148,9 +148,9 @@ def test_a_gpus_idle_baseline_decodes_as_long_as_the_engine_says():
         }
 
     check = {"arms-keep-the-engines-time"}
-    for by, right in ((0.0012, True), (0.0018, False)):
+    for by, right in ((0.0010, True), (0.0013, False)):
         assert (check <= flagged(arm(cell_of(), "baseline", late(by)))) == (not right)
-    assert not check & flagged(arm(cell_of(), "cpu-moe", late(0.0018)))
+    assert not check & flagged(arm(cell_of(), "cpu-moe", late(0.0013)))
 
 
 def test_no_run_ends_its_requests_long_after_the_engine():
