@@ -34,7 +34,7 @@ SM_MHZ, MEMORY_MHZ = 4000, 25000  # no card comes near
 BUS_BITS = (32, 16384)  # of a memory bus, at two transfers a clock
 
 
-def found(wrong: Iterator[str], fine: str) -> Finding:
+def finding(wrong: Iterator[str], fine: str) -> Finding:
     """Whether nothing is wrong, and what is; `fine` where nothing is."""
     told = list(wrong)
     return not told, "; ".join(told[:4]) or fine
@@ -43,7 +43,7 @@ def found(wrong: Iterator[str], fine: str) -> Finding:
 @holds("run", f"in order, the last reading within {LAST_READING_S:g} s of the end")
 def one_timeline(run: Measured) -> Finding:
     """Start, load, requests, readings and end are on one clock: each comes after the one before, and inside the run."""
-    o = run.seen
+    o = run.observation
     during, after = ([r.t_s for r in part] for part in (o.memory.trace.during, o.memory.trace.after))
 
     def wrong() -> Iterator[str]:
@@ -67,15 +67,15 @@ def one_timeline(run: Measured) -> Finding:
         if during and o.host.elapsed_s - during[-1] > LAST_READING_S:
             yield f"nothing was read in the last {o.host.elapsed_s - during[-1]:.2f} s"
 
-    return found(wrong(), f"{len(o.requests)} requests in {o.host.elapsed_s:.2f} s")
+    return finding(wrong(), f"{len(o.requests)} requests in {o.host.elapsed_s:.2f} s")
 
 
 def memory_bound(run: Measured, rate: float) -> float | None:
     """Seconds that reading a token's weights at full speed takes, times the rate; None where a speed is not known."""
-    placement = run.seen.placement
+    placement = run.observation.placement
     device, host = run.device.bandwidth_bytes_per_s, run.host.ram_read_bytes_per_s
     in_ram = placement.host_read_bytes if placement.moved_bytes >= CACHED_BYTES else 0
-    on_card = placement.device_read_bytes if run.seen.device_kind == "cuda" else 0
+    on_card = placement.device_read_bytes if run.observation.device_kind == "cuda" else 0
     if (on_card and not device) or (in_ram and not host):
         return None
     return rate * ((on_card / device if on_card else 0.0) + (in_ram / host if in_ram else 0.0))
@@ -84,16 +84,16 @@ def memory_bound(run: Measured, rate: float) -> float | None:
 @holds("run", f"{BOUND_SHARE:.0%} of the rate that reading the weights alone allows")
 def below_memory_bound(run: Measured) -> Finding:
     """No token comes sooner than the weights that it needs can be read from where they lie."""
-    shares = [(r, memory_bound(run, r.tps)) for r in run.seen.requests if r.tps]
+    shares = [(r, memory_bound(run, r.tps)) for r in run.observation.requests if r.tps]
     known = [(r, share) for r, share in shares if share is not None]
     over = (f"{r.workload}[{r.index}]: {share:.0%}" for r, share in known if share > BOUND_SHARE)
-    return found(over, f"{max((s for _, s in known), default=0.0):.0%} at most")
+    return finding(over, f"{max((s for _, s in known), default=0.0):.0%} at most")
 
 
 @holds("run", f"power limit x (time + {ENERGY_S:g} s), and the counter's own course")
 def energy_possible(run: Measured) -> Finding:
     """A request takes no more energy than the board may draw while it lasts, and what the board's counter says."""
-    limit, counters = run.device.power_limit_watt, run.seen.counters
+    limit, counters = run.device.power_limit_watt, run.observation.counters
 
     def wrong() -> Iterator[str]:
         total = [c.energy_joule for c in counters if c.energy_joule is not None]
@@ -102,7 +102,7 @@ def energy_possible(run: Measured) -> Finding:
         for c in counters:
             if c.power_watt is not None and limit and not 0 < c.power_watt <= 1.5 * limit:
                 yield f"{c.power_watt} W on a board of {limit} W"
-        for r in run.seen.requests:
+        for r in run.observation.requests:
             used = r.energy_joule
             if used is None or r.total_s is None:
                 continue
@@ -115,17 +115,17 @@ def energy_possible(run: Measured) -> Finding:
                 least = joules - watts * (lasted - r.total_s + COURSE_S)
                 if not least - 1 <= used <= joules + 1:
                     yield f"{name}, the counter moved by {joules:.0f} J in {lasted:.3f} s"
-        spent = [r.energy_joule for r in run.seen.requests]
+        spent = [r.energy_joule for r in run.observation.requests]
         if total and spent and None not in spent and sum(spent) > total[-1] - total[0] + 1:
             yield f"{sum(spent):.0f} J in requests, the counter moved by {total[-1] - total[0]:.0f} J"
         drawn = [c.power_watt for c in counters if c.power_watt is not None]
-        lasted = sum(r.total_s or 0.0 for r in run.seen.requests)
+        lasted = sum(r.total_s or 0.0 for r in run.observation.requests)
         if drawn and spent and None not in spent and lasted > 1.0:
             mean = sum(spent) / lasted
             if not min(drawn) / METER <= mean <= METER * max(drawn):
                 yield f"{mean:.0f} W by energy, {min(drawn):.0f} to {max(drawn):.0f} W by the board's own meter"
 
-    return found(wrong(), "as the board's counter says" if counters else "no counter")
+    return finding(wrong(), "as the board's counter says" if counters else "no counter")
 
 
 def course(counters: Sequence[Counters], start_s: float, end_s: float) -> tuple[float, float] | None:
@@ -140,7 +140,7 @@ def course(counters: Sequence[Counters], start_s: float, end_s: float) -> tuple[
 
 def weights_resident(run: Measured | Record) -> tuple[int, bool]:
     """(bytes of weights in the server's memory, whether a mapped file's pages, counted in, surely stay there)."""
-    seen = run.seen if isinstance(run, Measured) else run.observed
+    seen = run.observation if isinstance(run, Measured) else run.observed
     buffers = (b for b in seen.report.buffers if b.kind == "model" and not b.on_device)
     copied = sum(b.size_bytes for b in buffers if not b.name.endswith("_Mapped"))
     if run.spec.load_mode != "mmap":
@@ -152,13 +152,13 @@ def weights_resident(run: Measured | Record) -> tuple[int, bool]:
 @holds("run", "host buffers and mapped file at the least; RAM, or these and libraries, at the most")
 def host_memory_possible(run: Measured) -> Finding:
     """The server's resident memory holds what was copied to the host, and no more than file, buffers and libraries."""
-    peak, ram = run.seen.host_rss_peak_bytes, run.host.ram_bytes
+    peak, ram = run.observation.host_rss_peak_bytes, run.host.ram_bytes
     if peak is None:
         return True, "the system keeps no peak"
     weights, stay = weights_resident(run)
     least = weights if stay else weights - run.sheet.file_bytes
     # not mapped, the file is read piece by piece: how much of it at once is the engine's affair
-    most = weights + RSS_BYTES.get(run.seen.device_kind, RSS_SMALL_BYTES)
+    most = weights + RSS_BYTES.get(run.observation.device_kind, RSS_SMALL_BYTES)
     most += run.sheet.file_bytes if run.spec.load_mode != "mmap" else 0
     wrong = [
         f"{peak} bytes, {what} {bound}"
@@ -178,7 +178,7 @@ def device_memory_possible(run: Measured) -> Finding:
     total = run.device.total_bytes
     if total is None:
         return True, "the device's size is not known"
-    m = run.seen.memory
+    m = run.observation.memory
     sizes = [m.value_bytes, m.process_bytes, m.growth_bytes, m.engine_bytes, m.weights_bytes, m.context_bytes]
     sizes += [r.device_bytes for r in (*m.trace.before, *m.trace.during, *m.trace.after)]
     largest = max((n for n in sizes if n is not None), default=0)
@@ -188,7 +188,7 @@ def device_memory_possible(run: Measured) -> Finding:
 @holds("run", "the link's speed, and the experts once a batch")
 def bus_traffic_possible(run: Measured) -> Finding:
     """A prompt moves no more over the bus than the link carries in its time, or than experts and activations make."""
-    o, link = run.seen, run.device.pcie_bytes_per_s
+    o, link = run.observation, run.device.pcie_bytes_per_s
 
     def wrong() -> Iterator[str]:
         for moved in o.prompt_traffic:
@@ -201,7 +201,7 @@ def bus_traffic_possible(run: Measured) -> Finding:
             if any(n is not None and not 0 < n <= most for n in (moved.received_bytes, moved.sent_bytes)):
                 yield f"{name}, at most {most:.0f}"
 
-    return found(wrong(), f"{len(o.prompt_traffic)} prompts")
+    return finding(wrong(), f"{len(o.prompt_traffic)} prompts")
 
 
 @holds("run", "the card's clocks, and a bus that exists")
@@ -211,8 +211,8 @@ def clocks_possible(run: Measured) -> Finding:
     highest = run.device.max_sm_clock_mhz or SM_MHZ
 
     def wrong() -> Iterator[str]:
-        memory = [c.memory_clock_mhz for c in run.seen.counters if c.memory_clock_mhz is not None]
-        for c in run.seen.counters:
+        memory = [c.memory_clock_mhz for c in run.observation.counters if c.memory_clock_mhz is not None]
+        for c in run.observation.counters:
             if c.sm_clock_mhz is not None and not 0 < c.sm_clock_mhz <= highest:
                 yield f"SM clock {c.sm_clock_mhz} MHz of {highest}"
             if c.memory_clock_mhz is not None and not 0 < c.memory_clock_mhz <= MEMORY_MHZ:
@@ -224,13 +224,13 @@ def clocks_possible(run: Measured) -> Finding:
             if not BUS_BITS[0] <= bits <= BUS_BITS[1]:
                 yield f"{bandwidth:.4g} bytes/s at {max(memory)} MHz is a bus of {bits:.1f} bits"
 
-    return found(wrong(), f"{len(run.seen.counters)} readings")
+    return finding(wrong(), f"{len(run.observation.counters)} readings")
 
 
 @holds("run", "CPUs x time, and more than nothing")
 def cpu_time_possible(run: Measured) -> Finding:
     """CPU seconds fit the host's CPUs and the time that passed; what was never counted is unknown, not 0."""
-    use, monitors = run.seen.host, run.seen.watch_cpu_s
+    use, monitors = run.observation.host, run.observation.watch_cpu_s
     most = 1.1 * use.elapsed_s * use.cpus + 1.0
 
     def wrong() -> Iterator[str]:
@@ -241,12 +241,12 @@ def cpu_time_possible(run: Measured) -> Finding:
                 yield f"{what}: {spent} CPU seconds of {most:.1f}"
         if monitors is not None and not 0 < monitors <= use.elapsed_s:
             yield f"monitors: {monitors} CPU seconds in {use.elapsed_s:.2f} s"
-        readings = len(run.seen.memory.trace.during)
-        if monitors is not None and monitors < readings * READING_S.get(run.seen.device_kind, READING_SMALL_S):
+        readings = len(run.observation.memory.trace.during)
+        if monitors is not None and monitors < readings * READING_S.get(run.observation.device_kind, READING_SMALL_S):
             yield f"monitors: {monitors} CPU seconds for {readings} readings"
         if any(n is not None and n < 0 for n in (use.minor_faults, use.major_faults)):
             yield f"page faults {use.minor_faults}, {use.major_faults}"
         if use.minor_faults == 0:
             yield "a server that never touched a page"
 
-    return found(wrong(), f"{use.own_s} of {use.busy_s} CPU seconds")
+    return finding(wrong(), f"{use.own_s} of {use.busy_s} CPU seconds")

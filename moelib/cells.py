@@ -11,7 +11,7 @@ from functools import lru_cache
 from statistics import median
 from typing import Any, NamedTuple
 
-from moelib.bounds import PAGING, found
+from moelib.bounds import PAGING, finding
 from moelib.client import Request
 from moelib.facts import DeviceFacts, HostFacts
 from moelib.invariants import WATCH_ONCE_S, Finding, holds, strained
@@ -78,7 +78,7 @@ def one_file_and_engine(cell: Cell) -> Finding:
         "device memory's speed": lambda r: r.device.bandwidth_bytes_per_s,
         "device's size": lambda r: r.device.total_bytes,
     }
-    return found(_differ(same, cell.runs), f"{len(cell.runs)} runs alike")
+    return finding(_differ(same, cell.runs), f"{len(cell.runs)} runs alike")
 
 
 @holds("cell", "equal, and adding up to one file")
@@ -102,7 +102,7 @@ def header_numbers_agree(cell: Cell) -> Finding:
             if p.moved_bytes > experts or (whole and p.moved_bytes != experts):
                 yield f"{r.run_id} moves {p.moved_bytes} of {experts} bytes"
 
-    return found(wrong(), "one file")
+    return finding(wrong(), "one file")
 
 
 @holds("cell", "the plan's")
@@ -121,7 +121,7 @@ def workloads_as_planned(cell: Cell) -> Finding:
                     yield f"{r.run_id}: {q.workload} has {q.prompt_tokens} prompt tokens"
         yield from (f"{name}: prompts of {sorted(n)} tokens" for name, n in lengths.items() if len(n) > 1)
 
-    return found(wrong(), f"{len(cell.workloads)} workloads")
+    return finding(wrong(), f"{len(cell.workloads)} workloads")
 
 
 def _requests(runs: Iterable[Record]) -> list[Request]:
@@ -159,7 +159,7 @@ def arms_keep_the_engines_time(cell: Cell) -> Finding:
             if apart > least and len(asked) > 1 and all(q.token_n[-1] == q.predicted_n for q in asked):
                 yield f"{arm}: decoding {workload} {apart * 1e3:.1f} ms from the engine's time"
 
-    return found(wrong(), f"{len(_requests(cell.runs))} requests")
+    return finding(wrong(), f"{len(_requests(cell.runs))} requests")
 
 
 def _by_workload(runs: Iterable[Record]) -> dict[tuple[str, str, bool], list[Request]]:
@@ -188,7 +188,7 @@ def starts_alike(cell: Cell) -> Finding:
             if known and not usual / 2 - ARM_START_S <= median(known) <= 2 * usual + ARM_START_S:
                 yield f"{arm}: {median(known) * 1e3:.0f} ms in the median, all {usual * 1e3:.0f} ms"
 
-    return found(wrong(), f"{usual * 1e3:.0f} ms in the median")
+    return finding(wrong(), f"{usual * 1e3:.0f} ms in the median")
 
 
 def _spread(name: str, values: Mapping[str, list[float]], least: float, share: float) -> Iterator[str]:
@@ -233,7 +233,7 @@ def memory_steady(cell: Cell) -> Finding:
         if middles and max(middles.values()) - min(middles.values()) > bound:
             yield f"beside the engine's buffers {', '.join(f'{arm} {n:.0f}' for arm, n in middles.items())} bytes"
 
-    return found(wrong(), f"{len(by_arm(cell.runs))} arms steady")
+    return finding(wrong(), f"{len(by_arm(cell.runs))} arms steady")
 
 
 @holds("cell", f"{FAULT_SHARE:.0%} or {FAULTS} faults apart")
@@ -251,7 +251,7 @@ def pages_steady(cell: Cell) -> Finding:
             if max(faults) - min(faults) > max(FAULTS, FAULT_SHARE * max(faults)):
                 yield f"{arm}: {min(faults)} to {max(faults)} page faults"
 
-    return found(wrong(), f"{len(cell.runs)} runs")
+    return finding(wrong(), f"{len(cell.runs)} runs")
 
 
 @holds("cell", f"{MONITOR_TIMES:g} times the median of its arm + {WATCH_ONCE_S:g} s")
@@ -266,7 +266,7 @@ def monitors_alike(cell: Cell) -> Finding:
                 if not usual / MONITOR_TIMES - WATCH_ONCE_S <= spent <= usual * MONITOR_TIMES + WATCH_ONCE_S:
                     yield f"{arm}: {spent:.3f} CPU seconds in {name}, {usual:.3f} in the median"
 
-    return found(wrong(), "alike")
+    return finding(wrong(), "alike")
 
 
 def _session(r: Record) -> str:
@@ -309,7 +309,7 @@ def one_session_at_a_time(cell: Cell) -> Finding:
             if gap <= SESSION_S and len(counted) == 2 and counted[1] < counted[0] - 1:
                 yield f"the counter of {second.run_id} begins before the end of the one before"
 
-    return found(wrong(), f"{len(cell.runs)} runs")
+    return finding(wrong(), f"{len(cell.runs)} runs")
 
 
 @holds("cell", "each after the end of the one before")
@@ -320,7 +320,7 @@ def runs_in_turn(cell: Cell) -> Finding:
         for first, second, gap in _in_turn(cell.runs)
         if gap < -TURN_S - abs(first.observed.host.clock_step_s)
     )
-    return found(early, f"{len(cell.runs)} runs one after another")
+    return finding(early, f"{len(cell.runs)} runs one after another")
 
 
 @holds("cell", f"steps {ALIKE_S * 1e6:g} us or {ALIKE_SHARE:.0%} apart in the median")
@@ -351,4 +351,4 @@ def no_two_alike(cell: Cell) -> Finding:
                 near_by = np.flatnonzero((2 * below >= apart.shape[1]) | (mean[a] <= 0))
                 for i in near_by[np.median(apart[near_by], axis=1) * mean[a][near_by] <= least[a][near_by]]:
                     copies.add(" and ".join(sorted((same[a[i]][0], same[b[i]][0]))))
-    return found(iter(sorted(copies)), f"{len(cell.runs)} runs differ")
+    return finding(iter(sorted(copies)), f"{len(cell.runs)} runs differ")

@@ -28,11 +28,11 @@ def _flags(argv: Sequence[str]) -> dict[str, str | None] | None:
 @holds("run", "these flags and no others")
 def command_as_asked(run: Measured) -> Finding:
     """The engine was told the placement of this run, and nothing that moves, fits, caches or splits by itself."""
-    flags, spec, device = _flags(run.seen.argv), run.spec, run.seen.device_kind
+    flags, spec, device = _flags(run.observation.argv), run.spec, run.observation.device_kind
     if flags is None:
         return False, "not a list of flags, each once"
     n = spec.placement.removeprefix("n-cpu-moe=") if "=" in spec.placement else None
-    threads = str(run.seen.threads)
+    threads = str(run.observation.threads)
     want: dict[str, str | None] = {**ALWAYS, **FIXED, "-c": str(spec.context), "-t": threads, "-tb": threads}
     want |= {flag: value for flag, value in IF_KNOWN.items() if flag in flags}
     want |= {"--cpu-moe": None} if spec.placement == "cpu-moe" else {}

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from statistics import median
 
-from moelib.bounds import COURSE_S, TICK_S, course, found
+from moelib.bounds import COURSE_S, TICK_S, course, finding
 from moelib.cells import Cell, by_arm
 from moelib.client import Request
 from moelib.invariants import Finding, holds
@@ -35,7 +35,7 @@ def energy_steady(cell: Cell) -> Finding:
                 if not usual / ENERGY_TIMES - late <= joules <= usual * ENERGY_TIMES + late:
                     yield f"{arm}: {joules:.0f} J in {name}, {usual:.0f} in the median"
 
-    return found(wrong(), "steady")
+    return finding(wrong(), "steady")
 
 
 @holds("cell", f"{METER_SHARE:.0%} of long requests' power, {ARM_SHARES[0]:g} to {ARM_SHARES[1]:g} times of an arm's")
@@ -51,7 +51,7 @@ def energy_as_metered(cell: Cell) -> Finding:
             if len(shares) >= ARM_REQUESTS and not ARM_SHARES[0] <= median(shares) <= ARM_SHARES[1]:
                 yield f"{arm}: requests take {median(shares):.2f} times the meter's power"
 
-    return found(wrong(), "as the meter reads")
+    return finding(wrong(), "as the meter reads")
 
 
 @holds("cell", f"{GAP_SHARES[0]:g} times the meter's least to {GAP_SHARES[1]:g} times the power in requests")
@@ -72,7 +72,7 @@ def energy_between_requests(cell: Cell) -> Finding:
             if not least <= between <= most:
                 yield f"{arm}: {between:.0f} J in {waited:.2f} s between requests, {least:.0f} to {most:.0f} possible"
 
-    return found(wrong(), "a board that waits")
+    return finding(wrong(), "a board that waits")
 
 
 def _known(r: Record) -> bool:

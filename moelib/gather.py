@@ -114,6 +114,6 @@ def standing(records: Sequence[record.Record]) -> dict[str, record.Record]:
     return {r.key: r for r in sorted(records, key=lambda r: (r.done, r.attempt))}
 
 
-def found(specs: Sequence[run.Spec], latest: dict[str, record.Record]) -> list[record.Record | None]:
+def standing_for(specs: Sequence[run.Spec], latest: dict[str, record.Record]) -> list[record.Record | None]:
     """The record that stands for each of `specs`, by `standing`; None where there is none."""
     return [latest.get(record.spec_key(s)) for s in specs]

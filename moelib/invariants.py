@@ -30,7 +30,7 @@ class Measured(NamedTuple):
     """What a run's invariants look at."""
 
     spec: Spec
-    seen: Observation
+    observation: Observation
     sheet: Sheet
     device: DeviceFacts
     host: HostFacts
@@ -69,7 +69,7 @@ def holds(of: str, limit: str, degrades: bool = False) -> Callable:
 
 
 def _each(run: Measured, wrong: Callable[[Request], str | None]) -> Finding:
-    asked = run.seen.requests
+    asked = run.observation.requests
     found = [f"{r.workload}[{r.index}]: {text}" for r in asked if (text := wrong(r))]
     return bool(asked) and not found, "; ".join(found) or f"{len(asked)} requests"
 
@@ -78,7 +78,7 @@ def _each(run: Measured, wrong: Callable[[Request], str | None]) -> Finding:
 def requests_complete(run: Measured) -> Finding:
     """Every workload was asked as often as the study says, in its order."""
     want = [(w, i) for w in run.spec.workloads for i in range(run.spec.requests)]
-    got = [(r.workload, r.index) for r in run.seen.requests]
+    got = [(r.workload, r.index) for r in run.observation.requests]
     return bool(want) and got == want, f"{len(got)} of {len(want)} requests"
 
 
@@ -155,8 +155,8 @@ def clocks_agree(run: Measured) -> Finding:
 @holds("run", "all layers")
 def layers_offloaded(run: Measured) -> Finding:
     """All layers went to the device, or the baseline is not one. Without a device there are none."""
-    on, of = run.seen.report.offloaded_layers, run.seen.report.total_layers
-    if run.seen.device_kind == "none":
+    on, of = run.observation.report.offloaded_layers, run.observation.report.total_layers
+    if run.observation.device_kind == "none":
         return True, "no device"
     return on is not None and on == of, f"{on} of {of}"
 
@@ -164,8 +164,8 @@ def layers_offloaded(run: Measured) -> Finding:
 @holds("run", "buffers named after the device")
 def device_is_the_one(run: Measured) -> Finding:
     """Weights on the device are on that kind of device: a build without a GPU only warns and serves from the CPU."""
-    name = {"cuda": "CUDA", "loopback": "RPC"}.get(run.seen.device_kind)
-    names = {b.name for b in run.seen.report.buffers if b.on_device and b.kind == "model"}
+    name = {"cuda": "CUDA", "loopback": "RPC"}.get(run.observation.device_kind)
+    names = {b.name for b in run.observation.report.buffers if b.on_device and b.kind == "model"}
     if name is None:
         return not names, f"no device, buffers {sorted(names)}"
     return bool(names) and all(n.startswith(name) for n in names), ", ".join(sorted(names)) or "none"
@@ -174,12 +174,12 @@ def device_is_the_one(run: Measured) -> Finding:
 @holds("run", "more than 0 bytes, none for a baseline")
 def placement_moves(run: Measured) -> Finding:
     """An offload placement moves expert weights: on a dense model the flag is accepted and does nothing."""
-    moved = run.seen.placement.moved_bytes
+    moved = run.observation.placement.moved_bytes
     if run.spec.placement == "baseline":
         return moved == 0, f"{moved} bytes moved"
-    if run.seen.device_kind == "none":
+    if run.observation.device_kind == "none":
         return False, "there is no device to move experts from"
-    return moved > 0, f"{moved} bytes in {run.seen.placement.moved_tensors} tensors moved"
+    return moved > 0, f"{moved} bytes in {run.observation.placement.moved_tensors} tensors moved"
 
 
 def agrees(measured: int, expected: int) -> bool:
@@ -189,9 +189,9 @@ def agrees(measured: int, expected: int) -> bool:
 @holds("run", "0.1 % + 1 MiB")
 def placement_on_device(run: Measured) -> Finding:
     """The weights on the device by the engine's report are those that the file's header says must be there."""
-    if run.seen.device_kind == "none":
+    if run.observation.device_kind == "none":
         return True, "no device"
-    engine, header = run.seen.report.device_bytes("model"), run.seen.placement.device_bytes
+    engine, header = run.observation.report.device_bytes("model"), run.observation.placement.device_bytes
     return engine is not None and agrees(engine, header), f"engine {engine}, header {header} bytes"
 
 
@@ -201,21 +201,21 @@ ENVIRONMENT = {*process.ENV_ALLOWED, "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "LLAMA
 @holds("run", "names on the allow-list")
 def environment_clean(run: Measured) -> Finding:
     """llama.cpp applies LLAMA_ARG_* and GGML_* variables silently: one turns a baseline into an offload run."""
-    foreign = sorted(set(run.seen.env) - ENVIRONMENT)
-    return bool(run.seen.env) and not foreign, ", ".join(foreign) or f"{len(run.seen.env)} allowed"
+    foreign = sorted(set(run.observation.env) - ENVIRONMENT)
+    return bool(run.observation.env) and not foreign, ", ".join(foreign) or f"{len(run.observation.env)} allowed"
 
 
 @holds("run", "no `(debug)`")
 def build_optimised(run: Measured) -> Finding:
     """A debug build runs many times slower."""
-    built = run.seen.report.built
+    built = run.observation.report.built
     return built is not None and "(debug)" not in built, built or "the engine told no build"
 
 
 @holds("run", "finite, and not all equal")
 def output_alive(run: Measured) -> Finding:
     """Weights that are not numbers, or zero, serve happily: the likeliest next tokens' log-probabilities show it."""
-    top = run.seen.top_logprobs
+    top = run.observation.top_logprobs
     alive = len(top) > 1 and all(p is not None and math.isfinite(p) for p in top) and max(top) > min(top)
     return alive, ", ".join(map(str, top)) or "nothing told"
 
@@ -223,14 +223,14 @@ def output_alive(run: Measured) -> Finding:
 @holds("run", "SHA-256")
 def file_is_its_sheet(run: Measured) -> Finding:
     """The file that was run is the one that its sheet describes: a flipped bit shows nowhere else."""
-    ran, made = run.seen.file_sha256, run.sheet.sha256
+    ran, made = run.observation.file_sha256, run.sheet.sha256
     return ran == made, f"file {ran[:12]}, sheet {made[:12]}"
 
 
 @holds("run", "not invalid")
 def memory_known(run: Measured) -> Finding:
     """No account of device memory contradicts another, or what the engine and the header say must be there."""
-    seen = run.seen.memory
+    seen = run.observation.memory
     wrong = [r for r in seen.reasons if r in memory.INVALID]
     return seen.status != "invalid" and not wrong, ", ".join(wrong) or str(seen.status)
 
@@ -245,23 +245,25 @@ def reconciled(seen: Observation) -> memory.Memory:
 @holds("run", "equal")
 def memory_follows(run: Measured) -> Finding:
     """The value of device memory is the one that its readings give."""
-    m, again = run.seen.memory, reconciled(run.seen)
+    m, again = run.observation.memory, reconciled(run.observation)
     return again == m, f"{m.value_bytes}, its readings give {again.value_bytes}"
 
 
 @holds("run", "a value from two accounts", degrades=True)
 def memory_undoubted(run: Measured) -> Finding:
     """All accounts of device memory could be taken."""
-    doubts = [r for r in run.seen.memory.reasons if r not in memory.INVALID]
-    return not doubts and run.seen.memory.status in ("valid", "invalid"), ", ".join(doubts) or "all taken"
+    doubts = [r for r in run.observation.memory.reasons if r not in memory.INVALID]
+    return not doubts and run.observation.memory.status in ("valid", "invalid"), ", ".join(doubts) or "all taken"
 
 
 @holds("run", "no thermal, power-brake or hardware slowdown", degrades=True)
 def not_slowed(run: Measured) -> Finding:
     """The GPU's clocks were its own while it worked, by what its driver says."""
-    told = [c.events for c in run.seen.counters if c.events is not None]
+    told = [c.events for c in run.observation.counters if c.events is not None]
     found = sorted({name for events in told for name in nvml.slowed(events)})
-    return not found and bool(told or run.seen.device_kind != "cuda"), ", ".join(found) or f"{len(told)} readings"
+    return not found and bool(told or run.observation.device_kind != "cuda"), ", ".join(
+        found
+    ) or f"{len(told)} readings"
 
 
 def strained(seen: Observation) -> bool:
@@ -272,24 +274,24 @@ def strained(seen: Observation) -> bool:
 @holds("run", f"{FOREIGN_SHARE:.0%} of the host's CPU time", degrades=True)
 def host_quiet(run: Measured) -> Finding:
     """Nobody else worked on the host: experts on the CPU share it with everything."""
-    return not strained(run.seen), f"{run.seen.host.foreign_share:.1%} by others"
+    return not strained(run.observation), f"{run.observation.host.foreign_share:.1%} by others"
 
 
 @holds("run", f"{WATCH_SHARE:.0%} of one CPU + {WATCH_ONCE_S * 1000:g} ms", degrades=True)
 def watched_lightly(run: Measured) -> Finding:
     """Watching took no time from experts that are computed on all CPUs. Records of earlier code do not tell."""
-    spent, lasted = run.seen.watch_cpu_s, run.seen.host.elapsed_s
+    spent, lasted = run.observation.watch_cpu_s, run.observation.host.elapsed_s
     return spent is None or spent <= WATCH_SHARE * lasted + WATCH_ONCE_S, f"{spent} CPU seconds of {lasted:.2f} s"
 
 
 @holds("run", f"{CLOCK_S * 1000:g} ms", degrades=True)
 def clock_steady(run: Measured) -> Finding:
     """The wall clock was not set and the host did not sleep while the run lasted."""
-    step, slept = run.seen.host.clock_step_s, run.seen.host.suspended_s
+    step, slept = run.observation.host.clock_step_s, run.observation.host.suspended_s
     return max(abs(step), abs(slept)) <= CLOCK_S, f"step {step:.3f} s, sleep {slept:.3f} s"
 
 
 @holds("run", "exit 0 within the grace time", degrades=True)
 def clean_end(run: Measured) -> Finding:
     """The server ended by itself when told to."""
-    return run.seen.exit_code == 0 and not run.seen.exit_killed, f"exit {run.seen.exit_code}"
+    return run.observation.exit_code == 0 and not run.observation.exit_killed, f"exit {run.observation.exit_code}"

@@ -94,7 +94,7 @@ def measure(folder: study.Folder, cell: study.Cell) -> Iterator[record.Record]:
         for r in evidence.records:
             last[r.key] = max(last[r.key], r.attempt)
         for specs in cell.blocks:
-            found = gather.found(specs, evidence.standing)
+            found = gather.standing_for(specs, evidence.standing)
             wrong = [evidence.why_not(r) for r in found]
             for spec, there, to_do in zip(specs, found, _to_do(found, wrong, _machine(setup)), strict=True):
                 yield _perform(folder, spec, 1 + last[record.spec_key(spec)], setup) if to_do else there

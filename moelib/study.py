@@ -19,7 +19,7 @@ from typing import Any
 
 from moelib import audit, files, harness, params, record, run
 from moelib.facts import Sheet
-from moelib.gather import Evidence, found, gather
+from moelib.gather import Evidence, gather, standing_for
 
 
 class StudyError(params.UserError):
@@ -193,7 +193,7 @@ class Status:
     def of(cls, cell: Cell, evidence: Evidence, workloads: Mapping[str, params.Workload]) -> Status:
         blocks, problems, checks, tally = [], [], [], Counter()
         for b, specs in enumerate(cell.blocks):
-            runs = found(specs, evidence.standing)
+            runs = standing_for(specs, evidence.standing)
             why = [evidence.why_not(r) for r in runs]
             wrong = [f"{cell.name} {s.arm} block {b + 1}: {w}" for s, w in zip(specs, why, strict=True) if w]
             if not wrong:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moelib import files, logs
-from moelib.bounds import found
+from moelib.bounds import finding
 from moelib.client import Request
 from moelib.invariants import Finding, holds, strained
 from moelib.memory import AGREE_BYTES, AGREE_SHARE
@@ -98,7 +98,7 @@ def log_tells_the_file(run: Witnessed) -> Finding:
         if not -DIGITS * weights <= beside <= max(HEAD_SHARE * weights, min(HEAD_BYTES, SMALL_HEAD * weights)):
             yield f"a file of {sheet.file_bytes} bytes for {weights:.0f} bytes of weights"
 
-    return found(wrong(), f"{sum(log.type_counts.values())} tensors")
+    return finding(wrong(), f"{sum(log.type_counts.values())} tensors")
 
 
 @holds("log", "exact")
@@ -131,7 +131,7 @@ def log_tells_the_requests(run: Witnessed) -> Finding:
                 if kept is None or abs(kept - printed) > PRINTED_S:
                     yield f"{name}: {what} {kept} s, the log has {printed:.5f} s"
 
-    return found(wrong(), f"{len(run.log.tasks)} requests")
+    return finding(wrong(), f"{len(run.log.tasks)} requests")
 
 
 @holds("log", f"{TAKEN_UP_S * 1000:g} ms; {ANSWERED_S * 1000:g} ms + {ANSWERED_SHARE:.1%}; load within {LAUNCH_S:g} s")
@@ -159,7 +159,7 @@ def log_tells_the_times(run: Witnessed) -> Finding:
             if not -TAKEN_UP_S * patience <= after <= ENDED_S * patience:
                 yield f"watched until {after:+.3f} s after the last request's end"
 
-    return found(wrong(), f"{len(run.log.tasks)} requests")
+    return finding(wrong(), f"{len(run.log.tasks)} requests")
 
 
 @holds("log", f"{AGREE_BYTES >> 20} MiB or {AGREE_SHARE:.0%}")

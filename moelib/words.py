@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from moelib import neutral
-from moelib.gather import found
+from moelib.gather import standing_for
 from moelib.study import Results
 
 
@@ -32,7 +32,9 @@ def flags(results: Results, cell: str | None = None) -> Counter[str]:
     for c in (c for c in results.cells if cell in (None, c.name)):
         whole = {r.run_id for block in results.statuses[c.name].blocks for r in block}
         for specs in c.blocks:
-            runs = [r for r in found(specs, results.evidence.standing) if r and results.evidence.why_not(r) is None]
+            runs = [
+                r for r in standing_for(specs, results.evidence.standing) if r and results.evidence.why_not(r) is None
+            ]
             # runs that stand one by one and do not fit together are invalid, all of them
             if len(runs) < len(specs) or all(r.run_id in whole for r in runs):
                 count.update(neutral.plain(reason) for r in runs for reason in r.reasons)
