@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from moelib import analyse, evidence, harness, report, stats
-from moelib.facts import Sheet
+from moelib.facts import Manifest
 from moelib.neutral import markdown
 from moelib.params import Arm, Study
 from moelib.record import Record
 from moelib.stats import number, size, span
 from moelib.study import Results
-from moelib.table import Sources, Table, Text, cite, cite_harness, cite_sheet
+from moelib.table import Sources, Table, Text, cite, cite_harness, cite_manifest
 
 CARDS_GB = (4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 80)
 """Memory of cards that people own, as they are sold."""
@@ -89,8 +89,8 @@ def _compare(
     return [c for c in analyse.compare(results, quantity, of) if c.model == model]
 
 
-def _sheets(results: Results, model: str) -> dict[str, Sheet]:
-    return {s.quant: s for s in results.sheets if s.model == model}
+def _sheets(results: Results, model: str) -> dict[str, Manifest]:
+    return {s.quant: s for s in results.manifests if s.model == model}
 
 
 def choices(results: Results, model: str) -> list[Choice]:
@@ -102,7 +102,7 @@ def choices(results: Results, model: str) -> list[Choice]:
             memory = [analyse.device_need(r) for r in runs]
             if rate and c.quant in sheets and None not in memory:
                 sheet, where = sheets[c.quant], place(results, arm)
-                sources = cite(runs) | cite_sheet(sheet)
+                sources = cite(runs) | cite_manifest(sheet)
                 found[c.quant, where] = Choice(c.quant, where, max(memory), sheet.bits_per_weight, rate, sources)
     return list(found.values())
 
@@ -159,7 +159,9 @@ def comparison(results: Results, model: str) -> Table:
             "blocks": rate.difference.n if rate.difference else 0,
         }
         rows.append({"quant": memory.quant, **arm, **told})
-        sources.append(cite(r for c in (memory, rate, ttft) for r in c.records) | (cite_sheet(sheet) if sheet else {}))
+        sources.append(
+            cite(r for c in (memory, rate, ttft) for r in c.records) | (cite_manifest(sheet) if sheet else {})
+        )
     asked, (base, *offloaded) = results.workloads[workload], _places(results)
     note = (
         f"Left of the arrow {base}, right of it {' or '.join(offloaded)}. Workload {markdown(workload)} "

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from moelib import bounds, cells, command, energy, invariants, witness
 from moelib.cells import Cell
-from moelib.facts import DeviceFacts, HostFacts, Sheet
+from moelib.facts import DeviceFacts, HostFacts, Manifest
 from moelib.invariants import INVARIANTS, WATCH_ONCE_S, Finding, Measured, agrees, holds, strained
 from moelib.record import Check, Record
 from moelib.run import Observation, Spec
@@ -312,8 +312,8 @@ def run(
         host = HostFacts(
             cpu=None, cpus=seen.host.cpus, ram_bytes=0, system="", python="", moelib="", commit=None, dirty=None
         )
-        unknown = dict.fromkeys(Sheet.model_fields) | {"file_bytes": 0}
-        what = Measured(what, seen, Sheet.model_construct(**unknown | (sheet or {})), device, host)
+        unknown = dict.fromkeys(Manifest.model_fields) | {"file_bytes": 0}
+        what = Measured(what, seen, Manifest.model_construct(**unknown | (sheet or {})), device, host)
     return tuple(_check("run", what))
 
 

@@ -42,7 +42,7 @@ def part(results: Results, model: str, quant: str | None = None) -> Results:
 
 def quants_of(results: Results, model: str) -> dict[str, dict[str, Any]]:
     """Quant -> sheet, of the quants of `model` that have a whole block and a sheet, in the study's order."""
-    sheets = {f"{s.model}/{s.quant}": s for s in results.sheets}
+    sheets = {f"{s.model}/{s.quant}": s for s in results.manifests}
     names = {q: f"{model}/{q}" for q in results.study.quants}
     return {q: sheets[n] for q, n in names.items() if n in results.measured and n in sheets}
 
@@ -160,7 +160,7 @@ def _repository(results: Results, model: str, namespace: str) -> dict[str, str]:
         (ROOT, "root.md.j2", part(results, model)),
         *((f"{q}.md", "card.md.j2", part(results, model, q)) for q in sheets),
     ]:
-        text, shown = _render(template, {**told, "results": of, "sheet": of.sheets[0], "argv": _argv(of)})
+        text, shown = _render(template, {**told, "results": of, "sheet": of.manifests[0], "argv": _argv(of)})
         texts[name] = f"---\n{_metadata(of, model, namespace)}\n---\n\n{text}\n"
         provenance[name] = table.collect(s.provenance() for s in shown)
     texts[SUMS] = "".join(f"{s.sha256}  {neutral.plain(s.file_name)}\n" for s in sheets.values())
@@ -169,7 +169,7 @@ def _repository(results: Results, model: str, namespace: str) -> dict[str, str]:
 
 def _argv(of: Results) -> str:
     """The command line of the first file's first run with experts on the CPU; names of files, not of folders."""
-    wanted = (of.sheets[0].quant, advice.pairs(of.study)[0][1].label)
+    wanted = (of.manifests[0].quant, advice.pairs(of.study)[0][1].label)
     return next(" ".join(r.observed.argv) for b in of.blocks for r in b if (r.spec.quant, r.spec.arm) == wanted)
 
 

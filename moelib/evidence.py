@@ -4,13 +4,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from moelib import audit, harness, stats, words
-from moelib.facts import Sheet
+from moelib.facts import Manifest
 from moelib.invariants import INVARIANTS, KINDS
 from moelib.neutral import code, markdown, plain
 from moelib.record import Record
 from moelib.stats import number, size
 from moelib.study import Results
-from moelib.table import Table, Text, cite, cite_harness, cite_sheet, facts
+from moelib.table import Table, Text, cite, cite_harness, cite_manifest, facts
 
 
 def _types(count: dict[str, int]) -> str:
@@ -20,7 +20,7 @@ def _types(count: dict[str, int]) -> str:
 def files_table(results: Results) -> Table:
     order = {name: i for i, name in enumerate(results.statuses)}
     # a sheet of no planned cell comes last
-    sheets = sorted(results.sheets, key=lambda s: (order.get(f"{s.model}/{s.quant}", len(order)), s.model, s.quant))
+    sheets = sorted(results.manifests, key=lambda s: (order.get(f"{s.model}/{s.quant}", len(order)), s.model, s.quant))
     rows = [
         {
             "model": markdown(s.model),
@@ -36,7 +36,7 @@ def files_table(results: Results) -> Table:
         for s in sheets
     ]
     note = "A fallback is a tensor whose rows k-quants cannot take; the sheets in `quants/` list them."
-    return Table("files", rows, [*map(cite_sheet, sheets)], note, ("file", "bits/weight", "experts", "fallbacks"))
+    return Table("files", rows, [*map(cite_manifest, sheets)], note, ("file", "bits/weight", "experts", "fallbacks"))
 
 
 def ledger_table(blocks: Sequence[Sequence[Record]]) -> Table:
@@ -255,7 +255,7 @@ def records_table(results: Results) -> Table:
     return Table("records", rows, [cite([r]) for r in results.records])
 
 
-def sheet_table(sheet: Sheet | None) -> Table:
+def manifest_table(sheet: Manifest | None) -> Table:
     """A quantised file's sheet."""
     if sheet is None:
         return Table("sheet", [], [], why_empty="there is none that can be read.")
@@ -275,4 +275,4 @@ def sheet_table(sheet: Sheet | None) -> Table:
         "made by": f"{markdown(sheet.engine_version)} in {number(sheet.quantize_s)} s",
         "weights": f"{sheet.weights}, scale {markdown(sheet.scale)}",
     }
-    return facts("sheet", told, cite_sheet(sheet))
+    return facts("sheet", told, cite_manifest(sheet))

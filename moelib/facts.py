@@ -31,8 +31,8 @@ class Fallback(Strict):
     type: Name
 
 
-class Sheet(Facts):
-    """A quantised file, as it was made."""
+class Manifest(Facts):
+    """A quantised file as it was written. A record holds it under the key `sheet`."""
 
     model: Name
     quant: Name

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from moelib import memory, nvml, process
 from moelib.client import Request
-from moelib.facts import DeviceFacts, HostFacts, Sheet
+from moelib.facts import DeviceFacts, HostFacts, Manifest
 from moelib.run import Observation, Spec
 
 TTFT_SHARE, TTFT_S = 0.05, 0.025  # sampling, HTTP and scheduling: 0.7 to 15 ms seen
@@ -31,7 +31,7 @@ class Measured(NamedTuple):
 
     spec: Spec
     observation: Observation
-    sheet: Sheet
+    sheet: Manifest
     device: DeviceFacts
     host: HostFacts
 

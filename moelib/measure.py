@@ -35,7 +35,7 @@ from moelib import (
     study,
     witness,
 )
-from moelib.facts import DeviceFacts, EngineFacts, HostFacts, Sheet
+from moelib.facts import DeviceFacts, EngineFacts, HostFacts, Manifest
 from moelib.invariants import reconciled
 
 log = logging.getLogger(__name__)
@@ -83,8 +83,8 @@ def measure(folder: study.Folder, cell: study.Cell) -> Iterator[record.Record]:
         if source.path.exists():
             quantize.refuse_senseless(source.header, placements)
         quantised = quantize.make(source, cell.quant, llama, work)
-        if folder.sheet(cell) != Sheet.model_validate(quantised.sheet):
-            files.write_json(folder.sheet_path(cell), quantised.sheet)
+        if folder.manifest(cell) != Manifest.model_validate(quantised.sheet):
+            files.write_json(folder.manifest_path(cell), quantised.sheet)
         where.calibrate(work)
         about = HostFacts(**process.facts(), host_id=host.identity(), ram_read_bytes_per_s=host.read_bandwidth())
         setup = Setup(quantised, llama, where, work, DeviceFacts(**where.identity()), about)
@@ -168,7 +168,7 @@ def _perform(folder: study.Folder, spec: run.Spec, attempt: int, setup: Setup) -
         reasons=(outcome.reason,) if outcome.reason else (),
         message=outcome.message,
         spec=spec,
-        sheet=Sheet.model_validate(setup.quantised.sheet),
+        sheet=Manifest.model_validate(setup.quantised.sheet),
         engine=EngineFacts(build=llama.build, version=llama.version, server_sha256=llama.server_sha256),
         device=setup.device,
         host=setup.host,
@@ -254,7 +254,7 @@ def done(folder: study.Folder, cells: list[study.Cell]) -> int:
 
 def _whole(folder: study.Folder, cell: study.Cell, status: study.Status) -> bool:
     """Every run is valid, and the cell's sheet is the one that they name."""
-    return status.complete and study.same_sheet(folder.sheet(cell), status.blocks[0][0].sheet)
+    return status.complete and study.same_manifest(folder.manifest(cell), status.blocks[0][0].sheet)
 
 
 def run_cells(folder: study.Folder, cells: list[study.Cell], say: Callable[[str], object] = log.info) -> list[str]:

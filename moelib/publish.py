@@ -100,7 +100,7 @@ def plan(results: Results, namespace: str, public: bool | None = None, endpoint:
     that was measured, PublishError for one that is not there, HubError.
     """
     pages, files = cards.fit(results, namespace), cards.planned(results)
-    at = {s.file_name: quantize.place(s) for s in results.sheets}
+    at = {s.file_name: quantize.place(s) for s in results.manifests}
     items: dict[str, list[Item]] = {}
     for path, sha256 in files.items():
         repository, name = path.split("/")

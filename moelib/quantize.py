@@ -16,7 +16,7 @@ from typing import Any
 from moelib import files, gguf_file, models, params, process, sources
 from moelib.bar import tqdm
 from moelib.engine import Engine
-from moelib.facts import Sheet
+from moelib.facts import Manifest
 
 UNQUANTISED = gguf_file.UNQUANTISED
 ASKED_S = 60.0  # for llama.cpp to read a header: 0.02 s seen
@@ -151,7 +151,7 @@ def make(source: models.Source, quant: str, engine: Engine, scratch: Path) -> Qu
     raise QuantizeError(f"{path.name} reads back other than it was written: check this machine's disk and memory")
 
 
-def place(sheet: Sheet) -> Path:
+def place(sheet: Manifest) -> Path:
     """Where the file of a sheet is kept."""
     real, model = sheet.weights == "real", sheet.model
     return (sources.folder(model) if real else models.twin_folder(model, sheet.scale)) / sheet.file_name

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, ValidationError
 
 from moelib import files, params
-from moelib.facts import OLDEST, SCHEMA_VERSION, DeviceFacts, EngineFacts, HostFacts, Sheet
+from moelib.facts import OLDEST, SCHEMA_VERSION, DeviceFacts, EngineFacts, HostFacts, Manifest
 from moelib.ranges import Sha256
 from moelib.run import Observation, Spec
 
@@ -65,7 +65,7 @@ class Record(params.Strict):
     message: str | None
     """What the engine or the harness said of a failure."""
     spec: Spec
-    sheet: Sheet
+    sheet: Manifest
     engine: EngineFacts
     device: DeviceFacts
     host: HostFacts

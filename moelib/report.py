@@ -23,8 +23,8 @@ WEIGHTS = {
 def headline(results: Results) -> Text:
     """What was measured on what, in the document's first lines."""
     runs = results.done
-    parameters = " and ".join(f"{n / 1e6:,.0f} M" for n in sorted({s.parameters for s in results.sheets}))
-    origins = "; ".join(sorted({neutral(s.origin) for s in results.sheets if s.origin})) or "of unknown origin"
+    parameters = " and ".join(f"{n / 1e6:,.0f} M" for n in sorted({s.parameters for s in results.manifests}))
+    origins = "; ".join(sorted({neutral(s.origin) for s in results.manifests if s.origin})) or "of unknown origin"
     told = {"scale": neutral(results.study.scale), "parameters": parameters or "unknown", "origins": origins}
     text = (
         f"{WEIGHTS[results.study.weights].format(**told)}\n\nStudy **{neutral(results.name)}**: "
@@ -120,7 +120,7 @@ def _absent(results: Results, *counters: str) -> str:
 
 
 def memory_table(results: Results) -> Table:
-    expert_bytes = {(s.model, s.quant): s.expert_bytes for s in results.sheets}
+    expert_bytes = {(s.model, s.quant): s.expert_bytes for s in results.manifests}
 
     def show(c: analyse.Comparison) -> dict[str, str]:
         return {

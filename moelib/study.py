@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moelib import audit, files, harness, params, record, run
-from moelib.facts import Sheet
+from moelib.facts import Manifest
 from moelib.gather import Evidence, gather, standing_for
 
 
@@ -104,16 +104,16 @@ def same_plan(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return {**a, "schema_version": None} == {**b, "schema_version": None}
 
 
-def read_sheet(path: Path) -> Sheet | None:
-    """The sheet at `path`; None if there is none that can be read."""
+def read_manifest(path: Path) -> Manifest | None:
+    """The manifest at `path`; None if there is none that can be read."""
     try:
-        return Sheet.model_validate_json(path.read_bytes(), strict=True)
+        return Manifest.model_validate_json(path.read_bytes(), strict=True)
     except (OSError, ValueError):
         return None
 
 
-def same_sheet(a: Sheet | None, b: Sheet | None) -> bool:
-    """Whether two sheets describe the same file; one that was made again took other seconds."""
+def same_manifest(a: Manifest | None, b: Manifest | None) -> bool:
+    """Whether two manifests describe the same file; the time that quantising took may differ."""
     return a is not None and b is not None and a.model_copy(update={"quantize_s": b.quantize_s}) == b
 
 
@@ -165,11 +165,11 @@ class Folder:
         """What is there of the whole study, or of one cell."""
         return gather(self.path, f"{cell.model}_{cell.quant}_" if cell else "", set_aside, light)
 
-    def sheet_path(self, cell: Cell) -> Path:
+    def manifest_path(self, cell: Cell) -> Path:
         return self.path / "quants" / f"{cell.file_name}.json"
 
-    def sheet(self, cell: Cell) -> Sheet | None:
-        return read_sheet(self.sheet_path(cell))
+    def manifest(self, cell: Cell) -> Manifest | None:
+        return read_manifest(self.manifest_path(cell))
 
     def status(self, cell: Cell, evidence: Evidence | None = None) -> Status:
         """What `cell` has, by the study's `evidence`, or by its own records, read for this."""
@@ -231,12 +231,12 @@ class Status:
 
 
 class Results(Plan):
-    """A study's folder as evidence: read from its plan, sheets and records alone, whatever `params/` says now."""
+    """A study's folder as evidence: read from its plan, manifests and records alone, whatever `params/` says now."""
 
     name: str
     records: list[record.Record]
     evidence: Evidence
-    sheets: list[Sheet]
+    manifests: list[Manifest]
     accuracy: dict[str, harness.Harness]
     """How accurate the harness was found to be, by file; empty where nobody measured it."""
 
@@ -315,19 +315,19 @@ def _require_done(path: Path, records: Iterable[record.Record]) -> None:
 
 
 def _results(path: Path, plan: dict[str, Any], evidence: Evidence) -> Results:
-    sheets = {p.name: read_sheet(p) for p in sorted((path / "quants").glob("*.json"))}
-    # a sheet that no record names, though its cell has records, is not the file's that was run
-    known: dict[str, list[Sheet]] = {}
+    manifests = {p.name: read_manifest(p) for p in sorted((path / "quants").glob("*.json"))}
+    # a cell's manifest must be the one that its records name, if it has records: else another file was run
+    recorded: dict[str, list[Manifest]] = {}
     for r in evidence.records:
-        of = known.setdefault(f"{r.spec.model}-{r.spec.quant}.json", [])
-        if not any(r.sheet is s or r.sheet == s for s in of):
-            of.append(r.sheet)
-    wrong = []
-    for name, sheet in sheets.items():
-        of = known.get(name, [])
-        if sheet is None or (of and not any(same_sheet(sheet, s) for s in of)):
-            wrong.append(name)
-    damaged = [f"quants/{name}: not the sheet of its records" for name in wrong]
+        listed = recorded.setdefault(f"{r.spec.model}-{r.spec.quant}.json", [])
+        if not any(r.sheet is m or r.sheet == m for m in listed):
+            listed.append(r.sheet)
+    mismatched = []
+    for name, manifest in manifests.items():
+        listed = recorded.get(name, [])
+        if manifest is None or (listed and not any(same_manifest(manifest, m) for m in listed)):
+            mismatched.append(name)
+    damaged = [f"quants/{name}: not the manifest of its records" for name in mismatched]
     accuracy = {}
     for p in sorted((path / harness.FOLDER).glob("*.json")):
         try:
@@ -335,6 +335,11 @@ def _results(path: Path, plan: dict[str, Any], evidence: Evidence) -> Results:
         except files.FileError:
             damaged.append(f"{harness.FOLDER}/{p.name}: not what was written")
     evidence = replace(evidence, damaged=[*evidence.damaged, *damaged])
-    sheets = [s for name, s in sheets.items() if name not in wrong]
-    made = {"records": evidence.records, "evidence": evidence, "sheets": sheets, "accuracy": accuracy}
-    return Results(name=path.name, **plan, **made)
+    return Results(
+        name=path.name,
+        **plan,
+        records=evidence.records,
+        evidence=evidence,
+        manifests=[m for name, m in manifests.items() if name not in mismatched],
+        accuracy=accuracy,
+    )

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from moelib import files, neutral
-from moelib.facts import Sheet
+from moelib.facts import Manifest
 from moelib.harness import Harness
 from moelib.record import Record
 
@@ -23,7 +23,7 @@ def cite(records: Iterable[Record]) -> Sources:
     return {r.run_id: r.digest for r in records}
 
 
-def cite_sheet(sheet: Sheet) -> Sources:
+def cite_manifest(sheet: Manifest) -> Sources:
     # as it was written: what a sheet of older code lacks is not in its digest
     return {f"quants/{sheet.model}-{sheet.quant}.json": files.digest(sheet.model_dump(mode="json", exclude_unset=True))}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moelib import audit, client, gather, host, params, record, run
 from moelib.engine import Buffer, Report
-from moelib.facts import DeviceFacts, EngineFacts, HostFacts, Sheet
+from moelib.facts import DeviceFacts, EngineFacts, HostFacts, Manifest
 from moelib.invariants import Measured
 from moelib.memory import Reading, Trace, reconcile
 from moelib.nvml import NO_GPU
@@ -117,7 +117,7 @@ def observation(placement="baseline", **change) -> run.Observation:
     return replace(made, **change)
 
 
-SHEET = Sheet(
+MANIFEST = Manifest(
     model="deepseek-moe-16b",
     quant="Q4_K_M",
     scale="tiny",
@@ -153,7 +153,7 @@ HOST = HostFacts(
 )
 
 
-def measured(asked, observed, sheet=SHEET, device=DEVICE, host=HOST):
+def measured(asked, observed, sheet=MANIFEST, device=DEVICE, host=HOST):
     return Measured(asked, observed, sheet, device, host)
 
 
@@ -171,7 +171,7 @@ def made(observed=None, attempt=1, status=None, reasons=None, **of_spec) -> reco
         reasons=found[1] if reasons is None else reasons,
         message=None,
         spec=asked,
-        sheet=SHEET,
+        sheet=MANIFEST,
         engine=ENGINE,
         device=DEVICE,
         host=HOST,

@@ -43,7 +43,7 @@ from test_kill import MOELIB, complete, kill, no_orphans
 from moelib import audit, client, device, engine, files, gguf_file, host, measure, models, params, process, quantize
 from moelib import record as records
 from moelib import run as runs
-from moelib.facts import Sheet
+from moelib.facts import Manifest
 from moelib.memory import Reading
 from moelib.nvml import Counters
 from moelib.study import Folder, StudyError
@@ -419,7 +419,7 @@ def _(lab, chance, rounds):
     for file in (dead, there):
         outcome = runs.execute(asked, file, lab.stub, lab.where, lab.home / "nan")
         assert outcome.observation, outcome.message
-        checks = audit.run(measured(asked, outcome.observation, Sheet(**file.sheet)))
+        checks = audit.run(measured(asked, outcome.observation, Manifest(**file.sheet)))
         told.append(", ".join(i for i in audit.verdict(checks)[1] if i not in SHARED))
     shutil.rmtree(lab.home / "nan")
     assert told[1] == ""
@@ -561,7 +561,7 @@ damaged("quantised file", lambda lab: lab.models / f"{NANO}-Q8_0.gguf")
 damaged("note of a source", lambda lab: lab.models / f"{NANO}-F16.gguf.json")
 damaged("note of a quantised file", lambda lab: lab.models / f"{NANO}-Q8_0.gguf.json")
 damaged("record", lambda lab: sorted(lab.folder.path.glob("records/*_b0_*"))[0])
-damaged("sheet", lambda lab: lab.folder.sheet_path(lab.folder.cells[0]))
+damaged("sheet", lambda lab: lab.folder.manifest_path(lab.folder.cells[0]))
 
 
 @fault("damaged plan", "files", "delete it and run the study", lab="loopback")

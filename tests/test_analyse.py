@@ -104,7 +104,7 @@ def study_of(*values, arms=("baseline/mmap", "cpu-moe/mmap")):
             runs.append(made(seen, block=b, placement=arm.placement, load_mode=arm.load_mode))
         blocks.append(tuple(runs))
     records = [r for block in blocks for r in block]
-    results = study.Results.model_construct(study=plan, name="s", cells=[], records=records, sheets=[])
+    results = study.Results.model_construct(study=plan, name="s", cells=[], records=records, manifests=[])
     results.__dict__["statuses"] = {CELL: study.Status(tuple(blocks), (), Counter())}
     return results
 

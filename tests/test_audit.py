@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from factory import BASE, EXPERTS, MIB, SHEET, argv, block, made, measured, observation, request, spec
+from factory import BASE, EXPERTS, MANIFEST, MIB, argv, block, made, measured, observation, request, spec
 
 from moelib import audit, bounds, memory, nvml, record
 from moelib.engine import Buffer, Report
@@ -88,7 +88,7 @@ VIOLATIONS = {
 }
 
 
-def failed(placement, seen, sheet=SHEET):
+def failed(placement, seen, sheet=MANIFEST):
     return audit.verdict(checked(spec(placement=placement), seen, sheet))
 
 
@@ -205,14 +205,14 @@ def test_the_clocks_may_differ_by_a_step_and_a_little(engine, right):
 )
 def test_the_command_is_the_placement_and_nothing_else(placement, argv, right):
     arm = "baseline" if placement == "baseline" else "cpu-moe"
-    checks = checked(spec(placement=placement), replace(observation(arm), argv=argv), SHEET)
+    checks = checked(spec(placement=placement), replace(observation(arm), argv=argv), MANIFEST)
     assert next(c.passed for c in checks if c.id == "command-as-asked") == right
 
 
 def test_load_mode_none_must_be_told():
     seen = observation()
     for line, right in ((ARGV, False), (argv(load_mode="none"), True), ((*OLDER, "--no-mmap"), True)):
-        checks = checked(spec(load_mode="none"), replace(seen, argv=line), SHEET)
+        checks = checked(spec(load_mode="none"), replace(seen, argv=line), MANIFEST)
         assert next(c.passed for c in checks if c.id == "command-as-asked") == right
 
 
@@ -225,7 +225,7 @@ def test_output_that_is_not_a_distribution_is_dead(top):
 
 def test_a_run_can_be_audited_that_is_in_no_study():
     asked, seen = spec(), observation()
-    assert audit.verdict(audit.run(asked, seen, SHEET.model_dump())) == ("valid", ())
+    assert audit.verdict(audit.run(asked, seen, MANIFEST.model_dump())) == ("valid", ())
     assert audit.verdict(audit.run(asked, seen, {"sha256": "a" * 64})) == ("valid", ())
     assert audit.verdict(audit.run(asked, seen, {"sha256": "b" * 64})) == ("invalid", ("file-is-its-sheet",))
 
@@ -240,7 +240,7 @@ def test_nothing_is_not_valid():
     assert set(failed("baseline", silent)[1]) - {"memory-undoubted"} == wrong
     assert failed(*broken(env=())) == ("invalid", ("environment-clean",))
     nobody = spec(workloads=(), requests=1)
-    assert "requests-complete" in audit.verdict(checked(nobody, empty, SHEET))[1]
+    assert "requests-complete" in audit.verdict(checked(nobody, empty, MANIFEST))[1]
 
 
 def test_a_device_that_is_not_there_can_offload_nothing():
@@ -272,14 +272,14 @@ def test_a_gpu_run_is_on_the_gpu():
 
 def test_a_gpu_whose_driver_does_not_tell_is_not_known_to_be_its_own():
     for counters, right in (((), False), ((Counters(0.1),), False), ((Counters(0.1, events=0),), True)):
-        checks = checked(spec(), observation(device_kind="cuda", counters=counters), SHEET)
+        checks = checked(spec(), observation(device_kind="cuda", counters=counters), MANIFEST)
         assert next(c.passed for c in checks if c.id == "not-slowed") == right
 
 
 def test_a_power_cap_is_not_a_slowdown_and_every_slowdown_is_one():
     assert failed(*broken(counters=(Counters(0.1, events=nvml.POWER_CAP), Counters(0.2)))) == ("valid", ())
     for name, bit in nvml.SLOWED.items():
-        checks = checked(spec(), observation(counters=(Counters(0.1), Counters(0.2, events=bit))), SHEET)
+        checks = checked(spec(), observation(counters=(Counters(0.1), Counters(0.2, events=bit))), MANIFEST)
         assert next(c for c in checks if c.id == "not-slowed").measured == name
 
 
@@ -581,7 +581,7 @@ def test_an_energy_counter_only_grows_or_begins_anew(runs):
 
 def test_quants_of_a_model_have_its_parameters_and_its_traffic(runs):
     planned, check = plan_of(runs), {"quants-of-one-model"}
-    sheet = SHEET.model_copy(update={"parameters": 66_000_000})
+    sheet = MANIFEST.model_copy(update={"parameters": 66_000_000})
     assert study_flagged(planned, [*runs[:3], runs[3].model_copy(update={"sheet": sheet})]) == check
 
     def moving(*shares, size=1 << 30):
@@ -689,9 +689,9 @@ def test_every_limit_is_the_documented_one():
 
 def test_what_was_found_is_said_with_what_it_was_held_against():
     """What holds, and what the invariant's own violation says."""
-    holds = {c.id: c.measured for c in checked(spec(), observation(), SHEET)}
+    holds = {c.id: c.measured for c in checked(spec(), observation(), MANIFEST)}
     for check, (arm, seen) in VIOLATIONS.items():
-        found = next(c for c in checked(spec(placement=arm), seen, SHEET) if c.id == check)
+        found = next(c for c in checked(spec(placement=arm), seen, MANIFEST) if c.id == check)
         assert (holds[check], found.measured) == SAID[check]
 
 
@@ -710,7 +710,7 @@ def test_nothing_says_what_was_not_there():
     nothing |= {"requests-complete": "0 of 0 requests", "environment-clean": "0 allowed"}
     nothing |= {"output-alive": "nothing told"}
     assert {c.id: c.measured for c in checked(spec(workloads=()), empty) if not c.passed} == nothing
-    moved = {c.id: c.measured for c in checked(spec(placement="cpu-moe"), observation("cpu-moe"), SHEET)}
+    moved = {c.id: c.measured for c in checked(spec(placement="cpu-moe"), observation("cpu-moe"), MANIFEST)}
     assert moved["placement-moves"] == "31457280 bytes in 9 tensors moved"
 
 
@@ -734,7 +734,7 @@ def test_blocks_and_studies_say_what_was_found(runs):
         "cpu-moe/mmap: device weights 41943040 -> 41943040, header moves 31457280; "
         "cpu-moe/mmap: graph splits (2,) -> ()"
     )
-    other = seen_as(moe, threads=2).model_copy(update={"sheet": SHEET.model_copy(update={"sha256": "c" * 64})})
+    other = seen_as(moe, threads=2).model_copy(update={"sheet": MANIFEST.model_copy(update={"sha256": "c" * 64})})
     assert said(audit.block([base, other]))["block-alike"] == "differ in file, threads"
     asked = seen_as(moe, requests=())
     assert said(audit.block([seen_as(base, requests=()), asked]))["block-ttft-measured"] == "spread 0 over 0 requests"
@@ -763,7 +763,7 @@ def test_two_tokens_are_enough_to_count_and_to_time():
 
 def test_the_first_event_is_named_by_what_it_carried():
     late = one_request(token_n=(2, 2, 3, 4, 5))
-    found = next(c for c in checked(spec(), late[1], SHEET) if c.id == "times-ordered")
+    found = next(c for c in checked(spec(), late[1], MANIFEST) if c.id == "times-ordered")
     assert found.measured == "plan-short[0]: the first event carried 2 tokens"
 
 

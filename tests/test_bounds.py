@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from factory import BASE, DEVICE, EXPERTS, HOST, MIB, SHEET, measured, observation, request, spec
+from factory import BASE, DEVICE, EXPERTS, HOST, MANIFEST, MIB, measured, observation, request, spec
 from test_audit import remembered
 
 from moelib import audit, bounds
@@ -27,7 +27,7 @@ GPU = DEVICE.model_copy(
 
 def failed(seen, placement="baseline", device=DEVICE, host=HOST):
     """Those of this module's checks that fail."""
-    checks = audit.run(measured(spec(placement=placement), seen, SHEET, device, host))
+    checks = audit.run(measured(spec(placement=placement), seen, MANIFEST, device, host))
     return {c.id for c in checks if not c.passed} & OWN
 
 
@@ -159,7 +159,7 @@ def test_host_memory_holds_what_was_copied_there():
     seen = observation("cpu-moe")
     buffers = (*seen.report.buffers[:2], Buffer("CUDA_Host", "model", EXPERTS))
     pinned = remembered(replace(seen, report=replace(seen.report, buffers=buffers)))
-    full = EXPERTS + SHEET.file_bytes  # copied and mapped
+    full = EXPERTS + MANIFEST.file_bytes  # copied and mapped
     for rss, right in ((full, True), (full * 94 // 100, False)):
         found = failed(replace(pinned, host_rss_peak_bytes=rss), "cpu-moe")
         assert (found == set()) == right

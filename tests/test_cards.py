@@ -188,7 +188,11 @@ def test_only_the_file_that_was_measured_may_be_published(full, tmp_path):
     with pytest.raises(cards.CardError, match="no file of this name"):
         cards.require_measured(full, path.rename(tmp_path / "other.gguf"))
     same = full.model_copy(
-        update={"sheets": [s.model_copy(update={"sha256": files.sha256(tmp_path / "other.gguf")}) for s in full.sheets]}
+        update={
+            "manifests": [
+                s.model_copy(update={"sha256": files.sha256(tmp_path / "other.gguf")}) for s in full.manifests
+            ]
+        }
     )
     (tmp_path / "other.gguf").rename(path)
     assert cards.require_measured(same, path) == files.sha256(path)

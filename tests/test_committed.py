@@ -12,7 +12,7 @@ from conftest import REPO
 from test_study import tree
 
 from moelib import cards, notebook, params, record, study
-from moelib.table import cite, cite_harness, cite_sheet
+from moelib.table import cite, cite_harness, cite_manifest
 
 
 class Committed(NamedTuple):
@@ -99,8 +99,8 @@ def test_all_of_a_studys_evidence_is_cited(name):
     told = json.loads((COMMITTED[name].document / "provenance.json").read_text(encoding="utf-8"))["sources"]
     found = study.results(COMMITTED[name].study)
     evidence = cite(found.records) | cite_harness(found.accuracy)
-    for sheet in found.sheets:
-        evidence |= cite_sheet(sheet)
+    for sheet in found.manifests:
+        evidence |= cite_manifest(sheet)
     assert evidence.items() <= told.items()
 
 

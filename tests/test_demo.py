@@ -20,7 +20,7 @@ def test_the_demo_from_nothing_to_its_document(home, models_folder):
     assert found.problems == []
     assert all(r.done for r in found.records)
     assert {reason for r in found.records for reason in r.reasons} <= SHARED
-    assert len(found.sheets) == 6
+    assert len(found.manifests) == 6
     # every file: device memory falls by at least the expert bytes that its own header counts
     rows = analyse.compare(found, analyse.device_memory)
     assert len(rows) == 6

@@ -185,7 +185,7 @@ def poisoned(name: str, models: bool) -> tuple[study.Results, set[str]]:
         name=poison.name("x"),
         records=[*records.values()],
         evidence=bad,
-        sheets=[poison(s) for s in found.sheets],
+        manifests=[poison(s) for s in found.manifests],
         accuracy={f"harness/{HOSTILE}": poison(h) for h in found.accuracy.values()},
     )
     made.__dict__["statuses"] = statuses
@@ -203,7 +203,7 @@ def test_every_free_string_of_a_record_is_among_those_that_are_tried():
     known = {
         "Record": ("run_id", "reasons"),
         "Spec": ("study", "model", "workloads", "scale"),
-        "Sheet": ("model", "origin", "file_name", "engine_version", "tensor_types", "expert_types"),
+        "Manifest": ("model", "origin", "file_name", "engine_version", "tensor_types", "expert_types"),
         "EngineFacts": ("version",),
         "DeviceFacts": ("name",),
         "HostFacts": ("cpu", "system", "python", "moelib"),
@@ -239,7 +239,7 @@ def test_no_string_gets_out_in_the_tables_of_a_run(bad):
     found, _ = bad
     records = [r for b in found.blocks for r in b][:2]
     clean(evidence.runs_table(records).markdown())
-    clean(evidence.sheet_table(found.sheets[0]).markdown())
+    clean(evidence.manifest_table(found.manifests[0]).markdown())
     for figure in (plots.memory_over_time(records), plots.tokens_over_time(records, found.study.workloads[0])):
         figure.draw_without_rendering()
 

@@ -2,10 +2,10 @@
 
 import ggufs
 import pytest
-from factory import SHEET, measured, spec
+from factory import MANIFEST, measured, spec
 
 from moelib import audit, device, files, gguf_file, models, quantize, run
-from moelib.facts import Sheet
+from moelib.facts import Manifest
 
 pytestmark = pytest.mark.engine
 
@@ -23,7 +23,7 @@ def observed(engine, made, work, placement):
     asked = spec(placement=placement, workloads=("smoke",), requests=1)
     outcome = run.execute(asked, made, engine, device.Loopback(), work)
     assert outcome.reason is None, outcome.message
-    checks = audit.run(measured(asked, outcome.observation, Sheet(**made.sheet)))
+    checks = audit.run(measured(asked, outcome.observation, Manifest(**made.sheet)))
     assert [c for c in checks if not c.passed and c.id in OF_PLACEMENT] == []
     assert {c.id for c in checks} >= OF_PLACEMENT
     return outcome.observation
@@ -38,7 +38,7 @@ def test_header_and_engine_agree_on_a_model_with_a_block_that_is_not_loaded(
         monkeypatch.setattr(quantize.sources, "whole", lambda source: source)
         made = quantize.make(source, quant, engine, tmp_path / "q")
     else:
-        made = quantize.Quantised(source.header, SHEET.model_dump() | facts, files.Hashed(source.path))
+        made = quantize.Quantised(source.header, MANIFEST.model_dump() | facts, files.Hashed(source.path))
     header = made.header
     assert header.layers == 3
     for placement in ("baseline", "cpu-moe", "n-cpu-moe=2"):

@@ -45,7 +45,7 @@ def writes(requests):
 def test_a_plan_says_everything_and_touches_nothing(results, there):
     (plan,) = publish.plan(results, SPACE, None, there.url)
     text = plan.text()
-    (sheet,) = results.sheets
+    (sheet,) = results.manifests
     assert f"{REPO} (new, to stay private)" in text
     assert f"{sheet.file_bytes:,}  {sheet.sha256}  {sheet.file_name}" in text
     assert [i.name for i in plan.items] == [sheet.file_name, "README.md", "Q8_0.md", "SHA256SUMS", "provenance.json"]
@@ -135,7 +135,7 @@ def test_what_the_hub_gives_back_wrong_is_never_public(results, there):
 
 
 def test_a_file_that_was_not_measured_is_not_published(results, there, tmp_path, monkeypatch):
-    (sheet,) = results.sheets
+    (sheet,) = results.manifests
     content = quantize.place(sheet).read_bytes()
     changed = tmp_path / "m" / sheet.model / f"twin-{sheet.scale}" / sheet.file_name
     changed.parent.mkdir(parents=True)
@@ -235,7 +235,7 @@ def test_a_file_that_the_hub_lists_with_another_hash_is_not_shown(results, there
 
     def read_back(*args):
         with monkeypatch.context() as patch:
-            told = {results.sheets[0].file_name: "0" * 64}
+            told = {results.manifests[0].file_name: "0" * 64}
             patch.setattr(publish, "_listing", lambda *where: honest(*where) | told)
             back(*args)
 
@@ -281,7 +281,7 @@ def test_the_campaign_finds_a_repository_that_is_public_too_soon(results, tmp_pa
 
 def test_the_rehearsal_sends_every_byte_once(results, tmp_path):
     text, sent = rehearsal.rehearse("files", tmp_path, stop_at=1)
-    (sheet,) = results.sheets
+    (sheet,) = results.manifests
     assert sent == (0, sheet.file_bytes, 0)
     assert "interrupted; what is finished is kept, run the same command to go on" in text
     assert f"{REPO}: public, 5 files verified" in text

@@ -9,7 +9,7 @@ import pytest
 from factory import SHARED, measured, spec
 
 from moelib import audit, client, device, models, params, quantize, run, twin
-from moelib.facts import Sheet
+from moelib.facts import Manifest
 from moelib.nvml import Counters, Traffic
 
 pytestmark = pytest.mark.engine
@@ -34,7 +34,7 @@ def execute(engine, quantised, where, tmp_path, **change):
     asked = wanted(**change)
     outcome = run.execute(asked, quantised, engine, where, tmp_path / "work")
     assert outcome.reason is None, outcome.message
-    return outcome.observation, audit.run(measured(asked, outcome.observation, Sheet(**quantised.sheet)))
+    return outcome.observation, audit.run(measured(asked, outcome.observation, Manifest(**quantised.sheet)))
 
 
 def failed(checks):

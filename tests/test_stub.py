@@ -11,7 +11,7 @@ from factory import SHARED, measured, spec
 
 from moelib import audit, device, models, process, quantize, run
 from moelib import engine as engines
-from moelib.facts import Sheet
+from moelib.facts import Manifest
 
 pytestmark = pytest.mark.engine
 
@@ -156,5 +156,5 @@ def test_a_run_of_it_is_valid(stub, quantised, tmp_path, placement):
     asked = spec(workloads=("smoke",), context=256, placement=placement)
     outcome = run.execute(asked, quantised, stub, stub_server.loopback(), tmp_path / "work")
     assert outcome.reason is None, outcome.message
-    checks = audit.run(measured(asked, outcome.observation, Sheet(**quantised.sheet)))
+    checks = audit.run(measured(asked, outcome.observation, Manifest(**quantised.sheet)))
     assert {c.id for c in checks if not c.passed} - SHARED == set()

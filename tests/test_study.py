@@ -240,7 +240,7 @@ def test_what_was_measured_on_several_machines_is_said(home):
                     told["spec"] = dataclasses.replace(r.spec, quant=quant)
                     runs.append(r.model_copy(update=told | {"run_id": f"{quant} {r.run_id}"}))
         demo = params.study("demo").model_copy(update={"models": [model], "quants": list(uuids)})
-        found = {"workloads": WORKLOADS, "cells": cells, "records": runs, "sheets": [], "accuracy": {}}
+        found = {"workloads": WORKLOADS, "cells": cells, "records": runs, "manifests": [], "accuracy": {}}
         return study.Results(name="s", study=demo, evidence=evidence(runs), **found)
 
     alone = results(Q4_K_M="AAA", Q2_K="AAA")

@@ -53,7 +53,7 @@ def results(*blocks):
     there = study.results(REPO / "docs/example/demo")
     plan = there.study.model_copy(update={"models": ("deepseek-moe-16b",), "quants": ("Q4_K_M",)})
     records = [r for b in blocks for r in b if r]
-    told = {"name": "s", "study": plan, "workloads": WORKLOADS, "cells": cells, "records": records, "sheets": []}
+    told = {"name": "s", "study": plan, "workloads": WORKLOADS, "cells": cells, "records": records, "manifests": []}
     return study.Results(**told, evidence=evidence(records), accuracy={})
 
 
