@@ -96,10 +96,10 @@ def _sheets(results: Results, model: str) -> dict[str, Manifest]:
 def choices(results: Results, model: str) -> list[Choice]:
     """Every quant and placement of `model` that has a whole block, a sheet and a known device memory."""
     sheets, found = _sheets(results, model), {}
-    for c in _compare(results, model, analyse.decode_rate(results.study.workloads[-1])):
+    for c in _compare(results, model, analyse.tokens_per_s(results.study.workloads[-1])):
         for arm, rate in ((c.against, c.baseline), (c.arm, c.offload)):
             runs = [r for r in c.records if r.spec.arm == arm.label]
-            memory = [analyse.device_need(r) for r in runs]
+            memory = [analyse.vram_needed(r) for r in runs]
             if rate and c.quant in sheets and None not in memory:
                 sheet, where = sheets[c.quant], place(results, arm)
                 sources = cite(runs) | cite_manifest(sheet)
@@ -143,7 +143,7 @@ def machine(results: Results, model: str | None = None) -> str:
 def comparison(results: Results, model: str) -> Table:
     """One row for each quant (and placement, where there are several): size, memory, speed, first token."""
     sheets, workload, many = _sheets(results, model), results.study.workloads[-1], len(pairs(results.study)) > 1
-    quantities = (analyse.device_memory, analyse.decode_rate(workload), analyse.first_token(workload, warm=True))
+    quantities = (analyse.vram, analyse.tokens_per_s(workload), analyse.ttft(workload, warm=True))
     rows, sources = [], []
     for memory, rate, ttft in zip(*(_compare(results, model, q) for q in quantities), strict=True):
         sheet = sheets.get(memory.quant)
@@ -178,8 +178,8 @@ def _both(c: analyse.Comparison, text: Callable[[float], str]) -> str:
 def verdict(results: Results, model: str) -> Text:
     """What offloading buys and costs `model`, in sentences."""
     workload, name = results.study.workloads[-1], f"verdict-{model}"
-    memory = [c for c in _compare(results, model, analyse.device_memory) if c.ratio]
-    rate = [c for c in _compare(results, model, analyse.decode_rate(workload)) if c.ratio]
+    memory = [c for c in _compare(results, model, analyse.vram) if c.ratio]
+    rate = [c for c in _compare(results, model, analyse.tokens_per_s(workload)) if c.ratio]
     if not memory or not rate:
         return Text(name, "Memory and speed were not measured together, so nothing is recommended.")
     (here, *away), used = _places(results), [*memory, *rate]
@@ -194,7 +194,7 @@ def verdict(results: Results, model: str) -> Text:
     ]
     modes = [
         [c for c in _compare(results, model, q, analyse.load_modes) if c.ratio and c.arm.placement != "baseline"]
-        for q in (analyse.first_token(workload, warm=True), analyse.load_time)
+        for q in (analyse.ttft(workload, warm=True), analyse.load_time)
     ]
     if all(modes):
         first, load = (span([c.ratio.value for c in found], number) for found in modes)

@@ -1,6 +1,7 @@
 """Records -> tidy frames by declared columns, and the comparisons of a study. SI units, nothing rounded.
 
-Only whole, valid blocks enter a comparison: each value is paired with the baseline of its own block.
+Only whole, valid rounds enter a comparison: each value is paired with the baseline of its own round (in
+records: `block`).
 """
 
 import itertools
@@ -16,18 +17,18 @@ from moelib.record import Record
 from moelib.study import Results
 
 Quantity = Callable[[Record], float | None]
-"""Something that a run gives one value of."""
+"""A quantity with one value for each run."""
 
-# Column -> what to read of a record; a column's name carries the unit.
+# Column -> how to read it from a record; a column's name carries the unit.
 _WHERE = {k: attrgetter(f"spec.{k}") for k in ("model", "quant", "placement", "load_mode", "block")}
 _WHERE["run_id"] = attrgetter("run_id")
 RUN_COLUMNS: dict[str, Callable] = {
     **_WHERE,
     "status": attrgetter("status"),
     "order": attrgetter("spec.order"),
-    "device_memory_bytes": attrgetter("observed.memory.value_bytes"),
-    "engine_device_bytes": attrgetter("observed.memory.engine_bytes"),
-    "device_weights_bytes": lambda r: r.observed.report.device_bytes("model"),
+    "vram_bytes": attrgetter("observed.memory.value_bytes"),
+    "engine_buffer_bytes": attrgetter("observed.memory.engine_bytes"),
+    "vram_weight_bytes": lambda r: r.observed.report.device_bytes("model"),
     "moved_bytes": attrgetter("observed.placement.moved_bytes"),
     **{k: attrgetter(f"observed.{k}") for k in ("host_rss_peak_bytes", "load_s", "wall_s", "engine_s")},
 }
@@ -37,16 +38,16 @@ REQUEST_COLUMNS["tokens_per_s"] = "tps"
 
 def runs(records: Iterable[Record]) -> pd.DataFrame:
     """One row for each record that holds an observation; columns RUN_COLUMNS."""
-    seen = [r for r in records if r.observed]
-    return pd.DataFrame({column: [get(r) for r in seen] for column, get in RUN_COLUMNS.items()})
+    observed = [r for r in records if r.observed]
+    return pd.DataFrame({column: [get(r) for r in observed] for column, get in RUN_COLUMNS.items()})
 
 
 def requests(records: Iterable[Record], workload: str | None = None) -> pd.DataFrame:
-    """One row for each request of each record, of all workloads or of one; columns of where it was and
+    """One row for each request of each record, of all workloads or of one: which run it belongs to, then
     REQUEST_COLUMNS."""
-    asked = [(r, q) for r in records if r.observed for q in r.observed.requests if workload in (None, q.workload)]
-    where = {column: [get(r) for r, _ in asked] for column, get in _WHERE.items()}
-    return pd.DataFrame(where | {column: [getattr(q, k) for _, q in asked] for column, k in REQUEST_COLUMNS.items()})
+    pairs = [(r, q) for r in records if r.observed for q in r.observed.requests if workload in (None, q.workload)]
+    where = {column: [get(r) for r, _ in pairs] for column, get in _WHERE.items()}
+    return pd.DataFrame(where | {column: [getattr(q, k) for _, q in pairs] for column, k in REQUEST_COLUMNS.items()})
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -54,7 +55,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-device_memory: Quantity = RUN_COLUMNS["device_memory_bytes"]
+vram: Quantity = RUN_COLUMNS["vram_bytes"]
 load_time: Quantity = RUN_COLUMNS["load_s"]
 
 
@@ -62,50 +63,50 @@ host_peak: Quantity = RUN_COLUMNS["host_rss_peak_bytes"]
 
 
 def residual(r: Record) -> float | None:
-    """Device memory that the engine's own buffers do not explain."""
+    """VRAM beyond the engine's own buffers."""
     return r.observed.memory.residual_bytes
 
 
 def growth(r: Record) -> float | None:
-    """What the whole device lost to the run: its memory, and what the driver charges to no process."""
+    """How much the memory in use on the whole GPU grew: the run's VRAM, and what the driver charges to no process."""
     return r.observed.memory.growth_bytes
 
 
-def device_need(r: Record) -> float | None:
-    """What must be free on the device: what it lost to the run where that is known, else its processes' memory."""
-    known = [n for n in (device_memory(r), growth(r)) if n is not None]
-    return max(known) if device_memory(r) is not None else None
+def vram_needed(r: Record) -> float | None:
+    """VRAM that must be free for the run: how much use of the whole GPU grew, else the VRAM of the processes."""
+    known = [n for n in (vram(r), growth(r)) if n is not None]
+    return max(known) if vram(r) is not None else None
 
 
-def engine_memory(r: Record) -> float | None:
-    """Device memory by the engine's own buffers."""
+def engine_buffers(r: Record) -> float | None:
+    """VRAM by the engine's own buffers."""
     return r.observed.memory.engine_bytes
 
 
 def energy_per_token(workload: str) -> Quantity:
     """Joules of the GPU's board for each token generated, prompt included. The counter moves every 100 ms or so, so a
-    run's requests are taken together; None without a counter, or if it did not move."""
+    run's requests are added up; None without a counter, or if it did not move."""
 
     def per_token(r: Record) -> float | None:
-        asked = [q for q in r.observed.requests if q.workload == workload]
-        used = [q.energy_joule for q in asked]
-        total = None if None in used else sum(used)
-        return total / sum(q.predicted_n for q in asked) if total else None
+        requests = [q for q in r.observed.requests if q.workload == workload]
+        joules = [q.energy_joule for q in requests]
+        total = None if None in joules else sum(joules)
+        return total / sum(q.predicted_n for q in requests) if total else None
 
     return per_token
 
 
 def bound(workload: str) -> Quantity:
-    """Share of the decode rate that reading each token's weights once, at the full speed of the memories they are in,
-    would allow. The GPU's speed is by its driver's clock and bus width, the host's as measured by reading RAM."""
-    rate = decode_rate(workload)
+    """tokens/s as a share of the upper bound: reading each active weight once per token at the full bandwidth of the
+    memory it is in. The GPU's bandwidth follows from clock and bus width by its driver, the host's is measured."""
+    rate = tokens_per_s(workload)
 
     def share(r: Record) -> float | None:
         device, host = r.device.bandwidth_bytes_per_s, r.host.ram_read_bytes_per_s
-        p, tps = r.observed.placement, rate(r)
-        if not device or not host or tps is None:
+        p, tokens = r.observed.placement, rate(r)
+        if not device or not host or tokens is None:
             return None
-        return tps * (p.device_read_bytes / device + p.host_read_bytes / host)
+        return tokens * (p.device_read_bytes / device + p.host_read_bytes / host)
 
     return share
 
@@ -121,16 +122,16 @@ def sm_clock(r: Record) -> float | None:
 
 
 def power(r: Record) -> float | None:
-    """Watts of the GPU's board while it had requests: their energy over their time."""
-    told = [(q.energy_joule, q.total_s) for q in r.observed.requests]
-    if not told or None in itertools.chain(*told):
+    """Watts of the GPU's board during requests: their energy over their time."""
+    pairs = [(q.energy_joule, q.total_s) for q in r.observed.requests]
+    if not pairs or None in itertools.chain(*pairs):
         return None
-    joules, seconds = map(sum, zip(*told, strict=True))
+    joules, seconds = map(sum, zip(*pairs, strict=True))
     return joules / seconds
 
 
-def watching(r: Record) -> float | None:
-    """Share of one CPU that watching the run took; None in records of earlier code."""
+def monitoring(r: Record) -> float | None:
+    """Share of one CPU that monitoring the run took; None in records of earlier code."""
     spent = r.observed.watch_cpu_s
     return None if spent is None or not r.observed.host.elapsed_s else spent / r.observed.host.elapsed_s
 
@@ -140,19 +141,19 @@ def major_faults(r: Record) -> float | None:
     return r.observed.host.major_faults
 
 
-def decode_rate(workload: str) -> Quantity:
-    """Tokens per second: the mean over all requests of the workload in a run."""
+def tokens_per_s(workload: str) -> Quantity:
+    """Decode rate: the mean of tokens/s over all requests of the workload in a run."""
     return lambda r: _mean(q.tps for q in r.observed.requests if q.workload == workload)
 
 
-def first_token(workload: str, warm: bool) -> Quantity:
-    """Seconds to the first token: of the server's first request of a workload, or the mean of its warm ones."""
+def ttft(workload: str, warm: bool) -> Quantity:
+    """Time to first token, s: of the server's first request of a workload, or the mean of its warm ones."""
     return lambda r: _mean(q.ttft_s for q in r.observed.requests if q.workload == workload and (q.index > 0) == warm)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One arm against another of the same blocks; None where no whole block has the quantity."""
+    """One placement and load mode against another of the same rounds; None where no whole round has the quantity."""
 
     model: str
     quant: str
@@ -163,13 +164,13 @@ class Comparison:
     baseline: stats.Estimate | None = None
     offload: stats.Estimate | None = None
     ratio: stats.Estimate | None = None
-    """offload / baseline within blocks; None where a value is 0."""
+    """CPU offload / baseline, paired within rounds; None where a value is 0."""
     difference: stats.Estimate | None = None
-    """baseline - offload within blocks."""
+    """baseline - CPU offload, paired within rounds."""
 
 
 def offloads(study: Study) -> list[tuple[Arm, Arm]]:
-    """(baseline, arm) for every arm that is not the baseline."""
+    """(baseline, other) for every placement and load mode that is not the baseline."""
     return [(study.arms[0], arm) for arm in study.arms[1:]]
 
 
@@ -181,19 +182,19 @@ def load_modes(study: Study) -> list[tuple[Arm, Arm]]:
 def compare(
     results: Results, quantity: Quantity, pairs: Callable[[Study], list[tuple[Arm, Arm]]] = offloads
 ) -> list[Comparison]:
-    """`quantity` of every cell that has a whole block and every pair of arms, in the study's order."""
+    """`quantity` of every cell that has a whole round, and of every pair, in the study's order."""
     rows = []
     for name, status in results.measured.items():
         for against, arm in pairs(results.study):
-            values, used = [], []
+            pairs_of_values, used = [], []
             for block in status.blocks:
                 by_arm = {r.spec.arm: r for r in block}
-                two = [by_arm[against.label], by_arm[arm.label]]
-                value = [quantity(r) for r in two]
-                if None not in value:
-                    values.append(value)
-                    used += two
-            rows.append(Comparison(*name.rsplit("/", 1), arm, against, tuple(used), *_estimates(values)))
+                pair = [by_arm[against.label], by_arm[arm.label]]
+                values = [quantity(r) for r in pair]
+                if None not in values:
+                    pairs_of_values.append(values)
+                    used += pair
+            rows.append(Comparison(*name.rsplit("/", 1), arm, against, tuple(used), *_estimates(pairs_of_values)))
     return rows
 
 
@@ -208,7 +209,7 @@ def _estimates(pairs: list[list[float]]) -> list[stats.Estimate | None]:
 
 @dataclass(frozen=True)
 class Summary:
-    """A quantity in one arm of a cell; None where no whole block has it."""
+    """A quantity of one placement and load mode of a cell; None where no whole round has it."""
 
     model: str
     quant: str
@@ -218,11 +219,11 @@ class Summary:
 
 
 def summarise(results: Results, quantity: Quantity) -> list[Summary]:
-    """`quantity` of every cell that has a whole block and every arm, in the study's order."""
+    """`quantity` of every cell that has a whole round, by placement and load mode, in the study's order."""
     rows = []
     for name, status in results.measured.items():
         for arm in results.study.arms:
-            here = [r for b in status.blocks for r in b if r.spec.arm == arm.label and quantity(r) is not None]
-            value = stats.mean([quantity(r) for r in here]) if here else None
-            rows.append(Summary(*name.rsplit("/", 1), arm, tuple(here), value))
+            runs_with = [r for b in status.blocks for r in b if r.spec.arm == arm.label and quantity(r) is not None]
+            value = stats.mean([quantity(r) for r in runs_with]) if runs_with else None
+            rows.append(Summary(*name.rsplit("/", 1), arm, tuple(runs_with), value))
     return rows

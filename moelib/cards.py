@@ -237,12 +237,12 @@ def _measured(of: Results, url: str) -> list[Any]:
     from huggingface_hub import EvalResult
 
     twin = "geometry twin, " if of.study.weights == "twin" else ""
-    quantities = [("peak_device_memory_mib", "Peak device memory, MiB", None, analyse.device_memory, 2**-20)]
+    quantities = [("peak_device_memory_mib", "Peak device memory, MiB", None, analyse.vram, 2**-20)]
     for w in of.study.workloads:
         quantities.append(
-            ("decode_tokens_per_second", f"Decode rate, {neutral.plain(w)}, tokens/s", w, analyse.decode_rate(w), 1)
+            ("decode_tokens_per_second", f"Decode rate, {neutral.plain(w)}, tokens/s", w, analyse.tokens_per_s(w), 1)
         )
-        name, ttft = f"Time to first token, {neutral.plain(w)}, warm, ms", analyse.first_token(w, warm=True)
+        name, ttft = f"Time to first token, {neutral.plain(w)}, warm, ms", analyse.ttft(w, warm=True)
         quantities.append(("warm_time_to_first_token_ms", name, w, ttft, 1000))
     found: dict[tuple, EvalResult] = {}
     for metric, name, workload, quantity, scale in quantities:

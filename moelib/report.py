@@ -47,8 +47,8 @@ def machine(r: Record) -> str:
 
 def answer(results: Results) -> Text:
     """The study in a few sentences, from the same comparisons as the tables."""
-    rates = [c for w in results.study.workloads for c in analyse.compare(results, analyse.decode_rate(w)) if c.ratio]
-    memory = [c for c in analyse.compare(results, analyse.device_memory) if c.ratio]
+    rates = [c for w in results.study.workloads for c in analyse.compare(results, analyse.tokens_per_s(w)) if c.ratio]
+    memory = [c for c in analyse.compare(results, analyse.vram) if c.ratio]
     if not rates or not memory:
         text = "No whole block holds a baseline and an offload run of known memory and rate: nothing can be compared."
         return Text("answer", text, cite(r for b in results.blocks for r in b))
@@ -58,7 +58,7 @@ def answer(results: Results) -> Text:
     told.append(f"Decoding then ran at {kept} of the baseline's rate.")
     used = [*rates, *memory]
     for workload in results.study.workloads:
-        found = analyse.compare(results, analyse.first_token(workload, warm=True))
+        found = analyse.compare(results, analyse.ttft(workload, warm=True))
         for mode in dict.fromkeys(arm.load_mode for arm in results.study.arms[1:]):
             here = [c for c in found if c.ratio and c.arm.load_mode == mode]
             if here:
@@ -132,12 +132,12 @@ def memory_table(results: Results) -> Table:
         }
 
     note = "Peak device memory of the run's processes, mean [95 % interval]; saved is taken within blocks."
-    return _compared("device-memory", results, analyse.device_memory, show, note)
+    return _compared("device-memory", results, analyse.vram, show, note)
 
 
 def memory_parts_table(results: Results) -> Table:
     """Device memory against what the engine says it holds."""
-    quantities = (analyse.device_memory, analyse.engine_memory, analyse.residual, analyse.growth)
+    quantities = (analyse.vram, analyse.engine_buffers, analyse.residual, analyse.growth)
     parts = zip(*(analyse.summarise(results, q) for q in quantities), strict=True)
     rows, records = [], []
     for whole, engine, rest, grown in parts:
@@ -173,14 +173,14 @@ def _rates(scale: float) -> Show:
 
 def speed_table(results: Results, workload: str) -> Table:
     note = "Tokens per second, geometric mean [95 % interval]; ratios are taken within blocks."
-    return _compared(f"speed-{workload}", results, analyse.decode_rate(workload), _rates(1), note)
+    return _compared(f"speed-{workload}", results, analyse.tokens_per_s(workload), _rates(1), note)
 
 
-def first_token_table(results: Results, workload: str, warm: bool) -> Table:
+def ttft_table(results: Results, workload: str, warm: bool) -> Table:
     which = "warm" if warm else "first"
     what = "**Warm requests**" if warm else "**The first request of a fresh server**"
     note = f"{what}: milliseconds from request to first token, geometric mean [95 % interval]."
-    return _compared(f"ttft-{which}-{workload}", results, analyse.first_token(workload, warm), _rates(1000), note)
+    return _compared(f"ttft-{which}-{workload}", results, analyse.ttft(workload, warm), _rates(1000), note)
 
 
 def load_table(results: Results) -> Table:
@@ -191,12 +191,12 @@ def load_table(results: Results) -> Table:
 def load_mode_table(results: Results) -> Table:
     """The same placement with its host weights mapped from the file and copied to memory of their own."""
     last = results.study.workloads[-1]
-    quantities = {f"tokens/s, {neutral(w)}": analyse.decode_rate(w) for w in results.study.workloads}
-    quantities[f"first token, {neutral(last)}, first"] = analyse.first_token(last, warm=False)
-    quantities[f"first token, {neutral(last)}, warm"] = analyse.first_token(last, warm=True)
+    quantities = {f"tokens/s, {neutral(w)}": analyse.tokens_per_s(w) for w in results.study.workloads}
+    quantities[f"first token, {neutral(last)}, first"] = analyse.ttft(last, warm=False)
+    quantities[f"first token, {neutral(last)}, warm"] = analyse.ttft(last, warm=True)
     quantities |= {
         "load time": analyse.load_time,
-        "device memory": analyse.device_memory,
+        "device memory": analyse.vram,
         "host RSS": analyse.host_peak,
     }
     found = {name: analyse.compare(results, q, analyse.load_modes) for name, q in quantities.items()}
@@ -211,7 +211,7 @@ def load_mode_table(results: Results) -> Table:
 
 def bound_table(results: Results, workload: str) -> Table:
     """How near decoding comes to what reading the weights alone allows."""
-    rate = analyse.summarise(results, analyse.decode_rate(workload))
+    rate = analyse.summarise(results, analyse.tokens_per_s(workload))
     rows, records = [], []
     for share, speed in zip(analyse.summarise(results, analyse.bound(workload)), rate, strict=True):
         if share.value is None:
@@ -261,7 +261,7 @@ def host_table(results: Results) -> Table:
         f"over PCIe for a prompt of {neutral(last)}": (analyse.received(last), stats.sizes),
         "GPU clock, MHz": (analyse.sm_clock, lambda e: stats.estimate(e)),
         "board, W": (analyse.power, lambda e: stats.estimate(e)),
-        "watching, of one CPU": (analyse.watching, _percents),
+        "watching, of one CPU": (analyse.monitoring, _percents),
     }
     found = {name: analyse.summarise(results, quantity) for name, (quantity, _) in columns.items()}
     rows, records = [], []

@@ -1,4 +1,4 @@
-"""Tables and sentences as Markdown that know which records each of their numbers came from."""
+"""Tables and sentences as Markdown, with the records that each of their numbers came from."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,8 @@ Sources = dict[str, str]
 
 FEW = 4
 """Sources that are named one by one; more are named as a set, by its digest."""
-_told: set[str] = set()
+_already_shown: set[str] = set()
+"""Sets and sources that outputs of this notebook have named."""
 
 
 def cite(records: Iterable[Record]) -> Sources:
@@ -24,18 +25,19 @@ def cite(records: Iterable[Record]) -> Sources:
 
 
 def cite_manifest(sheet: Manifest) -> Sources:
-    # as it was written: what a sheet of older code lacks is not in its digest
+    # as it was written: what a manifest of older code lacks is not in its digest
     return {f"quants/{sheet.model}-{sheet.quant}.json": files.digest(sheet.model_dump(mode="json", exclude_unset=True))}
 
 
 def cite_harness(accuracy: dict[str, Harness]) -> Sources:
-    return {name: found.digest for name, found in accuracy.items()}
+    return {name: measured.digest for name, measured in accuracy.items()}
 
 
 def cited(every: Iterable[Sources]) -> tuple[list[list[str]], dict[str, Any]]:
-    """What each of `every` is cited by, and what resolves that: the members of each set, the digest of each source.
+    """The names that each of `every` is cited by, and what resolves them: the members of each set, the digest of each
+    source.
 
-    All rows of a table may be of all records, and so may many tables: their names are written once.
+    Many rows of many tables may be of all records: their names are written once.
     """
     known: dict[int, tuple[Sources, list[str]]] = {}
     names, sets, digests = [], {}, {}
@@ -51,35 +53,36 @@ def cited(every: Iterable[Sources]) -> tuple[list[list[str]], dict[str, Any]]:
     return names, {"sets": sets, "sources": digests}
 
 
-def resolved(names: Iterable[str], told: dict[str, Any]) -> Sources:
-    """The sources that a row, text or figure is cited by, with the digests that a page's provenance tells."""
-    return {k: told["sources"].get(k) for name in names for k in told["sets"].get(name, [name])}
+def resolved(names: Iterable[str], provenance: dict[str, Any]) -> Sources:
+    """The sources behind the names that a row, text or figure is cited by, and their digests by a page's provenance."""
+    return {k: provenance["sources"].get(k) for name in names for k in provenance["sets"].get(name, [name])}
 
 
 def part(kind: str, name: str, sources: Sources, **more: Any) -> dict[str, Any]:
-    """What a text or a figure tells of itself."""
-    (by,), what = cited([sources])
-    return {"kind": kind, "name": name, **more, "from": by, **what}
+    """Provenance of a text or a figure."""
+    (names,), sets_and_digests = cited([sources])
+    return {"kind": kind, "name": name, **more, "from": names, **sets_and_digests}
 
 
 def begin() -> None:
-    """A notebook begins, and none of its outputs has told anything."""
-    _told.clear()
+    """Start a notebook: no output has named a source yet."""
+    _already_shown.clear()
 
 
-def tell(told: dict[str, Any]) -> dict[str, Any]:
-    """`told` as metadata of a notebook's output, without the sets and digests that an output before has told."""
-    new = {k: {name: v for name, v in told[k].items() if name not in _told} for k in ("sets", "sources")}
+def once(provenance: dict[str, Any]) -> dict[str, Any]:
+    """`provenance` as metadata of a notebook's output, without the sets and digests that an earlier output has."""
+    kinds = ("sets", "sources")
+    new = {k: {name: v for name, v in provenance[k].items() if name not in _already_shown} for k in kinds}
     for names in new.values():
-        _told.update(names)
-    return told | new
+        _already_shown.update(names)
+    return provenance | new
 
 
 class _Shown:
     """What a notebook displays: Markdown, with its provenance as metadata of the output."""
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, str], dict[str, Any]]:
-        return {"text/markdown": self.markdown(), "text/plain": self.name}, {"moelib": tell(self.provenance())}
+        return {"text/markdown": self.markdown(), "text/plain": self.name}, {"moelib": once(self.provenance())}
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class Text(_Shown):
     text: str
     sources: Sources = field(default_factory=dict)
     verdict: dict[str, Any] | None = None
-    """What the command that runs the notebook is to know of the study; it is not shown."""
+    """What the command that runs the notebook needs to know of the study; it is not shown."""
 
     def markdown(self) -> str:
         return neutral.lines(self.text)
@@ -111,16 +114,16 @@ class Table(_Shown):
     rows: Sequence[dict[str, Any]]
     row_sources: Sequence[Sources]
     note: str = ""
-    """What the table shows, said above it."""
+    """Printed above the table."""
     numbers: tuple[str, ...] = ()
-    """Columns to set flush right."""
+    """Right-aligned columns."""
     why_empty: str = "nothing to show."
-    """What is said instead of a table without rows."""
+    """Printed instead of a table without rows."""
 
     @cached_property
     def sources(self) -> Sources:
-        once = {id(row): row for row in self.row_sources}  # rows may share all that they are from
-        return {k: v for row in once.values() for k, v in row.items()}
+        distinct = {id(row): row for row in self.row_sources}  # rows may share one set of sources
+        return {k: v for row in distinct.values() for k, v in row.items()}
 
     def text(self) -> str:
         from tabulate import tabulate
@@ -133,50 +136,50 @@ class Table(_Shown):
         return tabulate(cells, heads, tablefmt="pipe", colalign=align, disable_numparse=True)
 
     def markdown(self) -> str:
-        """The table, then where its numbers came from: the digest shows whether they still do."""
+        """The table, then how many sources it has and the digest of their set, which changes if one of them does."""
         name = neutral.code(self.name)
         if not self.rows:
             return neutral.lines(f"*Table {name}: {self.why_empty}*")
         about = f"{neutral.lines(self.note)}\n\n" if self.note else ""
-        cited = f"Table {name}: {len(self.sources)} sources, set digest `{files.digest(self.sources)[:12]}`."
-        return f"{about}{self.text()}" + (f"\n\n*{cited}*" if self.sources else "")
+        sources = f"Table {name}: {len(self.sources)} sources, set digest `{files.digest(self.sources)[:12]}`."
+        return f"{about}{self.text()}" + (f"\n\n*{sources}*" if self.sources else "")
 
     def provenance(self) -> dict[str, Any]:
-        names, what = cited(self.row_sources)
+        names, sets_and_digests = cited(self.row_sources)
         rows = [
-            {"cells": {neutral.lines(k): neutral.lines(v) for k, v in row.items()}, "from": by}
-            for row, by in zip(self.rows, names, strict=True)
+            {"cells": {neutral.lines(k): neutral.lines(v) for k, v in row.items()}, "from": row_names}
+            for row, row_names in zip(self.rows, names, strict=True)
         ]
-        return {"kind": "table", "name": self.name, "note": neutral.lines(self.note), "rows": rows, **what}
+        return {"kind": "table", "name": self.name, "note": neutral.lines(self.note), "rows": rows, **sets_and_digests}
 
 
 def _cell(value: Any) -> str:
-    """What ends neither its cell nor its row."""
+    """Text that ends neither its cell nor its row."""
     return neutral.plain(value, None).replace("|", "\\|")
 
 
 def heading(name: str, text: str, level: int = 3) -> Text:
-    """A heading with a name in it that somebody else chose."""
+    """A heading that contains a name chosen by somebody else."""
     return Text(name, f"{'#' * level} {neutral.markdown(text)}")
 
 
-def collect(told: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Where every number of a page came from, by table, text and figure, of what its parts tell. Raises ValueError
-    where they name what none of them tells."""
-    found: dict[str, dict[str, Any]] = {"tables": {}, "texts": {}, "figures": {}, "sets": {}, "sources": {}}
-    named = set()
-    for here in told:
-        found["sets"] |= here["sets"]
-        found["sources"] |= here["sources"]
-        found[f"{here['kind']}s"][here["name"]] = {
-            k: v for k, v in here.items() if k not in ("kind", "name", "sets", "sources")
+def collect(parts: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The provenance of a page from that of its parts: tables, texts and figures. Raises ValueError where a part cites
+    a source that none of them defines."""
+    page: dict[str, dict[str, Any]] = {"tables": {}, "texts": {}, "figures": {}, "sets": {}, "sources": {}}
+    names = set()
+    for one in parts:
+        page["sets"] |= one["sets"]
+        page["sources"] |= one["sources"]
+        page[f"{one['kind']}s"][one["name"]] = {
+            k: v for k, v in one.items() if k not in ("kind", "name", "sets", "sources")
         }
-        named |= {name for row in here.get("rows", [here]) for name in row["from"]}
-    if unknown := named - found["sets"].keys() - found["sources"].keys():
-        raise ValueError(f"{min(unknown)} is named and not told")
-    return found
+        names |= {name for row in one.get("rows", [one]) for name in row["from"]}
+    if undefined := names - page["sets"].keys() - page["sources"].keys():
+        raise ValueError(f"{min(undefined)} is cited and not defined")
+    return page
 
 
-def facts(name: str, told: dict[str, str], sources: Sources) -> Table:
+def facts(name: str, values: dict[str, str], sources: Sources) -> Table:
     """A table of two columns, all of it from the same sources."""
-    return Table(name, [{"what": k, "value": v} for k, v in told.items()], [sources] * len(told))
+    return Table(name, [{"what": k, "value": v} for k, v in values.items()], [sources] * len(values))

@@ -1,6 +1,6 @@
-"""How many of a study's runs there are to use, in the same words wherever it is said.
+"""How many runs of a study are usable, in the same words everywhere.
 
-A run is *usable* if it is valid or degraded, and the two are always told apart, with what is known against the latter.
+A run is *usable* if it is valid or degraded. The two are always counted separately, with the reasons of the degraded.
 """
 
 from collections import Counter
@@ -14,12 +14,12 @@ from moelib.study import Results
 def usable(tally: Mapping[str, int], flags: Mapping[str, int]) -> str:
     """`90 of 90 runs usable: 57 valid, 33 degraded (host-quiet in 33)`, then what is invalid or missing.
 
-    `tally` as that of a study or a cell; `flags` is how many degraded runs have each reason.
+    `tally` as that of a study or a cell; `flags`: reason -> how many degraded runs have it.
     """
     counts = {k: tally[k] for k in ("valid", "degraded", "invalid", "missing")}
-    there, planned = counts["valid"] + counts["degraded"], sum(counts.values())
-    text = f"{there} of {planned} runs usable"
-    if there:
+    n_usable, planned = counts["valid"] + counts["degraded"], sum(counts.values())
+    text = f"{n_usable} of {planned} runs usable"
+    if n_usable:
         why = ", ".join(f"{reason} in {n}" for reason, n in sorted(flags.items()))
         text += f": {counts['valid']} valid, {counts['degraded']} degraded" + (f" ({why})" if why else "")
     rest = [f"{counts[k]} {k}" for k in ("invalid", "missing") if counts[k]]
@@ -27,7 +27,7 @@ def usable(tally: Mapping[str, int], flags: Mapping[str, int]) -> str:
 
 
 def flags(results: Results, cell: str | None = None) -> Counter[str]:
-    """How many usable runs of the study, or of one cell, have each reason of a degraded run."""
+    """Reason -> how many usable runs of the study, or of one cell, are degraded by it."""
     count: Counter[str] = Counter()
     for c in (c for c in results.cells if cell in (None, c.name)):
         whole = {r.run_id for block in results.statuses[c.name].blocks for r in block}
@@ -35,7 +35,7 @@ def flags(results: Results, cell: str | None = None) -> Counter[str]:
             runs = [
                 r for r in standing_for(specs, results.evidence.standing) if r and results.evidence.why_not(r) is None
             ]
-            # runs that stand one by one and do not fit together are invalid, all of them
+            # runs that are valid one by one and do not fit together are all invalid
             if len(runs) < len(specs) or all(r.run_id in whole for r in runs):
                 count.update(neutral.plain(reason) for r in runs for reason in r.reasons)
     return count

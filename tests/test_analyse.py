@@ -54,10 +54,10 @@ def test_the_bound_is_the_time_to_read_each_tokens_weights_once():
     assert analyse.bound("long-512")(known) is None
 
 
-def test_watching_is_a_share_of_one_cpu():
+def test_monitoring_is_a_share_of_one_cpu():
     r = run_of(request(), watch_cpu_s=0.005)
-    assert analyse.watching(r) == pytest.approx(0.005 / r.observed.host.elapsed_s)
-    assert analyse.watching(run_of(request(), watch_cpu_s=None)) is None
+    assert analyse.monitoring(r) == pytest.approx(0.005 / r.observed.host.elapsed_s)
+    assert analyse.monitoring(run_of(request(), watch_cpu_s=None)) is None
 
 
 def test_a_prompts_traffic_is_its_own_workloads():
@@ -72,7 +72,7 @@ def test_what_must_be_free_is_known_only_where_the_memory_is():
 
     def of(value, growth):
         seen = replace(memory, value_bytes=value, growth_bytes=growth)
-        return analyse.device_need(made(replace(observation(requests=(request(),)), memory=seen)))
+        return analyse.vram_needed(made(replace(observation(requests=(request(),)), memory=seen)))
 
     assert of(100, None) == of(100, 90) == 100
     assert of(100, 120) == 120
@@ -115,7 +115,7 @@ def test_runs_and_requests_are_tidy_frames():
     assert list(runs) == list(analyse.RUN_COLUMNS)
     assert runs.placement.tolist() == ["baseline", "cpu-moe"]
     assert runs.load_s.tolist() == [1.0, 2.0]
-    assert runs.device_memory_bytes.tolist() == [r.observed.memory.value_bytes for r in found.records]
+    assert runs.vram_bytes.tolist() == [r.observed.memory.value_bytes for r in found.records]
     asked = analyse.requests([*found.records, made(status="failed")])
     assert len(asked) == 8
     assert asked.workload.tolist() == ["plan-short", "plan-short", "long-512", "long-512"] * 2
@@ -127,13 +127,13 @@ def test_runs_and_requests_are_tidy_frames():
 
 def test_a_quantity_is_of_its_own_workload():
     (r, _) = study_of((1.0, 2.0)).records
-    assert analyse.decode_rate("plan-short")(r) == pytest.approx(100)
-    assert analyse.decode_rate("long-512")(r) == pytest.approx(50)
-    assert analyse.decode_rate("smoke")(r) is None
-    assert analyse.first_token("plan-short", warm=False)(r) == pytest.approx(0.020)
-    assert analyse.first_token("plan-short", warm=True)(r) == pytest.approx(0.021)
-    assert analyse.first_token("long-512", warm=False)(r) == pytest.approx(0.021)
-    assert analyse.first_token("long-512", warm=True)(r) == pytest.approx(0.022)
+    assert analyse.tokens_per_s("plan-short")(r) == pytest.approx(100)
+    assert analyse.tokens_per_s("long-512")(r) == pytest.approx(50)
+    assert analyse.tokens_per_s("smoke")(r) is None
+    assert analyse.ttft("plan-short", warm=False)(r) == pytest.approx(0.020)
+    assert analyse.ttft("plan-short", warm=True)(r) == pytest.approx(0.021)
+    assert analyse.ttft("long-512", warm=False)(r) == pytest.approx(0.021)
+    assert analyse.ttft("long-512", warm=True)(r) == pytest.approx(0.022)
 
 
 def test_a_comparison_is_paired_within_blocks():
@@ -148,10 +148,10 @@ def test_a_comparison_is_paired_within_blocks():
 
 def test_a_block_without_the_quantity_is_left_out_of_a_comparison():
     found = study_of((1.0, 2.0), (None, 2.0), (1.0, None))
-    (c,) = analyse.compare(found, analyse.device_memory)
+    (c,) = analyse.compare(found, analyse.vram)
     assert c.difference.n == 1
     assert {r.spec.block for r in c.records} == {0}
-    (nothing,) = analyse.compare(study_of((None, None)), analyse.device_memory)
+    (nothing,) = analyse.compare(study_of((None, None)), analyse.vram)
     assert (nothing.ratio, nothing.difference, nothing.baseline, nothing.records) == (None, None, None, ())
 
 
@@ -166,9 +166,9 @@ def test_a_summary_is_of_its_own_arm():
     assert (base.value.value, moe.value.value) == (2.0, 4.0)
     assert {r.spec.placement for r in base.records} == {"baseline"}
     assert {r.spec.placement for r in moe.records} == {"cpu-moe"}
-    part = analyse.summarise(study_of((1.0, None), (3.0, 6.0)), analyse.device_memory)
+    part = analyse.summarise(study_of((1.0, None), (3.0, 6.0)), analyse.vram)
     assert [s.value.n for s in part] == [2, 1]
-    none = analyse.summarise(study_of((None, 1.0)), analyse.device_memory)
+    none = analyse.summarise(study_of((None, 1.0)), analyse.vram)
     assert (none[0].value, none[0].records) == (None, ())
 
 
@@ -187,7 +187,7 @@ def test_what_a_run_read_is_read_again():
     seen = r.observed
     assert analyse.residual(r) == seen.memory.residual_bytes
     assert analyse.growth(r) == seen.memory.growth_bytes
-    assert analyse.engine_memory(r) == seen.memory.engine_bytes
+    assert analyse.engine_buffers(r) == seen.memory.engine_bytes
     assert analyse.host_peak(r) == seen.host_rss_peak_bytes
     assert analyse.major_faults(r) == seen.host.major_faults
     assert analyse.load_time(r) == seen.load_s

@@ -22,7 +22,7 @@ def test_the_demo_from_nothing_to_its_document(home, models_folder):
     assert {reason for r in found.records for reason in r.reasons} <= SHARED
     assert len(found.manifests) == 6
     # every file: device memory falls by at least the expert bytes that its own header counts
-    rows = analyse.compare(found, analyse.device_memory)
+    rows = analyse.compare(found, analyse.vram)
     assert len(rows) == 6
     for row in rows:
         file = models_folder / row.model / "twin-tiny" / f"{row.model}-{row.quant}.gguf"

@@ -21,11 +21,11 @@ def test_what_is_published_here_is_what_the_tables_are_made_of(court):
     from moelib import analyse
 
     quantities = {
-        "device memory": analyse.device_memory,
+        "device memory": analyse.vram,
         "load": analyse.load_time,
         "host RSS": analyse.host_peak,
         "rest": analyse.residual,
-        "monitors": analyse.watching,
+        "monitors": analyse.monitoring,
     }
     for name, quantity in quantities.items():
         for row in analyse.summarise(court.honest, quantity):

@@ -114,7 +114,7 @@ def test_a_number_that_does_not_say_where_it_came_from_is_not_shown(tmp_path):
         notebook.render(path, tmp_path)
     told = {"kind": "text", "name": "answer", "text": "42", "from": ["a run"], "sets": {}}
     path.write_text(json.dumps(shown({"moelib": told | {"sources": {}}})), encoding="utf-8")
-    with pytest.raises(notebook.NotebookError, match="a run is named and not told; run the notebook from its start"):
+    with pytest.raises(notebook.NotebookError, match="a run is cited and not defined; run the notebook from its start"):
         notebook.render(path, tmp_path)
     told["sources"] = {"a run": "its digest"}
     path.write_text(json.dumps(shown({"moelib": told})), encoding="utf-8")
@@ -174,7 +174,7 @@ def test_what_an_output_has_told_no_later_one_of_the_notebook_repeats():
     assert name == f"set {files.digest(every)[:12]}"
     assert found["tables"]["two"]["rows"][1] == {"cells": {"what": "b", "value": "2"}, "from": [name]}
     assert table.resolved([name], found) == every
-    with pytest.raises(ValueError, match="is named and not told"):
+    with pytest.raises(ValueError, match="is cited and not defined"):
         table.collect(parts[1:])
 
 

@@ -1,4 +1,4 @@
-"""Figures: an arm keeps its colour, and a bar stands for its runs."""
+"""Figures: a placement keeps its colour, and a bar is the mean of its runs."""
 
 import dataclasses
 import re
@@ -12,38 +12,37 @@ from matplotlib.colors import to_hex
 from moelib import plots, study
 from moelib.params import Arm
 
-ARMS = {
-    "outputs/h100-twins": ["baseline/mmap", "cpu-moe/mmap", "cpu-moe/none"],
+PLACEMENTS = {
+    "outputs/h100-twins": ["baseline, mmap", "cpu-moe, mmap", "cpu-moe, none"],
     "docs/example/demo": ["baseline", "cpu-moe"],
 }
 FIGURES = {
-    "memory": plots.memory,
-    "speed": lambda found: plots.speed(found, "plan-short"),
-    "first token": lambda found: plots.first_token(found, "long-512"),
-    "trade": lambda found: plots.trade(found, "plan-short"),
+    "vram": plots.vram,
+    "speed": lambda results: plots.speed(results, "plan-short"),
+    "ttft": lambda results: plots.ttft(results, "long-512"),
+    "trade": lambda results: plots.trade(results, "plan-short"),
 }
 
 
 @pytest.mark.parametrize("name", FIGURES)
-@pytest.mark.parametrize("folder", ARMS)
-def test_the_legend_names_the_arms_in_the_studys_order(folder, name):
+@pytest.mark.parametrize("folder", PLACEMENTS)
+def test_the_legend_names_the_placements_in_the_studys_order(folder, name):
     (legend,) = FIGURES[name](study.results(REPO / folder)).legends
-    told = {
-        text.get_text(): to_hex(p.get_facecolor()) for text, p in zip(legend.texts, legend.get_patches(), strict=True)
-    }
-    assert list(told) == ARMS[folder]
-    assert list(told.values()) == plots.COLOURS[: len(told)]
+    pairs = zip(legend.texts, legend.get_patches(), strict=True)
+    colours = {text.get_text(): to_hex(patch.get_facecolor()) for text, patch in pairs}
+    assert list(colours) == PLACEMENTS[folder]
+    assert list(colours.values()) == plots.COLOURS[: len(colours)]
 
 
-def test_a_bar_in_an_arms_colour_is_the_mean_of_its_requests():
-    found = study.results(REPO / "outputs/h100-twins")
-    axis = plots.first_token(found, "long-512").axes[1]  # deepseek-moe-16b, whose arms came in another order
-    for colour, arm in zip(plots.COLOURS, ARMS["outputs/h100-twins"], strict=False):
+def test_a_bar_in_a_placements_colour_is_the_mean_of_its_requests():
+    results = study.results(REPO / "outputs/h100-twins")
+    axis = plots.ttft(results, "long-512").axes[1]  # deepseek-moe-16b, whose placements came in another order
+    for colour, label in zip(plots.COLOURS, plots.placements(results), strict=False):
         bars = [p for p in axis.patches if to_hex(p.get_facecolor()) == colour and p.get_height()]
-        for quant, bar in zip(found.study.quants, sorted(bars, key=lambda p: p.get_x()), strict=True):
-            runs = [r for b in found.measured[f"deepseek-moe-16b/{quant}"].blocks for r in b if r.spec.arm == arm]
-            asked = [q for r in runs for q in r.observed.requests if q.index and q.workload == "long-512"]
-            assert bar.get_height() == pytest.approx(1000 * fmean(q.ttft_s for q in asked))
+        for quant, bar in zip(results.study.quants, sorted(bars, key=lambda p: p.get_x()), strict=True):
+            runs = [r for b in results.measured[f"deepseek-moe-16b/{quant}"].blocks for r in b if r.spec.arm == label]
+            requests = [q for r in runs for q in r.observed.requests if q.index and q.workload == "long-512"]
+            assert bar.get_height() == pytest.approx(1000 * fmean(q.ttft_s for q in requests))
 
 
 def session():
@@ -58,12 +57,12 @@ def test_figures_leave_the_sessions_settings_alone_and_are_not_changed_by_them(m
 
     shown = []
     monkeypatch.setattr(plots, "display", lambda data, **_: shown.append(data["image/png"]))
-    found = study.results(REPO / "docs/example/demo")
-    records = [r for b in found.blocks for r in b]
+    results = study.results(REPO / "docs/example/demo")
+    records = [r for b in results.blocks for r in b]
 
     def draw():
         for name, figure in FIGURES.items():
-            plots.show(figure(found), name, name, records)
+            plots.show(figure(results), name, name, records)
         plots.show(plots.tokens_over_time(records[:2], "plan-short"), "tokens", "tokens", records)
 
     before = session()
@@ -78,33 +77,33 @@ def test_figures_leave_the_sessions_settings_alone_and_are_not_changed_by_them(m
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_where_there_is_nothing_to_draw_the_figure_says_so(name):
-    found = study.results(REPO / "docs/example/demo")
-    empty = found.model_copy()
-    empty.__dict__["statuses"] = {k: dataclasses.replace(s, blocks=()) for k, s in found.statuses.items()}
+def test_a_figure_without_data_says_why(name):
+    results = study.results(REPO / "docs/example/demo")
+    empty = results.model_copy()
+    empty.__dict__["statuses"] = {k: dataclasses.replace(s, blocks=()) for k, s in results.statuses.items()}
     figure = FIGURES[name](empty)
     (axis,) = figure.axes
-    assert axis.texts[0].get_text().startswith("nothing to draw: no whole block")
+    assert axis.texts[0].get_text().startswith("no data: no whole round")
     figure.draw_without_rendering()
 
 
 def test_a_run_without_records_has_figures_that_say_so():
     failed = [made(status="failed")]
-    for figure in (plots.memory_over_time([]), plots.tokens_over_time([], "x"), plots.memory_over_time(failed)):
-        assert figure.axes[0].texts[0].get_text().startswith("nothing to draw")
-    assert [axis.get_title() for axis in plots.tokens_over_time(failed, "x").axes] == ["baseline/mmap"]
+    for figure in (plots.vram_over_time([]), plots.tokens_over_time([], "x"), plots.vram_over_time(failed)):
+        assert figure.axes[0].texts[0].get_text().startswith("no data: ")
+    assert [axis.get_title() for axis in plots.tokens_over_time(failed, "x").axes] == ["baseline, mmap"]
 
 
-def test_more_arms_than_colours_are_all_in_the_legend():
-    found = study.results(REPO / "docs/example/demo")
+def test_more_placements_than_colours_are_all_in_the_legend():
+    results = study.results(REPO / "docs/example/demo")
     arms = [Arm(placement="baseline")] + [Arm(placement=f"n-cpu-moe={n}") for n in range(1, 7)]
-    many = found.model_copy(update={"study": found.study.model_copy(update={"arms": tuple(arms)})})
-    block = found.blocks[0]
+    many = results.model_copy(update={"study": results.study.model_copy(update={"arms": tuple(arms)})})
+    block = results.blocks[0]
     runs = [
         block[0].model_copy(update={"spec": dataclasses.replace(block[0].spec, placement=a.placement)}) for a in arms
     ]
-    cell = next(iter(found.statuses))
-    many.__dict__["statuses"] = {cell: dataclasses.replace(found.statuses[cell], blocks=(tuple(runs),))}
+    cell = next(iter(results.statuses))
+    many.__dict__["statuses"] = {cell: dataclasses.replace(results.statuses[cell], blocks=(tuple(runs),))}
     for draw in FIGURES.values():
         figure = draw(many)
         (legend,) = figure.legends
