@@ -113,10 +113,10 @@ def bench(llama: engine.Engine, where: device.Device, file: Path, placement: str
     if not tool.exists():
         raise click.ClickException(f"{llama} has no llama-bench")
     with where.session(llama, work) as session:
-        told = dict(zip(session.args[::2], session.args[1::2], strict=True))
+        options = dict(zip(session.args[::2], session.args[1::2], strict=True))
         argv = [str(tool), "-m", str(file), "-p", "0", "-n", str(tokens), "-r", str(REQUESTS), "-o", "json"]
-        argv += ["-rpc", told["--rpc"]] if "--rpc" in told else []  # before the device that it makes
-        argv += ["-fa", "on", "-ngl", "999", "-t", str(where.threads), "-lm", "mmap", "-dev", told["--device"]]
+        argv += ["-rpc", options["--rpc"]] if "--rpc" in options else []  # before the device that it makes
+        argv += ["-fa", "on", "-ngl", "999", "-t", str(where.threads), "-lm", "mmap", "-dev", options["--device"]]
         argv += ["-ncmoe", "999"] if placement == "cpu-moe" else []
         if session.cpus:
             argv = ["taskset", "-c", ",".join(map(str, session.cpus)), *argv]
@@ -151,8 +151,8 @@ def main(
         return
     llama = engine.find()
     where = device.choose("auto", llama)
-    asked = {"study": "benchmark", "model": model, "weights": "twin", "scale": scale, "quant": quant, "block": 0}
-    asked |= {
+    fields = {"study": "benchmark", "model": model, "weights": "twin", "scale": scale, "quant": quant, "block": 0}
+    fields |= {
         "order": 0,
         "workloads": (WORKLOAD,),
         "requests": REQUESTS,
@@ -166,13 +166,13 @@ def main(
         where.calibrate(work)
         about = {"model": model, "scale": scale, "quant": quant, "weights": "twin", "file_sha256": made.sheet["sha256"]}
         about |= {"engine": str(llama), "device": where.identity(), "host": process.facts(), "workload": WORKLOAD}
-        found = harness.read(out) if out and out.exists() else None
-        if found and found.about != harness.About(**about):
+        results = harness.read(out) if out and out.exists() else None
+        if results and results.about != harness.About(**about):
             raise click.ClickException(f"{out} was measured on something else: give another --out, or delete it")
-        measured = [r.model_dump(exclude_none=True) for r in found.rounds] if found else []
+        measured = [r.model_dump(exclude_none=True) for r in results.rounds] if results else []
         for number in range(len(measured) // len(PLACEMENTS), rounds):
             for placement in PLACEMENTS:
-                spec = run.Spec(placement=placement, load_mode="mmap", **asked)
+                spec = run.Spec(placement=placement, load_mode="mmap", **fields)
                 order = ["watched", *(way for way in WAYS if way in ways and way != "toggled")]
                 random.Random(f"{number}/{placement}").shuffle(order)
                 took = {how: take(how, spec, made, llama, where, work) for how in order}
@@ -181,8 +181,8 @@ def main(
                     took["toggled"] = toggle(rate, spec, made, llama, where, work)
                 measured.append({"placement": placement, "order": list(took), **took})
             print(f"round {number + 1} of {rounds}", flush=True)
-            found = harness.write(out or work / "harness.json", about, measured)
-    show(found)
+            results = harness.write(out or work / "harness.json", about, measured)
+    show(results)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ def multiply(home: Path, blocks: int) -> Path:
     """A study `scale` of so many blocks in the home; returns its folder."""
     for name in ("params", "notebooks"):
         shutil.copytree(ROOT / name, home / name, dirs_exist_ok=True)
-    asked = yaml.safe_load((ROOT / "params/studies/demo.yaml").read_text(encoding="utf-8"))
-    (home / "params/studies/scale.yaml").write_text(yaml.safe_dump(asked | {"blocks": blocks}), encoding="utf-8")
+    plan = yaml.safe_load((ROOT / "params/studies/demo.yaml").read_text(encoding="utf-8"))
+    (home / "params/studies/scale.yaml").write_text(yaml.safe_dump(plan | {"blocks": blocks}), encoding="utf-8")
     params._yaml.cache_clear()
     folder = study.Folder("scale")
     folder.write_plan()
@@ -62,13 +62,13 @@ def _write(folder: Path, of: dict, spec: object, when: int, chance: random.Rando
     days, seconds = divmod(when, 86400)
     clock = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
     data["started_utc"] = f"{2026 + days // 336}-{1 + days // 28 % 12:02}-{1 + days % 28:02}T{clock}+00:00"
-    asked = []
+    requests = []
     for q in of["observed"]["requests"]:
         times = q["token_s"]
         inner = sorted(chance.uniform(times[0], times[-1]) * 0.2 + 0.8 * t for t in times[1:-1])
         inner = [round(min(max(t, times[0]), times[-1]), 6) for t in inner]
-        asked.append({**q, "token_s": [times[0], *inner, times[-1]]})
-    data["observed"] = {**of["observed"], "requests": asked}
+        requests.append({**q, "token_s": [times[0], *inner, times[-1]]})
+    data["observed"] = {**of["observed"], "requests": requests}
     data["raw"] = {}
     for old, sha256 in of["raw"].items():
         new = f"{name}{old.removeprefix(of['run_id'])}"
@@ -94,8 +94,8 @@ def spent(home: Path, command: list[str]) -> tuple[float, float, int, str]:
         "print(used.ru_utime + used.ru_stime, used.ru_maxrss / 1e3, done.returncode, *last)\n"
     )
     argv = [sys.executable, "-c", code, sys.executable, "-m", "moelib.cli", *command, "scale"]
-    told = subprocess.run(argv, capture_output=True, text=True, encoding="utf-8", env=env, timeout=7200).stdout
-    seconds, peak, exit_code, *last = told.split(maxsplit=3)
+    output = subprocess.run(argv, capture_output=True, text=True, encoding="utf-8", env=env, timeout=7200).stdout
+    seconds, peak, exit_code, *last = output.split(maxsplit=3)
     return float(seconds), float(peak), int(exit_code), " ".join(last).strip()
 
 
@@ -105,11 +105,11 @@ def spent(home: Path, command: list[str]) -> tuple[float, float, int, str]:
 def main(records: tuple[int, ...], only: tuple[str, ...]) -> None:
     """Measure at so many RECORDS, by default 900, 9,000 and 90,000."""
     rows = []
-    for wanted in records or (900, 9000, 90_000):
+    for number in records or (900, 9000, 90_000):
         with tempfile.TemporaryDirectory(dir=ROOT / "docs") as folder:  # links do not cross file systems
             home = Path(folder)
             os.environ |= {"MOELIB_HOME": str(home), "MOELIB_OUTPUTS": str(home / "outputs")}
-            count = len(list((multiply(home, wanted // 12) / "records").iterdir()))
+            count = len(list((multiply(home, number // 12) / "records").iterdir()))
             for name in only or COMMANDS:
                 seconds, peak, code, last = spent(home, COMMANDS[name])
                 rows.append((count, name, seconds, peak, code))

@@ -96,8 +96,8 @@ class Archive:
 
     def tools(self) -> Path | None:
         """The folder of the tools, if it was unpacked."""
-        found = sorted(self.folder.glob("**/llama-server"), key=lambda p: len(p.parts))
-        return found[0].parent if found else None
+        servers = sorted(self.folder.glob("**/llama-server"), key=lambda p: len(p.parts))
+        return servers[0].parent if servers else None
 
 
 def cache() -> Path:
@@ -116,7 +116,7 @@ def system() -> str:
 
 def fitting() -> tuple[list[Archive], list[str]]:
     """The archives that may run here, best first, and of the others of this system why not."""
-    found, passed_over, cuda = [], [], driver_cuda()
+    usable, passed_over, cuda = [], [], driver_cuda()
     libc, version = platform.libc_ver()
     for name, pin in read().pins.items():
         where, _, backend = name.partition("/")
@@ -132,8 +132,8 @@ def fitting() -> tuple[list[Archive], list[str]]:
                 f"{name} needs glibc {pin.glibc}, here is {libc or 'another C library'} {version}".strip()
             )
         else:
-            found.append((needs, Archive(backend, pin)))
-    return [a for _, a in sorted(found, key=lambda f: f[0], reverse=True)], passed_over
+            usable.append((needs, Archive(backend, pin)))
+    return [a for _, a in sorted(usable, key=lambda f: f[0], reverse=True)], passed_over
 
 
 def _numbers(text: str) -> tuple[int, ...]:

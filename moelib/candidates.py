@@ -63,8 +63,8 @@ def choose(model: str, repository: str, revision: str, client: "HfApi", named: S
     """
     repository_name(repository)
     listing = _listing(client, repository, revision)
-    there = _candidates(listing)
-    looked_at = [_named(listing, there, named)] if named else _likely(model, listing, there)
+    models = _candidates(listing)
+    looked_at = [_named(listing, models, named)] if named else _likely(model, listing, models)
     fit: dict[str, list[Candidate]] = {}
     reader = _Reader(client, listing)
     for one in tqdm(looked_at, desc="reading headers", disable=None, leave=False):
@@ -81,30 +81,30 @@ def choose(model: str, repository: str, revision: str, client: "HfApi", named: S
     if len(best) != 1:
         raise ChoiceError(_none(model, listing, best, named))
     (one,) = best
-    found = {n: f.model_dump() for n, f in zip(one.names, one.files, strict=True)}
+    files = {n: f.model_dump() for n, f in zip(one.names, one.files, strict=True)}
     return build(
-        Pin, f"what {repository} tells", {"repository": repository, "revision": listing.commit, "files": found}
+        Pin, f"what {repository} tells", {"repository": repository, "revision": listing.commit, "files": files}
     )
 
 
 def _listing(client: "HfApi", repository: str, revision: str) -> Listing:
     with hub.asking(f"pinning {repository}"):
         info = client.model_info(repository, revision=revision, files_metadata=True)
-        told: dict[str, Any] = {s.rfilename: s for s in info.siblings or ()}
-        if len(told) > hub.MAX_FILES or not re.fullmatch(r"[0-9a-f]{40}", info.sha or ""):
-            raise TypeError(f"a commit {info.sha!r:.60} of {len(told)} files")
+        siblings: dict[str, Any] = {s.rfilename: s for s in info.siblings or ()}
+        if len(siblings) > hub.MAX_FILES or not re.fullmatch(r"[0-9a-f]{40}", info.sha or ""):
+            raise TypeError(f"a commit {info.sha!r:.60} of {len(siblings)} files")
         listing = Listing(repository, info.sha, {}, [])
-        for name in sorted(told):
+        for name in sorted(siblings):
             if not name.lower().endswith(".gguf"):
                 listing.others.append(name)
                 continue
             try:
                 hub_path(name)
-                lfs = told[name].lfs
+                lfs = siblings[name].lfs
                 if lfs is None:
                     raise ValueError("the Hub tells no SHA-256 of it")
                 listing.files[name] = build(
-                    SourceFile, "what the Hub tells", {"bytes": told[name].size, "sha256": lfs.sha256}
+                    SourceFile, "what the Hub tells", {"bytes": siblings[name].size, "sha256": lfs.sha256}
                 )
             except ValueError as err:
                 listing.unfit[name] = str(err)
@@ -131,13 +131,13 @@ def _candidates(listing: Listing) -> list[Candidate]:
     return [Candidate(tuple(names), tuple(listing.files[n] for n in names)) for names in whole]
 
 
-def _likely(model: str, listing: Listing, there: list[Candidate]) -> list[Candidate]:
+def _likely(model: str, listing: Listing, models: list[Candidate]) -> list[Candidate]:
     """What may be the model, most likely first. Raises ChoiceError if it is more than can be looked at."""
     least = weights.least_bytes(model)
-    for one in there:
+    for one in models:
         if one.nbytes < least:
             listing.unfit[one.names[0]] = f"{one.nbytes:,} bytes, and the model unquantised has some {2 * least:,}"
-    large = [one for one in there if one.nbytes >= least]
+    large = [one for one in models if one.nbytes >= least]
     if len(large) > MAX_LOOKED_AT:
         raise ChoiceError(
             f"{listing.repository} has {len(large)} models that may be {model}, more than are looked at: name its "
@@ -146,12 +146,12 @@ def _likely(model: str, listing: Listing, there: list[Candidate]) -> list[Candid
     return sorted(large, key=lambda c: (not HINT.search(c.names[0]), abs(log(c.nbytes / (2 * least))), c.names))
 
 
-def _named(listing: Listing, there: list[Candidate], named: Sequence[str]) -> Candidate:
+def _named(listing: Listing, models: list[Candidate], named: Sequence[str]) -> Candidate:
     for name in named:
         if name not in listing.files:
             why = listing.unfit.get(name) or f"it has no such GGUF; it has {_some(sorted(listing.files))}"
             raise ChoiceError(f"{neutral.plain(name)} of {listing.repository} cannot be pinned: {why}")
-    for one in there:
+    for one in models:
         if set(named) <= set(one.names):
             return one
     why = next((listing.unfit[n] for n in named if n in listing.unfit), "they are not the files of one model")
@@ -188,8 +188,8 @@ def _none(model: str, listing: Listing, best: list[Candidate], named: Sequence[s
         )
     reasons = [f"{neutral.plain(n)}: {neutral.plain(why)}" for n, why in sorted(listing.unfit.items())]
     more = f"; and {len(reasons) - 12} more" if len(reasons) > 12 else ""
-    told = "; ".join(reasons[:12]) + more if reasons else "it holds no GGUF file"
-    return f"{listing.repository} has no file that is {model} unquantised and whole ({told}); next: {steps}"
+    listed = "; ".join(reasons[:12]) + more if reasons else "it holds no GGUF file"
+    return f"{listing.repository} has no file that is {model} unquantised and whole ({listed}); next: {steps}"
 
 
 class _Reader:
@@ -202,9 +202,11 @@ class _Reader:
         """The header of a candidate, of all its files together. Raises GGUFError, ChoiceError, HubError."""
         parts = [self._part(n, f.bytes) for n, f in zip(one.names, one.files, strict=True)]
         first, tensors = parts[0], tuple(t for p in parts for t in p.tensors)
-        told = [(p.metadata.get("split.count", 0), p.metadata.get("split.no", 0)) for p in parts]
-        if told != [(len(parts), i) for i in range(len(parts))] and not (len(parts) == 1 and told[0][0] in (0, 1)):
-            raise gguf_file.GGUFError(f"its files say that they are file {told[0][1] + 1} of {told[0][0]}, and so on")
+        positions = [(p.metadata.get("split.count", 0), p.metadata.get("split.no", 0)) for p in parts]
+        count, first_position = positions[0]
+        whole = len(parts) == 1 and count in (0, 1)
+        if positions != [(len(parts), i) for i in range(len(parts))] and not whole:
+            raise gguf_file.GGUFError(f"its files say that they are file {first_position + 1} of {count}, and so on")
         if len({t.name for t in tensors}) < len(tensors):
             raise gguf_file.GGUFError("a tensor stands in two of its files")
         return gguf_file.Header(first.path, one.nbytes, first.metadata, tensors)

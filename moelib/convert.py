@@ -40,11 +40,11 @@ def converter() -> list[str]:
 
 def inputs(given: Path) -> dict[str, list[int]]:
     """Name -> bytes and time of what a folder of safetensors holds. Raises SourceError."""
-    found = {p.name: p.stat() for p in sorted(given.glob("*.safetensors")) if p.is_file()}
+    shards = {p.name: p.stat() for p in sorted(given.glob("*.safetensors")) if p.is_file()}
     config = given / "config.json"
-    if not sum(s.st_size for s in found.values()) or not config.is_file():
+    if not sum(s.st_size for s in shards.values()) or not config.is_file():
         raise SourceError(f"{given} holds no config.json and *.safetensors: it is not a model as the Hub publishes it")
-    return {name: [s.st_size, s.st_mtime_ns] for name, s in {**found, config.name: config.stat()}.items()}
+    return {name: [s.st_size, s.st_mtime_ns] for name, s in {**shards, config.name: config.stat()}.items()}
 
 
 def run(model: str, given: Path, path: Path) -> str:
@@ -53,12 +53,12 @@ def run(model: str, given: Path, path: Path) -> str:
     command = converter()
     files.need_space(path.parent, nbytes, f"converting {given.name}")
     limit_s = process.patience(CONVERT_S + nbytes / CONVERT_BYTES_PER_S)
-    with files.replacing(path) as made, TemporaryDirectory() as scratch:
-        argv = [*command, str(given.resolve()), "--outtype", "f16", "--outfile", str(made)]
+    with files.replacing(path) as partial, TemporaryDirectory() as scratch:
+        argv = [*command, str(given.resolve()), "--outtype", "f16", "--outfile", str(partial)]
         with process.Child(argv, Path(scratch) / "convert.log", process.environment(Path(scratch))) as child:
             child.wait_end(limit_s)
-            told = child.tail()
-        if child.exit.code or not made.exists():
-            raise SourceError(f"{CONVERTER} ended with {child.exit.code} on {given.name}; its log ends:\n{told}")
-        weights.require(model, gguf_file.read_header(made), f"what {given.name} was converted to")
-        return weights.digest(made)
+            log_end = child.tail()
+        if child.exit.code or not partial.exists():
+            raise SourceError(f"{CONVERTER} ended with {child.exit.code} on {given.name}; its log ends:\n{log_end}")
+        weights.require(model, gguf_file.read_header(partial), f"what {given.name} was converted to")
+        return weights.digest(partial)

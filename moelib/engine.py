@@ -136,11 +136,11 @@ def parse_log(text: str) -> Report:
         sums[name, kind] = before + float(size) * _UNITS[unit]
     buffers = tuple(Buffer(n, k, round(size)) for (n, k), size in sums.items()) if len(sums) <= MAX_BUFFERS else ()
     unused = tuple(dict.fromkeys(_UNUSED.findall(text)))
-    told = any(b.kind == "model" for b in buffers) and len(unused) <= MAX_UNUSED
+    reported = any(b.kind == "model" for b in buffers) and len(unused) <= MAX_UNUSED
     layers, splits, built = _LAYERS.search(text), _SPLITS.findall(text), _BUILT.search(text)
     on, of = map(int, layers.groups()) if layers else (None, None)
     splits = tuple(int(s) for s in splits[-1] if s) if splits else ()
-    return Report(buffers, on, of, splits, built and built[1], unused if told else None)
+    return Report(buffers, on, of, splits, built and built[1], unused if reported else None)
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Engine:
     """One build of llama.cpp's tools."""
 
     folder: Path
-    found_by: str
+    origin: str
     tools: dict[str, Path]
     build: int | None
     version: str
@@ -196,23 +196,23 @@ class Engine:
 
         `since`: the wall clock before they started. Raises ProcessError "engine-changed".
         """
-        folders, looked, untold = {tool.resolve().parent for tool in self.tools.values()}, {}, {}
+        folders, looked, unlisted = {tool.resolve().parent for tool in self.tools.values()}, {}, {}
         for name, pid in (("engine_files", server), ("device_files", device)):
             try:
                 looked |= {} if pid is None else {name: mapped.look(pid, since, folders)}
-            except mapped.NotTold as err:
-                untold[name] = str(err)
-        return looked, untold
+            except mapped.NotListed as err:
+                unlisted[name] = str(err)
+        return looked, unlisted
 
     def digests(self, looked: dict[str, tuple[mapped.Mapping, ...]]) -> dict[str, dict[str, str]]:
         """File name -> SHA-256 of what was looked at: the engine's own files, and the system's under llama-server.
 
         Raises ProcessError "engine-changed". Files are read the first time only.
         """
-        told = {name: self._hashes.of(m for m in found if m.own) for name, found in looked.items()}
+        hashes = {name: self._hashes.of(m for m in mappings if m.own) for name, mappings in looked.items()}
         if "engine_files" in looked:
-            told["system_files"] = self._hashes.of(m for m in looked["engine_files"] if not m.own)
-        return told
+            hashes["system_files"] = self._hashes.of(m for m in looked["engine_files"] if not m.own)
+        return hashes
 
     @cached_property
     def server_sha256(self) -> str:
@@ -225,7 +225,7 @@ class Engine:
         return dict(re.findall(r"^\s+([\w\[\].:-]+): (.+)$", listed, re.M))
 
     def __str__(self) -> str:
-        return f"llama.cpp b{self.build or '?'} ({self.found_by})"
+        return f"llama.cpp b{self.build or '?'} ({self.origin})"
 
     def server_argv(
         self, model: Path, placement: str, load_mode: str, context: int, threads: int, device_args: list[str]
@@ -348,18 +348,18 @@ def _aside(folder: Path) -> list[Path]:
 
     Debian has llama-server in /usr/bin, and ggml-rpc-server in /usr/libexec/x86_64-linux-gnu/llama/bin.
     """
-    parts, found = [*folder.parts], []
+    parts, others = [*folder.parts], []
     for base in ("libexec", "lib"):
         if base in parts:  # the other way round
-            found.append(Path(*parts[: parts.index(base)]) / "bin")
+            others.append(Path(*parts[: parts.index(base)]) / "bin")
     own = sysconfig.get_config_var("MULTIARCH") or f"{platform.machine()}-linux-gnu"
     for base in ("libexec", "lib"):
         at = folder.parent / base
         with contextlib.suppress(OSError):
             for name in ("llama", "llama.cpp", "ggml"):
                 kinds = sorted(at.glob(f"*/{name}"), key=lambda p: (p.parent.name != own, p))
-                found += [place for kind in (*kinds, at / name) for place in (kind / "bin", kind)]
-    return [p for p in found if p.is_dir() and p != folder]
+                others += [place for kind in (*kinds, at / name) for place in (kind / "bin", kind)]
+    return [p for p in others if p.is_dir() and p != folder]
 
 
 def load(folder: Path, how: str) -> Engine:

@@ -210,6 +210,6 @@ def need_space(folder: Path, nbytes: int, what: str) -> None:
 
 def full(folder: Path) -> str:
     """What is wrong where a write to `folder` found no space, and what to do."""
-    there = next(p for p in (folder, *folder.parents) if p.exists())  # making the folder may be what failed
-    free = shutil.disk_usage(there).free
+    existing = next(p for p in (folder, *folder.parents) if p.exists())  # making the folder may be what failed
+    free = shutil.disk_usage(existing).free
     return f"no space is left on the disk of {folder} ({free / 2**20:.0f} MiB free, or a quota); {MAKE_ROOM}"

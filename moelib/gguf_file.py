@@ -101,8 +101,12 @@ def _belong(parts: list[Header]) -> None:
         again = f"rename it as it was published, ...-0000N-of-{of:05}.gguf, beside all others" if n == 1 else AGAIN
         refuse(of != n and not whole, f"{p.path.name}: it is one of {of} files, {n} by its name", again)
         refuse(at != i and not whole, f"{p.path.name}: it is file {at + 1} of the split by its header", again)
-    told, there = parts[0].metadata.get("split.tensors.count"), sum(len(p.tensors) for p in parts)
-    refuse(n > 1 and told not in (None, there), f"{first}: its files hold {there} of {told} tensors", "fetch all again")
+    announced, held = parts[0].metadata.get("split.tensors.count"), sum(len(p.tensors) for p in parts)
+    refuse(
+        n > 1 and announced not in (None, held),
+        f"{first}: its files hold {held} of {announced} tensors",
+        "fetch all again",
+    )
 
 
 def _checked(h: Header, any_kind: bool) -> Header:
@@ -136,22 +140,22 @@ def _parse(path: Path, stream: BinaryIO, size: int) -> Header:
     if foreign := gguf_foreign.cause(stream.read(gguf_foreign.LOOK_BYTES), path.name):
         refuse(True, *foreign)
     try:
-        told = gguf_reader.parse(stream, size)
+        layout = gguf_reader.parse(stream, size)
     except HeaderCut as err:
         if sliced := gguf_foreign.part(path.name):
             refuse(True, *sliced)
         raise err
-    _counts(told.metadata)
-    tensors, end = [], told.data_start
-    for name, shape, kind, offset in told.tensors:
-        tensors.append(Tensor(name, shape, kind, tensor_bytes(shape, kind), told.data_start + offset))
+    _counts(layout.metadata)
+    tensors, end = [], layout.data_start
+    for name, shape, kind, offset in layout.tensors:
+        tensors.append(Tensor(name, shape, kind, tensor_bytes(shape, kind), layout.data_start + offset))
     for t in sorted(tensors, key=lambda t: t.offset):
-        if t.offset % told.alignment or t.offset < end:
+        if t.offset % layout.alignment or t.offset < end:
             refuse(True, f"corrupt: tensor {t.name!r} overlaps or is not aligned")
         end = t.offset + t.nbytes
     missing = f"truncated: the tensors need {end} bytes, the file has {size}: {mib(end - size)} are missing"
     refuse(end > size, *(gguf_foreign.part(path.name) or (missing, AGAIN)))
-    return Header(path, size, told.metadata, tuple(tensors))
+    return Header(path, size, layout.metadata, tuple(tensors))
 
 
 def _counts(metadata: dict[str, Any]) -> None:

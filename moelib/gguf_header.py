@@ -165,11 +165,11 @@ class Header:
 
         Raises GGUFError where the file does not say how many experts are used.
         """
-        there = {"moved": Counter(), "device": Counter()}
+        by_share = {"moved": Counter(), "device": Counter()}
         moved = {t.name for t in self.moved(placement)}
         for t in self.moved("cpu-moe"):
-            there["moved" if t.name in moved else "device"][self._share(t)] += t.nbytes
-        device, host = (sum(n * used // of for (used, of), n in there[k].items()) for k in ("device", "moved"))
+            by_share["moved" if t.name in moved else "device"][self._share(t)] += t.nbytes
+        device, host = (sum(n * used // of for (used, of), n in by_share[k].items()) for k in ("device", "moved"))
         return self.device_bytes("cpu-moe") + device, host
 
     def _share(self, t: Tensor) -> tuple[int, int]:

@@ -59,18 +59,18 @@ class Watch:
 
     def __init__(self) -> None:
         self._start = _clocks()
-        self._busy, self._own = _told(_busy_s), _told(_cpu_s, os.getpid())
+        self._busy, self._own = _measured(_busy_s), _measured(_cpu_s, os.getpid())
 
     def stop(self, server_pid: int, device_pid: int | None) -> Use:
         """Call it while the processes are still there: their times end with them."""
-        children = sum(_told(_cpu_s, pid) for pid in (server_pid, device_pid) if pid is not None)
-        own = _told(_cpu_s, os.getpid()) - self._own + children
-        busy, now = _told(_busy_s) - self._busy, _clocks()
+        children = sum(_measured(_cpu_s, pid) for pid in (server_pid, device_pid) if pid is not None)
+        own = _measured(_cpu_s, os.getpid()) - self._own + children
+        busy, now = _measured(_busy_s) - self._busy, _clocks()
         wall, elapsed, boot = (b - a for a, b in zip(self._start, now, strict=True))
         minor, major = _faults(server_pid)
         return Use(
             elapsed_s=round(elapsed, 6),
-            cpus=_told(_all_cpus),
+            cpus=_measured(_all_cpus),
             busy_s=round(busy, 3),
             own_s=round(own, 3),
             minor_faults=minor,
@@ -80,9 +80,9 @@ class Watch:
         )
 
 
-def _told(ask: Callable[..., float], *about: int) -> float:
+def _measured(read: Callable[..., float], *about: int) -> float:
     try:
-        return ask(*about)
+        return read(*about)
     except (psutil.Error, OSError, ValueError) as err:
         what = f"the CPU time of process {about[0]}" if about else "the host's CPU time"
         raise process.ProcessError(
@@ -156,13 +156,13 @@ def tree(pid: int | None) -> set[int]:
             return {pid, *(c.pid for c in psutil.Process(pid).children(recursive=True))}
         except psutil.NoSuchProcess:
             return {pid}
-    found, unasked = set(), [pid]
-    while unasked:
-        asked = unasked.pop()
-        if asked not in found:
-            found.add(asked)
-            unasked += _children(asked)
-    return found
+    processes, pending = set(), [pid]
+    while pending:
+        current = pending.pop()
+        if current not in processes:
+            processes.add(current)
+            pending += _children(current)
+    return processes
 
 
 def _children(pid: int) -> list[int]:

@@ -64,8 +64,8 @@ def first_bytes(url: str, start: int, stop: int, headers: dict[str, str] | None)
     """Bytes [start, stop) of what is at `url`, or fewer where it ends earlier; no more than these are read."""
     from huggingface_hub.utils import hf_raise_for_status, http_stream_backoff
 
-    asked = {**(headers or {}), "Range": f"bytes={start}-{stop - 1}"}
-    with http_stream_backoff("GET", url, headers=asked) as response:
+    request_headers = {**(headers or {}), "Range": f"bytes={start}-{stop - 1}"}
+    with http_stream_backoff("GET", url, headers=request_headers) as response:
         if response.status_code == 416:  # it ends before `start`
             return b""
         hf_raise_for_status(response)
@@ -124,12 +124,12 @@ def asking(what: str, receives: int = 0, sends: int = 0) -> Iterator[None]:
         404: "there is no such thing: check the names",
         429: "the Hub asks to slow down: wait some minutes, then run the same command again",
     }
-    asked = wire.Asked(receives, sends)
+    question = wire.Asked(receives, sends)
     try:
-        with asked:
+        with question:
             yield
     except Exception as err:
-        if isinstance(err, wire.TooMuchError) or (asked.late and not isinstance(err, UserError)):
+        if isinstance(err, wire.TooMuchError) or (question.late and not isinstance(err, UserError)):
             said = str(err) if isinstance(err, wire.TooMuchError) else wire.SLOW
             raise HubError(f"{what}: {said}") from None
         if isinstance(err, UserError) or (isinstance(err, OSError) and err.errno in files.NO_SPACE):
@@ -147,7 +147,7 @@ def asking(what: str, receives: int = 0, sends: int = 0) -> Iterator[None]:
             step = f"the Hub cannot be reached, or broke off: check the network{proxy}, then run the same command again"
         else:
             step = "the answer is not one of the Hub's: check HF_ENDPOINT and the network, or update huggingface_hub"
-        raise HubError(f"{what}: {step} ({_told(err)})") from None
+        raise HubError(f"{what}: {step} ({_summary(err)})") from None
 
 
 def _of_this_machine(err: BaseException) -> bool:
@@ -157,11 +157,11 @@ def _of_this_machine(err: BaseException) -> bool:
 
 def _set(*names: str) -> str:
     """Which of these variables are set, as they may be the cause."""
-    there = [n for n in names if os.environ.get(n) or os.environ.get(n.lower())]
-    return f" ({', '.join(there)} is set)" if there else ""
+    present = [n for n in names if os.environ.get(n) or os.environ.get(n.lower())]
+    return f" ({', '.join(present)} is set)" if present else ""
 
 
-def _told(err: BaseException) -> str:
+def _summary(err: BaseException) -> str:
     """The first line of an error, without what only its sender should see."""
     from huggingface_hub import get_token
 

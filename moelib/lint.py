@@ -51,10 +51,10 @@ class Page:
     @cached_property
     def metadata(self) -> dict[str, Any]:
         try:
-            found = yaml_file.loads(self.text.split("---\n")[1]) if self.text.startswith("---\n") else None
+            data = yaml_file.loads(self.text.split("---\n")[1]) if self.text.startswith("---\n") else None
         except yaml_file.YamlError:
-            found = None
-        return found if isinstance(found, dict) else {}
+            data = None
+        return data if isinstance(data, dict) else {}
 
     @cached_property
     def body(self) -> str:
@@ -119,13 +119,13 @@ def links(page: Page) -> Iterator[str]:
 
 
 def unfinished(page: Page) -> Iterator[str]:
-    for found in [*UNFINISHED.finditer(page.text), *LEFT_OVER.finditer(page.words)]:
-        yield f"holds {found[0]!r}"
+    for match in [*UNFINISHED.finditer(page.text), *LEFT_OVER.finditer(page.words)]:
+        yield f"holds {match[0]!r}"
 
 
 def conflict(page: Page) -> Iterator[str]:
-    for found in re.finditer(r"^(<{7}|={7}|>{7}|\|{7})(?=\s|$)", page.text, re.M):
-        yield f"holds a conflict marker: {found[0]}"
+    for match in re.finditer(r"^(<{7}|={7}|>{7}|\|{7})(?=\s|$)", page.text, re.M):
+        yield f"holds a conflict marker: {match[0]}"
 
 
 def renders(page: Page) -> Iterator[str]:
@@ -142,14 +142,14 @@ def renders(page: Page) -> Iterator[str]:
 
 def tables(page: Page) -> Iterator[str]:
     """Every table cites its sources, and is, cell by cell, what `provenance.json` says it is."""
-    told = page.provenance or {"tables": {}, "sets": {}, "sources": {}}
+    provenance = page.provenance or {"tables": {}, "sets": {}, "sources": {}}
     cited = CITED.findall(page.text)
     if len(cited) != len(page.of("table")):
         yield f"{len(page.of('table'))} tables, {len(cited)} of them cite their sources"
     lines = [sorted(c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]) for line in page.text.splitlines()]
     for name, count, digest in cited:
-        rows = told["tables"].get(name, {"rows": []})["rows"]
-        sources = table.resolved((name for row in rows for name in row["from"]), told)
+        rows = provenance["tables"].get(name, {"rows": []})["rows"]
+        sources = table.resolved((name for row in rows for name in row["from"]), provenance)
         if (len(sources), files.digest(sources)[: len(digest)]) != (int(count), digest):
             yield f"table {name} cites other sources than provenance.json"
         elif any(sorted(c.replace("|", "\\|") for c in row["cells"].values()) not in lines for row in rows):
@@ -163,22 +163,22 @@ RULES: dict[str, Callable[[Page], Iterator[str]]] = {
 
 def faults(texts: dict[str, str], planned: set[str]) -> list[Fault]:
     """Every rule that a card breaks. `texts`: path -> content of the folder; `planned`: paths of the files to come."""
-    found, names = [], sorted(n for n in texts if n.endswith(".md"))
+    broken, names = [], sorted(n for n in texts if n.endswith(".md"))
     for name in names:
         folder = PurePosixPath(name).parent
         beside = {p.name for p in map(PurePosixPath, texts.keys() | planned) if p.parent == folder}
-        page = Page(texts[name], frozenset(beside), _told(texts, PurePosixPath(name)))
+        page = Page(texts[name], frozenset(beside), _provenance(texts, PurePosixPath(name)))
         for rule, breaks in RULES.items():
             try:
-                found += [Fault(name, rule, what) for what in breaks(page)]
+                broken += [Fault(name, rule, what) for what in breaks(page)]
             except (RecursionError, LookupError, TypeError, AttributeError) as err:  # of a file that nobody made here
-                found.append(Fault(name, rule, f"cannot be judged ({type(err).__name__}): make the cards again"))
-    return found if names else [Fault(".", "empty", "there is no card here")]
+                broken.append(Fault(name, rule, f"cannot be judged ({type(err).__name__}): make the cards again"))
+    return broken if names else [Fault(".", "empty", "there is no card here")]
 
 
-def _told(texts: dict[str, str], page: PurePosixPath) -> dict[str, Any] | None:
+def _provenance(texts: dict[str, str], page: PurePosixPath) -> dict[str, Any] | None:
     try:
-        found = json.loads(texts.get(str(page.with_name("provenance.json")), "{}"))
+        data = json.loads(texts.get(str(page.with_name("provenance.json")), "{}"))
     except (ValueError, RecursionError):
         return None  # its tables then cite what is not there
-    return found.get(page.name) if isinstance(found, dict) else None
+    return data.get(page.name) if isinstance(data, dict) else None

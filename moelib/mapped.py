@@ -24,7 +24,7 @@ _NO_FILE = ("/dev/", "/memfd:", "/SYSV", "/anon_hugepage", "/[")
 GONE = " (deleted)"
 
 
-class NotTold(Exception):
+class NotListed(Exception):
     """The system does not say what a process has mapped; the message says why."""
 
 
@@ -44,7 +44,7 @@ def look(pid: int, since: float, folders: Iterable[Path] = ()) -> tuple[Mapping,
     `since`: the wall clock at its start. Files in `folders` are the engine's own, as is the process's program.
     Raises NotTold; ProcessError "engine-changed" for a file that is not what it was when it was mapped.
     """
-    own, found = {str(f.resolve()) for f in folders}, {}
+    own, mappings = {str(f.resolve()) for f in folders}, {}
     program = _program(pid)
     for (path, device, inode), runs in _code(pid).items():
         file, now = Path(path), None
@@ -64,10 +64,10 @@ def look(pid: int, since: float, folders: Iterable[Path] = ()) -> tuple[Mapping,
                 "leave the engine alone during a study, and run again",
             )
         mine = path == program or str(file.parent) in own or OWN.search(file.name) is not None
-        found[path] = Mapping(file, _state(now), mine)
-    if not found:
-        raise NotTold(f"{NO_MAPS}: process {pid} has ended")
-    return tuple(found[path] for path in sorted(found))
+        mappings[path] = Mapping(file, _state(now), mine)
+    if not mappings:
+        raise NotListed(f"{NO_MAPS}: process {pid} has ended")
+    return tuple(mappings[path] for path in sorted(mappings))
 
 
 def _open(path: Path) -> BinaryIO:
@@ -76,17 +76,17 @@ def _open(path: Path) -> BinaryIO:
     except FileNotFoundError:
         raise
     except OSError as err:
-        raise NotTold(f"{path.name}, which is mapped, cannot be read: {err.strerror}") from None
+        raise NotListed(f"{path.name}, which is mapped, cannot be read: {err.strerror}") from None
 
 
 def _code(pid: int) -> dict[tuple[str, int, int], bool]:
     """(path, device, inode) of each file that a process and what it started have mapped -> whether any of it can be
     executed."""
-    found = _maps(pid)
+    entries = _maps(pid)
     for child in host.tree(pid) - {pid}:
-        with contextlib.suppress(NotTold):  # it ended meanwhile
-            found = {**_maps(child), **found}
-    return found
+        with contextlib.suppress(NotListed):  # it ended meanwhile
+            entries = {**_maps(child), **entries}
+    return entries
 
 
 def _maps(pid: int) -> dict[tuple[str, int, int], bool]:
@@ -94,15 +94,15 @@ def _maps(pid: int) -> dict[tuple[str, int, int], bool]:
     try:
         text = Path(f"/proc/{pid}/maps").read_bytes()
     except OSError as err:
-        raise NotTold(f"{NO_MAPS}: {err.strerror}") from None
-    found: dict[tuple[str, int, int], bool] = {}
+        raise NotListed(f"{NO_MAPS}: {err.strerror}") from None
+    entries: dict[tuple[str, int, int], bool] = {}
     for rights, device, inode, name in _LINE.findall(text):
         path = os.fsdecode(name.replace(rb"\012", b"\n"))
         if not path.startswith(_NO_FILE):
             major, minor = (int(part, 16) for part in device.split(b":"))
             key = (path, os.makedev(major, minor), int(inode))
-            found[key] = found.get(key, False) or b"x" in rights
-    return found
+            entries[key] = entries.get(key, False) or b"x" in rights
+    return entries
 
 
 def _program(pid: int) -> str | None:
@@ -132,7 +132,7 @@ class Hashes:
 
         Raises ProcessError "engine-changed" where a file is no longer the one that was looked at.
         """
-        told: dict[str, str] = {}
+        hashes: dict[str, str] = {}
         for m in mappings:
             key = (m.path, m.state)
             try:
@@ -145,7 +145,7 @@ class Hashes:
                 self._known.pop(key, None)
                 raise ProcessError("engine-changed", f"{m.path.name} changed after the run: run again")
             name, n = m.path.name, 2
-            while name in told:
+            while name in hashes:
                 name, n = f"{m.path.name} ({n})", n + 1
-            told[name] = self._known[key]
-        return told
+            hashes[name] = self._known[key]
+        return hashes

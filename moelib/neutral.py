@@ -21,7 +21,7 @@ _SPECIAL = re.compile(
 )
 
 
-def _seen(c: str) -> str:
+def _visible(c: str) -> str:
     return GONE if unicodedata.category(c) in _SHAPELESS else c
 
 
@@ -29,7 +29,7 @@ def plain(text: object, longest: int | None = LONGEST) -> str:
     """`text` on one line, every character of it one that is seen; cut after `longest`."""
     whole = " ".join(str(text).split())
     cut = whole if longest is None or len(whole) <= longest else whole[: longest - 1] + "…"
-    return cut if cut.isascii() and cut.isprintable() else "".join(map(_seen, cut))
+    return cut if cut.isascii() and cut.isprintable() else "".join(map(_visible, cut))
 
 
 def lines(text: object) -> str:
@@ -37,7 +37,7 @@ def lines(text: object) -> str:
     whole = str(text)
     if whole.isascii() and whole.replace("\n", "").isprintable():
         return whole
-    return "".join(c if c in " \n" else " " if c.isspace() else _seen(c) for c in whole)
+    return "".join(c if c in " \n" else " " if c.isspace() else _visible(c) for c in whole)
 
 
 def markdown(text: object) -> str:
@@ -53,7 +53,7 @@ def code(text: object, longest: int | None = LONGEST) -> str:
 
 def escaped(json_text: str) -> str:
     """JSON whose strings hold nothing unseen as it is: the same values, spelt out."""
-    shapeless = {c for c in set(json_text) if c != "\n" and _seen(c) == GONE != c}
+    shapeless = {c for c in set(json_text) if c != "\n" and _visible(c) == GONE != c}
     if not shapeless:
         return json_text
     units = {c: c.encode("utf-16-be", "surrogatepass") for c in shapeless}

@@ -208,15 +208,15 @@ def _yaml(path: Path) -> Any:
 
 def entries(file: str) -> dict[str, Any]:
     """Name -> what `params/FILE` says of it, unchecked. Raises ParamsError."""
-    found = _yaml(root() / "params" / file)
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
-        raise ParamsError(f"params/{file}: expected a mapping of names, found {type(found).__name__}")
-    return found
+    mapping = _yaml(root() / "params" / file)
+    if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping):
+        raise ParamsError(f"params/{file}: expected a mapping of names, found {type(mapping).__name__}")
+    return mapping
 
 
 def _entry(cls: type[T], kind: str, file: str, name: str) -> T:
-    there = entries(file)
-    return build(cls, f"params/{file}, {name}", there[_known(kind, name, sorted(there))], name=name)
+    listed = entries(file)
+    return build(cls, f"params/{file}, {name}", listed[_known(kind, name, sorted(listed))], name=name)
 
 
 def model(name: str) -> Model:
@@ -247,9 +247,9 @@ def study(name: str) -> Study:
     if not (names := study_names()):
         raise ParamsError(f"{root()} holds no params/studies/*.yaml: run from a clone or set MOELIB_HOME")
     path = f"params/studies/{_known('study', name, names)}.yaml"
-    found = build(Study, path, _yaml(root() / path), name=name)
-    for m in found.models:
-        model(m).at_scale(found.scale)
-    for w in found.workloads:
+    loaded = build(Study, path, _yaml(root() / path), name=name)
+    for m in loaded.models:
+        model(m).at_scale(loaded.scale)
+    for w in loaded.workloads:
         workload(w)
-    return found
+    return loaded

@@ -35,18 +35,20 @@ def read() -> dict[str, Pin]:
         ) from None
 
 
-def _checked(found: object) -> dict[str, Pin]:
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
-        raise params.ParamsError(f"expected a mapping of models, found {type(found).__name__}")
-    return {name: build(Pin, name, said) for name, said in found.items()}
+def _checked(data: object) -> dict[str, Pin]:
+    if not isinstance(data, dict) or not all(isinstance(name, str) for name in data):
+        raise params.ParamsError(f"expected a mapping of models, found {type(data).__name__}")
+    return {name: build(Pin, name, entry) for name, entry in data.items()}
 
 
 def of(model: str) -> Pin | None:
     """The pin of `model`: the one in pins.yaml, else one that people wrote into models.yaml, else None."""
     if pin := read().get(model):
         return pin
-    said = params.model(model).upstream
-    return Pin(repository=said.repository, revision=said.revision, files=said.files) if said and said.files else None
+    upstream = params.model(model).upstream
+    if upstream is None or not upstream.files:
+        return None
+    return Pin(repository=upstream.repository, revision=upstream.revision, files=upstream.files)
 
 
 def write(model: str, pin: Pin) -> None:

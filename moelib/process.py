@@ -97,8 +97,8 @@ class Child(AbstractContextManager):
         self._note = log.with_suffix(".child.json")
         self._over, self._ending, self._flooded = threading.Event(), threading.Lock(), False
         try:
-            told = json.dumps({"child": _identity(self.pid), "parent": _identity(os.getpid())})
-            self._note.write_text(told, encoding="utf-8")
+            identities = json.dumps({"child": _identity(self.pid), "parent": _identity(os.getpid())})
+            self._note.write_text(identities, encoding="utf-8")
             threading.Thread(target=self._guard, daemon=True).start()
         except BaseException:  # a full disk, Ctrl-C: nobody has this object yet to end the tool
             self._popen.kill()
@@ -168,7 +168,7 @@ class Child(AbstractContextManager):
 
     def _until(self, look: Callable[[], Any], failed: str, timeout_s: float) -> Any:
         deadline = time.monotonic() + timeout_s
-        while not (found := look()):
+        while not (result := look()):
             self.check_log()
             if not self.running():
                 said = f"{self.name} ended with {ended(self._popen)}"
@@ -176,7 +176,7 @@ class Child(AbstractContextManager):
             if time.monotonic() > deadline:
                 raise ProcessError("engine-timeout", f"{self.name} {failed} in {timeout_s:g} s:\n{self.tail()}")
             time.sleep(POLL_S)
-        return found
+        return result
 
     def stop(self, grace_s: float = GRACE_S) -> Exit:
         """End the child and its group: SIGTERM, `grace_s` seconds, SIGKILL. Safe to call again."""
@@ -301,15 +301,15 @@ def patience(seconds: float) -> float:
 
     Raises ParamsError if the variable is no such number.
     """
-    told = os.environ.get("MOELIB_PATIENCE", "1")
+    setting = os.environ.get("MOELIB_PATIENCE", "1")
     try:
-        factor = float(told)
+        factor = float(setting)
     except ValueError:
         factor = float("nan")
     if not PATIENCE[0] <= factor <= PATIENCE[1]:  # what is not a number is not between either
         least, most = PATIENCE
         raise params.ParamsError(
-            f"MOELIB_PATIENCE={told!r} is no number from {least:g} to {most:g}; unset it, or set 1"
+            f"MOELIB_PATIENCE={setting!r} is no number from {least:g} to {most:g}; unset it, or set 1"
         )
     return seconds * factor
 

@@ -55,14 +55,14 @@ class Plan:
     items: tuple[Item, ...]
     visible: bool
     """Whether it is to be public in the end."""
-    there: dict[str, str] = field(default_factory=dict)
+    existing: dict[str, str] = field(default_factory=dict)
     """Name -> SHA-256 (of large files) or git's id of what is on `main`."""
     state: str = "new"
     """new, private, public; or why it is not known."""
 
-    def same(self, item: Item, there: dict[str, str] | None = None) -> bool:
-        found = (self.there if there is None else there).get(item.name)
-        return found is not None and (found == item.sha256 or (len(found) == 40 and found == item.git_oid))
+    def same(self, item: Item, existing: dict[str, str] | None = None) -> bool:
+        digest = (self.existing if existing is None else existing).get(item.name)
+        return digest is not None and (digest == item.sha256 or (len(digest) == 40 and digest == item.git_oid))
 
     @property
     def changes(self) -> tuple[Item, ...]:
@@ -78,9 +78,9 @@ class Plan:
         later = "" if self.state == "public" else ", to be public" if self.visible else ", to stay private"
         lines = [f"{self.repository} ({self.state}{later})"]
         for i in self.items:
-            what = "same" if self.same(i) else "changed" if i.name in self.there else "new"
+            what = "same" if self.same(i) else "changed" if i.name in self.existing else "new"
             lines.append(f"  {what:8} {i.nbytes:>14,}  {i.sha256}  {i.name}")
-        others = sorted(self.there.keys() - {i.name for i in self.items})
+        others = sorted(self.existing.keys() - {i.name for i in self.items})
         lines += [f"  {'left':8} {'':>14}  {'':64}  {name}" for name in others]
         sent = sum(i.nbytes for i in self.changes)
         lines.append(f"  {len(self.commits)} commits, {len(self.changes)} files, {sent:,} bytes to send")
@@ -119,14 +119,14 @@ def plan(results: Results, namespace: str, public: bool | None = None, endpoint:
     return [_look(Plan(f"{namespace}/{r}", title, tuple(i), visible), client) for r, i in items.items()]
 
 
-def _look(wanted: Plan, client: "HfApi") -> Plan:
+def _look(plan: Plan, client: "HfApi") -> Plan:
     """The plan with what is on the Hub; where that cannot be read, everything counts as new, and it says why."""
     try:
-        state = _state(client, wanted.repository)
-        there = _listing(client, wanted.repository, MAIN) if state != "new" else {}
+        state = _state(client, plan.repository)
+        existing = _listing(client, plan.repository, MAIN) if state != "new" else {}
     except hub.HubError as err:
-        state, there = f"what is there is not known: {err}", {}
-    return Plan(wanted.repository, wanted.title, wanted.items, wanted.visible, there, state)
+        state, existing = f"what is there is not known: {err}", {}
+    return Plan(plan.repository, plan.title, plan.items, plan.visible, existing, state)
 
 
 def _state(client: "HfApi", repository: str) -> str:
@@ -141,10 +141,10 @@ def _state(client: "HfApi", repository: str) -> str:
 
 def _listing(client: "HfApi", repository: str, revision: str) -> dict[str, str]:
     with hub.asking(f"listing {repository}"):
-        found = list(islice(client.list_repo_tree(repository, recursive=True, revision=revision), hub.MAX_FILES + 1))
-        files = {f.path: f.lfs.sha256 if f.lfs else f.blob_id for f in found if hasattr(f, "blob_id")}
-        if len(found) > hub.MAX_FILES or not all(isinstance(x, str) for pair in files.items() for x in pair):
-            raise TypeError(f"a listing of {len(found)} paths")
+        entries = list(islice(client.list_repo_tree(repository, recursive=True, revision=revision), hub.MAX_FILES + 1))
+        files = {f.path: f.lfs.sha256 if f.lfs else f.blob_id for f in entries if hasattr(f, "blob_id")}
+        if len(entries) > hub.MAX_FILES or not all(isinstance(x, str) for pair in files.items() for x in pair):
+            raise TypeError(f"a listing of {len(entries)} paths")
     files.pop(".gitattributes", None)  # the Hub's own
     return files
 
@@ -200,15 +200,15 @@ def _upload(client: "HfApi", p: Plan, say: Say) -> tuple[str, int | None] | None
         raise PublishError(
             f"{p.repository} is public, and files of twins are not to be: publish to another namespace, or say --public"
         )
-    there, revision, number = _listing(client, p.repository, MAIN), MAIN, None
+    existing, revision, number = _listing(client, p.repository, MAIN), MAIN, None
     if state == "public":
-        if all(p.same(i, there) for i in p.items):
+        if all(p.same(i, existing) for i in p.items):
             say(f"{p.repository}: public already, nothing to do")
             return None
         if number := _open_request(client, p):
             revision = f"refs/pr/{number}"
-            there = _listing(client, p.repository, revision)
-    left = Plan(p.repository, p.title, p.items, p.visible, there)
+            existing = _listing(client, p.repository, revision)
+    left = Plan(p.repository, p.title, p.items, p.visible, existing)
     for commit in left.commits:
         say(f"{p.repository}: {_message(commit)} ({sum(i.nbytes for i in commit):,} bytes)")
         operations = _operations(commit)
@@ -242,9 +242,9 @@ def _open_request(client: "HfApi", p: Plan) -> int | None:
     """Number of the pull request that an earlier, interrupted publication opened."""
     with hub.asking(f"listing the pull requests of {p.repository}"):
         who = client.whoami()["name"]
-        found = client.get_repo_discussions(p.repository, author=who, discussion_type="pull_request")
-        found = islice(found, hub.MAX_FILES)
-        return max((d.num for d in found if d.title == p.title and d.status == "open"), default=None)
+        requests = client.get_repo_discussions(p.repository, author=who, discussion_type="pull_request")
+        requests = islice(requests, hub.MAX_FILES)
+        return max((d.num for d in requests if d.title == p.title and d.status == "open"), default=None)
 
 
 def _read_back(client: "HfApi", p: Plan, revision: str, say: Say) -> None:
@@ -255,14 +255,14 @@ def _read_back(client: "HfApi", p: Plan, revision: str, say: Say) -> None:
     listed = _listing(client, p.repository, revision)
     for n, i in enumerate(p.items):
         say(f"{p.repository}: reading back {i.name} ({n + 1} of {len(p.items)})")
-        found, url = hub.Digest(), hf_hub_url(p.repository, i.name, revision=revision, endpoint=client.endpoint)
+        received, url = hub.Digest(), hf_hub_url(p.repository, i.name, revision=revision, endpoint=client.endpoint)
         with hub.asking(f"reading back {i.name} of {p.repository}", receives=i.nbytes):
             at, headers = hub.located(client, url)
-            http_get(at, found, headers=headers, expected_size=i.nbytes, displayed_filename=i.name)
-        if found.sha256.hexdigest() != i.sha256 or not p.same(i, listed):
+            http_get(at, received, headers=headers, expected_size=i.nbytes, displayed_filename=i.name)
+        if received.sha256.hexdigest() != i.sha256 or not p.same(i, listed):
             raise PublishError(
-                f"{i.name} of {p.repository} reads back other than it was sent (SHA-256 {found.sha256.hexdigest()[:12]}"
-                f"..., not {i.sha256[:12]}...). Nothing was made public. Delete the file on the Hub, with its history, "
+                f"{i.name} of {p.repository} was read back with SHA-256 {received.sha256.hexdigest()[:12]}..., but was "
+                f"sent with {i.sha256[:12]}.... Nothing was made public. Delete the file on the Hub, with its history, "
                 "and run the same command again"
             )
 
@@ -282,8 +282,8 @@ def _show(client: "HfApi", p: Plan, revision: str, number: int | None, say: Say)
     say(f"{p.repository}: {state}, {len(p.items)} files verified")
 
 
-def _require(p: Plan, state: str, there: dict[str, str], wrong: bool = False) -> None:
-    changed = [i.name for i in p.items if not p.same(i, there)]
+def _require(p: Plan, state: str, existing: dict[str, str], wrong: bool = False) -> None:
+    changed = [i.name for i in p.items if not p.same(i, existing)]
     if changed or wrong:
         what = f", and {', '.join(changed)} not as verified" if changed else ""
         raise PublishError(f"{p.repository} is {state}{what}: look at it on the Hub, then run the same command again")

@@ -42,7 +42,7 @@ def whole(source: Source) -> Source:
 
 def _had_again(source: Source) -> Source:
     """`source` if its files hold what they held, else fetched again. Raises SourceError where only its owner has it."""
-    if _there(source):
+    if _intact(source):
         return source
     if not PINNED.fullmatch(source.origin):
         raise SourceError(
@@ -114,16 +114,16 @@ def _arrived(begun: Path) -> int:
     return begun.stat().st_size if begun.exists() else 0
 
 
-def _download(client: Any, told: params.Pin, name: str, want: params.SourceFile, path: Path) -> dict[str, Any]:
+def _download(client: Any, pin: params.Pin, name: str, want: params.SourceFile, path: Path) -> dict[str, Any]:
     """Get one file by ranges: the library's own download begins anew with every call."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
 
-    begun, what = _begun(path, want), f"fetching {name} of {told.repository}"
+    begun, what = _begun(path, want), f"fetching {name} of {pin.repository}"
     if _arrived(begun) > want.bytes:
         begun.unlink()
     begun.touch()
-    url = hf_hub_url(told.repository, name, revision=told.revision, endpoint=client.endpoint)
+    url = hf_hub_url(pin.repository, name, revision=pin.revision, endpoint=client.endpoint)
     with hub.asking(what, receives=want.bytes), begun.open("r+b") as f:
         at, headers = hub.located(client, url)
         had = f.seek(0, os.SEEK_END)
@@ -132,11 +132,11 @@ def _download(client: Any, told: params.Pin, name: str, want: params.SourceFile,
     return _keep(begun, path, want, what)
 
 
-def _download_large(client: Any, told: params.Pin, name: str, want: params.SourceFile, path: Path) -> dict[str, Any]:
+def _download_large(client: Any, pin: params.Pin, name: str, want: params.SourceFile, path: Path) -> dict[str, Any]:
     """Get one file that is too large for plain HTTP, by xet, which keeps what it has in a cache of its own."""
-    what = f"fetching {name} of {told.repository}"
+    what = f"fetching {name} of {pin.repository}"
     with hub.asking(what, receives=want.bytes):
-        got = client.hf_hub_download(told.repository, name, revision=told.revision, local_dir=path.parent / ".hub")
+        got = client.hf_hub_download(pin.repository, name, revision=pin.revision, local_dir=path.parent / ".hub")
     begun = _begun(path, want)
     os.replace(got, begun)
     shutil.rmtree(path.parent / ".hub", ignore_errors=True)
@@ -175,12 +175,12 @@ def adopt(model: str, given: Path) -> Source:
         weights.require(model, gguf_file.read_header(parts[0]))
         place.mkdir(parents=True, exist_ok=True)
         before = [files.state(p) for p in parts]
-        found = {part: weights.digest(part) for part in parts}
+        digests = {part: weights.digest(part) for part in parts}
         weights.require(model, gguf_file.read_header(parts[0]))  # it may be another file by now
         if [files.state(p) for p in parts] != before:
             raise SourceError(f"{given.name} was changed while it was read: give it again once it is whole")
         hashes = {}
-        for part, sha256 in found.items():
+        for part, sha256 in digests.items():
             path = place / part.name
             if part.resolve() != path.resolve():
                 _link(path, part.resolve())
@@ -216,9 +216,9 @@ def _choose(model: str, hashes: dict[Path, str], origin: str) -> Source:
     first = next(iter(hashes))
     weights.require(model, gguf_file.read_header(first))
     sha256 = _sum({p.name: h for p, h in hashes.items()})
-    told = {"file": first.name, "sha256": sha256, "origin": origin}
-    files.write_json(folder(model) / "source.json", told)
-    return _source(model, told)
+    chosen = {"file": first.name, "sha256": sha256, "origin": origin}
+    files.write_json(folder(model) / "source.json", chosen)
+    return _source(model, chosen)
 
 
 def _sum(hashes: dict[str, str]) -> str:
@@ -226,22 +226,22 @@ def _sum(hashes: dict[str, str]) -> str:
     return next(iter(hashes.values())) if len(hashes) == 1 else files.digest(hashes)
 
 
-def _source(model: str, told: dict[str, str]) -> Source:
-    path = folder(model) / told["file"]
-    return Source(model, "real", "full", path, told["sha256"], told["origin"])
+def _source(model: str, chosen: dict[str, str]) -> Source:
+    path = folder(model) / chosen["file"]
+    return Source(model, "real", "full", path, chosen["sha256"], chosen["origin"])
 
 
 def _chosen(model: str) -> Source | None:
     """What was chosen last; None if nothing was, or what says so is damaged."""
     try:
-        told = json.loads((folder(model) / "source.json").read_text(encoding="utf-8"))
-        good = all(isinstance(told[k], str) for k in ("file", "sha256", "origin"))
-        return _source(model, told) if good and Path(told["file"]).name == told["file"] else None
+        chosen = json.loads((folder(model) / "source.json").read_text(encoding="utf-8"))
+        good = all(isinstance(chosen[k], str) for k in ("file", "sha256", "origin"))
+        return _source(model, chosen) if good and Path(chosen["file"]).name == chosen["file"] else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
-def _there(source: Source) -> bool:
+def _intact(source: Source) -> bool:
     """Whether every file of the source is what its note says, and they are the ones that were chosen."""
     paths = gguf_file.split_paths(source.path)
     return all(models.kept(p) for p in paths) and _sum({p.name: _noted(p) for p in paths}) == source.sha256

@@ -51,18 +51,18 @@ def least_bytes(model: str) -> int:
 
 def why_not(model: str, header: gguf_file.Header) -> list[str]:
     """Why the file is not the model's published weights, whole and unquantised; empty if it is."""
-    geometry, told = params.model(model).at_scale("full"), header.metadata
+    geometry, metadata = params.model(model).at_scale("full"), header.metadata
     if header.kind != "model":
         return [f"it is {gguf_file.NOT_MODELS[header.kind][0]}"]
-    what, arch = told.get("general.type", "model"), told.get("general.architecture")
-    wrong = [f"it is of type {what!r:.40}, not a model"] if what != "model" else []
+    general_type, arch = metadata.get("general.type", "model"), metadata.get("general.architecture")
+    wrong = [f"it is of type {general_type!r:.40}, not a model"] if general_type != "model" else []
     if arch != geometry.architecture:
         return [*wrong, f"architecture {arch!s:.40}, not {geometry.architecture}"]
-    shape = {k: told.get(f"{arch}.{k}") for k in SHAPE}
+    shape = {k: metadata.get(f"{arch}.{k}") for k in SHAPE}
     wrong += [
         f"{k} {v!s:.40}, not {getattr(geometry, k)}" for k, v in shape.items() if not _same(v, getattr(geometry, k))
     ]
-    if header.is_twin or str(told.get("general.description")).startswith(twin.DESCRIPTION):
+    if header.is_twin or str(metadata.get("general.description")).startswith(twin.DESCRIPTION):
         wrong.append("its weights are random: it is a geometry twin")
     if others := {t: n for t, n in header.type_counts.items() if t not in UNQUANTISED}:
         wrong.append(f"it is quantised ({', '.join(f'{n} tensors {t}' for t, n in others.items())})")
@@ -83,7 +83,8 @@ def _lacks(geometry: params.Geometry, header: gguf_file.Header) -> list[str]:
     for t in header.tensors:
         if t.is_expert and t.name.endswith(".weight"):
             experts[t.block] -= prod(t.shape)
-    if odd := [str(block) for block, n in sorted(experts.items(), key=str) if n]:
-        return [f"it is not whole: the experts of {len(odd)} layers are not the model's (of layer {odd[0]} first)"]
+    if differing := [str(block) for block, n in sorted(experts.items(), key=str) if n]:
+        layers = f"{len(differing)} layer(s), the first of them layer {differing[0]}"
+        return [f"it is not whole: the expert tensors differ from the model's in {layers}"]
     share = header.parameters / sum(prod(t.shape) for t in planned)
     return [f"it is not whole: it has {share:.1%} of the model's weights"] if abs(share - 1) > ABOUT else []

@@ -85,18 +85,18 @@ def install() -> None:
     from huggingface_hub.utils._http import default_client_factory
 
     def client() -> "Client":
-        made = default_client_factory()
-        made.event_hooks = {"request": [_asks, *made.event_hooks["request"]], "response": [_answers]}
-        made.max_redirects = REDIRECTS
-        return made
+        session = default_client_factory()
+        session.event_hooks = {"request": [_asks, *session.event_hooks["request"]], "response": [_answers]}
+        session.max_redirects = REDIRECTS
+        return session
 
     set_client_factory(client)
 
 
 def _asks(request: "Request") -> None:
     # the library passes timeout=None with many requests, which a client's own timeout does not override
-    asked, limit = request.extensions.get("timeout", {}), process.patience(WAIT_S)
-    request.extensions["timeout"] = {k: asked.get(k) or limit for k in ("connect", "read", "write", "pool")}
+    given, limit = request.extensions.get("timeout", {}), process.patience(WAIT_S)
+    request.extensions["timeout"] = {k: given.get(k) or limit for k in ("connect", "read", "write", "pool")}
     request.headers["Accept-Encoding"] = "identity"
     if any(question.late for question in Asked.open):
         raise TooMuchError(SLOW)
@@ -104,9 +104,9 @@ def _asks(request: "Request") -> None:
 
 def _answers(response: "Response") -> None:
     for name, wait in (("retry-after", r"^\s*(\d+)\s*$"), ("ratelimit", r"\bt\s*=\s*(\d+)")):
-        found = re.search(wait, response.headers.get(name, ""))
-        if found and (len(found[1]) > 9 or int(found[1]) > RETRY_S):
-            raise TooMuchError(f"the Hub asks to wait {found[1][:9]} s: run the same command again then")
+        match = re.search(wait, response.headers.get(name, ""))
+        if match and (len(match[1]) > 9 or int(match[1]) > RETRY_S):
+            raise TooMuchError(f"the Hub asks to wait {match[1][:9]} s: run the same command again then")
     if not Asked.open:
         return
     encoding = response.headers.pop("Content-Encoding", "identity").strip().lower()

@@ -213,9 +213,9 @@ def scripted(name, expect, within_s=5.0, factor=1.0, words="", lab="loopback", *
     def act(lab, chance, rounds):
         lab.script(times=1, **{k: v(chance) if callable(v) else v for k, v in what.items()})
         with patience(factor):
-            seen = lab.measure()
+            findings = lab.measure()
         assert words in lab.messages, lab.messages
-        return seen
+        return findings
 
 
 # at the start and at load
@@ -314,9 +314,9 @@ def _(lab, chance, rounds):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         ports = [taken.getsockname()[1]] * 2
         with mock.patch.object(process, "free_port", side_effect=lambda: ports.pop() if ports else free()):
-            seen = lab.measure()
+            findings = lab.measure()
     assert not ports
-    return seen
+    return findings
 
 
 def _when_streaming(lab, action, delay_s):
@@ -404,26 +404,26 @@ def _(lab, chance, rounds):
 @fault("NaN weights, the real server", "real server", "output-alive", lab="real")
 def _(lab, chance, rounds):
     """Norms that are not numbers: the server serves them, and says null where asked how likely its tokens are."""
-    there = quantize.make(models.make_twin("deepseek-moe-16b", "nano"), "Q8_0", lab.stub, lab.home / "q")
-    path = lab.home / there.path.name
-    shutil.copy(there.path, path)
+    good = quantize.make(models.make_twin("deepseek-moe-16b", "nano"), "Q8_0", lab.stub, lab.home / "q")
+    path = lab.home / good.path.name
+    shutil.copy(good.path, path)
     with path.open("r+b") as f:
-        for t in there.header.tensors:
+        for t in good.header.tensors:
             if t.name.endswith("norm.weight"):
                 f.seek(t.offset)
                 f.write(np.full(t.shape, np.nan, np.float32).tobytes())
     content = files.Hashed(path)
-    dead = quantize.Quantised(gguf_file.read_header(path), {**there.sheet, "sha256": content.sha256()}, content)
+    dead = quantize.Quantised(gguf_file.read_header(path), {**good.sheet, "sha256": content.sha256()}, content)
     asked = spec(workloads=("smoke",), context=256)
-    told = []
-    for file in (dead, there):
+    verdicts = []
+    for file in (dead, good):
         outcome = runs.execute(asked, file, lab.stub, lab.where, lab.home / "nan")
         assert outcome.observation, outcome.message
         checks = audit.run(measured(asked, outcome.observation, Manifest(**file.sheet)))
-        told.append(", ".join(i for i in audit.verdict(checks)[1] if i not in SHARED))
+        verdicts.append(", ".join(i for i in audit.verdict(checks)[1] if i not in SHARED))
     shutil.rmtree(lab.home / "nan")
-    assert told[1] == ""
-    return told[0]
+    assert verdicts[1] == ""
+    return verdicts[0]
 
 
 # the GPU's readings
@@ -488,17 +488,17 @@ def _(lab, chance, rounds):
         with patience(0.02):
             try:
                 lab.measure()
-                told = "nothing"
+                error = "nothing"
             except files.FileError as err:
-                told = str(err)
-        assert told.endswith(f"in use by process {holder.pid}; wait for it to end, then run again"), told
+                error = str(err)
+        assert error.endswith(f"in use by process {holder.pid}; wait for it to end, then run again"), error
         mine, lab.where.uuid = lab.where.uuid, "GPU-another"
         assert lab.measure() == "valid", "another GPU is not in anybody's way"
         lab.where.uuid = mine
         children = psutil.Process(holder.pid).children(recursive=True)
         holder.kill()
         assert not psutil.wait_procs(children, timeout=5)[1], "an engine outlived its study"
-    return told
+    return error
 
 
 def hold(home: Path, lab_home: Path, uuid: str) -> None:
@@ -507,12 +507,12 @@ def hold(home: Path, lab_home: Path, uuid: str) -> None:
     os.environ["MOELIB_HOME"] = str(home)
     real = client._ask
 
-    def told(*args):
+    def ask(*args):
         print("streaming", flush=True)
         return real(*args)
 
     stub = replace(engine.find(), tools={**engine.find().tools, "llama-server": lab_home / "tools/llama-server"})
-    with mock.patch.object(engine, "find", return_value=stub), mock.patch.object(client, "_ask", told):
+    with mock.patch.object(engine, "find", return_value=stub), mock.patch.object(client, "_ask", ask):
         with mock.patch.object(device, "choose", return_value=FakeGpu(uuid)), BANDWIDTH:
             list(measure.measure(Folder("smoke"), Folder("smoke").cells[0]))
 
@@ -551,9 +551,9 @@ def damaged(name: str, where: Callable[[Lab], Path], again: Callable[[Lab], Path
             harm(path, chance)
             if product:
                 product.unlink()
-            seen = lab.measure()
+            findings = lab.measure()
             assert before in (None, files.sha256(path))
-            return seen
+            return findings
 
 
 damaged("source", lambda lab: lab.models / f"{NANO}-F16.gguf", lambda lab: lab.models / f"{NANO}-Q8_0.gguf")
@@ -567,18 +567,18 @@ damaged("sheet", lambda lab: lab.folder.manifest_path(lab.folder.cells[0]))
 @fault("damaged plan", "files", "delete it and run the study", lab="loopback")
 def _(lab, chance, rounds):
     path = lab.folder.path / "plan.json"
-    whole, told = path.read_bytes(), set()
+    whole, errors = path.read_bytes(), set()
     for harm in (truncate, flip):
         path.write_bytes(whole)
         harm(path, chance)
         try:
             lab.measure()
         except StudyError as err:
-            told.add(str(err))
+            errors.add(str(err))
     path.unlink()
     lab.folder.write_plan()
     assert path.read_bytes() == whole
-    return told.pop() if len(told) == 1 else f"{len(told)} reasons"
+    return errors.pop() if len(errors) == 1 else f"{len(errors)} reasons"
 
 
 @fault("quantised file truncated while it runs", "files", "file-is-its-sheet", lab="loopback")
@@ -642,15 +642,15 @@ def full_disk(folder: Path) -> None:
 
     def full(what, act, leave, patched=roomy):
         disk.fill(leave)
-        started, told = time.monotonic(), "nothing"
+        started, error = time.monotonic(), "nothing"
         try:
             with patched:
                 act()
         except params.UserError as err:
-            told = f"{type(err).__name__}: {err}"
+            error = f"{type(err).__name__}: {err}"
         disk.empty()
         left = [p.name for p in folder.rglob("*.partial")] + [p.name for p in folder.rglob("*.child.json")]
-        print(json.dumps([what, told, round(time.monotonic() - started, 2), left, disk.mounted]), flush=True)
+        print(json.dumps([what, error, round(time.monotonic() - started, 2), left, disk.mounted]), flush=True)
 
     twin = functools.partial(models.make_twin, "deepseek-moe-16b", "nano")
     full("a twin", twin, MIB)
@@ -691,10 +691,10 @@ def _(folder, chance, rounds):
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    for what, told, seconds, left, _ in lines:
-        assert told.startswith("FileError: "), (what, told)
-        assert "free some space" in told
-        assert str(folder / "disk") in told or "GiB are free" in told, told
+    for what, error, seconds, left, _ in lines:
+        assert error.startswith("FileError: "), (what, error)
+        assert "free some space" in error
+        assert str(folder / "disk") in error or "GiB are free" in error, error
         assert not left, (what, left)
         assert seconds < 10, what
     return ", ".join(what for what, *_ in lines)
@@ -803,10 +803,10 @@ def _(lab, chance, rounds):
         for at in whole if rounds > 1 else chance.sample(whole, SAMPLE):
             server.pieces = [answer[:at]]
             try:
-                told = f"finished: {asked(server.port).finished}"
+                outcome = f"finished: {asked(server.port).finished}"
             except client.RunError as err:
-                told = err.reason
-            assert told == "connection-lost", f"cut at {at}: {told}"
+                outcome = err.reason
+            assert outcome == "connection-lost", f"cut at {at}: {outcome}"
     return "never finished"
 
 
@@ -856,7 +856,7 @@ def interrupted(folder: Path, chance: random.Random, rounds: int, stop: Callable
     with mock.patch.dict(os.environ, env):
         os.environ.pop("MOELIB_OUTPUTS", None)
         params._yaml.cache_clear()
-        out, seen = home / "outputs/smoke", {}
+        out, digests = home / "outputs/smoke", {}
         for i in range(rounds):
             started_by_it = []
             run = subprocess.Popen(
@@ -875,15 +875,15 @@ def interrupted(folder: Path, chance: random.Random, rounds: int, stop: Callable
             assert took < 15, f"round {i}: it took {took:.1f} s to end"
             left = psutil.wait_procs(started_by_it, timeout=15)[1]
             assert not left, f"round {i}: left {left}"
-            found, wrong = records.read_all(out) if out.exists() else ([], [])
+            listed, wrong = records.read_all(out) if out.exists() else ([], [])
             assert not wrong
-            now = {r.run_id: r.digest for r in found if r.done}
-            assert seen.items() <= now.items(), f"round {i}: a valid record was lost or changed"
-            seen = now
+            now = {r.run_id: r.digest for r in listed if r.done}
+            assert digests.items() <= now.items(), f"round {i}: a valid record was lost or changed"
+            digests = now
             if run.returncode == 0:
                 complete(out)
                 shutil.rmtree(out)
-                seen = {}
+                digests = {}
             elif stop is ctrl_c:
                 assert run.returncode in (130, -signal.SIGINT), f"round {i}: {run.returncode}\n{said[-2000:]}"
         assert no_orphans(), "an engine outlived its study"
@@ -942,17 +942,17 @@ class Campaign:
         if not f.lab:
             place = Path(tempfile.mkdtemp(dir=self.folder))
             started = time.monotonic()
-            told = f.act(place, chance, rounds)
-            assert f.expect in told, f"told {told!r}"
-            return told, time.monotonic() - started, False
+            reason = f.act(place, chance, rounds)
+            assert f.expect in reason, f"told {reason!r}"
+            return reason, time.monotonic() - started, False
         with self.lab(f.lab) as lab:
             lab.reset()
             before = lab.valid()
             assert len(before) == 2
             started = time.monotonic()
-            told = f.act(lab, chance, rounds)
+            reason = f.act(lab, chance, rounds)
             took = time.monotonic() - started
-            assert f.expect in told, f"told {told!r}, {getattr(lab, 'messages', '')}"
+            assert f.expect in reason, f"told {reason!r}, {getattr(lab, 'messages', '')}"
             assert took <= f.within_s * (rounds if f.how == "parser" else 1), f"took {took:.1f} s"
             now = lab.valid()
             lost = [n for n in before if now.get(n) != before[n]]
@@ -962,7 +962,7 @@ class Campaign:
             again = lab.measure()
             assert again == "valid", f"without the fault: {again}"
             complete(lab.folder.path)
-        return told, took, f.how != "parser" and chance.getstate() != untouched
+        return reason, took, f.how != "parser" and chance.getstate() != untouched
 
 
 def main() -> int:
@@ -988,13 +988,13 @@ def main() -> int:
             wrong, slowest, turn, again = [], 0.0, 0, True
             while again and turn < a.rounds:
                 try:
-                    told, seconds, again = campaign.inject(f, a.seed, a.rounds, turn)
+                    reason, seconds, again = campaign.inject(f, a.seed, a.rounds, turn)
                     slowest = max(slowest, seconds)
                 except Exception as err:  # a fault that breaks the campaign was not survived
                     wrong.append(f"turn {turn}: {type(err).__name__}: {err}")
                 turn += 1
             injected, survived = injected + turn, survived + turn - len(wrong)
-            line = "NOT SURVIVED  " + "; ".join(wrong) if wrong else f"survived  {told}"
+            line = "NOT SURVIVED  " + "; ".join(wrong) if wrong else f"survived  {reason}"
             print(f"{f.name:<48} {f.how:<13} {turn:2} x, {slowest:6.2f} s  {line}", flush=True)
     print(f"injected {injected} / survived {survived} (seed {a.seed})")
     return survived != injected

@@ -66,14 +66,14 @@ class Fault:
     nth: int | None
     times: int | None
     after: int | None
-    seen: int = 0
+    matched: int = 0
     struck: int = 0
     line: str | None = None  # of the nth request, which it stays with
 
     def strikes(self, line):
         if self.line is None and re.search(self.match, line):
-            self.seen += 1
-            hit = self.nth in (None, self.seen)
+            self.matched += 1
+            hit = self.nth in (None, self.matched)
             self.line = line if hit and self.nth else None
         else:
             hit = line == self.line
@@ -142,8 +142,8 @@ class Hub(State):
             return list(self._public)
 
     def _note_public(self):
-        if (seen := self.public()) != self._public[-1][1]:
-            self._public.append((len(self.requests), seen))
+        if (shown := self.public()) != self._public[-1][1]:
+            self._public.append((len(self.requests), shown))
 
     def fail(self, how, *, match="", nth=None, times=1, after=None):
         """Let requests fail: those whose "METHOD path" matches, or the nth of these and its repetitions; `times` times.
@@ -231,9 +231,9 @@ class Hub(State):
             raise Refused(401, "Invalid credentials in Authorization header")
         ask.token = self.tokens.get(ask.said)
         for methods, pattern, function in ROUTES:
-            found = pattern.fullmatch(ask.url)
-            if found and ask.method in methods and is_storage == ask.url.startswith("/storage/"):
-                vars(ask).update({k: v and unquote(v) for k, v in found.groupdict().items()})
+            match = pattern.fullmatch(ask.url)
+            if match and ask.method in methods and is_storage == ask.url.startswith("/storage/"):
+                vars(ask).update({k: v and unquote(v) for k, v in match.groupdict().items()})
                 answer = function(self, ask)
                 return answer if isinstance(answer, tuple) else (200, answer, {})
         self.gaps.append(f"{ask.method} {ask.url}: no such endpoint")

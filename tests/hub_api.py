@@ -118,9 +118,9 @@ def validate_yaml(hub, ask):
 
 def front_matter(text):
     """(what is wrong, what it says) of the YAML at the top of a card."""
-    found = re.match(r"\s*---\r?\n(.*?)\n---\s*(\n|$)", text, re.S)
+    match = re.match(r"\s*---\r?\n(.*?)\n---\s*(\n|$)", text, re.S)
     try:
-        data = yaml.safe_load(found[1]) if found else None
+        data = yaml.safe_load(match[1]) if match else None
     except yaml.YAMLError as e:
         return f"invalid YAML: {e}", None
     return (None, data) if data is None or isinstance(data, dict) else ("the metadata is no mapping", None)
@@ -152,25 +152,25 @@ def model_info(hub, ask):
 
 @route("GET", MODEL + "/refs")
 def refs(hub, ask):
-    found = {"branches": [], "tags": [], "converts": [], "pullRequests": []}
+    listed = {"branches": [], "tags": [], "converts": [], "pullRequests": []}
     kinds = {"refs/heads/": "branches", "refs/tags/": "tags", "refs/pr/": "pullRequests"}
     for ref, commit in hub.repo(ask).refs.items():
         prefix = next(k for k in kinds if ref.startswith(k))
-        found[kinds[prefix]].append({"name": ref.removeprefix(prefix), "ref": ref, "targetCommit": commit})
+        listed[kinds[prefix]].append({"name": ref.removeprefix(prefix), "ref": ref, "targetCommit": commit})
     if "include_prs" not in ask.query:
-        del found["pullRequests"]
-    return found
+        del listed["pullRequests"]
+    return listed
 
 
 @route("GET", MODEL + f"/commits{REV}")
 def commits(hub, ask):
     repo = hub.repo(ask, content=True)
-    found, commit = [], repo.find(ask.rev)[1]
+    listed, commit = [], repo.find(ask.rev)[1]
     while commit:
         said = {"id": commit.id, "title": commit.title, "message": commit.message, "date": commit.date}
-        found.append(said | {"authors": [{"user": commit.author, "avatar": ""}]})
+        listed.append(said | {"authors": [{"user": commit.author, "avatar": ""}]})
         commit = repo.commits.get(commit.parent)
-    return _paged(hub, ask, found)
+    return _paged(hub, ask, listed)
 
 
 def _paged(hub, ask, items):
@@ -229,8 +229,8 @@ def resolve(hub, ask):
         return ranged(ask, e.blob, head | {"ETag": f'"{e.oid}"'})
     head |= {"X-Linked-Size": str(e.size), "X-Linked-ETag": f'"{e.sha256}"'}
     head |= {"Location": hub.signed(hub.storage, f"/storage/{repo.id}/{e.sha256}")}
-    if found := hub.xet_hash(e, "X-Xet-Hash"):
-        head |= found | {"Link": f'<{hub.url}/api/models/{repo.id}/xet-read-token/{commit.id}>; rel="xet-auth"'}
+    if xet_header := hub.xet_hash(e, "X-Xet-Hash"):
+        head |= xet_header | {"Link": f'<{hub.url}/api/models/{repo.id}/xet-read-token/{commit.id}>; rel="xet-auth"'}
     return 302, b"", head
 
 

@@ -13,7 +13,7 @@ out.created = (await hf.createRepo({ ...at, visibility: "private" })).repoUrl
 const files = ["README.md", "m-Q2_K.gguf", "sub/m-Q4_K_M.gguf"]
 for (let n = 0; n < 2; n++) await hf.uploadFiles({ ...at, files: files.map(file), commitTitle: `upload ${n}` })
 out.listed = await all(hf.listFiles({ ...at, recursive: true }))
-out.told = await hf.pathsInfo({ ...at, paths: files })
+out.infos = await hf.pathsInfo({ ...at, paths: files })
 out.sizes = []
 for (const path of files) {
   const blob = await hf.downloadFile({ ...at, path })

@@ -111,22 +111,22 @@ class Twist:
         return status, body, headers
 
 
-def doors(there, folder):
+def doors(server, folder):
     def plan():
         item = publish.Item("m.gguf", b"GGUF", 4, sha256(b"GGUF").hexdigest())
         return publish.Plan(REPO, "t", (item,), True)
 
     def anew():
         shutil.rmtree(sources.folder("toy"), ignore_errors=True)
-        sources.fetch("toy", there.url)
+        sources.fetch("toy", server.url)
 
     return {
-        "pin": lambda: sources.pin("toy", REPO, endpoint=there.url),
+        "pin": lambda: sources.pin("toy", REPO, endpoint=server.url),
         "fetch": anew,
-        "rights": lambda: publish.require_rights(hub.api(there.url), {"alice", "lab"}),
-        "look": lambda: publish._look(plan(), hub.api(there.url)),
-        "publish": lambda: publish.publish([publish._look(plan(), hub.api(there.url))], lambda _: None, there.url),
-        "requests": lambda: publish._open_request(hub.api(there.url), plan()),
+        "rights": lambda: publish.require_rights(hub.api(server.url), {"alice", "lab"}),
+        "look": lambda: publish._look(plan(), hub.api(server.url)),
+        "publish": lambda: publish.publish([publish._look(plan(), hub.api(server.url))], lambda _: None, server.url),
+        "requests": lambda: publish._open_request(hub.api(server.url), plan()),
     }
 
 
@@ -138,22 +138,22 @@ def campaign(home, cases, seed, say=print):
     clean = path.read_bytes()
     with (
         tempfile.TemporaryDirectory() as own,
-        Hub(Path(own), part_bytes=1 << 20) as there,
-        official_client(there, 0.0001),
+        Hub(Path(own), part_bytes=1 << 20) as server,
+        official_client(server, 0.0001),
     ):
         with mock.patch.dict(os.environ, HF_TOKEN="hf_write", MOELIB_PATIENCE="0.02"):
-            there.put(REPO, {"toy-F16.gguf": toy, "m.gguf": b"GGUF", "README.md": b"# x"})
-            sources.pin("toy", REPO, endpoint=there.url)
+            server.put(REPO, {"toy-F16.gguf": toy, "m.gguf": b"GGUF", "README.md": b"# x"})
+            sources.pin("toy", REPO, endpoint=server.url)
             pinned = path.read_bytes()
-            every = doors(there, own)
+            every = doors(server, own)
             steps = {}
             for name, go in every.items():
-                before = len(there.requests)
+                before = len(server.requests)
                 go()
-                steps[name] = len(there.requests) - before
+                steps[name] = len(server.requests) - before
             for _ in range(cases):
                 name = rng.choice(list(every))
-                there.twist = Twist(rng.randint(1, steps[name]), rng)
+                server.twist = Twist(rng.randint(1, steps[name]), rng)
                 try:
                     every[name]()
                     ended["went well"] += 1
@@ -167,14 +167,14 @@ def campaign(home, cases, seed, say=print):
                     at = traceback.extract_tb(err.__traceback__)
                     ours = next((f for f in reversed(at) if "moelib" in f.filename), at[-1])
                     bad[
-                        f"{name} ({there.twist.did}): {type(err).__name__} in {Path(ours.filename).name}:{ours.lineno}"
+                        f"{name} ({server.twist.did}): {type(err).__name__} in {Path(ours.filename).name}:{ours.lineno}"
                     ] += 1
-                there.twist = None
+                server.twist = None
                 if path.read_bytes() not in (pinned, clean):
                     ended["catalogue damaged"] += 1
                 path.write_bytes(pinned)
                 params._yaml.cache_clear()
-            there.gaps.clear()  # it was this that sent the client to where nothing is
+            server.gaps.clear()  # it was this that sent the client to where nothing is
     return ended, bad
 
 

@@ -215,7 +215,7 @@ class State:
 
     def xet_files(self):
         """{SHA-256: (xet hash, bytes)} of all files in the xet folder, by its shards."""
-        found = {}
+        files = {}
         for shard in self.cas.glob("xet/xorbs/shards/*.mdb") if self.cas else ():
             data, at = shard.read_bytes(), 48
             while data[at : at + 32] != b"\xff" * 32:
@@ -223,14 +223,14 @@ class State:
                 size = sum(struct.unpack_from("<I", data, at + 48 * i + 36)[0] for i in range(1, n + 1))
                 at += 48 * (1 + n + n * (flags >> 31))  # head, segments, what verifies them
                 if flags >> 30 & 1:
-                    found[_hex(data, at)] = (xet_hash, size)
+                    files[_hex(data, at)] = (xet_hash, size)
                     at += 48
-        return found
+        return files
 
     def xet_hash(self, e, name):
         """{name: xet hash} of a file that xet has."""
-        found = self.xet_files().get(e.sha256)
-        return {name: found[0]} if found else {}
+        file = self.xet_files().get(e.sha256)
+        return {name: file[0]} if file else {}
 
     def _from_xet(self, sha256):
         import hf_xet

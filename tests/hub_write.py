@@ -82,8 +82,8 @@ def storage_put(hub, ask):
 def lfs_complete(hub, ask):
     place = ask.query["place"]
     parts = hub.parts.get(place, {})
-    told = {p["partNumber"]: p["etag"].strip('"') for p in json.loads(ask.body)["parts"]}
-    if not ask.signed or told != {n: hashlib.md5(p).hexdigest() for n, p in parts.items()}:
+    etags = {p["partNumber"]: p["etag"].strip('"') for p in json.loads(ask.body)["parts"]}
+    if not ask.signed or etags != {n: hashlib.md5(p).hexdigest() for n, p in parts.items()}:
         raise Refused(400, "InvalidPart: one or more of the parts could not be found")
     _store(hub, place, b"".join(parts[n] for n in sorted(parts)))
     return {"success": True}
@@ -204,9 +204,9 @@ def _url(hub, repo, d):
     return f"{hub.url}/{repo.id}/discussions/{d.num}"
 
 
-def _told(repo, d):
-    told = {"num": d.num, "title": d.title, "status": d.status, "author": {"name": d.author}, "createdAt": d.date}
-    return told | {"isPullRequest": d.base is not None, "repo": {"name": repo.id, "type": "model"}}
+def _summary(repo, d):
+    summary = {"num": d.num, "title": d.title, "status": d.status, "author": {"name": d.author}, "createdAt": d.date}
+    return summary | {"isPullRequest": d.base is not None, "repo": {"name": repo.id, "type": "model"}}
 
 
 @route("GET", MODEL + "/discussions")
@@ -214,7 +214,7 @@ def discussions(hub, ask):
     repo, q = hub.repo(ask), ask.query
     kind, status, start = q.get("type", "all"), q.get("status", "all"), int(q.get("p", 0)) * hub.page
     wanted = [
-        _told(repo, d)
+        _summary(repo, d)
         for d in reversed(repo.discussions)
         if kind in ("all", "pull_request" if d.base else "discussion")
         and status in ("all", "open" if d.status in ("open", "draft") else "closed")
@@ -240,11 +240,11 @@ def _discussion(hub, ask, right=READ):
 @route("GET", MODEL + r"/discussions/(?P<num>\d+)")
 def discussion(hub, ask):
     repo, d = _discussion(hub, ask)
-    told = _told(repo, d) | {"events": d.events}
+    answer = _summary(repo, d) | {"events": d.events}
     if d.base:
-        told["changes"] = {"base": d.base} | ({"mergeCommitId": d.merged} if d.merged else {})
-        told |= {"filesWithConflicts": _changes(repo, d)[1], "diff": ""}
-    return told
+        answer["changes"] = {"base": d.base} | ({"mergeCommitId": d.merged} if d.merged else {})
+        answer |= {"filesWithConflicts": _changes(repo, d)[1], "diff": ""}
+    return answer
 
 
 @route("POST", MODEL + r"/discussions/(?P<num>\d+)/comment")

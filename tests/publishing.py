@@ -55,33 +55,33 @@ def measured(home: Path, models="deepseek-moe-16b", quants="Q8_0"):
 @contextmanager
 def loopback_hub(folder, xet=False):
     with tempfile.TemporaryDirectory(dir=folder) as own:
-        with Hub(Path(own), xet=xet, part_bytes=1 << 20, silence_s=3) as there, official_client(there):
+        with Hub(Path(own), xet=xet, part_bytes=1 << 20, silence_s=3) as server, official_client(server):
             with mock.patch.dict(os.environ, HF_TOKEN=TOKEN, MOELIB_PATIENCE="0.005"):  # 60 s of silence: 0.3 s
-                yield there
+                yield server
 
 
-def go(results, there, public=True):
+def go(results, server, public=True):
     """Plan and publish; returns what was said."""
     said = []
-    publish.publish(publish.plan(results, SPACE, public, there.url), said.append, there.url)
+    publish.publish(publish.plan(results, SPACE, public, server.url), said.append, server.url)
     return said
 
 
 def wanted(results):
     """Repository -> {file: SHA-256} as it must be in the end."""
-    found = {}
+    digests = {}
     for p in publish.plan(results, SPACE, True, "http://127.0.0.1:9"):
-        found[p.repository] = {i.name: i.sha256 for i in p.items}
-    return found
+        digests[p.repository] = {i.name: i.sha256 for i in p.items}
+    return digests
 
 
-def visible(there):
+def visible(server):
     """[{repository: {file: SHA-256}}] that anyone could see on main, at each change of it."""
-    seen = []
-    for _, repositories in there.public_history():
+    states = []
+    for _, repositories in server.public_history():
         shown = {r: refs.get(MAIN, {}) for r, refs in repositories.items()}
-        seen.append({r: {k: v for k, v in tree.items() if k != ".gitattributes"} for r, tree in shown.items()})
-    return seen
+        states.append({r: {k: v for k, v in tree.items() if k != ".gitattributes"} for r, tree in shown.items()})
+    return states
 
 
 OLD = b"---\nlicense: mit\n---\n# What was here before\n"
@@ -98,10 +98,10 @@ class Scene(NamedTuple):
 
     @contextmanager
     def hub(self, folder, goal):
-        with loopback_hub(folder, self.xet) as there:
+        with loopback_hub(folder, self.xet) as server:
             for repository in goal if self.public else ():
-                there.put(repository, {"README.md": OLD})
-            yield there
+                server.put(repository, {"README.md": OLD})
+            yield server
 
 
 SCENES = [Scene(xet, public) for public in (False, True) for xet in (False, True)]
@@ -119,45 +119,45 @@ class Case(NamedTuple):
 
 def cases(results, folder, scene, every=1, first=0):
     """The requests of a clean publication, each with every fault, once and always."""
-    with scene.hub(folder, wanted(results)) as there:
-        go(results, there)
-        lines = [r.line for r in there.requests]
-    found = [Case(how, n + 1, t, line) for n, line in enumerate(lines) for how in HOWS for t in (1, None)]
-    return found[first % every :: every]
+    with scene.hub(folder, wanted(results)) as server:
+        go(results, server)
+        lines = [r.line for r in server.requests]
+    every_case = [Case(how, n + 1, t, line) for n, line in enumerate(lines) for how in HOWS for t in (1, None)]
+    return every_case[first % every :: every]
 
 
 def judge(results, folder, scene, case):
     """None if the case is safe, else what went wrong; and whether the fault struck."""
     goal = wanted(results)
-    with scene.hub(folder, goal) as there:
-        before = visible(there)[-1]
-        fault = there.fail(case.how, nth=case.nth, times=case.times)
-        first = attempt(results, there)
+    with scene.hub(folder, goal) as server:
+        before = visible(server)[-1]
+        fault = server.fail(case.how, nth=case.nth, times=case.times)
+        first = attempt(results, server)
         struck = fault.struck
-        there._faults.clear()
-        there.let_go()
-        sent = there.requests[:]
+        server._faults.clear()
+        server.let_go()
+        sent = server.requests[:]
         with mock.patch.dict(os.environ, MOELIB_PATIENCE="1"):  # nothing fails now, on a busy machine neither
-            second = attempt(results, there)
-        seen = visible(there)
-        again = there.requests[len(sent) :]
-        shown = {repository: tree for repository, tree in seen[-1].items() if tree == goal[repository]}
-        given = {r: {k: sha256(there.read(r, k)).hexdigest() for k in tree} for r, tree in shown.items()}
+            second = attempt(results, server)
+        states = visible(server)
+        again = server.requests[len(sent) :]
+        shown = {repository: tree for repository, tree in states[-1].items() if tree == goal[repository]}
+        given = {r: {k: sha256(server.read(r, k)).hexdigest() for k in tree} for r, tree in shown.items()}
     if shown != given:
         return "wrong bytes became public", struck
-    for tree in seen:
+    for tree in states:
         for repository, shown in tree.items():
             if shown not in (goal[repository], before.get(repository)):
                 return f"{repository} showed {sorted(shown)}", struck
     for error in (first, second):
         if isinstance(error, str) and error.startswith("BUG"):
             return error, struck
-    rotten = second is not None and "reads back other than it was sent" in second and case.how == "corrupt"
+    rotten = second is not None and "was read back with SHA-256" in second and case.how == "corrupt"
     if second is not None and not rotten:
         return f"the second run failed: {second}", struck
-    if not rotten and seen[-1] != goal:
+    if not rotten and states[-1] != goal:
         return "after the second run not everything is public", struck
-    if rotten and seen[-1] != before:
+    if rotten and states[-1] != before:
         return "wrong bytes became public", struck
     stored = {r.line for r in sent if r.method == "PUT" and r.status == 200 and r.fault is None}
     if twice := [r.line for r in again if r.method == "PUT" and r.line in stored and whole(sent, r)]:
@@ -170,10 +170,10 @@ def whole(sent, request):
     return "part" not in request.line
 
 
-def attempt(results, there):
+def attempt(results, server):
     """None for success, the message of one of our errors, or a text that begins with BUG."""
     try:
-        go(results, there)
+        go(results, server)
     except params.UserError as err:
         return str(err) if TOKEN not in str(err) else f"BUG: the token is in {err}"
     except Exception as err:
@@ -186,13 +186,13 @@ def campaign(results, folder, scene, every=1, first=0, say=print):
     injected, safe, wrong = Counter(), Counter(), []
     todo = cases(results, folder, scene, every, first)
     for n, case in enumerate(todo):
-        found, struck = judge(results, folder, scene, case)
+        finding, struck = judge(results, folder, scene, case)
         if not struck:
             continue  # another order of requests: nothing failed
         injected[case.how] += 1
-        safe[case.how] += found is None
-        if found:
-            wrong.append(f"{case}: {found}")
+        safe[case.how] += finding is None
+        if finding:
+            wrong.append(f"{case}: {finding}")
             say(f"NOT SAFE {wrong[-1]}")
         if (n + 1) % 50 == 0:
             say(f"  {n + 1} of {len(todo)} cases")

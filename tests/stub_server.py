@@ -57,8 +57,8 @@ def loopback():
             note = llama.folder / "held"
             note.unlink(missing_ok=True)
             with super().session(llama, work) as made:
-                told = lambda: int(note.read_text(encoding="utf-8")) if note.exists() else 0  # noqa: E731
-                made.peak_bytes = lambda: process.peak_rss(made.pid) + told()
+                held_bytes = lambda: int(note.read_text(encoding="utf-8")) if note.exists() else 0  # noqa: E731
+                made.peak_bytes = lambda: process.peak_rss(made.pid) + held_bytes()
                 yield made
 
     return Held()
@@ -150,11 +150,11 @@ def _read(facts, path, part):
 
     h = gguf_file.read_header(path)
     placements = ["baseline", "cpu-moe", *(f"n-cpu-moe={n}" for n in range(1, 9))]
-    told = {"device": {p: h.device_bytes(p) for p in placements}, "all": h.tensor_bytes}
+    described = {"device": {p: h.device_bytes(p) for p in placements}, "all": h.tensor_bytes}
     short = {k.removeprefix(h.metadata["general.architecture"] + "."): v for k, v in h.metadata.items()}
-    told |= {k: short[k] for k in ("block_count", "embedding_length")}
-    told["kv"] = short["attention.head_count_kv"] * short["embedding_length"] // short["attention.head_count"]
-    part.write_text(json.dumps(told), encoding="utf-8")
+    described |= {k: short[k] for k in ("block_count", "embedding_length")}
+    described["kv"] = short["attention.head_count_kv"] * short["embedding_length"] // short["attention.head_count"]
+    part.write_text(json.dumps(described), encoding="utf-8")
 
 
 class Server:
@@ -211,7 +211,7 @@ class Server:
 
     def serve(self):
         self.load()
-        signal.signal(signal.SIGTERM, self._told_to_end)
+        signal.signal(signal.SIGTERM, self._on_sigterm)
         if self.what.get("at") == "load":
             _end(self.what)
         with socket.create_server(("127.0.0.1", 0)) as s:
@@ -220,7 +220,7 @@ class Server:
             while True:
                 threading.Thread(target=self._connection, args=(s.accept()[0],), daemon=True).start()
 
-    def _told_to_end(self, *_):
+    def _on_sigterm(self, *_):
         if self.what.get("at") == "end":
             _end(self.what)
         os._exit(0)
@@ -261,8 +261,8 @@ class Server:
             return self._json(c, 200, {"status": "ok"}, keep)
         if path == "/props":
             number = self.facts["build"]
-            told = {"model_path": str(self.model), "build_info": f"b{number}-{self.commit}", "total_slots": 1}
-            return self._json(c, 200, told, keep)
+            properties = {"model_path": str(self.model), "build_info": f"b{number}-{self.commit}", "total_slots": 1}
+            return self._json(c, 200, properties, keep)
         if path == "/tokenize":
             words = re.findall(r"\w+|[^\w\s]", asked["content"])
             ids = [259 + sum(map(ord, w)) % 200 for w in words]
@@ -321,8 +321,8 @@ class Server:
         if not asked.get("stream"):
             top = [{"id": i, "token": f" t{i}", "bytes": [32]} for i in range(asked.get("n_probs", 0))]
             top = [{**t, "logprob": self.what.get("logprob", -5.0 - t["id"] / 10)} for t in top]
-            told = [{**top[0], "top_logprobs": top}] if top else []
-            more = {"completion_probabilities": told} if top else {}
+            probabilities = [{**top[0], "top_logprobs": top}] if top else []
+            more = {"completion_probabilities": probabilities} if top else {}
             return self._json(c, 200, {**final(n), "content": " t0", **more}, keep)
         head = ["HTTP/1.1 200 OK", "Server: llama.cpp", "Content-Type: text/event-stream"]
         head += ["Transfer-Encoding: chunked", "Connection: close"]

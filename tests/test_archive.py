@@ -138,12 +138,12 @@ def left(place):
 
 
 def test_the_pins_of_the_repository_are_the_known_ones():
-    found = archive.check(yaml.safe_load((REPO / "params/engine.yaml").read_text(encoding="utf-8")))
-    cpu = found.pins["linux-x86_64/cpu"]
+    pins = archive.check(yaml.safe_load((REPO / "params/engine.yaml").read_text(encoding="utf-8")))
+    cpu = pins.pins["linux-x86_64/cpu"]
     sha256 = "527c09064f3c89e4b6e1008a641e31903a04ccdd1c69abd0752acbbd4e1905f6"
     assert (cpu.build, cpu.glibc) == (BUILD, "2.35")
     assert cpu.files == {NAME: archive.File(bytes=17_014_362, sha256=sha256)}
-    assert {name for name, pin in found.pins.items() if not pin.files} == {
+    assert {name for name, pin in pins.pins.items() if not pin.files} == {
         "linux-x86_64/cuda-12.8",
         "linux-x86_64/cuda-13.4",
     }
@@ -512,7 +512,7 @@ def test_the_real_tools_packed_as_a_release_are_tried_and_used(engine, place, si
     one = offered(site, place, out.getvalue())
     build_engine.main()
     llama = engines.find()
-    assert (llama.folder, llama.found_by, llama.build) == (one.tools(), "release archive", engine.build)
+    assert (llama.folder, llama.origin, llama.build) == (one.tools(), "release archive", engine.build)
     assert capsys.readouterr().out.splitlines()[-1] == f"using {llama}"
     build_engine.main()
     assert capsys.readouterr().out == f"using {llama}\n"

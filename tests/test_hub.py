@@ -53,8 +53,8 @@ def test_a_repository_is_filled_in_private_read_back_and_made_public(hub, tmp_pa
     assert owner.create_repo(M, exist_ok=True).repo_id == M
     owner.upload_folder(repo_id=M, folder_path=folder(tmp_path / "up"))
     info = owner.model_info(M, files_metadata=True)
-    told = {s.rfilename: (s.size, s.lfs and s.lfs.sha256) for s in info.siblings if s.rfilename != ".gitattributes"}
-    assert told == {p: (len(c), None if p == "README.md" else sha(c)) for p, c in FILES.items()}
+    entries = {s.rfilename: (s.size, s.lfs and s.lfs.sha256) for s in info.siblings if s.rfilename != ".gitattributes"}
+    assert entries == {p: (len(c), None if p == "README.md" else sha(c)) for p, c in FILES.items()}
     assert (info.private, info.card_data.license, info.sha) == (True, "mit", hub.repos[M].refs["refs/heads/main"])
     paths = [*FILES, ".gitattributes", "sub"]
     listed = {e.path: e for e in owner.list_repo_tree(M, recursive=True)}
@@ -72,9 +72,9 @@ def test_a_repository_is_filled_in_private_read_back_and_made_public(hub, tmp_pa
     assert Path(anyone.hf_hub_download(M, "sub/m-Q4_K_M.gguf", cache_dir=tmp_path / "d")).read_bytes() == LARGE
     assert [c.title for c in owner.list_repo_commits(M)] == ["Upload folder using huggingface_hub", "initial commit"]
     owner.delete_repo(M)
-    first, seen, last = [s for _, s in hub.public_history()]
+    first, shown, last = [s for _, s in hub.public_history()]
     assert (first, last) == ({}, {})
-    assert {p: seen[M]["refs/heads/main"][p] for p in FILES} == {p: sha(c) for p, c in FILES.items()}
+    assert {p: shown[M]["refs/heads/main"][p] for p in FILES} == {p: sha(c) for p, c in FILES.items()}
 
 
 def test_how_files_come_shows_in_the_requests(hub):
@@ -85,10 +85,10 @@ def test_how_files_come_shows_in_the_requests(hub):
     by_lfs = ["POST /alice/m.git/info/lfs/objects/batch", storage, *parts]
     by_lfs += ["POST /api/complete_multipart?place=%2Fstorage%2Falice%2Fm%2FSHA"]
     by_lfs += ["POST /alice/m.git/info/lfs/objects/verify"] * 2
-    seen = lines(hub)
-    assert seen[:2] == ["POST /api/validate-yaml", "POST /api/models/alice/m/preupload/main"]
-    assert sorted(seen[2:-1]) == sorted(["GET /api/models/alice/m/xet-write-token/main"] if hub.cas else by_lfs)
-    assert seen[-1] == "POST /api/models/alice/m/commit/main"
+    requests = lines(hub)
+    assert requests[:2] == ["POST /api/validate-yaml", "POST /api/models/alice/m/preupload/main"]
+    assert sorted(requests[2:-1]) == sorted(["GET /api/models/alice/m/xet-write-token/main"] if hub.cas else by_lfs)
+    assert requests[-1] == "POST /api/models/alice/m/commit/main"
     stored = [r for r in hub.requests if r.path.startswith("/storage")]
     assert not [r for r in stored if r.token], "a token never leaves for storage"
     assert not [r for r in hub.requests if "ignature" in r.path]
@@ -155,8 +155,8 @@ def test_a_pull_request_against_what_has_changed_is_refused(lfs_hub):
 def test_listings_come_in_pages(lfs_hub):
     lfs_hub.put(M, {f"d{n % 3}/{n}.txt": b"x" for n in range(11)})
     lfs_hub.page = 2
-    found = list(api(lfs_hub).list_repo_tree(M, recursive=True))
-    assert len({e.path for e in found}) == len(found) == 11 + 3 + 1
+    entries = list(api(lfs_hub).list_repo_tree(M, recursive=True))
+    assert len({e.path for e in entries}) == len(entries) == 11 + 3 + 1
     assert [e.path for e in api(lfs_hub).list_repo_tree(M, "d1")] == ["d1/1.txt", "d1/10.txt", "d1/4.txt", "d1/7.txt"]
     assert [e.path for e in api(lfs_hub).list_repo_tree(M)] == [".gitattributes", "d0", "d1", "d2"]
     assert len(api(lfs_hub).list_repo_commits(M)) == 2
@@ -239,16 +239,16 @@ WRITES = {
 def test_who_may_write(lfs_hub, case):
     token, expected = WRITES[case]
     lfs_hub.put(M, {}), lfs_hub.put("lab/m", {})
-    a, found = api(lfs_hub, token), {}
+    a, statuses = api(lfs_hub, token), {}
     tries = {"create": lambda: a.create_repo("alice/new"), "commit": lambda: commit(a)}
     tries |= {"pull": lambda: commit(a, create_pr=True), "publish": lambda: a.update_repo_settings(M, private=True)}
     for name, go in tries.items():
         try:
             go()
-            found[name] = 200
+            statuses[name] = 200
         except errors.HfHubHTTPError as e:
-            found[name] = e.response.status_code
-    assert found == expected
+            statuses[name] = e.response.status_code
+    assert statuses == expected
     assert lfs_hub.repos[M].private == (expected["publish"] == 200)
 
 
@@ -279,8 +279,8 @@ def test_storage_refuses_what_was_not_announced(lfs_hub):
     lfs_hub.put(M, {})
     with httpx.Client(trust_env=False, headers={"Authorization": "Bearer hf_write"}) as c:
         batch = {"operation": "upload", "objects": [{"oid": sha(SMALL), "size": len(SMALL)}]}
-        [told] = c.post(f"{lfs_hub.url}/{M}.git/info/lfs/objects/batch", json=batch).json()["objects"]
-        place, verify = (told["actions"][n]["href"] for n in ("upload", "verify"))
+        [answer] = c.post(f"{lfs_hub.url}/{M}.git/info/lfs/objects/batch", json=batch).json()["objects"]
+        place, verify = (answer["actions"][n]["href"] for n in ("upload", "verify"))
         line = {"key": "lfsFile", "value": {"path": "m.gguf", "algo": "sha256", "oid": sha(SMALL), "size": len(SMALL)}}
         body = json.dumps({"key": "header", "value": {"summary": "x"}}) + "\n" + json.dumps(line)
         unsigned = {"Authorization": ""}
@@ -320,8 +320,8 @@ def test_whatever_was_public_at_any_time_is_known(hub):
     api(hub).update_repo_settings(M, private=False)
     commit(api(hub), create_pr=True)
     api(hub).update_repo_settings(M, private=True)
-    seen = [s for _, s in hub.public_history()]
-    assert [{ref: sorted(f) for ref, f in s.get(M, {}).items()} for s in seen] == [
+    states = [s for _, s in hub.public_history()]
+    assert [{ref: sorted(f) for ref, f in s.get(M, {}).items()} for s in states] == [
         {},
         {"refs/heads/main": [".gitattributes"]},
         {"refs/heads/main": [".gitattributes"], "refs/pr/1": [".gitattributes", "m.gguf"]},
@@ -335,12 +335,12 @@ def js_folder(request):
     if not (node := shutil.which("node")):
         pytest.skip("no node: the JavaScript client of the Hub is not tried")
     where = Path(os.environ.get("MOELIB_HUB_JS") or request.config.cache.mkdir("hub-js"))
-    found = where / "node_modules/@huggingface/hub/package.json"
-    if not found.exists() and (npm := shutil.which("npm")):
+    package = where / "node_modules/@huggingface/hub/package.json"
+    if not package.exists() and (npm := shutil.which("npm")):
         ask = [npm, "install", "--prefix", where, "--ignore-scripts", "--no-audit", "--fetch-retries=0", HUB_JS]
         with suppress(subprocess.TimeoutExpired):
             subprocess.run(ask, capture_output=True, timeout=60)
-    if not found.exists():
+    if not package.exists():
         pytest.skip(f"npm could not install {HUB_JS}: the JavaScript client of the Hub is not tried")
     return node, where
 
@@ -356,8 +356,8 @@ def test_the_javascript_client_gets_along(lfs_hub, tmp_path, js_folder):
     out = json.loads(done.stdout)
     assert (out["who"], out["created"]) == ("alice", f"{lfs_hub.url}/alice/js")
     assert {e["path"] for e in out["listed"]} == {*FILES, "sub", ".gitattributes"}
-    told = {e["path"]: (e["size"], e.get("lfs", {}).get("oid")) for e in out["told"]}
-    assert told == {p: (len(c), None if p == "README.md" else sha(c)) for p, c in FILES.items()}
+    listed = {e["path"]: (e["size"], e.get("lfs", {}).get("oid")) for e in out["infos"]}
+    assert listed == {p: (len(c), None if p == "README.md" else sha(c)) for p, c in FILES.items()}
     assert out["sizes"] == [[p, True, len(c)] for p, c in FILES.items()]
     assert (out["part"], out["missing"], out["exists"], out["info"]) == ("GGUF", None, [True, False], True)
     assert out["pull"] == f"{lfs_hub.url}/alice/js/discussions/1"

@@ -60,16 +60,16 @@ def sha256(path):
 
 def test_programs_and_libraries_are_found_and_data_is_not(library):
     with holding(library) as (pid, since):
-        found = {m.path: m for m in mapped.look(pid, since)}
+        mappings = {m.path: m for m in mapped.look(pid, since)}
         program = Path(os.readlink(f"/proc/{pid}/exe"))
-    assert found[library].own, "by its name, wherever it lies"
-    assert found[program].own, "the program itself"
-    libc = next(p for p in found if p.name.startswith("libc.so"))
-    assert not found[libc].own
-    assert library.parent / "model.gguf" not in found
-    told = mapped.Hashes().of(found.values())
-    assert told[library.name] == sha256(library)
-    assert told[libc.name] == sha256(libc)
+    assert mappings[library].own, "by its name, wherever it lies"
+    assert mappings[program].own, "the program itself"
+    libc = next(p for p in mappings if p.name.startswith("libc.so"))
+    assert not mappings[libc].own
+    assert library.parent / "model.gguf" not in mappings
+    hashes = mapped.Hashes().of(mappings.values())
+    assert hashes[library.name] == sha256(library)
+    assert hashes[libc.name] == sha256(libc)
 
 
 def test_what_lies_beside_the_tools_is_the_engines_whatever_its_name(library):
@@ -110,10 +110,10 @@ def test_data_that_is_removed_is_nobodys_fault(library):
 
 def test_a_file_that_changes_between_the_look_and_the_hash_is_told(library):
     with holding(library) as (pid, since):
-        found = mapped.look(pid, since)
+        mappings = mapped.look(pid, since)
         exchange(library)
     with pytest.raises(ProcessError, match="changed after the run") as caught:
-        mapped.Hashes().of(found)
+        mapped.Hashes().of(mappings)
     assert caught.value.reason == "engine-changed"
 
 
@@ -154,8 +154,8 @@ def test_two_files_of_one_name_are_two(library, tmp_path):
     write(Path(shutil.copy(library, other)))
     time.sleep(0.02)
     with holding(library, other) as (pid, since):
-        told = mapped.Hashes().of(mapped.look(pid, since))
-    assert {told["libggml-test.so"], told["libggml-test.so (2)"]} == {sha256(library), sha256(other)}
+        hashes = mapped.Hashes().of(mapped.look(pid, since))
+    assert {hashes["libggml-test.so"], hashes["libggml-test.so (2)"]} == {sha256(library), sha256(other)}
 
 
 LOAD = "import sys, ctypes; ctypes.CDLL(sys.argv[1]); print(1, flush=True); sys.stdin.read()"
@@ -173,7 +173,7 @@ def test_what_a_process_started_counts_too(library):
 def test_where_the_system_does_not_say_there_is_a_reason(monkeypatch, tmp_path):
     gone = subprocess.Popen(["/bin/true"])
     gone.wait()
-    with pytest.raises(mapped.NotTold, match="does not say which files a process has mapped"):
+    with pytest.raises(mapped.NotListed, match="does not say which files a process has mapped"):
         mapped.look(gone.pid, time.time())
     monkeypatch.setattr(mapped, "Path", lambda p: tmp_path / "no" / str(p).lstrip("/"))  # a system without /proc
     llama = engines.Engine(tmp_path, "test", {}, 1, "v", engines.Help(""))
@@ -189,17 +189,17 @@ def test_a_library_exchanged_between_two_runs_shows(engine, home, tmp_path):
     llama = copy_of(engine, tmp_path / "build")
     made = quantize.make(models.make_twin("deepseek-moe-16b", "nano"), "Q8_0", llama, tmp_path / "q")
     library = library_of(llama)
-    seen = []
+    observations = []
     for _ in range(2):
         asked = spec(workloads=("smoke",), context=256)
         outcome = run.execute(asked, made, llama, device.Loopback(), tmp_path / "work")
         assert outcome.reason is None, outcome.message
-        seen.append(outcome.observation)
+        observations.append(outcome.observation)
         shutil.copy(library, new := library.with_name("new"))
         write(new)
         os.replace(new, library)
         time.sleep(0.02)
-    first, second = seen
+    first, second = observations
     names = {"llama-server", library.name}
     assert names <= first.engine_files.keys()
     assert "ggml-rpc-server" in first.device_files

@@ -76,19 +76,19 @@ def test_known_values():
 
 @given(st.text(max_size=300))
 def test_any_text_is_one_paragraph_of_its_own_characters(text):
-    told = neutral.markdown(text)
-    assert not unseen(told)
-    assert "\n" not in told
-    assert tags(f"x {told}") == {"p"}
-    seen = re.sub(r"</?p>", "", MARKDOWN(f"x {told}"))
-    assert html.unescape(seen).split() == ["x", *neutral.plain(text).split()]
+    escaped = neutral.markdown(text)
+    assert not unseen(escaped)
+    assert "\n" not in escaped
+    assert tags(f"x {escaped}") == {"p"}
+    rendered = re.sub(r"</?p>", "", MARKDOWN(f"x {escaped}"))
+    assert html.unescape(rendered).split() == ["x", *neutral.plain(text).split()]
 
 
 @given(st.text(max_size=100))
 def test_any_text_is_the_same_in_json_spelt_out(text):
-    told = files.pretty({"a": text, text: 1}).decode("utf-8")
-    assert json.loads(told) == {"a": text, text: 1}
-    assert not unseen(told)
+    written = files.pretty({"a": text, text: 1}).decode("utf-8")
+    assert json.loads(written) == {"a": text, text: 1}
+    assert not unseen(written)
 
 
 @given(st.text(max_size=100), st.text(max_size=100))
@@ -155,41 +155,41 @@ COMMITTED = {"demo": REPO / "docs/example/demo", "h100-twins": REPO / "outputs/h
 
 def poisoned(name: str, models: bool) -> tuple[study.Results, set[str]]:
     """A committed study as evidence in which every free string is hostile; nothing is asked of it again."""
-    found, poison = study.results(COMMITTED[name]), Poison(models)
-    plan = found.study.model_copy(
+    results, poison = study.results(COMMITTED[name]), Poison(models)
+    plan = results.study.model_copy(
         update={
             "name": poison.name("x"),
             "title": HOSTILE,
-            "scale": HOSTILE if models else found.study.scale,
-            "models": tuple(map(poison.name, found.study.models)) if models else found.study.models,
-            "workloads": tuple(map(poison.name, found.study.workloads)),
+            "scale": HOSTILE if models else results.study.scale,
+            "models": tuple(map(poison.name, results.study.models)) if models else results.study.models,
+            "workloads": tuple(map(poison.name, results.study.workloads)),
         }
     )
     workloads = {
         poison.name(k): w.model_copy(update={"name": poison.name(k), "title": HOSTILE, "text": HOSTILE})
-        for k, w in found.workloads.items()
+        for k, w in results.workloads.items()
     }
-    records = {r.run_id: poison(r) for r in found.records}
+    records = {r.run_id: poison(r) for r in results.records}
     statuses = {}
-    for cell, s in found.statuses.items():
+    for cell, s in results.statuses.items():
         model, quant = cell.split("/")
         blocks = tuple(tuple(records[r.run_id] for r in block) for block in s.blocks)
         key = f"{poison.name(model) if models else model}/{quant}"
         statuses[key] = dataclasses.replace(s, blocks=blocks, problems=(f"{key}: {HOSTILE}",))
-    bad = dataclasses.replace(found.evidence, records=[*records.values()], damaged=[HOSTILE], wrong={}, checks={})
+    bad = dataclasses.replace(results.evidence, records=[*records.values()], damaged=[HOSTILE], wrong={}, checks={})
     made = study.Results.model_construct(
         schema_version=3,
         study=plan,
         workloads=workloads,
-        cells=[poison(c) for c in found.cells],
+        cells=[poison(c) for c in results.cells],
         name=poison.name("x"),
         records=[*records.values()],
         evidence=bad,
-        manifests=[poison(s) for s in found.manifests],
-        accuracy={f"harness/{HOSTILE}": poison(h) for h in found.accuracy.values()},
+        manifests=[poison(s) for s in results.manifests],
+        accuracy={f"harness/{HOSTILE}": poison(h) for h in results.accuracy.values()},
     )
     made.__dict__["statuses"] = statuses
-    made.__dict__["audit"] = tuple(poison(c) for c in found.audit)
+    made.__dict__["audit"] = tuple(poison(c) for c in results.audit)
     return made, poison.taken
 
 
@@ -219,8 +219,8 @@ def clean(text: str) -> None:
     """A page shows no string as anything but itself."""
     assert not unseen(text), unseen(text)
     page = MARKDOWN(text)
-    found = {name.lower() for name in re.findall(r"<\s*/?\s*([A-Za-z][\w-]*)", page)}
-    assert found <= TAGS | {"img"}, found - TAGS
+    elements = {name.lower() for name in re.findall(r"<\s*/?\s*([A-Za-z][\w-]*)", page)}
+    assert elements <= TAGS | {"img"}, elements - TAGS
     assert "evil.example" in page, "the strings are there"
     assert not re.search(r"(href|src|onerror)\s*=\s*[\"'][^\"']*evil", page)
     tables = page.count("<table>")
@@ -230,49 +230,51 @@ def clean(text: str) -> None:
 
 
 def test_no_string_gets_out_in_the_document(bad, monkeypatch):
-    found, _ = bad
-    monkeypatch.setattr(study, "results", lambda _: found)
+    results, _ = bad
+    monkeypatch.setattr(study, "results", lambda _: results)
     clean(shown.document("x", figures=True))
 
 
 def test_no_string_gets_out_in_the_tables_of_a_run(bad):
-    found, _ = bad
-    records = [r for b in found.blocks for r in b][:2]
+    results, _ = bad
+    records = [r for b in results.blocks for r in b][:2]
     clean(evidence.runs_table(records).markdown())
-    clean(evidence.manifest_table(found.manifests[0]).markdown())
-    for figure in (plots.memory_over_time(records), plots.tokens_over_time(records, found.study.workloads[0])):
+    clean(evidence.manifest_table(results.manifests[0]).markdown())
+    for figure in (plots.vram_over_time(records), plots.tokens_over_time(records, results.study.workloads[0])):
         figure.draw_without_rendering()
 
 
 @pytest.mark.parametrize("name", COMMITTED)
 def test_no_string_gets_out_in_a_card(name, monkeypatch):
-    found, _ = poisoned(name, models=False)
+    results, _ = poisoned(name, models=False)
     part = cards.part
 
     def part_of(*args):
         made = part(*args)
-        made.__dict__["statuses"] = {f"{c.model}/{c.quant}": found.statuses[f"{c.model}/{c.quant}"] for c in made.cells}
+        made.__dict__["statuses"] = {
+            f"{c.model}/{c.quant}": results.statuses[f"{c.model}/{c.quant}"] for c in made.cells
+        }
         return made
 
     monkeypatch.setattr(cards, "part", part_of)
-    pages = {k: v for k, v in cards.build(found, "acme").items() if k.endswith(".md")}
+    pages = {k: v for k, v in cards.build(results, "acme").items() if k.endswith(".md")}
     assert pages
     for text in pages.values():
         front, body = text.split("\n---\n", 1)
         assert not unseen(text)
         assert yaml.safe_load(front)["license"]
         page = MARKDOWN(body)
-        found_tags = {name.lower() for name in re.findall(r"<\s*/?\s*([A-Za-z][\w-]*)", page)}
-        assert found_tags <= TAGS | {"a", "pre", "blockquote", "h4"}
+        elements = {name.lower() for name in re.findall(r"<\s*/?\s*([A-Za-z][\w-]*)", page)}
+        assert elements <= TAGS | {"a", "pre", "blockquote", "h4"}
         assert not re.search(r"(href|src|onerror)\s*=\s*[\"'][^\"']*evil", page)
         assert body.count("```") == 2 * len(re.findall(r"^```\w+$", body, re.MULTILINE)), "no block of code ends early"
 
 
 def test_no_string_gets_out_on_a_terminal(bad, monkeypatch):
-    found, _ = bad
-    monkeypatch.setattr(study, "results", lambda _: found)
-    monkeypatch.setattr(study.Folder, "look", lambda _: found)
-    verdict = evidence.problems(found).verdict
+    results, _ = bad
+    monkeypatch.setattr(study, "results", lambda _: results)
+    monkeypatch.setattr(study.Folder, "look", lambda _: results)
+    verdict = evidence.problems(results).verdict
     monkeypatch.setattr(notebook, "report", lambda *_: notebook.Reported(REPO, **verdict))
     for argv in (["audit", "demo"], ["study", "status", "demo"], ["report", "demo"]):
         done = CliRunner().invoke(cli.main, argv)
@@ -280,4 +282,4 @@ def test_no_string_gets_out_on_a_terminal(bad, monkeypatch):
         assert "fault of moelib" not in done.output
         assert not unseen(done.output)
         problems = [line for line in done.output.splitlines() if line.startswith("  ")]
-        assert len(problems) == len(found.problems)
+        assert len(problems) == len(results.problems)

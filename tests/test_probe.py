@@ -21,10 +21,10 @@ def sleeping(seconds):
     deadline = time.monotonic() + 2
     while True:
         every = psutil.process_iter(["cmdline", "status"])
-        found = [p for p in every if p.info["cmdline"] == ["sleep", str(seconds)]]
-        found = [p for p in found if p.info["status"] != psutil.STATUS_ZOMBIE]
-        if not found or time.monotonic() > deadline:
-            return found
+        processes = [p for p in every if p.info["cmdline"] == ["sleep", str(seconds)]]
+        processes = [p for p in processes if p.info["status"] != psutil.STATUS_ZOMBIE]
+        if not processes or time.monotonic() > deadline:
+            return processes
         time.sleep(0.02)
 
 

@@ -208,8 +208,8 @@ def test_only_the_allow_list_reaches_a_child(tmp_path, monkeypatch):
     with child(tmp_path, ["/usr/bin/env"], LLAMA_API_KEY="k") as c:
         while c.running():
             time.sleep(0.01)
-    seen = dict(line.split("=", 1) for line in c.text().splitlines() if "=" in line)
-    assert set(seen) <= {
+    variables = dict(line.split("=", 1) for line in c.text().splitlines() if "=" in line)
+    assert set(variables) <= {
         *process.ENV_ALLOWED,
         "XDG_CONFIG_HOME",
         "XDG_CACHE_HOME",
@@ -219,8 +219,8 @@ def test_only_the_allow_list_reaches_a_child(tmp_path, monkeypatch):
         "_",
         "LC_CTYPE",  # of the Python that launches, where the system sets no locale
     }
-    assert seen["CUDA_VISIBLE_DEVICES"] == "GPU-x"
-    assert os.listdir(seen["XDG_CONFIG_HOME"]) == []
+    assert variables["CUDA_VISIBLE_DEVICES"] == "GPU-x"
+    assert os.listdir(variables["XDG_CONFIG_HOME"]) == []
 
 
 def test_cpus_are_kept_to(tmp_path):
@@ -305,8 +305,8 @@ def test_a_clone_is_dirty_by_what_measures_and_not_by_what_was_measured(tmp_path
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
 
     def facts():
-        told = process.facts.__wrapped__()
-        return told["commit"], told["dirty"]
+        result = process.facts.__wrapped__()
+        return result["commit"], result["dirty"]
 
     def git(*args):
         who = ["-c", "user.name=n", "-c", "user.email=e"]
@@ -329,14 +329,14 @@ def test_a_clone_is_dirty_by_what_measures_and_not_by_what_was_measured(tmp_path
     assert facts() == (commit, True)
 
 
-@pytest.mark.parametrize("told", ["", "fast", "0", "-1", "nan", "inf", "1e9", "1e-9", "0x1"])
-def test_a_patience_that_is_no_number_is_said(monkeypatch, told):
-    monkeypatch.setenv("MOELIB_PATIENCE", told)
+@pytest.mark.parametrize("setting", ["", "fast", "0", "-1", "nan", "inf", "1e9", "1e-9", "0x1"])
+def test_a_patience_that_is_no_number_is_said(monkeypatch, setting):
+    monkeypatch.setenv("MOELIB_PATIENCE", setting)
     with pytest.raises(params.UserError, match="MOELIB_PATIENCE=.* is no number from 0.001 to 1000; unset it"):
         process.patience(1)
 
 
-@pytest.mark.parametrize(("told", "waits"), [("1", 3.0), ("2.5", 7.5), ("1e-3", 0.003), (" 2 ", 6.0)])
-def test_patience_lengthens_waits(monkeypatch, told, waits):
-    monkeypatch.setenv("MOELIB_PATIENCE", told)
+@pytest.mark.parametrize(("setting", "waits"), [("1", 3.0), ("2.5", 7.5), ("1e-3", 0.003), (" 2 ", 6.0)])
+def test_patience_lengthens_waits(monkeypatch, setting, waits):
+    monkeypatch.setenv("MOELIB_PATIENCE", setting)
     assert process.patience(3) == pytest.approx(waits)

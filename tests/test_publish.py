@@ -32,9 +32,9 @@ def results(tmp_path_factory, models_folder):
 
 
 @pytest.fixture(params=["lfs", "xet"])
-def there(request, tmp_path):
-    with loopback_hub(tmp_path, request.param == "xet") as found:
-        yield found
+def server(request, tmp_path):
+    with loopback_hub(tmp_path, request.param == "xet") as server:
+        yield server
 
 
 def writes(requests):
@@ -42,8 +42,8 @@ def writes(requests):
     return [r.line for r in requests if r.method != "GET" and r.method != "HEAD"]
 
 
-def test_a_plan_says_everything_and_touches_nothing(results, there):
-    (plan,) = publish.plan(results, SPACE, None, there.url)
+def test_a_plan_says_everything_and_touches_nothing(results, server):
+    (plan,) = publish.plan(results, SPACE, None, server.url)
     text = plan.text()
     (sheet,) = results.manifests
     assert f"{REPO} (new, to stay private)" in text
@@ -52,8 +52,8 @@ def test_a_plan_says_everything_and_touches_nothing(results, there):
     assert "2 commits, 5 files" in text
     assert "1. Add deepseek-moe-16b-Q8_0.gguf" in text
     assert "2. Cards: README.md" in text
-    assert writes(there.requests) == []
-    assert there.repos == {}
+    assert writes(server.requests) == []
+    assert server.repos == {}
 
 
 def test_without_a_hub_the_plan_stands_and_says_so(results):
@@ -62,63 +62,63 @@ def test_without_a_hub_the_plan_stands_and_says_so(results):
     assert len(plan.changes) == 5
 
 
-def test_what_is_public_in_the_end_is_what_was_measured(results, there):
-    said = go(results, there)
-    repo = there.repos[REPO]
+def test_what_is_public_in_the_end_is_what_was_measured(results, server):
+    said = go(results, server)
+    repo = server.repos[REPO]
     assert not repo.private
-    assert visible(there)[-1] == wanted(results)
-    assert [c for c in visible(there) if c] == [wanted(results)]  # at no time anything else
+    assert visible(server)[-1] == wanted(results)
+    assert [c for c in visible(server) if c] == [wanted(results)]  # at no time anything else
     titles = [c.title for c in repo.commits.values() if c.title.startswith(("Add", "Cards"))]
     assert titles == ["Add deepseek-moe-16b-Q8_0.gguf", "Cards: README.md, Q8_0.md, SHA256SUMS, provenance.json"]
     assert said[-1] == f"{REPO}: public, 5 files verified"
     assert sum("reading back" in line for line in said) == 5
 
 
-def test_a_twin_stays_private_unless_told_otherwise(results, there):
-    go(results, there, public=None)
-    assert there.repos[REPO].private
-    assert visible(there)[-1] == {}
-    there.repos[REPO].private = False
+def test_a_twin_stays_private_unless_told_otherwise(results, server):
+    go(results, server, public=None)
+    assert server.repos[REPO].private
+    assert visible(server)[-1] == {}
+    server.repos[REPO].private = False
     with pytest.raises(PublishError, match="is public, and files of twins are not to be"):
-        go(results, there, public=None)
+        go(results, server, public=None)
 
 
-def test_unchanged_content_makes_no_commit(results, there):
-    go(results, there)
-    before, commits = len(there.requests), list(there.repos[REPO].commits)
-    (plan,) = publish.plan(results, SPACE, True, there.url)
+def test_unchanged_content_makes_no_commit(results, server):
+    go(results, server)
+    before, commits = len(server.requests), list(server.repos[REPO].commits)
+    (plan,) = publish.plan(results, SPACE, True, server.url)
     assert "0 commits, 0 files, 0 bytes to send" in plan.text()
     assert plan.text().count("  same ") == 5
-    assert go(results, there) == [f"{REPO}: public already, nothing to do"]
-    assert list(there.repos[REPO].commits) == commits
-    assert writes(there.requests[before:]) == []
+    assert go(results, server) == [f"{REPO}: public already, nothing to do"]
+    assert list(server.repos[REPO].commits) == commits
+    assert writes(server.requests[before:]) == []
 
 
-def test_a_public_repository_changes_by_a_pull_request_alone(results, there):
-    go(results, there)
-    old = there.put(REPO, {"README.md": b"---\nlicense: mit\n---\n# old\n", "theirs.txt": b"kept\n"})
+def test_a_public_repository_changes_by_a_pull_request_alone(results, server):
+    go(results, server)
+    old = server.put(REPO, {"README.md": b"---\nlicense: mit\n---\n# old\n", "theirs.txt": b"kept\n"})
     assert old
-    (plan,) = publish.plan(results, SPACE, True, there.url)
+    (plan,) = publish.plan(results, SPACE, True, server.url)
     assert "changed" in plan.text()
     assert "left" in plan.text()
     assert "theirs.txt" in plan.text()
-    count = len(there.public_history())
-    go(results, there)
-    (request,) = there.repos[REPO].discussions
+    count = len(server.public_history())
+    go(results, server)
+    (request,) = server.repos[REPO].discussions
     assert request.status == "merged"
-    goal = {REPO: wanted(results)[REPO] | {"theirs.txt": there.repos[REPO].files()["theirs.txt"].sha256}}
-    assert visible(there)[-1] == goal
-    assert [v for v in visible(there)[count:] if v != goal and v[REPO] != visible(there)[count - 1][REPO]] == []
+    goal = {REPO: wanted(results)[REPO] | {"theirs.txt": server.repos[REPO].files()["theirs.txt"].sha256}}
+    assert visible(server)[-1] == goal
+    assert [v for v in visible(server)[count:] if v != goal and v[REPO] != visible(server)[count - 1][REPO]] == []
 
 
-def test_what_another_changes_meanwhile_is_not_shown(results, there):
+def test_what_another_changes_meanwhile_is_not_shown(results, server):
     def meddle(line):
         if "reading back provenance.json" in line:  # the last one
-            there.put(REPO, {"README.md": b"---\nlicense: mit\n---\n# something else\n"})
+            server.put(REPO, {"README.md": b"---\nlicense: mit\n---\n# something else\n"})
 
     with pytest.raises(PublishError, match=r"is private, and README.md not as verified"):
-        publish.publish(publish.plan(results, SPACE, True, there.url), meddle, there.url)
-    assert visible(there)[-1] == {}
+        publish.publish(publish.plan(results, SPACE, True, server.url), meddle, server.url)
+    assert visible(server)[-1] == {}
 
 
 def test_the_token_reaches_no_engine(results, tmp_path, monkeypatch):
@@ -127,14 +127,14 @@ def test_the_token_reaches_no_engine(results, tmp_path, monkeypatch):
     assert "hf_secret" not in str(process.environment(tmp_path)) + str(process.inherited())
 
 
-def test_what_the_hub_gives_back_wrong_is_never_public(results, there):
-    there.fail("corrupt", match=r"^PUT |^POST /api/models/.*/commit", times=1)
-    with pytest.raises(PublishError, match=r"reads back other than it was sent .*Nothing was made public"):
-        go(results, there)
-    assert visible(there)[-1] == {}
+def test_what_the_hub_gives_back_wrong_is_never_public(results, server):
+    server.fail("corrupt", match=r"^PUT |^POST /api/models/.*/commit", times=1)
+    with pytest.raises(PublishError, match=r"was read back with SHA-256 .*Nothing was made public"):
+        go(results, server)
+    assert visible(server)[-1] == {}
 
 
-def test_a_file_that_was_not_measured_is_not_published(results, there, tmp_path, monkeypatch):
+def test_a_file_that_was_not_measured_is_not_published(results, server, tmp_path, monkeypatch):
     (sheet,) = results.manifests
     content = quantize.place(sheet).read_bytes()
     changed = tmp_path / "m" / sheet.model / f"twin-{sheet.scale}" / sheet.file_name
@@ -142,23 +142,23 @@ def test_a_file_that_was_not_measured_is_not_published(results, there, tmp_path,
     changed.write_bytes(wrong(content))
     monkeypatch.setenv("MOELIB_MODELS", str(tmp_path / "m"))
     with pytest.raises(cards.CardError, match=r"has SHA-256 \w+, but files measured"):
-        go(results, there)
+        go(results, server)
     changed.unlink()
     with pytest.raises(PublishError, match=r"moelib quantize.*MOELIB_MODELS"):
-        go(results, there)
-    assert there.requests == []
+        go(results, server)
+    assert server.requests == []
 
 
-def test_a_file_that_changes_meanwhile_is_not_sent(results, there, tmp_path, monkeypatch):
-    plans = publish.plan(results, SPACE, True, there.url)
+def test_a_file_that_changes_meanwhile_is_not_sent(results, server, tmp_path, monkeypatch):
+    plans = publish.plan(results, SPACE, True, server.url)
     (model,) = [i for i in plans[0].items if i.is_model]
     path = tmp_path / "swapped.gguf"
     path.write_bytes(wrong(model.content.read_bytes()))
     items = tuple(publish.Item(i.name, path if i is model else i.content, i.nbytes, i.sha256) for i in plans[0].items)
     plans[0] = publish.Plan(plans[0].repository, plans[0].title, items, True)
     with pytest.raises(PublishError, match="changed while it was being published"):
-        publish.publish(plans, print, there.url)
-    assert visible(there)[-1] == {}
+        publish.publish(plans, print, server.url)
+    assert visible(server)[-1] == {}
 
 
 @pytest.mark.parametrize(
@@ -171,29 +171,29 @@ def test_a_file_that_changes_meanwhile_is_not_sent(results, there, tmp_path, mon
         ("hf_write", "nobody", "may not write to nobody"),
     ],
 )
-def test_a_token_without_the_right_is_told_before_anything(results, there, monkeypatch, token, space, why):
+def test_a_token_without_the_right_is_told_before_anything(results, server, monkeypatch, token, space, why):
     monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(PublishError, match=why) as caught:
-        publish.publish(publish.plan(results, space, True, there.url), print, there.url)
+        publish.publish(publish.plan(results, space, True, server.url), print, server.url)
     assert token not in str(caught.value)
-    assert writes(there.requests) == []
+    assert writes(server.requests) == []
 
 
 @pytest.mark.parametrize(("token", "space"), [("hf_fine", "alice"), ("hf_write", "lab")])
-def test_a_fine_token_and_an_organisation_may(results, there, monkeypatch, token, space):
+def test_a_fine_token_and_an_organisation_may(results, server, monkeypatch, token, space):
     monkeypatch.setenv("HF_TOKEN", token)
-    publish.publish(publish.plan(results, space, True, there.url), print, there.url)
-    assert not there.repos[REPO.replace(SPACE, space)].private
+    publish.publish(publish.plan(results, space, True, server.url), print, server.url)
+    assert not server.repos[REPO.replace(SPACE, space)].private
 
 
-def test_no_token_says_how_to_log_in(results, there, monkeypatch):
+def test_no_token_says_how_to_log_in(results, server, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(HubError, match="hf auth login"):
-        go(results, there)
-    assert writes(there.requests) == []
+        go(results, server)
+    assert writes(server.requests) == []
 
 
-def test_an_interrupted_publication_sends_no_finished_file_again(results, there):
+def test_an_interrupted_publication_sends_no_finished_file_again(results, server):
     said = []
 
     def stop(line):
@@ -202,48 +202,48 @@ def test_an_interrupted_publication_sends_no_finished_file_again(results, there)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        publish.publish(publish.plan(results, SPACE, True, there.url), stop, there.url)
-    assert there.repos[REPO].private
-    (plan,) = publish.plan(results, SPACE, True, there.url)
+        publish.publish(publish.plan(results, SPACE, True, server.url), stop, server.url)
+    assert server.repos[REPO].private
+    (plan,) = publish.plan(results, SPACE, True, server.url)
     assert [i.is_model for i in plan.changes] == [False] * 4
-    before = len(there.requests)
-    go(results, there)
+    before = len(server.requests)
+    go(results, server)
     (size,) = [i.nbytes for i in plan.items if i.is_model]
-    assert sum(r.received for r in there.requests[before:]) < size / 4
-    assert visible(there)[-1] == wanted(results)
+    assert sum(r.received for r in server.requests[before:]) < size / 4
+    assert visible(server)[-1] == wanted(results)
 
 
 def test_the_command_shows_the_plan_and_does_it_when_told(results, tmp_path):
     def command(*args):
         argv = [sys.executable, "-m", "moelib.cli", "publish", "files", "--to", SPACE, *args]
-        env = os.environ | {"HF_ENDPOINT": there.url, "HF_HUB_DISABLE_XET": "1", "MOELIB_PATIENCE": "1"}
+        env = os.environ | {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "MOELIB_PATIENCE": "1"}
         done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=120, encoding="utf-8")
         assert publishing.TOKEN not in done.stdout + done.stderr
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    with loopback_hub(tmp_path) as there:
+    with loopback_hub(tmp_path) as server:
         assert "nothing was touched; add --yes to do it" in command()
-        assert writes(there.requests) == []
+        assert writes(server.requests) == []
         assert "public, 5 files verified\ndone" in command("--yes", "--public")
-        assert visible(there)[-1] == wanted(results)
+        assert visible(server)[-1] == wanted(results)
 
 
-def test_a_file_that_the_hub_lists_with_another_hash_is_not_shown(results, there, monkeypatch):
+def test_a_file_that_the_hub_lists_with_another_hash_is_not_shown(results, server, monkeypatch):
     """Its bytes come back right: what others would be served may still be what the list says."""
     honest, back = publish._listing, publish._read_back
 
     def read_back(*args):
         with monkeypatch.context() as patch:
-            told = {results.manifests[0].file_name: "0" * 64}
-            patch.setattr(publish, "_listing", lambda *where: honest(*where) | told)
+            wrong = {results.manifests[0].file_name: "0" * 64}
+            patch.setattr(publish, "_listing", lambda *where: honest(*where) | wrong)
             back(*args)
 
     monkeypatch.setattr(publish, "_read_back", read_back)
-    with pytest.raises(PublishError, match="reads back other than it was sent"):
-        go(results, there)
-    assert there.repos[REPO].private
-    assert not [shown for shown in visible(there) if shown]
+    with pytest.raises(PublishError, match="was read back with SHA-256"):
+        go(results, server)
+    assert server.repos[REPO].private
+    assert not [shown for shown in visible(server) if shown]
 
 
 @pytest.mark.parametrize("scene", publishing.SCENES, ids=str)
@@ -262,11 +262,11 @@ UNSAFE = {
 
 @pytest.mark.parametrize("name", UNSAFE)
 def test_the_campaign_finds_what_is_not_safe(results, tmp_path, monkeypatch, name):
-    what, instead, found = UNSAFE[name]
+    what, instead, finding = UNSAFE[name]
     scene = publishing.SCENES[0]
     todo = [c for c in publishing.cases(results, tmp_path, scene) if c.how == "corrupt" and c.line.startswith("PUT")]
     monkeypatch.setattr(publish, what, instead)
-    assert re.search(found, publishing.judge(results, tmp_path, scene, todo[0])[0])
+    assert re.search(finding, publishing.judge(results, tmp_path, scene, todo[0])[0])
 
 
 def test_the_campaign_finds_a_repository_that_is_public_too_soon(results, tmp_path, monkeypatch):

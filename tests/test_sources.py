@@ -45,10 +45,10 @@ def pinned(toy, lfs_hub):
 def test_a_pin_is_the_commit_the_f16_file_and_its_hash(toy, lfs_hub, home):
     commit = lfs_hub.put(REPO, {"toy-F16.gguf": toy, "toy-bf16.gguf": toy[::-1], "toy-Q8_0.gguf": b"GGUF" * 9000})
     before = (home / "params/models.yaml").read_text(encoding="utf-8")
-    told = sources.pin("toy", REPO, endpoint=lfs_hub.url)
+    pin = sources.pin("toy", REPO, endpoint=lfs_hub.url)
     want = params.SourceFile(bytes=len(toy), sha256=sha256(toy).hexdigest())
-    assert (told.repository, told.revision, told.files) == (REPO, commit, {"toy-F16.gguf": want})
-    assert pins.of("toy") == told
+    assert (pin.repository, pin.revision, pin.files) == (REPO, commit, {"toy-F16.gguf": want})
+    assert pins.of("toy") == pin
     assert (home / "params/models.yaml").read_text(encoding="utf-8") == before
     assert (
         (home / "params/pins.yaml")
@@ -58,7 +58,7 @@ def test_a_pin_is_the_commit_the_f16_file_and_its_hash(toy, lfs_hub, home):
 
 
 @pytest.mark.parametrize(
-    ("there", "why"),
+    ("files", "why"),
     [
         ({"toy-Q4_K_M.gguf": bytes(36000)}, "toy-Q4_K_M.gguf: 36,000 bytes, and the model unquantised has some"),
         ({"README.md": b"# toy\n"}, "it holds no GGUF file.*pin another repository"),
@@ -72,8 +72,8 @@ def test_a_pin_is_the_commit_the_f16_file_and_its_hash(toy, lfs_hub, home):
         ({"model-1.safetensors": bytes(9000)}, "it holds safetensors: `hf download alice/toy-GGUF.*--from FOLDER"),
     ],
 )
-def test_what_cannot_be_pinned_says_what_is_there(toy, lfs_hub, there, why):
-    lfs_hub.put(REPO, there)
+def test_what_cannot_be_pinned_says_what_is_there(toy, lfs_hub, files, why):
+    lfs_hub.put(REPO, files)
     with pytest.raises(ChoiceError, match=why):
         sources.pin("toy", REPO, endpoint=lfs_hub.url)
     assert pins.of("toy") is None
@@ -139,13 +139,13 @@ def test_a_killed_download_goes_on_where_it_was(pinned, lfs_hub):
         while sources._arrived(begun) < len(pinned) // 3 and time.monotonic() < deadline:
             time.sleep(0.05)
         p.kill()
-    there = sources._arrived(begun)
-    assert len(pinned) // 3 <= there < len(pinned)
+    arrived = sources._arrived(begun)
+    assert len(pinned) // 3 <= arrived < len(pinned)
     lfs_hub._faults.clear()
     lfs_hub.let_go()
     before = len(lfs_hub.requests)
     assert sources.fetch("toy", lfs_hub.url).path.read_bytes() == pinned
-    assert sum(r.sent for r in lfs_hub.requests[before:]) == len(pinned) - there
+    assert sum(r.sent for r in lfs_hub.requests[before:]) == len(pinned) - arrived
     assert not begun.exists()
 
 
@@ -202,27 +202,27 @@ def test_a_refusal_names_the_next_step(pinned, lfs_hub, how, step):
 def test_whatever_fails_no_wrong_file_is_kept_and_the_next_try_succeeds(toy, tmp_path, how, monkeypatch):
     monkeypatch.setenv("MOELIB_PATIENCE", "0.005")  # 60 s of silence: 0.3 s
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
-    with Hub(tmp_path / "clean", silence_s=3) as there, official_client(there):
-        commit = there.put(REPO, {"toy-F16.gguf": toy})
-        sources.pin("toy", REPO, endpoint=there.url)
-        sources.fetch("toy", there.url)
-        lines = [r.line for r in there.requests]
+    with Hub(tmp_path / "clean", silence_s=3) as server, official_client(server):
+        commit = server.put(REPO, {"toy-F16.gguf": toy})
+        sources.pin("toy", REPO, endpoint=server.url)
+        sources.fetch("toy", server.url)
+        lines = [r.line for r in server.requests]
     place, safe = sources.folder("toy"), 0
     for nth, times in itertools.product(range(1, len(lines) + 1), (1, None)):
         shutil.rmtree(place)
-        with Hub(tmp_path / f"{nth}-{times}", silence_s=3) as there, official_client(there):
-            assert there.put(REPO, {"toy-F16.gguf": toy}) == commit
-            fault = there.fail(how, nth=nth, times=times)
+        with Hub(tmp_path / f"{nth}-{times}", silence_s=3) as server, official_client(server):
+            assert server.put(REPO, {"toy-F16.gguf": toy}) == commit
+            fault = server.fail(how, nth=nth, times=times)
             with suppress(params.UserError):
-                sources.pin("toy", REPO, endpoint=there.url)
-                sources.fetch("toy", there.url)
+                sources.pin("toy", REPO, endpoint=server.url)
+                sources.fetch("toy", server.url)
             kept = [p.read_bytes() for p in place.glob("*.gguf")]
             assert kept in ([], [toy])
-            there._faults.clear()
-            there.let_go()
+            server._faults.clear()
+            server.let_go()
             with suppress(SourceError):  # bytes of a first part that were wrong are found, and thrown away
-                sources.fetch("toy", there.url)
-            assert sources.fetch("toy", there.url).path.read_bytes() == toy
+                sources.fetch("toy", server.url)
+            assert sources.fetch("toy", server.url).path.read_bytes() == toy
             safe += bool(fault.struck)
     assert safe > len(lines)
 
@@ -259,15 +259,15 @@ def test_room_is_looked_for_first(pinned, lfs_hub, monkeypatch):
 
 def test_a_file_too_large_for_plain_http_comes_by_xet(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "MAX_HTTP_DOWNLOAD_SIZE", 1000)
-    with Hub(tmp_path / "hub", xet=True) as there, official_client(there):
+    with Hub(tmp_path / "hub", xet=True) as server, official_client(server):
         from huggingface_hub import HfApi
 
-        api = HfApi(endpoint=there.url, token="hf_write")
+        api = HfApi(endpoint=server.url, token="hf_write")
         api.create_repo(REPO)
         api.upload_file(path_or_fileobj=toy, path_in_repo="toy-F16.gguf", repo_id=REPO)
-        sources.pin("toy", REPO, endpoint=there.url)
-        assert sources.fetch("toy", there.url).path.read_bytes() == toy
-        assert [r for r in there.requests if "xet-read-token" in r.path]
+        sources.pin("toy", REPO, endpoint=server.url)
+        assert sources.fetch("toy", server.url).path.read_bytes() == toy
+        assert [r for r in server.requests if "xet-read-token" in r.path]
 
 
 def test_the_command_pins_fetches_and_says_what_is_excluded(toy, lfs_hub, tmp_path):
@@ -397,10 +397,10 @@ def test_another_file_in_the_place_of_the_chosen_one_is_not_the_source(good, tmp
     other = published.gguf(params.model("toy").at_scale("full"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other/toy.gguf").write_bytes(other)
-    told = (sources.folder("toy") / "source.json").read_text(encoding="utf-8")
+    chosen = (sources.folder("toy") / "source.json").read_text(encoding="utf-8")
     sources.adopt("toy", tmp_path / "other/toy.gguf")
     (sources.folder("toy") / "source.json").write_text(
-        told, encoding="utf-8"
+        chosen, encoding="utf-8"
     )  # as if a kill had come before it was written
     with pytest.raises(SourceError, match="gone or was changed"):
         sources.whole(source)
@@ -493,12 +493,12 @@ def test_safetensors_that_changed_are_converted_again(safetensors, toy):
     (safetensors / "model-00001-of-00001.safetensors").write_bytes(b"other weights")
     assert sources.adopt("toy", safetensors).sha256 != before.sha256
     for how in ({"kind": "Q8_0"}, {"block_count": 3}):  # what the converter writes is judged before it is kept
-        there = state_of(sources.folder("toy"))
+        existing = state_of(sources.folder("toy"))
         (safetensors / "weights.gguf").write_bytes(published.gguf(shape, **how))
         (safetensors / "config.json").write_text(str(how), encoding="utf-8")
         with pytest.raises(SourceError, match="what toy-chat was converted to is not toy: "):
             sources.adopt("toy", safetensors)
-        assert state_of(sources.folder("toy")) == there
+        assert state_of(sources.folder("toy")) == existing
 
 
 @pytest.mark.parametrize(
@@ -553,8 +553,8 @@ def split(toy, tmp_path, engine):
 @pytest.mark.engine
 def test_a_split_model_is_one_model(split, tmp_path, engine, lfs_hub):
     lfs_hub.put(REPO, {f"F16/{p.name}": p.read_bytes() for p in split})
-    told = sources.pin("toy", REPO, endpoint=lfs_hub.url)
-    assert [n.partition("/")[2] for n in told.files] == [p.name for p in split]
+    pin = sources.pin("toy", REPO, endpoint=lfs_hub.url)
+    assert [n.partition("/")[2] for n in pin.files] == [p.name for p in split]
     source = sources.fetch("toy", lfs_hub.url)
     whole = gguf_file.read_header(tmp_path / "toy.gguf")
     assert {(t.name, t.shape, t.type, t.nbytes) for t in source.header.tensors} == {
@@ -563,7 +563,7 @@ def test_a_split_model_is_one_model(split, tmp_path, engine, lfs_hub):
     assert source.sha256 == files.digest({p.name: files.sha256(p) for p in split})
     made = quantize.make(source, "Q8_0", engine, tmp_path)
     one = quantize.make(sources.adopt("toy", tmp_path / "toy.gguf"), "Q8_0", engine, tmp_path)
-    assert (made.sheet["weights"], made.sheet["origin"]) == ("real", f"{REPO}@{told.revision}")
+    assert (made.sheet["weights"], made.sheet["origin"]) == ("real", f"{REPO}@{pin.revision}")
     assert made.sheet["tensor_types"] == one.sheet["tensor_types"]
     assert one.sheet["origin"] == "local file toy.gguf"
     split[1].unlink()
@@ -574,8 +574,8 @@ def test_a_split_model_is_one_model(split, tmp_path, engine, lfs_hub):
 
 @pytest.mark.engine
 def test_a_study_of_real_weights_says_whose(pinned, lfs_hub, home, monkeypatch):
-    told = SMOKE.replace("weights: twin\nscale: nano", "weights: real").replace("deepseek-moe-16b", "toy")
-    (home / "params/studies/smoke.yaml").write_text(told, encoding="utf-8")
+    plan = SMOKE.replace("weights: twin\nscale: nano", "weights: real").replace("deepseek-moe-16b", "toy")
+    (home / "params/studies/smoke.yaml").write_text(plan, encoding="utf-8")
     params._yaml.cache_clear()
     source = sources.fetch("toy", lfs_hub.url)
     folder, cells = measure.select("smoke")

@@ -29,27 +29,27 @@ def toy(home, tmp_path, monkeypatch):
     return published.gguf(geometry)
 
 
-def plan(there):
+def plan(server):
     item = publish.Item("m.gguf", b"GGUF", 4, sha256(b"GGUF").hexdigest())
     return publish.Plan(REPO, "t", (item,), False)
 
 
-def read_back(there):
-    api = hub.api(there.url)
-    publish._read_back(api, plan(there), "main", print)
+def read_back(server):
+    api = hub.api(server.url)
+    publish._read_back(api, plan(server), "main", print)
 
 
 DOORS = {
-    "pinning": ("/api/models", lambda there: sources.pin("toy", REPO, endpoint=there.url)),
-    "finding a header": ("HEAD /alice", lambda there: sources.pin("toy", REPO, endpoint=there.url)),
-    "reading a header": ("/storage", lambda there: sources.pin("toy", REPO, endpoint=there.url)),
-    "finding a file": ("HEAD /alice", lambda there: sources.fetch("toy", there.url)),
-    "fetching a file": ("/storage", lambda there: sources.fetch("toy", there.url)),
-    "whose token": ("whoami", lambda there: publish.require_rights(hub.api(there.url), {"alice"})),
-    "a state": ("/api/models", lambda there: publish._state(hub.api(there.url), REPO)),
-    "a listing": ("/tree", lambda there: publish._listing(hub.api(there.url), REPO, "main")),
-    "requests": ("discussions", lambda there: publish._open_request(hub.api(there.url), plan(there))),
-    "an upload": ("/preupload|/commit", lambda there: publish._upload(hub.api(there.url), plan(there), print)),
+    "pinning": ("/api/models", lambda server: sources.pin("toy", REPO, endpoint=server.url)),
+    "finding a header": ("HEAD /alice", lambda server: sources.pin("toy", REPO, endpoint=server.url)),
+    "reading a header": ("/storage", lambda server: sources.pin("toy", REPO, endpoint=server.url)),
+    "finding a file": ("HEAD /alice", lambda server: sources.fetch("toy", server.url)),
+    "fetching a file": ("/storage", lambda server: sources.fetch("toy", server.url)),
+    "whose token": ("whoami", lambda server: publish.require_rights(hub.api(server.url), {"alice"})),
+    "a state": ("/api/models", lambda server: publish._state(hub.api(server.url), REPO)),
+    "a listing": ("/tree", lambda server: publish._listing(hub.api(server.url), REPO, "main")),
+    "requests": ("discussions", lambda server: publish._open_request(hub.api(server.url), plan(server))),
+    "an upload": ("/preupload|/commit", lambda server: publish._upload(hub.api(server.url), plan(server), print)),
     "reading back": ("HEAD /alice", read_back),
 }
 

@@ -46,14 +46,14 @@ def compiler() -> str | None:
 
 def flags() -> list[str]:
     """CMake arguments for this machine."""
-    found = list(FLAGS)
+    arguments = list(FLAGS)
     if has_cuda():
-        found.append("-DGGML_CUDA=ON")
+        arguments.append("-DGGML_CUDA=ON")
     if platform.machine() == "x86_64":
         probe = [compiler(), *NO_AMX.split(), "-E", "-x", "c++", "/dev/null"]
         if subprocess.run(probe, capture_output=True, timeout=60).returncode == 0:
-            found += [f"-DCMAKE_C_FLAGS='{NO_AMX}'", f"-DCMAKE_CXX_FLAGS='{NO_AMX}'"]
-    return found
+            arguments += [f"-DCMAKE_C_FLAGS='{NO_AMX}'", f"-DCMAKE_CXX_FLAGS='{NO_AMX}'"]
+    return arguments
 
 
 def build() -> Engine:
@@ -152,9 +152,9 @@ def main() -> None:
     a build without a device to offload to."""
     try:
         llama = find()
-        if llama.found_by != ARCHIVE or archive.whole(archive.home(llama.folder)):
+        if llama.origin != ARCHIVE or archive.whole(archive.home(llama.folder)):
             print(f"using {llama}")
-            if llama.found_by not in MADE and not device.uses_cuda(llama) and (why := device.no_loopback(llama)):
+            if llama.origin not in MADE and not device.uses_cuda(llama) and (why := device.no_loopback(llama)):
                 raise EngineError(f"nothing can be offloaded to with it: {why}")
             return
     except EngineError:

@@ -69,10 +69,10 @@ def worth_trying(session: Path, copy: Path, chosen: random.Random) -> list[str]:
         return sorted({j for jobs in places.values() for j in jobs} - drop)
 
 
-def keep(session: Path, wanted: set[str]) -> None:
+def keep(session: Path, kept: set[str]) -> None:
     """Drop the other mutants."""
     with sqlite3.connect(session) as db:
-        gone = [row for row in db.execute("SELECT job_id FROM mutation_specs") if row[0] not in wanted]
+        gone = [row for row in db.execute("SELECT job_id FROM mutation_specs") if row[0] not in kept]
         for table in ("mutation_specs", "work_items"):
             db.executemany(f"DELETE FROM {table} WHERE job_id = ?", gone)
 
@@ -93,16 +93,16 @@ def main(sample: int, seed: int, modules: tuple[str, ...]) -> None:
         # the copy, and not the installed package, is what the tests import
         where = f"import sys\nsys.path.insert(0, {str(copy)!r})\n"
         (copy / "conftest.py").write_text(where, encoding="utf-8")
-        chosen, found = random.Random(seed), []
+        chosen, mutants = random.Random(seed), []
         for module in modules:
             tests = [f"tests/test_{t}.py" for t in TESTS[module]]
             tool("pytest", "-x", "-q", *tests, cwd=copy)  # unbroken, everything passes
             config = CONFIG.format(module=module, tests=" ".join(tests), python=sys.executable)
             (copy / f"{module}.toml").write_text(config, encoding="utf-8")
             tool("cosmic_ray.cli", "init", f"{module}.toml", f"{module}.sqlite", cwd=copy)
-            found += [(module, job) for job in worth_trying(copy / f"{module}.sqlite", copy, chosen)]
-        kept = chosen.sample(found, min(sample, len(found))) if sample else found
-        click.echo(f"{len(kept)} mutants of {len(found)} in {', '.join(modules)}, seed {seed}")
+            mutants += [(module, job) for job in worth_trying(copy / f"{module}.sqlite", copy, chosen)]
+        kept = chosen.sample(mutants, min(sample, len(mutants))) if sample else mutants
+        click.echo(f"{len(kept)} mutants of {len(mutants)} in {', '.join(modules)}, seed {seed}")
         for module in modules:
             keep(copy / f"{module}.sqlite", {job for of, job in kept if of == module})
             command = [sys.executable, "-m", "cosmic_ray.cli", "exec", f"{module}.toml", f"{module}.sqlite"]

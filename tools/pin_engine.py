@@ -23,7 +23,7 @@ GLIBC = "2.39"  # of the newest Ubuntu that releases are made on: a machine with
 
 def look(build: int, assets: list[str], work: Path) -> dict[str, dict[str, int | str]]:
     """Name -> bytes and SHA-256 of each file. Raises ArchiveError where one cannot be had or they hold no tools."""
-    found = {}
+    pinned = {}
     for asset in assets:
         url, part = f"{archive.base_url()}/b{build}/{asset}", work / asset
         try:
@@ -32,10 +32,10 @@ def look(build: int, assets: list[str], work: Path) -> dict[str, dict[str, int |
         except httpx.HTTPError as err:
             raise release.unreachable(url, err) from None
         tarball.extract(part, work / "unpacked")
-        found[asset] = {"bytes": part.stat().st_size, "sha256": files.sha256(part)}
+        pinned[asset] = {"bytes": part.stat().st_size, "sha256": files.sha256(part)}
     if not list((work / "unpacked").glob("**/llama-server")):
         raise release.ArchiveError(f"{', '.join(assets)}: there is no llama-server in it; name the tools' archive too")
-    return found
+    return pinned
 
 
 def pin(name: str, build: int, assets: list[str], glibc: str | None) -> archive.Pin:
@@ -49,9 +49,9 @@ def pin(name: str, build: int, assets: list[str], glibc: str | None) -> archive.
     with tempfile.TemporaryDirectory() as work:
         entries["pins"][name] = _entry(build, glibc, look(build, assets, Path(work)))
     book.dump(entries, text)
-    made = archive.check(YAML(typ="safe").load(text.getvalue()))
+    pins = archive.check(YAML(typ="safe").load(text.getvalue()))
     files.write_bytes(archive.path(), text.getvalue())
-    return made.pins[name]
+    return pins.pins[name]
 
 
 def _entry(build: int, glibc: str, held: dict) -> dict:
