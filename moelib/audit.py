@@ -4,7 +4,6 @@ A block's or a cell's invariant that fails makes all of its runs invalid; a stud
 """
 
 import itertools
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 from moelib import bounds, cells, command, energy, invariants, witness
 from moelib.cells import Cell
 from moelib.facts import DeviceFacts, HostFacts, Manifest
-from moelib.invariants import INVARIANTS, WATCH_ONCE_S, Finding, Measured, agrees, holds, strained
+from moelib.invariants import INVARIANTS, Finding, Measured, agrees, holds, strained
 from moelib.record import Check, Record
 from moelib.run import Observation, Spec
 from moelib.witness import Witnessed
@@ -27,7 +26,8 @@ COUNTER_WATT = 2000.0  # more than any board of today draws
 LIBRARY_BYTES = {"cuda": 512 << 20}  # of what a server's memory holds beside weights, between runs: 265 MiB apart seen
 LIBRARY_SMALL_BYTES = 32 << 20  # with no GPU's libraries in it: 22 MiB seen
 PAGE_BYTES, PAGE_SHARE, SMALL_PAGES = 4096, 0.05, 0.5  # faults for each page of resident memory: 0.977 to 0.997 seen
-WATCH_TIMES, WATCH_MORE, WATCHED = 1.6, 5e-4, 3  # share of a CPU, medians of so many runs of an arm: 1.3 times seen
+WATCH_LOOK_S = 0.06  # of the look that waits for the driver, in the median
+WATCH_TIMES, WATCH_MORE, WATCHED = 1.5, 5e-4, 3  # share of a CPU, medians of so many runs of an arm: 1.3 times seen
 SHARE_TIMES, SHARE_LEAST = 1.1, 0.2  # 1.014 seen; a short prompt's experts are computed where they are
 SHARE_BYTES = 1 << 30  # of experts moved: beside less, what else crosses the bus counts
 CLOCK_SHARE = 0.08  # boost moves by steps of 15 MHz, and not at all on the cards seen
@@ -236,25 +236,26 @@ def pages_one_size(study: Matrix) -> Finding:
 
 
 @holds(
-    "study", f"{WATCH_TIMES:g} times + {WATCH_MORE:.2%} of a CPU + {WATCH_ONCE_S * 1e3:g} ms, in the median of an arm"
+    "study", f"{WATCH_TIMES:g} times + {WATCH_MORE:.2%} of a CPU + {WATCH_LOOK_S * 1e3:g} ms, in the median of an arm"
 )
 def monitors_one_price(study: Matrix) -> Finding:
     """Monitors read one machine's instruments at one pace: that takes about as much of a CPU in every cell."""
-    shares = defaultdict(lambda: defaultdict(list))
-    shortest = defaultdict(lambda: math.inf)
+    arms = defaultdict(lambda: defaultdict(list))
     for r in study.runs:
         spent, lasted = r.observed.watch_cpu_s, r.observed.host.elapsed_s
         if spent and lasted > 0 and not strained(r.observed):
             arm = r.device.kind, r.device.uuid, r.host.host_id, r.host.cpu, r.host.commit, r.spec.arm
-            shares[arm][r.cell].append(spent / lasted)
-            shortest[arm] = min(shortest[arm], lasted)
+            arms[arm][r.cell].append((spent / lasted, lasted))
     apart = []
-    for (*_, arm), of in shares.items():
-        usual = {name: median(known) for name, known in of.items() if len(known) >= WATCHED}
-        more = WATCH_MORE + WATCH_ONCE_S / shortest[*_, arm]
-        if usual and max(usual.values()) > WATCH_TIMES * min(usual.values()) + more:
-            apart.append(f"{arm}: {', '.join(f'{name} {share:.2%}' for name, share in usual.items())}")
-    return not apart, "; ".join(apart[:3]) or f"{len(shares)} arms"
+    for (*_, arm), cells_ in arms.items():
+        shares = {name: median(s for s, _ in runs) for name, runs in cells_.items() if len(runs) >= WATCHED}
+        limits = {
+            name: WATCH_TIMES * min(shares.values()) + WATCH_MORE + WATCH_LOOK_S / median(t for _, t in cells_[name])
+            for name in shares
+        }
+        if any(shares[name] > limits[name] for name in shares):
+            apart.append(f"{arm}: {', '.join(f'{name} {share:.2%}' for name, share in shares.items())}")
+    return not apart, "; ".join(apart[:3]) or f"{len(arms)} arms"
 
 
 @holds("study", f"{COUNTER_WATT:g} W at the most since the reading before")
