@@ -1,0 +1,113 @@
+"""A placement's text, flags and sense: one text for each, and each text one placement."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moelib.placement import KV_TYPES, LOAD_MODES, Placement, PlacementError
+
+PLACEMENTS = st.builds(
+    Placement,
+    cpu_layers=st.one_of(st.just(0), st.just(math.inf), st.integers(1, 9999)),
+    load_mode=st.sampled_from(LOAD_MODES),
+    ubatch=st.none() | st.integers(1, 1 << 16),
+    op_offload=st.booleans(),
+    kv=st.none() | st.sampled_from(KV_TYPES),
+    threads=st.none() | st.integers(1, 1 << 16),
+)
+
+
+@given(PLACEMENTS)
+def test_a_text_names_one_placement_and_a_placement_has_one_text(p):
+    assert Placement.parse(str(p), p.load_mode) == p
+    assert not {"/", " "} & set(str(p))  # it stands in file names
+
+
+@given(PLACEMENTS, st.integers(0, 99))
+def test_flags_say_which_layers_stay_on_the_cpu(p, layer):
+    flags = p.flags()
+    kept = "--cpu-moe" in flags or layer < int(flags.get("--n-cpu-moe") or 0)
+    assert p.moves(layer) == kept
+    assert p.is_baseline == (not {"--cpu-moe", "--n-cpu-moe"} & flags.keys())
+    assert p.is_whole == ("--cpu-moe" in flags)
+
+
+@pytest.mark.parametrize(
+    ("text", "flags"),
+    [
+        ("baseline", {}),
+        ("cpu-moe", {"--cpu-moe": None}),
+        ("n-cpu-moe=12", {"--n-cpu-moe": "12"}),
+        ("cpu-moe,ubatch=64,op-offload=off", {"--cpu-moe": None, "-ub": "64", "--no-op-offload": None}),
+        ("baseline,kv=q8_0,threads=8", {"-ctk": "q8_0", "-ctv": "q8_0"}),
+    ],
+)
+def test_flags_of_llama_server(text, flags):
+    p = Placement.parse(text)
+    assert p.flags() == flags
+    assert p.label == f"{text}, mmap"
+    assert p.threads == (8 if "threads" in text else None)
+
+
+def test_the_load_modes_flags_are_those_of_the_build():
+    none, mapped = Placement.parse("cpu-moe", "none"), Placement.parse("cpu-moe")
+    assert none.load_flags({"--load-mode"}) == {"--load-mode": "none"}
+    assert mapped.load_flags({"--load-mode"}) == {"--load-mode": "mmap"}
+    assert none.load_flags({"--no-mmap"}) == {"--no-mmap": None}
+    assert mapped.load_flags({"--no-mmap"}) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "is no placement"),
+        ("cpu", "examples: baseline, cpu-moe"),
+        ("n-cpu-moe", "N from 1"),
+        ("n-cpu-moe=0", "N from 1"),
+        ("n-cpu-moe=10000", "N from 1 to 9999"),
+        ("n-cpu-moe=01", "write it as n-cpu-moe=1"),
+        ("n-cpu-moe=²", "is no placement"),
+        ("cpu-moe,ubath=64", "did you mean ubatch?"),
+        ("cpu-moe,colour=red", "settings are ubatch, op-offload, kv, threads"),
+        ("cpu-moe,ubatch=0", "ubatch is a number from 1"),
+        ("cpu-moe,ubatch=64,ubatch=64", "gives ubatch twice"),
+        ("cpu-moe,op-offload=on", "on by default"),
+        ("cpu-moe,kv=q3", "kv is one of f32"),
+        ("cpu-moe,threads=8,kv=f16", "write it as cpu-moe,kv=f16,threads=8"),
+    ],
+)
+def test_what_is_no_placement_is_said_with_what_would_do(text, says):
+    with pytest.raises(PlacementError, match=r".") as raised:
+        Placement.parse(text)
+    assert says in str(raised.value)
+
+
+def test_load_modes_are_two():
+    with pytest.raises(PlacementError, match="take mmap or none"):
+        Placement.parse("cpu-moe", "mlock")
+
+
+def test_placements_sort_from_most_on_the_gpu_to_least():
+    texts = ["cpu-moe", "n-cpu-moe=12", "baseline", "n-cpu-moe=4", "cpu-moe,ubatch=64"]
+    order = [str(p) for p in sorted(map(Placement.parse, texts), key=lambda p: p.order)]
+    assert order == ["baseline", "n-cpu-moe=4", "n-cpu-moe=12", "cpu-moe", "cpu-moe,ubatch=64"]
+
+
+@pytest.mark.parametrize(
+    ("text", "layers", "experts", "says"),
+    [
+        ("baseline", 4, [], None),
+        ("cpu-moe", 4, [1, 2, 3], None),
+        ("n-cpu-moe=2", 4, [1, 2, 3], None),
+        ("n-cpu-moe=4,ubatch=64", 4, [1, 2, 3], None),
+        ("cpu-moe", 4, [], "the model is dense"),
+        ("n-cpu-moe=1", 4, [1, 2, 3], "moves nothing: layer 0 is dense; take n-cpu-moe=2 to 4"),
+        ("n-cpu-moe=2", 4, [3], "moves nothing: layers 0 to 2 are dense; take cpu-moe"),
+        ("n-cpu-moe=5", 4, [0, 1, 2, 3], "goes beyond the model's 4 layers; take n-cpu-moe=1 to 4"),
+    ],
+)
+def test_a_placement_that_makes_no_sense_for_a_model(text, layers, experts, says):
+    fault = Placement.parse(text).fault(layers, experts)
+    assert (fault is None) if says is None else (says in fault)
