@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, digests, locks that die with their owner, disk space."""
+"""Atomic writes, digests, locks that end with their process, and checks of disk space."""
 
 import errno
 import hashlib
@@ -20,7 +20,7 @@ from moelib.params import UserError
 
 try:
     import fcntl
-except ImportError:  # Windows: said where a lock is asked for
+except ImportError:  # Windows: need_locks() reports it
     fcntl = None
 
 T = TypeVar("T")
@@ -33,18 +33,18 @@ MAKE_ROOM = (
 
 
 class FileError(UserError):
-    """Disk space, a lock or a file stands in the way; the message says what to do."""
+    """Disk space, a lock or a file prevents the operation; the message says what to do."""
 
 
 @dataclass_transform(frozen_default=True)
 def stored(cls: type[T]) -> type[T]:
-    """A frozen dataclass that goes to disk: read back, pydantic refuses unknown keys and what is no number."""
+    """A frozen dataclass that is stored on disk: when reading it, pydantic refuses unknown keys, NaN and infinity."""
     cls.__pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
     return dataclass(frozen=True, slots=True)(cls)
 
 
 def canonical(data: Any) -> bytes:
-    """The bytes that a digest is taken of: sorted keys, no spaces, no NaN."""
+    """The JSON bytes that `digest` hashes: sorted keys, no spaces, no NaN."""
     return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
@@ -59,7 +59,10 @@ def sha256(path: Path) -> str:
 
 
 def head(path: Path, most: int) -> bytes:
-    """The file's bytes, no more than `most`. Asking a file for far more than it has makes room for all of it first."""
+    """The first bytes of a file, at most `most`.
+
+    Read in steps: a single read of `most` bytes would allocate all of them, however short the file is.
+    """
     with open(path, "rb", buffering=0) as f:
         data = f.read(min(os.fstat(f.fileno()).st_size + 1, most))
         while data and len(data) < most and (more := f.read(min(1 << 20, most - len(data)))):  # it grew, or was cut
@@ -68,9 +71,9 @@ def head(path: Path, most: int) -> bytes:
 
 
 class Hashed:
-    """A file's SHA-256, read from disk once, and again whenever the file changed since.
+    """A file's SHA-256, computed once, and again whenever the file has changed since.
 
-    `known`: the digest of what is there, just read by the caller.
+    `known`: the digest of the file's present content, if the caller has just computed it.
     """
 
     def __init__(self, path: Path, known: str | None = None):
@@ -83,7 +86,7 @@ class Hashed:
 
 
 def state(path: Path) -> dict[str, int]:
-    """What changes whenever the file is written to: a time can be set back, the time of that change cannot."""
+    """Size and times of a file. The modification time can be set back; the time of that change (ctime) cannot."""
     s = path.stat()
     return {"bytes": s.st_size, "mtime_ns": s.st_mtime_ns, "ctime_ns": s.st_ctime_ns}
 
@@ -123,13 +126,13 @@ def _to_disk(path: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write atomically: after a crash the old file or the new one is there, never a part."""
+    """Write atomically: after a crash the file has its old or its new content, never a part."""
     with replacing(path) as partial:
         partial.write_bytes(data)
 
 
 def pretty(data: Any) -> bytes:
-    """JSON for people and for merges: sorted keys, a line each."""
+    """JSON for people and for merges: sorted keys, one per line."""
     text = json.dumps(data, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False)
     return (neutral.escaped(text) + "\n").encode()
 
@@ -142,35 +145,35 @@ OWNER = b"process "
 
 
 def _open_lock(path: Path) -> int:
-    """A file of our own to lock, whatever was put in its place. Raises FileError."""
+    """Open the lock file, and refuse a link or a file that moelib did not write. Raises FileError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
     except OSError as err:
         if err.errno in NO_SPACE:
             raise FileError(f"{path} cannot be made: {full(path.parent)}") from err
-        what = "it is a symbolic link" if err.errno == errno.ELOOP else err.strerror
-        raise FileError(f"the lock {path} cannot be used: {what}; remove it, or what stands in its way") from None
+        why = "it is a symbolic link" if err.errno == errno.ELOOP else err.strerror
+        raise FileError(f"the lock {path} cannot be used: {why}; remove it, or whatever blocks its path") from None
     about = os.fstat(fd)
     ours = stat.S_ISREG(about.st_mode) and about.st_nlink == 1 and OWNER.startswith(os.pread(fd, len(OWNER), 0))
-    if not ours:  # locking would be no harm, and writing the owner into it would
+    if not ours:  # locking it would do no harm, but writing the owner into it would
         os.close(fd)
-        raise FileError(f"{path} is no lock of moelib's, but stands where one is to be; move it away")
+        raise FileError(f"{path} is needed as a lock file, but moelib did not write it; move it elsewhere")
     return fd
 
 
 def need_locks() -> None:
     """Raise FileError where the system has no locks."""
     if fcntl is None:
-        raise FileError("moelib needs file locks, as Linux and macOS have them; on Windows, run it under WSL2")
+        raise FileError("moelib needs the file locks of Linux and macOS; on Windows, run it under WSL2")
 
 
 @contextmanager
 def lock(path: Path, what: str, wait_s: float = 10.0) -> Iterator[None]:
     """Hold an exclusive flock on `path`; the kernel releases it however its owner ends.
 
-    Waits `wait_s` for a dying owner, then raises FileError naming the owner. Nothing is followed, and nothing written
-    to, but a file of ours.
+    Waits `wait_s` for another owner to end, then raises FileError with the owner's name. Links are not followed, and
+    only a lock file of moelib is written to.
     """
     need_locks()
     fd = _open_lock(path)
@@ -194,12 +197,12 @@ def _locked(fd: int) -> bool:
     except BlockingIOError:
         return False
     except OSError as err:
-        raise FileError(f"the disk has no file locks ({err.strerror}); use a folder on another one") from None
+        raise FileError(f"the disk has no file locks ({err.strerror}); use a folder on another disk") from None
     return True
 
 
 def need_space(folder: Path, nbytes: int, what: str) -> None:
-    """Raise FileError if `folder`'s disk has less than `nbytes` and 64 MiB free."""
+    """Raise FileError if the disk of `folder` has less than `nbytes` plus 64 MiB free."""
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < nbytes + (64 << 20):
@@ -209,7 +212,7 @@ def need_space(folder: Path, nbytes: int, what: str) -> None:
 
 
 def full(folder: Path) -> str:
-    """What is wrong where a write to `folder` found no space, and what to do."""
+    """The message after a write to `folder` ran out of space: the cause and the next step."""
     existing = next(p for p in (folder, *folder.parents) if p.exists())  # making the folder may be what failed
     free = shutil.disk_usage(existing).free
     return f"no space is left on the disk of {folder} ({free / 2**20:.0f} MiB free, or a quota); {MAKE_ROOM}"

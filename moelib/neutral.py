@@ -1,21 +1,21 @@
-"""Strings that somebody else wrote (records, sheets, plans, a GPU's driver), made harmless where people read them.
+"""Make strings from outside (records, manifests, plans, a GPU's driver) safe to show.
 
 A name may hold anything: an escape sequence for the terminal, a tag or a link for the document, a line break that
-ends a table's row. What is plain already comes back as it is. Digests and comparisons are of the strings as they are.
+ends a table's row. Plain text is returned unchanged. Digests and comparisons use the original strings.
 """
 
 import re
 import unicodedata
 
 LONGEST = 400
-"""Characters that are shown of one string."""
+"""Characters shown of one string."""
 GONE = "\N{REPLACEMENT CHARACTER}"
-"""Stands for what has no shape of its own, or changes how its neighbours look."""
+"""Replaces characters that are invisible or change how their neighbours are displayed."""
 _SHAPELESS = ("Cc", "Cf", "Cs", "Co", "Cn")  # control, format (bidi, joiners), surrogate, private, unassigned
 _SPECIAL = re.compile(
     r"(?P<escape>[\\`*\[\]~$]"
-    r"|(?<![^\W_])_|_(?![^\W_])"  # within a word it is no emphasis
-    r"|^[#+=-])"  # these begin a heading, a list
+    r"|(?<![^\W_])_|_(?![^\W_])"  # inside a word, an underscore is not emphasis
+    r"|^[#+=-])"  # these begin a heading or a list
     r"|(?P<entity>[<>&]|:(?=//)|(?<=\bwww)\.|(?<=\w)@(?=\w))",
     re.IGNORECASE,
 )
@@ -26,14 +26,14 @@ def _visible(c: str) -> str:
 
 
 def plain(text: object, longest: int | None = LONGEST) -> str:
-    """`text` on one line, every character of it one that is seen; cut after `longest`."""
+    """`text` on one line, with visible characters only, cut after `longest`."""
     whole = " ".join(str(text).split())
     cut = whole if longest is None or len(whole) <= longest else whole[: longest - 1] + "…"
     return cut if cut.isascii() and cut.isprintable() else "".join(map(_visible, cut))
 
 
 def lines(text: object) -> str:
-    """`text` with its line breaks and spaces, and nothing else that is not seen."""
+    """`text` with its line breaks and spaces, and no other invisible character."""
     whole = str(text)
     if whole.isascii() and whole.replace("\n", "").isprintable():
         return whole
@@ -41,18 +41,18 @@ def lines(text: object) -> str:
 
 
 def markdown(text: object) -> str:
-    """`text` as Markdown that shows just these characters: no tag, link, emphasis, code or mathematics."""
+    """`text` escaped for Markdown: it shows as written, without tags, links, emphasis, code or mathematics."""
     shown = _SPECIAL.sub(lambda m: f"\\{m[0]}" if m["escape"] else f"&#{ord(m[0])};", plain(text))
     return re.sub(r"^(\d{1,9})([.)])(?=\s|$)", r"\1\\\2", shown)  # a numbered list
 
 
 def code(text: object, longest: int | None = LONGEST) -> str:
-    """`text` between backticks, which no backtick within it ends."""
+    """`text` as inline code; backticks in it become apostrophes."""
     return f"`{plain(text, longest).replace('`', chr(39))}`"
 
 
 def escaped(json_text: str) -> str:
-    """JSON whose strings hold nothing unseen as it is: the same values, spelt out."""
+    r"""JSON with the same values, in which invisible characters are written as \uXXXX."""
     shapeless = {c for c in set(json_text) if c != "\n" and _visible(c) == GONE != c}
     if not shapeless:
         return json_text
@@ -62,5 +62,5 @@ def escaped(json_text: str) -> str:
 
 
 def label(text: object) -> str:
-    """`text` for a figure, where `$` would begin mathematics."""
+    """`text` as a label in a figure, where an unescaped `$` would begin mathematics."""
     return plain(text, 60).replace("$", r"\$")

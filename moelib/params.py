@@ -1,6 +1,6 @@
-"""The only reader of `params/`: models, workloads, studies and cards as frozen, schema-checked objects.
+"""Read `params/`: models, workloads, studies and cards as frozen, schema-checked objects.
 
-Unknown keys and names are refused with the allowed values, before any work starts.
+No other module reads that folder. Unknown keys and names are refused with the allowed values before any work starts.
 """
 
 import os
@@ -20,7 +20,7 @@ from moelib.upstream import Repository, Upstream
 from moelib.upstream import SourceFile as SourceFile
 
 QUANTS = ("Q4_K_M", "Q2_K", "Q8_0")
-"""llama-quantize type names that a study may ask for."""
+"""llama-quantize type names that a study may use."""
 
 
 Width, Heads, Experts = upto(1 << 20), upto(4096), upto(4096)
@@ -35,7 +35,7 @@ class Geometry(Strict):
     architecture: Literal["phimoe", "deepseek"]
     block_count: upto(1000)
     leading_dense_block_count: upto(1000, 0) = 0
-    """The first blocks have one dense feed-forward network instead of experts."""
+    """The first layers have one dense feed-forward network instead of experts."""
     embedding_length: Width
     feed_forward_length: Width
     expert_feed_forward_length: Width
@@ -45,7 +45,7 @@ class Geometry(Strict):
     head_count: Heads
     head_count_kv: Heads
     vocab_size: upto(1 << 22, 320)
-    """At least the special and byte tokens and the words of the plan's prompt."""
+    """The minimum covers the special and byte tokens and the words of the plan's prompt."""
     context_length: Tokens
     original_context_length: Tokens | None = None
 
@@ -60,9 +60,9 @@ class Geometry(Strict):
         return self
 
     def scaled(self, factor: float) -> Self:
-        """Blocks, widths and vocabulary times `factor` (0 < factor <= 1); experts, head size and quirks stay.
+        """Layers, widths and vocabulary times `factor` (0 < factor <= 1); experts and head size stay the same.
 
-        A width that k-quants (rows of 256) cannot take stays one that they cannot take.
+        A width that is not a multiple of 256, the row length of k-quants, stays one that is not.
         """
         if not 0 < factor <= 1:
             raise ParamsError(f"scale {factor} is not in (0, 1]")
@@ -93,10 +93,10 @@ class Model(Strict):
     geometry: Geometry | None = None
     scales: dict[str, dict[str, int]] = Field(default_factory=dict)
     excluded: str | None = None
-    """Why no quants of this model can be made; such a model can be named but not used."""
+    """Why this model cannot be quantised; such a model can be named but not used."""
 
     def at_scale(self, scale: str) -> Geometry:
-        """Geometry at `full`, at a named scale, or at a factor such as `0.25`. Raises ParamsError."""
+        """The geometry at scale `full`, at a named scale, or at a factor such as `0.25`. Raises ParamsError."""
         if self.geometry is None:
             raise ParamsError(f"{self.name} is excluded: {self.excluded}")
         scales = {"full": {}, **self.scales}
@@ -115,7 +115,7 @@ class Workload(Strict):
 
 
 class Arm(Strict):
-    """One way to run a file; a block runs every arm of its study once."""
+    """A placement and a load mode; each round of a study runs every one of them once."""
 
     placement: str = Field(pattern=r"^(baseline|cpu-moe|n-cpu-moe=[1-9][0-9]{0,3})$")
     load_mode: Literal["mmap", "none"] = "mmap"
@@ -135,7 +135,7 @@ class Study(Strict):
     arms: tuple[Arm, ...] = Field(min_length=1, max_length=MAX_NAMES)
     workloads: tuple[str, ...] = Field(min_length=1, max_length=MAX_NAMES)
     requests: upto(1000) = 2
-    """Requests of each workload in a run, in order; the first is flagged as first."""
+    """Requests of each workload in a run, in order; records mark the first one."""
     blocks: upto(10_000) = 5
     context: Tokens = 1024
     device: Literal["auto", "cuda", "loopback", "none"] = "auto"
@@ -148,17 +148,17 @@ class Study(Strict):
             if len(set(values)) != len(values):
                 raise ValueError(f"{field} names something twice")
         if [a.placement == "baseline" for a in self.arms] != [True] + [False] * max(1, len(self.arms) - 1):
-            raise ValueError("the first arm, and it alone, must be a baseline, with at least one to compare with it")
+            raise ValueError("the first of the arms, and no other, must be a baseline, and at least one must follow it")
         if self.weights == "real" and self.scale != "full":
-            raise ValueError("real weights have one scale: full")
+            raise ValueError("real weights have only the scale full")
         runs = len(self.models) * len(self.quants) * len(self.arms) * self.blocks
         if runs > MAX_RUNS:
-            raise ValueError(f"models x quants x arms x blocks are {runs} runs, more than {MAX_RUNS}: make two studies")
+            raise ValueError(f"models x quants x arms x blocks is {runs} runs, more than {MAX_RUNS}: make two studies")
         return self
 
 
 class Card(Strict):
-    """What people own of a model's card on the Hugging Face Hub."""
+    """The hand-written part of a model's card on the Hugging Face Hub."""
 
     name: str
     repository: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}$")
@@ -172,11 +172,11 @@ class Card(Strict):
     tags: tuple[str, ...] = ()
     summary: str
     prompt: str | None
-    """A whole prompt in the model's format; None for a base model, which continues a text."""
+    """A complete prompt in the model's format; None for a base model, which continues a text."""
     prompt_note: str
     credits: tuple[str, ...] = Field(min_length=1)
     quantized_by: str | None = None
-    """Default: the namespace that the card is made for."""
+    """Default: the namespace that publishes the card."""
 
     @model_validator(mode="after")
     def _named(self) -> Self:
@@ -186,7 +186,7 @@ class Card(Strict):
 
 
 def root() -> Path:
-    """Folder that holds `params/` and `outputs/`: $MOELIB_HOME, or the clone this package is installed from."""
+    """The folder with `params/` and `outputs/`: $MOELIB_HOME, or the clone that this package is installed from."""
     return Path(os.environ.get("MOELIB_HOME") or Path(__file__).resolve().parent.parent)
 
 
@@ -203,11 +203,11 @@ def _yaml(path: Path) -> Any:
     except FileNotFoundError:
         raise ParamsError(f"{path.name} is missing from {path.parent}; run from a clone or set MOELIB_HOME") from None
     except yaml_file.YamlError as err:
-        raise ParamsError(f"{path} is not YAML that can be used: {err}") from None
+        raise ParamsError(f"{path} is not usable YAML: {err}") from None
 
 
 def entries(file: str) -> dict[str, Any]:
-    """Name -> what `params/FILE` says of it, unchecked. Raises ParamsError."""
+    """Name -> its entry in `params/FILE`, unchecked. Raises ParamsError."""
     mapping = _yaml(root() / "params" / file)
     if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping):
         raise ParamsError(f"params/{file}: expected a mapping of names, found {type(mapping).__name__}")
@@ -220,7 +220,7 @@ def _entry(cls: type[T], kind: str, file: str, name: str) -> T:
 
 
 def model(name: str) -> Model:
-    """The catalogue's entry. Raises ParamsError for a name that is not in it."""
+    """The entry of a model in the catalogue. Raises ParamsError for an unknown name."""
     return _entry(Model, "model", "models.yaml", name)
 
 
@@ -229,12 +229,12 @@ def workload(name: str) -> Workload:
 
 
 def card(name: str) -> Card:
-    """What people own of the card of model `name`. Raises ParamsError."""
+    """The hand-written part of the card of model `name`. Raises ParamsError."""
     return _entry(Card, "model with a card", "cards.yaml", name)
 
 
 def quant(name: str) -> str:
-    """`name` itself, if a study may ask for it."""
+    """Return `name` if a study may use it. Raises ParamsError."""
     return _known("quant", name, QUANTS)
 
 
@@ -243,7 +243,7 @@ def study_names() -> list[str]:
 
 
 def study(name: str) -> Study:
-    """The study `params/studies/<name>.yaml` with every name in it checked. Raises ParamsError."""
+    """The study in `params/studies/<name>.yaml`, every name in it checked. Raises ParamsError."""
     if not (names := study_names()):
         raise ParamsError(f"{root()} holds no params/studies/*.yaml: run from a clone or set MOELIB_HOME")
     path = f"params/studies/{_known('study', name, names)}.yaml"

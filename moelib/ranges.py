@@ -1,6 +1,7 @@
-"""Types of stored numbers: a unit in the field's name and a range here, so that nonsense is refused on reading.
+"""Types of stored numbers, each with a range, so that impossible values are refused on reading.
 
-The bounds are far from anything that exists; what a machine can do at most is asked in `bounds`.
+The field's name carries the unit. The ranges are far wider than anything that exists; `bounds` holds the limits of a
+machine.
 """
 
 from typing import Annotated
@@ -12,11 +13,11 @@ Count = Annotated[int, Field(ge=0, le=1 << 40)]
 Index = Annotated[int, Field(ge=0, le=1 << 20)]
 Seconds = Annotated[float, Field(ge=0, le=1e7)]
 Elapsed = Annotated[float, Field(gt=0, le=1e7)]
-"""Seconds of something that took place."""
+"""Duration of something that happened, so above zero."""
 Cpus = Annotated[int, Field(ge=1, le=1 << 16)]
 Bits = Annotated[int, Field(ge=0, lt=1 << 64)]
 Step = Annotated[float, Field(ge=-1e10, le=1e10)]
-"""Seconds by which a clock was moved, either way."""
+"""Seconds by which a clock was set forward or back."""
 Joules = Annotated[float, Field(ge=0, le=1e12)]
 Watts = Annotated[float, Field(ge=0, le=1e5)]
 Megahertz = Annotated[int, Field(ge=0, le=100_000)]

@@ -1,4 +1,4 @@
-"""What every schema stands on: the errors for people, frozen classes that refuse unknown keys, numbers with a limit."""
+"""The base of every schema: user-facing errors, frozen classes that refuse unknown keys, bounded whole numbers."""
 
 from typing import Annotated, Any, TypeVar
 
@@ -20,7 +20,7 @@ class Strict(BaseModel):
 def upto(most: int, least: int = 1) -> Any:
     """Type of a whole number in [least, most].
 
-    The limits are far above any model or study and far below what fills a memory: what is beyond is a slip.
+    Limits are far above any real model or study and far below what would exhaust memory: a larger value is a mistake.
     """
     if least == 1:
         return Annotated[PositiveInt, Field(le=most)]
@@ -31,7 +31,7 @@ T = TypeVar("T", bound=Strict)
 
 
 def build(cls: type[T], where: str, data: Any, **more: Any) -> T:
-    """`cls` of a mapping and `more`. Raises ParamsError that names `where`, each wrong field, and what is allowed."""
+    """Build `cls` from a mapping and `more`. Raises ParamsError that names `where`, each wrong field and its limits."""
     if not isinstance(data, dict):
         raise ParamsError(f"{where}: expected a mapping, found {type(data).__name__}")
     try:

@@ -12,20 +12,20 @@ NAMESPACE = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
 
 
 def namespace(name: str) -> str:
-    """`name` itself, if a user or an organisation of the Hub can have it. Raises ParamsError."""
+    """Return `name` if it is a valid user or organisation name on the Hub. Raises ParamsError."""
     if not NAMESPACE.fullmatch(name) or ".." in name or "--" in name:
         raise ParamsError(
-            f"{name[:100]!r} is no namespace of the Hub: it is one name, of a user or an organisation, of at most 96 "
-            "letters, digits and single - _ . between them"
+            f"{name[:100]!r} is not a namespace of the Hub: give the name of a user or an organisation, at most 96 "
+            "letters and digits with single - _ . between them"
         )
     return name
 
 
 def repository_name(name: str) -> str:
-    """`name` itself, if it is OWNER/NAME of a repository on the Hub. Raises ParamsError."""
+    """Return `name` if it is a valid OWNER/NAME of a repository on the Hub. Raises ParamsError."""
     owner, _, own = name.partition("/")
     if len(name) > 96 or not NAMESPACE.fullmatch(own) or ".." in own or "--" in own or own.endswith(".git"):
-        raise ParamsError(f"{name[:100]!r} is no repository of the Hub: give OWNER/NAME")
+        raise ParamsError(f"{name[:100]!r} is not a repository name of the Hub: give OWNER/NAME")
     namespace(owner)
     return name
 
@@ -36,12 +36,12 @@ class SourceFile(Strict):
 
 
 def hub_path(name: str) -> str:
-    """A path in a repository whose last part can be the name of a file here."""
+    """Return `name` if it is a path in a repository whose last part is a safe local file name. Raises ValueError."""
     parts = PurePosixPath(name).parts
     if "/".join(parts) != name or {"..", "/"} & set(parts) or not name.isprintable() or "\\" in name:
-        raise ValueError("it is no path in a repository")
+        raise ValueError("it is not a valid path in a repository")
     if parts[-1][0] in ".-" or not parts[-1].endswith(".gguf") or len(parts[-1].encode()) > 200:
-        raise ValueError("a GGUF's name ends in .gguf, begins with neither a dot nor a dash and has at most 200 bytes")
+        raise ValueError("a GGUF's name must end in .gguf, not begin with a dot or a dash, and have at most 200 bytes")
     return name
 
 
@@ -50,33 +50,33 @@ Repository = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}/[A
 Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 
 
-def _apart(files: dict[str, SourceFile]) -> dict[str, SourceFile]:
+def _distinct(files: dict[str, SourceFile]) -> dict[str, SourceFile]:
     if len({PurePosixPath(name).name for name in files}) < len(files):
-        raise ValueError("two files have one name, and all of a model's files lie in one folder")
+        raise ValueError("two files have the same name, but all files of a model are stored in one folder")
     return files
 
 
-Files = Annotated[dict[HubPath, SourceFile], Field(max_length=1000), AfterValidator(_apart)]
+Files = Annotated[dict[HubPath, SourceFile], Field(max_length=1000), AfterValidator(_distinct)]
 
 
 class Pin(Strict):
-    """Which files of which commit are a model's weights, as the Hub told them."""
+    """The files of one commit that hold a model's weights, with the sizes and hashes that the Hub reported."""
 
     repository: Repository
     revision: Commit
-    """A branch moves."""
+    """A commit, because a branch moves."""
     files: Annotated[Files, Field(min_length=1)]
-    """Path in the repository -> what must arrive; all files of a split model, in order."""
+    """Path in the repository -> the expected size and hash; all files of a split model, in order."""
 
 
 class Upstream(Strict):
-    """Where a model's F16 GGUF is published, as people say it in params/models.yaml.
+    """Where a model's F16 GGUF is published, from params/models.yaml.
 
-    `moelib fetch --pin` writes into params/pins.yaml; a pin that people write here holds where that file has none.
+    `moelib fetch --pin` writes to params/pins.yaml; a pin written here by hand is used if that file has none.
     """
 
     publisher: str
-    """Whose F16 files the study's plan names."""
+    """The publisher of the F16 files that the study's plan names."""
     original: str
     """Repository of the safetensors that they were converted from."""
     repository: Repository | None = None
@@ -86,5 +86,5 @@ class Upstream(Strict):
     @model_validator(mode="after")
     def _whole(self) -> Self:
         if len({bool(self.repository), bool(self.revision), bool(self.files)}) > 1:
-            raise ValueError("repository, revision and files are pinned together, by `moelib fetch MODEL --pin`")
+            raise ValueError("repository, revision and files must be given together: run `moelib fetch MODEL --pin`")
         return self

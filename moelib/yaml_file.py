@@ -1,4 +1,4 @@
-"""YAML that people wrote, read within bounds: size, depth, and what aliases unfold to."""
+"""Read YAML that people wrote, with limits on size, nesting depth and the expansion of aliases."""
 
 from pathlib import Path
 from typing import Any
@@ -7,12 +7,12 @@ import yaml
 
 MAX_BYTES = 1 << 18  # the longest file of params/ has 4 kB
 MAX_DEPTH = 30
-MAX_NODES = 100_000  # aliases unfolded: nine lines of YAML can stand for a thousand million nodes
+MAX_NODES = 100_000  # after expanding aliases: nine lines of YAML can expand to a thousand million nodes
 MAX_DIGITS = 100  # a number of a million digits takes minutes to read
 
 
 class YamlError(ValueError):
-    """The text is not YAML, or more than anybody writes by hand; the message says which, without the file's name."""
+    """The text is not YAML, or exceeds a limit; the message says which, without the file's name."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -22,7 +22,7 @@ class _Loader(yaml.SafeLoader):
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise YamlError(
-                f"it is nested more than {MAX_DEPTH} deep, near line {self.peek_event().start_mark.line + 1}"
+                f"it is nested more than {MAX_DEPTH} levels deep, near line {self.peek_event().start_mark.line + 1}"
             )
         node = super().compose_node(parent, index)
         self.depth -= 1
@@ -31,27 +31,30 @@ class _Loader(yaml.SafeLoader):
     def get_single_node(self) -> yaml.Node | None:
         node = super().get_single_node()
         if node is not None:
-            _unfolded(node, {})
+            _expanded(node, {})
         return node
 
 
-def _unfolded(node: yaml.Node, sizes: dict[int, int]) -> int:
-    """Nodes that `node` stands for. Raises YamlError for too many, for one inside itself, and for a number too long."""
+def _expanded(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Number of nodes under `node`, aliases expanded.
+
+    Raises YamlError for too many nodes, a node that contains itself, or a number that is too long.
+    """
     if node.tag.endswith((":int", ":float")) and len(node.value) > MAX_DIGITS:
         raise YamlError(f"line {node.start_mark.line + 1} holds a number of more than {MAX_DIGITS} digits")
     if isinstance(node, yaml.ScalarNode):
         return 1
     if id(node) not in sizes:
-        sizes[id(node)] = MAX_NODES  # of one that is inside itself
+        sizes[id(node)] = MAX_NODES  # if the node contains itself
         inside = [n for pair in node.value for n in pair] if isinstance(node, yaml.MappingNode) else node.value
-        sizes[id(node)] = 1 + sum(_unfolded(n, sizes) for n in inside)
+        sizes[id(node)] = 1 + sum(_expanded(n, sizes) for n in inside)
     if sizes[id(node)] > MAX_NODES:
-        raise YamlError(f"it stands for more than {MAX_NODES} values, or for one inside itself: write them out")
+        raise YamlError(f"its aliases expand to more than {MAX_NODES} values, or refer to themselves: write them out")
     return sizes[id(node)]
 
 
 def loads(text: str) -> Any:
-    """What `text` says. Raises YamlError."""
+    """The data in `text`. Raises YamlError."""
     if len(text) > MAX_BYTES:
         raise YamlError(f"it has more than {MAX_BYTES} characters")
     try:
@@ -63,7 +66,7 @@ def loads(text: str) -> Any:
 
 
 def load(path: Path) -> Any:
-    """What the file at `path` says. Raises YamlError, FileNotFoundError."""
+    """The data in the file at `path`. Raises YamlError, FileNotFoundError."""
     try:
         with path.open("rb") as f:
             data = f.read(MAX_BYTES + 1)

@@ -274,7 +274,7 @@ def test_what_can_be_no_namespace_writes_nothing(tmp_path, monkeypatch, name):
     for args in (asked, ("publish", "demo", "--to", name)):
         done = CliRunner().invoke(cli.main, list(args))
         assert done.exit_code == 1
-        assert "is no namespace of the Hub: it is one name" in done.output
+        assert "is not a namespace of the Hub: give the name" in done.output
         assert len(done.output.splitlines()) == 1
         assert done.exception is None or isinstance(done.exception, SystemExit)
     assert not (tmp_path / "cards").exists()

@@ -107,7 +107,7 @@ def test_a_planted_link_is_not_followed_and_its_target_kept(tmp_path):
         pass
     path.unlink()
     os.link(victim, path)
-    with pytest.raises(files.FileError, match="is no lock of moelib's"), files.lock(path, "it", 0):
+    with pytest.raises(files.FileError, match="moelib did not write it"), files.lock(path, "it", 0):
         pass
     assert victim.read_text(encoding="utf-8") == "years of work"
 
@@ -119,7 +119,7 @@ def test_what_is_no_lock_of_ours_is_not_written_to(tmp_path):
         pass
     assert path.read_text(encoding="utf-8") == "[[package]]"
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(files.FileError, match="is no lock of moelib's"), files.lock(tmp_path / "pipe", "it", 0):
+    with pytest.raises(files.FileError, match="moelib did not write it"), files.lock(tmp_path / "pipe", "it", 0):
         pass
     with pytest.raises(files.FileError, match="cannot be used: Is a directory"), files.lock(tmp_path, "it", 0):
         pass

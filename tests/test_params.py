@@ -46,12 +46,12 @@ def test_an_excluded_model_says_why():
         ("\nquants: [Q2_K, Q2_K]\n", "names something twice"),
         ("\nquants: [Q3_K]\n", "Q4_K_M"),
         ("\narms: [{placement: cpu-moe}]\n", "must be a baseline"),
-        ("\narms: [{placement: baseline}]\n", "at least one to compare"),
-        ("\narms: [{placement: baseline}, {placement: baseline, load_mode: none}]\n", "it alone"),
+        ("\narms: [{placement: baseline}]\n", "at least one must follow it"),
+        ("\narms: [{placement: baseline}, {placement: baseline, load_mode: none}]\n", "and no other, must be a baseline"),
         ("\narms: [{placement: baseline}, {placement: n-cpu-moe=0}]\n", r"baseline\|cpu-moe\|n-cpu-moe="),
         ("\nmodels: [nobody]\n", "unknown model"),
         ("\nmodels: [gpt-oss-20b]\n", "excluded"),
-        ("\n- a list\n", "not YAML"),
+        ("\n- a list\n", "not usable YAML"),
     ],
 )
 def test_a_study_with_a_mistake_is_refused(home, change, complaint):
@@ -105,7 +105,7 @@ LIMITS = [
     ),
     (
         f"models: [{', '.join(f'm{i}' for i in range(100))}]\nquants: [Q4_K_M, Q2_K, Q8_0]\nblocks: 1000",
-        "are 600000 runs, more than 200000",
+        "is 600000 runs, more than 200000",
     ),
 ]
 
@@ -203,14 +203,14 @@ def test_numbers_of_models_and_workloads_have_limits(home, file, old, new, ask, 
 @pytest.mark.parametrize(
     ("data", "complaint"),
     [
-        (b"\xff\xfe", "models.yaml is not YAML that can be used: byte 0 is not UTF-8"),
+        (b"\xff\xfe", "models.yaml is not usable YAML: byte 0 is not UTF-8"),
         (b"- a\n- b\n", "models.yaml: expected a mapping of names, found list"),
         (b"1: {}\n", "models.yaml: expected a mapping of names"),
         (b"", "models.yaml: expected a mapping of names, found NoneType"),
         (b"phi-3.5-moe: 5\n", "models.yaml, phi-3.5-moe: expected a mapping, found int"),
         (b"phi-3.5-moe: {1: 2}\n", "models.yaml, phi-3.5-moe: "),
-        (b"phi-3.5-moe: [\n", "is not YAML that can be used"),
-        (b"[" * 9000, "is not YAML that can be used: it is nested"),
+        (b"phi-3.5-moe: [\n", "is not usable YAML"),
+        (b"[" * 9000, "is not usable YAML: it is nested"),
     ],
 )
 def test_a_damaged_catalogue_is_one_sentence(home, data, complaint):
@@ -268,7 +268,7 @@ def test_a_namespace_of_the_hub(name):
     ],
 )
 def test_what_can_be_no_namespace(name):
-    with pytest.raises(params.ParamsError, match="is no namespace of the Hub: it is one name") as caught:
+    with pytest.raises(params.ParamsError, match="is not a namespace of the Hub: give the name") as caught:
         upstream.namespace(name)
     assert "\n" not in str(caught.value)
     assert "\x1b" not in str(caught.value)

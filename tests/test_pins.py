@@ -201,11 +201,11 @@ def test_what_the_listing_says_is_checked_before_it_is_written(make, lfs_hub, ho
     commit = repo.commits[repo.refs["refs/heads/main"]]
     (good,) = [e for n, e in commit.files.items() if n == "m.gguf"]
     for name, entry, why in (
-        ("../m.gguf", good, "no path in a repository"),
+        ("../m.gguf", good, "not a valid path in a repository"),
         ("a/.m.gguf", good, "begins with neither a dot nor a dash"),
         ("-m.gguf", good, "begins with neither a dot nor a dash"),
-        ("a\nb.gguf", good, "no path in a repository"),
-        ("\x1b[2Jm.gguf", good, "no path in a repository"),
+        ("a\nb.gguf", good, "not a valid path in a repository"),
+        ("\x1b[2Jm.gguf", good, "not a valid path in a repository"),
         (f"{'m' * 300}.gguf", good, "at most 200 bytes"),
         ("m.GGUF", good, "ends in .gguf"),
         ("m.gguf", Entry(1 << 60, good.sha256), "less than or equal to"),

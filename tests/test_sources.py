@@ -593,5 +593,5 @@ def test_real_weights_have_no_scale(home):
     path = home / "params/studies/smoke.yaml"
     path.write_text(SMOKE.replace("weights: twin", "weights: real"), encoding="utf-8")
     params._yaml.cache_clear()
-    with pytest.raises(params.ParamsError, match="real weights have one scale: full"):
+    with pytest.raises(params.ParamsError, match="real weights have only the scale full"):
         params.study("smoke")
