@@ -1,3 +1,27 @@
-"""moelib: what MoE CPU offloading buys and costs, measured so that it survives an audit."""
+"""moelib: what MoE CPU offloading buys and costs, measured so that it survives an audit.
+
+study = moelib.load("h100-twins")
+study.runs.plot.scatter("vram_bytes", "tokens_per_s/long-512")
+moelib.compare(study.runs, "tokens_per_s/long-512")
+"""
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+__all__ = ["Record", "compare", "frame", "header", "load", "studies"]
+
+if TYPE_CHECKING:
+    from moelib.face import Record, compare, frame, header, load, studies
+
+
+def __getattr__(name: str) -> Any:
+    """The face, imported when it is first used: `import moelib` alone stays cheap."""
+    if name in __all__:
+        from moelib import face
+
+        return getattr(face, name)
+    raise AttributeError(f"module 'moelib' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

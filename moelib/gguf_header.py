@@ -91,6 +91,13 @@ class Header:
     def is_quantised(self) -> bool:
         return any(t.type not in UNQUANTISED for t in self.tensors)
 
+    def __repr__(self) -> str:
+        experts = sum(t.nbytes for t in self.tensors if t.is_expert)
+        return (
+            f"<Header {self.path.name}: {self.metadata.get('general.architecture')}, {self.layers} layers, "
+            f"{len(self.tensors)} tensors, {self.file_bytes / 2**20:,.0f} MiB, experts {experts / 2**20:,.0f} MiB>"
+        )
+
     @property
     def is_twin(self) -> bool:
         """Whether the file was written as a geometry twin, or made from one: its weights are random."""

@@ -42,7 +42,7 @@ class Check:
     """What was found, with what it was held against."""
 
 
-class Judged(params.Strict):
+class Reaudit(params.Strict):
     """Readings audited again by later rules."""
 
     record: str
@@ -53,6 +53,8 @@ class Judged(params.Strict):
 
 
 class Record(params.Strict):
+    """One run: what was asked, of which file, engine, device and host, what was observed, and its audit."""
+
     model_config = ConfigDict(allow_inf_nan=False)
 
     schema_version: Annotated[int, Field(ge=OLDEST, le=SCHEMA_VERSION)] = SCHEMA_VERSION
@@ -74,8 +76,11 @@ class Record(params.Strict):
     audit: tuple[Check, ...]
     raw: dict[Annotated[str, Field(pattern=r"^[\w.=-]+\.log\.gz$")], Sha256]
     """Compressed logs beside the record: file name -> SHA-256."""
-    judged: Judged | None = None
+    judged: Reaudit | None = None
     digest: str = ""
+
+    def __repr__(self) -> str:
+        return f"<Record {self.run_id}: {self.status}{' ' if self.reasons else ''}{', '.join(self.reasons)}>"
 
     @property
     def done(self) -> bool:
@@ -92,8 +97,8 @@ class Record(params.Strict):
     @property
     def line(self) -> str:
         """One line for people who wait."""
-        what = f"{self.spec.model} {self.spec.quant} {self.spec.arm} block {self.spec.block + 1}"
-        return f"{what}: {self.status}" + (f" ({', '.join(self.reasons)})" if self.reasons else "")
+        run_name = f"{self.spec.model} {self.spec.quant} {self.spec.arm} block {self.spec.block + 1}"
+        return f"{run_name}: {self.status}" + (f" ({', '.join(self.reasons)})" if self.reasons else "")
 
 
 @lru_cache(1 << 17)
@@ -136,14 +141,14 @@ def read(path: Path) -> Record:
         raw = files.head(path, MAX_BYTES + 1)
         if len(raw) > MAX_BYTES:
             raise RecordError(f"more than {MAX_BYTES >> 20} MiB are no record of a run")
-        found = Record.model_validate_json(raw, strict=True)
-        if found.digest != _digest_as_written(raw) and found.digest != _digest(json.loads(raw)):
+        loaded = Record.model_validate_json(raw, strict=True)
+        if loaded.digest != _digest_as_written(raw) and loaded.digest != _digest(json.loads(raw)):
             raise RecordError("its digest does not fit its content")
     except (OSError, ValueError, ValidationError, RecursionError) as err:
         raise RecordError(f"{path.name}: {' '.join(str(err).split())[:300]}") from None
-    if found.run_id != path.stem or found.run_id != run_id(found.spec, found.attempt):
-        raise RecordError(f"{path.name}: it is the record of {found.run_id}")
-    return found
+    if loaded.run_id != path.stem or loaded.run_id != run_id(loaded.spec, loaded.attempt):
+        raise RecordError(f"{path.name}: it is the record of {loaded.run_id}")
+    return loaded
 
 
 def _digest_as_written(raw: bytes) -> str | None:
@@ -176,7 +181,7 @@ class Lightener:
             r.__dict__[k] = self._once(getattr(r, k), (k, name))
         outcome = tuple((c.id, c.passed) for c in r.audit)
         if outcome not in self._outcomes:
-            self._outcomes[outcome] = tuple(Check(*told, "") for told in outcome)
+            self._outcomes[outcome] = tuple(Check(*id_and_passed, "") for id_and_passed in outcome)
         r.__dict__["audit"] = self._outcomes[outcome]
         if (o := r.observed) is not None:
             small(o.memory.trace, "during", o.memory.trace.during[-1:])
@@ -198,7 +203,7 @@ def each(folder: Path) -> Iterator[Record]:
 
 
 def read_all(
-    folder: Path, set_aside: bool = False, of: str = "", each: Callable[[Record], Record] = lambda r: r
+    folder: Path, set_aside: bool = False, prefix: str = "", each: Callable[[Record], Record] = lambda r: r
 ) -> tuple[list[Record], list[str]]:
     """All records under `folder/records/`, by run id, and what was wrong with the others.
 
@@ -206,7 +211,7 @@ def read_all(
     with. each: what is kept of a record, as it is read.
     """
     records, damaged = [], []
-    for path in sorted((folder / "records").glob(f"{of}*.json")):
+    for path in sorted((folder / "records").glob(f"{prefix}*.json")):
         try:
             records.append(each(read(path)))
         except RecordError as err:

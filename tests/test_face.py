@@ -1,0 +1,156 @@
+"""What `import moelib` offers, on the committed studies."""
+
+import re
+import subprocess
+import sys
+
+import ggufs
+import pandas as pd
+import pytest
+from conftest import REPO
+
+import moelib
+from moelib import frames, params
+from moelib.face import UnknownName
+
+
+@pytest.fixture(scope="module")
+def study():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOELIB_OUTPUTS", str(REPO / "docs/example"))
+        patch.setenv("MOELIB_HOME", str(REPO))
+        yield moelib.load("demo")
+
+
+def test_the_face_is_what_completion_shows():
+    assert dir(moelib) == ["Record", "__version__", "compare", "frame", "header", "load", "studies"]
+    assert all(getattr(moelib, name).__doc__ for name in moelib.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'lod'"):
+        moelib.lod  # noqa: B018
+
+
+def test_from_nothing_to_a_plot_in_four_lines(tmp_path):
+    code = (
+        "import matplotlib; matplotlib.use('Agg')\n"
+        "import moelib, seaborn\n"
+        "runs = moelib.load('demo').runs\n"
+        "plot = seaborn.scatterplot(runs, x='vram_bytes', y='tokens_per_s/long-512', hue='quant', style='placement')\n"
+        f"plot.figure.savefig({str(tmp_path / 'plot.png')!r}); print(len(runs))"
+    )
+    env = {
+        "MOELIB_OUTPUTS": str(REPO / "docs/example"),
+        "MOELIB_HOME": str(REPO),
+        "PATH": "/usr/bin",
+        "HOME": str(tmp_path),
+    }
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, encoding="utf-8")
+    assert done.stdout.strip() == "36", done.stderr
+    assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+def test_studies_lists_what_can_be_loaded(study):
+    frame = moelib.studies()
+    assert frame.loc["demo", "records"] == 36
+    assert frame.loc["demo", "models"] == "phi-3.5-moe, deepseek-moe-16b"
+
+
+def test_an_unknown_name_gets_the_nearest_one_or_the_list(study):
+    with pytest.raises(UnknownName, match="did you mean 'demo'"):
+        moelib.load("demmo")
+    with pytest.raises(UnknownName, match="did you mean 'phi-3.5-moe/Q4_K_M'"):
+        study.why("phi-3.5-moe/Q4_K")
+    with pytest.raises(UnknownName, match="no record of demo match"):
+        study.record("nothing")
+    with pytest.raises(UnknownName, match="18 records"):
+        study.record("phi-3.5-moe")
+    assert issubclass(UnknownName, params.UserError)
+
+
+def test_a_study_reads_short_and_leads_to_its_records(study):
+    assert repr(study) == (
+        "<Study demo: 36 of 36 runs usable: 36 valid, 0 degraded; 6 cells, columns in .runs and .requests>"
+    )
+    html = study._repr_html_()
+    assert html.count("<tr>") == 7
+    assert "phi-3.5-moe/Q4_K_M" in html
+    run_id = study.runs["run_id"][0]
+    assert study.record(run_id).run_id == run_id
+    assert study.record(run_id[-15:]).digest == study.record(run_id).digest
+    assert study.why("phi-3.5-moe/Q2_K") == "phi-3.5-moe/Q2_K: 6 of 6 runs usable"
+    assert study.problems == []
+
+
+def test_every_measured_column_is_declared_and_every_declared_one_is_there(study):
+    columns = study.columns
+    assert list(columns.columns) == ["label", "unit", "better", "source"]
+    assert set(study.runs.columns) == set(columns.index) | set(frames.WHERE) | set(frames.SETUP)
+    assert columns["label"].notna().all()
+    assert columns.loc["tokens_per_s/long-512", "better"] == "more"
+    for name, unit in (("vram_bytes", "bytes"), ("load_s", "s"), ("ttft_warm_s/plan-short", "s")):
+        assert columns.loc[name, "unit"] == unit
+
+
+def test_what_was_not_measured_is_not_0(study):
+    """Loopback has no board whose energy could be counted."""
+    assert study.runs["board_watt"].isna().all()
+    assert study.runs["joule_per_token/long-512"].isna().all()
+    measured = study.runs.drop(columns=[*frames.WHERE, *frames.SETUP])
+    assert (measured.dtypes == "float64").all()
+
+
+def test_requests_have_a_row_each(study):
+    assert len(study.requests) == 36 * 4
+    assert set(study.requests["request"]) == {0, 1}
+    assert (study.requests["ttft_s"] > 0).all()
+
+
+def test_compare_pairs_within_rounds(study):
+    ratios = moelib.compare(study.runs, "tokens_per_s/long-512")
+    assert len(ratios) == 6
+    assert (ratios["n"] == 3).all()
+    assert ((ratios["low"] <= ratios["ratio"]) & (ratios["ratio"] <= ratios["high"])).all()
+    assert (ratios["ratio"] < 1).all()
+    one = moelib.compare(study.runs[study.runs["round"] == 1], "vram_bytes")
+    assert (one["n"] == 1).all()
+    assert one["low"].isna().all()
+    # a round that lacks one side says nothing
+    lame = study.runs.drop(study.runs.index[(study.runs["round"] == 1) & (study.runs["placement"] == "baseline")])
+    assert (moelib.compare(lame, "vram_bytes")["n"] == 2).all()
+    shuffled = study.runs.sample(frac=1, random_state=1)
+    merged = ratios.merge(moelib.compare(shuffled, "tokens_per_s/long-512"), on=["model", "quant"])
+    assert (abs(merged["ratio_x"] - merged["ratio_y"]) < 1e-12).all()
+
+
+def test_compare_refuses_what_cannot_be_compared(study):
+    with pytest.raises(frames.FrameError, match="did you mean 'tokens_per_s/long-512'"):
+        moelib.compare(study.runs, "tokens_per_s/long")
+    with pytest.raises(frames.FrameError, match="lacks model, round"):
+        moelib.compare(study.runs.drop(columns=["round", "model"]), "vram_bytes")
+    mixed = pd.concat([study.runs, study.runs.assign(gpu="another card", round=study.runs["round"] + 3)])
+    with pytest.raises(frames.FrameError, match="differ in gpu: .*another card"):
+        moelib.compare(mixed.reset_index(drop=True), "vram_bytes")
+    with pytest.raises(frames.FrameError, match="a round has two runs of baseline"):
+        moelib.compare(pd.concat([study.runs, study.runs], ignore_index=True), "vram_bytes")
+    with pytest.raises(frames.FrameError, match="no round has board_watt"):
+        moelib.compare(study.runs, "board_watt")
+    with pytest.raises(frames.FrameError, match="the frame has baseline, cpu-moe"):
+        moelib.compare(study.runs, "vram_bytes", baseline="n-cpu-moe=3")
+
+
+def test_frame_takes_any_records(study):
+    frame = moelib.frame(study.records[:2])
+    assert len(frame) == 2
+    assert isinstance(study.records[0], moelib.Record)
+    assert repr(study.records[0]) == f"<Record {study.records[0].run_id}: valid>"
+    assert moelib.frame([]).empty
+
+
+def test_a_header_is_read_without_its_weights(tmp_path):
+    path = ggufs.write_nextn(tmp_path / "small.gguf")
+    header = moelib.header(path)
+    assert header.layers == 3
+    assert re.fullmatch(
+        r"<Header small.gguf: \w+, 3 layers, \d+ tensors, [\d,]+ MiB, experts [\d,]+ MiB>", repr(header)
+    )
+    with pytest.raises(params.UserError):
+        moelib.header(REPO / "README.md")
