@@ -1,8 +1,8 @@
-"""One measurement at a time on a device, whoever asks, from whichever clone and TMPDIR: two would slow each other.
+"""Allow one measurement at a time on a device, across users, clones and values of TMPDIR: two would slow each other.
 
-On Linux a device is claimed by a name of the kernel's own, an abstract socket with the GPU's id in it, which belongs to
-no folder and no user and is free as soon as its owner is dead. It is seen by all who share the network namespace; a
-lock file in a folder of this user's is held beside it, for systems without such names and for containers of one user.
+On Linux a device is claimed with an abstract socket whose name contains the GPU's id. It belongs to no folder and no
+user, and the kernel frees it when its owner ends. It is visible within a network namespace. A lock file in a folder of
+this user is held as well, for systems without abstract sockets and for several containers of one user.
 """
 
 import contextlib
@@ -20,17 +20,17 @@ from pathlib import Path
 
 from moelib import files
 
-ROOT = Path("/tmp")  # not TMPDIR, of which one machine has many
-HOST = "host"  # what plays the device where no GPU does
+ROOT = Path("/tmp")  # not TMPDIR, which differs between users and jobs of one machine
+HOST = "host"  # claimed if no GPU is used
 PREFIX = "moelib-device-"
 _PEER = struct.Struct("iII")  # struct ucred: process, user, group (socket(7), SO_PEERCRED)
 
 
 @contextmanager
 def device(uuid: str | None, what: str, wait_s: float) -> Iterator[None]:
-    """Hold the GPU with that id, or the host where it is None.
+    """Hold the GPU with that id, or the host if it is None.
 
-    Waits `wait_s` for another's last run, then raises FileError, which names the other as well as can be.
+    Waits `wait_s` for another process to end its run, then raises FileError, which names that process if it is known.
     """
     files.need_locks()
     name = PREFIX + re.sub(r"[^A-Za-z0-9-]", "_", uuid or HOST)
@@ -46,7 +46,7 @@ def device(uuid: str | None, what: str, wait_s: float) -> Iterator[None]:
 
 @contextmanager
 def _named(name: str, what: str, wait_s: float) -> Iterator[None]:
-    """Hold an abstract socket of that name (unix(7)); nobody is served on it, it tells who has it."""
+    """Hold an abstract socket of that name (unix(7)). It accepts no connections; it only identifies its owner."""
     deadline = time.monotonic() + wait_s
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as mine:
         while True:
@@ -61,17 +61,17 @@ def _named(name: str, what: str, wait_s: float) -> Iterator[None]:
                     raise files.FileError(f"{what} is in use by {owner}; wait for it to end, then run again") from None
                 time.sleep(0.05)
         with contextlib.suppress(OSError):
-            mine.listen(1)  # from here on who connects is told this process and its user
+            mine.listen(1)  # from here on, a process that connects can read this process's id and user
         yield
 
 
 def _owner(name: str) -> str:
-    """Who holds the name, as the kernel tells it."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asks:
-        asks.setblocking(False)
+    """The process that holds the name, from the kernel's credentials of the socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.setblocking(False)
         try:
-            asks.connect(f"\0{name}")
-            pid, uid, _ = _PEER.unpack(asks.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+            connection.connect(f"\0{name}")
+            pid, uid, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
         except OSError:
             return "another process"
     who = f"process {pid}" if pid else "a process of another container"
@@ -79,7 +79,7 @@ def _owner(name: str) -> str:
 
 
 def _user(uid: int) -> str:
-    import pwd  # Windows has none, and is told so before
+    import pwd  # missing on Windows, which need_locks() has refused before
 
     try:
         return pwd.getpwuid(uid).pw_name
@@ -88,17 +88,17 @@ def _user(uid: int) -> str:
 
 
 def _own_folder(folder: Path) -> Path:
-    """A folder that nobody else can write to or plant anything in. Raises FileError."""
+    """Make a folder that no other user can write to. Raises FileError."""
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         about = folder.lstat()
     except OSError as err:
-        raise files.FileError(f"{folder} cannot be made: {err.strerror}; remove what stands in its way") from None
+        raise files.FileError(f"{folder} cannot be made: {err.strerror}; remove what blocks its path") from None
     if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid():
         whose = _user(about.st_uid)
         raise files.FileError(
-            f"{folder} is not a folder of this user's, but of {whose}; have it removed, then run again"
+            f"{folder} is not a folder of this user but belongs to {whose}; have it removed, then run again"
         )
     if about.st_mode & 0o077:
-        folder.chmod(0o700)  # one that an older moelib made
+        folder.chmod(0o700)  # made by an older moelib
     return folder

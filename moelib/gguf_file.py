@@ -1,7 +1,7 @@
-"""GGUF files, whole or split: read by their headers, and refused with the cause and the next step.
+"""Read and check the headers of GGUF files, whole or split.
 
-Weights are not read. A truncated, corrupt or foreign file, and one that is no model, raises GGUFError before an engine
-sees it.
+Weights are not read. A file that is truncated, corrupt, of another format or not a model raises GGUFError, with the
+cause and the next step, before the engine opens it.
 """
 
 import io
@@ -28,49 +28,49 @@ __all__ = [
 ]
 
 SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
-"""End of the name of one file of a split model; llama.cpp takes the first and finds the others."""
+"""End of the name of one file of a split model; llama.cpp is given the first and finds the others."""
 MAX_PARTS = 4096
 
 NOT_MODELS = {
     "adapter": ("a LoRA adapter, which changes a model", "give the model's own GGUF, or merge with llama-export-lora"),
     "control vector": ("a control vector, which steers a model", "give the model's own GGUF"),
-    "imatrix": ("an importance matrix, which llama-quantize takes as advice", "give the model's own GGUF"),
-    "projector": ("a multimodal projector (mmproj), the eyes or ears of a model", "give the model's own GGUF"),
-    "draft": ("a draft head, which guesses for another model", "give the GGUF of the model that it belongs to"),
-    "vocabulary": ("a vocabulary alone: it holds no tensors", "give the model's own GGUF"),
-    "unknown": ("no language model of llama.cpp: it has no general.architecture", "give the model's own GGUF"),
+    "imatrix": ("an importance matrix, an input of llama-quantize", "give the model's own GGUF"),
+    "projector": ("a multimodal projector (mmproj), which encodes images or sound", "give the model's own GGUF"),
+    "draft": ("a draft head, which predicts tokens for another model", "give the GGUF of the model that it belongs to"),
+    "vocabulary": ("a vocabulary without tensors", "give the model's own GGUF"),
+    "unknown": ("not a language model of llama.cpp: it has no general.architecture", "give the model's own GGUF"),
 }
-"""What a file that is read but is no model is, and the next step, by `Header.kind`."""
+"""`Header.kind` of a file that is not a model -> what it is, and the next step."""
 
 COUNTS = ("block_count", "nextn_predict_layers", "expert_count", "expert_used_count")
 
 
 def split_paths(path: Path) -> list[Path]:
-    """All files of a model that was split, in order, by the name of any of them; else `path` alone.
+    """All files of a split model, in order, from the name of any of them; `path` alone if the model is not split.
 
-    Raises GGUFError for a name that no split has.
+    Raises GGUFError if the numbers in the name are impossible.
     """
     if not (m := SPLIT.search(path.name)):
         return [path]
     at, of = int(m[1]), int(m[2])
     refuse(
         not 1 <= at <= of or of > MAX_PARTS,
-        f"{path.name}: by its name it is file {at} of {of} of a split model, which cannot be",
+        f"{path.name}: its name says file {at} of {of} of a split model, which is impossible",
         "rename it as it was published",
     )
     return [path.with_name(f"{path.name[: m.start()]}-{i + 1:05}-of-{m[2]}.gguf") for i in range(of)]
 
 
 def read_header(path: str | Path, any_kind: bool = False) -> Header:
-    """Read and check the header of `path`, or of all files of a split model by any of them.
+    """Read and check the header of `path`, or of all files of a split model, given any of them.
 
-    any_kind: also of files that are no models; `Header.kind` tells. Raises GGUFError.
+    `any_kind`: accept files that are not models; see `Header.kind`. Raises GGUFError.
     """
     paths = split_paths(Path(path))
     if len(paths) > 1 and (gone := [p.name for p in paths if not p.exists()]):
         listed = ", ".join(gone[:3]) + (f" and {len(gone) - 3} more" if len(gone) > 3 else "")
         raise GGUFError(
-            f"{Path(path).name} is one of {len(paths)} files by its name, and there is no {listed}; fetch them"
+            f"{Path(path).name} is one of {len(paths)} files of a model, and {listed} cannot be found; fetch all files"
         )
     parts, total = [], 0
     for p in paths:
@@ -80,14 +80,14 @@ def read_header(path: str | Path, any_kind: bool = False) -> Header:
     _belong(parts)
     first, tensors = parts[0], tuple(t for p in parts for t in p.tensors)
     twice = len({t.name for t in tensors}) != len(tensors)
-    refuse(twice, f"{first.path.name}: corrupt: a tensor stands in two of its files", "fetch all of them again")
+    refuse(twice, f"{first.path.name}: corrupt: two of its files hold the same tensor", "fetch all of them again")
     return _checked(Header(first.path, sum(p.file_bytes for p in parts), first.metadata, tensors), any_kind)
 
 
 def from_bytes(first: bytes, name: str, file_bytes: int) -> Header:
-    """The header of a file of `file_bytes` bytes that lies elsewhere, by its first bytes; of any kind.
+    """The header of a remote file of `file_bytes` bytes, from its first bytes; any kind of file is accepted.
 
-    Of a split model it tells of that one file. Raises GGUFError; HeaderCut where more of the file is needed.
+    For a split model, it describes this one file. Raises GGUFError; HeaderCut if more of the file is needed.
     """
     return _named(name, lambda: _parse(Path(name), io.BytesIO(first), file_bytes))
 
@@ -99,8 +99,8 @@ def _belong(parts: list[Header]) -> None:
         of, at = (p.metadata.get(f"split.{k}", absent) for k, absent in (("count", 0), ("no", i)))
         whole = n == 1 and of in (0, 1)
         again = f"rename it as it was published, ...-0000N-of-{of:05}.gguf, beside all others" if n == 1 else AGAIN
-        refuse(of != n and not whole, f"{p.path.name}: it is one of {of} files, {n} by its name", again)
-        refuse(at != i and not whole, f"{p.path.name}: it is file {at + 1} of the split by its header", again)
+        refuse(of != n and not whole, f"{p.path.name}: its header says one of {of} files, its name one of {n}", again)
+        refuse(at != i and not whole, f"{p.path.name}: its header says file {at + 1} of the model", again)
     announced, held = parts[0].metadata.get("split.tensors.count"), sum(len(p.tensors) for p in parts)
     refuse(
         n > 1 and announced not in (None, held),
@@ -128,7 +128,7 @@ def _read(path: Path) -> Header:
     def read() -> Header:
         status = path.stat()
         refuse(path.is_dir(), "it is a folder", "name the GGUF file in it")
-        refuse(not S_ISREG(status.st_mode), "it is no file but a device or a pipe", "give a GGUF file")
+        refuse(not S_ISREG(status.st_mode), "it is a device or a pipe, not a file", "give a GGUF file")
         with path.open("rb") as f:
             return _parse(path, f, f.seek(0, 2))
 
@@ -159,19 +159,19 @@ def _parse(path: Path, stream: BinaryIO, size: int) -> Header:
 
 
 def _counts(metadata: dict[str, Any]) -> None:
-    """Raise GGUFError where metadata that is reckoned with has another type than it must have."""
+    """Raise GGUFError if a count in the metadata is not a whole number."""
     arch = metadata.get("general.architecture", "")
-    refuse(not isinstance(arch, str), f"corrupt: general.architecture is {arch!r:.60}, which is no name")
+    refuse(not isinstance(arch, str), f"corrupt: general.architecture is {arch!r:.60}, not a name")
     for key in (*(f"{arch}.{k}" for k in COUNTS), "split.count", "split.no", "split.tensors.count"):
         value = metadata.get(key, 0)
         layers = key.endswith(("expert_count", "expert_used_count"))  # they may differ from layer to layer
         each = value if isinstance(value, list) and layers else [value]
-        right = all(type(n) is int and 0 <= n < 1 << 32 for n in each)
-        refuse(not right, f"corrupt: {key} is {value!r:.60}, which is no count", "take another conversion of the model")
+        valid = all(type(n) is int and 0 <= n < 1 << 32 for n in each)
+        refuse(not valid, f"corrupt: {key} is {value!r:.60}, not a count", "take another conversion of the model")
     blocks, nextn = (metadata.get(f"{arch}.{k}") for k in COUNTS[:2])
     refuse(blocks == 0, f"corrupt: {arch}.block_count is 0", "take another conversion of the model")
     refuse(
         blocks is not None and (nextn or 0) >= blocks,
-        f"corrupt: nextn_predict_layers is {nextn}, of {blocks} blocks",
+        f"corrupt: nextn_predict_layers is {nextn}, but block_count is {blocks}",
         "take another conversion of the model",
     )

@@ -1,4 +1,4 @@
-"""What people have under the name of a GGUF that is none: told by its first bytes, with the next step."""
+"""Recognise files that are named like a GGUF but are something else, by their first bytes, and say the next step."""
 
 import re
 import struct
@@ -18,21 +18,21 @@ PART = re.compile(r"part(\d+)of(\d+)", re.IGNORECASE)
 
 
 def part(name: str) -> tuple[str, str] | None:
-    """(cause, next step) of a file whose name says that it is a slice of one that was cut for upload."""
+    """(cause, next step) for a file whose name says that it is one slice of a larger file; else None."""
     if m := PART.search(name):
         whole = name[: m.start()].rstrip("(._- ") or "it"
-        return f"it is slice {m[1]} of {m[2]} of a file that was cut for upload", f"join the slices of {whole} with cat"
+        return f"it is slice {m[1]} of {m[2]} of a file split for upload", f"join the slices of {whole} with cat"
     return None
 
 
 def cause(first: bytes, name: str) -> tuple[str, str] | None:
-    """(cause, next step) of a file that begins with the bytes `first` (some hundred); None of a GGUF to be read."""
+    """(cause, next step) for a file that begins with the bytes `first` (some hundred); None for a readable GGUF."""
     if not first:
         return "it is empty", "fetch it again"
     if first[:4] == b"GGUF":
         return _version(first)
-    what, do = _kind(first, name)
-    return f"it is not a GGUF file: {what}", do
+    kind, step = _kind(first, name)
+    return f"it is not a GGUF file: {kind}", step
 
 
 def _version(first: bytes) -> tuple[str, str] | None:
@@ -46,7 +46,7 @@ def _version(first: bytes) -> tuple[str, str] | None:
     if big in (1, 2, 3):
         return (
             "it is a big-endian GGUF, as mainframes read it",
-            "take the little-endian one, or turn it with `gguf-convert-endian FILE little`",
+            "take the little-endian file, or convert it with `gguf-convert-endian FILE little`",
         )
     if little < 64:
         return (
@@ -64,13 +64,13 @@ def _kind(first: bytes, name: str) -> tuple[str, str]:
         return "a Git LFS pointer, which stands for the file in a clone", "run `git lfs pull` in the clone"
     if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<body")):
         return (
-            "a web page, as a site answers where a login is wanted or a name is wrong",
+            "a web page, as a site sends if a login is needed or the name is wrong",
             "open the address in a browser, then fetch the file itself, with a token where one is needed",
         )
     if len(first) > 8 and first[8:9] == b"{" and struct.unpack_from("<Q", first)[0] < 1 << 30:
         return "safetensors, a model as it is published", CONVERT
     if text.startswith((b"{", b"[")):
-        return "JSON, as a site answers an error or as a model's settings are kept", "fetch the GGUF itself"
+        return "JSON, such as a site's error or a model's settings", "fetch the GGUF itself"
     if first.startswith(b"PK\x03\x04"):
         return "a zip archive, as PyTorch's checkpoints are", f"unpack it if it holds a GGUF, else {CONVERT}"
     if re.match(rb"\x80[\x02-\x05]", first):
@@ -83,14 +83,14 @@ def _kind(first: bytes, name: str) -> tuple[str, str]:
     if first.startswith(b"FUGG"):
         return (
             "a big-endian GGUF, as mainframes read it",
-            "take the little-endian one, or turn it with `gguf-convert-endian FILE little`",
+            "take the little-endian file, or convert it with `gguf-convert-endian FILE little`",
         )
     if packed := next((how for magic, how in PACKED.items() if first.startswith(magic)), None):
-        return f"it is packed with {packed}", "unpack it"
+        return f"it is compressed with {packed}", "unpack it"
     if first[257:262] == b"ustar":
         return "a tar archive", "unpack it"
     if first.startswith(b"\x89HDF"):
         return "an HDF5 file, as Keras keeps models", "take the model's safetensors or a GGUF of it"
     if not first.strip(b"\0"):
-        return "it begins with zeros, as a download does whose room was kept and that broke off", "fetch it again"
+        return "it begins with zeros, like a download that reserved its space and then stopped", "fetch it again"
     return f"it starts with {first[:4]!r}", "give a GGUF file, or fetch it again"

@@ -15,17 +15,17 @@ EXPERT_TENSOR = re.compile(r"^blk\.(\d{1,9})\.ffn_(up|down|gate|gate_up)_(ch|)ex
 """What `--cpu-moe` overrides: llama.cpp's `\\.ffn_(up|down|gate|gate_up)_(ch|)exps`."""
 
 LONE_EXPERT = re.compile(r"^blk\.\d+\.ffn_(up|down|gate)\.\d+\.(weight|bias)$")
-"""An expert in a tensor of its own, as files from before April 2024 have them."""
+"""One expert in its own tensor, as in files from before April 2024."""
 
 UNQUANTISED = {"F64", "F32", "F16", "BF16", "I8", "I16", "I32", "I64"}
 TWIN_NAME = "geometry twin"
 """general.name of a file with random weights that moelib wrote, and of its quants."""
 
 ON_CPU = {"token_embd.weight", "per_layer_token_embd.weight", "position_embd.weight", "token_types.weight"}
-"""Tables that are looked up in: llama.cpp keeps its input layer on the CPU."""
+"""Look-up tables of the input layer, which llama.cpp keeps on the CPU."""
 
 DRAFTS = {"eagle3", "dflash"}
-"""Architectures of heads that guess for another model and cannot run alone."""
+"""Architectures of draft heads, which predict tokens for another model and cannot run alone."""
 
 LORA, IMATRIX = (".lora_a", ".lora_b"), (".in_sum2", ".counts")
 
@@ -42,7 +42,7 @@ class Tensor:
 
     @property
     def block(self) -> int | None:
-        """Index of the transformer block that the tensor belongs to, None for the others."""
+        """Index of the transformer layer that the tensor belongs to; None if it belongs to none."""
         m = re.match(r"blk\.(\d{1,9})\.", self.name)
         return int(m.group(1)) if m else None
 
@@ -60,15 +60,15 @@ class Header:
     metadata: dict[str, Any]
     tensors: tuple[Tensor, ...]
     unused: frozenset[str] | None = None
-    """Tensors that an engine said it does not load; None where none was asked: then those of NextN blocks."""
+    """Names of the tensors that the engine reported as unused; None without a report, then those of NextN layers."""
 
     def as_loaded(self, unused: Iterable[str] | None) -> "Header":
-        """This header for an engine that said which tensors it does not load; None where it said nothing."""
+        """This header with the tensors that the engine reported as unused; unchanged if it reported nothing (None)."""
         return self if unused is None else replace(self, unused=frozenset(unused))
 
     @property
     def kind(self) -> str:
-        """model, or what else: adapter, control vector, imatrix, projector, draft, vocabulary, unknown."""
+        """model, adapter, control vector, imatrix, projector, draft, vocabulary or unknown."""
         arch, general = self.metadata.get("general.architecture"), self.metadata.get("general.type")
         keys, names = self.metadata.keys(), [t.name for t in self.tensors]
         if general == "adapter" or any(k.startswith("adapter.") for k in keys) or (names and _all(names, LORA)):
@@ -84,7 +84,7 @@ class Header:
         if not isinstance(arch, str) or not arch:
             return "unknown"
         blocks = {t.block for t in self.tensors} - {None}
-        head = self.layers is not None and blocks and min(blocks) >= self.layers  # the NextN block, sold separately
+        head = self.layers is not None and blocks and min(blocks) >= self.layers  # a NextN layer, published separately
         return "draft" if arch in DRAFTS or head else "model"
 
     @property
@@ -100,12 +100,12 @@ class Header:
 
     @property
     def is_twin(self) -> bool:
-        """Whether the file was written as a geometry twin, or made from one: its weights are random."""
+        """Whether the file is a geometry twin or was made from one: its weights are random."""
         return self.metadata.get("general.name") == TWIN_NAME
 
     @property
     def type_counts(self) -> dict[str, int]:
-        """Number of tensors by type: the label of a quant is not its types."""
+        """Number of tensors by type; a quant's label does not tell these."""
         return dict(sorted(Counter(t.type for t in self.tensors).items()))
 
     @property
@@ -125,7 +125,7 @@ class Header:
         return 8 * self.tensor_bytes / self.parameters
 
     def _number(self, key: str, block: int | None = None) -> int | None:
-        """A count in the architecture's metadata; of `block`, where the file has one for each. None if it has none."""
+        """A count in the architecture's metadata, of layer `block` if the file lists one per layer; None if missing."""
         value = self.metadata.get(f"{self.metadata.get('general.architecture')}.{key}")
         if isinstance(value, list):
             value = value[block] if block is not None and block < len(value) else None
@@ -133,7 +133,7 @@ class Header:
 
     @property
     def layers(self) -> int | None:
-        """Blocks of the model itself, those that only predict further tokens (NextN, MTP) left out."""
+        """Layers of the model itself, without those that only predict further tokens (NextN, MTP)."""
         count = self._number("block_count")
         return None if count is None else count - (self._number("nextn_predict_layers") or 0)
 
@@ -168,9 +168,9 @@ class Header:
 
     def read_bytes(self, placement: str) -> tuple[int, int]:
         """(device, host) bytes of the weights that decoding one token must read: all of a dense tensor, the used
-        share of an expert one; one row of the token embedding does not count.
+        share of an expert tensor; the one row of the token embedding is neglected.
 
-        Raises GGUFError where the file does not say how many experts are used.
+        Raises GGUFError if the file does not say how many experts are used.
         """
         by_share = {"moved": Counter(), "device": Counter()}
         moved = {t.name for t in self.moved(placement)}
@@ -180,7 +180,7 @@ class Header:
         return self.device_bytes("cpu-moe") + device, host
 
     def _share(self, t: Tensor) -> tuple[int, int]:
-        """(used, all) of the experts of a tensor; its slowest dimension counts them."""
+        """(used, all) experts of a tensor; the slowest dimension is their number."""
         used, of = self._number("expert_used_count", t.block), t.shape[-1]
         if used is not None and "_chexps" in t.name:  # chunks that several experts share
             used = min(used, of)
@@ -192,19 +192,19 @@ class Header:
         return used, of
 
     def fault(self, placements: Iterable[str] = ()) -> str | None:
-        """What stands against running the file at `placements`, as one sentence with the next step; None if nothing.
+        """Why the file cannot be run at `placements`, as one sentence with the next step; None if it can.
 
-        It is known from the header alone: before hours of quantising.
+        Only the header is needed, so it is known before hours of quantising.
         """
         if lone := next((t.name for t in self.tensors if LONE_EXPERT.match(t.name)), None):
-            return f"each expert has a tensor of its own ({lone}), which llama.cpp no longer loads; convert it anew"
+            return f"each expert has its own tensor ({lone}), which llama.cpp no longer loads; convert the model again"
         experts = self.moved("cpu-moe")
         try:
             for t in experts:
                 _, of = self._share(t)
-                said = self._number("expert_count", t.block)
-                if said != of and "_chexps" not in t.name:
-                    return f"corrupt: expert_count is {said}, {t.name} has {of} experts; take another conversion of it"
+                count = self._number("expert_count", t.block)
+                if count != of and "_chexps" not in t.name:
+                    return f"corrupt: expert_count is {count}, {t.name} has {of} experts; take another conversion of it"
         except GGUFError as err:
             return str(err).removeprefix(f"{self.path.name}: ")
         if self.layers is None:

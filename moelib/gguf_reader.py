@@ -1,8 +1,8 @@
-"""Bounded reader of a GGUF's header: metadata and tensor list of a file from anywhere.
+"""Bounded reader of a GGUF's header: metadata and tensor list of a file from an untrusted source.
 
-Every length is checked against the file and against a cap before it is believed, so that no header takes more than
-seconds, or more memory than a model's does. A window of the file is read at a time: one that shrinks meanwhile is cut
-short, and kills nothing, as a mapped one would.
+Every length is checked against the file's size and a limit before it is used, so that no header takes more than
+seconds, or more memory than that of a real model. The file is read a window at a time: if it shrinks meanwhile, reading
+ends early with an error, whereas a memory-mapped file would crash the process.
 Format: the GGUF specification of ggml (versions 2 and 3, little-endian).
 """
 
@@ -17,15 +17,15 @@ from moelib.params import UserError
 MAX_HEADER_BYTES = 1 << 28  # the largest vocabularies, with their merges and scores, fill some 30 MB
 MAX_TENSORS = 1 << 16  # 61 layers of 256 experts, a tensor each, are 47,000
 MAX_KEYS = 1 << 16
-MAX_KEY_BYTES = (1 << 16) - 1  # of the specification
+MAX_KEY_BYTES = (1 << 16) - 1  # from the specification
 MAX_NAME_BYTES = 63  # ggml's GGML_MAX_NAME, less the zero at its end
 MAX_STRING_BYTES = 1 << 26
-KEEP_STRING_BYTES = 1 << 20  # chat templates stay below 200 kB; a longer string is passed over, not kept
-KEEP_ARRAY_ITEMS = 1024  # longer arrays (vocabularies) are walked, not kept
-KEEP_BYTES = 1 << 24  # of all that is kept
+KEEP_STRING_BYTES = 1 << 20  # chat templates stay below 200 kB; longer strings are skipped
+KEEP_ARRAY_ITEMS = 1024  # longer arrays (vocabularies) are skipped
+KEEP_BYTES = 1 << 24  # of all kept values together
 MAX_ARRAY_STRINGS = 1 << 22  # in all arrays; a vocabulary of 262,144 tokens has 515,000 merges
 WINDOW_BYTES = 1 << 18
-ITEM_BYTES = 64  # what Python takes to hold a small value
+ITEM_BYTES = 64  # memory that Python needs for a small value
 
 AGAIN = "fetch or write the file again"
 
@@ -39,15 +39,15 @@ FORKS_FROM = 97  # ik_llama.cpp numbers its own types from here
 
 
 class GGUFError(UserError, ValueError):
-    """The file is not a GGUF that can be used; the message says why, and what to do."""
+    """The file is not a usable GGUF; the message says why, and what to do."""
 
 
 class HeaderCut(GGUFError):
-    """The file, or what there is of it so far, ends within its header."""
+    """The file, or the part of it that was downloaded so far, ends within its header."""
 
 
 class Layout(NamedTuple):
-    """What a header says, as it stands there."""
+    """The content of a header, uninterpreted."""
 
     metadata: dict[str, Any]
     tensors: list[tuple[str, tuple[int, ...], str, int]]
@@ -57,7 +57,7 @@ class Layout(NamedTuple):
 
 
 def refuse(wrong: object, why: str, do: str = AGAIN) -> None:
-    """Raise GGUFError with a cause and the next step if `wrong`."""
+    """Raise GGUFError with the cause and the next step if `wrong` is true."""
     if wrong:
         raise GGUFError(f"{why}; {do}")
 
@@ -67,7 +67,7 @@ def mib(nbytes: int) -> str:
 
 
 class _Cursor:
-    """Bounds-checked reads of a stream that should have `size` bytes, a window at a time."""
+    """Bounds-checked reads of a stream of `size` bytes, a window at a time."""
 
     def __init__(self, stream: BinaryIO, size: int):
         self._stream, self._size = stream, size
@@ -75,7 +75,7 @@ class _Cursor:
         self.at, self._kept, self._strings = 0, 0, 0
 
     def _index(self, n: int) -> int:
-        """Where in the window the next `n` bytes begin."""
+        """Index in the window of the next `n` bytes."""
         at = self.at - self._base
         if 0 <= at <= len(self._window) - n:
             return at
@@ -109,7 +109,7 @@ class _Cursor:
 
     def string(self, what: str, limit: int = MAX_STRING_BYTES) -> str:
         n = self.scalar("<Q")
-        refuse(n > limit, f"corrupt: {what} of {n} bytes at {self.at}, where {limit} are the limit")
+        refuse(n > limit, f"corrupt: {what} of {n} bytes at {self.at}; the limit is {limit}")
         if n > KEEP_STRING_BYTES:
             self.skip(n)
             return f"<{n} bytes>"
@@ -117,7 +117,7 @@ class _Cursor:
         return self.take(n).decode("utf-8", errors="replace")
 
     def pass_strings(self, n: int) -> None:
-        """Walk over `n` strings. They are as many as a vocabulary has tokens, so their bytes are not looked at."""
+        """Skip `n` strings without reading their bytes: a vocabulary has hundreds of thousands."""
         self._strings += n
         refuse(self._strings > MAX_ARRAY_STRINGS, f"corrupt: arrays of {self._strings} strings")
         for _ in range(n):
@@ -142,7 +142,7 @@ class _Cursor:
             "take a file that its converter wrote",
         )
         refuse(item != _STRING and item not in _SCALARS, f"corrupt: array of type {item}")
-        size = struct.calcsize(_SCALARS.get(item, "<Q"))  # a string is at least its length
+        size = struct.calcsize(_SCALARS.get(item, "<Q"))  # a string takes at least the 8 bytes of its length
         if n * size > self._size - self.at:
             raise HeaderCut(f"truncated: an array of {n} items at {self.at} of {self._size} bytes; {AGAIN}")
         if n <= KEEP_ARRAY_ITEMS:
@@ -169,7 +169,7 @@ def _known(name: str, kind: int) -> str:
     if kind in GGMLQuantizationType._value2member_map_:
         return GGMLQuantizationType(kind).name
     tensor = f"tensor {name!r} has type {kind}"
-    refuse(kind in REMOVED, f"{tensor} ({REMOVED.get(kind)}), which ggml gave up", "take another quant of the model")
+    refuse(kind in REMOVED, f"{tensor} ({REMOVED.get(kind)}), which ggml removed", "take another quant of the model")
     refuse(kind > 1 << 10, f"corrupt: {tensor}")
     fork = "; numbers from 97 on are ik_llama.cpp's, which llama.cpp does not read" if kind >= FORKS_FROM else ""
     newer = "if it is a new type, a newer `gguf` package reads it (pip install -U gguf); else take another quant"
@@ -178,9 +178,9 @@ def _known(name: str, kind: int) -> str:
 
 
 def parse(stream: BinaryIO, size: int) -> Layout:
-    """Read the header at the start of `stream`, of a file of `size` bytes whose magic and version were looked at.
+    """Read the header at the start of `stream`, a file of `size` bytes; its magic and version are already checked.
 
-    Raises GGUFError; HeaderCut where the stream ends too early.
+    Raises GGUFError; HeaderCut if the stream ends too early.
     """
     c = _Cursor(stream, size)
     c.take(8)
@@ -197,7 +197,7 @@ def parse(stream: BinaryIO, size: int) -> Layout:
     for _ in range(n_tensors):
         name, n_dims = c.string("a tensor's name", MAX_NAME_BYTES), c.scalar("<I")
         if not 1 <= n_dims <= 4 or name in names:
-            refuse(name in names, f"corrupt: tensor {name!r} stands there twice")
+            refuse(name in names, f"corrupt: tensor {name!r} is listed twice")
             refuse(True, f"corrupt: tensor {name!r} has {n_dims} dimensions")
         shape = struct.unpack(f"<{n_dims}Q", c.take(8 * n_dims))
         kind, offset = c.scalar("<I"), c.scalar("<Q")

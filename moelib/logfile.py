@@ -1,13 +1,13 @@
-"""A child's log, read with bounded memory and work however much is written to it."""
+"""Read the log of a child process with bounded memory and work, however much is written to it."""
 
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-LOG_BYTES = 64 << 20  # a run's log is under 1 MiB: whoever writes more does not report but flood
-KEPT_BYTES = 1 << 20  # of a log that flooded: its start, where the reason is
-LINE_BYTES = 1 << 16  # of a line, and of a log's end
+LOG_BYTES = 64 << 20  # a normal run's log is under 1 MiB
+KEPT_BYTES = 1 << 20  # kept of a log over its limit: its start, which holds the reason
+LINE_BYTES = 1 << 16  # longest line, and longest end of a log, that is read
 CHUNK_BYTES = 1 << 20
 
 
@@ -20,32 +20,34 @@ class Log:
     def size(self) -> int:
         try:
             return self.path.stat().st_size
-        except OSError:  # nobody wrote, or somebody removed it
+        except OSError:  # not written yet, or removed
             return 0
 
     def flooded(self) -> bool:
         return self.size() > self.limit
 
     def cut(self) -> None:
-        """Keep the start alone; nobody must be writing to it any more."""
+        """Truncate to the first KEPT_BYTES, after its writer has ended."""
         os.truncate(self.path, KEPT_BYTES)
 
     def text(self) -> str:
-        """All of it, up to its limit."""
+        """The log's text, up to its limit."""
         with self.path.open("rb") as f:
             return f.read(self.limit).decode("utf-8", "replace")
 
     def tail(self, lines: int) -> str:
-        """Its last lines, up to LINE_BYTES."""
+        """The last lines, at most LINE_BYTES."""
         with self.path.open("rb") as f:
             f.seek(max(0, f.seek(0, os.SEEK_END) - LINE_BYTES))
             last = f.read(LINE_BYTES).decode("utf-8", "replace")
         return "\n".join(last.splitlines()[-lines:])
 
     def looking_for(self, pattern: str) -> Callable[[], re.Match[str] | None]:
-        """A function that returns the first match of `pattern` once it is there. Each call reads only what was written
-        since the one before; a match lies within a line."""
-        wanted, at, begun = re.compile(pattern), 0, b""
+        """A function that returns the first match of `pattern` within a line, or None if it is not written yet.
+
+        Each call reads only what was written since the previous one.
+        """
+        searched, at, begun = re.compile(pattern), 0, b""
 
         def look() -> re.Match[str] | None:
             nonlocal at, begun
@@ -54,7 +56,7 @@ class Log:
                 for chunk in iter(lambda: f.read(CHUNK_BYTES), b""):
                     at += len(chunk)
                     here = begun + chunk
-                    if match := wanted.search(here.decode("utf-8", "replace")):
+                    if match := searched.search(here.decode("utf-8", "replace")):
                         return match
                     begun = here[here.rfind(b"\n") + 1 :][-LINE_BYTES:]
                     if at > self.limit:

@@ -1,7 +1,7 @@
-"""Pure numbers: means and ratios with intervals that hold for a handful of values, and how people read them.
+"""Means and ratios with confidence intervals for few values, and their formatting.
 
-Student's t throughout: at n = 3 a percentile bootstrap's nominal 95 % interval covers 75 to 80 % (simulated), t on
-logarithms 94 to 96 %.
+All intervals use Student's t: at n = 3, in simulations, a nominal 95 % percentile bootstrap covers 75 to 80 %, and
+Student's t on logarithms 94 to 96 %.
 """
 
 import math
@@ -16,7 +16,7 @@ NONE = "n/a"
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its two-sided 95 % interval; the bounds are None where n is below 2."""
+    """A value with its two-sided 95 % confidence interval; the bounds are None if n is below 2."""
 
     value: float
     low: float | None
@@ -26,17 +26,17 @@ class Estimate:
 
 @cache
 def _student(freedom: int) -> float:
-    """Quantile of Student's t at the upper end of the interval; what `scipy.stats` has, without all of the rest."""
+    """Quantile of Student's t at the upper end of the interval, without importing all of `scipy.stats`."""
     from scipy.special import stdtrit
 
     return float(stdtrit(freedom, (1 + LEVEL) / 2))
 
 
 def mean(values: Sequence[float]) -> Estimate:
-    """Arithmetic mean with its t interval. Raises ValueError on no or non-finite values."""
+    """Arithmetic mean with its t interval. Raises ValueError if there is no value or one is not finite."""
     n = len(values)
     if not n or not all(map(math.isfinite, values)):
-        raise ValueError(f"{n} values, all must be finite and there must be one: {list(values)[:5]}")
+        raise ValueError(f"a mean needs at least one value, all finite; given are {n}: {list(values)[:5]}")
     centre = fmean(values)
     if n == 1:
         return Estimate(centre, None, None, n)
@@ -45,14 +45,14 @@ def mean(values: Sequence[float]) -> Estimate:
 
 
 def geometric_mean(values: Sequence[float]) -> Estimate:
-    """Geometric mean of positive values with the t interval on logarithms: it cannot reach below zero."""
+    """Geometric mean of positive values with the t interval on logarithms, which stays above zero."""
     return ratio([(1.0, v) for v in values])
 
 
 def ratio(pairs: Sequence[tuple[float, float]]) -> Estimate:
     """Geometric mean of second / first over pairs, with the paired t interval on logarithms.
 
-    Raises ValueError on no pairs or on a value that is not positive and finite.
+    Raises ValueError without pairs, or for a value that is not positive and finite.
     """
     if any(v <= 0 for p in pairs for v in p):
         raise ValueError("a ratio needs positive values")
@@ -62,7 +62,7 @@ def ratio(pairs: Sequence[tuple[float, float]]) -> Estimate:
 
 
 def byte_unit(largest: float) -> tuple[str, int]:
-    """(name, bytes) of the unit in which `largest` reads well."""
+    """(name, bytes) of the unit that suits `largest`: MiB or GiB."""
     return ("GiB", 2**30) if largest >= 2**30 else ("MiB", 2**20)
 
 
@@ -75,7 +75,7 @@ def size(n: float | None) -> str:
 
 
 def number(x: float | None, scale: float = 1.0) -> str:
-    """`x * scale` with three significant figures; whole numbers above that keep all of theirs."""
+    """`x * scale` with three significant figures; from 100 up, as a whole number."""
     if x is None:
         return NONE
     x *= scale
@@ -92,7 +92,7 @@ def _interval(e: Estimate | None, text: Callable[[float], str], unit: str = "") 
 
 
 def estimate(e: Estimate | None, scale: float = 1.0) -> str:
-    """`value [low, high]`; the value alone where one measurement gives no interval."""
+    """`value [low, high]`, or the value alone if a single measurement gives no interval."""
     return _interval(e, lambda x: number(x, scale))
 
 
@@ -103,12 +103,12 @@ def sizes(e: Estimate | None) -> str:
 
 
 def close(e: Estimate | None) -> str:
-    """An estimate with four decimals: of a ratio that is to be 1."""
+    """An estimate with four decimals, for ratios that should be 1."""
     return _interval(e, lambda x: f"{x:.4f}")
 
 
 def span(values: Sequence[float], text: Callable[[float], str]) -> str:
-    """`low to high`, or the one text where both read alike."""
+    """`low to high`, or one value if both are formatted the same."""
     low, high = text(min(values)), text(max(values))
     return low if low == high else f"{low} to {high}"
 

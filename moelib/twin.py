@@ -1,8 +1,8 @@
 """Geometry twins: GGUF files with a real model's architecture and tensor shapes, and random weights.
 
-Memory, load and decode depend on shapes and types, so a twin stands in for the real model there. Text, quality and
-expert routing are meaningless. Writing streams from one random pool: memory stays below 200 MiB at any size, and the
-disk bounds the speed. The same geometry and seed give the same bytes.
+Memory, load time and decode speed depend on shapes and types, so a twin can replace the real model when measuring them.
+Its text, quality and expert routing are meaningless. Tensors are cut from one pool of random values: memory stays below
+200 MiB at any size, and the disk limits the speed. The same geometry and seed give the same bytes.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from moelib.params import Geometry
 
 POOL_BYTES = 1 << 26
 PIECE_BYTES = 1 << 23
-WEIGHT_RANGE = 0.035  # uniform in +-range: standard deviation 0.02, what models are initialised with
+WEIGHT_RANGE = 0.035  # uniform in +-range: standard deviation 0.02, as in newly initialised models
 ALIGNMENT = 32
 UNSPOKEN = 3 + 256  # special and byte tokens, first in the vocabulary
 DESCRIPTION = "random weights in the shape of"
@@ -49,7 +49,7 @@ class TensorPlan:
 
 
 def tensors(g: Geometry) -> list[TensorPlan]:
-    """Tensors of a model of geometry `g`, as llama.cpp's loader names and shapes them for its architecture."""
+    """Tensors of a model of geometry `g`, with the names and shapes that llama.cpp expects of its architecture."""
     n, ff, fx, experts = g.embedding_length, g.feed_forward_length, g.expert_feed_forward_length, g.expert_count
     kv = n // g.head_count * g.head_count_kv
     shared = fx * g.expert_shared_count
@@ -68,7 +68,7 @@ def tensors(g: Geometry) -> list[TensorPlan]:
     out = []
     for name, shape in shapes.items():
         out.append(TensorPlan(f"{name}.weight", shape))
-        # LayerNorm and attention biases, and one on the output
+        # biases of LayerNorm, attention and output
         if g.architecture == "phimoe" and re.search(r"attn_|norm$|^output$", name):
             out.append(TensorPlan(f"{name}.bias", shape[-1:]))
     return out
@@ -80,9 +80,9 @@ def nbytes(g: Geometry) -> int:
 
 
 def vocabulary(size: int) -> tuple[list[bytes], list[float], list[int]]:
-    """Tokens, scores and types of a SentencePiece vocabulary of `size` that spells the plan's prompt in 8 tokens.
+    """Tokens, scores and types of a SentencePiece vocabulary of `size` that encodes the plan's prompt in 8 tokens.
 
-    Every prefix of a prompt word is a token, so that pair merging reaches the whole word from the left.
+    Every prefix of a prompt word is a token, so that merging pairs from the left ends with the whole word.
     """
     tokens = [b"<unk>", b"<s>", b"</s>", *(f"<0x{i:02X}>".encode() for i in range(256))]
     types = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL, *[TokenType.BYTE] * 256]
@@ -99,7 +99,7 @@ def _writer(path: Path, g: Geometry, title: str) -> GGUFWriter:
 
     tokens, scores, types = vocabulary(g.vocab_size)
     facts = {
-        "name": TWIN_NAME,  # llama.cpp takes a name with "phi-3" for another tokenizer, so it has no model name in it
+        "name": TWIN_NAME,  # without the model's name: for a name with "phi-3", llama.cpp uses another tokenizer
         "description": f"{DESCRIPTION} {title}; text and quality are meaningless",
         "file_type": LlamaFileType.MOSTLY_F16,
         "quantization_version": 2,
@@ -125,7 +125,7 @@ def _writer(path: Path, g: Geometry, title: str) -> GGUFWriter:
 
 
 class _Pool:
-    """Random values to cut tensors from. The bit generator's raw stream is stable across numpy releases."""
+    """Random values that tensors are cut from. The bit generator's raw stream is stable across numpy releases."""
 
     def __init__(self, seed: int):
         raw = np.random.Philox(seed).random_raw(POOL_BYTES // 8).view(np.uint16)
@@ -140,7 +140,7 @@ class _Pool:
             yield memoryview(np.ones(t.shape, np.float32)).cast("B")
             return
         left, k = t.nbytes, 0
-        if t.name == "output.weight":  # zero logits: the greedy choice is never half a character, which is not streamed
+        if t.name == "output.weight":  # zero logits: greedy sampling never picks a partial character
             zeros = UNSPOKEN * t.shape[0] * 2
             yield memoryview(bytes(zeros))
             left -= zeros
@@ -168,12 +168,12 @@ def write(path: Path, g: Geometry, *, title: str = "a model", seed: int = 0) -> 
         writer.close()
         sha.update(partial.read_bytes())
         bar = tqdm(total=nbytes(g), unit="B", unit_scale=True, desc=path.name, disable=None, leave=False)
-        # hashing releases the interpreter lock, so it runs beside the write instead of after it
+        # hashing releases the interpreter lock, so it runs in parallel with the write
         with partial.open("ab", buffering=0) as f, ThreadPoolExecutor(1) as hasher, bar:
 
             def put(piece) -> None:
                 f.write(piece)
-                hasher.submit(sha.update, piece)  # a view of the pool: waiting costs no memory
+                hasher.submit(sha.update, piece)  # a view of the pool, so waiting pieces take no memory
                 bar.update(len(piece))
 
             put(bytes(-f.seek(0, 2) % ALIGNMENT))

@@ -110,11 +110,11 @@ def test_a_planted_folder_or_link_is_refused_and_nothing_is_written_through_it(u
     own, victim = tmp_path / f"moelib-{os.getuid()}", tmp_path / "victim"
     victim.mkdir()
     own.symlink_to(victim)
-    assert "is not a folder of this user's" in held_by(uuid)
+    assert "is not a folder of this user" in held_by(uuid)
     assert not list(victim.iterdir())
     own.unlink()
     own.write_text("", encoding="utf-8")
-    assert "remove what stands in its way" in held_by(uuid)
+    assert "remove what blocks its path" in held_by(uuid)
     own.unlink()
     own.mkdir(mode=0o777)
     (victim / "thesis").write_text("whole", encoding="utf-8")
@@ -127,7 +127,7 @@ def test_a_planted_folder_or_link_is_refused_and_nothing_is_written_through_it(u
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / f"moelib-{real + 1}").mkdir()
     monkeypatch.setattr(claim.os, "getuid", lambda: real + 1)
-    assert "is not a folder of this user's, but of" in held_by(uuid)
+    assert "is not a folder of this user but belongs to" in held_by(uuid)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="abstract sockets are Linux's")

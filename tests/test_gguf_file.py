@@ -87,7 +87,7 @@ def test_a_row_that_does_not_divide_is_refused():
         (b"PK\x03\x04" + b"x" * 100, "not a GGUF file"),
         (b"GGUF" + struct.pack("<I", 1) + b"\0" * 64, "version 1"),
         (b"GGUF" + struct.pack(">I", 3) + b"\0" * 64, "big-endian"),
-        (b"GGUF" + struct.pack("<IQQ", 3, 0, 0) + b"\0" * 8, "no tensors"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 0) + b"\0" * 8, "without tensors"),
         (b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 1) + b"\0" * 8, "corrupt"),
         (b"GGUF" + struct.pack("<IQQQ", 3, 1, 1, 1 << 62) + b"\0" * 8, "corrupt"),
         (b"GGUF" + struct.pack("<IQQQ", 3, 1, 1, 1000) + b"\0" * 8, "truncated"),

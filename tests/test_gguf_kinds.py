@@ -34,8 +34,8 @@ FOREIGN = {
     "safetensors": (struct.pack("<Q", 60) + b'{"a":{"dtype":"BF16"}}' + b" " * 60, "safetensors", "fetch MODEL --from"),
     "zip": (b"PK\x03\x04" + bytes(64), "a zip archive", "unpack"),
     "pickle": (b"\x80\x02}q\x00(X" + bytes(64), "a Python pickle", "fetch MODEL --from"),
-    "gzip": (b"\x1f\x8b\x08" + bytes(64), "packed with gzip", "unpack it"),
-    "zstd": (b"\x28\xb5\x2f\xfd" + bytes(64), "packed with zstd", "unpack it"),
+    "gzip": (b"\x1f\x8b\x08" + bytes(64), "compressed with gzip", "unpack it"),
+    "zstd": (b"\x28\xb5\x2f\xfd" + bytes(64), "compressed with zstd", "unpack it"),
     "tar": (b"model.gguf".ljust(257, b"\0") + b"ustar\0" + bytes(64), "a tar archive", "unpack it"),
     "hdf5": (b"\x89HDF\r\n" + bytes(64), "HDF5", "safetensors"),
     "ggjt": (b"tjgg" + struct.pack("<I", 3) + bytes(64), "GGJT", "take a GGUF"),
@@ -147,7 +147,7 @@ def test_a_file_elsewhere_is_known_by_its_first_bytes():
     [
         (42, "does not know; if it is a new type, a newer `gguf`"),
         (138, "97 on are ik_llama.cpp's"),
-        (31, "Q4_0_4_4.*gave up; take another quant"),
+        (31, "Q4_0_4_4.*removed; take another quant"),
         (1 << 20, "corrupt"),
     ],
 )
@@ -165,11 +165,11 @@ WRONG = [
     *[({f"qwen3moe.{k}": v}, f"{k} is ") for k in gguf_file.COUNTS for v in ("8", 0.5, True, -1)],
     ({"qwen3moe.block_count": [3]}, "block_count is"),
     ({"qwen3moe.block_count": 0}, "block_count is 0"),
-    ({"qwen3moe.nextn_predict_layers": 3}, "nextn_predict_layers is 3, of 3 blocks"),
+    ({"qwen3moe.nextn_predict_layers": 3}, "nextn_predict_layers is 3, but block_count is 3"),
     ({"qwen3moe.expert_count": ["a"]}, "expert_count is"),
     ({"qwen3moe.expert_count": [4] * 2000}, "expert_count is"),
     ({"split.count": "2"}, "split.count is '2'"),
-    ({"split.count": 2}, "one of 2 files, 1 by its name; rename it"),
+    ({"split.count": 2}, "header says one of 2 files, its name one of 1; rename it"),
     ({"general.alignment": 0}, "alignment 0"),
     ({"general.alignment": True}, "alignment True"),
     ({"general.alignment": 48}, "alignment 48"),
@@ -217,7 +217,7 @@ def test_experts_in_tensors_of_their_own_are_a_fault():
     facts, tensors = ggufs.moe()
     lone = {n: s for n, s in tensors.items() if "exps" not in n} | {"blk.0.ffn_gate.0.weight": (32, 8)}
     data = ggufs.build(facts, lone)
-    assert "convert it anew" in from_bytes(data, "m.gguf", len(data)).fault()
+    assert "convert the model again" in from_bytes(data, "m.gguf", len(data)).fault()
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_look_up_tables_stay_on_the_cpu():
 @pytest.mark.parametrize("name", ["m-00000-of-00001", "m-00003-of-00002", "m-00001-of-00000", "m-00001-of-99999"])
 def test_odd_names_of_splits_are_refused_without_a_path_for_each(tmp_path, name):
     path = write(tmp_path / f"{name}.gguf")
-    with pytest.raises(GGUFError, match="which cannot be; rename"):
+    with pytest.raises(GGUFError, match="which is impossible; rename"):
         read_header(path)
 
 
@@ -294,17 +294,17 @@ def split(folder, count=2, no=(0, 1), told=None):
 def test_the_files_of_a_split_belong_together(tmp_path):
     assert len(read_header(split(tmp_path)[1]).tensors) == len(ggufs.moe()[1])
     for change, cause in (
-        ({"no": (0, 0)}, "it is file 1 of the split by its header"),
-        ({"count": 3}, "it is one of 3 files, 2 by its name"),
+        ({"no": (0, 0)}, "its header says file 1 of the model"),
+        ({"count": 3}, "header says one of 3 files, its name one of 2"),
         ({"told": 99}, "hold 15 of 99 tensors"),
     ):
         with pytest.raises(GGUFError, match=cause):
             read_header(split(tmp_path, **change)[0])
     first, second = split(tmp_path)
     shutil.move(first, tmp_path / "renamed.gguf")
-    with pytest.raises(GGUFError, match="one of 2 files, 1 by its name; rename it"):
+    with pytest.raises(GGUFError, match="header says one of 2 files, its name one of 1; rename it"):
         read_header(tmp_path / "renamed.gguf")
-    with pytest.raises(GGUFError, match="there is no s-00001-of-00002.gguf"):
+    with pytest.raises(GGUFError, match="s-00001-of-00002.gguf cannot be found"):
         read_header(second)
     first.mkdir()
     with pytest.raises(GGUFError, match="s-00001-of-00002.gguf: it is a folder"):

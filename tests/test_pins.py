@@ -92,10 +92,10 @@ NO_MODEL = {
     "projector": ({"arch": "clip", "general": {"type": "mmproj"}}, "it is a multimodal projector"),
     "adapter": ({"general": {"type": "adapter"}}, "it is a LoRA adapter"),
     "shape": ({"block_count": 3}, "block_count 3, not 2"),
-    "bool": ({"expert_count": "16"}, "expert_count is '16', which is no count"),
+    "bool": ({"expert_count": "16"}, "expert_count is '16', not a count"),
     "importance": ({"arch": "none", "general": {"type": "imatrix"}}, "it is an importance matrix"),
     "vector": ({"arch": "controlvector"}, "it is a control vector"),
-    "vocabulary": ({"keep": lambda n: False}, "it is a vocabulary alone"),
+    "vocabulary": ({"keep": lambda n: False}, "it is a vocabulary without tensors"),
     "type of file": ({"general": {"type": "dataset"}}, "of type 'dataset', not a model"),
     "head": ({"keep": lambda n: not n.startswith("blk.")}, "not whole: the experts of 1 layers.*of layer 1 first"),
     "no head": (

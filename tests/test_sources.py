@@ -333,7 +333,7 @@ REFUSED = {
     "twin renamed": ({"general": {"description": "random weights in the shape of X"}}, "its weights are random"),
     "projector": ({"arch": "clip", "general": {"type": "mmproj"}}, "is a multimodal projector"),
     "shape": ({"expert_used_count": 5}, "expert_used_count 5, not 6"),
-    "text for a number": ({"block_count": "2"}, "block_count is '2', which is no count"),
+    "text for a number": ({"block_count": "2"}, "block_count is '2', not a count"),
     "number for text": ({"general": {"name": 7, "type": 8}}, "it is of type 8"),
     "half": ({"keep": lambda name: "attn" not in name}, "it is not whole"),
 }
@@ -421,7 +421,7 @@ def test_a_damaged_note_of_the_choice_is_no_choice(toy, said):
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("a-00002-of-00001.gguf", "is file 2 of 1 of a split model, which cannot be"),
+        ("a-00002-of-00001.gguf", "says file 2 of 1 of a split model, which is impossible"),
         ("a-00000-of-00002.gguf", "is file 0 of 2"),
         ("a-00001-of-99999.gguf", "is file 1 of 99999"),
         ("a-00003-of-00400.gguf", "and 396 more is not in"),
@@ -442,7 +442,7 @@ def test_parts_that_count_differently_are_refused(toy, tmp_path):
     two, three = published.split(shape, 2), published.split(shape, 3)
     for number, content in ((1, two[0]), (2, three[1]), (3, three[2])):
         (tmp_path / f"s-{number:05}-of-00003.gguf").write_bytes(content)
-    with pytest.raises(gguf_file.GGUFError, match="one of 2 files, 3 by its name"):
+    with pytest.raises(gguf_file.GGUFError, match="header says one of 2 files, its name one of 3"):
         sources.adopt("toy", tmp_path / "s-00001-of-00003.gguf")
     (tmp_path / "s-00001-of-00003.gguf").write_bytes(three[0])
     assert sources.adopt("toy", tmp_path / "s-00002-of-00003.gguf").path.name == "s-00001-of-00003.gguf"
@@ -568,7 +568,7 @@ def test_a_split_model_is_one_model(split, tmp_path, engine, lfs_hub):
     assert one.sheet["origin"] == "local file toy.gguf"
     split[1].unlink()
     (sources.folder("toy") / split[1].name).unlink()
-    with pytest.raises(gguf_file.GGUFError, match=rf"there is no {split[1].name}"):
+    with pytest.raises(gguf_file.GGUFError, match=rf"{split[1].name} cannot be found"):
         gguf_file.read_header(sources.folder("toy") / split[0].name)
 
 
