@@ -1,5 +1,4 @@
-"""What the host did during a run: whose time the CPUs took, the server's page faults, and whether a clock jumped; and
-what tells one host from another."""
+"""The host during a run: CPU time by owner, the server's page faults, jumps of the clock; and the host's identity."""
 
 import contextlib
 import hashlib
@@ -18,11 +17,11 @@ from moelib import process
 from moelib.files import stored
 from moelib.ranges import Count, Cpus, Elapsed, Seconds, Step
 
-READ_BYTES = 1 << 30  # over all CPUs: more than any cache
+READ_BYTES = 1 << 30  # over all CPUs together; more than any cache holds
 READ_S = 0.5
-KEY = b"moelib: which host measured"  # of the project, and fixed: the same host has the same id in every study
+KEY = b"moelib: which host measured"  # fixed, so that a host has the same id in every study
 UNIDENTIFIED = "the system tells neither a boot's id nor a machine's"
-"""Why a host has no identity, where it has none."""
+"""The reason recorded for a host without identity."""
 
 
 @stored
@@ -31,30 +30,30 @@ class Use:
 
     elapsed_s: Elapsed
     cpus: Cpus
-    """CPUs of the whole host, which `busy_s` is counted over."""
+    """CPUs of the whole host, over which `busy_s` is summed."""
     busy_s: Seconds
-    """CPU seconds of everything on the host, time stolen by a hypervisor included."""
+    """CPU seconds of all processes on the host, including time stolen by a hypervisor."""
     own_s: Seconds
     """CPU seconds of this process, the server and the device's process."""
     minor_faults: Count | None
-    """Of the server: pages that were in memory already."""
+    """Page faults of the server for pages that were already in memory."""
     major_faults: Count | None
-    """Of the server: pages that had to be read."""
+    """Page faults of the server for pages that had to be read from disk."""
     clock_step_s: Step
-    """By how much the wall clock was set or slewed against the monotonic one."""
+    """By how much the wall clock was set or slewed, relative to the monotonic clock."""
     suspended_s: Step
-    """Time that the host slept."""
+    """Time for which the host was suspended."""
 
     @property
     def foreign_share(self) -> float:
-        """Share of the host's CPU time that others took."""
+        """Share of the host's CPU time that other processes used."""
         return max(0.0, self.busy_s - self.own_s) / (self.elapsed_s * self.cpus)
 
 
 class Watch:
-    """Clocks and CPU times from now on; `stop` tells what became of them.
+    """Measures clocks and CPU times from its construction to `stop`.
 
-    Both raise ProcessError (monitor-failed) where the system does not tell a time: none is taken for 0.
+    Both raise ProcessError (monitor-failed) if the system does not report a time; a missing time is never taken as 0.
     """
 
     def __init__(self) -> None:
@@ -62,7 +61,7 @@ class Watch:
         self._busy, self._own = _measured(_busy_s), _measured(_cpu_s, os.getpid())
 
     def stop(self, server_pid: int, device_pid: int | None) -> Use:
-        """Call it while the processes are still there: their times end with them."""
+        """Call it while the processes are still running: their CPU times are lost when they end."""
         children = sum(_measured(_cpu_s, pid) for pid in (server_pid, device_pid) if pid is not None)
         own = _measured(_cpu_s, os.getpid()) - self._own + children
         busy, now = _measured(_busy_s) - self._busy, _clocks()
@@ -84,15 +83,16 @@ def _measured(read: Callable[..., float], *about: int) -> float:
     try:
         return read(*about)
     except (psutil.Error, OSError, ValueError) as err:
-        what = f"the CPU time of process {about[0]}" if about else "the host's CPU time"
+        quantity = f"the CPU time of process {about[0]}" if about else "the host's CPU time"
         raise process.ProcessError(
-            "monitor-failed", f"{what} could not be read ({err}): the run is not known to have had the host to itself"
+            "monitor-failed",
+            f"{quantity} could not be read ({err}), so it is unknown whether the run had the host to itself: run again",
         ) from None
 
 
 def _clocks() -> tuple[float, float, float]:
-    """(wall clock, monotonic, monotonic with sleep)."""
-    # the name of the one that goes on in sleep: macOS's monotonic clock of time.monotonic() stops (clock_gettime(3))
+    """(wall clock, monotonic clock, monotonic clock that includes suspension)."""
+    # on macOS time.monotonic() stops during sleep and CLOCK_MONOTONIC does not (clock_gettime(3))
     with_sleep = time.CLOCK_MONOTONIC if sys.platform == "darwin" else time.CLOCK_BOOTTIME
     return time.time(), time.monotonic(), time.clock_gettime(with_sleep)
 
@@ -115,7 +115,7 @@ def _cpu_s(pid: int) -> float:
 
 
 def _faults(pid: int) -> tuple[int | None, int | None]:
-    """(minor, major) page faults of a process; None where the system does not say (proc(5), stat: 10 and 12)."""
+    """(minor, major) page faults of a process; None if the system does not report them (proc(5), stat: 10 and 12)."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
         return int(fields[7]), int(fields[9])
@@ -124,10 +124,10 @@ def _faults(pid: int) -> tuple[int | None, int | None]:
 
 
 def read_bandwidth() -> float:
-    """Bytes per second that all usable CPUs together read from RAM, at best: the bound of experts on the CPU.
+    """Highest rate in bytes per second at which all usable CPUs read RAM: the upper bound for experts on the CPU.
 
-    Each thread sums its own part, which numpy does without the interpreter's lock. What others do with a shared RAM
-    can only make a reading slower.
+    Each thread sums its own array, which numpy does without the interpreter's lock. Other users of the RAM can only
+    make a measurement slower, so the highest is taken.
     """
     import numpy as np
 
@@ -139,15 +139,15 @@ def read_bandwidth() -> float:
             started = time.perf_counter()
             list(pool.map(np.sum, parts))
             rates.append(sum(p.nbytes for p in parts) / (time.perf_counter() - started))
-    return max(rates[1:])  # the first brings the pages in
+    return max(rates[1:])  # the first also maps the pages
 
 
 def tree(pid: int | None) -> set[int]:
-    """A process and what it started, by id; empty for None.
+    """The ids of a process and all its descendants; empty for None.
 
-    Linux tells each thread's children (proc_pid_task_children(5), asked for a whole tree in under a millisecond; where
-    they may change meanwhile, some can be missed, and the next call has them). Without that, and elsewhere, all
-    processes of the host are looked through, which takes tens of milliseconds on a large one.
+    Linux lists each thread's children (proc_pid_task_children(5)), which takes under a millisecond for a tree; a child
+    that starts meanwhile may be missed until the next call. Without that list, all processes of the host are searched,
+    which takes tens of milliseconds on a large host.
     """
     if pid is None:
         return set()
@@ -166,22 +166,22 @@ def tree(pid: int | None) -> set[int]:
 
 
 def _children(pid: int) -> list[int]:
-    """The children of a process, of whichever thread; none of one that is gone."""
+    """The children of all threads of a process; empty if it has ended."""
     children: list[int] = []
     with contextlib.suppress(OSError):
         for thread in os.listdir(f"/proc/{pid}/task"):
-            with contextlib.suppress(OSError):  # a thread that just ended
+            with contextlib.suppress(OSError):  # the thread has just ended
                 children += map(int, Path(f"/proc/{pid}/task/{thread}/children").read_bytes().split())
     return children
 
 
 def identity() -> str | None:
-    """16 hex digits that tell this host, in this boot, from any other, and nothing else; None: UNIDENTIFIED.
+    """16 hex digits that identify this host since its last boot, and reveal nothing else; None: UNIDENTIFIED.
 
-    A keyed hash of the boot's and the machine's ids (boot_id of random(4), machine-id(5)). The boot's tells clones of
-    one image apart and is the same in all containers of a host; the machine's, where it differs, tells more. After a
-    reboot the host counts as another one: its memory and clocks may be. Virtual machines that are woken from one
-    snapshot of a running one have both ids in common, and are not told apart.
+    A keyed hash of the boot's id and the machine's id (boot_id of random(4), machine-id(5)). The boot's id differs
+    between clones of one image and is the same in all containers of a host. After a reboot the host counts as another
+    one, as its memory or clocks may have changed. Virtual machines resumed from one snapshot share both ids and
+    cannot be distinguished.
     """
     ids = [_first_line(p) for p in ("/proc/sys/kernel/random/boot_id", "/etc/machine-id")]
     if sys.platform == "darwin":
@@ -192,7 +192,7 @@ def identity() -> str | None:
 
 
 def _first_line(path: str) -> str | None:
-    """What a file of the system says; None where it does not, or says that nothing is set yet."""
+    """The content of a system file; None if it cannot be read or is not yet initialised."""
     try:
         text = Path(path).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:

@@ -1,7 +1,7 @@
-"""The programs and libraries that a running process has mapped: what an engine really is.
+"""The programs and libraries that a running process has mapped, which identify the engine's code.
 
-A launcher of 18 kB says nothing of the libraries that do the work, and a library can be exchanged between two runs or
-under a running process. `/proc/PID/maps` names every file with its device and inode, proc_pid_maps(5).
+The hash of a launcher of 18 kB does not cover the libraries that do the work, and a library can be replaced between
+two runs or under a running process. `/proc/PID/maps` names every file with its device and inode (proc_pid_maps(5)).
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from typing import BinaryIO
 from moelib import files, host
 from moelib.process import ProcessError
 
-OWN = re.compile(r"^lib(ggml|llama|mtmd)|^(llama|ggml|rpc)-", re.I)  # the build's, wherever a distribution puts them
+OWN = re.compile(r"^lib(ggml|llama|mtmd)|^(llama|ggml|rpc)-", re.I)  # the engine's, in any folder
 NO_MAPS = "this system does not say which files a process has mapped"
 _LINE = re.compile(rb"^\S+ (\S+) \S+ (\S+) (\d+) +(/.*)$", re.M)
 _NO_FILE = ("/dev/", "/memfd:", "/SYSV", "/anon_hugepage", "/[")
@@ -25,24 +25,24 @@ GONE = " (deleted)"
 
 
 class NotListed(Exception):
-    """The system does not say what a process has mapped; the message says why."""
+    """The system does not list what a process has mapped; the message says why."""
 
 
 @dataclass(frozen=True)
 class Mapping:
-    """A file of code as it was mapped; `state` is the file's, read while the process ran."""
+    """A mapped file of code; `state` is the file's state, read while the process ran."""
 
     path: Path
     state: tuple[int, ...]
     own: bool
-    """Part of the engine, and not of the system."""
+    """Whether it is part of the engine, not of the system."""
 
 
 def look(pid: int, since: float, folders: Iterable[Path] = ()) -> tuple[Mapping, ...]:
-    """Every ELF file that process `pid` and what it started have mapped, by path. Quick: nothing is hashed.
+    """Every ELF file that process `pid` and its descendants have mapped, by path. Quick: nothing is hashed.
 
-    `since`: the wall clock at its start. Files in `folders` are the engine's own, as is the process's program.
-    Raises NotTold; ProcessError "engine-changed" for a file that is not what it was when it was mapped.
+    `since`: the wall clock at its start. Files in `folders`, and the process's program, are the engine's own.
+    Raises NotListed; ProcessError "engine-changed" for a file that changed since it was mapped.
     """
     own, mappings = {str(f.resolve()) for f in folders}, {}
     program = _program(pid)
@@ -52,16 +52,16 @@ def look(pid: int, since: float, folders: Iterable[Path] = ()) -> tuple[Mapping,
             if f.read(4) != b"\x7fELF":
                 continue
             now = os.fstat(f.fileno())
-            # some file systems tell another device in the map than in a file's state: ask with a map of our own
+            # some file systems report another device in the map than in a file's state: compare with a map of our own
             if (now.st_dev, now.st_ino) != (device, inode) and _as_mapped(f.fileno(), path) != (device, inode):
                 now = None
-        if now is None and not runs:  # data that was removed
+        if now is None and not runs:  # data whose file was removed
             continue
         if now is None or since < now.st_ctime <= time.time():
             raise ProcessError(
                 "engine-changed",
-                f"{file.name.removesuffix(GONE)} was exchanged, removed or written to while a process had it mapped: "
-                "leave the engine alone during a study, and run again",
+                f"{file.name.removesuffix(GONE)} was replaced, removed or written to while a process had it mapped: "
+                "do not change the engine during a study, and run again",
             )
         mine = path == program or str(file.parent) in own or OWN.search(file.name) is not None
         mappings[path] = Mapping(file, _state(now), mine)
@@ -80,17 +80,16 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _code(pid: int) -> dict[tuple[str, int, int], bool]:
-    """(path, device, inode) of each file that a process and what it started have mapped -> whether any of it can be
-    executed."""
+    """(path, device, inode) of each file that a process and its descendants have mapped -> whether it is executable."""
     entries = _maps(pid)
     for child in host.tree(pid) - {pid}:
-        with contextlib.suppress(NotListed):  # it ended meanwhile
+        with contextlib.suppress(NotListed):  # the process ended meanwhile
             entries = {**_maps(child), **entries}
     return entries
 
 
 def _maps(pid: int) -> dict[tuple[str, int, int], bool]:
-    """What the system says of one process. A removed file's name ends in GONE, so that it is not found."""
+    """The same for one process. The path of a removed file ends in GONE, so that it cannot be opened."""
     try:
         text = Path(f"/proc/{pid}/maps").read_bytes()
     except OSError as err:
@@ -112,7 +111,7 @@ def _program(pid: int) -> str | None:
 
 
 def _as_mapped(fd: int, path: str) -> tuple[int, int] | None:
-    """(device, inode) that this process's own map shows for the file."""
+    """(device, inode) of the file in this process's own map."""
     with mmap.mmap(fd, 1, access=mmap.ACCESS_READ):
         return next((key[1:] for key in _maps(os.getpid()) if key[0] == path), None)
 
@@ -122,15 +121,15 @@ def _state(s: os.stat_result) -> tuple[int, ...]:
 
 
 class Hashes:
-    """SHA-256 of mapped files, each read once for as long as it stays the file that it is."""
+    """SHA-256 of mapped files, each read once as long as it does not change."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[Path, tuple[int, ...]], str] = {}
 
     def of(self, mappings: Iterable[Mapping]) -> dict[str, str]:
-        """File name -> SHA-256. A second file of the same name is told as such.
+        """File name -> SHA-256. A second file of the same name gets the suffix " (2)".
 
-        Raises ProcessError "engine-changed" where a file is no longer the one that was looked at.
+        Raises ProcessError "engine-changed" if a file changed since it was mapped.
         """
         hashes: dict[str, str] = {}
         for m in mappings:

@@ -1,4 +1,4 @@
-"""What watches a run, from a thread of its own: one that dies, hangs or never looks fails what it watched."""
+"""Monitor a run from a separate thread; if the monitor fails, hangs or never samples, the run fails."""
 
 import contextlib
 import gc
@@ -11,24 +11,24 @@ from typing import Any
 
 from moelib import process
 
-MONITOR_S = 10.0  # for a monitor's last look
-STARVED = 10  # looks that a monitor may be late before its first one
+MONITOR_S = 10.0  # time limit of a monitor's last sample
+STARVED = 10  # intervals that may pass before a monitor's first sample
 
 
 @dataclass
 class Spent:
     cpu_s: float | None = None
-    """CPU seconds of a thread; None until it ended by itself."""
+    """CPU seconds of the monitor's thread; None until it has ended normally."""
     calls: int = 0
-    """How often it did what it is there for."""
+    """How often it called its action."""
 
 
 @contextmanager
 def repeating(action: Callable[[], object], every_s: float) -> Iterator[Spent]:
-    """Call `action` every `every_s` seconds from a sleeping thread while the block runs, and once at its end.
+    """Call `action` every `every_s` seconds from another thread while the `with` body runs, and once at its end.
 
-    Raises ProcessError (monitor-failed) if `action` raised, did not end, or was not called in all the time: what was
-    not watched is not known. An error of the block itself comes first.
+    Raises ProcessError (monitor-failed) if `action` raised, did not end, or was never called: the run was then not
+    monitored. An error of the body itself takes precedence.
     """
     halt, spent, raised, started = threading.Event(), Spent(), [], time.monotonic()
 
@@ -38,7 +38,7 @@ def repeating(action: Callable[[], object], every_s: float) -> Iterator[Spent]:
                 action()
                 spent.calls += 1
             spent.cpu_s = time.thread_time()
-        except BaseException as err:  # of a thread nobody sees it
+        except BaseException as err:  # an error in a thread is not reported otherwise
             raised.append(err)
 
     def finish() -> None:
@@ -50,7 +50,7 @@ def repeating(action: Callable[[], object], every_s: float) -> Iterator[Spent]:
         if raised:
             raise _unwatched(f"ended with {_words(raised[0])}") from raised[0]
         if spent.calls == 0 and lasted > STARVED * every_s + 1:
-            raise _unwatched(f"was not called once in {lasted:.1f} s, though it was to be every {every_s:g} s")
+            raise _unwatched(f"took no sample in {lasted:.1f} s, though one is due every {every_s:g} s")
         once(action)
 
     thread = threading.Thread(target=follow, daemon=True)
@@ -65,7 +65,7 @@ def repeating(action: Callable[[], object], every_s: float) -> Iterator[Spent]:
 
 
 def once(action: Callable[[], Any]) -> Any:
-    """What `action` returns. Raises ProcessError (monitor-failed) if it raised."""
+    """Return `action()`. Raises ProcessError (monitor-failed) if it raises."""
     try:
         return action()
     except Exception as err:
@@ -74,8 +74,10 @@ def once(action: Callable[[], Any]) -> Any:
 
 @contextmanager
 def unhindered() -> Iterator[None]:
-    """Search no objects for cycles while the block runs: in a notebook's process one search takes some 80 ms, in
-    which no other thread runs: neither what watches a run nor what times its tokens."""
+    """Disable garbage collection while the `with` body runs.
+
+    In a notebook's process one collection stops all threads for some 80 ms, the monitor and the timing of tokens too.
+    """
     was = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -86,10 +88,8 @@ def unhindered() -> Iterator[None]:
             gc.enable()
 
 
-def _unwatched(what: str) -> process.ProcessError:
-    return process.ProcessError(
-        "monitor-failed", f"what watches the run {what}: its readings are not whole; run it again"
-    )
+def _unwatched(failure: str) -> process.ProcessError:
+    return process.ProcessError("monitor-failed", f"the run's monitor {failure}: readings are missing; run it again")
 
 
 def _words(err: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""A tool asked for a few words: bounded in time and in what is read of it, and ended with all that it started."""
+"""Run a tool for its output, with limits on time and size, and end it with all its child processes."""
 
 import contextlib
 import errno
@@ -17,18 +17,18 @@ from moelib import process
 
 ANSWER_BYTES = 4 << 20  # the longest help is 60 kB
 CHUNK_BYTES = 1 << 16
-WAIT_S = 0.05  # between looks at a tool that is silent
-MARK = "MOELIB_PROBE"  # in a tool's environment: who has it belongs to this tool
+WAIT_S = 0.05  # between checks of a tool without output
+MARK = "MOELIB_PROBE"  # in a tool's environment, to recognise its child processes
 WHY = {
     errno.ENOEXEC: "it is a program for another processor or system",
     errno.EACCES: "it may not be executed: check its rights, or the disk's mount options",
-    errno.ENOENT: "it, or the interpreter or loader that it names, is not there",
+    errno.ENOENT: "it, or the interpreter or loader that it names, does not exist",
     errno.ELOOP: "it is a link that leads back to itself",
 }
 
 
 class ProbeError(Exception):
-    """The tool gave no answer; the message says why, in words that go on from its name."""
+    """The tool gave no answer; the message says why and continues a sentence that begins with the tool's name."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Answer:
 
 
 def ask(argv: Sequence[str], timeout_s: float, cap_bytes: int = ANSWER_BYTES) -> Answer:
-    """Run a tool to its end. Raises ProbeError: it cannot be run, did not end in time, or said too much."""
+    """Run a tool to its end. Raises ProbeError if it cannot be run, does not end in time, or writes too much."""
     try:
         tool = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -49,41 +49,41 @@ def ask(argv: Sequence[str], timeout_s: float, cap_bytes: int = ANSWER_BYTES) ->
         raise ProbeError(f"cannot be run: {WHY.get(err.errno, err.strerror)}") from None
     alive = True
     try:
-        said = _listen(tool, time.monotonic() + timeout_s, timeout_s, cap_bytes)
+        outputs = _listen(tool, time.monotonic() + timeout_s, timeout_s, cap_bytes)
         alive = False
     finally:
         process.end_group(tool, alive)
         _end_marked(mark)
         tool.stdout.close()
         tool.stderr.close()
-    return Answer(tool.returncode, *(part.decode("utf-8", "replace") for part in said))
+    return Answer(tool.returncode, *(part.decode("utf-8", "replace") for part in outputs))
 
 
 def _end_marked(mark: str) -> None:
-    """Kill what a tool left behind in a session of its own: it still has the tool's environment (Linux)."""
+    """Kill processes that a tool left in another session; they still have its environment (Linux)."""
     for path in glob.glob("/proc/[0-9]*/environ"):
-        with contextlib.suppress(OSError):  # another user's, or gone
+        with contextlib.suppress(OSError):  # another user's process, or ended
             if mark.encode() in Path(path).read_bytes():
                 os.kill(int(path.split("/")[2]), signal.SIGKILL)
 
 
 def _listen(tool: subprocess.Popen, deadline: float, timeout_s: float, cap_bytes: int) -> list[bytes]:
-    """What the tool says until it ends, on stdout and stderr."""
-    said = [bytearray(), bytearray()]
+    """The tool's stdout and stderr until it ends."""
+    outputs = [bytearray(), bytearray()]
     with selectors.DefaultSelector() as ready:
         for i, pipe in enumerate((tool.stdout, tool.stderr)):
             os.set_blocking(pipe.fileno(), False)
-            ready.register(pipe, selectors.EVENT_READ, said[i])
+            ready.register(pipe, selectors.EVENT_READ, outputs[i])
         while True:
-            over = process.ended(tool) is not None  # before the last look, so that nothing is missed
+            over = process.ended(tool) is not None  # checked before the last read, so that nothing is missed
             for key, _ in ready.select(0 if over else WAIT_S if ready.get_map() else process.POLL_S):
                 while chunk := key.fileobj.read(CHUNK_BYTES):
                     key.data.extend(chunk)
-                    if sum(map(len, said)) > cap_bytes:
-                        raise ProbeError(f"said more than {cap_bytes >> 20} MiB and was ended")
+                    if sum(map(len, outputs)) > cap_bytes:
+                        raise ProbeError(f"wrote more than {cap_bytes >> 20} MiB and was ended")
                 if chunk == b"":
                     ready.unregister(key.fileobj)
             if over:
-                return said
+                return outputs
             if time.monotonic() > deadline:
                 raise ProbeError(f"did not end in {timeout_s:g} s and was ended")

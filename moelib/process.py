@@ -1,6 +1,6 @@
-"""Supervised children: own log file, deadline, clean end, and no orphan however the parent dies.
+"""Run child processes with a log file, a deadline and a clean end; none survives its parent, however that dies.
 
-Also what the machine says of itself, as every record names it.
+Also the facts about the machine that every record holds.
 """
 
 import contextlib
@@ -28,11 +28,11 @@ from moelib import __version__, params
 from moelib.logfile import LOG_BYTES, Log
 
 POLL_S = 0.005
-GRACE_S = 10.0  # for a tool to end by itself when told to
-GUARD_S = 0.05  # between looks at the size of a child's log, which take 5 us: a disk takes some 100 MB in that time
+GRACE_S = 10.0  # time for a tool to end after SIGTERM
+GUARD_S = 0.05  # between checks of a log's size (5 us each); a disk can take some 100 MB in that time
 
 ENV_ALLOWED = ("PATH", "LD_LIBRARY_PATH", "HOME", "TMPDIR", "LANG", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
-"""What a child may inherit. llama.cpp applies every LLAMA_ARG_* variable silently, so nothing else gets through."""
+"""Variables that a child inherits, and no others: llama.cpp silently applies every LLAMA_ARG_* variable."""
 
 # Runs between fork and the tool, in a fresh interpreter: code in a forked copy of a threaded parent can deadlock.
 # PR_SET_PDEATHSIG (1) survives exec; the parent is checked after setting it, as it may have died just before.
@@ -49,7 +49,7 @@ _LAUNCH = (
 
 
 class ProcessError(params.UserError):
-    """A child did not do what was expected. `reason` is a code for the record, the message is for people."""
+    """A child process failed. `reason` is a code for the record, the message is for people."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
@@ -76,9 +76,9 @@ def environment(scratch: Path, extra: dict[str, str] | None = None) -> dict[str,
 
 
 class Child(AbstractContextManager):
-    """One running tool. Use as a context manager: leaving it ends the tool, and what it started.
+    """A running tool. Use it as a context manager: leaving it ends the tool and its child processes.
 
-    `cpus`: the only ones it may use. A tool whose log grows beyond `log_bytes` is ended.
+    `cpus`: the CPUs that it may use. A tool whose log grows beyond `log_bytes` is ended.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Child(AbstractContextManager):
         launch = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), ",".join(map(str, cpus)), *argv]
         self.started, self.started_wall = time.monotonic(), time.time()
         with log.open("wb") as out:
-            # a session of its own: Ctrl-C reaches us alone, and we end the child in order
+            # in its own session: Ctrl-C reaches only this process, which then ends the child in order
             self._popen = subprocess.Popen(
                 launch, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True
             )
@@ -100,7 +100,7 @@ class Child(AbstractContextManager):
             identities = json.dumps({"child": _identity(self.pid), "parent": _identity(os.getpid())})
             self._note.write_text(identities, encoding="utf-8")
             threading.Thread(target=self._guard, daemon=True).start()
-        except BaseException:  # a full disk, Ctrl-C: nobody has this object yet to end the tool
+        except BaseException:  # a full disk, Ctrl-C: no caller has this object yet to end the tool
             self._popen.kill()
             self._popen.wait()
             raise
@@ -123,7 +123,7 @@ class Child(AbstractContextManager):
         return ended(self._popen) is None
 
     def _guard(self) -> None:
-        """End the child if its log grows beyond its limit, whatever else goes on."""
+        """End the child if its log grows beyond its limit. Runs in its own thread."""
         while not self._over.wait(GUARD_S):
             if self._log.flooded():
                 self._flooded = True
@@ -133,23 +133,23 @@ class Child(AbstractContextManager):
                 return
 
     def check_log(self) -> None:
-        """Raise ProcessError if the child was ended for what it wrote."""
+        """Raise ProcessError if the child was ended because of the size of its log."""
         if self._flooded or self._log.flooded():
             self._flooded = True
             self.stop(grace_s=0)
             self._log.cut()
-            said = f"{self.name} wrote more than {self._log.limit >> 20} MiB to its log and was ended"
-            raise ProcessError("engine-log-flood", f"{said}; use another build; the log begins:\n{self.text()[:400]}")
+            cause = f"{self.name} wrote more than {self._log.limit >> 20} MiB to its log and was ended"
+            raise ProcessError("engine-log-flood", f"{cause}; use another build; the log begins:\n{self.text()[:400]}")
 
     def wait_for(self, pattern: str, timeout_s: float) -> re.Match[str]:
-        """The first match of `pattern` in a line of the child's log. Raises ProcessError at its end or the deadline."""
+        """The first match of `pattern` in the child's log. Raises ProcessError if it ends first, or at the deadline."""
         return self._until(self._log.looking_for(pattern), "was not ready", timeout_s)
 
     def wait_listening(self, port: int, timeout_s: float) -> None:
-        """Wait until the child itself listens on `port`: on a taken port another server would answer."""
+        """Wait until the child itself listens on `port`; on a port in use, another server would answer."""
 
         def look() -> bool:
-            with contextlib.suppress(psutil.Error):  # one that just died has no connections to be asked for
+            with contextlib.suppress(psutil.Error):  # the process has just ended
                 tcp = psutil.Process(self.pid).net_connections("tcp")
                 return ("LISTEN", port) in {(c.status, c.laddr.port) for c in tcp}
             return False
@@ -157,7 +157,7 @@ class Child(AbstractContextManager):
         self._until(look, "did not listen", timeout_s)
 
     def wait_end(self, timeout_s: float) -> None:
-        """Wait until the child ends by itself. Raises ProcessError at the deadline."""
+        """Wait until the child ends. Raises ProcessError at the deadline."""
         deadline = time.monotonic() + timeout_s
         while self.running():
             self.check_log()
@@ -171,8 +171,8 @@ class Child(AbstractContextManager):
         while not (result := look()):
             self.check_log()
             if not self.running():
-                said = f"{self.name} ended with {ended(self._popen)}"
-                raise ProcessError("engine-ended", f"{said}; its log ends:\n{self.tail()}")
+                cause = f"{self.name} ended with {ended(self._popen)}"
+                raise ProcessError("engine-ended", f"{cause}; its log ends:\n{self.tail()}")
             if time.monotonic() > deadline:
                 raise ProcessError("engine-timeout", f"{self.name} {failed} in {timeout_s:g} s:\n{self.tail()}")
             time.sleep(POLL_S)
@@ -184,11 +184,11 @@ class Child(AbstractContextManager):
         if self.exit is None:
             try:
                 if self.running():
-                    os.killpg(self.pid, signal.SIGTERM)  # its own session: what it started ends with it
-                    os.killpg(self.pid, signal.SIGCONT)  # a stopped process takes no notice until it goes on
+                    os.killpg(self.pid, signal.SIGTERM)  # the whole group, with its child processes
+                    os.killpg(self.pid, signal.SIGCONT)  # a stopped process handles SIGTERM only after SIGCONT
                 while self.running() and time.monotonic() < deadline:
                     time.sleep(POLL_S)
-            finally:  # after Ctrl-C too: nobody else ends it
+            finally:  # also after Ctrl-C, because nothing else ends it
                 killed = self.running()
                 with self._ending:
                     end_group(self._popen, alive=killed)
@@ -199,8 +199,10 @@ class Child(AbstractContextManager):
 
 
 def ended(child: subprocess.Popen) -> int | None:
-    """A child's exit code, negative for a signal; None while it runs. Where the system can tell without, it is not
-    reaped: until then its id, and its group's, cannot be another's."""
+    """A child's exit code, negative for a signal; None while it runs.
+
+    If the system allows it, the child is not reaped: until it is, no other process can get its id or its group's.
+    """
     if child.returncode is None and hasattr(os, "waitid"):  # macOS has it from Python 3.13 on
         end = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         return end and (end.si_status if end.si_code == os.CLD_EXITED else -end.si_status)
@@ -208,23 +210,23 @@ def ended(child: subprocess.Popen) -> int | None:
 
 
 def end_group(leader: subprocess.Popen, alive: bool) -> None:
-    """Kill the session that `leader` began and, where it is still alive, what began sessions of its own; reap it."""
-    if leader.returncode is not None:  # reaped: its id may be another's by now
+    """Kill the session of `leader`, and if it is alive its children in other sessions; then reap it."""
+    if leader.returncode is not None:  # reaped: its id may belong to another process by now
         return
     started = []
     with contextlib.suppress(psutil.Error):
         started = psutil.Process(leader.pid).children(recursive=True) if alive else []
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS refuses where only the dead are left
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS refuses if only ended processes are left
         os.killpg(leader.pid, signal.SIGKILL)
     for p in started:
         with contextlib.suppress(psutil.Error):
             p.kill()
-    with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel, which ends it when it can
+    with contextlib.suppress(subprocess.TimeoutExpired):  # in an uninterruptible system call
         leader.wait(GRACE_S)
 
 
 def _identity(pid: int) -> list[float]:
-    """Process id and start time: together they name one process, whatever is reused."""
+    """Process id and start time, which together identify a process even if its id is reused."""
     return [pid, psutil.Process(pid).create_time()]
 
 
@@ -237,7 +239,7 @@ def _running(identity: list[float]) -> psutil.Process | None:
 
 
 def _proc(name: str, pattern: str) -> str | None:
-    """What `pattern` captures first in a file of /proc; None where there is no such file or line."""
+    """The first group that `pattern` captures in a file of /proc; None without such a file or line."""
     try:
         m = re.search(pattern, Path("/proc", name).read_text(encoding="utf-8", errors="replace"), re.M)
     except OSError:
@@ -246,16 +248,16 @@ def _proc(name: str, pattern: str) -> str | None:
 
 
 def peak_rss(pid: int) -> int | None:
-    """The system's own record of a process's peak RSS; None where it keeps none."""
+    """A process's peak RSS as recorded by the system; None if it does not record it."""
     kib = _proc(f"{pid}/status", r"^VmHWM:\s+(\d+) kB")
     return int(kib) * 1024 if kib else None
 
 
 def sweep(folder: Path) -> list[int]:
-    """End children that a dead parent left behind under `folder`, by their recorded identity; return their ids."""
+    """End the children of dead parents, by their identity noted under `folder`; return their ids."""
     ended = []
     for note in sorted(folder.rglob("*.child.json")):
-        # a note cut short by a kill: its child died with the parent
+        # a note cut short by a kill is skipped: its child died with the parent
         with contextlib.suppress(ValueError, KeyError, IndexError, TypeError, OSError, psutil.NoSuchProcess):
             data = json.loads(note.read_text(encoding="utf-8"))
             if _running(data["parent"]):
@@ -270,21 +272,21 @@ def sweep(folder: Path) -> list[int]:
 
 
 def free_port() -> int:
-    """A loopback port that was free a moment ago; whoever uses it must check that it got it."""
+    """A loopback port that was free just now; the caller must check that it could bind it."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
 def cpu_ids() -> list[int]:
-    """CPUs that this process may be scheduled on."""
+    """Ids of the CPUs that this process may run on."""
     if hasattr(os, "sched_getaffinity"):  # Linux
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
 
 
 def usable_cpus() -> int:
-    """How many CPUs this process may use: affinity and the cgroup's quota, not the host's count."""
+    """How many CPUs this process may use, by its affinity and its cgroup's quota."""
     n = len(cpu_ids())
     try:
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split())
@@ -297,45 +299,47 @@ PATIENCE = (0.001, 1000.0)
 
 
 def patience(seconds: float) -> float:
-    """A limit of a wait, times $MOELIB_PATIENCE: more on a very slow machine, less where faults are provoked.
+    """A time limit, multiplied by $MOELIB_PATIENCE: larger on a very slow machine, smaller in tests of faults.
 
-    Raises ParamsError if the variable is no such number.
+    Raises ParamsError if the variable is not a number in the allowed range.
     """
     setting = os.environ.get("MOELIB_PATIENCE", "1")
     try:
         factor = float(setting)
     except ValueError:
         factor = float("nan")
-    if not PATIENCE[0] <= factor <= PATIENCE[1]:  # what is not a number is not between either
+    if not PATIENCE[0] <= factor <= PATIENCE[1]:  # NaN fails this comparison too
         least, most = PATIENCE
         raise params.ParamsError(
-            f"MOELIB_PATIENCE={setting!r} is no number from {least:g} to {most:g}; unset it, or set 1"
+            f"MOELIB_PATIENCE={setting!r} is not a number from {least:g} to {most:g}; unset it, or set it to 1"
         )
     return seconds * factor
 
 
 def new_key() -> str:
-    """An api key for one server process; it travels in the environment and is never written down."""
+    """An API key for one server process; it is passed in the environment and never stored."""
     return secrets.token_hex(16)
 
 
 PRODUCTS = ("outputs", "docs")
-"""Folders of the clone that measuring writes to: a change there is no change of what measures."""
+"""Folders of the clone that hold results; changes in them do not make the measuring code differ from its commit."""
 
 
 def _git(*args: str) -> str | None:
-    """What git says of the clone; None where it fails, as it does without one."""
-    how = {"cwd": params.root(), "stderr": subprocess.DEVNULL, "encoding": "utf-8", "errors": "replace", "timeout": 20}
+    """The output of a git command in the clone; None if it fails, as it does outside a clone."""
+    text = {"encoding": "utf-8", "errors": "replace"}
     try:
-        return subprocess.check_output(["git", *args], **how)
+        return subprocess.check_output(["git", *args], cwd=params.root(), stderr=subprocess.DEVNULL, timeout=20, **text)
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 @functools.cache
 def facts() -> dict[str, Any]:
-    """CPU, RAM, system and moelib's commit. `commit` and `dirty` are None outside a git clone; the latter says
-    whether tracked files other than products differ from the commit."""
+    """CPU, RAM, system and moelib's commit.
+
+    `dirty`: whether tracked files, except results, differ from `commit`. Both are None outside a git clone.
+    """
     commit = _git("rev-parse", "HEAD")
     differ = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *(f":!{p}" for p in PRODUCTS))
     return {

@@ -1,5 +1,7 @@
-"""Files of a release site: over HTTPS or from loopback, resumed, bounded in size and time, and given up within seconds
-where the site cannot be reached."""
+"""Download files of a release site over HTTPS or from loopback, with resumption and limits on size and time.
+
+A site that cannot be reached is given up within seconds.
+"""
 
 import socket
 import threading
@@ -36,9 +38,9 @@ def allowed(url: str, who: str) -> None:
     try:
         at = httpx.URL(url)
     except httpx.InvalidURL as err:
-        raise ArchiveError(f"{who} names {url!r}, which is no URL: {err}") from None
+        raise ArchiveError(f"{who} names {url!r}, which is not a URL: {err}") from None
     if at.scheme != "https" and not (at.scheme == "http" and at.host in ("127.0.0.1", "localhost", "::1")):
-        raise ArchiveError(f"{who} names {url!r}: it must begin with https://, or be on loopback")
+        raise ArchiveError(f"{who} names {url!r}: give an address that begins with https://, or one on loopback")
 
 
 def client(url: str) -> httpx.Client:
@@ -59,7 +61,7 @@ def client(url: str) -> httpx.Client:
 
 
 def _resolve(host: str, port: int) -> None:
-    """Raise Unreachable unless the name is known within CONNECT_S: a look-up has no limit of its own."""
+    """Raise Unreachable unless the name resolves within CONNECT_S; the system's look-up has no time limit."""
     outcome: list[str] = []
 
     def ask() -> None:
@@ -77,7 +79,7 @@ def _resolve(host: str, port: int) -> None:
 
 
 def receive(client: httpx.Client, url: str, part: Path, most: int, exactly: bool = True) -> None:
-    """Bring `part` to its whole length, going on from what is there. Raises httpx.HTTPError where that breaks off."""
+    """Download the rest of the file `part`. Raises httpx.HTTPError if the download is interrupted."""
     had, deadline = size(part), time.monotonic() + LIMIT_S
     if had > most:
         part.unlink()
@@ -87,16 +89,16 @@ def receive(client: httpx.Client, url: str, part: Path, most: int, exactly: bool
     name = url.rpartition("/")[2]
     with client.stream("GET", url, headers={"Range": f"bytes={had}-"} if had else {}) as answer:
         if answer.status_code not in (200, 206):
-            raise ArchiveError(f"{name} is not to be had: the release site answers {answer.status_code}")
+            raise ArchiveError(f"{name} cannot be downloaded: the release site answers {answer.status_code}")
         if answer.status_code == 200:
-            had = 0  # it sends all of it
+            had = 0  # the site sends the whole file
         elif not answer.headers.get("content-range", "").startswith(f"bytes {had}-"):
-            raise ArchiveError(f"{name} is not to be had: the release site sends another part than was asked for")
+            raise ArchiveError(f"{name} cannot be downloaded: the release site sends another range than requested")
         length = answer.headers.get("content-length", "")
         total = had + int(length) if length.isdecimal() and len(length) < 16 else most
         if total > most or (exactly and total != most):
             part.unlink(missing_ok=True)
-            raise ArchiveError(f"{name} has {total} bytes at the release site, not {most}; it was not taken")
+            raise ArchiveError(f"{name} has {total} bytes at the release site, not {most}; it was not downloaded")
         bar = tqdm(total=total, initial=had, desc=name, unit="B", unit_scale=True, disable=None, leave=False)
         try:
             with part.open("r+b" if had else "wb") as f, bar:
@@ -106,7 +108,7 @@ def receive(client: httpx.Client, url: str, part: Path, most: int, exactly: bool
                         part.unlink()
                         raise ArchiveError(f"{name} is longer than {most} bytes; it was deleted")
                     if time.monotonic() > deadline:
-                        raise ArchiveError(f"{name} did not come in {LIMIT_S / 60:.0f} minutes; run again to go on")
+                        raise ArchiveError(f"{name} did not arrive in {LIMIT_S / 60:.0f} minutes; run again to go on")
                     f.write(chunk)
                     bar.update(len(chunk))
                 if f.tell() < total and length:

@@ -321,8 +321,8 @@ ELF_FOR_ARM = b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x02\0\xb7\0" + bytes(44)
     ("server", "why"),
     [
         (ELF_FOR_ARM, "cannot be run: it is a program for another processor or system"),
-        (b"#!/no/such/loader\n", "cannot be run: it, or the interpreter or loader that it names, is not there"),
-        (b"#!/bin/sh\nexec yes plausible\n", "said more than 4 MiB and was ended"),
+        (b"#!/no/such/loader\n", "cannot be run: it, or the interpreter or loader that it names, does not exist"),
+        (b"#!/bin/sh\nexec yes plausible\n", "wrote more than 4 MiB and was ended"),
         (b"#!/bin/sh\nsleep 1021\n", "did not end in 1.2 s and was ended"),
         (b"#!/bin/sh\nkill -4 $$\n", "ended with -4: it was built for a CPU with instructions that this one lacks"),
         (

@@ -97,7 +97,7 @@ def test_a_file_that_is_exchanged_written_to_or_removed_is_told(library, harm):
     with holding(library) as (pid, since):
         mapped.look(pid, since)
         harm(library)
-        with pytest.raises(ProcessError, match="^libggml-test.so was exchanged, removed or written") as caught:
+        with pytest.raises(ProcessError, match="^libggml-test.so was replaced, removed or written") as caught:
             mapped.look(pid, since)
     assert caught.value.reason == "engine-changed"
 

@@ -47,7 +47,7 @@ def test_an_action_is_repeated_and_its_cpu_time_known_at_the_end():
 @pytest.mark.parametrize("error", [OSError("no such device"), psutil.NoSuchProcess(7), SystemExit(3), KeyError("x")])
 def test_a_monitor_that_dies_fails_what_it_watched(error):
     act, calls = failing(0, error)
-    with pytest.raises(process.ProcessError, match=f"what watches the run ended with {type(error).__name__}") as caught:
+    with pytest.raises(process.ProcessError, match=f"monitor ended with {type(error).__name__}") as caught:
         with monitor.repeating(act, 0.001) as spent:
             wait_until(lambda: calls)
     assert caught.value.reason == "monitor-failed"
@@ -92,7 +92,7 @@ def test_a_monitor_that_was_never_called_is_said(monkeypatch):
     clock = iter([0.0, 2.5])
     monkeypatch.setattr(monitor.time, "monotonic", lambda: next(clock))
     calls = []
-    with pytest.raises(process.ProcessError, match=r"not called once in 2\.5 s, though it was to be every 0\.1 s"):
+    with pytest.raises(process.ProcessError, match=r"took no sample in 2\.5 s, though one is due every 0\.1 s"):
         with monitor.repeating(lambda: calls.append(1), 0.1):
             # its thread waits for its first turn: time went by without it
             assert calls == []

@@ -42,7 +42,7 @@ def test_all_is_read_of_a_tool_that_says_much_at_once():
 @pytest.mark.parametrize("where", ["", " >&2"])
 def test_a_tool_that_talks_without_end_is_ended(where):
     started = time.monotonic()
-    with pytest.raises(probe.ProbeError, match="said more than 4 MiB and was ended"):
+    with pytest.raises(probe.ProbeError, match="wrote more than 4 MiB and was ended"):
         probe.ask(shell(f"exec yes plausible output of llama-server{where}"), 60)
     assert time.monotonic() - started < 10
 
@@ -86,9 +86,9 @@ def test_ctrl_c_ends_it_too(monkeypatch):
 @pytest.mark.parametrize(
     ("content", "mode", "words"),
     [
-        (None, 0, "is not there"),
+        (None, 0, "does not exist"),
         (b"#!/bin/sh\n", 0o644, "may not be executed"),
-        (b"#!/no/such/loader\n", 0o755, "the interpreter or loader that it names, is not there"),
+        (b"#!/no/such/loader\n", 0o755, "the interpreter or loader that it names, does not exist"),
         (b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x02\0\xb7\0" + bytes(44), 0o755, "another processor"),
     ],
 )

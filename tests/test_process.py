@@ -332,7 +332,7 @@ def test_a_clone_is_dirty_by_what_measures_and_not_by_what_was_measured(tmp_path
 @pytest.mark.parametrize("setting", ["", "fast", "0", "-1", "nan", "inf", "1e9", "1e-9", "0x1"])
 def test_a_patience_that_is_no_number_is_said(monkeypatch, setting):
     monkeypatch.setenv("MOELIB_PATIENCE", setting)
-    with pytest.raises(params.UserError, match="MOELIB_PATIENCE=.* is no number from 0.001 to 1000; unset it"):
+    with pytest.raises(params.UserError, match="MOELIB_PATIENCE=.* is not a number from 0.001 to 1000; unset it"):
         process.patience(1)
 
 

@@ -92,19 +92,19 @@ def test_harm_ends_in_a_sentence_soon_and_in_little_memory(toy, lfs_hub, way, mo
 @pytest.mark.parametrize(
     ("way", "why"),
     [
-        ("flood", "more than 33,554,432 bytes came, which is no answer to this"),
+        ("flood", "more than 33,554,432 bytes were sent, too many for this answer"),
         ("bomb", "more than 33,554,432 bytes came"),
-        ("packed", "packed as 'br', which was not asked for: check the network's proxy"),
-        ("rubble", "cannot be unpacked"),
+        ("packed", "compressed as 'br', which was not requested: check the network's proxy"),
+        ("rubble", "cannot be decompressed"),
         ("drip", "answers too slowly: check the network"),
         ("drip_head", "answers too slowly: check the network"),
         ("circle", "TooManyRedirects"),
         ("later", "asks to wait 999999999 s: run the same command again then"),
         ("much_later", "asks to wait 999999999 s"),
         ("window", "asks to wait 999999999 s"),
-        ("wrong", "the answer is not one of the Hub's"),
-        ("many", "the answer is not one of the Hub's: .*100000 files"),
-        ("no_text", "broke off.*UnicodeDecodeError"),
+        ("wrong", "the answer is not in the Hub's format"),
+        ("many", "the answer is not in the Hub's format: .*100000 files"),
+        ("no_text", "disconnected.*UnicodeDecodeError"),
     ],
 )
 def test_the_cause_is_named(toy, lfs_hub, monkeypatch, way, why):
@@ -140,34 +140,34 @@ def test_nothing_packed_is_asked_for(lfs_hub):
 
 def test_a_file_that_comes_slowly_and_steadily_has_its_time():
     """A limit on the whole would end a download of hours: each MiB buys as much again."""
-    asked = wire.Asked(receives=1 << 40)
-    first = asked.deadline
-    asked.count(wire.PIECE - 1)
-    assert asked.deadline == first
-    asked.count(1)
-    assert asked.deadline > first
-    answer = wire.Asked()
+    budget = wire.Budget(receives=1 << 40)
+    first = budget.deadline
+    budget.count(wire.PIECE - 1)
+    assert budget.deadline == first
+    budget.count(1)
+    assert budget.deadline > first
+    answer = wire.Budget()
     first = answer.deadline
     answer.count(wire.PIECE * 2)
     assert answer.deadline == first
     with pytest.raises(wire.TooMuchError, match="bytes came"):
         answer.count(wire.ANSWER_BYTES)
-    late = wire.Asked()
+    late = wire.Budget()
     late.deadline = time.monotonic() - 1
     with pytest.raises(wire.TooMuchError, match="too slowly"):
         late.count(1)
-    assert wire.Asked(sends=10**9).deadline - first > 10**9 / wire.SLOWEST_BYTES_PER_S - 60
+    assert wire.Budget(sends=10**9).deadline - first > 10**9 / wire.SLOWEST_BYTES_PER_S - 60
 
 
 @pytest.mark.parametrize(
     ("variables", "why"),
     [
-        ({"HF_ENDPOINT": "nonsense"}, "HF_ENDPOINT is 'nonsense', which is no web address"),
-        ({"HF_ENDPOINT": "ftp://x"}, "which is no web address"),
-        ({"HF_ENDPOINT": "http://"}, "which is no web address"),
-        ({"HF_ENDPOINT": "http://a b"}, "which is no web address"),
-        ({"HF_ENDPOINT": "http://\x1b[2J"}, "a variable HF_... of the environment is wrong|no web address"),
-        ({"HF_ENDPOINT": "http://127.0.0.1:999999"}, "127.0.0.1:999999', which is no web address"),
+        ({"HF_ENDPOINT": "nonsense"}, "HF_ENDPOINT is 'nonsense', which is not a web address"),
+        ({"HF_ENDPOINT": "ftp://x"}, "which is not a web address"),
+        ({"HF_ENDPOINT": "http://"}, "which is not a web address"),
+        ({"HF_ENDPOINT": "http://a b"}, "which is not a web address"),
+        ({"HF_ENDPOINT": "http://\x1b[2J"}, "an HF_... variable of the environment is invalid|not a web address"),
+        ({"HF_ENDPOINT": "http://127.0.0.1:999999"}, "127.0.0.1:999999', which is not a web address"),
         ({"HF_ENDPOINT": "http://127.0.0.1:9", "HTTP_PROXY": "nonsense"}, "HTTP_PROXY is set"),
         ({"HF_ENDPOINT": "https://127.0.0.1:9", "SSL_CERT_FILE": "/nowhere"}, "SSL_CERT_FILE"),
         ({"HF_HUB_DOWNLOAD_TIMEOUT": "soon"}, "a variable HF_... of the environment is wrong"),
@@ -183,7 +183,7 @@ def test_a_wrong_environment_is_one_sentence(toy, variables, why):
     done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60, encoding="utf-8")
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
-    assert "fault of moelib" not in done.stderr
+    assert "bug in moelib" not in done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith("moelib: "), done.stderr
     assert re.search(why, last), last
