@@ -58,6 +58,7 @@ long:
 """
 TRIES = 5  # for a lab's first study
 SAMPLE = 60  # bytes that the short form cuts and splits at through a socket
+LOOK_S = 3e-4  # of CPU, as a look at a real card takes
 BANDWIDTH = mock.patch.object(host, "read_bandwidth", return_value=1e9)  # measured once a cell, and slow
 
 
@@ -75,6 +76,9 @@ class FakeGpu(device.Device):
         taken = iter(range(10**9))
 
         def read(server_pid, t_s):
+            began = time.thread_time()
+            while time.thread_time() - began < LOOK_S:
+                pass
             ours = 560 * MIB if server_pid and psutil.pid_exists(server_pid) else None
             plain = Reading(t_s, ours, 1024 * MIB + (ours or 0), bool(ours), ())
             return self.change(next(taken) - device.IDLE_READINGS, plain)
