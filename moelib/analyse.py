@@ -153,7 +153,7 @@ def ttft(workload: str, warm: bool) -> Quantity:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One placement and load mode against another of the same rounds; None where no whole round has the quantity."""
+    """One placement and load mode against another of the same rounds; None where no complete round has the quantity."""
 
     model: str
     quant: str
@@ -182,7 +182,7 @@ def load_modes(study: Study) -> list[tuple[Arm, Arm]]:
 def compare(
     results: Results, quantity: Quantity, pairs: Callable[[Study], list[tuple[Arm, Arm]]] = offloads
 ) -> list[Comparison]:
-    """`quantity` of every cell that has a whole round, and of every pair, in the study's order."""
+    """`quantity` of every cell that has a complete round, and of every pair, in the study's order."""
     rows = []
     for name, status in results.measured.items():
         for against, arm in pairs(results.study):
@@ -209,7 +209,7 @@ def _estimates(pairs: list[list[float]]) -> list[stats.Estimate | None]:
 
 @dataclass(frozen=True)
 class Summary:
-    """A quantity of one placement and load mode of a cell; None where no whole round has it."""
+    """A quantity of one placement and load mode of a cell; None where no complete round has it."""
 
     model: str
     quant: str
@@ -219,7 +219,7 @@ class Summary:
 
 
 def summarise(results: Results, quantity: Quantity) -> list[Summary]:
-    """`quantity` of every cell that has a whole round, by placement and load mode, in the study's order."""
+    """`quantity` of every cell that has a complete round, by placement and load mode, in the study's order."""
     rows = []
     for name, status in results.measured.items():
         for arm in results.study.arms:

@@ -1,7 +1,7 @@
-"""Model cards for the Hugging Face Hub, made of records, sheets and `params/cards.yaml` alone.
+"""Model cards for the Hugging Face Hub, made from records, manifests and `params/cards.yaml` alone.
 
-A repository's page on the Hub is its README.md alone, so each model has that and one linked card for each quant. The
-same records give the same bytes.
+A repository's page on the Hub is its README.md, so each model has that and one linked card for each quant. The same
+records give the same bytes.
 """
 
 import re
@@ -31,26 +31,26 @@ def part(results: Results, model: str, quant: str | None = None) -> Results:
     """What `results` hold of one model, or of one quant of it."""
     quants = (quant,) if quant else results.study.quants
     of = {f"{model}/{q}" for q in quants}
-    told = {
+    fields = {
         "study": results.study.model_copy(update={"models": (model,), "quants": quants}),
         "cells": [c for c in results.cells if c.name in of],
         "records": [r for r in results.records if r.cell in of],
-        "sheets": [sheet for q, sheet in quants_of(results, model).items() if q in quants],
+        "manifests": [m for q, m in quants_of(results, model).items() if q in quants],
     }
-    return Results(**{k: getattr(results, k) for k in Results.model_fields} | told)
+    return Results(**{k: getattr(results, k) for k in Results.model_fields} | fields)
 
 
 def quants_of(results: Results, model: str) -> dict[str, dict[str, Any]]:
-    """Quant -> sheet, of the quants of `model` that have a whole block and a sheet, in the study's order."""
-    sheets = {f"{s.model}/{s.quant}": s for s in results.manifests}
+    """Quant -> manifest, of the quants of `model` with a complete round and a manifest, in the study's order."""
+    manifests = {f"{s.model}/{s.quant}": s for s in results.manifests}
     names = {q: f"{model}/{q}" for q in results.study.quants}
-    return {q: sheets[n] for q, n in names.items() if n in results.measured and n in sheets}
+    return {q: manifests[n] for q, n in names.items() if n in results.measured and n in manifests}
 
 
 def build(results: Results, namespace: str) -> dict[str, str]:
-    """Path below the folder of cards -> text, for every model of which something was measured.
+    """Path below the folder of cards -> text, for every model with a measured cell.
 
-    Raises CardError if there is no such model, ParamsError for what can be no namespace.
+    Raises CardError if there is no such model, ParamsError for an invalid namespace.
     """
     upstream.namespace(namespace)
     hub.require()
@@ -60,7 +60,7 @@ def build(results: Results, namespace: str) -> dict[str, str]:
             repository = params.card(model).repository
             pages |= {f"{repository}/{name}": text for name, text in _repository(results, model, namespace).items()}
     if not pages:
-        raise CardError(f"{results.name} has no whole block of any model, so no card can be made: run the study first")
+        raise CardError(f"{results.name} has no complete round, so no card can be made: run the study first")
     return pages
 
 
@@ -73,20 +73,20 @@ def fit(results: Results, namespace: str) -> dict[str, str]:
     """The cards, as `build` makes them. Raises CardError if one of them breaks a rule of `lint`."""
     pages = build(results, namespace)
     if wrong := lint.faults(pages, set(planned(results))):
-        told = "".join(f"\n  {f.page}: {f.rule}: {f.what}" for f in wrong)
-        raise CardError(f"the cards are not fit, and nothing was written:{told}")
+        listed = "".join(f"\n  {f.page}: {f.rule}: {f.what}" for f in wrong)
+        raise CardError(f"the cards break rules, and nothing was written:{listed}")
     return pages
 
 
 def write(results: Results, namespace: str, folder: Path) -> list[Path]:
-    """Write the cards into `folder`, if all of them are fit; returns their paths. Raises CardError."""
+    """Write the cards into `folder` if none of them breaks a rule; returns their paths. Raises CardError."""
     pages = fit(results, namespace)
     try:
         for name, text in pages.items():
             files.write_bytes(folder / name, text.encode())
     except OSError as err:
         raise CardError(
-            f"the cards cannot be written into {folder} ({err.strerror or err}): mend its rights, or name another "
+            f"the cards cannot be written into {folder} ({err.strerror or err}): fix its permissions, or name another "
             "folder with --into"
         ) from None
     return [folder / name for name in pages]
@@ -94,56 +94,55 @@ def write(results: Results, namespace: str, folder: Path) -> list[Path]:
 
 def check(folder: Path, results: Results, namespace: str) -> list[lint.Fault]:
     """Everything that is wrong with the cards in `folder`: by the rules of `lint`, and against the records."""
-    there, found = _texts(folder)
-    found += lint.faults(there, set(planned(results)))
+    texts, faults = _texts(folder)
+    faults += lint.faults(texts, set(planned(results)))
     made = build(results, namespace)
-    for name in sorted(there.keys() | made.keys()):
-        if there.get(name) != made.get(name):
-            what = "is missing" if name not in there else "is not what the records give: make the cards again"
-            found.append(
-                lint.Fault(name, "records", what if name in made else "is no card of these records: delete it")
-            )
-    return found
+    for name in sorted(texts.keys() | made.keys()):
+        if texts.get(name) != made.get(name):
+            what = "is missing" if name not in texts else "differs from what the records give: make the cards again"
+            what = what if name in made else "is not a card of these records: delete it"
+            faults.append(lint.Fault(name, "records", what))
+    return faults
 
 
 def _texts(folder: Path) -> tuple[dict[str, str], list[lint.Fault]]:
-    """Path -> content of the folder's files that are no models, and what cannot be looked at."""
-    there, odd = {}, []
+    """Path -> content of the folder's files that are not models; and the files that cannot be checked."""
+    texts, faults = {}, []
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".gguf")[:MAX_FILES]:
         name = path.relative_to(folder).as_posix()
         try:
             with path.open("rb") as f:
                 data = f.read(MAX_BYTES + 1)
-            there[name] = data[:MAX_BYTES].decode("utf-8", errors="replace")
+            texts[name] = data[:MAX_BYTES].decode("utf-8", errors="replace")
             if len(data) > MAX_BYTES:
-                odd.append(lint.Fault(name, "records", "is larger than any card: delete it"))
+                faults.append(lint.Fault(name, "records", "is larger than any card: delete it"))
         except OSError as err:
-            odd.append(lint.Fault(name, "records", f"cannot be read ({err.strerror}): mend its rights"))
-    return there, odd
+            faults.append(lint.Fault(name, "records", f"cannot be read ({err.strerror}): fix its permissions"))
+    return texts, faults
 
 
 def planned(results: Results) -> dict[str, str]:
     """Path below the folder of cards -> SHA-256, of the GGUF files that the cards are about."""
-    sheets = [(params.card(m).repository, s) for m in results.study.models for s in quants_of(results, m).values()]
-    return {f"{repository}/{s.file_name}": s.sha256 for repository, s in sheets}
+    manifests = [(params.card(m).repository, s) for m in results.study.models for s in quants_of(results, m).values()]
+    return {f"{repository}/{s.file_name}": s.sha256 for repository, s in manifests}
 
 
 def require_measured(results: Results, path: Path) -> str:
     """SHA-256 of the GGUF file at `path`, which must be the one that the records measured. Raises CardError."""
     known = {name.split("/")[1]: sha256 for name, sha256 in planned(results).items()}
-    found = files.sha256(path)
-    if known.get(path.name) != found:
-        told = f"measured {known[path.name]}" if path.name in known else "measured no file of this name"
+    sha256 = files.sha256(path)
+    if known.get(path.name) != sha256:
+        other = f"measured {known[path.name]}" if path.name in known else "measured no file of this name"
         raise CardError(
-            f"{path.name} has SHA-256 {found}, but {results.name} {told}: the card would tell another file's numbers; "
+            f"{path.name} has SHA-256 {sha256}, but {results.name} {other}: the card would show other numbers; "
             "run the study on this file, or publish the one it measured"
         )
-    return found
+    return sha256
 
 
 def _repository(results: Results, model: str, namespace: str) -> dict[str, str]:
-    card, sheets = params.card(model), quants_of(results, model)
-    told = {
+    card, manifests = params.card(model), quants_of(results, model)
+    context = {
         "advice": advice,
         "evidence": evidence,
         "report": report,
@@ -152,18 +151,18 @@ def _repository(results: Results, model: str, namespace: str) -> dict[str, str]:
         "title": params.model(model).title,
         "geometry": params.model(model).at_scale(results.study.scale),
         "repository": f"{namespace}/{card.repository}",
-        "absent": [q for q in results.study.quants if q not in sheets],
+        "absent": [q for q in results.study.quants if q not in manifests],
         "sums": SUMS,
     }
     texts, provenance = {}, {}
     for name, template, of in [
         (ROOT, "root.md.j2", part(results, model)),
-        *((f"{q}.md", "card.md.j2", part(results, model, q)) for q in sheets),
+        *((f"{q}.md", "card.md.j2", part(results, model, q)) for q in manifests),
     ]:
-        text, shown = _render(template, {**told, "results": of, "sheet": of.manifests[0], "argv": _argv(of)})
+        text, shown = _render(template, {**context, "results": of, "manifest": of.manifests[0], "argv": _argv(of)})
         texts[name] = f"---\n{_metadata(of, model, namespace)}\n---\n\n{text}\n"
         provenance[name] = table.collect(s.provenance() for s in shown)
-    texts[SUMS] = "".join(f"{s.sha256}  {neutral.plain(s.file_name)}\n" for s in sheets.values())
+    texts[SUMS] = "".join(f"{s.sha256}  {neutral.plain(s.file_name)}\n" for s in manifests.values())
     return texts | {PROVENANCE: files.pretty(provenance).decode()}
 
 
@@ -174,7 +173,7 @@ def _argv(of: Results) -> str:
 
 
 def _without(t: Table, *columns: str) -> Table:
-    """A table without columns that hold what the card's title says."""
+    """A table without the columns that repeat the card's title."""
     rows = [{k: v for k, v in row.items() if k not in columns} for row in t.rows]
     return replace(t, rows=rows, numbers=tuple(n for n in t.numbers if n not in columns))
 
@@ -188,7 +187,7 @@ def _linked(t: Table) -> Table:
     return replace(t, rows=rows, note="")
 
 
-def _render(template: str, told: dict[str, Any]) -> tuple[str, list[Any]]:
+def _render(template: str, context: dict[str, Any]) -> tuple[str, list[Any]]:
     """The page, and the tables and sentences that it shows."""
     shown: list[Any] = []
 
@@ -200,7 +199,7 @@ def _render(template: str, told: dict[str, Any]) -> tuple[str, list[Any]]:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), **how)
     environment.filters |= {"hub": f"{HUB}/{{}}".format, "without": _without, "linked": _linked, "show": show}
     environment.filters |= {"plain": neutral.markdown, "word": _word, "code": lambda text: neutral.code(text, 4000)}
-    return re.sub(r"\n{3,}", "\n\n", environment.get_template(template).render(told)).strip(), shown
+    return re.sub(r"\n{3,}", "\n\n", environment.get_template(template).render(context)).strip(), shown
 
 
 def _word(name: str) -> str:
@@ -237,20 +236,20 @@ def _measured(of: Results, url: str) -> list[Any]:
     from huggingface_hub import EvalResult
 
     twin = "geometry twin, " if of.study.weights == "twin" else ""
-    quantities = [("peak_device_memory_mib", "Peak device memory, MiB", None, analyse.vram, 2**-20)]
+    quantities = [("peak_vram_mib", "Peak VRAM, MiB", None, analyse.vram, 2**-20)]
     for w in of.study.workloads:
         quantities.append(
-            ("decode_tokens_per_second", f"Decode rate, {neutral.plain(w)}, tokens/s", w, analyse.tokens_per_s(w), 1)
+            ("decode_tokens_per_second", f"Decode, {neutral.plain(w)}, tokens/s", w, analyse.tokens_per_s(w), 1)
         )
-        name, ttft = f"Time to first token, {neutral.plain(w)}, warm, ms", analyse.ttft(w, warm=True)
-        quantities.append(("warm_time_to_first_token_ms", name, w, ttft, 1000))
-    found: dict[tuple, EvalResult] = {}
+        name, ttft = f"TTFT, {neutral.plain(w)}, warm, ms", analyse.ttft(w, warm=True)
+        quantities.append(("warm_ttft_ms", name, w, ttft, 1000))
+    entries: dict[tuple, EvalResult] = {}
     for metric, name, workload, quantity, scale in quantities:
         compared = analyse.compare(of, quantity, advice.pairs)
         sides = [(c.quant, *side) for c in compared for side in ((c.against, c.baseline), (c.arm, c.offload))]
         for quant, arm, e in (side for side in sides if side[2]):
             interval = [float(stats.number(x, scale)) for x in (e.low, e.high) if x is not None]
-            found[name, quant, arm] = EvalResult(
+            entries[name, quant, arm] = EvalResult(
                 task_type="text-generation",
                 dataset_type=f"moelib-{neutral.plain(of.name)}",
                 dataset_name=f"{twin}on {advice.machine(of)}",
@@ -259,8 +258,8 @@ def _measured(of: Results, url: str) -> list[Any]:
                 metric_name=name,
                 metric_value=float(stats.number(e.value, scale)),
                 metric_config=workload and neutral.plain(workload),
-                metric_args={"blocks": e.n, "interval_95": interval},
+                metric_args={"rounds": e.n, "interval_95": interval},
                 source_name=f"moelib, study {neutral.plain(of.name)}",
                 source_url=f"{url}/blob/main/{quant}.md",
             )
-    return list(found.values())
+    return list(entries.values())

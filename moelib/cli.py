@@ -14,18 +14,18 @@ from moelib import __version__, neutral
 FAILED = 1
 """Exit code when something was wrong; 2 is click's for a wrong call, 130 for Ctrl-C."""
 PLACES = "MOELIB_OUTPUTS (studies) or MOELIB_MODELS (model files)"
-MEND = {
+CURES = {
     **dict.fromkeys(
         (errno.EACCES, errno.EPERM, errno.EROFS),
-        f"give this user the right to it, or set {PLACES} to a folder where it has it",
+        f"give this user permission, or set {PLACES} to a folder that it may write",
     ),
     **dict.fromkeys(
         (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP),
-        f"a file is where a folder belongs, or the other way round: move it away, or set {PLACES} to another folder",
+        f"a file is where a folder belongs, or the other way round: move it, or set {PLACES} to another folder",
     ),
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), f"free some space, or set {PLACES} to another disk"),
 }
-"""What to do where the system refuses a file."""
+"""What to do when the system refuses a file."""
 
 
 class Unprinted(OSError):
@@ -47,7 +47,7 @@ def say_all(problems: list[str], err: bool = False) -> None:
 
 
 class Group(click.Group):
-    """Turns errors into one message and an exit code; a reader that has gone away ends the program quietly."""
+    """Turns errors into one message and an exit code; ends quietly if the reader of the output goes away."""
 
     def main(self, *args: object, **kwargs: object) -> object:
         for stream in (sys.stdout, sys.stderr):
@@ -67,8 +67,8 @@ class Group(click.Group):
             if isinstance(err, Unprinted):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would try again at its end
             if not (isinstance(err, Unprinted) and err.errno == errno.EPIPE):
-                mend = MEND.get(err.errno, "mend that, and run the same command again")
-                say(f"moelib: {err.filename or type(err).__name__}: {err.strerror or err}; {mend}", err=True)
+                cure = CURES.get(err.errno, "fix that, and run the same command again")
+                say(f"moelib: {err.filename or type(err).__name__}: {err.strerror or err}; {cure}", err=True)
             sys.exit(FAILED)
         except Exception as err:
             from moelib.params import UserError
@@ -78,12 +78,12 @@ class Group(click.Group):
             else:
                 logging.getLogger(__name__).info("where it went wrong", exc_info=err)
                 what = neutral.plain(f"{type(err).__name__}: {err}")
-                say(f"moelib: {what}; this is a fault of moelib: report it with what `moelib -v` shows", err=True)
+                say(f"moelib: {what}; this is a bug in moelib: report it with the output of `moelib -v`", err=True)
             sys.exit(FAILED)
 
 
 class Formatter(logging.Formatter):
-    """What is logged may hold what somebody else wrote."""
+    """Neutralises log messages: they may contain text from outside."""
 
     def format(self, record: logging.LogRecord) -> str:
         return neutral.lines(super().format(record))
@@ -91,9 +91,9 @@ class Formatter(logging.Formatter):
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
-@click.option("-v", "--verbose", is_flag=True, help="Log what is done.")
+@click.option("-v", "--verbose", is_flag=True, help="Log each step.")
 def main(verbose: bool) -> None:
-    """What MoE CPU offloading buys and costs, measured."""
+    """Measure what MoE CPU offload saves in VRAM and costs in tokens/s and TTFT."""
     handler = logging.StreamHandler()
     handler.setFormatter(Formatter("%(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
@@ -103,16 +103,16 @@ def main(verbose: bool) -> None:
 @main.command()
 @click.option("--engine", "engine_path", help="Folder of llama.cpp's tools.")
 def doctor(engine_path: str | None) -> None:
-    """Show what is installed, what is missing and how to mend it."""
+    """Show what is installed, what is missing and how to fix it."""
     from moelib import doctor as doctors  # scipy takes its time
 
     findings = list(doctors.examine(engine_path))
     width = max(len(what) for what, _, _ in findings)
-    for what, found, mend in findings:
-        say(f"{'!!' if mend else 'ok'} {what:<{width}}  {found}")
-        if mend:
-            say(f"   {'':<{width}}  mend: {mend}")
-    sys.exit(FAILED if any(mend for _, _, mend in findings) else 0)
+    for what, value, cure in findings:
+        say(f"{'!!' if cure else 'ok'} {what:<{width}}  {value}")
+        if cure:
+            say(f"   {'':<{width}}  fix: {cure}")
+    sys.exit(FAILED if any(cure for _, _, cure in findings) else 0)
 
 
 @main.command()
@@ -130,26 +130,26 @@ def twin(model: str, scale: str, seed: int, out: Path | None) -> None:
 
 @main.command()
 @click.argument("model")
-@click.option("--pin", metavar="OWNER/NAME", help="Ask the Hub for this repository's F16 files, and write them down.")
+@click.option("--pin", metavar="OWNER/NAME", help="Look up this repository's F16 files on the Hub and pin them.")
 @click.option("--revision", default="main", show_default=True, help="With --pin: branch, tag or commit.")
-@click.option("--file", "named", multiple=True, metavar="PATH", help="With --pin: this file, or a split one's first.")
+@click.option("--file", "named", multiple=True, metavar="PATH", help="With --pin: this file, or the first part.")
 @click.option("--from", "given", type=click.Path(exists=True, path_type=Path), help="An F16 GGUF, or safetensors.")
 def fetch(model: str, pin: str | None, revision: str, named: tuple[str, ...], given: Path | None) -> None:
     """Get MODEL's real weights: the files pinned in params/pins.yaml, or what --from names."""
     if named and not pin:
         raise click.UsageError("--file names a file of the repository that --pin names: give both")
     if pin and given:
-        raise click.UsageError("--pin asks the Hub, --from takes what is here: give one of them")
+        raise click.UsageError("--pin asks the Hub, --from takes local files: give one of them")
 
     from moelib import sources
 
     if pin:
-        told = sources.pin(model, pin, revision, named=named)
-        size = sum(f.bytes for f in told.files.values())
-        say(f"pinned {told.repository}@{told.revision}: {len(told.files)} files, {size / 2**30:.2f} GiB")
-        for name in told.files:
+        pinned = sources.pin(model, pin, revision, named=named)
+        size = sum(f.bytes for f in pinned.files.values())
+        say(f"pinned {pinned.repository}@{pinned.revision}: {len(pinned.files)} files, {size / 2**30:.2f} GiB")
+        for name in pinned.files:
             say(f"  {name}")
-        say(f"params/pins.yaml has them; `moelib fetch {model}` downloads")
+        say(f"written to params/pins.yaml; `moelib fetch {model}` downloads them")
         return
     source = sources.adopt(model, given) if given else sources.fetch(model)
     say(f"{source.path}  {source.header.file_bytes} bytes  sha256 {source.sha256}  from {source.origin}")
@@ -161,7 +161,7 @@ def fetch(model: str, pin: str | None, revision: str, named: tuple[str, ...], gi
 @click.option("--scale", default="full", show_default=True, help="Scale of the twin to quantise.")
 @click.option("--real", is_flag=True, help="The real weights, not a twin.")
 def quantize(model: str, quant: str, scale: str, real: bool) -> None:
-    """Quantise MODEL's twin, or its real weights, to QUANT and print the file's sheet."""
+    """Quantise MODEL's twin, or its real weights, to QUANT and print the file's manifest."""
     from tempfile import TemporaryDirectory
 
     from moelib import engine as engines
@@ -177,14 +177,14 @@ def quantize(model: str, quant: str, scale: str, real: bool) -> None:
 
 @main.group()
 def study() -> None:
-    """Run a study, or say what is done of it."""
+    """Run a study, or show its progress."""
 
 
 @study.command("run")
 @click.argument("name")
 @click.option("--cell", help="Only MODEL/QUANT.")
 def study_run(name: str, cell: str | None) -> None:
-    """Do everything of study NAME that is not done, then write its document."""
+    """Do the runs of study NAME that are not done, then write its document."""
     from moelib import measure, monitor, notebook, params, words
     from moelib.bar import tqdm
 
@@ -196,22 +196,22 @@ def study_run(name: str, cell: str | None) -> None:
         say(f"{name} {note}")
     say(f"{name}: {len(cells)} notebooks, {planned} runs, {before} of them done")
     bar = tqdm(total=planned, initial=before, unit="run", disable=None)
-    # the bar follows the records on disk by their number alone: reading them all would disturb what is being timed
+    # the bar counts the records on disk: reading them all would disturb the runs
     written = folder.path / "records"
     known = before - len(list(written.glob("*.json")))
     with bar, monitor.repeating(lambda: bar.update(known + len(list(written.glob("*.json"))) - bar.n), 1.0):
         problems = measure.run_cells(folder, cells, say=tqdm.write)
-    found = folder.look()
+    results = folder.look()
     if cell:
-        say(f"{cell}: {words.usable(found.statuses[cell].tally, words.flags(found, cell))}")
+        say(f"{cell}: {words.usable(results.statuses[cell].tally, words.flags(results, cell))}")
     else:
-        problems = list(dict.fromkeys([*problems, *found.problems]))
-        say(words.summary(found))
+        problems = list(dict.fromkeys([*problems, *results.problems]))
+        say(words.summary(results))
     say_all(problems, err=True)
-    if not cell and found.done:
+    if not cell and results.done:
         say(f"document: {os.path.relpath(notebook.document(name, progress=False).path)}")
     elif not cell:
-        say("no document: no run came to a result", err=True)
+        say("no document: no run has a result", err=True)
     if problems:
         sys.exit(FAILED)
 
@@ -219,53 +219,53 @@ def study_run(name: str, cell: str | None) -> None:
 @study.command("status")
 @click.argument("name")
 def study_status(name: str) -> None:
-    """Say what of study NAME is usable, and why the rest is not; writes nothing."""
+    """Show which runs of study NAME are usable, and why the rest are not; writes nothing."""
     from moelib import words
     from moelib.study import Folder
 
-    found = Folder(name).look()
-    for cell, status in found.statuses.items():
-        say(f"{neutral.plain(cell)}: {words.usable(status.tally, words.flags(found, cell))}")
-    say_all(found.problems)
-    sys.exit(FAILED if found.problems else 0)
+    results = Folder(name).look()
+    for cell, status in results.statuses.items():
+        say(f"{neutral.plain(cell)}: {words.usable(status.tally, words.flags(results, cell))}")
+    say_all(results.problems)
+    sys.exit(FAILED if results.problems else 0)
 
 
 @main.command()
 @click.argument("name")
-@click.option("--judge-again", is_flag=True, help="First judge runs without a valid result by the present rules.")
-def audit(name: str, judge_again: bool) -> None:
-    """Check every record of study NAME against every invariant again, and say what stands."""
+@click.option("--re-audit", is_flag=True, help="First re-audit runs without a valid result by the current rules.")
+def audit(name: str, re_audit: bool) -> None:
+    """Check every record of study NAME against every invariant again, and show the result."""
     from moelib import evidence, measure, words
-    from moelib.study import Folder, outputs, results
+    from moelib import study as studies
 
-    for r in measure.judge_again(Folder(name)) if judge_again else ():
-        say(f"judged again: {r.line}, from the readings of {r.judged.record}")
-    found = results(outputs() / name)
-    say(evidence.audit_table(found).text())
-    say(words.summary(found))
-    say_all(found.problems)
-    sys.exit(FAILED if found.problems else 0)
+    for r in measure.judge_again(studies.Folder(name)) if re_audit else ():
+        say(f"re-audited: {r.line}, from the readings of {r.judged.record}")
+    results = studies.results(studies.outputs() / name)
+    say(evidence.audit_table(results).text())
+    say(words.summary(results))
+    say_all(results.problems)
+    sys.exit(FAILED if results.problems else 0)
 
 
 @main.command()
 @click.argument("name")
-@click.option("--into", type=click.Path(file_okay=False, path_type=Path), help="Folder of the document; the study's.")
+@click.option("--into", type=click.Path(file_okay=False, path_type=Path), help="Folder; default: the study's.")
 def report(name: str, into: Path | None) -> None:
     """Rebuild the document of study NAME from its records alone.
 
-    Fails if there is nothing in it, or something in the study is wrong; runs that were not done yet are only told.
+    Fails if nothing can be compared, or something in the study is wrong; runs that are not done yet are only listed.
     """
     from moelib import notebook
 
     started = time.monotonic()
-    found = notebook.report(name, into)
-    say(f"document: {os.path.relpath(found.path)} ({time.monotonic() - started:.0f} s)")
-    say(found.summary)
-    wrong = [p for p in found.problems if not p.endswith(": not run")]
+    made = notebook.report(name, into)
+    say(f"document: {os.path.relpath(made.path)} ({time.monotonic() - started:.0f} s)")
+    say(made.summary)
+    wrong = [p for p in made.problems if not p.endswith(": not run")]
     say_all(wrong, err=True)
-    if not found.blocks:
-        say("moelib: no block is whole, so the document compares nothing: run the study again", err=True)
-    sys.exit(FAILED if wrong or not found.blocks else 0)
+    if not made.rounds:
+        say("moelib: no round is complete, so the document compares nothing: run the study again", err=True)
+    sys.exit(FAILED if wrong or not made.rounds else 0)
 
 
 @main.command()
@@ -275,15 +275,16 @@ def report(name: str, into: Path | None) -> None:
 def card(name: str, namespace: str, into: Path | None) -> None:
     """Write the model cards of study NAME from its records alone, and check them."""
     from moelib import cards, upstream
-    from moelib.study import outputs, results
+    from moelib import study as studies
 
     upstream.namespace(namespace)
-    found, folder = results(outputs() / name), into or outputs() / name / "cards"
-    for path in cards.write(found, namespace, folder):
+    path = studies.outputs() / name
+    results, folder = studies.results(path), into or path / "cards"
+    for path in cards.write(results, namespace, folder):
         say(os.path.relpath(path))
-    for model in cards.missing(found):
-        say(f"no card for {model}: no whole block of it is measured", err=True)
-    wrong = cards.check(folder, found, namespace)
+    for model in cards.missing(results):
+        say(f"no card for {model}: it has no complete round", err=True)
+    wrong = cards.check(folder, results, namespace)
     for fault in wrong:
         say(f"  {fault.page}: {fault.rule}: {fault.what}", err=True)
     sys.exit(FAILED if wrong else 0)
@@ -292,23 +293,23 @@ def card(name: str, namespace: str, into: Path | None) -> None:
 @main.command()
 @click.argument("name")
 @click.option("--to", "namespace", required=True, help="User or organisation on the Hub.")
-@click.option("--yes", is_flag=True, help="Do it; without this, only the plan is shown.")
-@click.option("--public/--private", default=None, help="Seen by all in the end; default: real weights are, twins not.")
+@click.option("--yes", is_flag=True, help="Upload; without this, only the plan is shown.")
+@click.option("--public/--private", default=None, help="Public in the end; default: real weights are, twins are not.")
 def publish(name: str, namespace: str, yes: bool, public: bool | None) -> None:
-    """Put the files and cards of study NAME on the Hub, verified before they are public."""
+    """Upload the files and cards of study NAME to the Hub; they are verified before they become public."""
     from moelib import cards, upstream
     from moelib import publish as publishing
-    from moelib.study import outputs, results
+    from moelib import study as studies
 
     upstream.namespace(namespace)
-    found = results(outputs() / name)
-    plans = publishing.plan(found, namespace, public)
+    results = studies.results(studies.outputs() / name)
+    plans = publishing.plan(results, namespace, public)
     for p in plans:
         say(p.text())
-    for model in cards.missing(found):
-        say(f"nothing of {model}: no whole block of it is measured", err=True)
+    for model in cards.missing(results):
+        say(f"nothing of {model}: it has no complete round", err=True)
     if not yes:
-        say("nothing was touched; add --yes to do it")
+        say("nothing was changed; add --yes to upload")
         return
     publishing.publish(plans, say)
     say("done")

@@ -1,4 +1,4 @@
-"""What is installed here, what is missing, and the command that mends it."""
+"""What is installed, what is missing, and the command that fixes it."""
 
 import importlib.metadata
 import os
@@ -16,7 +16,7 @@ PACKAGES = ("jupyterlab", "papermill", "nbconvert", "pandas", "seaborn", "nvidia
 BUILD = "make engine"
 
 Finding = tuple[str, str, str | None]
-"""What, what was found, and what to do about it: None where nothing is wrong."""
+"""Item, its value, and how to fix it: None where nothing is wrong."""
 
 
 def _packages() -> Iterator[Finding]:
@@ -40,31 +40,31 @@ def _engine(llama: engine.Engine) -> Iterator[Finding]:
 
 
 def _gpus(llama: engine.Engine | None) -> Iterator[Finding]:
-    """Every GPU that the system or the engine shows, and a fault where it could be expected to be measured on."""
-    here, nvidia = gpus.present(), None
+    """Every GPU that the system or the engine shows; a fault where a GPU cannot be used for measuring."""
+    present, nvidia = gpus.present(), None
     try:
         gpu = device.Cuda()
         lacks = llama and not device.uses_cuda(llama)
         nvidia = f"{gpu.name}, {size(gpu.identity()['total_bytes'])}, {gpu.uuid}"
         yield "GPU", f"{nvidia}{f'; {llama} has no CUDA device' if lacks else ''}", device.CUDA_BUILD if lacks else None
     except device.DeviceError as err:
-        there = [f for f in here if f.vendor == "NVIDIA"]
-        if there or not isinstance(err, device.NoDriver):
-            what = ", ".join(map(str, there)) or "NVIDIA GPU"
-            yield "GPU", f"{what}: {err}", "mend what the message says, or set `device: loopback` in the study"
+        unusable = [g for g in present if g.vendor == "NVIDIA"]
+        if unusable or not isinstance(err, device.NoDriver):
+            what = ", ".join(map(str, unusable)) or "NVIDIA GPU"
+            yield "GPU", f"{what}: {err}", "fix what the message names, or set `device: loopback` in the study"
         else:
-            yield "GPU", f"none of NVIDIA ({err})", None
+            yield "GPU", f"no NVIDIA GPU ({err})", None
     other = device.of_other_kinds(llama) if llama else []
-    other += [str(f) for f in here if f.vendor != "NVIDIA" and not (f.integrated or other)]
+    other += [str(g) for g in present if g.vendor != "NVIDIA" and not (g.integrated or other)]
     if other:
         cure = None if nvidia else f"{device.ALONE}; set `device: loopback` in the study, or use a machine with one"
         yield "other GPU", f"{', '.join(other)}, not used", cure
-    elif seen := [str(f) for f in here if f.integrated]:
-        yield "other GPU", f"{', '.join(seen)}, integrated: it shares the CPU's memory, and is not used", None
+    elif integrated := [str(g) for g in present if g.integrated]:
+        yield "other GPU", f"{', '.join(integrated)}, integrated: it shares the CPU's memory, and is not used", None
 
 
 def examine(explicit: str | None = None) -> Iterator[Finding]:
-    """Everything a study needs, found or with what mends it."""
+    """Everything a study needs: its value, or how to fix it."""
     facts, studies, llama = process.facts(), params.study_names(), None
     try:
         llama = engine.find(explicit)
@@ -77,7 +77,7 @@ def examine(explicit: str | None = None) -> Iterator[Finding]:
     builds = None if compiler or llama else "apt-get install g++ make"
     yield "C++ compiler", f"{compiler or 'none'} (to build the engine)", builds
     places = "; ".join(f"{how}: {folder or 'no'}" for how, folder in engine.candidates(explicit))
-    yield "engine looked for", places, None
+    yield "engine search path", places, None
     yield from _engine(llama) if llama else (missing,)
     yield from _gpus(llama)
     if llama:

@@ -1,4 +1,4 @@
-"""What a study's findings stand on: files, placement proof, audit, completeness, environment, records."""
+"""The evidence behind a study's results: files, placement proof, audit, completeness, environment, records."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -19,8 +19,10 @@ def _types(count: dict[str, int]) -> str:
 
 def files_table(results: Results) -> Table:
     order = {name: i for i, name in enumerate(results.statuses)}
-    # a sheet of no planned cell comes last
-    sheets = sorted(results.manifests, key=lambda s: (order.get(f"{s.model}/{s.quant}", len(order)), s.model, s.quant))
+    # a manifest of no planned cell comes last
+    manifests = sorted(
+        results.manifests, key=lambda s: (order.get(f"{s.model}/{s.quant}", len(order)), s.model, s.quant)
+    )
     rows = [
         {
             "model": markdown(s.model),
@@ -33,80 +35,94 @@ def files_table(results: Results) -> Table:
             "fallbacks": len(s.fallbacks),
             "SHA-256": f"`{s.sha256[:12]}`",
         }
-        for s in sheets
+        for s in manifests
     ]
-    note = "A fallback is a tensor whose rows k-quants cannot take; the sheets in `quants/` list them."
-    return Table("files", rows, [*map(cite_manifest, sheets)], note, ("file", "bits/weight", "experts", "fallbacks"))
+    note = (
+        "A fallback is a tensor whose rows do not fit k-quants, so it has another type; the manifests in `quants/` "
+        "list them."
+    )
+    return Table("files", rows, [*map(cite_manifest, manifests)], note, ("file", "bits/weight", "experts", "fallbacks"))
 
 
 def ledger_table(blocks: Sequence[Sequence[Record]]) -> Table:
-    """Placement proof of every block: what left the device by the header and by the engine's buffers."""
-    rows, sources = [], []
+    """Placement proof of every round: expert bytes moved by the header, and VRAM saved by the engine's buffers."""
+    rows, sources, several = [], [], _several_load_modes(r for b in blocks for r in b)
     for base, r in ((audit.baseline(b), r) for b in blocks for r in b if r.spec.placement != "baseline"):
         before, after = base.observed, r.observed
-        memory = [seen.memory.value_bytes for seen in (before, after)]
-        weights = [seen.report.device_bytes("model") or 0 for seen in (before, after)]
-        splits = [max(seen.report.graph_splits, default=0) for seen in (before, after)]
+        vram = [o.memory.value_bytes for o in (before, after)]
+        weights = [o.report.device_bytes("model") or 0 for o in (before, after)]
+        splits = [max(o.report.graph_splits, default=0) for o in (before, after)]
         hosts = {b.name for b in after.report.buffers if b.kind == "model" and b.place == "host"}
         moved = after.placement
         rows.append(
             {
                 "model": markdown(r.spec.model),
                 "quant": markdown(r.spec.quant),
-                "arm": markdown(r.spec.arm),
-                "block": r.spec.block + 1,
-                "expert tensors moved": f"{moved.moved_tensors} in {moved.moved_blocks} blocks",
+                **_placement(r, several),
+                "round": r.spec.block + 1,
+                "expert tensors moved": f"{moved.moved_tensors} in {moved.moved_blocks} layers",
                 "by the header": size(moved.moved_bytes),
-                "off the device (engine)": size(weights[0] - weights[1]),
-                "off the device (memory)": size(None if None in memory else memory[0] - memory[1]),
+                "saved by the engine's buffers": size(weights[0] - weights[1]),
+                "VRAM saved": size(None if None in vram else vram[0] - vram[1]),
                 "weights on the host in": ", ".join(map(markdown, sorted(hosts))),
                 "graph splits": f"{splits[0]} -> {splits[1]}",
             }
         )
         sources.append(cite([base, r]))
-    numbers = ("block", "by the header", "off the device (engine)", "off the device (memory)", "graph splits")
+    numbers = ("round", "by the header", "saved by the engine's buffers", "VRAM saved", "graph splits")
     return Table("placement", rows, sources, numbers=numbers)
 
 
+def _several_load_modes(records: Iterable[Record]) -> bool:
+    return len({r.spec.load_mode for r in records}) > 1
+
+
+def _placement(r: Record, several: bool) -> dict[str, str]:
+    """Placement of a run, with its load mode where there are several."""
+    modes = {"load mode": markdown(r.spec.load_mode)} if several else {}
+    return {"placement": markdown(r.spec.placement)} | modes
+
+
 def runs_table(records: Sequence[Record]) -> Table:
-    """One row a run: what was read of its memory, and what its requests gave."""
-    rows, sizes = [], {"device memory": "value_bytes", "engine's buffers": "engine_bytes", "rest": "residual_bytes"}
+    """One row per run: its VRAM, and tokens/s and TTFT of its requests."""
+    rows, sizes = [], {"VRAM": "value_bytes", "engine's buffers": "engine_bytes", "rest": "residual_bytes"}
     ordered = sorted(records, key=lambda r: (r.spec.block, r.spec.order))
+    several = _several_load_modes(records)
     for r in ordered:
-        seen = r.observed
-        row = {"block": r.spec.block + 1, "arm": markdown(r.spec.arm), "status": r.status}
-        row["why"] = ", ".join(map(markdown, r.reasons)) or "-"
-        row |= {k: size(getattr(seen.memory, name) if seen else None) for k, name in sizes.items()}
-        row["load, s"] = number(seen.load_s) if seen else stats.NONE
-        for q in seen.requests if seen else ():
-            row[f"{markdown(q.workload)} #{q.index + 1}"] = f"{number(q.tps)} tok/s, {number(q.ttft_s, 1000)} ms"
+        o = r.observed
+        row = {"round": r.spec.block + 1, **_placement(r, several), "status": r.status}
+        row["reasons"] = ", ".join(map(markdown, r.reasons)) or "-"
+        row |= {k: size(getattr(o.memory, name) if o else None) for k, name in sizes.items()}
+        row["load, s"] = number(o.load_s) if o else stats.NONE
+        for q in o.requests if o else ():
+            row[f"{markdown(q.workload)} #{q.index + 1}"] = f"{number(q.tps)} tokens/s, {number(q.ttft_s, 1000)} ms"
         rows.append(row)
-    return Table("runs", rows, [cite([r]) for r in ordered], numbers=("block", *sizes, "load, s"))
+    return Table("runs", rows, [cite([r]) for r in ordered], numbers=("round", *sizes, "load, s"))
 
 
 def completeness_table(results: Results) -> Table:
     rows, sources = [], []
     for name, s in results.statuses.items():
-        here = [r for r in results.records if r.cell == name]
-        count = Counter(r.status for r in here)
+        records = [r for r in results.records if r.cell == name]
+        count = Counter(r.status for r in records)
         row = {"cell": markdown(name), "planned runs": s.planned, "usable": s.usable}
         row |= {k: s.tally[k] for k in ("valid", "degraded", "invalid", "missing")}
-        row["in whole, usable blocks"] = sum(len(b) for b in s.blocks)
+        row["in complete, usable rounds"] = sum(len(b) for b in s.blocks)
         rows.append({**row, **{f"{k} records": count[k] for k in ("valid", "degraded", "invalid", "failed")}})
-        sources.append(cite(here))
+        sources.append(cite(records))
     return Table("completeness", rows, sources, numbers=tuple(rows[0])[1:] if rows else ())
 
 
 def audit_table(results: Results) -> Table:
-    """Every invariant, how often it held and how often not, by the rules of today: of runs as they stand with their
-    logs, of blocks, cells and the study."""
+    """How often every invariant held and failed, by the current rules: for runs with their logs, rounds, cells and the
+    study."""
     held = Counter(c for r in results.evidence.standing.values() for c in results.evidence.checks.get(r.run_id, ()))
     held.update((c.id, c.passed) for s in results.statuses.values() for c in s.checks)
     held.update((c.id, c.passed) for c in results.audit)
     rows = [
         {
             "invariant": i.id,
-            "of a": i.of,
+            "checks a": "round" if i.of == "block" else i.of,
             "limit": i.limit,
             "held": held[i.id, True],
             "failed": held[i.id, False],
@@ -118,100 +134,103 @@ def audit_table(results: Results) -> Table:
 
 
 def problems(results: Results) -> Text:
-    """Every planned run without a usable result, as a list; then what is used with a flag."""
+    """Every planned run without a usable result, as a list; then what is usable, degraded or re-audited."""
     wrong = "\n".join(f"- {markdown(p)}" for p in results.problems)
     text = f"Missing or not usable:\n\n{wrong}" if wrong else "Every planned run has a usable record."
     text += f"\n\n{markdown(words.summary(results))}."
     if results.tally["degraded"]:
-        text += " A *degraded* run's numbers stand, with the flag of the invariant that did not hold."
+        text += " The numbers of a *degraded* run are used; its reason names the invariant that failed at the time."
+        if words.flags(results)["watched-lightly"]:
+            text += " `watched-lightly`: monitoring took more of a CPU than the rules allowed then."
     if again := [r for b in results.blocks for r in b if r.judged]:
         rules = ", ".join(markdown(c) for c in sorted({r.judged.commit[:12] for r in again}))
         text += (
-            f"\n\n{len(again)} runs were *judged again*: their readings stand in an earlier record that the rules of "
-            f"its day refused, and commit {rules} has later ones. Both records are here; nothing was measured anew."
+            f"\n\n{len(again)} runs were *re-audited*: earlier rules refused the readings in their first record, the "
+            f"rules of commit {rules} accept them. Both records are kept; nothing was measured again."
         )
-    told = [plain(p, None) for p in results.problems]
-    verdict = {"summary": words.summary(results), "problems": told, "blocks": len(results.blocks)}
+    listed = [plain(p, None) for p in results.problems]
+    verdict = {"summary": words.summary(results), "problems": listed, "rounds": len(results.blocks)}
     return Text("problems", text, cite(results.records), verdict)
 
 
 def environment_table(results: Results) -> Table:
-    """Every distinct value of what the valid runs say of engine, device, host and code; of several, whose each is."""
+    """Engine, device, host and code of the usable runs; where values differ, each with its cells."""
 
-    def told(r: Record) -> dict[str, str]:
-        host, device, said = r.host, r.device, markdown
+    def values_of(r: Record) -> dict[str, str]:
+        host, device = r.host, r.device
         commit = f"{host.commit or 'no git clone'}{' with local changes' if host.dirty else ''}"
         limit = device.power_limit_watt
         return {
-            "engine": said(r.engine.version),
+            "engine": markdown(r.engine.version),
             "llama-server SHA-256": f"`{r.engine.server_sha256[:12]}`",
-            "device": f"{device.kind}: {said(device.name)}",
-            "driver": said(device.driver or stats.NONE),
+            "device": f"{device.kind}: {markdown(device.name)}",
+            "driver": markdown(device.driver or stats.NONE),
             "power limit": f"{limit:g} W" if limit else stats.NONE,
-            "CPU": f"{said(host.cpu)}, {host.cpus} usable",
+            "CPU": f"{markdown(host.cpu)}, {host.cpus} usable",
             "RAM": size(host.ram_bytes),
-            "system": f"{said(host.system)}, Python {said(host.python)}",
-            "moelib": f"{said(host.moelib)}, commit {commit}",
+            "system": f"{markdown(host.system)}, Python {markdown(host.python)}",
+            "moelib": f"{markdown(host.moelib)}, commit {commit}",
             "llama-server threads": str(r.observed.threads),
         }
 
-    def whose(values: dict[str, dict[str, None]]) -> str:
+    def joined(values: dict[str, dict[str, None]]) -> str:
         if len(values) == 1:
             return next(iter(values))
         return "; ".join(f"{value} ({', '.join(map(markdown, values[value]))})" for value in sorted(values))
 
     done, known = [r for r in results.done if r.observed], {}
-    found: dict[str, dict[str, dict[str, None]]] = defaultdict(lambda: defaultdict(dict))
+    cells_by_value: dict[str, dict[str, dict[str, None]]] = defaultdict(lambda: defaultdict(dict))
     for r in done:
         parts = (r.engine, r.device, r.host, r.observed.threads)  # records read for tables share these objects
         if (of := (*map(id, parts), r.cell)) not in known:
             known[of] = parts
-            for what, value in told(r).items():
-                found[what][value][r.cell] = None
-    return facts("environment", {what: whose(values) for what, values in found.items()}, cite(done))
+            for what, value in values_of(r).items():
+                cells_by_value[what][value][r.cell] = None
+    return facts("environment", {what: joined(values) for what, values in cells_by_value.items()}, cite(done))
 
 
 def harness_table(results: Results) -> Table:
-    """The harness's own numbers against the engine's."""
+    """Measurement overhead: this program's numbers against the engine's, and with monitoring against without."""
     if not results.accuracy:
         why = "not measured in this study (`benchmarks/harness_accuracy.py --out`)."
         return Table("harness", [], [], why_empty=why)
     rows, sources = [], []
-    for name, found in results.accuracy.items():
-        about = found.about
+    for name, measured in results.accuracy.items():
+        about = measured.about
         what = markdown(f"{about.model} {about.quant} at {(about.host.commit or stats.NONE)[:7]}")
-        for placement, ratio, e in harness.ratios(found):
-            told = {"file, commit": what, "placement": markdown(placement), "ratio": ratio.name}
-            rows.append(told | {"found": stats.close(e), "pairs": e.n, "aim": ratio.aim, "met": ratio.met(e)})
-            sources.append(cite_harness({name: found}))
-    abouts = [found.about for found in results.accuracy.values()]
+        for placement, ratio, e in harness.ratios(measured):
+            where = {"file, commit": what, "placement": markdown(placement), "ratio": ratio.name}
+            rows.append(where | {"measured": stats.close(e), "pairs": e.n, "target": ratio.aim, "met": ratio.met(e)})
+            sources.append(cite_harness({name: measured}))
+    abouts = [measured.about for measured in results.accuracy.values()]
     setups = sorted({markdown(f"scale {a.scale}, {a.workload}, on {a.device.name}") for a in abouts})
     note = (
-        f"Decode rates at {' and '.join(setups)}: geometric mean over pairs [95 % interval]. A pair is one round's, "
-        "or, of watched / unwatched within one generation, two neighbouring slots of time. Commits are those of the "
-        "harness."
+        f"Ratios of decode tokens/s at {' and '.join(setups)}: geometric mean over pairs [95 % interval]. A pair is "
+        "from one round, or two neighbouring time slots where monitoring is switched within one generation. The commit "
+        "is that of the measuring code."
     )
-    return Table("harness", rows, sources, note, ("found", "pairs"))
+    return Table("harness", rows, sources, note, ("measured", "pairs"))
 
 
 def machines(results: Results) -> Text:
-    """What the intervals hold: one machine's variation, or that between machines too."""
+    """Which variation the intervals cover: that of one machine, or also between machines."""
     mixed = []
     for name, status in results.measured.items():
         cards = Counter(map(_card, status.blocks))
         if len(cards) > 1:
-            mixed.append(f"{markdown(name)} ({' + '.join(map(str, cards.values()))} blocks{_ram(status.blocks)})")
-    text = "- Blocks measure variation from run to run on one machine, not from machine to machine."
+            mixed.append(f"{markdown(name)} ({' + '.join(map(str, cards.values()))} rounds{_ram(status.blocks)})")
+    text = "- Rounds measure variation from run to run on one machine, not from machine to machine."
     if mixed:
         text = (
-            f"- The blocks of {' and of '.join(mixed)} come from different machines of one kind: their intervals hold "
-            "what these machines differ by. Elsewhere blocks measure variation from run to run on one machine."
+            f"- The rounds of {' and of '.join(mixed)} come from different machines of one kind: their intervals "
+            "include the differences between these machines. Elsewhere rounds measure variation from run to run on one "
+            "machine."
         )
     return Text("machines", text, cite(r for b in results.blocks for r in b))
 
 
 def apart(results: Results) -> str | None:
-    """Which cells were measured on one machine and which on another, where each has one; None where all share it."""
+    """Which cells were measured on which machine, where each cell has one; None where all share one."""
     groups = defaultdict(list)
     for name, status in results.measured.items():
         cards = set(map(_card, status.blocks))
@@ -220,10 +239,11 @@ def apart(results: Results) -> str | None:
     if len(groups) < 2:
         return None
     ram = [_ram([b for name in g for b in results.measured[name].blocks]) for g in groups.values()]
-    told = [f"{', '.join(map(markdown, g))}{speed}" for g, speed in zip(groups.values(), ram, strict=True)]
+    listed = [f"{', '.join(map(markdown, g))}{speed}" for g, speed in zip(groups.values(), ram, strict=True)]
     return (
-        f"Measured on one machine each: {'; '.join(told)}. Where rates of cells from two machines are compared, the "
-        "machines are as well, above all with experts on the CPU; ratios within a cell are of one machine."
+        f"Measured on one machine each: {'; '.join(listed)}. A comparison of tokens/s or TTFT between cells of two "
+        "machines also compares the machines, above all with experts on the CPU; ratios within a cell are of one "
+        "machine."
     )
 
 
@@ -232,7 +252,7 @@ def _card(block: Sequence[Record]) -> str | None:
 
 
 def _ram(blocks: Iterable[Iterable[Record]]) -> str:
-    """How fast the host's memory was read before these runs, where all say it."""
+    """The read bandwidth of host RAM before these runs, where all recorded it."""
     speeds = [r.host.ram_read_bytes_per_s for b in blocks for r in b]
     return "" if None in speeds or not speeds else f", RAM read at {stats.span([s / 1e9 for s in speeds], number)} GB/s"
 
@@ -240,39 +260,39 @@ def _ram(blocks: Iterable[Iterable[Record]]) -> str:
 def workloads_table(results: Results) -> Table:
     rows, sources = [], []
     for name, w in results.workloads.items():
-        here = [r for r in results.done if name in r.spec.workloads]
-        asked = {q.prompt_n for r in here if r.observed for q in r.observed.requests if q.workload == name}
-        counts = {"prompt tokens": ", ".join(map(str, sorted(asked))) or stats.NONE}
+        runs = [r for r in results.done if name in r.spec.workloads]
+        lengths = {q.prompt_n for r in runs if r.observed for q in r.observed.requests if q.workload == name}
+        counts = {"prompt tokens": ", ".join(map(str, sorted(lengths))) or stats.NONE}
         counts["tokens generated"] = w.generate_tokens
         rows.append({"workload": markdown(name), "what": markdown(w.title), **counts})
-        sources.append(cite(here))
+        sources.append(cite(runs))
     return Table("workloads", rows, sources)
 
 
 def records_table(results: Results) -> Table:
-    """Every record by id, status and digest: what the set digests of the other tables stand for."""
+    """Every record by id, status and digest: the members of the sets that other tables cite."""
     rows = [{"record": code(r.run_id), "status": r.status, "digest": f"`{r.digest[:12]}`"} for r in results.records]
     return Table("records", rows, [cite([r]) for r in results.records])
 
 
-def manifest_table(sheet: Manifest | None) -> Table:
-    """A quantised file's sheet."""
-    if sheet is None:
-        return Table("sheet", [], [], why_empty="there is none that can be read.")
-    counts = (sheet.tensor_types, sheet.expert_types)
+def manifest_table(manifest: Manifest | None) -> Table:
+    """The manifest of a quantised file."""
+    if manifest is None:
+        return Table("sheet", [], [], why_empty="no readable manifest.")
+    counts = (manifest.tensor_types, manifest.expert_types)
     types, experts = (", ".join(f"{n} x {markdown(t)}" for t, n in count.items()) for count in counts)
-    fell = Counter((f.columns, f.type) for f in sheet.fallbacks)
-    told = {
-        "file": markdown(sheet.file_name),
-        "size": size(sheet.file_bytes),
-        "parameters": f"{sheet.parameters:,}",
-        "bits per weight": f"{sheet.bits_per_weight:.2f}",
+    fell = Counter((f.columns, f.type) for f in manifest.fallbacks)
+    values = {
+        "file": markdown(manifest.file_name),
+        "size": size(manifest.file_bytes),
+        "parameters": f"{manifest.parameters:,}",
+        "bits per weight": f"{manifest.bits_per_weight:.2f}",
         "tensor types": types,
         "expert tensors": experts,
-        "expert bytes": size(sheet.expert_bytes),
+        "expert bytes": size(manifest.expert_bytes),
         "fallbacks": "; ".join(f"{n} x {c} columns -> {markdown(t)}" for (c, t), n in fell.items()) or "none",
-        "SHA-256": f"`{sheet.sha256}`",
-        "made by": f"{markdown(sheet.engine_version)} in {number(sheet.quantize_s)} s",
-        "weights": f"{sheet.weights}, scale {markdown(sheet.scale)}",
+        "SHA-256": f"`{manifest.sha256}`",
+        "made by": f"{markdown(manifest.engine_version)} in {number(manifest.quantize_s)} s",
+        "weights": f"{manifest.weights}, scale {markdown(manifest.scale)}",
     }
-    return facts("sheet", told, cite_manifest(sheet))
+    return facts("sheet", values, cite_manifest(manifest))

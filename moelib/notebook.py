@@ -1,6 +1,6 @@
-"""Notebooks through papermill: parameters checked before any work, executed copies that are whole or not believed.
+"""Notebooks through papermill: parameters are checked before any work, incomplete executed copies are refused.
 
-An executed analysis becomes document, figures and provenance; the same input gives the same bytes.
+An executed analysis becomes the document, its figures and provenance; the same input gives the same bytes.
 """
 
 import ast
@@ -22,7 +22,7 @@ TEMPLATE = Path(__file__).with_name("document.md.j2")
 
 
 class NotebookError(params.UserError):
-    """A notebook was called or went wrong; the message says how."""
+    """A notebook was called wrongly or failed; the message says how."""
 
 
 def check_injected(allowed: list[str], history: Iterable[str] | None = None) -> None:
@@ -60,8 +60,8 @@ def execute(name: str, out: Path, parameters: dict[str, Any], progress: bool = T
         known = papermill.inspect_notebook(str(root / source))
     except Exception as err:  # of the file, of JSON, of nbformat
         why = " ".join(str(err).split())[:200] or type(err).__name__
-        mend = "take it from the repository again, or set MOELIB_HOME to a clone that has it"
-        raise NotebookError(f"{source} of {root} cannot be read ({why}); {mend}") from None
+        cure = "restore it from the repository, or set MOELIB_HOME to a clone that has it"
+        raise NotebookError(f"{source} of {root} cannot be read ({why}); {cure}") from None
     _refuse_unknown(parameters, list(known))
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def execute(name: str, out: Path, parameters: dict[str, Any], progress: bool = T
             papermill.execute_notebook(str(source), str(to), parameters, request_save_on_cell_execute=saves, **how)
         except Exception as err:  # a cell's error; else a dead kernel, a lost connection: many types, one meaning
             kind = "" if isinstance(err, PapermillException) else f"{type(err).__name__}: "
-            raise NotebookError(f"{out.name}: {kind}{(str(err).strip() or 'no words').splitlines()[-1]}") from err
+            raise NotebookError(f"{out.name}: {kind}{(str(err).strip() or 'no message').splitlines()[-1]}") from err
     require_whole(out)
 
 
@@ -89,7 +89,7 @@ def is_whole(path: Path) -> bool:
 def require_whole(path: Path) -> None:
     """Raise NotebookError unless every code cell was executed and none shows an error.
 
-    After a dead kernel papermill's own metadata says that every cell is completed.
+    After a kernel died, papermill's own metadata says that every cell is completed.
     """
     try:
         cells = json.loads(path.read_bytes())["cells"]
@@ -144,19 +144,17 @@ def _render(name: str, book: Any, folder: Path) -> Path:
 def _provenance(name: str, book: Any) -> dict[str, Any]:
     """Where every number of an executed notebook came from, by table, text and figure.
 
-    Raises NotebookError for an output that does not say: a number that leads nowhere is not shown.
+    Raises NotebookError for an output without provenance: a number without a source is not shown.
     """
     parts = []
     for out in (out for cell in book.cells for out in cell.get("outputs", [])):
         if out.output_type == "stream":
             raise NotebookError(f"{name} prints: {out.text[:120]!r}; the document cannot hold it")
-        told = out.get("metadata", {}).get("moelib")
-        if told is None:
+        provenance = out.get("metadata", {}).get("moelib")
+        if provenance is None:
             shown = str(out.get("data", {}).get("text/plain", ""))[:120]
-            raise NotebookError(
-                f"{name} shows {shown!r} without saying what it came from; show a Table, Text or figure"
-            )
-        parts.append(told)
+            raise NotebookError(f"{name} shows {shown!r} without its source; show a Table, Text or figure")
+        parts.append(provenance)
     try:
         return table.collect(parts)
     except ValueError as err:
@@ -164,13 +162,13 @@ def _provenance(name: str, book: Any) -> dict[str, Any]:
 
 
 class Reported(NamedTuple):
-    """A document that was rebuilt, and what its notebook found of the study."""
+    """A document that was rebuilt, and what its notebook says of the study."""
 
     path: Path
     summary: str
     problems: list[str]
-    blocks: int
-    """How many blocks are whole and usable."""
+    rounds: int
+    """How many rounds are complete and usable."""
 
 
 def report(name: str, into: Path | None = None, progress: bool = True) -> Reported:
@@ -194,8 +192,8 @@ def document(name: str, into: Path | None = None, progress: bool = True) -> Repo
 
 
 def _verdict(name: str, book: Any) -> dict[str, Any]:
-    """What an executed analysis tells of its study. Raises NotebookError if it does not."""
+    """The verdict of an executed analysis on its study. Raises NotebookError if it has none."""
     for out in (out for cell in book.cells for out in cell.get("outputs", [])):
-        if told := out.get("metadata", {}).get("moelib-verdict"):
-            return told
-    raise NotebookError(f"{name} does not show what is wrong with its study: it must show `evidence.problems`")
+        if verdict := out.get("metadata", {}).get("moelib-verdict"):
+            return verdict
+    raise NotebookError(f"{name} does not show its study's problems: it must show `evidence.problems`")

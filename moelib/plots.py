@@ -96,7 +96,7 @@ def _facets(results: Results, frame: pd.DataFrame, y: str, label: str) -> Any:
     how = {"x": "quant", "y": y, "hue": "name", "order": results.study.quants, "hue_order": names, "legend": False}
     models = [m for m in results.study.models if (frame.model == m).any()]
     if not models:
-        return _empty(f"no whole round has {label}")
+        return _empty(f"no complete round has {label}")
     figure, axes = _axes(len(models))
     for axis, model in zip(axes, models, strict=False):
         how |= {"data": frame[frame.model == model], "ax": axis}
@@ -139,7 +139,7 @@ def trade(results: Results, workload: str) -> Any:
     models = [m for m in results.study.models if any(k.model == m for k, _ in known)]
     by_label = placements(results)
     if not models:
-        return _empty("no whole round has both VRAM and tokens/s")
+        return _empty("no complete round has both VRAM and tokens/s")
     figure, axes = _axes(len(models), 3.8)
     for axis, model in zip(axes, models, strict=False):
         rows = [(m, r) for m, r in known if m.model == model]
@@ -167,7 +167,7 @@ def tokens_over_time(records: Sequence[Record], workload: str) -> Any:
     """Tokens generated against time since the request was sent; one line per request, one panel per placement."""
     names = sorted({_name(r) for r in records})
     if not names:
-        return _empty("no run of a whole round")
+        return _empty("no run of a complete round")
     figure, axes = _axes(len(names), 3.0)
     for axis, name in zip(axes, names, strict=False):
         for r in records:
@@ -185,7 +185,7 @@ def vram_over_time(records: Sequence[Record]) -> Any:
     """VRAM against time since the start of each run; one line per run."""
     known = [r for r in records if r.observed and any(x.process_bytes for x in r.observed.memory.trace.during)]
     if not known:
-        return _empty("no run of a whole round has readings of its VRAM")
+        return _empty("no run of a complete round has readings of its VRAM")
     figure, (axis, other) = _axes(2, 3.0)
     figure.delaxes(other)
     peak = max((x.process_bytes or 0 for r in known for x in r.observed.memory.trace.during), default=0)

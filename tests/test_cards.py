@@ -59,7 +59,7 @@ def test_the_cards_of_both_models_have_no_fault(pages, full, demo):
         ("metadata", "base_model_relation: quantized\n", ""),
         ("metadata", "quantized_by: acme", "quantized_by: [acme"),
         ("metadata", "config: Q2_K, experts on the CPU", "config: Q2_K, all on the GPU"),
-        ("metadata", "    - type: peak_device_memory_mib\n", "    - kind: peak_device_memory_mib\n"),
+        ("metadata", "    - type: peak_vram_mib\n", "    - kind: peak_vram_mib\n"),
         ("licence", "license: other", "license: deepseek"),
         ("licence", "license_name: deepseek\n", ""),
         ("licence", "license_link: https", "licence_link: https"),
@@ -78,12 +78,12 @@ def test_the_cards_of_both_models_have_no_fault(pages, full, demo):
         ("renders", "## Run it", "# Run it"),
         ("renders", "- Measured and written with", "```\n- Measured and written with"),
         ("tables", "set digest `", "set digest `0"),
-        ("tables", "| cpu-moe/mmap |", "| cpu-moe/mmap | "),
+        ("tables", "| cpu-moe | mmap |", "| cpu-moe | mmap | "),
     ],
 )
 def test_each_rule_fails_alone(pages, full, rule, old, new):
-    if (rule, old) == ("tables", "| cpu-moe/mmap |"):  # any number of any table
-        old = re.search(r"\| cpu-moe/mmap \| +([\d.]+)", pages[QUANT])[0]
+    if (rule, old) == ("tables", "| cpu-moe | mmap |"):  # any number of any table
+        old = re.search(r"\| cpu-moe +\| mmap +\| +([\d.]+)", pages[QUANT])[0]
         new = old[:-1] + str((int(old[-1]) + 1) % 10)
     assert broken(pages, full, QUANT, old, new) == {rule}
 
@@ -127,9 +127,9 @@ def test_the_metadata_is_what_the_hub_understands(pages, full):
     }
     runs = [r for b in full.statuses["deepseek-moe-16b/Q2_K"].blocks for r in b if r.spec.arm == "cpu-moe/mmap"]
     memory = stats.geometric_mean([r.observed.memory.value_bytes / 2**20 for r in runs]).value
-    found = results["Q2_K, experts on the CPU", "Peak device memory, MiB"]
+    found = results["Q2_K, experts on the CPU", "Peak VRAM, MiB"]
     assert found.metric_value == float(stats.number(memory))
-    assert found.metric_args["blocks"] == len(runs)
+    assert found.metric_args["rounds"] == len(runs)
 
 
 def test_a_twin_says_so_first_and_in_its_metadata(pages):
@@ -144,14 +144,14 @@ def test_the_document_and_the_card_hold_the_same_tables(full):
     for name, text in cards.build(full, "acme").items():
         if name.endswith("README.md"):
             card = text.split("## Which file")[1].split("How to read it")[0]
-            shared = [line for line in card.splitlines() if line and "not here" not in line]
+            shared = [line for line in card.splitlines() if line and "not listed" not in line]
             assert len(shared) > 12
             assert [line for line in shared if line not in document.splitlines()] == []
 
 
 def only(results, keep):
     left = [r for r in results.records if keep(r.spec)]
-    told = {k: getattr(results, k) for k in ("study", "workloads", "cells", "name", "sheets")}
+    told = {k: getattr(results, k) for k in ("study", "workloads", "cells", "name", "manifests")}
     evidence = dataclasses.replace(results.evidence, records=left)
     return study.Results(**told, records=left, evidence=evidence, accuracy={})
 
@@ -171,19 +171,19 @@ def test_one_block_has_no_interval_and_says_so(demo):
 def test_what_is_not_measured_has_no_card_and_is_named(demo):
     made = cards.build(without(demo, "Q8_0"), "acme")
     assert f"{DEEPSEEK}/Q8_0.md" not in made
-    assert "Not measured yet, and so not here: Q8_0." in made[ROOT]
+    assert "Not measured yet, so not listed: Q8_0." in made[ROOT]
     assert "Q8_0.gguf" not in made[ROOT]
     assert cards.missing(without(demo, "Q8_0")) == []
     nothing = without(demo, *demo.study.quants)
     assert cards.missing(nothing) == list(demo.study.models)
-    with pytest.raises(cards.CardError, match="no whole block of any model"):
+    with pytest.raises(cards.CardError, match="no complete round"):
         cards.build(nothing, "acme")
 
 
 def test_only_the_file_that_was_measured_may_be_published(full, tmp_path):
     path = tmp_path / "deepseek-moe-16b-Q2_K.gguf"
     path.write_bytes(b"other weights")
-    with pytest.raises(cards.CardError, match="another file's numbers"):
+    with pytest.raises(cards.CardError, match="would show other numbers"):
         cards.require_measured(full, path)
     with pytest.raises(cards.CardError, match="no file of this name"):
         cards.require_measured(full, path.rename(tmp_path / "other.gguf"))
@@ -209,7 +209,7 @@ def test_the_command_writes_checks_and_names_what_it_needs(tmp_path, monkeypatch
     (tmp_path / "stray.md").write_text("# stray\n", encoding="utf-8")
     done = CliRunner().invoke(cli.main, [*asked, "--namespace", "acme"])
     assert done.exit_code == 1
-    assert "stray.md: records: is no card of these records" in done.output
+    assert "stray.md: records: is not a card of these records" in done.output
 
 
 def fenced(text, kind):
@@ -278,7 +278,7 @@ def test_what_can_be_no_namespace_writes_nothing(tmp_path, monkeypatch, name):
         assert len(done.output.splitlines()) == 1
         assert done.exception is None or isinstance(done.exception, SystemExit)
     assert not (tmp_path / "cards").exists()
-    with pytest.raises(params.ParamsError, match="no namespace"):
+    with pytest.raises(params.ParamsError, match="not a namespace"):
         cards.build(None, name)
 
 
@@ -286,11 +286,11 @@ def test_cards_that_are_not_fit_replace_no_good_ones(demo, tmp_path):
     cards.write(demo, "acme", tmp_path)
     before = tree(tmp_path)
     with pytest.raises(
-        cards.CardError, match=r"(?s)not fit, and nothing was written:.*Q2_K.md: unfinished: holds 'NAMESPACE'"
+        cards.CardError, match=r"(?s)break rules, and nothing was written:.*Q2_K.md: unfinished: holds 'NAMESPACE'"
     ):
         cards.write(demo, "NAMESPACE", tmp_path)
     assert tree(tmp_path) == before
-    with pytest.raises(cards.CardError, match="not fit"):
+    with pytest.raises(cards.CardError, match="break rules"):
         publish.plan(demo, "NAMESPACE", None, "http://127.0.0.1:9")
 
 

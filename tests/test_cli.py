@@ -27,7 +27,7 @@ def test_doctor_finds_what_is_here(home):
     assert result.exit_code == 0, result.output
     for what in ("python", "papermill", "llama-server", "--cpu-moe", "device of a study", "RAM", "disk", "studies"):
         assert f"ok {what}" in result.output
-    assert "mend" not in result.output
+    assert "fix:" not in result.output
 
 
 def test_doctor_says_what_is_missing_and_how_to_mend_it(home, monkeypatch):
@@ -35,7 +35,7 @@ def test_doctor_says_what_is_missing_and_how_to_mend_it(home, monkeypatch):
     result = call("doctor")
     assert result.exit_code == 1
     assert "!! engine" in result.output
-    assert "mend: make engine" in result.output
+    assert "fix: make engine" in result.output
 
 
 def test_a_wrong_name_is_one_line_and_an_exit_code(home):
@@ -54,8 +54,8 @@ def test_twin_and_quantize_make_files_that_are_what_they_say(home, tmp_path, mon
     assert files.sha256(tmp_path / "t.gguf") in result.output
     result = call("quantize", "deepseek-moe-16b", "Q2_K", "--scale", "nano")
     assert result.exit_code == 0, result.output
-    path, sheet = result.output.splitlines()
-    assert json.loads(sheet)["sha256"] == files.sha256(gguf_file.read_header(path).path)
+    path, manifest = result.output.splitlines()
+    assert json.loads(manifest)["sha256"] == files.sha256(gguf_file.read_header(path).path)
 
 
 @pytest.mark.engine
@@ -175,7 +175,7 @@ def test_a_place_that_is_none_is_a_sentence(home, tmp_path, monkeypatch, variabl
         done = call(*argv)
         assert done.exit_code == 1, (argv, done.output)
         assert isinstance(done.exception, SystemExit)
-        assert "fault of moelib" not in done.output, (argv, done.output)
+        assert "bug in moelib" not in done.output, (argv, done.output)
         assert "Traceback" not in done.output
 
 
@@ -187,5 +187,5 @@ def test_what_nobody_thought_of_is_one_line_too(monkeypatch):
     done = call("audit", "demo")
     assert done.exit_code == 1
     assert "moelib: ZeroDivisionError: made up" in done.output
-    assert "this is a fault of moelib" in done.output
+    assert "this is a bug in moelib" in done.output
     assert "\x1b" not in done.output

@@ -99,8 +99,8 @@ def test_all_of_a_studys_evidence_is_cited(name):
     told = json.loads((COMMITTED[name].document / "provenance.json").read_text(encoding="utf-8"))["sources"]
     found = study.results(COMMITTED[name].study)
     evidence = cite(found.records) | cite_harness(found.accuracy)
-    for sheet in found.manifests:
-        evidence |= cite_manifest(sheet)
+    for manifest in found.manifests:
+        evidence |= cite_manifest(manifest)
     assert evidence.items() <= told.items()
 
 

@@ -222,7 +222,7 @@ def test_a_damaged_study_is_a_sentence_or_a_document(folder, tmp_path, harm):
         done = call(how, into)
         told = done.output
         assert done.exception is None or isinstance(done.exception, SystemExit), (how, done.exception)
-        assert "fault of moelib" not in told, (how, told)
+        assert "bug in moelib" not in told, (how, told)
         assert "Traceback" not in told
         assert done.exit_code in (0, 1), (how, told)
         assert told.strip()

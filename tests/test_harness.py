@@ -144,7 +144,7 @@ def test_the_committed_documents_say_what_their_files_hold(name):
     assert len(table.rows) == sum(len(list(harness.ratios(a))) for a in accuracy.values()) >= 6
     first, kept = next(iter(accuracy.items()))
     e = harness.CLIENT.estimate(kept, "baseline")
-    assert table.rows[0]["found"] == f"{e.value:.4f} [{e.low:.4f}, {e.high:.4f}]"
+    assert table.rows[0]["measured"] == f"{e.value:.4f} [{e.low:.4f}, {e.high:.4f}]"
     assert table.row_sources[0] == {first: kept.digest}
     assert table.sources == {name: a.digest for name, a in accuracy.items()}
     slowed = harness.bias(accuracy.values())

@@ -279,7 +279,7 @@ def test_no_string_gets_out_on_a_terminal(bad, monkeypatch):
     for argv in (["audit", "demo"], ["study", "status", "demo"], ["report", "demo"]):
         done = CliRunner().invoke(cli.main, argv)
         assert done.exit_code == 1, done.exception
-        assert "fault of moelib" not in done.output
+        assert "bug in moelib" not in done.output
         assert not unseen(done.output)
         problems = [line for line in done.output.splitlines() if line.startswith("  ")]
         assert len(problems) == len(results.problems)

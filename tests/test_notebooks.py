@@ -110,7 +110,7 @@ def shown(metadata, text="42"):
 def test_a_number_that_does_not_say_where_it_came_from_is_not_shown(tmp_path):
     path = tmp_path / "n.ipynb"
     path.write_text(json.dumps(shown({})), encoding="utf-8")
-    with pytest.raises(notebook.NotebookError, match="shows '42' without saying what it came from"):
+    with pytest.raises(notebook.NotebookError, match="shows '42' without its source"):
         notebook.render(path, tmp_path)
     told = {"kind": "text", "name": "answer", "text": "42", "from": ["a run"], "sets": {}}
     path.write_text(json.dumps(shown({"moelib": told | {"sources": {}}})), encoding="utf-8")
@@ -147,7 +147,7 @@ def test_a_document_made_elsewhere_leaves_the_studys_folder_alone(home, tmp_path
         out.write_text(json.dumps(shown(told | {"moelib-verdict": verdict})), encoding="utf-8")
         executed.append(out)
 
-    verdict = {"summary": "1 of 2 runs usable", "problems": ["one"], "blocks": 0}
+    verdict = {"summary": "1 of 2 runs usable", "problems": ["one"], "rounds": 0}
     monkeypatch.setattr(notebook, "execute", execute)
     made = notebook.document("smoke", tmp_path / "into")
     assert made == (tmp_path / "into" / notebook.DOCUMENT, *verdict.values())
@@ -185,8 +185,8 @@ def test_a_whole_cells_notebook_shows_on_a_machine_without_engine_or_device(monk
     monkeypatch.setattr(engine, "find", lambda *_: pytest.fail("an engine was asked for"))
     monkeypatch.setattr(device, "choose", lambda *_: pytest.fail("a device was asked for"))
     text = analysis.document("h100-twins", book="run", model="deepseek-moe-16b", quant="Q2_K")
-    assert len(re.findall(r"\| cpu-moe/none +\|", text)) == 10  # of placement and runs, five blocks each
-    assert "![Device memory of each run over time](memory.png)" in text
+    assert len(re.findall(r"\| cpu-moe +\| none +\|", text)) == 10  # of placement and runs, five blocks each
+    assert "![VRAM of each run over time](memory.png)" in text
     assert "Tokens generated over time, long-512" in text
 
 

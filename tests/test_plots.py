@@ -83,7 +83,7 @@ def test_a_figure_without_data_says_why(name):
     empty.__dict__["statuses"] = {k: dataclasses.replace(s, blocks=()) for k, s in results.statuses.items()}
     figure = FIGURES[name](empty)
     (axis,) = figure.axes
-    assert axis.texts[0].get_text().startswith("no data: no whole round")
+    assert axis.texts[0].get_text().startswith("no data: no complete round")
     figure.draw_without_rendering()
 
 
