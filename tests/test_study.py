@@ -182,7 +182,7 @@ def test_rules_that_no_commit_has_judge_nothing(refused, monkeypatch):
 def test_a_document_says_what_was_judged_again(refused):
     measure.judge_again(refused)
     text = evidences.problems(study.results(refused.path)).markdown()
-    assert "2 runs were *judged again*: their readings stand in an earlier record" in text
+    assert "2 runs were *re-audited*: earlier rules refused the readings in their first record" in text
     assert "cccccccccccc" in text
 
 
@@ -244,11 +244,11 @@ def test_what_was_measured_on_several_machines_is_said(home):
         return study.Results(name="s", study=demo, evidence=evidence(runs), **found)
 
     alone = results(Q4_K_M="AAA", Q2_K="AAA")
-    text = "- Blocks measure variation from run to run on one machine, not from machine to machine."
+    text = "- Rounds measure variation from run to run on one machine, not from machine to machine."
     assert (evidences.machines(alone).text, evidences.apart(alone)) == (text, None)
     mixed = results(Q4_K_M="ABB")
     told = evidences.machines(mixed)
-    assert f"{model}/Q4_K_M (1 + 2 blocks, RAM read at 50.0 to 100 GB/s) come from different machines" in told.text
+    assert f"{model}/Q4_K_M (1 + 2 rounds, RAM read at 50.0 to 100 GB/s) come from different machines" in told.text
     assert len(told.sources) == 6
     assert evidences.apart(mixed) is None
     several = results(Q4_K_M="AAA", Q2_K="BBB", Q8_0="AAA")
