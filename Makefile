@@ -22,28 +22,28 @@ $(VENV)/.ready: pyproject.toml
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[test]'
 	@touch $@
 
-setup: $(VENV)/.ready ## virtual environment with moelib and all it imports
+setup: $(VENV)/.ready ## virtual environment with moelib and its dependencies
 
-engine: setup ## llama.cpp's tools: say which are used; without any, take the release archive that fits, or build them
+engine: setup ## llama.cpp's tools: show which are used; if there are none, download the matching release archive or build them
 	@$(BIN)/python tools/build_engine.py
 
-demo: ## the whole demo study, to its document
+demo: ## the whole demo study: from nothing to its document
 	@echo "demo: two small MoE models in F16, six quantised files, 36 measured runs, six notebooks, one document."
-	@echo "On 2 cores: about 1 minute to set up, 2 to measure, and 7 to build llama.cpp where no build or release archive serves."
-	@echo "Ctrl-C is safe; run again to go on."
+	@echo "On 2 cores: about 1 minute to set up, 2 to measure, and 7 to build llama.cpp where no build or release archive can be used."
+	@echo "Ctrl-C is safe; run again to continue."
 	@$(MAKE) --no-print-directory engine
 	@$(BIN)/moelib study run demo
 
 test: engine lint ## the test suite
 	@$(BIN)/python -m pytest
 
-quick: setup ## the tests that need no engine and are soon done: under a minute
+quick: setup ## the fast tests that need no engine: under a minute
 	@MOELIB_LLAMA_CPP=/nowhere $(BIN)/python -m pytest -q -m "not engine and not slow"
 
 faults: engine ## the fault campaign, long form with a new seed, about 10 minutes (ARGS="--seed N" repeats one)
 	@$(BIN)/python tests/faults.py --rounds 10 $(ARGS)
 
-forgeries: setup ## the forging campaign: 2,000 changed records of the committed study, about 5 minutes (ARGS="--seed N")
+forgeries: setup ## the forging campaign: audit 2,000 falsified records of the committed study, about 5 minutes (ARGS="--seed N")
 	@$(BIN)/python tests/forgeries.py $(ARGS)
 
 hubfaults: engine ## the fault campaign of publishing: every request fails in every way, about half an hour
@@ -56,11 +56,11 @@ lint: setup ## ruff, and notebooks without outputs
 docs: setup ## rebuild the document of STUDY from its records alone
 	@$(BIN)/moelib report $(STUDY)
 
-validation: setup ## rebuild docs/MOE-TECHNICAL-VALIDATION.md, and the document of the H200, from the committed records
+validation: setup ## rebuild docs/MOE-TECHNICAL-VALIDATION.md and the H200's document from the committed records
 	@$(BIN)/moelib report h100-twins --into docs
 	@$(BIN)/moelib report h200-twins
 
-cards: setup ## write the model cards of the committed studies from their records (NAMESPACE=user on the Hub)
+cards: setup ## rebuild the model cards of the committed studies from their records (NAMESPACE=user on the Hub)
 	@$(BIN)/moelib card h100-twins --namespace $(NAMESPACE)
 	@MOELIB_OUTPUTS=docs/example $(BIN)/moelib card demo --namespace $(NAMESPACE)
 
@@ -69,14 +69,14 @@ rehearsal: engine ## publish the committed demo study to a Hub on loopback, with
 	  $(BIN)/moelib quantize $$model $$quant --scale tiny > /dev/null || exit 1; done; done
 	@MOELIB_OUTPUTS=docs/example $(BIN)/python tests/rehearsal.py demo docs/example/publication.md
 
-mutation: engine ## mutation testing of what decides whether a number is believed, hours (SAMPLE=N for a part)
+mutation: engine ## mutation testing of the code that decides whether a number is accepted, hours (SAMPLE=N for a part)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[test,mutation]'
 	@$(BIN)/python tools/mutation.py --sample $(SAMPLE)
 
 lab: setup ## open JupyterLab on the notebooks
 	@$(BIN)/jupyter lab --notebook-dir notebooks
 
-doctor: setup ## what is installed, what is missing, and what mends it
+doctor: setup ## show what is installed, what is missing, and how to fix it
 	@$(BIN)/moelib doctor
 
 scale: setup ## how status, audit and report grow with the number of records, about 15 minutes
