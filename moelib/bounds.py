@@ -34,10 +34,10 @@ SM_MHZ, MEMORY_MHZ = 4000, 25000  # no card comes near
 BUS_BITS = (32, 16384)  # of a memory bus, at two transfers a clock
 
 
-def finding(wrong: Iterator[str], fine: str) -> Finding:
+def finding(failures: Iterator[str], summary: str) -> Finding:
     """Whether nothing is wrong, and what is; `fine` where nothing is."""
-    told = list(wrong)
-    return not told, "; ".join(told[:4]) or fine
+    messages = list(failures)
+    return not messages, "; ".join(messages[:4]) or summary
 
 
 @holds("run", f"in order, the last reading within {LAST_READING_S:g} s of the end")
@@ -46,7 +46,7 @@ def one_timeline(run: Measured) -> Finding:
     o = run.observation
     during, after = ([r.t_s for r in part] for part in (o.memory.trace.during, o.memory.trace.after))
 
-    def wrong() -> Iterator[str]:
+    def failures() -> Iterator[str]:
         if o.load_s <= 0:
             yield f"load {o.load_s} s"
         marks = [("load", o.load_s)]
@@ -56,18 +56,18 @@ def one_timeline(run: Measured) -> Finding:
         for (a, s), (b, t) in itertools.pairwise(marks):
             if not s <= t + TICK_S:
                 yield f"{b} at {t:.4f} s, after {a} at {s:.4f} s"
-        for what, times, first, last in (
+        for name, times, first, last in (
             ("readings", during, 0.0, o.host.elapsed_s),
             ("counters", [c.t_s for c in o.counters], 0.0, o.host.elapsed_s),
             ("readings after the end", after, during[-1] if during else 0.0, o.wall_s),
         ):
             marks = [first, *times, last + TICK_S]
             if any(not a <= b for a, b in itertools.pairwise(marks)):
-                yield f"{what} not in order between {first:.2f} and {last:.2f} s"
+                yield f"{name} not in order between {first:.2f} and {last:.2f} s"
         if during and o.host.elapsed_s - during[-1] > LAST_READING_S:
             yield f"nothing was read in the last {o.host.elapsed_s - during[-1]:.2f} s"
 
-    return finding(wrong(), f"{len(o.requests)} requests in {o.host.elapsed_s:.2f} s")
+    return finding(failures(), f"{len(o.requests)} requests in {o.host.elapsed_s:.2f} s")
 
 
 def memory_bound(run: Measured, rate: float) -> float | None:
@@ -95,7 +95,7 @@ def energy_possible(run: Measured) -> Finding:
     """A request takes no more energy than the board may draw while it lasts, and what the board's counter says."""
     limit, counters = run.device.power_limit_watt, run.observation.counters
 
-    def wrong() -> Iterator[str]:
+    def failures() -> Iterator[str]:
         total = [c.energy_joule for c in counters if c.energy_joule is not None]
         if any(b < a for a, b in itertools.pairwise(total)):
             yield "the counter ran backwards"
@@ -125,7 +125,7 @@ def energy_possible(run: Measured) -> Finding:
             if not min(drawn) / METER <= mean <= METER * max(drawn):
                 yield f"{mean:.0f} W by energy, {min(drawn):.0f} to {max(drawn):.0f} W by the board's own meter"
 
-    return finding(wrong(), "as the board's counter says" if counters else "no counter")
+    return finding(failures(), "as the board's counter says" if counters else "no counter")
 
 
 def course(counters: Sequence[Counters], start_s: float, end_s: float) -> tuple[float, float] | None:
@@ -140,12 +140,12 @@ def course(counters: Sequence[Counters], start_s: float, end_s: float) -> tuple[
 
 def weights_resident(run: Measured | Record) -> tuple[int, bool]:
     """(bytes of weights in the server's memory, whether a mapped file's pages, counted in, surely stay there)."""
-    seen = run.observation if isinstance(run, Measured) else run.observed
-    buffers = (b for b in seen.report.buffers if b.kind == "model" and not b.on_device)
+    observation = run.observation if isinstance(run, Measured) else run.observed
+    buffers = (b for b in observation.report.buffers if b.kind == "model" and not b.on_device)
     copied = sum(b.size_bytes for b in buffers if not b.name.endswith("_Mapped"))
     if run.spec.load_mode != "mmap":
         return copied, True
-    stay = run.host.ram_bytes >= ROOMY * run.sheet.file_bytes and (seen.host.major_faults or 0) < PAGING
+    stay = run.host.ram_bytes >= ROOMY * run.sheet.file_bytes and (observation.host.major_faults or 0) < PAGING
     return copied + run.sheet.file_bytes, stay  # all of a mapped file is read
 
 
@@ -160,16 +160,16 @@ def host_memory_possible(run: Measured) -> Finding:
     # not mapped, the file is read piece by piece: how much of it at once is the engine's affair
     most = weights + RSS_BYTES.get(run.observation.device_kind, RSS_SMALL_BYTES)
     most += run.sheet.file_bytes if run.spec.load_mode != "mmap" else 0
-    wrong = [
-        f"{peak} bytes, {what} {bound}"
-        for what, bound, holds_ in (
+    failures = [
+        f"{peak} bytes, {limit_name} {bound}"
+        for limit_name, bound, holds_ in (
             ("copied buffers and a mapped file take", least, peak >= least * RESIDENT),
             ("RAM has", ram, not ram or peak <= ram),
             ("file, buffers and libraries take at most", most, peak <= most),
         )
         if not holds_
     ]
-    return not wrong and peak > 0, "; ".join(wrong) or f"{peak} bytes"
+    return not failures and peak > 0, "; ".join(failures) or f"{peak} bytes"
 
 
 @holds("run", "the card's memory")
@@ -190,7 +190,7 @@ def bus_traffic_possible(run: Measured) -> Finding:
     """A prompt moves no more over the bus than the link carries in its time, or than experts and activations make."""
     o, link = run.observation, run.device.pcie_bytes_per_s
 
-    def wrong() -> Iterator[str]:
+    def failures() -> Iterator[str]:
         for moved in o.prompt_traffic:
             name = f"{moved.workload}: {moved.received_bytes} received, {moved.sent_bytes} sent"
             batches = math.ceil(moved.prompt_tokens / PROMPT_BATCH)
@@ -201,7 +201,7 @@ def bus_traffic_possible(run: Measured) -> Finding:
             if any(n is not None and not 0 < n <= most for n in (moved.received_bytes, moved.sent_bytes)):
                 yield f"{name}, at most {most:.0f}"
 
-    return finding(wrong(), f"{len(o.prompt_traffic)} prompts")
+    return finding(failures(), f"{len(o.prompt_traffic)} prompts")
 
 
 @holds("run", "the card's clocks, and a bus that exists")
@@ -210,7 +210,7 @@ def clocks_possible(run: Measured) -> Finding:
     bandwidth = run.device.bandwidth_bytes_per_s
     highest = run.device.max_sm_clock_mhz or SM_MHZ
 
-    def wrong() -> Iterator[str]:
+    def failures() -> Iterator[str]:
         memory = [c.memory_clock_mhz for c in run.observation.counters if c.memory_clock_mhz is not None]
         for c in run.observation.counters:
             if c.sm_clock_mhz is not None and not 0 < c.sm_clock_mhz <= highest:
@@ -224,7 +224,7 @@ def clocks_possible(run: Measured) -> Finding:
             if not BUS_BITS[0] <= bits <= BUS_BITS[1]:
                 yield f"{bandwidth:.4g} bytes/s at {max(memory)} MHz is a bus of {bits:.1f} bits"
 
-    return finding(wrong(), f"{len(run.observation.counters)} readings")
+    return finding(failures(), f"{len(run.observation.counters)} readings")
 
 
 @holds("run", "CPUs x time, and more than nothing")
@@ -233,15 +233,15 @@ def cpu_time_possible(run: Measured) -> Finding:
     use, monitors = run.observation.host, run.observation.watch_cpu_s
     most = 1.1 * use.elapsed_s * use.cpus + 1.0
 
-    def wrong() -> Iterator[str]:
+    def failures() -> Iterator[str]:
         if not use.elapsed_s > 0 or use.cpus < 1:
             yield f"{use.elapsed_s} s on {use.cpus} CPUs"
-        for what, spent in (("all", use.busy_s), ("the run", use.own_s)):
+        for whose, spent in (("all", use.busy_s), ("the run", use.own_s)):
             if not 0 <= spent <= most:
-                yield f"{what}: {spent} CPU seconds of {most:.1f}"
+                yield f"{whose}: {spent} CPU seconds of {most:.1f}"
         if monitors is not None and not 0 < monitors <= use.elapsed_s:
             yield f"monitors: {monitors} CPU seconds in {use.elapsed_s:.2f} s"
-        readings = len(run.observation.memory.trace.during)
+        readings = len(run.observation.memory.trace.during) - 1  # the last one is no monitor's: it is taken at the end
         if monitors is not None and monitors < readings * READING_S.get(run.observation.device_kind, READING_SMALL_S):
             yield f"monitors: {monitors} CPU seconds for {readings} readings"
         if any(n is not None and n < 0 for n in (use.minor_faults, use.major_faults)):
@@ -249,4 +249,4 @@ def cpu_time_possible(run: Measured) -> Finding:
         if use.minor_faults == 0:
             yield "a server that never touched a page"
 
-    return finding(wrong(), f"{use.own_s} of {use.busy_s} CPU seconds")
+    return finding(failures(), f"{use.own_s} of {use.busy_s} CPU seconds")
