@@ -4,7 +4,7 @@
 - server / llama-bench: the server's timings over `llama-bench -p 0 -n 100` on the same file and device (within 3 %);
 - the same with the next token chosen on the device, where the build can: what sampling on the host costs;
 - the same with the answer in one piece besides: what streaming costs;
-- watched / unwatched: with all monitors on, over the same without them (0.995 or better), in one long generation in
+- monitored / unmonitored: with all monitors on, over the same without them (0.995 or better), in one long generation in
   which they are on in one of each two neighbouring half seconds, by lot.
 
 python benchmarks/harness_accuracy.py --model deepseek-moe-16b --scale tiny --quant Q8_0 --rounds 5

@@ -39,7 +39,7 @@ def baseline(runs: Sequence[Record]) -> Record:
     return next(r for r in runs if r.spec.placement == "baseline")
 
 
-@holds("block", "one baseline and at least one more, each arm once")
+@holds("block", "one baseline and at least one more, each placement and load mode once")
 def block_complete(runs: Sequence[Record]) -> Finding:
     """There is something to compare, and nothing twice."""
     arms = [r.spec.arm for r in runs]
@@ -236,7 +236,8 @@ def pages_one_size(study: Matrix) -> Finding:
 
 
 @holds(
-    "study", f"{WATCH_TIMES:g} times + {WATCH_MORE:.2%} of a CPU + {WATCH_LOOK_S * 1e3:g} ms, in the median of an arm"
+    "study",
+    f"{WATCH_TIMES:g} times + {WATCH_MORE:.2%} of a CPU + {WATCH_LOOK_S * 1e3:g} ms, in the median of a placement",
 )
 def monitors_one_price(study: Matrix) -> Finding:
     """Monitors read one machine's instruments at one pace: that takes about as much of a CPU in every cell."""

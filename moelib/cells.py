@@ -130,7 +130,7 @@ def _requests(runs: Iterable[Record]) -> list[Request]:
 
 @holds(
     "cell",
-    f"medians: first token {LATENCY_S * 1e3:g} ms + {LATENCY_SHARE:.1%}, decode {DECODE_S * 1e3:g} ms + "
+    f"medians: TTFT {LATENCY_S * 1e3:g} ms + {LATENCY_SHARE:.1%}, decode {DECODE_S * 1e3:g} ms + "
     f"{DECODE_SHARE:.1%} (a GPU's baseline {IDLE_S * 1e3:g} ms + {IDLE_SHARE:.1%}), last token "
     f"{ENDED_S['cuda'] * 1e3:g} ms ({ENDED_SHARED_S * 1e3:g} on loopback)",
 )
@@ -256,7 +256,7 @@ def pages_steady(cell: Cell) -> Finding:
     return finding(wrong(), f"{len(cell.runs)} runs")
 
 
-@holds("cell", f"{MONITOR_TIMES:g} times the median of its arm + {WATCH_ONCE_S:g} s")
+@holds("cell", f"{MONITOR_TIMES:g} times the median of its placement + {WATCH_ONCE_S:g} s")
 def monitors_alike(cell: Cell) -> Finding:
     """Watching the same work takes about as much of a CPU in every block."""
 

@@ -21,7 +21,7 @@ GAP_S = 0.15  # of power, by the root of the number of requests: the counter mov
 GAP_REQUEST_S = 0.25  # of shorter requests, in the mean, the counter says nothing
 
 
-@holds("cell", f"{ENERGY_TIMES:g} times the median of its arm")
+@holds("cell", f"{ENERGY_TIMES:g} times the median of its placement")
 def energy_steady(cell: Cell) -> Finding:
     """The same work takes about the same energy in every block."""
 
@@ -38,7 +38,7 @@ def energy_steady(cell: Cell) -> Finding:
     return finding(wrong(), "steady")
 
 
-@holds("cell", f"{METER_SHARE:.0%} of long requests' power, {ARM_SHARES[0]:g} to {ARM_SHARES[1]:g} times of an arm's")
+@holds("cell", f"{METER_SHARE:.0%} of long requests' power, {ARM_SHARES[0]:g} to {ARM_SHARES[1]:g} times per placement")
 def energy_as_metered(cell: Cell) -> Finding:
     """Requests take the power that the board's meter reads at their ends."""
 

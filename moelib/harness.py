@@ -133,7 +133,7 @@ BARE = Ratio(
     1.03,
     lambda r: _pair(r.bench, r.bare),
 )
-WATCHED = Ratio("watched / unwatched", "0.995 or better", 0.995, math.inf, _watched)
+WATCHED = Ratio("monitored / unmonitored", "0.995 or better", 0.995, math.inf, _watched)
 RATIOS = (CLIENT, BENCH, ON_DEVICE, BARE, WATCHED)
 
 
@@ -179,8 +179,9 @@ def bias(accuracy: Iterable[Harness]) -> str | None:
         if ratio is WATCHED and e.high is not None and e.high < ratio.lowest:
             where, what = said(placement), said(f"{about.model} at {about.quant}")
             told.append(
-                f"**Watching slowed the runs**: {what}, {where}, decoded at {stats.estimate(e)} times the rate that it "
-                f"had unwatched. Rates of {where} here are too low by about as much, and so are their ratios."
+                f"**Monitoring slowed the runs**: {what}, {where}, decoded at {stats.estimate(e)} times "
+                f"its rate without monitoring. Rates of {where} here are too low by about as much, and so are "
+                "their ratios."
             )
     return " ".join(told) or None
 

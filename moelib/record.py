@@ -97,7 +97,8 @@ class Record(params.Strict):
     @property
     def line(self) -> str:
         """One line for people who wait."""
-        run_name = f"{self.spec.model} {self.spec.quant} {self.spec.arm} block {self.spec.block + 1}"
+        s = self.spec
+        run_name = f"{s.model} {s.quant} {s.placement}, {s.load_mode}, round {s.block + 1}"
         return f"{run_name}: {self.status}" + (f" ({', '.join(self.reasons)})" if self.reasons else "")
 
 

@@ -195,11 +195,15 @@ class Status:
         for b, specs in enumerate(cell.blocks):
             runs = standing_for(specs, evidence.standing)
             why = [evidence.why_not(r) for r in runs]
-            wrong = [f"{cell.name} {s.arm} block {b + 1}: {w}" for s, w in zip(specs, why, strict=True) if w]
+            wrong = [
+                f"{cell.name} {s.placement}, {s.load_mode}, round {b + 1}: {w}"
+                for s, w in zip(specs, why, strict=True)
+                if w
+            ]
             if not wrong:
                 found_here = audit.block(runs)
                 checks += found_here
-                wrong = [f"{cell.name} block {b + 1}: {c.id}: {c.measured}" for c in found_here if not c.passed]
+                wrong = [f"{cell.name} round {b + 1}: {c.id}: {c.measured}" for c in found_here if not c.passed]
                 why = [w or bool(wrong) for w in why]
             if not wrong:
                 blocks.append(tuple(runs))

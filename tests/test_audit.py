@@ -637,7 +637,7 @@ LIMITS = {
     "watched-lightly": "5% of one CPU + 100 ms",
     "clock-steady": "100 ms",
     "clean-end": "exit 0 within the grace time",
-    "block-complete": "one baseline and at least one more, each arm once",
+    "block-complete": "one baseline and at least one more, each placement and load mode once",
     "block-alike": "equal",
     "block-placement": "0.1 % + 1 MiB, and more graph splits",
     "block-ttft-measured": "relative spread above 0.0001",
@@ -648,7 +648,7 @@ LIMITS = {
     "machines-are-themselves": "equal facts of one device; RAM within 1.4 times, idle power 1.3",
     "libraries-one-size": "512 MiB apart with a GPU, 32 without",
     "pages-one-size": "5% apart, faults for each page",
-    "monitors-one-price": "1.5 times + 0.05% of a CPU + 60 ms, in the median of an arm",
+    "monitors-one-price": "1.5 times + 0.05% of a CPU + 60 ms, in the median of a placement",
     "counters-have-one-course": "2000 W at the most since the reading before",
     "quants-of-one-model": "equal parameters; experts over the bus within 1.1 times",
 }

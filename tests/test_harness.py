@@ -52,11 +52,11 @@ def test_ratios_have_known_values_and_their_aims(tmp_path):
     e = {r.name: e for placement, r, e in harness.ratios(found)}
     assert e["client / server"].value == pytest.approx(0.9901, abs=1e-4)
     assert e["server / llama-bench"].value == pytest.approx(100 / 102)
-    assert e["watched / unwatched"].value == pytest.approx(99 / 125, abs=1e-3)
+    assert e["monitored / unmonitored"].value == pytest.approx(99 / 125, abs=1e-3)
     assert {r.name: r.met(e[r.name]) for r in harness.RATIOS if r.name in e} == {
         "client / server": "no",
         "server / llama-bench": "yes",
-        "watched / unwatched": "no",
+        "monitored / unmonitored": "no",
     }
     assert harness.CLIENT.estimate(found, "baseline") is None
     with_device = [{**r, "on_device": r["watched"], "bare": [98.0, 98.0]} for r in rounds(bench=100.0)]
@@ -88,7 +88,7 @@ def test_slots_of_one_generation_are_compared_with_their_neighbours(tmp_path):
     e = harness.WATCHED.estimate(found, "cpu-moe")
     assert (e.value, e.n) == (pytest.approx(0.5, rel=0.02), 65)
     assert harness.WATCHED.met(e) == "no"
-    assert "Watching slowed" in harness.bias([found])
+    assert "Monitoring slowed" in harness.bias([found])
     assert list(harness.by_slots([request(n=5)])) == []  # too short for two slots
 
 
@@ -149,11 +149,11 @@ def test_the_committed_documents_say_what_their_files_hold(name):
     assert table.sources == {name: a.digest for name, a in accuracy.items()}
     slowed = harness.bias(accuracy.values())
     for text in (report.answer(found), advice.limits(found)):
-        assert ("Watching slowed" in text.text) is bool(slowed)
+        assert ("Monitoring slowed" in text.text) is bool(slowed)
         assert accuracy.keys() & text.sources.keys() == (accuracy.keys() if slowed else set())
     without = found.model_copy(update={"accuracy": {}})
     assert "not measured in this study" in evidence.harness_table(without).markdown()
-    assert "Watching slowed" not in report.answer(without).text
+    assert "Monitoring slowed" not in report.answer(without).text
 
 
 def test_a_damaged_file_is_told_with_the_study(tmp_path):

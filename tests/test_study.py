@@ -205,11 +205,11 @@ def test_status_lists_every_run_that_is_missing_or_wrong():
     assert whole.complete
     assert whole.blocks == ((base, moe),)
     assert status().problems == (
-        "deepseek-moe-16b/Q4_K_M baseline/mmap block 1: not run",
-        "deepseek-moe-16b/Q4_K_M cpu-moe/mmap block 1: not run",
+        "deepseek-moe-16b/Q4_K_M baseline, mmap, round 1: not run",
+        "deepseek-moe-16b/Q4_K_M cpu-moe, mmap, round 1: not run",
     )
     bad = made(status="failed", placement="cpu-moe", order=1)
-    assert status(base, bad).problems[0].endswith("block 1: failed (engine-ended)")
+    assert status(base, bad).problems[0].endswith("round 1: failed (engine-ended)")
     changed = {"sheet": moe.sheet.model_copy(update={"sha256": "c" * 64})}
     changed["observed"] = dataclasses.replace(moe.observed, file_sha256="c" * 64)
     other = moe.model_copy(update=changed)
@@ -469,7 +469,7 @@ def test_missing_cells_are_listed_and_damaged_records_reported(copy):
     paths[1].write_text(paths[1].read_text(encoding="utf-8")[:1000], encoding="utf-8")
     notebook.report("smoke", progress=False)
     text = (out / "MOE-TECHNICAL-VALIDATION.md").read_text(encoding="utf-8")
-    assert text.count("block 2: not run") == 2
+    assert text.count("round 2: not run") == 2
     assert f"damaged: {paths[1].name}" in text
 
 
@@ -513,7 +513,7 @@ def test_a_failed_cell_leaves_the_rest_running_and_the_exit_code_says_so(home, m
     out = home / "outputs/smoke"
     assert {r.spec.quant for r in record.read_all(out)[0]} == {"Q8_0"}
     text = (out / "MOE-TECHNICAL-VALIDATION.md").read_text(encoding="utf-8")
-    assert text.count("Q2_K baseline/mmap block 1: not run") == 1
+    assert text.count("Q2_K baseline, mmap, round 1: not run") == 1
     # the copy of the failed notebook is kept, and not believed
     assert not notebook.is_whole(out / "notebooks/deepseek-moe-16b-Q2_K.ipynb")
     # mended, only what is missing is done
