@@ -223,7 +223,7 @@ def test_the_command_shows_the_plan_and_does_it_when_told(results, tmp_path):
         return done.stdout
 
     with loopback_hub(tmp_path) as server:
-        assert "nothing was touched; add --yes to do it" in command()
+        assert "nothing was changed; add --yes to upload" in command()
         assert writes(server.requests) == []
         assert "public, 5 files verified\ndone" in command("--yes", "--public")
         assert visible(server)[-1] == wanted(results)
