@@ -53,7 +53,7 @@ def block_alike(runs: Sequence[Record]) -> Finding:
     """Nothing but the arm differs: one host, GPU, driver, kernel, engine and file, the same requests."""
 
     def common(r: Record) -> dict[str, Any]:
-        asked = [(q.workload, q.index, q.prompt_tokens, q.generate_tokens) for q in r.observed.requests]
+        requests = [(q.workload, q.index, q.prompt_tokens, q.generate_tokens) for q in r.observed.requests]
         host, device = r.host, r.device
         return {
             "file": r.sheet.sha256,
@@ -67,7 +67,7 @@ def block_alike(runs: Sequence[Record]) -> Finding:
             "kernel": host.system,
             "threads": r.observed.threads,
             "context": r.spec.context,
-            "prompts": asked,
+            "prompts": requests,
         }
 
     first = common(runs[0])
@@ -85,15 +85,19 @@ def block_alike(runs: Sequence[Record]) -> Finding:
 def block_placement(runs: Sequence[Record]) -> Finding:
     """What left the device between baseline and offload is what the header says the placement moves, and the graph
     was cut where the experts went: a flag that was accepted and ignored is caught here."""
-    base, found = baseline(runs).observed, []
+    base, failures = baseline(runs).observed, []
     for r in (r for r in runs if r.spec.placement != "baseline" and r.observed.device_kind != "none"):
-        seen = r.observed
-        on, off = base.report.device_bytes("model"), seen.report.device_bytes("model")
-        if on is None or off is None or not agrees(on - off, seen.placement.moved_bytes):
-            found.append(f"{r.spec.arm}: device weights {on} -> {off}, header moves {seen.placement.moved_bytes}")
-        if max(seen.report.graph_splits, default=0) <= max(base.report.graph_splits, default=0):
-            found.append(f"{r.spec.arm}: graph splits {base.report.graph_splits} -> {seen.report.graph_splits}")
-    return not found, "; ".join(found) or "header and engine agree"
+        observation = r.observed
+        on, off = base.report.device_bytes("model"), observation.report.device_bytes("model")
+        if on is None or off is None or not agrees(on - off, observation.placement.moved_bytes):
+            failures.append(
+                f"{r.spec.arm}: device weights {on} -> {off}, header moves {observation.placement.moved_bytes}"
+            )
+        if max(observation.report.graph_splits, default=0) <= max(base.report.graph_splits, default=0):
+            failures.append(
+                f"{r.spec.arm}: graph splits {base.report.graph_splits} -> {observation.report.graph_splits}"
+            )
+    return not failures, "; ".join(failures) or "header and engine agree"
 
 
 @holds("block", f"relative spread above {SAME_SHARE:g}")
@@ -141,27 +145,27 @@ def attempts_kept(study: Matrix) -> Finding:
 @holds("study", "a record with that digest and those readings")
 def audited_again_from_a_record(study: Matrix) -> Finding:
     """A later judgement names the record that it judged, and that one is there, with the same readings."""
-    known, wrong = {r.run_id: r for r in study.records}, []
+    by_id, unmatched = {r.run_id: r for r in study.records}, []
     for r in study.records:
         if r.judged is None:
             continue
-        first = known.get(r.judged.record)
+        first = by_id.get(r.judged.record)
         same = first is not None and (first.digest, first.key, first.raw) == (r.judged.digest, r.key, r.raw)
         if not same or _readings(first) != _readings(r) or first.attempt >= r.attempt:
-            wrong.append(r.run_id)
-    return not wrong, f"not so: {', '.join(wrong[:3])}" if wrong else "each names its first record"
+            unmatched.append(r.run_id)
+    return not unmatched, f"not so: {', '.join(unmatched[:3])}" if unmatched else "each names its first record"
 
 
 def _readings(r: Record) -> Any:
     """What was measured, without what rules make of it."""
-    seen = r.observed
-    return seen and (
-        seen.requests,
-        seen.memory.trace,
-        seen.load_s,
-        seen.host,
-        seen.counters,
-        seen.report,
+    observation = r.observed
+    return observation and (
+        observation.requests,
+        observation.memory.trace,
+        observation.load_s,
+        observation.host,
+        observation.counters,
+        observation.report,
         r.started_utc,
     )
 
@@ -181,11 +185,11 @@ def clocks_one_cards(study: Matrix) -> Finding:
 @holds("study", f"equal facts of one device; RAM within {RAM_TIMES:g} times, idle power {IDLE_TIMES:g}")
 def machines_are_themselves(study: Matrix) -> Finding:
     """One device is as large and as fast in every run and idles alike in every cell; so is one host's RAM."""
-    devices, hosts, idle, wrong = {}, defaultdict(list), defaultdict(dict), []
+    devices, hosts, idle, failures = {}, defaultdict(list), defaultdict(dict), []
     for r in study.runs:
-        told = (r.device.total_bytes, r.device.bandwidth_bytes_per_s, r.device.pcie_bytes_per_s)
-        if devices.setdefault((r.device.uuid, r.device.name), told) != told:
-            wrong.append(f"{r.device.name} in {r.run_id}")
+        specs = (r.device.total_bytes, r.device.bandwidth_bytes_per_s, r.device.pcie_bytes_per_s)
+        if devices.setdefault((r.device.uuid, r.device.name), specs) != specs:
+            failures.append(f"{r.device.name} in {r.run_id}")
         if r.host.ram_read_bytes_per_s and r.device.kind == "cuda" and not strained(r.observed):
             hosts[r.host.host_id, r.device.uuid, r.host.cpu].append(r.host.ram_read_bytes_per_s)
         if r.observed.counters and (watts := r.observed.counters[0].power_watt):
@@ -193,11 +197,11 @@ def machines_are_themselves(study: Matrix) -> Finding:
             cells[r.cell] = min(watts, cells.get(r.cell, watts))
     for cells in idle.values():
         if max(cells.values()) > IDLE_TIMES * min(cells.values()):
-            wrong.append(f"idle at {min(cells.values()):.0f} to {max(cells.values()):.0f} W")
+            failures.append(f"idle at {min(cells.values()):.0f} to {max(cells.values()):.0f} W")
     for (_, _, cpu), speeds in hosts.items():
         if max(speeds) > RAM_TIMES * min(speeds):
-            wrong.append(f"RAM of {cpu}: {min(speeds) / 1e9:.1f} to {max(speeds) / 1e9:.1f} GB/s")
-    return not wrong, "; ".join(wrong[:3]) or f"{len(hosts)} hosts"
+            failures.append(f"RAM of {cpu}: {min(speeds) / 1e9:.1f} to {max(speeds) / 1e9:.1f} GB/s")
+    return not failures, "; ".join(failures[:3]) or f"{len(hosts)} hosts"
 
 
 @holds("study", f"{LIBRARY_BYTES['cuda'] >> 20} MiB apart with a GPU, {LIBRARY_SMALL_BYTES >> 20} without")
@@ -211,9 +215,9 @@ def libraries_one_size(study: Matrix) -> Finding:
             machine = r.device.kind, r.device.uuid, r.host.host_id, r.host.cpu, r.engine.server_sha256
             rests[machine].append((r.observed.host_rss_peak_bytes - weights, r.run_id))
     apart = [
-        f"{min(of)[0]} in {min(of)[1]}, {max(of)[0]} in {max(of)[1]}"
-        for (kind, *_), of in rests.items()
-        if max(of)[0] - min(of)[0] > LIBRARY_BYTES.get(kind, LIBRARY_SMALL_BYTES)
+        f"{min(sizes)[0]} in {min(sizes)[1]}, {max(sizes)[0]} in {max(sizes)[1]}"
+        for (kind, *_), sizes in rests.items()
+        if max(sizes)[0] - min(sizes)[0] > LIBRARY_BYTES.get(kind, LIBRARY_SMALL_BYTES)
     ]
     return not apart, "; ".join(apart[:3]) or f"{len(rests)} machines"
 
@@ -228,9 +232,9 @@ def pages_one_size(study: Matrix) -> Finding:
         if r.spec.load_mode == "none" and r.device.kind == "cuda" and faults and peak:
             rates[r.device.uuid, r.host.host_id, r.host.cpu].append((faults / (peak / PAGE_BYTES), r.run_id))
     apart = [
-        f"{min(of)[0]:.3f} in {min(of)[1]}, {max(of)[0]:.3f} in {max(of)[1]}"
-        for of in rates.values()
-        if min(of)[0] > SMALL_PAGES and max(of)[0] > min(of)[0] * (1 + PAGE_SHARE)
+        f"{min(values)[0]:.3f} in {min(values)[1]}, {max(values)[0]:.3f} in {max(values)[1]}"
+        for values in rates.values()
+        if min(values)[0] > SMALL_PAGES and max(values)[0] > min(values)[0] * (1 + PAGE_SHARE)
     ]
     return not apart, "; ".join(apart[:3]) or f"{len(rates)} machines"
 
@@ -262,7 +266,7 @@ def monitors_one_price(study: Matrix) -> Finding:
 @holds("study", f"{COUNTER_WATT:g} W at the most since the reading before")
 def counters_have_one_course(study: Matrix) -> Finding:
     """A board's energy counter only grows, by no more than a board draws, or begins anew when its driver is loaded."""
-    boards, wrong = defaultdict(list), []
+    boards, failures = defaultdict(list), []
     for r in study.runs:
         known = [c for c in r.observed.counters if c.energy_joule is not None]
         if known and r.judged is None:
@@ -273,50 +277,52 @@ def counters_have_one_course(study: Matrix) -> Finding:
         for (t, before, _), (u, after, name) in itertools.pairwise(readings):
             most = COUNTER_WATT * (u - t + 2)  # starts are kept to whole seconds
             if after - before > most or (after < before - COUNTER_WATT and after > most):
-                wrong.append(f"{name}: {before:.0f} J, then {after:.0f} J {u - t:.0f} s later")
-    return not wrong, "; ".join(wrong[:3]) or f"{len(boards)} boards"
+                failures.append(f"{name}: {before:.0f} J, then {after:.0f} J {u - t:.0f} s later")
+    return not failures, "; ".join(failures[:3]) or f"{len(boards)} boards"
 
 
 @holds("study", f"equal parameters; experts over the bus within {SHARE_TIMES:g} times")
 def quants_of_one_model(study: Matrix) -> Finding:
     """Quantising changes no number of parameters, and of a prompt's experts about the same share crosses the bus."""
-    parameters, shares, wrong = {}, defaultdict(list), []
+    parameters, shares, failures = {}, defaultdict(list), []
     for r in study.runs:
         if parameters.setdefault((r.spec.model, r.spec.scale), r.sheet.parameters) != r.sheet.parameters:
-            wrong.append(f"parameters of {r.cell}")
+            failures.append(f"parameters of {r.cell}")
         moved = r.observed.placement.moved_bytes
         for t in r.observed.prompt_traffic:
             if t.received_bytes is None or 0 < moved < SHARE_BYTES:
                 continue
             if t.received_bytes > SHARE_LEAST * moved:
                 shares[f"{r.spec.model} {r.spec.placement} {t.workload}"].append(t.received_bytes / (moved or 1))
-    wrong += [f"{of}: {min(s):.2f} to {max(s):.2f}" for of, s in shares.items() if max(s) > SHARE_TIMES * min(s)]
-    return not wrong, "; ".join(wrong[:3]) or f"{len(parameters)} models"
+    failures += [
+        f"{label}: {min(s):.2f} to {max(s):.2f}" for label, s in shares.items() if max(s) > SHARE_TIMES * min(s)
+    ]
+    return not failures, "; ".join(failures[:3]) or f"{len(parameters)} models"
 
 
-def _check(of: str, what: Any) -> Iterator[Check]:
+def _check(scope: str, subject: Any) -> Iterator[Check]:
     for i in INVARIANTS.values():
-        if i.of == of:
+        if i.scope == scope:
             try:
-                yield Check(i.id, *i.find(what))
+                yield Check(i.id, *i.find(subject))
             except (ArithmeticError, LookupError, TypeError, ValueError) as err:
                 # numbers that no run has: what cannot be computed of them has not been shown to hold
                 yield Check(i.id, False, f"it cannot be computed: {type(err).__name__}: {err}")
 
 
 def run(
-    what: Measured | Spec, seen: Observation | None = None, sheet: dict[str, Any] | None = None
+    subject: Measured | Spec, observation: Observation | None = None, manifest: dict[str, Any] | None = None
 ) -> tuple[Check, ...]:
     """Every invariant of a run, in order; also of a spec, an observation and a sheet alone, whose device and host said
     nothing of themselves."""
-    if seen is not None:
-        device = DeviceFacts(kind=seen.device_kind, name=None, uuid=None)
+    if observation is not None:
+        device = DeviceFacts(kind=observation.device_kind, name=None, uuid=None)
         host = HostFacts(
-            cpu=None, cpus=seen.host.cpus, ram_bytes=0, system="", python="", moelib="", commit=None, dirty=None
+            cpu=None, cpus=observation.host.cpus, ram_bytes=0, system="", python="", moelib="", commit=None, dirty=None
         )
         unknown = dict.fromkeys(Manifest.model_fields) | {"file_bytes": 0}
-        what = Measured(what, seen, Manifest.model_construct(**unknown | (sheet or {})), device, host)
-    return tuple(_check("run", what))
+        subject = Measured(subject, observation, Manifest.model_construct(**unknown | (manifest or {})), device, host)
+    return tuple(_check("run", subject))
 
 
 def measured(r: Record) -> Measured:
@@ -339,10 +345,10 @@ def block(runs: Sequence[Record]) -> tuple[Check, ...]:
     return _until("block", runs)
 
 
-def _until(of: str, what: Any) -> tuple[Check, ...]:
+def _until(scope: str, subject: Any) -> tuple[Check, ...]:
     """The invariants in order; where the first fails, the others have nothing to look at."""
     checks = []
-    for check in _check(of, what):
+    for check in _check(scope, subject):
         checks.append(check)
         if not checks[0].passed:
             break
@@ -356,11 +362,11 @@ def log(run: Witnessed) -> tuple[Check, ...]:
     return _until("log", run)
 
 
-def cell(what: Cell) -> tuple[Check, ...]:
+def cell(subject: Cell) -> tuple[Check, ...]:
     """Every invariant of a cell, of its standing runs."""
-    return tuple(_check("cell", what))
+    return tuple(_check("cell", subject))
 
 
-def study(what: Matrix) -> tuple[Check, ...]:
+def study(subject: Matrix) -> tuple[Check, ...]:
     """Every invariant of a study, of its standing runs."""
-    return tuple(_check("study", what))
+    return tuple(_check("study", subject))

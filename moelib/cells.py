@@ -57,9 +57,9 @@ def by_arm(runs: Iterable[Record]) -> dict[str, list[Record]]:
     return arms
 
 
-def _differ(what: Mapping[str, Callable[[Record], Any]], runs: Sequence[Record]) -> Iterator[str]:
-    for name, of in what.items():
-        values = [of(r) for r in runs]
+def _differ(getters: Mapping[str, Callable[[Record], Any]], runs: Sequence[Record]) -> Iterator[str]:
+    for name, get in getters.items():
+        values = [get(r) for r in runs]
         odd = next((r for r, v in zip(runs, values, strict=True) if v != values[0]), None)
         if odd is not None:
             yield f"{name} of {odd.run_id}"
@@ -68,8 +68,8 @@ def _differ(what: Mapping[str, Callable[[Record], Any]], runs: Sequence[Record])
 @holds("cell", "equal")
 def one_file_and_engine(cell: Cell) -> Finding:
     """Every run of a cell is of one file, one engine and one kind of device, or its blocks tell of different things."""
-    sheets = {id(r.sheet): r.sheet for r in cell.runs}  # runs share them
-    files = {k: s.model_copy(update={"quantize_s": 0.0, "origin": None}) for k, s in sheets.items()}
+    manifests = {id(r.sheet): r.sheet for r in cell.runs}  # runs share them
+    files = {k: s.model_copy(update={"quantize_s": 0.0, "origin": None}) for k, s in manifests.items()}
     same = {
         "file": lambda r: files[id(r.sheet)],
         "engine": lambda r: (r.engine.server_sha256, r.engine.build, r.observed.report.built),
@@ -85,7 +85,7 @@ def one_file_and_engine(cell: Cell) -> Finding:
 def header_numbers_agree(cell: Cell) -> Finding:
     """What the file's header says of a placement is the same in every run, and no placement changes the file's sum."""
 
-    def wrong() -> Iterator[str]:
+    def failures() -> Iterator[str]:
         for arm, runs in by_arm(cell.runs).items():
             yield from (f"{arm}: {text}" for text in _differ({"header": lambda r: r.observed.placement}, runs))
         sums = {
@@ -102,26 +102,26 @@ def header_numbers_agree(cell: Cell) -> Finding:
             if p.moved_bytes > experts or (whole and p.moved_bytes != experts):
                 yield f"{r.run_id} moves {p.moved_bytes} of {experts} bytes"
 
-    return finding(wrong(), "one file")
+    return finding(failures(), "one file")
 
 
 @holds("cell", "the plan's")
 def workloads_as_planned(cell: Cell) -> Finding:
     """Prompts and answers are as long as the plan has them, and a prompt has one length in all runs."""
 
-    def wrong() -> Iterator[str]:
+    def failures() -> Iterator[str]:
         lengths: dict[str, set[int]] = defaultdict(set)
         for r in cell.runs:
             for q in r.observed.requests:
-                asked = cell.workloads.get(q.workload)
+                planned = cell.workloads.get(q.workload)
                 lengths[q.workload].add(q.prompt_tokens)
-                if asked is None or q.generate_tokens != asked.generate_tokens:
+                if planned is None or q.generate_tokens != planned.generate_tokens:
                     yield f"{r.run_id}: {q.workload} generates {q.generate_tokens}"
-                elif asked.prompt_tokens and q.prompt_tokens != asked.prompt_tokens:
+                elif planned.prompt_tokens and q.prompt_tokens != planned.prompt_tokens:
                     yield f"{r.run_id}: {q.workload} has {q.prompt_tokens} prompt tokens"
         yield from (f"{name}: prompts of {sorted(n)} tokens" for name, n in lengths.items() if len(n) > 1)
 
-    return finding(wrong(), f"{len(cell.workloads)} workloads")
+    return finding(failures(), f"{len(cell.workloads)} workloads")
 
 
 def _requests(runs: Iterable[Record]) -> list[Request]:
@@ -182,7 +182,7 @@ def starts_alike(cell: Cell) -> Finding:
         return True, "the logs have no times, or the host was not quiet"
     usual = median(cell.starts[r.run_id] for r in quiet)
 
-    def wrong() -> Iterator[str]:
+    def failures() -> Iterator[str]:
         starts = ((r.run_id, cell.starts[r.run_id]) for r in quiet)
         yield from (f"{name}: {s:.2f} s" for name, s in starts if s > max(START_S, STARTS * usual))
         for arm, runs in by_arm(quiet).items():
@@ -190,13 +190,13 @@ def starts_alike(cell: Cell) -> Finding:
             if known and not usual / 2 - ARM_START_S <= median(known) <= 2 * usual + ARM_START_S:
                 yield f"{arm}: {median(known) * 1e3:.0f} ms in the median, all {usual * 1e3:.0f} ms"
 
-    return finding(wrong(), f"{usual * 1e3:.0f} ms in the median")
+    return finding(failures(), f"{usual * 1e3:.0f} ms in the median")
 
 
 def _spread(name: str, values: Mapping[str, list[float]], least: float, share: float) -> Iterator[str]:
-    for of, numbers in values.items():
+    for label, numbers in values.items():
         if numbers and max(numbers) - min(numbers) > max(least, share * max(numbers)):
-            yield f"{name} of {of}: {min(numbers):.0f} to {max(numbers):.0f}"
+            yield f"{name} of {label}: {min(numbers):.0f} to {max(numbers):.0f}"
 
 
 @holds(
@@ -207,7 +207,7 @@ def memory_steady(cell: Cell) -> Finding:
     """The same file in the same place takes the same memory of device and host in every block, and what the engine's
     buffers leave unexplained is about the same in every placement; so is what a prompt moves over the bus."""
 
-    def wrong() -> Iterator[str]:
+    def failures() -> Iterator[str]:
         device, host, bus, rests = (defaultdict(list) for _ in range(4))
         loopback = any(r.observed.device_kind == "loopback" for r in cell.runs)
         for r in cell.runs:
@@ -226,8 +226,8 @@ def memory_steady(cell: Cell) -> Finding:
         yield from _spread("host memory", host, STEADY_BYTES, STEADY_SHARE)
         yield from _spread("bus traffic", bus, STEADY_BYTES, STEADY_SHARE)
         alike = defaultdict(list)  # mapped or copied, the same experts cross the bus
-        for of, moved in bus.items():
-            alike[f"{of.partition('/')[0]}, {of.partition(', ')[2]} in all load modes"] += moved
+        for label, moved in bus.items():
+            alike[f"{label.partition('/')[0]}, {label.partition(', ')[2]} in all load modes"] += moved
         yield from _spread("bus traffic", alike, STEADY_BYTES, STEADY_SHARE)
         middles = {arm: median(rest) for arm, rest in rests.items()}
         largest = max((r.observed.memory.value_bytes or 0 for r in cell.runs), default=0)
@@ -235,7 +235,7 @@ def memory_steady(cell: Cell) -> Finding:
         if middles and max(middles.values()) - min(middles.values()) > bound:
             yield f"beside the engine's buffers {', '.join(f'{arm} {n:.0f}' for arm, n in middles.items())} bytes"
 
-    return finding(wrong(), f"{len(by_arm(cell.runs))} arms steady")
+    return finding(failures(), f"{len(by_arm(cell.runs))} arms steady")
 
 
 @holds("cell", f"{FAULT_SHARE:.0%} or {FAULTS} faults apart")
@@ -243,7 +243,7 @@ def pages_steady(cell: Cell) -> Finding:
     """The same work on the same memory touches about as many pages in every block of a session: how the system cached
     the file is another matter in the next."""
 
-    def wrong() -> Iterator[str]:
+    def failures() -> Iterator[str]:
         sessions = defaultdict(list)
         for r in cell.runs:
             use = r.observed.host
@@ -253,14 +253,14 @@ def pages_steady(cell: Cell) -> Finding:
             if max(faults) - min(faults) > max(FAULTS, FAULT_SHARE * max(faults)):
                 yield f"{arm}: {min(faults)} to {max(faults)} page faults"
 
-    return finding(wrong(), f"{len(cell.runs)} runs")
+    return finding(failures(), f"{len(cell.runs)} runs")
 
 
 @holds("cell", f"{MONITOR_TIMES:g} times the median of its placement + {WATCH_ONCE_S:g} s")
 def monitors_alike(cell: Cell) -> Finding:
     """Watching the same work takes about as much of a CPU in every block."""
 
-    def wrong() -> Iterator[str]:
+    def failures() -> Iterator[str]:
         for arm, runs in by_arm(cell.runs).items():
             known = {r.run_id: r.observed.watch_cpu_s for r in runs if r.observed.watch_cpu_s}
             usual = median(known.values()) if known else 0.0
@@ -268,16 +268,16 @@ def monitors_alike(cell: Cell) -> Finding:
                 if not usual / MONITOR_TIMES - WATCH_ONCE_S <= spent <= usual * MONITOR_TIMES + WATCH_ONCE_S:
                     yield f"{arm}: {spent:.3f} CPU seconds in {name}, {usual:.3f} in the median"
 
-    return finding(wrong(), "alike")
+    return finding(failures(), "alike")
 
 
 def _session(r: Record) -> str:
     """What a process says of its host and device, which it looks at once, before its runs."""
-    return _told(r.host, r.device)
+    return _session_key(r.host, r.device)
 
 
 @lru_cache(4096)
-def _told(host: HostFacts, device: DeviceFacts) -> str:
+def _session_key(host: HostFacts, device: DeviceFacts) -> str:
     return f"{host!r} {device!r}"
 
 
@@ -298,20 +298,20 @@ def one_session_at_a_time(cell: Cell) -> Finding:
     """A process reads the host's speed and an empty context once, before its runs: what it read does not come back
     after another's; and the board's energy counter goes on from one run to the next."""
 
-    def wrong() -> Iterator[str]:
-        over: set[str] = set()
+    def failures() -> Iterator[str]:
+        ended_sessions: set[str] = set()
         for first, second, gap in _in_turn(cell.runs):
             before, after = _session(first), _session(second)
             if before != after:
-                over.add(before)
-            if after in over:
+                ended_sessions.add(before)
+            if after in ended_sessions:
                 yield f"what another process read is back in {second.run_id}"
             ended, begun = first.observed.counters[-1:], second.observed.counters[:1]
             counted = [c.energy_joule for c in (*ended, *begun) if c.energy_joule is not None]
             if gap <= SESSION_S and len(counted) == 2 and counted[1] < counted[0] - 1:
                 yield f"the counter of {second.run_id} begins before the end of the one before"
 
-    return finding(wrong(), f"{len(cell.runs)} runs")
+    return finding(failures(), f"{len(cell.runs)} runs")
 
 
 @holds("cell", "each after the end of the one before")

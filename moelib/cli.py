@@ -238,7 +238,7 @@ def audit(name: str, re_audit: bool) -> None:
     from moelib import evidence, measure, words
     from moelib import study as studies
 
-    for r in measure.judge_again(studies.Folder(name)) if re_audit else ():
+    for r in measure.reaudit(studies.Folder(name)) if re_audit else ():
         say(f"re-audited: {r.line}, from the readings of {r.judged.record}")
     results = studies.results(studies.outputs() / name)
     say(evidence.audit_table(results).text())

@@ -33,20 +33,22 @@ def command_as_asked(run: Measured) -> Finding:
         return False, "not a list of flags, each once"
     n = spec.placement.removeprefix("n-cpu-moe=") if "=" in spec.placement else None
     threads = str(run.observation.threads)
-    want: dict[str, str | None] = {**ALWAYS, **FIXED, "-c": str(spec.context), "-t": threads, "-tb": threads}
-    want |= {flag: value for flag, value in IF_KNOWN.items() if flag in flags}
-    want |= {"--cpu-moe": None} if spec.placement == "cpu-moe" else {}
-    want |= {"--n-cpu-moe": n} if n else {}
+    expected: dict[str, str | None] = {**ALWAYS, **FIXED, "-c": str(spec.context), "-t": threads, "-tb": threads}
+    expected |= {flag: value for flag, value in IF_KNOWN.items() if flag in flags}
+    expected |= {"--cpu-moe": None} if spec.placement == "cpu-moe" else {}
+    expected |= {"--n-cpu-moe": n} if n else {}
     if "--load-mode" in flags:
-        want["--load-mode"] = spec.load_mode
+        expected["--load-mode"] = spec.load_mode
     elif spec.load_mode == "none":
-        want["--no-mmap"] = None
+        expected["--no-mmap"] = None
     free = {"-m": r".+\.gguf", "--device": {"cuda": r"CUDA0", "none": r"none"}.get(device, r"RPC.*")}
     free |= {"--rpc": r"127\.0\.0\.1:\d+"} if device == "loopback" else {}
-    wrong = [flag for flag in sorted(want.keys() | flags.keys() - free.keys()) if _differs(flag, want, flags)]
-    wrong += [flag for flag, form in free.items() if not re.fullmatch(form, flags.get(flag) or "")]
-    return not wrong, f"wrong: {', '.join(wrong)}" if wrong else "as asked"
+    mismatched = [
+        flag for flag in sorted(expected.keys() | flags.keys() - free.keys()) if _differs(flag, expected, flags)
+    ]
+    mismatched += [flag for flag, form in free.items() if not re.fullmatch(form, flags.get(flag) or "")]
+    return not mismatched, f"wrong: {', '.join(mismatched)}" if mismatched else "as asked"
 
 
-def _differs(flag: str, want: dict[str, str | None], flags: dict[str, str | None]) -> bool:
-    return flag not in want or flag not in flags or want[flag] != flags[flag]
+def _differs(flag: str, expected: dict[str, str | None], flags: dict[str, str | None]) -> bool:
+    return flag not in expected or flag not in flags or expected[flag] != flags[flag]

@@ -1,4 +1,4 @@
-"""What CUDA says of itself, asked by a process of its own: in ours it would hold a context on the GPU."""
+"""Queries to CUDA, run in a separate process: in this one, CUDA would keep a context on the GPU."""
 
 import re
 import subprocess
@@ -8,7 +8,7 @@ from moelib import process
 
 ANSWER_S = 30.0  # a driver may have to be loaded first
 SHARED = "shared 1"
-"""What the process says of a device whose memory is the host's RAM."""
+"""Printed by the process for a device whose memory is the host's RAM."""
 
 # libcuda's functions are those of its header; 18 is CU_DEVICE_ATTRIBUTE_INTEGRATED.
 _ASK = """
@@ -29,7 +29,7 @@ HOLD = [sys.executable, "-c", _ASK + _HOLD]
 
 
 def first_id() -> str | None:
-    """The id of the device that CUDA counts first, by the variables as they are set; None where it does not say."""
+    """The id of the device that CUDA counts first with the present environment; None where CUDA gives none."""
     limit = process.patience(ANSWER_S)
     try:
         done = subprocess.run(FIRST, env=process.inherited(), capture_output=True, timeout=limit, check=False)

@@ -1,4 +1,4 @@
-"""What holds the offloaded part of a model: a GPU (`cuda`), a second process (`loopback`), or nothing (`none`).
+"""The device that a model is offloaded from: a GPU (`cuda`), a second process (`loopback`), or none (`none`).
 
 Each kind opens a session for one run, which says how llama-server reaches the device and reads its memory and, on a
 GPU, its counters.
@@ -22,14 +22,14 @@ from moelib.memory import LEAST_CONTEXT_BYTES, SETTLED_BYTES, Reading
 from moelib.nvml import NO_GPU, Counters, Gpu, Traffic
 
 SAMPLE_S = 0.1  # between readings of the memory: the last one holds the peak, as pools never shrink
-# What watches a run takes CPU time from experts that are computed on all CPUs, and each thread of theirs waits for the
-# slowest: on an H200 with 16 busy CPUs, monitors that went through all processes at each reading and asked for clocks
-# and power five times a second slowed decoding to 0.862 [0.813, 0.913] of its rate. So while a request runs only the
-# memory is read, which takes 26 us; clocks and power, which take the driver 4 ms, wait for its end.
-BUS_S = 0.01  # between looks at the bus: its counter turns over in 68 ms on an H200's link, and a look takes 1 ms
-IDLE_READINGS, IDLE_S = 5, 0.02  # enough to see an idle device move
-LISTEN_S = 30.0  # for the loopback device's process, to be there
-PORTS = 5  # tried for it
+# Monitoring takes CPU time from experts that are computed on all CPUs, whose threads wait for the slowest one: on an
+# H200 with 16 busy CPUs, monitors that listed all processes at each reading and read clocks and power five times a
+# second slowed decoding to 0.862 [0.813, 0.913] of its rate. So only the memory is read during a request, which takes
+# 26 us; clocks and power, which take the driver 4 ms, are read after it.
+BUS_S = 0.01  # between readings of the bus: its counter wraps in 68 ms on an H200's link, and a reading takes 1 ms
+IDLE_READINGS, IDLE_S = 5, 0.02  # enough to notice that an idle device's memory changes
+LISTEN_S = 30.0  # for the loopback device's process to listen
+PORTS = 5  # ports tried for it
 RPC = (
     "install its other packages (Debian: `apt-get install llama.cpp-tools-extra libggml0-backend-rpc`), or set "
     "MOELIB_LLAMA_CPP to a build with -DGGML_RPC=ON"
@@ -38,11 +38,11 @@ SETTLE_S = 10.0  # for a driver to give back an ended process's memory
 
 
 class DeviceError(params.UserError):
-    """The device that was asked for is not there; the message says what to do."""
+    """The requested device cannot be used; the message says what to do."""
 
 
 class NoDriver(DeviceError):
-    """No driver of NVIDIA answers: there may be no GPU of theirs."""
+    """No NVIDIA driver answers: this machine may have no NVIDIA GPU."""
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Session:
     """A device during one run."""
 
     args: list[str]
-    """What llama-server must be told."""
+    """Arguments of llama-server that select the device."""
     read: Callable[[int | None, float], Reading] = lambda server_pid, t_s: Reading(t_s, None, None)
     """Reads the memory, given the server's process id and the seconds since the run's start."""
     counters: Callable[[float], Counters] | None = None
@@ -58,41 +58,41 @@ class Session:
     energy: Callable[[], float | None] = lambda: None
     """Reads the energy counter alone, in joules."""
     traffic: Callable[[], Traffic] | None = None
-    """Begins to count what goes over the bus, look by look."""
+    """Starts to count the bytes that go over the bus."""
     env: dict[str, str] = field(default_factory=dict)
     cpus: tuple[int, ...] = ()
     """The only CPUs that llama-server may use; empty for all."""
     pid: int | None = None
-    """The process that plays the device, where one does."""
+    """Process id of a loopback device."""
     shared: bool = False
-    """Whether the device is there before and after the run, so that its idle state can be read."""
+    """Whether the device exists before and after the run, so that its idle state can be read."""
 
     def peak_bytes(self) -> int | None:
         return process.peak_rss(self.pid) if self.pid else None
 
     def idle(self) -> tuple[Reading, ...]:
         """Readings before the run."""
-        found = [self.read(None, 0.0)]
-        while self.shared and len(found) < IDLE_READINGS:
+        readings = [self.read(None, 0.0)]
+        while self.shared and len(readings) < IDLE_READINGS:
             time.sleep(IDLE_S)
-            found.append(self.read(None, 0.0))
-        return tuple(found)
+            readings.append(self.read(None, 0.0))
+        return tuple(readings)
 
     def settled(self, idle: tuple[Reading, ...], server_pid: int, now: Callable[[], float]) -> tuple[Reading, ...]:
-        """Readings after the run's end, until the device is as it was or SETTLE_S have passed."""
-        found, deadline = [], time.monotonic() + process.patience(SETTLE_S)
+        """Readings after the run's end, until the memory in use is as before or SETTLE_S have passed."""
+        readings, deadline = [], time.monotonic() + process.patience(SETTLE_S)
         while self.shared:
-            found.append(self.read(server_pid, now()))
-            before, after = idle[-1].device_bytes, found[-1].device_bytes
+            readings.append(self.read(server_pid, now()))
+            before, after = idle[-1].device_bytes, readings[-1].device_bytes
             back = None in (before, after) or abs(after - before) <= SETTLED_BYTES
-            if (back and not found[-1].listed) or time.monotonic() > deadline:
+            if (back and not readings[-1].listed) or time.monotonic() > deadline:
                 break
             time.sleep(SAMPLE_S)
-        return tuple(found)
+        return tuple(readings)
 
 
 class Device:
-    """What the kinds have in common; each adds `session`, which holds the device for one run."""
+    """Common to all kinds; each adds `session`, which holds the device for one run."""
 
     kind = "none"
     name: str | None = None
@@ -102,7 +102,7 @@ class Device:
     absent: dict[str, str] = NO_GPU
     """Counters that this device does not have -> why."""
     note: str | None = None
-    """Why it was taken, in a sentence, where nobody named it and a GPU might have been expected."""
+    """Why this device was chosen instead of a GPU, where the study did not name it."""
 
     @cached_property
     def threads(self) -> int:
@@ -110,15 +110,15 @@ class Device:
         return process.usable_cpus()
 
     def identity(self) -> dict[str, Any]:
-        """What a record says of the device."""
+        """The device's facts for a record."""
         return {"kind": self.kind, "name": self.name, "uuid": self.uuid}
 
     def calibrate(self, work: Path) -> None:
-        """Measure what can only be measured with no run in progress. Logs go to `work`."""
+        """Measure an empty context, while no run is in progress. Logs go to `work`."""
 
 
 class NoDevice(Device):
-    """llama.cpp on the CPU alone: runs, but has nothing to offload from."""
+    """llama.cpp on the CPU alone: models run, but there is no device to offload from."""
 
     @contextmanager
     def session(self, engine: Engine, work: Path) -> Iterator[Session]:
@@ -126,10 +126,10 @@ class NoDevice(Device):
 
 
 class Loopback(Device):
-    """llama.cpp's RPC server as a device: a real one to the engine, and its memory is that process's RSS.
+    """llama.cpp's RPC server as a device. The engine treats it like any other; its memory is the RSS of its process.
 
     The cores are divided between the two processes: their threads spin while they wait, and on shared cores each
-    would take the other's time (seen on 2 cores: 64 tok/s shared, 440 divided; not pinned, 350 or 900 by chance).
+    would take the other's time (on 2 cores: 64 tok/s shared, 440 divided; not pinned, 350 or 900 by chance).
     """
 
     kind = "loopback"
@@ -139,7 +139,7 @@ class Loopback(Device):
         self.threads = max(1, cpus // 2)
         self.device_threads = max(1, cpus - self.threads)
         ids = tuple(process.cpu_ids())
-        divided = len(ids) > 1 and len(ids) == cpus  # under a quota the scheduler does it
+        divided = len(ids) > 1 and len(ids) == cpus  # under a CPU quota, the scheduler divides them
         self.cpus, self.device_cpus = (ids[: self.threads], ids[self.threads :]) if divided else ((), ())
         self.name = f"ggml-rpc-server, {self.device_threads} threads on {process.facts()['cpu']}"
 
@@ -154,7 +154,7 @@ class Loopback(Device):
                     child.wait_listening(port, process.patience(LISTEN_S))
                 except process.ProcessError:
                     if left and not child.running():
-                        continue  # the port was free a moment ago; it ends where another process was faster
+                        continue  # another process took the port first: try the next one
                     raise
                 yield child, f"127.0.0.1:{port}"
                 return
@@ -178,8 +178,8 @@ class Loopback(Device):
 
 
 def no_loopback(engine: Engine) -> str | None:
-    """Why this build has no loopback device, and what mends it; None where it answers. A distribution may keep RPC in
-    packages of its own, and llama-server then names the flag and refuses it."""
+    """Why this build has no loopback device, and how to get one; None where it works. A distribution may ship RPC in
+    separate packages: llama-server's help then lists the flag, but using it fails."""
     try:
         with TemporaryDirectory(prefix="moelib-") as work, Loopback().session(engine, Path(work)):
             return None
@@ -188,7 +188,7 @@ def no_loopback(engine: Engine) -> str | None:
 
 
 class Family:
-    """Reads the memory of a run's processes. They are looked for only when the driver lists one that is not known."""
+    """Reads the memory of a run's processes. Child processes are searched only when the driver lists an unknown one."""
 
     def __init__(self, gpu: Gpu) -> None:
         self._gpu, self._ours, self._strangers = gpu, set(), set()
@@ -226,24 +226,24 @@ class Cuda(Device):
         return {**super().identity(), **self.gpu.facts(), "context_bytes": self.context_bytes}
 
     def calibrate(self, work: Path) -> None:
-        before = self.gpu.read(set(), 0.0).device_bytes
+        idle_bytes = self.gpu.read(set(), 0.0).device_bytes
         env = process.environment(work, {"CUDA_VISIBLE_DEVICES": self.uuid})
         try:
             with process.Child(cuda.HOLD, work / "context.log", env) as child:
                 child.wait_for(r"context 0 0", process.patience(cuda.ANSWER_S))
                 self.gpu.shared = cuda.SHARED in child.text()
-                seen = self.gpu.read({child.pid}, 0.0)
+                reading = self.gpu.read({child.pid}, 0.0)
         except process.ProcessError:
-            return  # memory is then held against a wide bound, and says so
-        growth = None if None in (before, seen.device_bytes) else seen.device_bytes - before
-        context = seen.process_bytes or growth  # what grows may be another's, the list is ours
+            return  # memory is then checked against a wide bound, with the reason context-unmeasured
+        growth = None if None in (idle_bytes, reading.device_bytes) else reading.device_bytes - idle_bytes
+        context = reading.process_bytes or growth  # the list counts this process alone, growth may include others
         self.context_bytes = context if context and context >= LEAST_CONTEXT_BYTES else None
 
     @contextmanager
     def session(self, engine: Engine, work: Path) -> Iterator[Session]:
         env = {"CUDA_VISIBLE_DEVICES": self.uuid}
-        read, there = Family(self.gpu).read, not self.absent.keys() & {"pcie_rx_bytes", "pcie_tx_bytes"}
-        traffic = self.gpu.traffic if there else None
+        read, has_bus_counters = Family(self.gpu).read, not self.absent.keys() & {"pcie_rx_bytes", "pcie_tx_bytes"}
+        traffic = self.gpu.traffic if has_bus_counters else None
         yield Session(["--device", "CUDA0"], read, self.gpu.counters, self.gpu.energy, traffic, env, shared=True)
 
 
@@ -258,7 +258,7 @@ INSTEAD = {
 def choose(kind: str, engine: Engine) -> Device:
     """The device for `kind`; `auto` takes a GPU that the engine can use, else loopback, else none, and notes why.
 
-    Raises DeviceError if the kind that was named is not there.
+    Raises DeviceError if `kind` is named and not available.
     """
     why = None
     if kind in ("auto", "cuda"):
@@ -269,13 +269,13 @@ def choose(kind: str, engine: Engine) -> Device:
                 raise
             why = passed_over(engine, err)
     if kind != "none" and "--rpc" in engine.help.flags and "rpc-server" in engine.tools:
-        where = Loopback()
+        device = Loopback()
     elif kind == "loopback":
         raise DeviceError(f"{engine} has no RPC; run `make engine` or set MOELIB_LLAMA_CPP to one that has")
     else:
-        where = NoDevice()
-    where.note = why and f"{INSTEAD[where.kind]}, because {why}"
-    return where
+        device = NoDevice()
+    device.note = why and f"{INSTEAD[device.kind]}, because {why}"
+    return device
 
 
 def _cuda(engine: Engine) -> Cuda:
@@ -290,20 +290,20 @@ def uses_cuda(engine: Engine) -> bool:
 
 
 def of_other_kinds(engine: Engine) -> list[str]:
-    """GPUs that the engine lists and moelib does not measure."""
+    """GPUs that the engine lists and moelib cannot measure."""
     try:
         return [f"{name}: {text}" for name, text in gpus.others(engine.devices()).items()]
-    except EngineError:  # what cannot list them is told where it is used
+    except EngineError:  # an engine that cannot list devices is reported when it is used
         return []
 
 
 def passed_over(engine: Engine, err: DeviceError) -> str:
-    """Why no GPU is measured on, in one sentence: what is here, and what stands in its way."""
+    """Why no GPU is used, in one sentence: the GPUs of this machine, and the reason."""
     if not isinstance(err, NoDriver):
         return str(err)
-    here = gpus.present()
-    if nvidia := [str(f) for f in here if f.vendor == "NVIDIA"]:
+    listed = gpus.present()
+    if nvidia := [str(f) for f in listed if f.vendor == "NVIDIA"]:
         return f"the driver of the {', '.join(nvidia)} does not answer: {err}"
-    if other := of_other_kinds(engine):
-        return f"{ALONE}, and the engine lists {', '.join(other)}"
-    return f"{ALONE}, and here is {', '.join(map(str, here))}" if here else "there is no GPU here"
+    if unmeasured := of_other_kinds(engine):
+        return f"{ALONE}, and the engine lists {', '.join(unmeasured)}"
+    return f"{ALONE}, and here is {', '.join(map(str, listed))}" if listed else "there is no GPU here"

@@ -25,7 +25,7 @@ GAP_REQUEST_S = 0.25  # of shorter requests, in the mean, the counter says nothi
 def energy_steady(cell: Cell) -> Finding:
     """The same work takes about the same energy in every block."""
 
-    def wrong() -> Iterator[str]:
+    def failures() -> Iterator[str]:
         for arm, runs in by_arm(cell.runs).items():
             spent = {r.run_id: _spent(r) for r in runs if _known(r)}
             usual = median(spent.values()) if spent else 0.0
@@ -35,14 +35,14 @@ def energy_steady(cell: Cell) -> Finding:
                 if not usual / ENERGY_TIMES - late <= joules <= usual * ENERGY_TIMES + late:
                     yield f"{arm}: {joules:.0f} J in {name}, {usual:.0f} in the median"
 
-    return finding(wrong(), "steady")
+    return finding(failures(), "steady")
 
 
 @holds("cell", f"{METER_SHARE:.0%} of long requests' power, {ARM_SHARES[0]:g} to {ARM_SHARES[1]:g} times per placement")
 def energy_as_metered(cell: Cell) -> Finding:
     """Requests take the power that the board's meter reads at their ends."""
 
-    def wrong() -> Iterator[str]:
+    def failures() -> Iterator[str]:
         long = [share for q, share in _meter_shares(cell.runs) if q.total_s > METER_S]
         if long and abs(median(long) - 1) > METER_SHARE + METER_SPREAD / len(long) ** 0.5:
             yield f"long requests take {median(long):.2f} times the meter's power"
@@ -51,33 +51,33 @@ def energy_as_metered(cell: Cell) -> Finding:
             if len(shares) >= ARM_REQUESTS and not ARM_SHARES[0] <= median(shares) <= ARM_SHARES[1]:
                 yield f"{arm}: requests take {median(shares):.2f} times the meter's power"
 
-    return finding(wrong(), "as the meter reads")
+    return finding(failures(), "as the meter reads")
 
 
 @holds("cell", f"{GAP_SHARES[0]:g} times the meter's least to {GAP_SHARES[1]:g} times the power in requests")
 def energy_between_requests(cell: Cell) -> Finding:
     """What the board's counter moves by and no request took was drawn between them: by a board that waits."""
 
-    def wrong() -> Iterator[str]:
+    def failures() -> Iterator[str]:
         for arm, runs in by_arm(cell.runs).items():
-            whole = [(r, moved) for r in runs if _known(r) and _watts(r) and (moved := _moved(r)) is not None]
-            lasted = [q.total_s for r, _ in whole for q in r.observed.requests]
-            if not whole or sum(lasted) < GAP_REQUEST_S * len(lasted):
+            measured = [(r, moved) for r in runs if _known(r) and _watts(r) and (moved := _moved(r)) is not None]
+            lasted = [q.total_s for r, _ in measured for q in r.observed.requests]
+            if not measured or sum(lasted) < GAP_REQUEST_S * len(lasted):
                 continue
-            spent, asked = sum(_spent(r) for r, _ in whole), sum(lasted)
-            between, waited = sum(j for _, (j, _) in whole) - spent, sum(s for _, (_, s) in whole) - asked
-            busy, idle = spent / asked, min(min(_watts(r)) for r, _ in whole)
+            spent, requested_s = sum(_spent(r) for r, _ in measured), sum(lasted)
+            between, waited = sum(j for _, (j, _) in measured) - spent, sum(s for _, (_, s) in measured) - requested_s
+            busy, idle = spent / requested_s, min(min(_watts(r)) for r, _ in measured)
             slack = GAP_S * max(busy, idle) * len(lasted) ** 0.5
             least, most = GAP_SHARES[0] * idle * waited - slack, GAP_SHARES[1] * busy * waited + slack
             if not least <= between <= most:
                 yield f"{arm}: {between:.0f} J in {waited:.2f} s between requests, {least:.0f} to {most:.0f} possible"
 
-    return finding(wrong(), "a board that waits")
+    return finding(failures(), "a board that waits")
 
 
 def _known(r: Record) -> bool:
-    asked = r.observed.requests
-    return bool(asked) and all(q.energy_joule is not None and q.total_s for q in asked)
+    requests = r.observed.requests
+    return bool(requests) and all(q.energy_joule is not None and q.total_s for q in requests)
 
 
 def _spent(r: Record) -> float:

@@ -122,13 +122,13 @@ def audit_table(results: Results) -> Table:
     rows = [
         {
             "invariant": i.id,
-            "checks a": "round" if i.of == "block" else i.of,
+            "checks a": "round" if i.scope == "block" else i.scope,
             "limit": i.limit,
             "held": held[i.id, True],
             "failed": held[i.id, False],
             "a failure": "degrades" if i.degrades else "invalidates",
         }
-        for i in sorted(INVARIANTS.values(), key=lambda i: KINDS.index(i.of))
+        for i in sorted(INVARIANTS.values(), key=lambda i: KINDS.index(i.scope))
     ]
     return Table("audit", rows, [cite(results.records)] * len(rows), numbers=("held", "failed"))
 

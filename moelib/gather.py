@@ -20,7 +20,7 @@ class Evidence:
     records: list[record.Record]
     damaged: list[str]
     """What is wrong with the files that are no records."""
-    wrong: dict[str, str]
+    problems: dict[str, str]
     """Run -> why it has no result that stands; the others have one."""
     starts: dict[str, float]
     """Run -> seconds from the start of its process to its log's first instant."""
@@ -35,15 +35,15 @@ class Evidence:
 
     def why_not(self, r: record.Record | None) -> str | None:
         """Why a planned run has no result that stands."""
-        return self.wrong.get(r.run_id) if r else "not run"
+        return self.problems.get(r.run_id) if r else "not run"
 
 
-def gather(folder: Path, of: str = "", set_aside: bool = False, light: bool = False) -> Evidence:
+def gather(folder: Path, prefix: str = "", set_aside: bool = False, light: bool = False) -> Evidence:
     """Read and audit the records in a study's `folder`, those whose names begin with `of`, and their logs.
 
     light: keep of each what a study's tables need. set_aside: move damaged records away.
     """
-    wrong, starts, lighten = {}, {}, record.Lightener()
+    problems, starts, lighten = {}, {}, record.Lightener()
     checks: dict[str, tuple[tuple[str, bool], ...]] = {}
     once: dict[Any, Any] = {}  # the runs of a study share a few outcomes
 
@@ -51,7 +51,7 @@ def gather(folder: Path, of: str = "", set_aside: bool = False, light: bool = Fa
         called = witness.call(folder, r)
         today = audit_today(r, called)
         if (why := why_not(r, called, today)) is not None:
-            wrong[r.run_id] = why
+            problems[r.run_id] = why
         if today:
             outcome = tuple((c.id, c.passed) for c in today)
             checks[r.run_id] = once.setdefault(outcome, outcome)
@@ -60,11 +60,11 @@ def gather(folder: Path, of: str = "", set_aside: bool = False, light: bool = Fa
         return lighten(r) if light else r
 
     with _no_search_for_cycles():
-        records, damaged = record.read_all(folder, set_aside, of, look)
+        records, damaged = record.read_all(folder, set_aside, prefix, look)
         if len(records) >= MANY:
             gc.freeze()  # nor are they to be searched later on: a tenth of a command's time
-    away = tuple(p.name.partition(".json")[0] for p in sorted((folder / "records" / "damaged").glob(f"{of}*")))
-    return Evidence(records, damaged, wrong, starts, away, checks)
+    away = tuple(p.name.partition(".json")[0] for p in sorted((folder / "records" / "damaged").glob(f"{prefix}*")))
+    return Evidence(records, damaged, problems, starts, away, checks)
 
 
 @contextmanager

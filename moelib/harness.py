@@ -93,9 +93,9 @@ class Ratio:
     of: Callable[[Round], Sequence[tuple[float, float]]]
     """The rates below and above the line, in pairs: one of a round, or as many as were drawn by lot within it."""
 
-    def estimate(self, found: Harness, placement: str) -> stats.Estimate | None:
+    def estimate(self, measurement: Harness, placement: str) -> stats.Estimate | None:
         """Geometric mean over pairs with its interval; None where there are none."""
-        pairs = [pair for r in found.rounds if r.placement == placement for pair in self.of(r)]
+        pairs = [pair for r in measurement.rounds if r.placement == placement for pair in self.of(r)]
         return stats.ratio(pairs) if pairs else None
 
     def met(self, e: stats.Estimate) -> str:
@@ -164,26 +164,28 @@ def by_slots(requests: Iterable[Request]) -> Iterator[tuple[float, float]]:
             yield tuple(rates if watched(slot * SLOT_S) else reversed(rates))
 
 
-def ratios(found: Harness) -> Iterator[tuple[str, Ratio, stats.Estimate]]:
+def ratios(measurement: Harness) -> Iterator[tuple[str, Ratio, stats.Estimate]]:
     """(placement, ratio, estimate) of all that was measured."""
-    for placement in dict.fromkeys(r.placement for r in found.rounds):
+    for placement in dict.fromkeys(r.placement for r in measurement.rounds):
         for ratio in RATIOS:
-            if (e := ratio.estimate(found, placement)) is not None:
+            if (e := ratio.estimate(measurement, placement)) is not None:
                 yield placement, ratio, e
 
 
 def bias(accuracy: Iterable[Harness]) -> str | None:
     """A sentence for each placement that watching surely slowed by more than the aim allows, None where it did not."""
-    told, said = [], neutral.markdown
-    for about, placement, ratio, e in ((found.about, *row) for found in accuracy for row in ratios(found)):
+    sentences, escaped = [], neutral.markdown
+    for about, placement, ratio, e in (
+        (measurement.about, *row) for measurement in accuracy for row in ratios(measurement)
+    ):
         if ratio is WATCHED and e.high is not None and e.high < ratio.lowest:
-            where, what = said(placement), said(f"{about.model} at {about.quant}")
-            told.append(
-                f"**Monitoring slowed the runs**: {what}, {where}, decoded at {stats.estimate(e)} times "
-                f"its rate without monitoring. Rates of {where} here are too low by about as much, and so are "
+            placement_text, model_text = escaped(placement), escaped(f"{about.model} at {about.quant}")
+            sentences.append(
+                f"**Monitoring slowed the runs**: {model_text}, {placement_text}, decoded at {stats.estimate(e)} times "
+                f"its rate without monitoring. Rates of {placement_text} here are too low by about as much, and so are "
                 "their ratios."
             )
-    return " ".join(told) or None
+    return " ".join(sentences) or None
 
 
 def write(path: Path, about: dict[str, Any], rounds: list[dict[str, Any]]) -> Harness:
@@ -198,11 +200,11 @@ def read(path: Path) -> Harness:
     """What was kept. Raises files.FileError if it is not what was written."""
     try:
         raw = path.read_bytes()
-        found = Harness.model_validate_json(raw, strict=True)
+        stored = Harness.model_validate_json(raw, strict=True)
         data = json.loads(raw)
         del data["digest"]
     except (OSError, ValueError, RecursionError):
-        found = None
-    if found is None or found.digest != files.digest(data):
+        stored = None
+    if stored is None or stored.digest != files.digest(data):
         raise files.FileError(f"{path.name} was changed or damaged; measure it again: benchmarks/harness_accuracy.py")
-    return found
+    return stored

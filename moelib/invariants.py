@@ -43,7 +43,7 @@ Finding = tuple[bool, str]
 @dataclass(frozen=True)
 class Invariant:
     id: str
-    of: str
+    scope: str
     """run, log, block, cell or study."""
     limit: str
     reason: str
@@ -57,29 +57,29 @@ KINDS = ("run", "log", "block", "cell", "study")
 """What an invariant is of, from the smallest to the whole."""
 
 
-def holds(of: str, limit: str, degrades: bool = False) -> Callable:
+def holds(scope: str, limit: str, degrades: bool = False) -> Callable:
     """Register the function below as an invariant of a run, its log, a block, a cell or a study."""
 
     def register(find: Callable[..., Finding]) -> Callable[..., Finding]:
         name = find.__name__.replace("_", "-")
-        INVARIANTS[name] = Invariant(name, of, limit, " ".join((find.__doc__ or "").split()), find, degrades)
+        INVARIANTS[name] = Invariant(name, scope, limit, " ".join((find.__doc__ or "").split()), find, degrades)
         return find
 
     return register
 
 
-def _each(run: Measured, wrong: Callable[[Request], str | None]) -> Finding:
-    asked = run.observation.requests
-    found = [f"{r.workload}[{r.index}]: {text}" for r in asked if (text := wrong(r))]
-    return bool(asked) and not found, "; ".join(found) or f"{len(asked)} requests"
+def _each(run: Measured, fault: Callable[[Request], str | None]) -> Finding:
+    requests = run.observation.requests
+    failures = [f"{r.workload}[{r.index}]: {text}" for r in requests if (text := fault(r))]
+    return bool(requests) and not failures, "; ".join(failures) or f"{len(requests)} requests"
 
 
 @holds("run", "exact")
 def requests_complete(run: Measured) -> Finding:
     """Every workload was asked as often as the study says, in its order."""
-    want = [(w, i) for w in run.spec.workloads for i in range(run.spec.requests)]
-    got = [(r.workload, r.index) for r in run.observation.requests]
-    return bool(want) and got == want, f"{len(got)} of {len(want)} requests"
+    expected = [(w, i) for w in run.spec.workloads for i in range(run.spec.requests)]
+    actual = [(r.workload, r.index) for r in run.observation.requests]
+    return bool(expected) and actual == expected, f"{len(actual)} of {len(expected)} requests"
 
 
 @holds("run", "exact")
@@ -87,13 +87,13 @@ def counts_exact(run: Measured) -> Finding:
     """The engine processed and generated what was asked, by its own counts, and streamed no more than that: it may
     stream less, as an incomplete character at the end has no event."""
 
-    def wrong(r: Request) -> str | None:
+    def fault(r: Request) -> str | None:
         last = r.token_n[-1] if r.token_n else 0
-        got, want = (r.prompt_n, r.predicted_n), (r.prompt_tokens, r.generate_tokens)
-        fits = got == want and 2 <= last <= r.generate_tokens and len(r.tokens) <= last
-        return None if fits else f"prompt, predicted {got}, asked {want}; streamed {last}, {len(r.tokens)} ids"
+        actual, expected = (r.prompt_n, r.predicted_n), (r.prompt_tokens, r.generate_tokens)
+        fits = actual == expected and 2 <= last <= r.generate_tokens and len(r.tokens) <= last
+        return None if fits else f"prompt, predicted {actual}, asked {expected}; streamed {last}, {len(r.tokens)} ids"
 
-    return _each(run, wrong)
+    return _each(run, fault)
 
 
 @holds("run", "the engine's final event")
@@ -112,35 +112,35 @@ def cache_not_hit(run: Measured) -> Finding:
 def times_ordered(run: Measured) -> Finding:
     """Tokens arrive after the request was sent and one after another."""
 
-    def wrong(r: Request) -> str | None:
+    def fault(r: Request) -> str | None:
         if not r.token_s or len(r.token_s) != len(r.token_n) or r.token_s[0] <= 0:
             return "no first token"
         if any(list(times) != sorted(times) for times in (r.token_s, r.token_n)):
             return "an earlier one after a later one"
         return None if r.token_n[0] == 1 else f"the first event carried {r.token_n[0]} tokens"
 
-    return _each(run, wrong)
+    return _each(run, fault)
 
 
 @holds("run", f"the engine's prompt time, and at most {TTFT_SHARE:.0%} + {TTFT_S * 1000:g} ms more")
 def ttft_bounded(run: Measured) -> Finding:
     """The first token comes after the prompt was processed, and soon after."""
 
-    def wrong(r: Request) -> str | None:
+    def fault(r: Request) -> str | None:
         first, prompt = r.token_s[0] if r.token_s else None, r.engine_prompt_s
         if first is None or prompt is None:
             return None if first is None else "the engine told no prompt time"
         fits = prompt * (1 - ROUNDING) <= first <= prompt * (1 + TTFT_SHARE) + TTFT_S
         return None if fits else f"first token after {first:.4f} s, the prompt took {prompt:.4f} s"
 
-    return _each(run, wrong)
+    return _each(run, fault)
 
 
 @holds("run", f"{RATE_SHARE:.0%} + {RATE_S * 1000:g} ms")
 def clocks_agree(run: Measured) -> Finding:
     """The decode lasted as long by the engine's clock as by ours: neither was stopped, and nothing was buffered."""
 
-    def wrong(r: Request) -> str | None:
+    def fault(r: Request) -> str | None:
         if len(r.token_s) < 2 or r.token_n[-1] != r.predicted_n or r.predicted_n < 2:
             return None
         ours, engine = r.token_s[-1] - r.token_s[0], r.engine_predicted_s
@@ -149,7 +149,7 @@ def clocks_agree(run: Measured) -> Finding:
         fits = engine is not None and abs(ours - engine) <= RATE_SHARE * engine + RATE_S + step
         return None if fits else f"{ours:.4f} s here, {engine} s by the engine"
 
-    return _each(run, wrong)
+    return _each(run, fault)
 
 
 @holds("run", "all layers")
@@ -223,30 +223,32 @@ def output_alive(run: Measured) -> Finding:
 @holds("run", "SHA-256")
 def file_is_its_sheet(run: Measured) -> Finding:
     """The file that was run is the one that its sheet describes: a flipped bit shows nowhere else."""
-    ran, made = run.observation.file_sha256, run.sheet.sha256
-    return ran == made, f"file {ran[:12]}, sheet {made[:12]}"
+    loaded, written = run.observation.file_sha256, run.sheet.sha256
+    return loaded == written, f"file {loaded[:12]}, sheet {written[:12]}"
 
 
 @holds("run", "not invalid")
 def memory_known(run: Measured) -> Finding:
     """No account of device memory contradicts another, or what the engine and the header say must be there."""
-    seen = run.observation.memory
-    wrong = [r for r in seen.reasons if r in memory.INVALID]
-    return seen.status != "invalid" and not wrong, ", ".join(wrong) or str(seen.status)
+    account = run.observation.memory
+    contradictions = [r for r in account.reasons if r in memory.INVALID]
+    return account.status != "invalid" and not contradictions, ", ".join(contradictions) or str(account.status)
 
 
-def reconciled(seen: Observation) -> memory.Memory:
+def reconciled(observation: Observation) -> memory.Memory:
     """Device memory by the present rules, from the readings that a run kept."""
-    m = seen.memory
+    m = observation.memory
     peak = m.process_bytes if m.method == "rss-peak" else None
-    return memory.reconcile(seen.device_kind, m.trace, seen.report, seen.placement.device_bytes, m.context_bytes, peak)
+    return memory.reconcile(
+        observation.device_kind, m.trace, observation.report, observation.placement.device_bytes, m.context_bytes, peak
+    )
 
 
 @holds("run", "equal")
 def memory_follows(run: Measured) -> Finding:
     """The value of device memory is the one that its readings give."""
-    m, again = run.observation.memory, reconciled(run.observation)
-    return again == m, f"{m.value_bytes}, its readings give {again.value_bytes}"
+    m, recomputed = run.observation.memory, reconciled(run.observation)
+    return recomputed == m, f"{m.value_bytes}, its readings give {recomputed.value_bytes}"
 
 
 @holds("run", "a value from two accounts", degrades=True)
@@ -259,16 +261,16 @@ def memory_undoubted(run: Measured) -> Finding:
 @holds("run", "no thermal, power-brake or hardware slowdown", degrades=True)
 def not_slowed(run: Measured) -> Finding:
     """The GPU's clocks were its own while it worked, by what its driver says."""
-    told = [c.events for c in run.observation.counters if c.events is not None]
-    found = sorted({name for events in told for name in nvml.slowed(events)})
-    return not found and bool(told or run.observation.device_kind != "cuda"), ", ".join(
-        found
-    ) or f"{len(told)} readings"
+    readings = [c.events for c in run.observation.counters if c.events is not None]
+    slowdowns = sorted({name for events in readings for name in nvml.slowed(events)})
+    return not slowdowns and bool(readings or run.observation.device_kind != "cuda"), ", ".join(
+        slowdowns
+    ) or f"{len(readings)} readings"
 
 
-def strained(seen: Observation) -> bool:
+def strained(observation: Observation) -> bool:
     """Whether others worked on the host: then processes wait for each other, here and there by tens of milliseconds."""
-    return seen.host.foreign_share > FOREIGN_SHARE
+    return observation.host.foreign_share > FOREIGN_SHARE
 
 
 @holds("run", f"{FOREIGN_SHARE:.0%} of the host's CPU time", degrades=True)

@@ -86,18 +86,18 @@ def measure(folder: study.Folder, cell: study.Cell) -> Iterator[record.Record]:
         if folder.manifest(cell) != Manifest.model_validate(quantised.sheet):
             files.write_json(folder.manifest_path(cell), quantised.sheet)
         where.calibrate(work)
-        about = HostFacts(**process.facts(), host_id=host.identity(), ram_read_bytes_per_s=host.read_bandwidth())
-        setup = Setup(quantised, llama, where, work, DeviceFacts(**where.identity()), about)
+        host_facts = HostFacts(**process.facts(), host_id=host.identity(), ram_read_bytes_per_s=host.read_bandwidth())
+        setup = Setup(quantised, llama, where, work, DeviceFacts(**where.identity()), host_facts)
         evidence = folder.evidence(cell, set_aside=True)
         _same_setup([r for r in evidence.records if r.done], setup)
         last = Counter()
         for r in evidence.records:
             last[r.key] = max(last[r.key], r.attempt)
         for specs in cell.blocks:
-            found = gather.standing_for(specs, evidence.standing)
-            wrong = [evidence.why_not(r) for r in found]
-            for spec, there, to_do in zip(specs, found, _to_do(found, wrong, _machine(setup)), strict=True):
-                yield _perform(folder, spec, 1 + last[record.spec_key(spec)], setup) if to_do else there
+            standing = gather.standing_for(specs, evidence.standing)
+            problems = [evidence.why_not(r) for r in standing]
+            for spec, existing, to_do in zip(specs, standing, _to_do(standing, problems, _machine(setup)), strict=True):
+                yield _perform(folder, spec, 1 + last[record.spec_key(spec)], setup) if to_do else existing
 
 
 def device_note(folder: study.Folder) -> str | None:
@@ -111,33 +111,35 @@ def device_note(folder: study.Folder) -> str | None:
         return None
 
 
-def _machine(of: Setup | record.Record) -> tuple[Any, ...]:
+def _machine(source: Setup | record.Record) -> tuple[Any, ...]:
     """What the runs of a block must share beside engine and file, which a whole study shares."""
-    return (of.device.uuid, of.device.driver, of.host.host_id, of.host.system)
+    return (source.device.uuid, source.device.driver, source.host.host_id, source.host.system)
 
 
-def refuse_senseless(asked: params.Study) -> None:
+def refuse_senseless(parameters: params.Study) -> None:
     """Raise StudyError if a placement moves nothing of a model, or goes beyond it: by the catalogue, before anything is
     fetched, written or quantised."""
-    for name in asked.models:
-        g = params.model(name).at_scale(asked.scale)
+    for name in parameters.models:
+        g = params.model(name).at_scale(parameters.scale)
         blocks = range(g.leading_dense_block_count, g.block_count)
-        for arm in asked.arms:
-            if why := gguf_file.placement_fault(arm.placement, g.block_count, blocks):
-                raise study.StudyError(f"params/studies/{asked.name}.yaml: {name}: {why}")
+        for arm in parameters.arms:
+            if fault := gguf_file.placement_fault(arm.placement, g.block_count, blocks):
+                raise study.StudyError(f"params/studies/{parameters.name}.yaml: {name}: {fault}")
 
 
-def _to_do(found: Sequence[record.Record | None], wrong: Sequence[str | None], here: tuple[Any, ...]) -> list[bool]:
+def _to_do(
+    records: Sequence[record.Record | None], problems: Sequence[str | None], machine: tuple[Any, ...]
+) -> list[bool]:
     """Which runs of a block are still to be done, given the records that stand for them.
 
     They are compared with each other, so a block is finished on one machine, as it is `here`: with what is missing goes
     what another device, host, driver or kernel ran; and runs that are valid one by one but do not fit together are all
     done again.
     """
-    if not any(wrong) and all(c.passed for c in audit.block(found)):
-        return [False] * len(found)
-    to_do = [bool(w) or _machine(r) != here for r, w in zip(found, wrong, strict=True)]
-    return to_do if any(to_do) else [True] * len(found)
+    if not any(problems) and all(c.passed for c in audit.block(records)):
+        return [False] * len(records)
+    to_do = [bool(w) or _machine(r) != machine for r, w in zip(records, problems, strict=True)]
+    return to_do if any(to_do) else [True] * len(records)
 
 
 @contextmanager
@@ -161,7 +163,7 @@ def _perform(folder: study.Folder, spec: run.Spec, attempt: int, setup: Setup) -
     files.need_space(folder.path, RUN_BYTES, "a run")
     started = datetime.now(UTC).isoformat(timespec="seconds")
     outcome = run.execute(spec, setup.quantised, llama, setup.where, setup.work)
-    made = record.Record(
+    result = record.Record(
         run_id=name,
         attempt=attempt,
         status="failed",
@@ -177,9 +179,9 @@ def _perform(folder: study.Folder, spec: run.Spec, attempt: int, setup: Setup) -
         audit=(),
         raw=record.keep_logs(folder.path, name, outcome.logs, (setup.quantised.path.parent, llama.folder)),
     )
-    if made.observed is not None:
-        made = _audited(folder, made)
-    return record.write(folder.path, made)
+    if result.observed is not None:
+        result = _audited(folder, result)
+    return record.write(folder.path, result)
 
 
 def _audited(folder: study.Folder, r: record.Record) -> record.Record:
@@ -189,7 +191,7 @@ def _audited(folder: study.Folder, r: record.Record) -> record.Record:
     return r.model_copy(update={"status": status, "reasons": reasons, "audit": checks})
 
 
-def judge_again(folder: study.Folder) -> list[record.Record]:
+def reaudit(folder: study.Folder) -> list[record.Record]:
     """Judge runs without a valid result by the present rules, from the readings that their records kept.
 
     Of each run the first attempt that is valid by now becomes a record of its own, which names the first one; nothing
@@ -198,28 +200,28 @@ def judge_again(folder: study.Folder) -> list[record.Record]:
     records, rules = folder.records(), process.facts()
     if rules["dirty"] or not rules["commit"]:
         raise study.StudyError("the rules must be a commit's: commit what you changed, then judge again")
-    made, there = [], gather.standing(records)
+    reaudited, standing = [], gather.standing(records)
     for r in sorted(records, key=lambda r: r.attempt):
-        if r.observed is None or there[r.key].done:
+        if r.observed is None or standing[r.key].done:
             continue
-        seen = replace(r.observed, memory=reconciled(r.observed))
-        again = _audited(folder, r.model_copy(update={"observed": seen}))
-        if again.done:
+        observation = replace(r.observed, memory=reconciled(r.observed))
+        candidate = _audited(folder, r.model_copy(update={"observed": observation}))
+        if candidate.done:
             attempt = 1 + max(other.attempt for other in records if other.key == r.key)
-            told = record.Judged(record=r.run_id, digest=r.digest, commit=rules["commit"])
-            now = {"attempt": attempt, "run_id": record.run_id(r.spec, attempt), "judged": told}
-            there[r.key] = record.write(folder.path, again.model_copy(update=now))
-            made.append(there[r.key])
-    return made
+            first = record.Reaudit(record=r.run_id, digest=r.digest, commit=rules["commit"])
+            changes = {"attempt": attempt, "run_id": record.run_id(r.spec, attempt), "judged": first}
+            standing[r.key] = record.write(folder.path, candidate.model_copy(update=changes))
+            reaudited.append(standing[r.key])
+    return reaudited
 
 
 def _same_setup(done: list[record.Record], setup: Setup) -> None:
     """Refuse to add runs to those of another engine, device or file: they could not be compared."""
-    here = (setup.llama.server_sha256, setup.where.name, setup.quantised.sheet["sha256"])
+    expected = (setup.llama.server_sha256, setup.where.name, setup.quantised.sheet["sha256"])
     for r in done:
-        there = (r.engine.server_sha256, r.device.name, r.sheet.sha256)
-        if there != here:
-            parts = zip(("engine", "device", "file"), here, there, strict=True)
+        recorded = (r.engine.server_sha256, r.device.name, r.sheet.sha256)
+        if recorded != expected:
+            parts = zip(("engine", "device", "file"), expected, recorded, strict=True)
             differ = ", ".join(part for part, a, b in parts if a != b)
             raise study.StudyError(
                 f"the study has runs with another {differ} ({r.run_id}); finish it with that one, "
@@ -246,10 +248,10 @@ def select(name: str, cell: str | None = None) -> tuple[study.Folder, list[study
 
 def done(folder: study.Folder, cells: list[study.Cell]) -> int:
     """How many of the cells' runs have a valid record."""
-    here = {c.name for c in cells}
+    names = {c.name for c in cells}
     # their number alone: who runs or shows them audits them
     records, _ = record.read_all(folder.path, each=record.Lightener())
-    return sum(r.done and r.cell in here for r in gather.standing(records).values())
+    return sum(r.done and r.cell in names for r in gather.standing(records).values())
 
 
 def _whole(folder: study.Folder, cell: study.Cell, status: study.Status) -> bool:

@@ -1,8 +1,8 @@
-"""Device memory of a run as a reconciled value: four accounts, what each must lie between, and why it is not known.
+"""VRAM of a run (memory of the loopback device): four accounts, reconciled into one value with its bounds.
 
-The accounts: the driver's list of processes, the device's growth over its idle state, the engine's own buffers, and
-the weights that the file's header puts on the device. A value is never a bare number: it has a status, a method and
-reasons from a closed list (`moelib.reasons`). What cannot be told apart from something else is None, never 0.
+The accounts are the driver's list of processes, the growth of the device's memory over its idle state, the engine's
+own buffers, and the weights that the file's header puts on the device. A value is never a bare number: it has a status,
+a method and reasons from a closed list (`moelib.reasons`). What cannot be separated from other use is None, never 0.
 """
 
 import math
@@ -13,22 +13,22 @@ from moelib.files import stored
 from moelib.ranges import Bytes, Seconds
 from moelib.reasons import INVALID, REASONS
 
-AGREE_BYTES, AGREE_SHARE = 64 << 20, 0.01  # two exact NVML accounts were seen to differ by 9 MiB, the rest is margin
+AGREE_BYTES, AGREE_SHARE = 64 << 20, 0.01  # two exact NVML accounts differed by up to 9 MiB, the rest is margin
 TABLE_ENTRY_BYTES, PAGE_BYTES = 8, 4096  # on the device, for pinned host memory; 80 MiB for 39.8 GiB seen on an H200
-SETTLED_BYTES = 16 << 20  # idle GPUs were seen to move by 0; a desktop moves by more, and then growth proves nothing
+SETTLED_BYTES = 16 << 20  # idle GPUs did not change at all; a desktop changes by more, and then growth proves nothing
 LEAST_CONTEXT_BYTES = 64 << 20  # no CUDA context is smaller: 518 MiB seen on an H200
 CONTEXTS, SHARE = 1.5, 0.01  # context, then cuBLAS workspace, pool and graphs: 1.35 contexts in all seen
 UNMEASURED_CONTEXT_BYTES = 4 << 29  # 2 GiB, where no context could be measured
 PROCESS_BYTES = 64 << 20  # code and heap of a loopback device's process: 12 MiB seen
-# of a loopback device's value, at the most: pages of the graph's buffer that nothing touched; 53 % seen, the most of 17
-# architectures with a prompt of 8 tokens in a context of 8,192
+# upper limit of untouched pages in the graph's buffer, as a share of a loopback device's value: at most 53 % seen, with
+# 17 architectures and a prompt of 8 tokens in a context of 8,192
 UNTOUCHED_SHARE = 1.0
 HEADER_SHARE, HEADER_BYTES = 0.001, 1 << 20  # the engine prints MiB with two decimals and pads tensors
 
 
 @stored
 class Reading:
-    """One look at the device, `t_s` seconds after the run's start."""
+    """One reading of the device's memory, `t_s` seconds after the run's start."""
 
     t_s: Seconds
     process_bytes: Bytes | None
@@ -42,7 +42,7 @@ class Reading:
     errors: tuple[str, ...] = ()
     """What could not be read: gpu-lost, list-unsupported, memory-unsupported, memory-shared."""
     drawing: tuple[int, ...] = ()
-    """Of the others, those that only draw: they are in the driver's graphics list alone."""
+    """Those of `others` that only draw: they are in the driver's graphics list and not in its compute list."""
 
 
 @stored
@@ -51,14 +51,14 @@ class Trace:
 
     before: tuple[Reading, ...]
     during: tuple[Reading, ...]
-    """The last one is taken after the last request, with the server still up: pools never shrink."""
+    """The last one is taken after the last request, while the server still runs: memory pools never shrink."""
     after: tuple[Reading, ...] = ()
 
 
 @stored
 class Memory:
     value_bytes: Bytes | None
-    """Peak device memory of the run's processes; None with a reason where it is not known."""
+    """Peak VRAM (or memory of the loopback device) of the run's processes; None, with a reason, where unknown."""
     status: str
     """valid, degraded or invalid."""
     method: str | None
@@ -67,19 +67,19 @@ class Memory:
     process_bytes: Bytes | None
     """Account 1: peak of the run's processes by the system's list."""
     growth_bytes: Bytes | None
-    """Account 2: peak of the device over its idle state; None on loopback. Unlike account 1 it holds the page tables
+    """Account 2: peak of the device over its idle state; None on loopback. Unlike account 1 it includes the page tables
     through which the device reads pinned host memory: 2 MiB for each GiB."""
     engine_bytes: Bytes | None
-    """Account 3: device buffers by the engine's own report, a part of the value."""
+    """Account 3: device buffers by the engine's own report; part of the value."""
     weights_bytes: Bytes
-    """Account 4: weights on the device by the file's header, a part of account 3."""
+    """Account 4: weights on the device by the file's header; part of account 3."""
     context_bytes: Bytes | None
     """An empty context on this device, measured."""
     trace: Trace
     bound_bytes: int | None = None
-    """How far the value may be off, either way, where it is the device's growth and programs that the driver does not
-    list may be in it: the truth lies between the engine's buffers with the least context and with the largest. None
-    where the value is a process's own."""
+    """Largest possible error of the value, either way, where it is the device's growth, which may include programs that
+    the driver does not list: the true value lies between the engine's buffers plus the smallest possible context and
+    plus the largest. None where the value is a process's own."""
 
     @property
     def residual_bytes(self) -> int | None:
@@ -99,7 +99,7 @@ def _agree(process: int, growth: int, tables: int) -> bool:
 
 
 def _still(values: Sequence[int]) -> bool:
-    """Within the bound of an idle device."""
+    """Whether the values differ by no more than those of an idle device."""
     return max(values, default=0) - min(values, default=0) <= SETTLED_BYTES
 
 
@@ -111,16 +111,16 @@ def reconcile(
     context_bytes: int | None = None,
     peak_bytes: int | None = None,
 ) -> Memory:
-    """The run's device memory from all accounts.
+    """The run's VRAM (or memory of the loopback device) from all accounts.
 
     kind: cuda, loopback or none. weights_bytes: what the header puts on the device. context_bytes: an empty context
-    on this GPU, None where it could not be measured. peak_bytes: the system's own record of the loopback device's
-    peak RSS, None where it keeps none.
+    on this GPU, None where it could not be measured. peak_bytes: the loopback device's peak RSS as the system recorded
+    it, None where the system records none.
     """
     engine = report.device_bytes()
-    told = {"engine_bytes": engine, "weights_bytes": weights_bytes, "context_bytes": context_bytes, "trace": trace}
+    accounts = {"engine_bytes": engine, "weights_bytes": weights_bytes, "context_bytes": context_bytes, "trace": trace}
     if kind == "none":
-        return Memory(None, "degraded", None, ("no-device",), None, None, **told)
+        return Memory(None, "degraded", None, ("no-device",), None, None, **accounts)
     if kind == "loopback":
         process, growth = _peak([peak_bytes]), None
         value, method, reasons = process, "rss-peak", []
@@ -140,63 +140,64 @@ def reconcile(
     if engine is None:
         reasons.append("buffers-unknown" if report.buffers else "engine-silent")
         if growth is None or process is None:
-            value = None  # one account with nothing to hold it against
+            value = None  # one account, and nothing to check it against
         ceiling = math.inf
     if value is not None and not floor <= value <= ceiling:
         reasons.append("below-engine-buffers" if value < floor else "above-ceiling")
     if value is not None and value < weights_bytes * (1 - HEADER_SHARE) - HEADER_BYTES:
         reasons.append("below-header-weights")
-    wrong = any(r in INVALID for r in reasons)
-    status = "invalid" if wrong else "degraded" if reasons else "valid"
+    contradicted = any(r in INVALID for r in reasons)
+    status = "invalid" if contradicted else "degraded" if reasons else "valid"
     ordered = tuple(r for r in REASONS if r in reasons)
-    value = None if wrong else value
+    value = None if contradicted else value
     bound = math.ceil(max(value - floor, ceiling - value)) if method == "nvml-growth" and value is not None else None
-    return Memory(value, status, method, ordered, process, growth, **told, bound_bytes=bound)
+    return Memory(value, status, method, ordered, process, growth, **accounts, bound_bytes=bound)
 
 
 def _resident(report: Report, trace: Trace, engine: int | None, method: str) -> float:
-    """The least that a loopback device's process holds: weights, which are written, caches, which are cleared, and, at
-    its peak, what it held before. Pages of the graph's buffer that nothing touched are fewer than those that it has."""
+    """The least memory that a loopback device's process can hold: weights, which are written, caches, which are
+    cleared, and, for a peak, what it held before. Untouched pages of the graph's buffer are limited by
+    UNTOUCHED_SHARE."""
     written = sum(report.device_bytes(kind) or 0 for kind in ("model", "KV", "RS"))
     idle = min((r.process_bytes for r in trace.before if r.process_bytes), default=0) if method == "rss-peak" else 0
     return max(idle + written, (engine or 0) / (1 + UNTOUCHED_SHARE))
 
 
 def _cuda(trace: Trace, tables: int) -> tuple[int | None, str, int | None, int | None, list[str]]:
-    """(value, method, process list's peak, growth, reasons) by what the driver says alone.
+    """(value, method, process list's peak, growth, reasons) from the driver's readings alone.
 
-    tables: bytes of the page tables of pinned host memory, at most; the driver charges them to no process.
+    tables: upper limit for the bytes of page tables of pinned host memory; the driver charges them to no process.
     """
-    every = [*trace.before, *trace.during, *trace.after]
-    errors = {e for r in every for e in r.errors}
+    readings = [*trace.before, *trace.during, *trace.after]
+    errors = {e for r in readings for e in r.errors}
     if "gpu-lost" in errors or not trace.during:
         return None, "nvml-process", None, None, ["gpu-lost" if "gpu-lost" in errors else "no-samples"]
     reasons = []
-    mine, own = [r.process_bytes for r in trace.during], None
-    if not any(r.listed for r in trace.during) and (own := _newcomer(trace)) is not None:
-        mine = [dict(r.others).get(own) for r in trace.during]
+    run_bytes, own_pid = [r.process_bytes for r in trace.during], None
+    if not any(r.listed for r in trace.during) and (own_pid := _newcomer(trace)) is not None:
+        run_bytes = [dict(r.others).get(own_pid) for r in trace.during]
         reasons.append("host-pid")
-    process, others = _peak(mine), _others(every, own) or [{}]
-    # bytes that the list gives to the others, each of them, while it gives the run its own: they are told apart exactly
+    process, others = _peak(run_bytes), _others(readings, own_pid) or [{}]
+    # the list gives bytes for the run and for every other process: their shares are known exactly
     explained = process is not None and all(None not in o.values() for o in others)
 
-    growth, doubts = _growth(trace, own, explained, process, tables)
+    growth, doubts = _growth(trace, own_pid, explained, process, tables)
     reasons += doubts
     changed = any(o.keys() != others[0].keys() for o in others) or not all(
         _still([o[pid] for o in others if o[pid] is not None]) for pid in others[0]
     )
     if changed and not explained:
         reasons.append("foreign-changed")
-    elif any(others) and not (explained and _only_draw(every, own)):
+    elif any(others) and not (explained and _only_draw(readings, own_pid)):
         reasons.append("foreign-process")
 
     if process is not None and growth is not None:
         if not _agree(process, growth, tables):
             reasons.append("accounts-disagree")
         return process, "nvml-process", process, growth, reasons
-    if mine[-1]:  # a list that ended early may have missed the peak
+    if run_bytes[-1]:  # a list that ended early may have missed the peak
         return process, "nvml-process", process, None, reasons
-    # the device's growth is the run's where it is listed and no other is: while a list failed, one may have been there
+    # the growth is the run's if no other process is listed; while the list failed, another may have been running
     if "list-unsupported" in errors:
         reasons.append("list-unsupported")
     elif trace.during[-1].listed:
@@ -208,27 +209,29 @@ def _cuda(trace: Trace, tables: int) -> tuple[int | None, str, int | None, int |
 
 
 def _growth(
-    trace: Trace, own: int | None, explained: bool, process: int | None, tables: int
+    trace: Trace, own_pid: int | None, explained: bool, process: int | None, tables: int
 ) -> tuple[int | None, list[str]]:
-    """(growth of the device over its idle state, what is to be doubted of it), without what the list gives others."""
-    sums = {sum(o.values()) for o in _others((*trace.before, *trace.during, *trace.after), own)} if explained else {0}
+    """(growth of the device over its idle state, reasons to doubt it), less what the list gives to other processes."""
+    sums = (
+        {sum(o.values()) for o in _others((*trace.before, *trace.during, *trace.after), own_pid)} if explained else {0}
+    )
 
     def total(r: Reading) -> int | None:
         if not explained or (len(sums) == 1 and "list-unsupported" in r.errors):
             listed = next(iter(sums), 0)
         else:
-            listed = None if "list-unsupported" in r.errors else sum(n for pid, n in r.others if pid != own)
+            listed = None if "list-unsupported" in r.errors else sum(n for pid, n in r.others if pid != own_pid)
         return None if None in (r.device_bytes, listed) else r.device_bytes - listed
 
     idle, used, end = (list(map(total, part)) for part in (trace.before, trace.during, trace.after[-1:]))
-    # the last reading of the run must be there, as it holds the peak; 0 with a process on the device says nothing
+    # the last reading of the run holds the peak, so it must exist; 0 with a process on the device is a failed reading
     if not idle or None in [*idle, used[-1], *end] or trace.during[-1].device_bytes == 0:
         shared = any("memory-shared" in r.errors for r in trace.during)
         return None, ["memory-shared" if shared else "device-total-unknown"]
     high, peak = max(idle), max(n for n in used if n is not None)
     growth = peak - high if peak > high else None
     doubt = "unstable-baseline" if not _still(idle) else "not-returned" if not end or not _still([high, *end]) else None
-    if doubt is None:  # where a process holds memory, something grew
+    if doubt is None:  # if a process held memory, the device's memory must have grown
         held = process is not None or trace.during[-1].listed
         return growth, ["accounts-disagree"] if growth is None and held else []
     if not end or (process is None and not (trace.during[-1].listed and growth)):
@@ -236,25 +239,25 @@ def _growth(
     if process is None:
         return growth, ["unseen-change"]
     low, high = (f([*idle, *end]) for f in (min, max))
-    # the idle state was one of those between: what the list says must fit one of them
+    # the idle state was somewhere between the two: the list's value must fit one of them
     fits = _agree(process, min(max(process, peak - high), peak - low), tables)
     return None, ["unseen-change" if fits else doubt]
 
 
-def _only_draw(readings: Iterable[Reading], own: int | None) -> bool:
+def _only_draw(readings: Iterable[Reading], own_pid: int | None) -> bool:
     """Whether no other process can compute."""
-    return all(pid in r.drawing for r in readings for pid, _ in r.others if pid != own)
+    return all(pid in r.drawing for r in readings for pid, _ in r.others if pid != own_pid)
 
 
-def _others(readings: Iterable[Reading], own: int | None = None) -> list[dict[int, int | None]]:
-    """The other processes by reading, where the list could be read: a list that failed is not an empty one."""
+def _others(readings: Iterable[Reading], own_pid: int | None = None) -> list[dict[int, int | None]]:
+    """The other processes of each reading whose list could be read: a failed list is not an empty one."""
     lists = [dict(r.others) for r in readings if "list-unsupported" not in r.errors]
-    return [{pid: n for pid, n in o.items() if pid != own} for o in lists]
+    return [{pid: n for pid, n in processes.items() if pid != own_pid} for processes in lists]
 
 
 def _newcomer(trace: Trace) -> int | None:
-    """The one process, bytes and all, that came after the idle readings and was gone at the end."""
+    """The only process that appeared after the idle readings, with its bytes, and was gone at the end."""
     before, during, after = map(_others, (trace.before, trace.during, trace.after))
-    there = {pid for processes in (*before, *after[-1:]) for pid in processes}
-    came = {pid: n for processes in during for pid, n in processes.items() if pid not in there}
-    return next(iter(came)) if len(came) == 1 and before and after and all(came.values()) else None
+    idle_pids = {pid for processes in (*before, *after[-1:]) for pid in processes}
+    arrivals = {pid: n for processes in during for pid, n in processes.items() if pid not in idle_pids}
+    return next(iter(arrivals)) if len(arrivals) == 1 and before and after and all(arrivals.values()) else None

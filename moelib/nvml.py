@@ -1,7 +1,7 @@
 """NVIDIA GPUs by NVML: memory of processes and devices, clocks, energy, traffic. Unknown is None, never 0.
 
-Whatever can be missing (an old driver, a container, a card without the counter) is asked for once; why it is missing
-stands in `Gpu.absent`.
+Every counter that can be missing (old driver, container, card without it) is read once at the start; `Gpu.absent` says
+why it is missing.
 """
 
 import contextlib
@@ -22,28 +22,28 @@ SLOWED = {
     "hw-power-brake": pynvml.nvmlClocksEventReasonHwPowerBrakeSlowdown,
     "sw-thermal": pynvml.nvmlClocksEventReasonSwThermalSlowdown,
 }
-"""Clock-event reasons with which a card is not itself. A power cap is not one: the card is built to reach it."""
+"""Clock-event reasons that mean a throttled card. A power cap is not one of them: cards are built to reach it."""
 POWER_CAP = pynvml.nvmlClocksEventReasonSwPowerCap
 
 TURN_BYTES = 1 << 32
-# Transfers a second times what the line code leaves: 8 of 10 bits, then 128 of 130, then 242 of a FLIT's 256 bytes
+# Transfers per second times the line code's efficiency: 8 of 10 bits, then 128 of 130, then 242 of a FLIT's 256 bytes
 # (PCI Express base specifications 1.0 to 7.0).
 LANE_BYTES_PER_S = {
     **{g: rate * 1e9 / 8 * 8 / 10 for g, rate in ((1, 2.5), (2, 5))},
     **{g: rate * 1e9 / 8 * 128 / 130 for g, rate in ((3, 8), (4, 16), (5, 32))},
     **{g: rate * 1e9 / 8 * 242 / 256 for g, rate in ((6, 64), (7, 128))},
 }
-# total = reserved + free + used, exact where seen: anything else is a struct of another version
+# total = reserved + free + used, exactly on all cards seen: anything else is a struct of another version
 ADDS_UP_BYTES = 64 << 20
 
 
 @stored
 class Counters:
-    """One look at a GPU's clocks and running totals, `t_s` seconds after the run's start."""
+    """One reading of a GPU's clocks and running totals, `t_s` seconds after the run's start."""
 
     t_s: Seconds
     energy_joule: Joules | None = None
-    """Of the board since the driver was loaded; the CPU's is not in it."""
+    """Energy of the GPU's board since the driver was loaded; it does not include the CPU's."""
     pcie_rx_bytes: Bytes | None = None
     """Received by the GPU, modulo 2^32: the driver's counter has 32 bits (seen on an H200)."""
     pcie_tx_bytes: Bytes | None = None
@@ -58,14 +58,14 @@ NO_GPU = dict.fromkeys((f for f in Counters.__dataclass_fields__ if f != "t_s"),
 
 
 class Gpu:
-    """One GPU by what CUDA_VISIBLE_DEVICES says; processes are looked for on all of them."""
+    """One GPU, chosen by CUDA_VISIBLE_DEVICES; processes are looked up on all GPUs."""
 
     errors = (pynvml.NVMLError, visible.NotVisible)
     no_driver = (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded)
 
     def __init__(self, which: str | None, ask: Callable[[], str | None] | None = None) -> None:
         """which: the variable's value, None where it is not set. ask: asks CUDA for the id of the device that it counts
-        first; without it, cards count as the driver lists them.
+        first; without it, cards are counted in the driver's order.
 
         Raises pynvml.NVMLError or visible.NotVisible.
         """
@@ -75,7 +75,7 @@ class Gpu:
             try:
                 handle = pynvml.nvmlDeviceGetHandleByIndex(i)
                 card = visible.Card(_text(pynvml.nvmlDeviceGetUUID(handle)), _text(pynvml.nvmlDeviceGetName(handle)))
-            except pynvml.NVMLError as err:  # another card that is lost is no matter of this one
+            except pynvml.NVMLError as err:  # it matters only if it is the card in question
                 handle, card, lost[i] = None, visible.Card(None, None), err
             handles.append(handle)
             cards.append(card)
@@ -91,7 +91,7 @@ class Gpu:
         self._elsewhere = [h for i, h in enumerate(handles) if h is not None and i != place]
         self.name = _text(pynvml.nvmlDeviceGetName(self.handle))
         self.shared = False
-        """Whether the device's memory is the host's RAM, whose total says nothing of the device."""
+        """Whether the device's memory is the host's RAM, whose total says nothing about the device."""
         self.questions, self.absent = self._questions(), {}
         for name, ask_it in self.questions.items():
             try:
@@ -100,7 +100,7 @@ class Gpu:
                 self.absent[name] = str(err)
 
     def _refuse_divided(self) -> None:
-        """CUDA shows the first instance of a card that MIG divides, and this would read the whole card."""
+        """Raise NotVisible for a card divided by MIG: CUDA would show one instance, and NVML would read the card."""
         now, _ = _ask(lambda: pynvml.nvmlDeviceGetMigMode(self.handle)) or (0, 0)
         if now:
             raise visible.NotVisible(
@@ -109,10 +109,10 @@ class Gpu:
             )
 
     def facts(self) -> dict[str, Any]:
-        """Size, driver, highest clock and power limit; None for what the driver does not say."""
+        """Size, driver, highest clock and power limit; None for what the driver does not report."""
 
         def bandwidth() -> float:
-            """Clock x 2 transfers x bus width, as the driver tells them."""
+            """Memory clock x 2 transfers x bus width, as the driver reports them."""
             clock = pynvml.nvmlDeviceGetMaxClockInfo(self.handle, pynvml.NVML_CLOCK_MEM)
             return clock * 1e6 * 2 * pynvml.nvmlDeviceGetMemoryBusWidth(self.handle) / 8
 
@@ -128,15 +128,15 @@ class Gpu:
         }
 
     def _link(self, which: str) -> tuple[int, int] | None:
-        """(generation, lanes) of the link: `Max`, what card and board can do; `Curr`, now, as idle ones slow down."""
+        """(generation, lanes) of the link: `Max`, what card and board support; `Curr`, now (idle links slow down)."""
         generation, width = (
-            _ask(lambda what=what: getattr(pynvml, f"nvmlDeviceGet{which}PcieLink{what}")(self.handle))
-            for what in ("Generation", "Width")
+            _ask(lambda part=part: getattr(pynvml, f"nvmlDeviceGet{which}PcieLink{part}")(self.handle))
+            for part in ("Generation", "Width")
         )
         return (int(generation), int(width)) if generation and width else None
 
     def _pcie(self) -> float | None:
-        """The most that the card's link can carry one way, bytes a second; None of a link that is not known."""
+        """The link's maximum rate one way in bytes per second; None for an unknown link."""
         generation, width = self._link("Max") or (None, None)
         lane = LANE_BYTES_PER_S.get(generation)
         return lane * width if lane else None
@@ -144,7 +144,7 @@ class Gpu:
     def _memory(self) -> Any:
         # the first version's `used` includes what the driver reserves
         memory = pynvml.nvmlDeviceGetMemoryInfo(self.handle, version=pynvml.nvmlMemory_v2)
-        if memory.total == 0:  # a success that says nothing
+        if memory.total == 0:  # reported as a success, but no data
             raise pynvml.NVMLError(pynvml.NVML_ERROR_NO_DATA)
         if abs(memory.total - memory.reserved - memory.free - memory.used) > ADDS_UP_BYTES:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_ARGUMENT_VERSION_MISMATCH)
@@ -166,11 +166,11 @@ class Gpu:
         here, drawing = ask(lambda: _processes(self.handle), "list-unsupported") or ({}, set())
         mine = {pid: n for pid, n in here.items() if pid in ours}
         for handle in self._elsewhere:
-            # another card's faults and other processes are no matter of this run
+            # failures and other processes of another card do not concern this run
             with contextlib.suppress(pynvml.NVMLError):
-                there, _ = _processes(handle)
-                for pid in ours & there.keys():
-                    mine[pid] = None if None in (n := (mine.get(pid, 0), there[pid])) else sum(n)
+                elsewhere, _ = _processes(handle)
+                for pid in ours & elsewhere.keys():
+                    mine[pid] = None if None in (n := (mine.get(pid, 0), elsewhere[pid])) else sum(n)
         known = bool(mine) and None not in mine.values()
         memory = errors.add("memory-shared") if self.shared else ask(self._memory, "memory-unsupported")
         return Reading(
@@ -207,7 +207,7 @@ class Gpu:
         return None if name in self.absent else _ask(self.questions[name])
 
     def counters(self, t_s: float) -> Counters:
-        """Everything that is there, now."""
+        """All counters of this GPU, read now; None for those that cannot be read."""
         return Counters(t_s, **{name: self._now(name) for name in self.questions})
 
     def energy(self) -> float | None:
@@ -218,14 +218,15 @@ class Gpu:
 
 
 class Traffic:
-    """Bytes over PCIe from the first look on: the driver's counters turn over at 4 GiB, so each turn must be seen."""
+    """Bytes over PCIe since the first reading. The driver's counters wrap at 4 GiB, so no two readings may be so far
+    apart that a wrap could be missed."""
 
     def __init__(self, bytes_per_s: float | None, read: Callable[[], list[int | None]]):
-        self.gap_s = TURN_BYTES / bytes_per_s if bytes_per_s else 0.0  # of a link not known, any gap is too long
+        self.gap_s = TURN_BYTES / bytes_per_s if bytes_per_s else 0.0  # with an unknown link, any gap is too long
         self._read = read
         self._last: tuple[float, list[int]] | None = None
         self.totals: list[int] | None = None
-        """Received and sent; None before the second look, and once a turn may have gone unseen."""
+        """Received and sent; None before the second reading, and once a wrap may have been missed."""
         self.lost: str | None = None
         """Why there is no total."""
 
@@ -289,5 +290,5 @@ def _processes(handle: Any) -> tuple[dict[int, int | None], set[int]]:
 
 
 def slowed(events: int | None) -> tuple[str, ...]:
-    """Names of the reasons for which the clocks were not the card's own."""
+    """Names of the throttle reasons among the bits `events`."""
     return tuple(name for name, bit in SLOWED.items() if (events or 0) & bit)

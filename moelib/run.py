@@ -166,7 +166,7 @@ def execute(spec: Spec, quantised: Quantised, engine: engines.Engine, device: de
 def _observe(
     spec: Spec, quantised: Quantised, engine: engines.Engine, device: devices.Device, work: Path
 ) -> Observation:
-    started, key, watch = time.monotonic(), process.new_key(), host.Watch()
+    started, key, monitor_host = time.monotonic(), process.new_key(), host.Watch()
     since = time.time()
 
     def now() -> float:
@@ -174,8 +174,8 @@ def _observe(
 
     with device.session(engine, work) as session:
         readings, counters, idle = [], [], session.idle()
-        how = (spec.placement, spec.load_mode, spec.context, device.threads)
-        argv = engine.server_argv(quantised.path, *how, session.args)
+        load = (spec.placement, spec.load_mode, spec.context, device.threads)
+        argv = engine.server_argv(quantised.path, *load, session.args)
         env = process.environment(work, {**session.env, "LLAMA_API_KEY": key})
         with process.Child(argv, work / "server.log", env, session.cpus) as server:
 
@@ -186,24 +186,24 @@ def _observe(
             count()
             with monitor.repeating(
                 lambda: readings.append(session.read(server.pid, now())), devices.SAMPLE_S
-            ) as watching:
+            ) as monitoring:
                 limit = process.patience(LOAD_S) + quantised.header.file_bytes / LOAD_BYTES_PER_S
-                with _telling_its_end(server):
+                with _reporting_its_end(server):
                     port = next(filter(None, server.wait_for(engines.LISTENING, limit).groups()))
                     load_s = time.monotonic() - server.started
                     with client.connect(int(port), key) as connection:
                         build_info = client.check_ours(connection, quantised.path)
                         workloads = [params.workload(w) for w in spec.workloads]
-                        asked = client.prepare(connection, workloads, spec.context)
+                        prompts = client.prepare(connection, workloads, spec.context)
                         requests = []
-                        for request in client.ask_all(connection, asked, spec.requests, started, session.energy):
+                        for request in client.ask_all(connection, prompts, spec.requests, started, session.energy):
                             requests.append(request)
                             count()
-                        top = client.top_logprobs(connection, asked[0][1])
-                        traffic, no_bus = _prompt_traffic(connection, asked, session, now)
+                        top = client.top_logprobs(connection, prompts[0][1])
+                        traffic, no_bus = _prompt_traffic(connection, prompts, session, now)
             peak, rss = session.peak_bytes(), process.peak_rss(server.pid)
-            use = watch.stop(server.pid, session.pid)
-            looked, untold = engine.looked_at(server.pid, session.pid, since)
+            use = monitor_host.stop(server.pid, session.pid)
+            mapped_files, unread = engine.looked_at(server.pid, session.pid, since)
             ended = server.stop()
             server.check_log()
             after = monitor.once(lambda: session.settled(idle, server.pid, now))
@@ -215,7 +215,7 @@ def _observe(
         raise client.RunError("file-gone", f"{quantised.path.name} went away while it ran: {err}") from None
     header = quantised.header.as_loaded(report.unused_tensors)
     moved = header.moved(spec.placement)
-    there = (header.moved_bytes(spec.placement), header.device_bytes(spec.placement))
+    header_bytes = (header.moved_bytes(spec.placement), header.device_bytes(spec.placement))
     reads = header.read_bytes(spec.placement)
     return Observation(
         load_s=round(load_s, 6),
@@ -227,39 +227,39 @@ def _observe(
         threads=device.threads,
         build_info=build_info,
         report=report,
-        placement=Placement(len(moved), len({t.block for t in moved}), *there, *reads),
+        placement=Placement(len(moved), len({t.block for t in moved}), *header_bytes, *reads),
         requests=tuple(requests),
         top_logprobs=top,
-        memory=reconcile(device.kind, trace, report, there[1], device.context_bytes, peak),
+        memory=reconcile(device.kind, trace, report, header_bytes[1], device.context_bytes, peak),
         counters=tuple(counters),
-        absent=device.absent | no_bus | untold,
+        absent=device.absent | no_bus | unread,
         host=use,
         host_rss_peak_bytes=rss,
         exit_code=ended.code,
         exit_killed=ended.killed,
         prompt_traffic=traffic,
-        watch_cpu_s=round(watching.cpu_s, 6),
-        **engine.digests(looked),
+        watch_cpu_s=round(monitoring.cpu_s, 6),
+        **engine.digests(mapped_files),
     )
 
 
 def _prompt_traffic(
-    connection: httpx.Client, asked: list[client.Asked], session: devices.Session, now: Callable[[], float]
+    connection: httpx.Client, prompts: list[client.Prompt], session: devices.Session, now: Callable[[], float]
 ) -> tuple[tuple[PromptTraffic, ...], dict[str, str]]:
     """Each prompt's traffic, and what is not known of it -> why."""
-    found, absent = [], {}
-    for workload, prompt in asked if session.traffic else ():
+    traffic, absent = [], {}
+    for workload, prompt in prompts if session.traffic else ():
         bus = session.traffic()
         bus.look(now())
         with monitor.repeating(lambda bus=bus: bus.look(now()), devices.BUS_S):
             client.ask_for_one(connection, prompt)
-        found.append(PromptTraffic(workload.name, len(prompt), *(bus.totals or (None, None))))
+        traffic.append(PromptTraffic(workload.name, len(prompt), *(bus.totals or (None, None))))
         absent |= bus.absent()
-    return tuple(found), absent
+    return tuple(traffic), absent
 
 
 @contextmanager
-def _telling_its_end(server: process.Child) -> Iterator[None]:
+def _reporting_its_end(server: process.Child) -> Iterator[None]:
     """Report a server that died by how it died, whatever broke first on this side."""
     try:
         yield

@@ -66,8 +66,8 @@ def plan(study: params.Study) -> list[Cell]:
         for b in range(study.blocks):
             arms = [arm.model_dump() for arm in study.arms]
             shuffled.shuffle(arms)
-            here = {"model": model, "quant": quant, "block": b, **same}
-            blocks.append(tuple(run.Spec(order=i, **arm, **here) for i, arm in enumerate(arms)))
+            common = {"model": model, "quant": quant, "block": b, **same}
+            blocks.append(tuple(run.Spec(order=i, **arm, **common) for i, arm in enumerate(arms)))
         cells.append(Cell(model, quant, tuple(blocks)))
     random.Random(study.seed).shuffle(cells)
     return cells
@@ -80,22 +80,28 @@ def outputs() -> Path:
 
 def read_plan(path: Path) -> dict[str, Any]:
     """The plan at `path`, without its digest. Raises StudyError if it is not what was written."""
-    again = "delete it and run the study: the plan is made again from params/, and the records that belong to it stand"
+    next_step = (
+        "delete it and run the study: the plan is made again from params/, and the records that belong to it stand"
+    )
     try:
         data = json.loads(path.read_bytes())
-        told = data.pop("digest")
-        fits = told == files.digest(data)
+        digest = data.pop("digest")
+        fits = digest == files.digest(data)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         fits = False
     if not fits:
-        raise StudyError(f"{path} was changed or damaged: its digest does not fit; {again}")
+        raise StudyError(f"{path} was changed or damaged: its digest does not fit; {next_step}")
     try:
-        made = Plan.model_validate(data)
+        parsed = Plan.model_validate(data)
     except ValueError as err:
-        raise StudyError(f"{path} is no plan of this moelib ({' '.join(str(err).split())[:200]}); {again}") from None
-    planned = {f"{m}/{q}" for m, q in itertools.product(made.study.models, made.study.quants)}
-    if {c.name for c in made.cells} != planned or made.workloads.keys() != set(made.study.workloads):
-        raise StudyError(f"{path} does not hold together: its cells or workloads are not those of its study; {again}")
+        raise StudyError(
+            f"{path} is no plan of this moelib ({' '.join(str(err).split())[:200]}); {next_step}"
+        ) from None
+    planned = {f"{m}/{q}" for m, q in itertools.product(parsed.study.models, parsed.study.quants)}
+    if {c.name for c in parsed.cells} != planned or parsed.workloads.keys() != set(parsed.study.workloads):
+        raise StudyError(
+            f"{path} does not hold together: its cells or workloads are not those of its study; {next_step}"
+        )
     return data
 
 
@@ -194,31 +200,33 @@ class Status:
         blocks, problems, checks, tally = [], [], [], Counter()
         for b, specs in enumerate(cell.blocks):
             runs = standing_for(specs, evidence.standing)
-            why = [evidence.why_not(r) for r in runs]
-            wrong = [
+            reasons = [evidence.why_not(r) for r in runs]
+            faults = [
                 f"{cell.name} {s.placement}, {s.load_mode}, round {b + 1}: {w}"
-                for s, w in zip(specs, why, strict=True)
+                for s, w in zip(specs, reasons, strict=True)
                 if w
             ]
-            if not wrong:
-                found_here = audit.block(runs)
-                checks += found_here
-                wrong = [f"{cell.name} round {b + 1}: {c.id}: {c.measured}" for c in found_here if not c.passed]
-                why = [w or bool(wrong) for w in why]
-            if not wrong:
+            if not faults:
+                block_checks = audit.block(runs)
+                checks += block_checks
+                faults = [f"{cell.name} round {b + 1}: {c.id}: {c.measured}" for c in block_checks if not c.passed]
+                reasons = [w or bool(faults) for w in reasons]
+            if not faults:
                 blocks.append(tuple(runs))
-            problems += wrong
-            tally.update("missing" if not r else "invalid" if w else r.status for r, w in zip(runs, why, strict=True))
+            problems += faults
+            tally.update(
+                "missing" if not r else "invalid" if w else r.status for r, w in zip(runs, reasons, strict=True)
+            )
         together = [r for b in blocks for r in b]
         if together:
             starts = {r.run_id: evidence.starts[r.run_id] for r in together if r.run_id in evidence.starts}
-            found_here = audit.cell(audit.Cell(together, workloads, starts))
-            checks += found_here
-            if wrong := [f"{cell.name}: {c.id}: {c.measured}" for c in found_here if not c.passed]:
+            block_checks = audit.cell(audit.Cell(together, workloads, starts))
+            checks += block_checks
+            if faults := [f"{cell.name}: {c.id}: {c.measured}" for c in block_checks if not c.passed]:
                 # which of its runs is not what it says is not known, so none of them is used
                 tally.subtract(r.status for r in together)
                 tally["invalid"] += len(together)
-                blocks, problems = [], problems + wrong
+                blocks, problems = [], problems + faults
         return cls(tuple(blocks), tuple(problems), tally, tuple(checks))
 
     @property
@@ -270,9 +278,9 @@ class Results(Plan):
 
     @property
     def problems(self) -> list[str]:
-        wrong = [p for s in self.statuses.values() for p in s.problems] + [f"damaged: {d}" for d in self.damaged]
+        problems = [p for s in self.statuses.values() for p in s.problems] + [f"damaged: {d}" for d in self.damaged]
         # a matrix that is not complete has said so, run by run
-        return wrong + [f"{c.id}: {c.measured}" for c in self.audit if not c.passed and c.id != "matrix-complete"]
+        return problems + [f"{c.id}: {c.measured}" for c in self.audit if not c.passed and c.id != "matrix-complete"]
 
     @cached_property
     def audit(self) -> tuple[record.Check, ...]:

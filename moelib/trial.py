@@ -1,11 +1,11 @@
-"""A build of llama.cpp tried before it is used: its tools quantise, load and compute, or it is not for this machine."""
+"""Trial of a build of llama.cpp before it is used: whether its tools quantise, load and compute on this machine."""
 
 import tempfile
 from pathlib import Path
 
 from moelib import client, device, engine, params, probe, process, twin
 
-TRIAL_S = 60.0  # for each step: a second, where all is well
+TRIAL_S = 60.0  # for each step; they take about a second
 MODEL, SCALE, QUANT, CONTEXT = "deepseek-moe-16b", "nano", "Q8_0", 256
 PROMPT = [1, 292, 294, 296, 269]
 
@@ -13,8 +13,8 @@ PROMPT = [1, 292, 294, 296, 269]
 def run(llama: engine.Engine, backend: str) -> None:
     """Quantise the smallest twin, load it with its experts on the CPU and the rest on a device, ask for a token.
 
-    The device is llama.cpp's own in a second process, and the GPU too where `backend` begins with cuda. Raises
-    EngineError with what did not work. Some seconds; every step has a limit, and nothing of it stays.
+    The device is llama.cpp's RPC server, and also the GPU where `backend` begins with cuda. Raises EngineError with the
+    step that failed. Takes some seconds; every step has a time limit, and all files are removed.
     """
     try:
         with tempfile.TemporaryDirectory(prefix="moelib-trial-") as scratch:
@@ -44,4 +44,4 @@ def _serve(llama: engine.Engine, where: device.Device, work: Path) -> None:
             with client.connect(int(port), key) as connection:
                 client.check_ours(connection, work / "model.gguf")
                 if not any(p is not None for p in client.top_logprobs(connection, PROMPT)):
-                    raise engine.EngineError("what it computes is not numbers")
+                    raise engine.EngineError("the log-probabilities that it computes are not numbers")

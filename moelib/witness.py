@@ -31,74 +31,74 @@ class Witnessed(NamedTuple):
 
     record: Record
     log: logs.Log | None
-    wrong: tuple[str, ...]
+    problems: tuple[str, ...]
     """What is not as it was kept."""
 
 
 def call(folder: Path, record: Record) -> Witnessed:
     """Read the logs that `record` names, in the study's `folder`."""
-    log, wrong, kept = None, [], folder / "raw"
+    log, problems, kept = None, [], folder / "raw"
     for name, sha256 in record.raw.items():
         try:
             packed = files.head(kept / name, logs.MAX_BYTES)
             if hashlib.sha256(packed).hexdigest() != sha256:
-                wrong.append(f"{name} was changed: its SHA-256 is not the record's")
+                problems.append(f"{name} was changed: its SHA-256 is not the record's")
             elif name.endswith(logs.SERVER):
                 log = logs.unpack(packed, name)
         except OSError as err:
-            wrong.append(f"{name} cannot be read: {err.strerror}")
+            problems.append(f"{name} cannot be read: {err.strerror}")
         except logs.LogError as err:
-            wrong.append(str(err))
-    if record.observed and not log and not wrong:
-        wrong.append("the record names no log of llama-server")
-    return Witnessed(record, log, tuple(wrong))
+            problems.append(str(err))
+    if record.observed and not log and not problems:
+        problems.append("the record names no log of llama-server")
+    return Witnessed(record, log, tuple(problems))
 
 
 @holds("log", "there, with the record's SHA-256")
 def log_kept(run: Witnessed) -> Finding:
     """The logs that the record names are there, unchanged and readable: evidence that is not looked at is none."""
-    return not run.wrong, "; ".join(run.wrong) or f"{len(run.record.raw)} logs"
+    return not run.problems, "; ".join(run.problems) or f"{len(run.record.raw)} logs"
 
 
 def _tasks(run: Witnessed) -> list[tuple[str, Request, logs.Task]]:
-    asked = run.record.observed.requests
-    return [(f"{r.workload}[{r.index}]", r, t) for r, t in zip(asked, run.log.tasks, strict=False)]
+    requests = run.record.observed.requests
+    return [(f"{r.workload}[{r.index}]", r, t) for r, t in zip(requests, run.log.tasks, strict=False)]
 
 
 @holds("log", "equal")
 def log_tells_the_load(run: Witnessed) -> Finding:
     """Buffers, layers, graph splits and build are those that the engine's log reports."""
-    said, kept = run.log.report, run.record.observed.report
-    differ = [name for name in REPORTED if getattr(said, name) != getattr(kept, name)]
-    if kept.unused_tensors is not None and said.unused_tensors != kept.unused_tensors:
+    logged, recorded = run.log.report, run.record.observed.report
+    differ = [name for name in REPORTED if getattr(logged, name) != getattr(recorded, name)]
+    if recorded.unused_tensors is not None and logged.unused_tensors != recorded.unused_tensors:
         differ.append("unused_tensors")
-    return bool(said.buffers) and not differ, ", ".join(differ) or f"{len(said.buffers)} buffers"
+    return bool(logged.buffers) and not differ, ", ".join(differ) or f"{len(logged.buffers)} buffers"
 
 
 @holds("log", "equal; the file's types, context, threads and load mode too")
 def log_tells_the_file(run: Witnessed) -> Finding:
     """The file that was loaded has the manifest's tensors, and was loaded as asked."""
-    log, spec, seen = run.log, run.record.spec, run.record.observed
-    want = {
+    log, spec, observation = run.log, run.record.spec, run.record.observed
+    expected = {
         "tensor types": (log.type_counts or None, {k.upper(): v for k, v in run.record.sheet.tensor_types.items()}),
         "context": (log.context, spec.context),
-        "threads": (log.threads, seen.threads),
+        "threads": (log.threads, observation.threads),
         "load mode": (log.load_mode, spec.load_mode),
     }
-    sheet, rounded = run.record.sheet, {"parameters": DIGITS, "bits_per_weight": DIGITS}
+    manifest, rounded = run.record.sheet, {"parameters": DIGITS, "bits_per_weight": DIGITS}
 
-    def wrong() -> Iterator[str]:
-        yield from (f"{name}: log {a}, record {b}" for name, (a, b) in want.items() if a is not None and a != b)
+    def failures() -> Iterator[str]:
+        yield from (f"{name}: log {a}, record {b}" for name, (a, b) in expected.items() if a is not None and a != b)
         for name, share in rounded.items():
-            said, kept = getattr(log, name), getattr(sheet, name)
-            if said is not None and abs(said - kept) > share * kept:
-                yield f"{name}: log {said}, manifest {kept}"
-        weights = sheet.parameters * sheet.bits_per_weight / 8
-        beside = sheet.file_bytes - weights
+            logged, recorded = getattr(log, name), getattr(manifest, name)
+            if logged is not None and abs(logged - recorded) > share * recorded:
+                yield f"{name}: log {logged}, manifest {recorded}"
+        weights = manifest.parameters * manifest.bits_per_weight / 8
+        beside = manifest.file_bytes - weights
         if not -DIGITS * weights <= beside <= max(HEAD_SHARE * weights, min(HEAD_BYTES, SMALL_HEAD * weights)):
-            yield f"a file of {sheet.file_bytes} bytes for {weights:.0f} bytes of weights"
+            yield f"a file of {manifest.file_bytes} bytes for {weights:.0f} bytes of weights"
 
-    return finding(wrong(), f"{sum(log.type_counts.values())} tensors")
+    return finding(failures(), f"{sum(log.type_counts.values())} tensors")
 
 
 @holds("log", "exact")
@@ -110,28 +110,28 @@ def log_tells_the_reads(run: Witnessed) -> Finding:
     count, used = run.log.experts
     dense = placement.device_bytes + placement.moved_bytes - experts
     share = [dense + (experts - placement.moved_bytes) * used // count, placement.moved_bytes * used // count]
-    kept = [placement.device_read_bytes, placement.host_read_bytes]
-    return kept == share, f"device, host {kept}, by {used} of {count} experts {share}"
+    recorded = [placement.device_read_bytes, placement.host_read_bytes]
+    return recorded == share, f"device, host {recorded}, by {used} of {count} experts {share}"
 
 
 @holds("log", "as printed")
 def log_tells_the_requests(run: Witnessed) -> Finding:
     """Each request's token counts and the engine's own times are those that its log prints."""
 
-    def wrong() -> Iterator[str]:
+    def failures() -> Iterator[str]:
         if len(run.log.tasks) < len(run.record.observed.requests):
             yield f"{len(run.log.tasks)} requests in the log, {len(run.record.observed.requests)} in the record"
         for name, r, t in _tasks(run):
             if (r.prompt_n, r.predicted_n) != (t.prompt_n, t.predicted_n):
                 yield f"{name}: {t.prompt_n} and {t.predicted_n} tokens"
-            for what, kept, printed in (
+            for phase, recorded, printed in (
                 ("prompt", r.engine_prompt_s, t.prompt_s),
                 ("decode", r.engine_predicted_s, t.predicted_s),
             ):
-                if kept is None or abs(kept - printed) > PRINTED_S:
-                    yield f"{name}: {what} {kept} s, the log has {printed:.5f} s"
+                if recorded is None or abs(recorded - printed) > PRINTED_S:
+                    yield f"{name}: {phase} {recorded} s, the log has {printed:.5f} s"
 
-    return finding(wrong(), f"{len(run.log.tasks)} requests")
+    return finding(failures(), f"{len(run.log.tasks)} requests")
 
 
 @holds("log", f"{TAKEN_UP_S * 1000:g} ms; {ANSWERED_S * 1000:g} ms + {ANSWERED_SHARE:.1%}; load within {LAUNCH_S:g} s")
@@ -140,7 +140,7 @@ def log_tells_the_times(run: Witnessed) -> Finding:
     o = run.record.observed
     patience = STRAINED if strained(o) else 1
 
-    def wrong() -> Iterator[str]:
+    def failures() -> Iterator[str]:
         if run.log.ready_s is not None and not -0.001 <= o.load_s - run.log.ready_s <= LAUNCH_S:
             yield f"ready after {o.load_s} s, by the log {run.log.ready_s:.3f} s"
         first = None
@@ -159,7 +159,7 @@ def log_tells_the_times(run: Witnessed) -> Finding:
             if not -TAKEN_UP_S * patience <= after <= ENDED_S * patience:
                 yield f"watched until {after:+.3f} s after the last request's end"
 
-    return finding(wrong(), f"{len(run.log.tasks)} requests")
+    return finding(failures(), f"{len(run.log.tasks)} requests")
 
 
 @holds("log", f"{AGREE_BYTES >> 20} MiB or {AGREE_SHARE:.0%}")

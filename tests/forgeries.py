@@ -371,14 +371,14 @@ class Court:
             (scratch / "raw" / path.name).symlink_to(path)
         self.runs: dict[str, Runs] = defaultdict(list)
         for r in self.whole.records:
-            if r.run_id not in self.whole.wrong:
+            if r.run_id not in self.whole.problems:
                 path = folder / "records" / f"{r.run_id}.json"
                 self.runs[r.cell].append(json.loads(path.read_text(encoding="utf-8")))
 
     def accepts(self, cell: str, runs: Runs, logs: dict[str, bytes | None]) -> bool:
         """Whether a cell with these records passes as the honest one does."""
-        others = [r for r in self.whole.records if r.cell != cell or r.run_id in self.whole.wrong]
-        records, wrong, starts = list(others), dict(self.whole.wrong), dict(self.whole.starts)
+        others = [r for r in self.whole.records if r.cell != cell or r.run_id in self.whole.problems]
+        records, wrong, starts = list(others), dict(self.whole.problems), dict(self.whole.starts)
         for name, content in logs.items():
             path = self.scratch / "raw" / name
             path.unlink()

@@ -18,7 +18,7 @@ def checked(*what):
 
 
 def of(kind):
-    return {i.id for i in INVARIANTS.values() if i.of == kind}
+    return {i.id for i in INVARIANTS.values() if i.scope == kind}
 
 
 def broken(arm="baseline", **change):
@@ -444,7 +444,7 @@ def test_an_attempt_that_went_away_is_missed(runs):
 
 def test_a_later_judgement_is_one_of_a_record_that_is_there(runs):
     planned, first = plan_of(runs), runs[0].model_copy(update={"digest": "1" * 64})
-    named = record.Judged(record=first.run_id, digest="1" * 64, commit="c" * 40)
+    named = record.Reaudit(record=first.run_id, digest="1" * 64, commit="c" * 40)
     again = first.model_copy(update={"attempt": 2, "run_id": record.run_id(first.spec, 2), "judged": named})
     assert study_flagged(planned, runs, records=[first, *runs[1:], again]) == set()
     wrong = {
@@ -683,7 +683,7 @@ SAID = {
 
 def test_every_limit_is_the_documented_one():
     elsewhere = {"log", "cell"}, {bounds.__name__}
-    here = [i for i in INVARIANTS.values() if i.of not in elsewhere[0] and i.find.__module__ not in elsewhere[1]]
+    here = [i for i in INVARIANTS.values() if i.scope not in elsewhere[0] and i.find.__module__ not in elsewhere[1]]
     assert {i.id: i.limit for i in here} == LIMITS
 
 

@@ -67,7 +67,7 @@ def arm(runs, placement, change):
 
 def test_a_whole_cell_passes_every_check():
     checks = audit.cell(audit.Cell(cell_of(), LONG, {r.run_id: 0.02 for r in cell_of()}))
-    assert {c.id for c in checks} == {i.id for i in INVARIANTS.values() if i.of == "cell"}
+    assert {c.id for c in checks} == {i.id for i in INVARIANTS.values() if i.scope == "cell"}
     assert [c for c in checks if not c.passed] == []
 
 

@@ -176,7 +176,7 @@ def poisoned(name: str, models: bool) -> tuple[study.Results, set[str]]:
         blocks = tuple(tuple(records[r.run_id] for r in block) for block in s.blocks)
         key = f"{poison.name(model) if models else model}/{quant}"
         statuses[key] = dataclasses.replace(s, blocks=blocks, problems=(f"{key}: {HOSTILE}",))
-    bad = dataclasses.replace(results.evidence, records=[*records.values()], damaged=[HOSTILE], wrong={}, checks={})
+    bad = dataclasses.replace(results.evidence, records=[*records.values()], damaged=[HOSTILE], problems={}, checks={})
     made = study.Results.model_construct(
         schema_version=3,
         study=plan,

@@ -38,7 +38,7 @@ class Dying:
 
 
 def told(server, broke="connection-lost"):
-    with pytest.raises(process.ProcessError) as caught, run._telling_its_end(server):
+    with pytest.raises(process.ProcessError) as caught, run._reporting_its_end(server):
         raise client.RunError(broke, "as it looked from here")
     return caught.value.reason
 

@@ -138,11 +138,11 @@ def test_readings_that_are_good_by_later_rules_are_judged_again_beside_the_first
     first = {r.key: r for r in refused.records() if not r.done}
     assert {r.spec.placement for r in first.values()} == {"baseline"}
     assert all("memory-known" in r.reasons for r in first.values())
-    again = measure.judge_again(refused)
+    again = measure.reaudit(refused)
     assert {r.key for r in again} == first.keys()
     for r in again:
         old = first[r.key]
-        assert r.judged == record.Judged(record=old.run_id, digest=old.digest, commit="c" * 40)
+        assert r.judged == record.Reaudit(record=old.run_id, digest=old.digest, commit="c" * 40)
         assert (r.status, r.reasons) == ("valid", ())
         assert r.observed.memory.value_bytes is not None
         assert r.observed.memory.trace == old.observed.memory.trace
@@ -152,14 +152,14 @@ def test_readings_that_are_good_by_later_rules_are_judged_again_beside_the_first
     after = {p.name: p.read_bytes() for p in (refused.path / "records").iterdir()}
     assert before.items() <= after.items()
     assert len(after) == len(before) + len(again)
-    assert measure.judge_again(refused) == []
+    assert measure.reaudit(refused) == []
 
 
 def test_the_first_good_attempt_is_the_one_that_is_judged_again(refused):
     (one, *_) = [r for r in refused.records() if not r.done]
     later = one.model_copy(update={"attempt": 2, "run_id": record.run_id(one.spec, 2)})
     record.write(refused.path, later)
-    again = {r.key: r for r in measure.judge_again(refused)}
+    again = {r.key: r for r in measure.reaudit(refused)}
     assert again[one.key].judged.record == one.run_id
     assert again[one.key].attempt == 3
 
@@ -169,18 +169,18 @@ def test_what_is_wrong_for_another_reason_stays_so(refused):
         r = record.read(path)
         path.unlink()
         record.write(refused.path, r.model_copy(update={"observed": dataclasses.replace(r.observed, top_logprobs=())}))
-    assert measure.judge_again(refused) == []
+    assert measure.reaudit(refused) == []
 
 
 def test_rules_that_no_commit_has_judge_nothing(refused, monkeypatch):
     for facts in ({"commit": "c" * 40, "dirty": True}, {"commit": None, "dirty": None}):
         monkeypatch.setattr(measure.process, "facts", lambda facts=facts: facts)
         with pytest.raises(StudyError, match="commit what you changed"):
-            measure.judge_again(refused)
+            measure.reaudit(refused)
 
 
 def test_a_document_says_what_was_judged_again(refused):
-    measure.judge_again(refused)
+    measure.reaudit(refused)
     text = evidences.problems(study.results(refused.path)).markdown()
     assert "2 runs were *re-audited*: earlier rules refused the readings in their first record" in text
     assert "cccccccccccc" in text

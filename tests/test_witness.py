@@ -21,7 +21,7 @@ def flagged(folder, r, log=None):
 @pytest.mark.parametrize("placement", ["baseline", "cpu-moe"])
 def test_a_record_and_its_log_agree(tmp_path, placement):
     checks = audit.log(witness.call(tmp_path, keep(tmp_path, made(placement=placement))))
-    assert {c.id for c in checks} == {i.id for i in INVARIANTS.values() if i.of == "log"}
+    assert {c.id for c in checks} == {i.id for i in INVARIANTS.values() if i.scope == "log"}
     assert all(c.passed for c in checks)
 
 
@@ -98,7 +98,7 @@ def test_what_was_changed_in_the_record_alone_is_seen(tmp_path, check, r):
 
 def test_every_check_has_a_forgery():
     kept_apart = {"log-kept", "log-tells-the-memory"}
-    assert set(FORGED) | kept_apart == {i.id for i in INVARIANTS.values() if i.of == "log"}
+    assert set(FORGED) | kept_apart == {i.id for i in INVARIANTS.values() if i.scope == "log"}
 
 
 def test_a_log_that_is_gone_changed_or_empty_is_missed(tmp_path):
@@ -155,18 +155,18 @@ def test_a_study_whose_logs_are_gone_has_no_usable_run(tmp_path):
     for r in block():
         keep(tmp_path, r)
     found = gather.gather(tmp_path)
-    assert (found.wrong, len(found.starts)) == ({}, 2)
+    assert (found.problems, len(found.starts)) == ({}, 2)
     for path in (tmp_path / "raw").iterdir():
         path.unlink()
     found = gather.gather(tmp_path)
-    assert set(found.wrong) == {r.run_id for r in found.records}
-    assert all("log-kept" in why for why in found.wrong.values())
+    assert set(found.problems) == {r.run_id for r in found.records}
+    assert all("log-kept" in why for why in found.problems.values())
 
 
 def test_light_records_are_audited_before_they_are_made_light(tmp_path):
     for r in block():
         keep(tmp_path, r)
-    assert gather.gather(tmp_path, light=True).wrong == gather.gather(tmp_path).wrong == {}
+    assert gather.gather(tmp_path, light=True).problems == gather.gather(tmp_path).problems == {}
 
 
 @pytest.mark.parametrize(
