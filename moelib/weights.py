@@ -1,4 +1,4 @@
-"""Whether a file is a model's published weights, whole and unquantised, by what its header says: never by its name."""
+"""Check by its header, never its name, whether a file holds a model's published weights, complete and unquantised."""
 
 import hashlib
 from collections import Counter
@@ -10,23 +10,23 @@ from moelib import gguf_file, gguf_header, params, twin
 from moelib.bar import tqdm
 
 UNQUANTISED = ("F16", "BF16", "F32")
-"""In the order of preference: what the plan names, what is as good, what is twice as large as it need be."""
+"""In order of preference: the type that the plan names, one as good, and one that is larger than necessary."""
 SHAPE = ("block_count", "embedding_length", "feed_forward_length", "expert_count", "expert_used_count")
-ABOUT = 0.02  # vocabularies are padded by some; a part of a model lacks far more
+ABOUT = 0.02  # publishers pad vocabularies by a few percent; an incomplete model lacks far more
 
 
 class SourceError(params.UserError):
-    """A model's source cannot be had, or is not what it should be; the message says why and what to do."""
+    """A model's source cannot be obtained or is not valid; the message says why and what to do."""
 
 
 def require(model: str, header: gguf_file.Header, what: str = "") -> None:
-    """Raise SourceError unless the file is the model's weights, whole and unquantised."""
+    """Raise SourceError unless the file holds the model's weights, complete and unquantised."""
     if why := why_not(model, header):
         raise SourceError(f"{what or header.path.name} is not {model}: {'; '.join(why)}. Give its F16 GGUF")
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a large file, with progress."""
+    """SHA-256 of a large file, with a progress bar."""
     digest = hashlib.sha256()
     bar = {"total": path.stat().st_size, "desc": f"checking {path.name}", "unit": "B", "unit_scale": True}
     with path.open("rb") as f, tqdm(**bar, disable=None, leave=False) as shown:
@@ -37,7 +37,7 @@ def digest(path: Path) -> str:
 
 
 def kind(header: gguf_file.Header) -> str:
-    """The unquantised type that most of the file's bytes have."""
+    """The unquantised type of most of the file's bytes."""
     nbytes: Counter[str] = Counter()
     for t in header.tensors:
         nbytes[t.type] += t.nbytes
@@ -45,12 +45,12 @@ def kind(header: gguf_file.Header) -> str:
 
 
 def least_bytes(model: str) -> int:
-    """A file of fewer bytes cannot hold the model unquantised."""
+    """The fewest bytes that the unquantised model could have."""
     return twin.nbytes(params.model(model).at_scale("full")) // 2
 
 
 def why_not(model: str, header: gguf_file.Header) -> list[str]:
-    """Why the file is not the model's published weights, whole and unquantised; empty if it is."""
+    """Why the file does not hold the model's published weights, complete and unquantised; empty if it does."""
     geometry, metadata = params.model(model).at_scale("full"), header.metadata
     if header.kind != "model":
         return [f"it is {gguf_file.NOT_MODELS[header.kind][0]}"]
@@ -69,12 +69,12 @@ def why_not(model: str, header: gguf_file.Header) -> list[str]:
     return wrong or _lacks(geometry, header)
 
 
-def _same(said: Any, meant: int) -> bool:
-    return type(said) is int and said == meant  # True is no number of blocks
+def _same(value: Any, expected: int) -> bool:
+    return type(value) is int and value == expected  # True must not count as 1
 
 
 def _lacks(geometry: params.Geometry, header: gguf_file.Header) -> list[str]:
-    """What a file of the right shape lacks of the model: a vocabulary, a head or a draft alone says the same shape."""
+    """What a file of the right shape lacks of the model; one with only a vocabulary or a draft has the same shape."""
     planned = twin.tensors(geometry)
     experts: Counter[int | None] = Counter()
     for t in planned:

@@ -152,8 +152,8 @@ def test_the_pins_of_the_repository_are_the_known_ones():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"build": None}, "pinned together"),
-        ({"files": {}}, "pinned together"),
+        ({"build": None}, "must be given together"),
+        ({"files": {}}, "must be given together"),
         ({"files": {"../x.tar.gz": {"bytes": 1, "sha256": "0" * 64}}}, "pattern"),
         ({"files": {"x.tar.gz": {"bytes": 0, "sha256": "0" * 64}}}, "greater than 0"),
         ({"files": {"x.tar.gz": {"bytes": 1, "sha256": "0"}}}, "pattern"),
@@ -184,7 +184,7 @@ def test_another_hash_or_asset_is_another_folder(place):
 
 def test_a_wrong_hash_deletes_what_came_and_says_so(place, site):
     one = offered(site, place, packed(GOOD), sha256="0" * 64)
-    with pytest.raises(ArchiveError, match=r"came with SHA-256 .*, pinned is 000000000000\.\.\.; it was deleted"):
+    with pytest.raises(ArchiveError, match=r"has SHA-256 .*, but 000000000000\.\.\. is pinned; it was deleted"):
         archive.fetch(one)
     assert left(place) == []
 
@@ -242,7 +242,7 @@ def test_a_site_that_sends_nothing_is_given_up(place, site):
 
 
 def test_a_missing_file_is_said(place):
-    with pytest.raises(ArchiveError, match=f"{NAME} is not to be had: the release site answers 404"):
+    with pytest.raises(ArchiveError, match=f"{NAME} cannot be downloaded: the release site answers 404"):
         archive.fetch(pinned(place, b"x"))
 
 
@@ -259,7 +259,9 @@ def test_only_https_or_loopback_is_asked(place, monkeypatch, url):
 def test_a_redirection_may_not_lead_off_https(place, site):
     one = pinned(place, b"x")
     site.held[f"/b{BUILD}/{NAME}"] = "http://example.org/x"
-    with pytest.raises(ArchiveError, match="the release site names 'http://example.org/x': it must begin with https"):
+    with pytest.raises(
+        ArchiveError, match="the release site names 'http://example.org/x': give an address that begins with https"
+    ):
         archive.fetch(one)
 
 
@@ -275,8 +277,8 @@ def test_a_redirection_may_not_lead_off_https(place, site):
         ([link("a", "../../out", tarfile.LNKTYPE)], "outside"),
         ([link("pipe", "", tarfile.FIFOTYPE)], "holds 'pipe'"),
         ([link("dev", "", tarfile.CHRTYPE)], "holds 'dev'"),
-        ([("x", b"x")] * 11, "unpacks to more"),
-        ([("zeros", bytes(50 << 20))], "unpacks to more"),
+        ([("x", b"x")] * 11, "unpacks to too m"),
+        ([("zeros", bytes(50 << 20))], "unpacks to too m"),
     ],
 )
 def test_members_that_no_release_has_are_refused(tmp_path, monkeypatch, members, words):
@@ -296,7 +298,7 @@ def test_a_long_name_is_not_unpacked_into_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(tarball, "ROOM", 1 << 20)
     path = tmp_path / "x.tar.gz"
     path.write_bytes(packed([("n" * (80 << 20), b"x")]))
-    with pytest.raises(ArchiveError, match="unpacks to more"):
+    with pytest.raises(ArchiveError, match="unpacks to too m"):
         tarball.extract(path, tmp_path)
 
 
@@ -374,7 +376,7 @@ def test_a_cache_that_cannot_be_had_is_one_sentence(place, site, monkeypatch):
         archive.fetch(one)
     monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
     monkeypatch.setattr(archive.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
-    with pytest.raises(ArchiveError, match="no home to keep an engine in: set XDG_CACHE_HOME"):
+    with pytest.raises(ArchiveError, match="no home folder to store an engine in: set XDG_CACHE_HOME"):
         archive.fetch(one)
     assert archive.installed() is None
 

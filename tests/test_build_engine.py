@@ -73,7 +73,7 @@ def test_an_installed_package_that_does_not_run_here_is_passed_over(tmp_path, no
     server.chmod(0o755)
     monkeypatch.setattr(engines, "_package_folder", lambda: server.parent)
     monkeypatch.setattr(build_engine, "build", lambda: "llama.cpp b1 (made up)")
-    with pytest.raises(EngineError, match=r"make engine.* \(one is there: .*built for a CPU"):
+    with pytest.raises(EngineError, match=r"make engine.* \(one is installed, but does not run: .*built for a CPU"):
         engines.find()
     build_engine.main()
     assert capsys.readouterr().out.splitlines()[-1] == "built llama.cpp b1 (made up)"

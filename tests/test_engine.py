@@ -337,13 +337,13 @@ def test_a_server_that_does_not_answer_is_told_with_cause_and_next_step(tmp_path
     (tmp_path / "llama-server").chmod(0o755)
     with pytest.raises(EngineError, match=f"(?s)llama-server.* {why}") as caught:
         engines.find(tmp_path)
-    assert "use another build: mend PATH, set MOELIB_LLAMA_CPP, or run `make engine`" in str(caught.value)
+    assert "use another build: correct PATH, set MOELIB_LLAMA_CPP, or run `make engine`" in str(caught.value)
 
 
 def test_a_tool_that_may_not_be_executed_is_told_when_it_is_needed(tmp_path):
     tools = folder(tmp_path / "x")
     (tools / "llama-quantize").chmod(0o644)
-    with pytest.raises(EngineError, match="llama-quantize may not be executed: `chmod"):
+    with pytest.raises(EngineError, match="llama-quantize is not executable: run `chmod"):
         engines.find(tools).tool("llama-quantize")
 
 

@@ -156,7 +156,7 @@ def tool_that(tmp_path, engine, script):
 def test_a_tool_that_floods_its_log_is_ended_and_its_log_not_read_whole(own_source, engine, tmp_path, monkeypatch):
     monkeypatch.setattr(quantize, "LOG_BYTES", 1 << 20)
     broken = tool_that(tmp_path, engine, f"#!{sys.executable}\nwhile True: print('x' * 4000)\n")
-    with pytest.raises(QuantizeError, match=r"llama-quantize floods its log; use another build"):
+    with pytest.raises(QuantizeError, match=r"llama-quantize wrote more than .* to its log; use another build"):
         quantize.make(own_source, "Q8_0", broken, tmp_path / "work")
     assert not list(own_source.path.parent.glob("*Q8_0*gguf"))
 

@@ -60,16 +60,16 @@ def test_a_pin_is_the_commit_the_f16_file_and_its_hash(toy, lfs_hub, home):
 @pytest.mark.parametrize(
     ("files", "why"),
     [
-        ({"toy-Q4_K_M.gguf": bytes(36000)}, "toy-Q4_K_M.gguf: 36,000 bytes, and the model unquantised has some"),
+        ({"toy-Q4_K_M.gguf": bytes(36000)}, "toy-Q4_K_M.gguf: 36,000 bytes, but the unquantised model has about"),
         ({"README.md": b"# toy\n"}, "it holds no GGUF file.*pin another repository"),
         ({"toy-F16.gguf": b"GGUF" + bytes(3 << 20)}, "toy-F16.gguf: .*GGUF version"),
         ({"toy-F16.gguf": bytes(3 << 20)}, "toy-F16.gguf: it is not a GGUF file: it begins with zeros"),
-        ({"a-f16-00001-of-00002.gguf": bytes(36000)}, "of 2 files by its name, file 2 is not there"),
-        ({"a-00002-of-00001.gguf": bytes(9)}, "its name says that it is file 2 of 1"),
-        ({"a-00000-of-00001.gguf": bytes(9)}, "its name says that it is file 0 of 1"),
-        ({"a-00001-of-99999.gguf": bytes(9)}, "its name says that it is file 1 of 99999"),
-        ({"toy.f16.gguf.part1of2": bytes(9000)}, "toy.f16.gguf.part1of2 are plain pieces.*join them with `cat`"),
-        ({"model-1.safetensors": bytes(9000)}, "it holds safetensors: `hf download alice/toy-GGUF.*--from FOLDER"),
+        ({"a-f16-00001-of-00002.gguf": bytes(36000)}, "its name says one of 2 files, but file 2 is missing"),
+        ({"a-00002-of-00001.gguf": bytes(9)}, "its name says file 2 of 1"),
+        ({"a-00000-of-00001.gguf": bytes(9)}, "its name says file 0 of 1"),
+        ({"a-00001-of-99999.gguf": bytes(9)}, "its name says file 1 of 99999"),
+        ({"toy.f16.gguf.part1of2": bytes(9000)}, "toy.f16.gguf.part1of2 are pieces of one file.*join them with `cat`"),
+        ({"model-1.safetensors": bytes(9000)}, "it holds safetensors: run `hf download alice/toy-GGUF.*--from FOLDER"),
     ],
 )
 def test_what_cannot_be_pinned_says_what_is_there(toy, lfs_hub, files, why):
@@ -162,7 +162,7 @@ def test_a_beginning_that_is_not_of_this_file_is_thrown_away(pinned, lfs_hub):
     begun = sources._begun(sources.folder("toy") / "toy-F16.gguf", want)
     begun.parent.mkdir(parents=True)
     begun.write_bytes(bytes(1000))
-    with pytest.raises(SourceError, match=r"SHA-256 \w+\.\.\., pinned is .*nothing of it was kept"):
+    with pytest.raises(SourceError, match=r"SHA-256 \w+\.\.\., but .* is pinned; it was deleted"):
         sources.fetch("toy", lfs_hub.url)
     assert not begun.exists()
     assert sources.fetch("toy", lfs_hub.url).path.read_bytes() == pinned
@@ -170,7 +170,7 @@ def test_a_beginning_that_is_not_of_this_file_is_thrown_away(pinned, lfs_hub):
 
 def test_wrong_bytes_are_refused_and_not_kept(pinned, lfs_hub):
     lfs_hub.fail("corrupt", match=STORAGE, times=None)
-    with pytest.raises(SourceError, match=r"SHA-256 .*nothing of it was kept. Run again"):
+    with pytest.raises(SourceError, match=r"SHA-256 .*it was deleted. Run again"):
         sources.fetch("toy", lfs_hub.url)
     assert not list(sources.folder("toy").glob("*.gguf"))
     lfs_hub._faults.clear()
@@ -385,7 +385,7 @@ def test_a_local_file_that_is_gone_or_changed_is_not_taken_for_the_source(good, 
     for harm in (lambda p: p.unlink(), lambda p: p.write_bytes(content[:-1] + b"x")):
         harm(tmp_path / "toy.gguf")
         for use in (lambda: sources.whole(source), lambda: sources.obtain("toy", "real", "full")):
-            with pytest.raises(SourceError, match=r"are local file toy.gguf, and that is gone or was changed: give it"):
+            with pytest.raises(SourceError, match=r"are local file toy.gguf, which is missing or was changed: give it"):
                 use()
         (tmp_path / "toy.gguf").write_bytes(content)
         sources.adopt("toy", tmp_path / "toy.gguf")
@@ -402,7 +402,7 @@ def test_another_file_in_the_place_of_the_chosen_one_is_not_the_source(good, tmp
     (sources.folder("toy") / "source.json").write_text(
         chosen, encoding="utf-8"
     )  # as if a kill had come before it was written
-    with pytest.raises(SourceError, match="gone or was changed"):
+    with pytest.raises(SourceError, match="is missing or was changed"):
         sources.whole(source)
 
 
@@ -422,11 +422,11 @@ def test_a_damaged_note_of_the_choice_is_no_choice(toy, said):
     ("name", "why"),
     [
         ("a-00002-of-00001.gguf", "says file 2 of 1 of a split model, which is impossible"),
-        ("a-00000-of-00002.gguf", "is file 0 of 2"),
-        ("a-00001-of-99999.gguf", "is file 1 of 99999"),
+        ("a-00000-of-00002.gguf", "says file 0 of 2"),
+        ("a-00001-of-99999.gguf", "says file 1 of 99999"),
         ("a-00003-of-00400.gguf", "and 396 more is not in"),
-        ("a.bin", "no name that ends in .gguf"),
-        ("source.json", "no name that ends in .gguf"),
+        ("a.bin", "does not end in .gguf"),
+        ("source.json", "does not end in .gguf"),
     ],
 )
 def test_odd_names_are_one_sentence(toy, tmp_path, name, why):
@@ -496,7 +496,7 @@ def test_safetensors_that_changed_are_converted_again(safetensors, toy):
         existing = state_of(sources.folder("toy"))
         (safetensors / "weights.gguf").write_bytes(published.gguf(shape, **how))
         (safetensors / "config.json").write_text(str(how), encoding="utf-8")
-        with pytest.raises(SourceError, match="what toy-chat was converted to is not toy: "):
+        with pytest.raises(SourceError, match="the GGUF converted from toy-chat is not toy: "):
             sources.adopt("toy", safetensors)
         assert state_of(sources.folder("toy")) == existing
 
@@ -504,8 +504,8 @@ def test_safetensors_that_changed_are_converted_again(safetensors, toy):
 @pytest.mark.parametrize(
     ("said", "why"),
     [
-        ("'unclosed", "MOELIB_CONVERTER is .*which is no command"),
-        ("/nowhere/python {}", "names /nowhere/python, which is no program here"),
+        ("'unclosed", "MOELIB_CONVERTER is .*which is not a command"),
+        ("/nowhere/python {}", "names /nowhere/python, which is not a program"),
         ("/tmp", "not found at /tmp"),
     ],
 )
@@ -524,7 +524,7 @@ def test_a_conversion_that_fails_says_why(safetensors, monkeypatch):
     with pytest.raises(SourceError, match=r"not found at /nowhere/convert.py.*MOELIB_CONVERTER"):
         sources.adopt("toy", safetensors)
     (safetensors / "config.json").unlink()
-    with pytest.raises(SourceError, match="holds no config.json"):
+    with pytest.raises(SourceError, match="lacks config.json"):
         sources.adopt("toy", safetensors)
 
 
