@@ -163,12 +163,12 @@ def made(observed=None, attempt=1, status=None, reasons=None, **of_spec) -> reco
     if observed is None and status != "failed":
         observed = observation(asked.placement)
     checks = audit.run(measured(asked, observed)) if observed else ()
-    found = audit.verdict(checks) if observed else ("failed", ("engine-ended",))
+    verdict = audit.verdict(checks) if observed else ("failed", ("engine-ended",))
     return record.Record(
         run_id=record.run_id(asked, attempt),
         attempt=attempt,
-        status=status or found[0],
-        reasons=found[1] if reasons is None else reasons,
+        status=status or verdict[0],
+        reasons=verdict[1] if reasons is None else reasons,
         message=None,
         spec=asked,
         sheet=MANIFEST,

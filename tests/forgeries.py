@@ -414,8 +414,8 @@ class Court:
         blocks = [r for name, s in self.honest.statuses.items() if name != cell for b in s.blocks for r in b]
         blocks += [r for b in status.blocks for r in b]
         keys = [record.spec_key(s) for c in self.honest.cells for s in c.specs]
-        found = audit.study(audit.Matrix(keys, blocks, records))
-        return all(c.passed or c.id == "matrix-complete" for c in found)
+        checks = audit.study(audit.Matrix(keys, blocks, records))
+        return all(c.passed or c.id == "matrix-complete" for c in checks)
 
 
 def campaign(court: Court, number: int, seed: int) -> dict[str, list[int]]:
@@ -437,8 +437,8 @@ def campaign(court: Court, number: int, seed: int) -> dict[str, list[int]]:
                 rows[name][2] += 1
                 if os.environ.get("FORGERIES_TELL"):
                     was, now = published(court.runs[cell]), published(runs)
-                    told = "; ".join(f"{k} {was.get(k)} -> {now.get(k)}" for k in sorted(numbers)[:6])
-                    click.echo(f"accepted: {name} in {cell}: {told}", err=True)
+                    changes = "; ".join(f"{k} {was.get(k)} -> {now.get(k)}" for k in sorted(numbers)[:6])
+                    click.echo(f"accepted: {name} in {cell}: {changes}", err=True)
     return rows
 
 

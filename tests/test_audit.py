@@ -30,26 +30,26 @@ def one_request(**change):
 
 
 def report(placement="baseline", **change):
-    seen = observation(placement)
-    return placement, remembered(replace(seen, report=replace(seen.report, **change)))
+    observed = observation(placement)
+    return placement, remembered(replace(observed, report=replace(observed.report, **change)))
 
 
-def remembered(seen, peak=None):
+def remembered(observed, peak=None):
     """`seen` with the memory that its readings and its report now give."""
-    m = seen.memory
+    m = observed.memory
     peak = m.process_bytes if peak is None else peak
-    again = reconcile(seen.device_kind, m.trace, seen.report, m.weights_bytes, m.context_bytes, peak or None)
-    return replace(seen, memory=again)
+    again = reconcile(observed.device_kind, m.trace, observed.report, m.weights_bytes, m.context_bytes, peak or None)
+    return replace(observed, memory=again)
 
 
 def device_weights(placement, nbytes):
-    seen = observation(placement)
+    observed = observation(placement)
     buffers = tuple(
-        replace(b, size_bytes=nbytes) if b.on_device and b.kind == "model" else b for b in seen.report.buffers
+        replace(b, size_bytes=nbytes) if b.on_device and b.kind == "model" else b for b in observed.report.buffers
     )
-    grown = nbytes - seen.report.device_bytes("model")
-    again = replace(seen, report=replace(seen.report, buffers=buffers))
-    return placement, remembered(again, seen.memory.process_bytes + grown)
+    grown = nbytes - observed.report.device_bytes("model")
+    again = replace(observed, report=replace(observed.report, buffers=buffers))
+    return placement, remembered(again, observed.memory.process_bytes + grown)
 
 
 def host(**change):
@@ -88,8 +88,8 @@ VIOLATIONS = {
 }
 
 
-def failed(placement, seen, sheet=MANIFEST):
-    return audit.verdict(checked(spec(placement=placement), seen, sheet))
+def failed(placement, observed, sheet=MANIFEST):
+    return audit.verdict(checked(spec(placement=placement), observed, sheet))
 
 
 @pytest.mark.parametrize("placement", ["baseline", "cpu-moe"])
@@ -210,9 +210,9 @@ def test_the_command_is_the_placement_and_nothing_else(placement, argv, right):
 
 
 def test_load_mode_none_must_be_told():
-    seen = observation()
+    observed = observation()
     for line, right in ((ARGV, False), (argv(load_mode="none"), True), ((*OLDER, "--no-mmap"), True)):
-        checks = checked(spec(load_mode="none"), replace(seen, argv=line), MANIFEST)
+        checks = checked(spec(load_mode="none"), replace(observed, argv=line), MANIFEST)
         assert next(c.passed for c in checks if c.id == "command-as-asked") == right
 
 
@@ -224,10 +224,10 @@ def test_output_that_is_not_a_distribution_is_dead(top):
 
 
 def test_a_run_can_be_audited_that_is_in_no_study():
-    asked, seen = spec(), observation()
-    assert audit.verdict(audit.run(asked, seen, MANIFEST.model_dump())) == ("valid", ())
-    assert audit.verdict(audit.run(asked, seen, {"sha256": "a" * 64})) == ("valid", ())
-    assert audit.verdict(audit.run(asked, seen, {"sha256": "b" * 64})) == ("invalid", ("file-is-its-sheet",))
+    asked, observed = spec(), observation()
+    assert audit.verdict(audit.run(asked, observed, MANIFEST.model_dump())) == ("valid", ())
+    assert audit.verdict(audit.run(asked, observed, {"sha256": "a" * 64})) == ("valid", ())
+    assert audit.verdict(audit.run(asked, observed, {"sha256": "b" * 64})) == ("invalid", ("file-is-its-sheet",))
 
 
 def test_nothing_is_not_valid():
@@ -245,9 +245,9 @@ def test_nothing_is_not_valid():
 
 def test_a_device_that_is_not_there_can_offload_nothing():
     def gone(arm):
-        seen = observation(arm, device_kind="none", argv=(*argv(arm)[:-4], "--device", "none"))
-        host_only = tuple(b for b in seen.report.buffers if not b.on_device)
-        return remembered(replace(seen, report=replace(seen.report, buffers=host_only, offloaded_layers=0)))
+        observed = observation(arm, device_kind="none", argv=(*argv(arm)[:-4], "--device", "none"))
+        host_only = tuple(b for b in observed.report.buffers if not b.on_device)
+        return remembered(replace(observed, report=replace(observed.report, buffers=host_only, offloaded_layers=0)))
 
     assert failed("baseline", gone("baseline")) == ("degraded", ("memory-undoubted",))
     assert failed("cpu-moe", gone("cpu-moe")) == ("invalid", ("placement-moves", "memory-undoubted"))
@@ -264,9 +264,9 @@ def test_a_baseline_that_moved_something_is_none():
 
 def test_a_gpu_run_is_on_the_gpu():
     cuda = tuple(replace(b, name=b.name.replace("RPC0[127.0.0.1:5]", "CUDA0")) for b in observation().report.buffers)
-    seen = observation(device_kind="cuda")
-    for buffers, right in ((cuda, True), (seen.report.buffers, False)):
-        again = remembered(replace(seen, report=replace(seen.report, buffers=buffers)))
+    observed = observation(device_kind="cuda")
+    for buffers, right in ((cuda, True), (observed.report.buffers, False)):
+        again = remembered(replace(observed, report=replace(observed.report, buffers=buffers)))
         assert ("device-is-the-one" not in failed("baseline", again)[1]) == right
 
 
@@ -602,12 +602,12 @@ def test_quants_of_a_model_have_its_parameters_and_its_traffic(runs):
 
 def test_a_reading_is_evidence_of_the_value():
     """The same trace with one reading taken out of it no longer gives the value that stands."""
-    seen = observation()
-    m = seen.memory
-    assert reconcile("loopback", m.trace, seen.report, m.weights_bytes, None, m.process_bytes) == m
+    observed = observation()
+    m = observed.memory
+    assert reconcile("loopback", m.trace, observed.report, m.weights_bytes, None, m.process_bytes) == m
     shorter = replace(m, trace=replace(m.trace, during=()))
     assert failed(*broken(memory=shorter)) == ("valid", ())  # loopback's value is the system's own peak
-    sampled = reconcile("loopback", m.trace, seen.report, m.weights_bytes, None, None)
+    sampled = reconcile("loopback", m.trace, observed.report, m.weights_bytes, None, None)
     moved = replace(m.trace, during=(Reading(0.1, BASE + 20 * MIB, None),))
     assert failed(*broken(memory=replace(sampled, trace=moved)))[1] == ("memory-follows", "memory-undoubted")
 
@@ -690,9 +690,9 @@ def test_every_limit_is_the_documented_one():
 def test_what_was_found_is_said_with_what_it_was_held_against():
     """What holds, and what the invariant's own violation says."""
     holds = {c.id: c.measured for c in checked(spec(), observation(), MANIFEST)}
-    for check, (arm, seen) in VIOLATIONS.items():
-        found = next(c for c in checked(spec(placement=arm), seen, MANIFEST) if c.id == check)
-        assert (holds[check], found.measured) == SAID[check]
+    for check, (arm, observed) in VIOLATIONS.items():
+        check_result = next(c for c in checked(spec(placement=arm), observed, MANIFEST) if c.id == check)
+        assert (holds[check], check_result.measured) == SAID[check]
 
 
 def test_nothing_says_what_was_not_there():
@@ -763,8 +763,8 @@ def test_two_tokens_are_enough_to_count_and_to_time():
 
 def test_the_first_event_is_named_by_what_it_carried():
     late = one_request(token_n=(2, 2, 3, 4, 5))
-    found = next(c for c in checked(spec(), late[1], MANIFEST) if c.id == "times-ordered")
-    assert found.measured == "plan-short[0]: the first event carried 2 tokens"
+    check_result = next(c for c in checked(spec(), late[1], MANIFEST) if c.id == "times-ordered")
+    assert check_result.measured == "plan-short[0]: the first event carried 2 tokens"
 
 
 def test_layers_are_compared_by_their_number():
@@ -773,8 +773,8 @@ def test_layers_are_compared_by_their_number():
 
 
 def test_one_byte_that_moved_has_moved():
-    seen = observation("cpu-moe")
-    least = replace(seen, placement=replace(seen.placement, moved_bytes=1))
+    observed = observation("cpu-moe")
+    least = replace(observed, placement=replace(observed.placement, moved_bytes=1))
     assert "placement-moves" not in failed("cpu-moe", least)[1]
 
 
@@ -813,11 +813,11 @@ def test_times_are_kept_to_microseconds_and_may_meet():
 
 
 def test_the_weights_must_be_on_the_device_whatever_its_caches_are_on():
-    seen = observation()
+    observed = observation()
     elsewhere = tuple(
-        replace(b, name="Vulkan0") if b.on_device and b.kind == "model" else b for b in seen.report.buffers
+        replace(b, name="Vulkan0") if b.on_device and b.kind == "model" else b for b in observed.report.buffers
     )
-    again = remembered(replace(seen, report=replace(seen.report, buffers=elsewhere)))
+    again = remembered(replace(observed, report=replace(observed.report, buffers=elsewhere)))
     assert failed("baseline", again) == ("invalid", ("device-is-the-one",))
 
 

@@ -25,16 +25,16 @@ GPU = DEVICE.model_copy(
 )
 
 
-def failed(seen, placement="baseline", device=DEVICE, host=HOST):
+def failed(observed, placement="baseline", device=DEVICE, host=HOST):
     """Those of this module's checks that fail."""
-    checks = audit.run(measured(spec(placement=placement), seen, MANIFEST, device, host))
+    checks = audit.run(measured(spec(placement=placement), observed, MANIFEST, device, host))
     return {c.id for c in checks if not c.passed} & OWN
 
 
 def of_gpu(**change):
     """A run whose readings are a GPU's."""
-    seen = observation(**change)
-    return replace(seen, device_kind="cuda")
+    observed = observation(**change)
+    return replace(observed, device_kind="cuda")
 
 
 def host(**change):
@@ -42,8 +42,10 @@ def host(**change):
 
 
 def trace(**change):
-    seen = observation()
-    return remembered(replace(seen, memory=replace(seen.memory, trace=replace(seen.memory.trace, **change))))
+    observed = observation()
+    return remembered(
+        replace(observed, memory=replace(observed.memory, trace=replace(observed.memory.trace, **change)))
+    )
 
 
 def asked(*changes):
@@ -106,14 +108,14 @@ ON_GPU = [
 ]
 
 
-@pytest.mark.parametrize(("check", "seen"), VIOLATIONS)
-def test_each_limit_alone_is_broken(check, seen):
-    assert failed(seen) == {check}
+@pytest.mark.parametrize(("check", "observed"), VIOLATIONS)
+def test_each_limit_alone_is_broken(check, observed):
+    assert failed(observed) == {check}
 
 
-@pytest.mark.parametrize(("check", "seen"), ON_GPU)
-def test_each_limit_of_a_gpu_alone_is_broken(check, seen):
-    assert failed(seen, device=GPU) == {check}
+@pytest.mark.parametrize(("check", "observed"), ON_GPU)
+def test_each_limit_of_a_gpu_alone_is_broken(check, observed):
+    assert failed(observed, device=GPU) == {check}
 
 
 def test_every_limit_has_its_violation():
@@ -134,10 +136,10 @@ def test_what_is_possible_passes():
 
 def big(rate):
     """A run of a file of 8 GiB, a quarter of it on the device, decoding at `rate` tokens a second."""
-    seen = observation("cpu-moe")
-    placement = replace(seen.placement, moved_bytes=6 << 30, host_read_bytes=1 << 30, device_read_bytes=1 << 30)
+    observed = observation("cpu-moe")
+    placement = replace(observed.placement, moved_bytes=6 << 30, host_read_bytes=1 << 30, device_read_bytes=1 << 30)
     steps = (request(0, step=1 / rate), request(1, step=1 / rate, started_s=30.0))
-    return replace(seen, placement=placement, requests=steps, device_kind="cuda")
+    return replace(observed, placement=placement, requests=steps, device_kind="cuda")
 
 
 def test_no_token_comes_before_its_weights_can_be_read():
@@ -156,13 +158,13 @@ def test_small_experts_may_be_in_the_cpus_caches():
 
 
 def test_host_memory_holds_what_was_copied_there():
-    seen = observation("cpu-moe")
-    buffers = (*seen.report.buffers[:2], Buffer("CUDA_Host", "model", EXPERTS))
-    pinned = remembered(replace(seen, report=replace(seen.report, buffers=buffers)))
+    observed = observation("cpu-moe")
+    buffers = (*observed.report.buffers[:2], Buffer("CUDA_Host", "model", EXPERTS))
+    pinned = remembered(replace(observed, report=replace(observed.report, buffers=buffers)))
     full = EXPERTS + MANIFEST.file_bytes  # copied and mapped
     for rss, right in ((full, True), (full * 94 // 100, False)):
-        found = failed(replace(pinned, host_rss_peak_bytes=rss), "cpu-moe")
-        assert (found == set()) == right
+        failures = failed(replace(pinned, host_rss_peak_bytes=rss), "cpu-moe")
+        assert (failures == set()) == right
     paging = replace(pinned, host=replace(pinned.host, major_faults=100))
     for rss, right in ((EXPERTS, True), (EXPERTS * 94 // 100, False)):
         assert (failed(replace(paging, host_rss_peak_bytes=rss), "cpu-moe") == set()) == right
@@ -184,8 +186,8 @@ def test_energy_follows_the_boards_own_meter():
     def drawn(watts, joules):
         requests = tuple(request(i, step=2.5, started_s=1.0 + 11 * i, energy_joule=joules) for i in (0, 1))
         counters = tuple(Counters(t, t * joules / 10, power_watt=watts) for t in (0.5, 11.5, 23.0))
-        seen = of_gpu(requests=requests, counters=counters)
-        return failed(replace(seen, host=replace(seen.host, elapsed_s=23.0), wall_s=24.0), device=GPU)
+        observed = of_gpu(requests=requests, counters=counters)
+        return failed(replace(observed, host=replace(observed.host, elapsed_s=23.0), wall_s=24.0), device=GPU)
 
     assert "energy-possible" not in drawn(300.0, 3000.0)
     assert "energy-possible" not in drawn(121.0, 3000.0)
@@ -194,10 +196,10 @@ def test_energy_follows_the_boards_own_meter():
 
 
 def test_a_faster_link_carries_more():
-    seen = of_gpu(prompt_traffic=(PromptTraffic("plan-short", 8, 240 * MIB, 5),))
+    observed = of_gpu(prompt_traffic=(PromptTraffic("plan-short", 8, 240 * MIB, 5),))
     slow = GPU.model_copy(update={"pcie_bytes_per_s": 1e9})
-    assert "bus-traffic-possible" in failed(seen, device=slow)
-    assert "bus-traffic-possible" not in failed(seen, device=GPU)
+    assert "bus-traffic-possible" in failed(observed, device=slow)
+    assert "bus-traffic-possible" not in failed(observed, device=GPU)
 
 
 def test_a_bus_of_memory_is_one_that_exists():
@@ -208,5 +210,5 @@ def test_a_bus_of_memory_is_one_that_exists():
         assert "clocks-possible" in failed(clocked, device=device)
     capped = GPU.model_copy(update={"max_sm_clock_mhz": 1980})
     for mhz, right in ((1980, True), (1995, False)):
-        found = failed(of_gpu(counters=(Counters(0.1, sm_clock_mhz=mhz),)), device=capped)
-        assert ("clocks-possible" not in found) == right
+        failures = failed(of_gpu(counters=(Counters(0.1, sm_clock_mhz=mhz),)), device=capped)
+        assert ("clocks-possible" not in failures) == right

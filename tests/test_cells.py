@@ -42,8 +42,8 @@ def cell_of(blocks=3):
     runs = []
     for b in range(blocks):
         for order, placement in enumerate(("baseline", "cpu-moe")):
-            seen = replace(observation(placement), requests=timed(2 * b + order))
-            runs.append(made(seen, placement=placement, block=b, order=order))
+            observed = replace(observation(placement), requests=timed(2 * b + order))
+            runs.append(made(observed, placement=placement, block=b, order=order))
     return runs
 
 

@@ -113,15 +113,15 @@ def test_a_compressed_answer_is_not_unpacked(tmp_path):
 
 
 def test_the_likeliest_tokens_are_as_many_as_were_asked_for(tmp_path):
-    told = plain(completion_probabilities=[{"top_logprobs": [{"logprob": -1.0}] * 1000}])
-    with answering(told) as port, client.connect(port, "k") as c:
+    sent = plain(completion_probabilities=[{"top_logprobs": [{"logprob": -1.0}] * 1000}])
+    with answering(sent) as port, client.connect(port, "k") as c:
         assert client.top_logprobs(c, [1]) == (-1.0,) * client.PROBS
 
 
 def test_the_name_of_a_build_is_a_short_text_or_unknown(tmp_path):
     path = tmp_path / "m.gguf"
-    for told, want in (("b" * 1000, "b" * 200), (["b1"], None), (None, None)):
-        with answering(plain(model_path="m.gguf", build_info=told)) as port, client.connect(port, "k") as c:
+    for sent, want in (("b" * 1000, "b" * 200), (["b1"], None), (None, None)):
+        with answering(plain(model_path="m.gguf", build_info=sent)) as port, client.connect(port, "k") as c:
             assert client.check_ours(c, path) == want
 
 

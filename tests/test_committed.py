@@ -57,15 +57,15 @@ def rebuilt(folder, tmp_path):
 
 
 def test_every_record_stands_and_was_measured_by_committed_code(name):
-    found = study.results(COMMITTED[name].study)
-    assert not found.damaged
-    assert found.tally["planned"] == sum(found.tally[k] for k in ("usable", "invalid", "missing"))
-    assert found.tally["usable"] == found.tally["valid"] + found.tally["degraded"]
-    assert found.tally["invalid"] == 0
-    assert all(p.endswith("not run") for p in found.problems)
-    assert {r.host.dirty for r in found.records} == {False}
+    results = study.results(COMMITTED[name].study)
+    assert not results.damaged
+    assert results.tally["planned"] == sum(results.tally[k] for k in ("usable", "invalid", "missing"))
+    assert results.tally["usable"] == results.tally["valid"] + results.tally["degraded"]
+    assert results.tally["invalid"] == 0
+    assert all(p.endswith("not run") for p in results.problems)
+    assert {r.host.dirty for r in results.records} == {False}
     raw = COMMITTED[name].study / "raw"
-    for r in found.records:
+    for r in results.records:
         assert {kept: record.files.sha256(raw / kept) for kept in r.raw} == r.raw
 
 
@@ -83,9 +83,9 @@ def test_the_cards_are_rebuilt_byte_by_byte_and_have_no_fault(name):
 
 @pytest.mark.parametrize("harm", ["deleted", "changed"])
 def test_a_cited_record_that_is_gone_or_changed_shows(name, copy, tmp_path, harm):
-    told = json.loads((COMMITTED[name].document / "provenance.json").read_text(encoding="utf-8"))
+    provenance = json.loads((COMMITTED[name].document / "provenance.json").read_text(encoding="utf-8"))
     path = sorted((copy / "records").glob("*.json"))[-1]
-    assert path.stem in told["sources"]
+    assert path.stem in provenance["sources"]
     if harm == "deleted":
         path.unlink()
     else:
@@ -96,19 +96,19 @@ def test_a_cited_record_that_is_gone_or_changed_shows(name, copy, tmp_path, harm
 
 
 def test_all_of_a_studys_evidence_is_cited(name):
-    told = json.loads((COMMITTED[name].document / "provenance.json").read_text(encoding="utf-8"))["sources"]
-    found = study.results(COMMITTED[name].study)
-    evidence = cite(found.records) | cite_harness(found.accuracy)
-    for manifest in found.manifests:
+    provenance = json.loads((COMMITTED[name].document / "provenance.json").read_text(encoding="utf-8"))["sources"]
+    results = study.results(COMMITTED[name].study)
+    evidence = cite(results.records) | cite_harness(results.accuracy)
+    for manifest in results.manifests:
         evidence |= cite_manifest(manifest)
-    assert evidence.items() <= told.items()
+    assert evidence.items() <= provenance.items()
 
 
 def test_the_study_of_the_document_is_whole():
-    found = study.results(COMMITTED["h100-twins"].study)
-    assert found.tally == {"planned": 90, "usable": 90, "valid": 57, "degraded": 33, "invalid": 0, "missing": 0}
-    assert {reason for r in found.done for reason in r.reasons} == {"watched-lightly"}
-    assert found.problems == []
+    results = study.results(COMMITTED["h100-twins"].study)
+    assert results.tally == {"planned": 90, "usable": 90, "valid": 57, "degraded": 33, "invalid": 0, "missing": 0}
+    assert {reason for r in results.done for reason in r.reasons} == {"watched-lightly"}
+    assert results.problems == []
 
 
 def test_the_readmes_figures_are_committed_documents():
@@ -122,10 +122,10 @@ def test_the_readmes_figures_are_committed_documents():
 
 def test_device_memory_is_the_same_on_both_cards():
     """The README says so, with the same numbers."""
-    found = {}
+    by_arm = {}
     for name in ("h100-twins", "h200-twins"):
         for r in study.results(COMMITTED[name].study).done:
-            found.setdefault((r.cell, r.spec.arm), {}).setdefault(name, []).append(r.observed.memory.value_bytes)
-    more = [fmean(of["h100-twins"]) / fmean(of["h200-twins"]) - 1 for of in found.values() if len(of) == 2]
+            by_arm.setdefault((r.cell, r.spec.arm), {}).setdefault(name, []).append(r.observed.memory.value_bytes)
+    more = [fmean(of["h100-twins"]) / fmean(of["h200-twins"]) - 1 for of in by_arm.values() if len(of) == 2]
     assert (len(more), more.count(0)) == (15, 14)
     assert f"{max(more):.2%}" == "0.14%"

@@ -220,23 +220,23 @@ def test_a_damaged_study_is_a_sentence_or_a_document(folder, tmp_path, harm):
     for how in READERS:
         into = tmp_path / how
         done = call(how, into)
-        told = done.output
+        output = done.output
         assert done.exception is None or isinstance(done.exception, SystemExit), (how, done.exception)
-        assert "bug in moelib" not in told, (how, told)
-        assert "Traceback" not in told
-        assert done.exit_code in (0, 1), (how, told)
-        assert told.strip()
+        assert "bug in moelib" not in output, (how, output)
+        assert "Traceback" not in output
+        assert done.exit_code in (0, 1), (how, output)
+        assert output.strip()
         if how == "report":
-            assert (into / notebook.DOCUMENT).exists() is case.document, told
+            assert (into / notebook.DOCUMENT).exists() is case.document, output
             if case.document:
-                told += (into / notebook.DOCUMENT).read_text(encoding="utf-8")
-                assert not re.search(r"\b(nan|None|inf)\b", told)
-                assert "## Records" in told
-                assert not re.search(r"`: \*$", told, re.MULTILINE), "a table without rows and without a reason"
+                output += (into / notebook.DOCUMENT).read_text(encoding="utf-8")
+                assert not re.search(r"\b(nan|None|inf)\b", output)
+                assert "## Records" in output
+                assert not re.search(r"`: \*$", output, re.MULTILINE), "a table without rows and without a reason"
         if how == "card":  # says of what it was made
             continue
-        assert re.search(case.words, told), (how, told)
+        assert re.search(case.words, output), (how, output)
         if case.usable < 6:
             # runs that were not done yet are no fault of a document
-            assert done.exit_code == 1 or (how == "report" and "missing" in told), (how, told)
+            assert done.exit_code == 1 or (how == "report" and "missing" in output), (how, output)
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before, "reading wrote something"

@@ -50,8 +50,8 @@ def test_the_end_of_a_run_is_waited_for(after, looks):
 
 
 def test_a_device_that_never_comes_back_is_not_waited_for_without_end():
-    seen = session(idle(9 * GIB)).settled((idle(GIB),), 1, lambda: 0.0)
-    assert seen[-1].device_bytes == 9 * GIB
+    readings = session(idle(9 * GIB)).settled((idle(GIB),), 1, lambda: 0.0)
+    assert readings[-1].device_bytes == 9 * GIB
 
 
 def says(*lines):
@@ -70,7 +70,7 @@ class Card:
 
 
 @pytest.mark.parametrize(
-    ("seen", "context"),
+    ("with_context", "context"),
     [
         (Reading(0.0, 500 * MIB, 1600 * MIB), 500 * MIB),  # the list is ours, what grew may be another's
         (Reading(0.0, None, 1600 * MIB), 600 * MIB),
@@ -81,10 +81,10 @@ class Card:
         (Reading(0.0, None, None), None),
     ],
 )
-def test_an_empty_context_is_measured(tmp_path, monkeypatch, seen, context):
+def test_an_empty_context_is_measured(tmp_path, monkeypatch, with_context, context):
     monkeypatch.setattr(cuda, "HOLD", says("device 0 0 GPU-1 shared 0", "context 0 0"))
     card = Cuda.__new__(Cuda)
-    card.gpu, card.uuid = Card(Reading(0.0, None, 1000 * MIB), seen), "GPU-1"
+    card.gpu, card.uuid = Card(Reading(0.0, None, 1000 * MIB), with_context), "GPU-1"
     card.calibrate(tmp_path)
     assert card.context_bytes == context
 
@@ -101,7 +101,7 @@ class Listing:
     """A GPU that lists processes, and a system that knows their parents."""
 
     def __init__(self, monkeypatch):
-        self.there, self.tree, self.looks = {}, {}, 0
+        self.processes, self.tree, self.looks = {}, {}, 0
         monkeypatch.setattr(device.host, "tree", self.look)
 
     def look(self, pid):
@@ -109,40 +109,40 @@ class Listing:
         return {pid, *self.tree.get(pid, ())}
 
     def read(self, ours, t_s):
-        mine = [n for pid, n in self.there.items() if pid in ours]
-        others = tuple(sorted((pid, n) for pid, n in self.there.items() if pid not in ours))
-        return Reading(t_s, sum(mine) or None, sum(self.there.values()), bool(mine), others)
+        mine = [n for pid, n in self.processes.items() if pid in ours]
+        others = tuple(sorted((pid, n) for pid, n in self.processes.items() if pid not in ours))
+        return Reading(t_s, sum(mine) or None, sum(self.processes.values()), bool(mine), others)
 
 
 def test_all_processes_are_gone_through_only_when_somebody_came(monkeypatch):
     gpu = Listing(monkeypatch)
     family = device.Family(gpu)
-    gpu.there = {7: 100}  # a desktop, before the run
+    gpu.processes = {7: 100}  # a desktop, before the run
     assert family.read(None, 0.0).others == ((7, 100),)
     assert gpu.looks == 0
     assert family.read(50, 0.1).process_bytes is None
-    gpu.there |= {50: 1000}
+    gpu.processes |= {50: 1000}
     for t in (0.2, 0.3, 60.0):
         assert family.read(50, t).process_bytes == 1000
     assert gpu.looks == 0
-    gpu.tree, gpu.there = {50: [51]}, gpu.there | {51: 10}  # the server's child
+    gpu.tree, gpu.processes = {50: [51]}, gpu.processes | {51: 10}  # the server's child
     for t in (60.1, 60.2):
-        found = family.read(50, t)
-        assert (found.process_bytes, found.others) == (1010, ((7, 100),))
+        reading = family.read(50, t)
+        assert (reading.process_bytes, reading.others) == (1010, ((7, 100),))
     assert gpu.looks == 1
-    gpu.there |= {99: 5}  # a stranger
+    gpu.processes |= {99: 5}  # a stranger
     for t in (60.3, 60.4):
-        found = family.read(50, t)
-        assert (found.process_bytes, found.others) == (1010, ((7, 100), (99, 5)))
+        reading = family.read(50, t)
+        assert (reading.process_bytes, reading.others) == (1010, ((7, 100), (99, 5)))
     assert gpu.looks == 2
-    gpu.there = {7: 100}  # it ended
+    gpu.processes = {7: 100}  # it ended
     assert not family.read(50, 60.5).listed
 
 
 def test_a_stranger_of_before_stays_one(monkeypatch):
     gpu = Listing(monkeypatch)
     family = device.Family(gpu)
-    gpu.there = {50: 1000}
+    gpu.processes = {50: 1000}
     family.read(None, 0.0)
     assert family.read(60, 0.1).others == ((50, 1000),)
 
@@ -157,22 +157,22 @@ def test_a_device_whose_memory_is_the_hosts_is_known_by_its_driver(tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "first_uuid"),
     [
         ("device 0 0 GPU-263da6ff-9608-67cf-9bce-a8c85c7c1cd0 shared 0", "GPU-263da6ff-9608-67cf-9bce-a8c85c7c1cd0"),
         ("device 100 101 GPU-00000000-0000-0000-0000-000000000000 shared -1", None),
         ("", None),
     ],
 )
-def test_cuda_is_asked_which_device_it_counts_first(monkeypatch, line, told):
+def test_cuda_is_asked_which_device_it_counts_first(monkeypatch, line, first_uuid):
     monkeypatch.setattr(cuda, "FIRST", [sys.executable, "-c", f"print({line!r})"])
-    assert cuda.first_id() == told
+    assert cuda.first_id() == first_uuid
 
 
 def test_where_there_is_no_cuda_it_says_nothing():
     """The script itself, on a machine without libcuda or without a GPU; with one, it names one."""
-    told = cuda.first_id()
-    assert told is None or told.startswith("GPU-")
+    first_uuid = cuda.first_id()
+    assert first_uuid is None or first_uuid.startswith("GPU-")
 
 
 NO_DRIVER = device.NoDriver(
@@ -333,16 +333,16 @@ def test_a_gpu_is_never_passed_over_in_silence(machine, name):
     machine(answers, *files)
     where = device.choose("auto", build)
     assert (where.kind, where.note) == ("loopback", LOOPBACK + because)
-    found = list(doctor._gpus(build))
-    assert [what for what, _, mend in found if mend] == ([faulty] if faulty else [])
-    assert all(mend is None or "\n" not in mend for _, _, mend in found)
+    rows = list(doctor._gpus(build))
+    assert [what for what, _, mend in rows if mend] == ([faulty] if faulty else [])
+    assert all(mend is None or "\n" not in mend for _, _, mend in rows)
 
 
 def test_a_gpu_that_is_used_needs_no_note_and_no_cure(machine):
     machine(Nvidia(), *pci("0x10de"), *pci("0x1002", "0000:02:00.0"))
     assert device.choose("auto", Build("CUDA0", "CUDA1")).kind == "cuda"
-    found = list(doctor._gpus(Build("CUDA0")))
-    assert found == [
+    rows = list(doctor._gpus(Build("CUDA0")))
+    assert rows == [
         ("GPU", "H100, 80.00 GiB, GPU-1", None),
         ("other GPU", "AMD GPU (PCI 0000:02:00.0), not used", None),
     ]

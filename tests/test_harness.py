@@ -48,8 +48,8 @@ def kept(tmp_path, *made):
 
 
 def test_ratios_have_known_values_and_their_aims(tmp_path):
-    found = kept(tmp_path, rounds(unwatched=125.0, client=99.0, bench=102.0))
-    e = {r.name: e for placement, r, e in harness.ratios(found)}
+    measurement = kept(tmp_path, rounds(unwatched=125.0, client=99.0, bench=102.0))
+    e = {r.name: e for placement, r, e in harness.ratios(measurement)}
     assert e["client / server"].value == pytest.approx(0.9901, abs=1e-4)
     assert e["server / llama-bench"].value == pytest.approx(100 / 102)
     assert e["monitored / unmonitored"].value == pytest.approx(99 / 125, abs=1e-3)
@@ -58,13 +58,13 @@ def test_ratios_have_known_values_and_their_aims(tmp_path):
         "server / llama-bench": "yes",
         "monitored / unmonitored": "no",
     }
-    assert harness.CLIENT.estimate(found, "baseline") is None
+    assert harness.CLIENT.estimate(measurement, "baseline") is None
     with_device = [{**r, "on_device": r["watched"], "bare": [98.0, 98.0]} for r in rounds(bench=100.0)]
-    found = kept(tmp_path, with_device, rounds(placement="baseline"))
-    told = {(placement, r.name): e for placement, r, e in harness.ratios(found)}
-    assert told["cpu-moe", harness.ON_DEVICE.name].value == pytest.approx(1.0)
-    assert ("baseline", harness.ON_DEVICE.name) not in told
-    assert told["cpu-moe", harness.BARE.name].value == pytest.approx(0.98)
+    measurement = kept(tmp_path, with_device, rounds(placement="baseline"))
+    estimates = {(placement, r.name): e for placement, r, e in harness.ratios(measurement)}
+    assert estimates["cpu-moe", harness.ON_DEVICE.name].value == pytest.approx(1.0)
+    assert ("baseline", harness.ON_DEVICE.name) not in estimates
+    assert estimates["cpu-moe", harness.BARE.name].value == pytest.approx(0.98)
     without_bench = [{**r, "bench": None, "unwatched": None} for r in with_device]
     assert [ratio for _, ratio, _ in harness.ratios(kept(tmp_path, without_bench))] == [harness.CLIENT]
 
@@ -84,11 +84,11 @@ def test_slots_of_one_generation_are_compared_with_their_neighbours(tmp_path):
     assert all(0.48 < a / b < 0.52 for a, b in pairs)
     assert {harness.watched(p * 2 * harness.SLOT_S) for p in range(30)} == {True, False}  # which comes first is by lot
     first = {**rounds()[0], "toggled": pairs, "unwatched": None}
-    found = kept(tmp_path, [first, {**first, "toggled": pairs[:5]}])
-    e = harness.WATCHED.estimate(found, "cpu-moe")
+    measurement = kept(tmp_path, [first, {**first, "toggled": pairs[:5]}])
+    e = harness.WATCHED.estimate(measurement, "cpu-moe")
     assert (e.value, e.n) == (pytest.approx(0.5, rel=0.02), 65)
     assert harness.WATCHED.met(e) == "no"
-    assert "Monitoring slowed" in harness.bias([found])
+    assert "Monitoring slowed" in harness.bias([measurement])
     assert list(harness.by_slots([request(n=5)])) == []  # too short for two slots
 
 
@@ -100,33 +100,33 @@ def test_a_slot_counts_where_a_generation_fills_most_of_it(slots, pairs):
 
 
 def test_faster_than_unwatched_is_no_fault(tmp_path):
-    found = kept(tmp_path, rounds(unwatched=90.0))
-    assert harness.WATCHED.met(harness.WATCHED.estimate(found, "cpu-moe")) == "yes"
-    assert harness.bias([found]) is None
+    measurement = kept(tmp_path, rounds(unwatched=90.0))
+    assert harness.WATCHED.met(harness.WATCHED.estimate(measurement, "cpu-moe")) == "yes"
+    assert harness.bias([measurement]) is None
 
 
-@pytest.mark.parametrize(("unwatched", "told"), [(100.0, False), (100.4, False), (125.0, True)])
-def test_what_surely_slowed_the_runs_is_said(tmp_path, unwatched, told):
-    found = kept(tmp_path, rounds(unwatched=unwatched), rounds(placement="baseline"))
-    text = harness.bias([found])
-    assert bool(text) is told
-    if told:
+@pytest.mark.parametrize(("unwatched", "slowed"), [(100.0, False), (100.4, False), (125.0, True)])
+def test_what_surely_slowed_the_runs_is_said(tmp_path, unwatched, slowed):
+    measurement = kept(tmp_path, rounds(unwatched=unwatched), rounds(placement="baseline"))
+    text = harness.bias([measurement])
+    assert bool(text) is slowed
+    if slowed:
         assert "a-model at Q8_0, cpu-moe, decoded at 0.800" in text
         assert "baseline," not in text
 
 
 def test_one_noisy_round_proves_nothing(tmp_path):
-    found = kept(tmp_path, rounds(unwatched=80.0, n=1), rounds(unwatched=125.0, n=1))
-    assert harness.bias([found]) is None
-    assert harness.WATCHED.met(harness.WATCHED.estimate(found, "cpu-moe")) == "undecided"
+    measurement = kept(tmp_path, rounds(unwatched=80.0, n=1), rounds(unwatched=125.0, n=1))
+    assert harness.bias([measurement]) is None
+    assert harness.WATCHED.met(harness.WATCHED.estimate(measurement, "cpu-moe")) == "undecided"
     assert harness.bias([kept(tmp_path, rounds(unwatched=125.0, n=1))]) is None
     assert harness.bias([]) is None
 
 
 def test_what_was_kept_is_read_back_and_a_change_is_seen(tmp_path):
     path = tmp_path / NAME
-    found = kept(tmp_path, rounds())
-    assert harness.read(path) == found
+    measurement = kept(tmp_path, rounds())
+    assert harness.read(path) == measurement
     good = path.read_text(encoding="utf-8")
     path.unlink()
     with pytest.raises(files.FileError, match="measure it again"):
@@ -139,8 +139,8 @@ def test_what_was_kept_is_read_back_and_a_change_is_seen(tmp_path):
 
 @pytest.mark.parametrize("name", ["h100-twins", "h200-twins"])
 def test_the_committed_documents_say_what_their_files_hold(name):
-    found = study.results(REPO / "outputs" / name)
-    table, accuracy = evidence.harness_table(found), found.accuracy
+    results = study.results(REPO / "outputs" / name)
+    table, accuracy = evidence.harness_table(results), results.accuracy
     assert len(table.rows) == sum(len(list(harness.ratios(a))) for a in accuracy.values()) >= 6
     first, kept = next(iter(accuracy.items()))
     e = harness.CLIENT.estimate(kept, "baseline")
@@ -148,10 +148,10 @@ def test_the_committed_documents_say_what_their_files_hold(name):
     assert table.row_sources[0] == {first: kept.digest}
     assert table.sources == {name: a.digest for name, a in accuracy.items()}
     slowed = harness.bias(accuracy.values())
-    for text in (report.answer(found), advice.limits(found)):
+    for text in (report.answer(results), advice.limits(results)):
         assert ("Monitoring slowed" in text.text) is bool(slowed)
         assert accuracy.keys() & text.sources.keys() == (accuracy.keys() if slowed else set())
-    without = found.model_copy(update={"accuracy": {}})
+    without = results.model_copy(update={"accuracy": {}})
     assert "not measured in this study" in evidence.harness_table(without).markdown()
     assert "Monitoring slowed" not in report.answer(without).text
 
@@ -161,11 +161,11 @@ def test_a_damaged_file_is_told_with_the_study(tmp_path):
 
     copy = tmp_path / "demo"
     shutil.copytree(REPO / "docs/example/demo", copy, ignore=shutil.ignore_patterns("raw", "figures"))
-    found = kept(copy, rounds())
-    assert study.results(copy).accuracy == {NAME: found}
+    measurement = kept(copy, rounds())
+    assert study.results(copy).accuracy == {NAME: measurement}
     data = json.loads((copy / NAME).read_text(encoding="utf-8"))
     data["rounds"][0]["bench"] = [1.0]
     (copy / NAME).write_text(json.dumps(data), encoding="utf-8")
-    told = study.results(copy)
-    assert told.accuracy == {}
-    assert any(NAME in d for d in told.damaged)
+    damaged = study.results(copy)
+    assert damaged.accuracy == {}
+    assert any(NAME in d for d in damaged.damaged)

@@ -33,7 +33,7 @@ def test_kill_9_at_random_moments_loses_nothing(tmp_path, monkeypatch, models_fo
     chance = random.Random(seed := int(os.environ.get("MOELIB_TEST_SEED", "20261123")))
     out = tmp_path / "outputs/smoke"
     kills = completed = 0
-    seen: dict[str, bytes] = {}
+    kept: dict[str, bytes] = {}
     while kills < KILLS:
         process = subprocess.Popen(
             [*MOELIB, "study", "run", "smoke"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
@@ -47,12 +47,12 @@ def test_kill_9_at_random_moments_loses_nothing(tmp_path, monkeypatch, models_fo
         records, damaged = record.read_all(out) if out.exists() else ([], [])
         assert not damaged, f"seed {seed}, kill {kills}"
         now = {r.run_id: r.digest for r in records if r.done}
-        assert seen.items() <= now.items(), f"seed {seed}, kill {kills}: a valid record was lost or changed"
-        seen = now
+        assert kept.items() <= now.items(), f"seed {seed}, kill {kills}: a valid record was lost or changed"
+        kept = now
         if ended == 0:
             complete(out)
             completed += 1
-            seen = {}
+            kept = {}
             # start over, every other time with the files to be made again too
             shutil.rmtree(out)
             if completed % 2 == 0:

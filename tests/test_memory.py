@@ -28,7 +28,7 @@ class Unknown(Report):
 UNKNOWN = Unknown((Buffer("NPU7", "model", GIB),), 1, 1, (2,))
 
 
-def told(model=WEIGHTS, cache=ENGINE - WEIGHTS, device="CUDA0"):
+def engine_report(model=WEIGHTS, cache=ENGINE - WEIGHTS, device="CUDA0"):
     return Report((Buffer(device, "model", model), Buffer(device, "KV", cache), Buffer("CPU", "model", 7)), 1, 1, (2,))
 
 
@@ -37,7 +37,7 @@ def at(device, process=None, others=(), *errors, listed=None, drawing=()):
 
 
 IDLE, RUN = at(0), at(USED, PEAK)
-TOLD, TOLD_RPC = told(), told(40 * MIB, 2 * MIB, "RPC0")
+TOLD, TOLD_RPC = engine_report(), engine_report(40 * MIB, 2 * MIB, "RPC0")
 
 
 def graph(compute) -> Report:
@@ -112,7 +112,7 @@ def test_a_doubt_says_why_and_leaves_a_value_only_where_it_is_proven(reason):
         (cuda(at(MIB, None, listed=True), before=(at(MIB),)), None, ("accounts-disagree", "bytes-not-listed")),
         # a struct skew's handful of bytes
         (cuda(at(4096, 4096), report=SILENT, weights=0), None, ("below-engine-buffers", "engine-silent")),
-        (cuda(at(4096, 4096), report=told(0, 0), weights=0), None, ("below-engine-buffers",)),
+        (cuda(at(4096, 4096), report=engine_report(0, 0), weights=0), None, ("below-engine-buffers",)),
         # what says nothing contradicts nothing
         (cuda(at(None, None)), None, ("process-not-listed", "device-total-unknown")),
         (cuda(at(USED), before=()), None, ("process-not-listed", "device-total-unknown")),
@@ -235,7 +235,7 @@ def test_an_h200s_recording_gives_what_was_allocated_and_a_context():
 
     trace = Trace(*(tuple(map(reading, labels)) for labels in (("idle", "idle2"), ("ctx", "alloc"), ("after_exit",))))
     allocated, context = probe["alloc_bytes"], probe["verdict"]["context_bytes_device"]
-    m = reconcile("cuda", trace, told(allocated, 0), allocated, context)
+    m = reconcile("cuda", trace, engine_report(allocated, 0), allocated, context)
     assert (m.status, m.method, m.reasons) == ("valid", "nvml-process", ())
     listed = probe["verdict"]["our_pid_bytes"][0]
     assert abs(m.value_bytes - listed) <= max(64 * MIB, 0.01 * listed)
@@ -244,18 +244,18 @@ def test_an_h200s_recording_gives_what_was_allocated_and_a_context():
 
 
 def test_page_tables_of_pinned_memory_are_charged_to_no_process():
-    told = json.loads((FIXTURES / "pinned-h200.json").read_text(encoding="utf-8"))
-    trace = Trace(**{k: TypeAdapter(tuple[Reading, ...]).validate_python(v) for k, v in told["trace"].items()})
-    report = TypeAdapter(Report).validate_python(told["report"])
+    fixture = json.loads((FIXTURES / "pinned-h200.json").read_text(encoding="utf-8"))
+    trace = Trace(**{k: TypeAdapter(tuple[Reading, ...]).validate_python(v) for k, v in fixture["trace"].items()})
+    report = TypeAdapter(Report).validate_python(fixture["report"])
     pinned = report.pinned_bytes
-    assert pinned == sum(b["size_bytes"] for b in told["report"]["buffers"] if b["name"] == "CUDA_Host") > 40e9
-    m = reconcile("cuda", trace, report, told["weights_bytes"], told["context_bytes"])
+    assert pinned == sum(b["size_bytes"] for b in fixture["report"]["buffers"] if b["name"] == "CUDA_Host") > 40e9
+    m = reconcile("cuda", trace, report, fixture["weights_bytes"], fixture["context_bytes"])
     assert (m.status, m.method, m.value_bytes) == ("valid", "nvml-process", m.process_bytes)
     # 8 bytes a page of 4 KiB, in steps of 2 MiB, and what any process costs the device beside
     assert m.growth_bytes - m.process_bytes - 9240576 == pytest.approx(pinned / 512, abs=2 * MIB)
     bare = replace(report, buffers=tuple(replace(b, name=b.name.replace("_Host", "")) for b in report.buffers))
     unpinned = replace(report, buffers=tuple(b for b in bare.buffers if b in report.buffers))
-    again = reconcile("cuda", trace, unpinned, told["weights_bytes"], told["context_bytes"])
+    again = reconcile("cuda", trace, unpinned, fixture["weights_bytes"], fixture["context_bytes"])
     assert again.reasons == ("accounts-disagree",)
 
 
@@ -349,7 +349,7 @@ def show(world: World) -> Trace:
     split = {OURS[0]: 1 - world.child, **({OURS[1]: world.child} if world.child else {})}
 
     def others(phase: str, late: bool) -> list[tuple[int, int]]:
-        there = {
+        present = {
             "still": True,
             "growing": True,
             "joining": late,
@@ -357,7 +357,7 @@ def show(world: World) -> Trace:
             "visiting": late and phase == "during",
         }
         grown = {"growing": GIB if late else 0}
-        return [(90 + k, n + grown.get(kind, 0)) for k, (kind, n) in enumerate(world.foreign) if there[kind]]
+        return [(90 + k, n + grown.get(kind, 0)) for k, (kind, n) in enumerate(world.foreign) if present[kind]]
 
     def look(i: int, phase: str, share: float) -> Reading:
         run = [(pid, round(world.peak * share * part)) for pid, part in split.items()] if share else []
@@ -455,7 +455,7 @@ ANY = st.builds(
 
 
 def measure(world: World) -> Memory:
-    buffers = (*told(world.engine, 0).buffers, Buffer("CUDA_Host", "model", world.pinned))
+    buffers = (*engine_report(world.engine, 0).buffers, Buffer("CUDA_Host", "model", world.pinned))
     report, context = (
         SILENT if world.silent else replace(TOLD, buffers=buffers),
         world.context if world.measured else None,
@@ -530,7 +530,7 @@ def test_the_bounds_are_the_documented_ones():
 )
 def test_two_accounts_agree_within_64_mib_or_one_percent(whole, apart, right):
     used = whole * GIB
-    run = cuda(at(used + apart, used), report=told((whole - 1) * GIB, 512 * MIB), weights=GIB)
+    run = cuda(at(used + apart, used), report=engine_report((whole - 1) * GIB, 512 * MIB), weights=GIB)
     assert (run.reasons, run.value_bytes) == (((), used) if right else (("accounts-disagree",), None))
 
 

@@ -42,13 +42,13 @@ def test_header_and_engine_agree_on_a_model_with_a_block_that_is_not_loaded(
     header = made.header
     assert header.layers == 3
     for placement in ("baseline", "cpu-moe", "n-cpu-moe=2"):
-        seen = observed(engine, made, tmp_path / "work", placement)
+        observation = observed(engine, made, tmp_path / "work", placement)
         unused = {t.name for t in header.tensors if t.block == 3}
-        assert set(seen.report.unused_tensors) == unused
-        assert abs(seen.report.device_bytes("model") - header.device_bytes(placement)) <= PRINTED
-        assert seen.placement.device_bytes == header.device_bytes(placement)
-        assert seen.placement.moved_bytes == header.moved_bytes(placement)
-        host = {b.size_bytes for b in seen.report.buffers if b.kind == "model" and b.place == "host"}
+        assert set(observation.report.unused_tensors) == unused
+        assert abs(observation.report.device_bytes("model") - header.device_bytes(placement)) <= PRINTED
+        assert observation.placement.device_bytes == header.device_bytes(placement)
+        assert observation.placement.moved_bytes == header.moved_bytes(placement)
+        host = {b.size_bytes for b in observation.report.buffers if b.kind == "model" and b.place == "host"}
         assert sum(host) >= header.moved_bytes(placement) - PRINTED
     # without that, the header would say half as much again
     whole = gguf_file.read_header(header.path).as_loaded(())

@@ -422,8 +422,14 @@ def play(world: Path) -> dict:
             gpu = start(text, which)
         except Gpu.errors as err:
             return {"error": str(err)}
-        told = {"uuid": gpu.uuid, "name": gpu.name, "absent": gpu.absent, "facts": gpu.facts(), "energy": gpu.energy()}
-        return {**told, "counters": asdict(gpu.counters(1.5))}
+        values = {
+            "uuid": gpu.uuid,
+            "name": gpu.name,
+            "absent": gpu.absent,
+            "facts": gpu.facts(),
+            "energy": gpu.energy(),
+        }
+        return {**values, "counters": asdict(gpu.counters(1.5))}
 
     return {
         "scenarios": {name: scenario(s) for name, s in SCENARIOS.items()},
@@ -459,8 +465,8 @@ def test_every_oddity_of_a_driver_comes_to_what_can_be_proven(played, name):
 
 def test_a_handful_of_bytes_or_zero_never_comes_out_as_the_runs_memory(played):
     for m in played["scenarios"].values():
-        told = [r["process_bytes"] for phase in ("before", "during", "after") for r in m["trace"][phase]]
-        assert all(n is None or n >= LEAST_CONTEXT_BYTES for n in told)
+        values = [r["process_bytes"] for phase in ("before", "during", "after") for r in m["trace"][phase]]
+        assert all(n is None or n >= LEAST_CONTEXT_BYTES for n in values)
         assert m["value_bytes"] is None or m["value_bytes"] >= ENGINE + LEAST_CONTEXT_BYTES
         assert (m["status"] == "valid") == (not m["reasons"])
         assert m["status"] != "invalid" or m["value_bytes"] is None
@@ -484,8 +490,8 @@ def test_readings_tell_others_apart_from_ours_and_what_failed(played):
 
 
 def test_counters_are_in_the_units_of_their_names(played):
-    told = played["starts"]["all counters"]
-    assert told["counters"] == {
+    values = played["starts"]["all counters"]
+    assert values["counters"] == {
         "t_s": 1.5,
         "energy_joule": 123.456,
         "pcie_rx_bytes": 1000,
@@ -495,10 +501,10 @@ def test_counters_are_in_the_units_of_their_names(played):
         "power_watt": 350.5,
         "events": 0x8 | 0x40 | POWER_CAP,
     }
-    assert told["absent"] == {}
-    assert told["energy"] == 123.456
-    assert (told["uuid"], told["name"]) == (UUIDS[0], "H0")
-    assert told["facts"] == {
+    assert values["absent"] == {}
+    assert values["energy"] == 123.456
+    assert (values["uuid"], values["name"]) == (UUIDS[0], "H0")
+    assert values["facts"] == {
         "total_bytes": TOTAL,
         "driver": "580.1",
         "power_limit_watt": 700.0,
@@ -511,15 +517,15 @@ def test_counters_are_in_the_units_of_their_names(played):
 
 
 def test_a_counter_that_is_not_there_is_none_and_says_why(played):
-    told = played["starts"]["few counters"]
-    there = {"power_watt": 350.5, "t_s": 1.5}
-    assert told["counters"] == {f.name: there.get(f.name) for f in fields(Counters)}
-    assert told["absent"] == {
+    values = played["starts"]["few counters"]
+    expected = {"power_watt": 350.5, "t_s": 1.5}
+    assert values["counters"] == {f.name: expected.get(f.name) for f in fields(Counters)}
+    assert values["absent"] == {
         name: "Function Not Found" if name == "energy_joule" else "Not Supported"
         for name in NO_GPU
         if name != "power_watt"
     }
-    assert told["energy"] is None
+    assert values["energy"] is None
 
 
 def test_a_size_from_another_versions_struct_is_not_believed(played):

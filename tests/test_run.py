@@ -55,32 +55,32 @@ def test_a_block_is_valid_and_memory_falls_by_the_experts(engine, quantised, loo
     assert saved >= moe.placement.moved_bytes == quantised.sheet["expert_bytes"]
     assert max(moe.report.graph_splits) > max(base.report.graph_splits)
     assert {b.name.partition("[")[0] for b in base.report.buffers if b.on_device} <= {"RPC0", "RPC"}
-    for seen in (base, moe):
-        assert [(r.workload, r.index, r.prompt_n, r.predicted_n) for r in seen.requests] == [
+    for observed in (base, moe):
+        assert [(r.workload, r.index, r.prompt_n, r.predicted_n) for r in observed.requests] == [
             ("plan-short", 0, 8, 100),
             ("plan-short", 1, 8, 100),
             ("long-512", 0, 512, 100),
             ("long-512", 1, 512, 100),
         ]
-        assert all(0 < r.ttft_s < 10 and 1 < r.tps < 1e5 for r in seen.requests)
-        assert seen.engine_s < seen.wall_s
-        assert seen.exit_code == 0
+        assert all(0 < r.ttft_s < 10 and 1 < r.tps < 1e5 for r in observed.requests)
+        assert observed.engine_s < observed.wall_s
+        assert observed.exit_code == 0
     # the same weights on either side compute the same tokens, almost always: kernels differ in rounding
     assert base.requests[0].tokens[0] == moe.requests[0].tokens[0]
 
 
 def test_n_cpu_moe_moves_the_first_blocks_only(engine, quantised, loopback, tmp_path):
-    seen, checks = execute(engine, quantised, loopback, tmp_path, placement="n-cpu-moe=2", workloads=("smoke",))
+    observed, checks = execute(engine, quantised, loopback, tmp_path, placement="n-cpu-moe=2", workloads=("smoke",))
     assert failed(checks) == set()
-    assert (seen.placement.moved_blocks, seen.placement.moved_tensors) == (1, 3)  # block 0 is dense
+    assert (observed.placement.moved_blocks, observed.placement.moved_tensors) == (1, 3)  # block 0 is dense
 
 
 def test_load_mode_none_is_obeyed(engine, quantised, loopback, tmp_path):
-    seen, checks = execute(
+    observed, checks = execute(
         engine, quantised, loopback, tmp_path, placement="cpu-moe", load_mode="none", workloads=("smoke",)
     )
     assert failed(checks) == set()
-    assert "CPU_Mapped" not in {b.name for b in seen.report.buffers}
+    assert "CPU_Mapped" not in {b.name for b in observed.report.buffers}
 
 
 def test_the_bus_is_watched_through_each_prompt_or_the_record_says_why_not(engine, quantised, tmp_path):
@@ -96,18 +96,18 @@ def test_the_bus_is_watched_through_each_prompt_or_the_record_says_why_not(engin
 
     where = WithBus()
     where.link = 2**32 / 60  # a turn takes a minute
-    seen, checks = execute(engine, quantised, where, tmp_path)
-    assert [(t.workload, t.prompt_tokens) for t in seen.prompt_traffic] == [("plan-short", 8), ("long-512", 512)]
-    for t in seen.prompt_traffic:
+    observed, checks = execute(engine, quantised, where, tmp_path)
+    assert [(t.workload, t.prompt_tokens) for t in observed.prompt_traffic] == [("plan-short", 8), ("long-512", 512)]
+    for t in observed.prompt_traffic:
         looks, rest = divmod(t.received_bytes, 1000)
         assert (rest, t.sent_bytes) == (0, 10 * looks)
-        assert 1 <= looks <= seen.wall_s / device.BUS_S + 2
-    assert "received_bytes" not in seen.absent
+        assert 1 <= looks <= observed.wall_s / device.BUS_S + 2
+    assert "received_bytes" not in observed.absent
     assert failed(checks) == set()  # and the timed requests are as they were
     where.link = 2**32 / 0.001
-    seen, _ = execute(engine, quantised, where, tmp_path)
-    assert {t.received_bytes for t in seen.prompt_traffic} == {None}
-    assert "the counter can turn over in 1 ms" in seen.absent["received_bytes"]
+    observed, _ = execute(engine, quantised, where, tmp_path)
+    assert {t.received_bytes for t in observed.prompt_traffic} == {None}
+    assert "the counter can turn over in 1 ms" in observed.absent["received_bytes"]
 
 
 def test_clocks_and_power_are_asked_for_between_requests(engine, quantised, tmp_path):
@@ -118,26 +118,30 @@ def test_clocks_and_power_are_asked_for_between_requests(engine, quantised, tmp_
                 made.counters = lambda t_s: Counters(t_s, events=0)
                 yield made
 
-    seen, _ = execute(engine, quantised, WithCounters(), tmp_path, workloads=("plan-short",))
-    first, *after = [c.t_s for c in seen.counters]
-    assert first < seen.requests[0].started_s - seen.load_s / 2  # before half of the load, which has a clock of its own
-    ends = [r.started_s + r.total_s for r in seen.requests]
+    observed, _ = execute(engine, quantised, WithCounters(), tmp_path, workloads=("plan-short",))
+    first, *after = [c.t_s for c in observed.counters]
+    assert (
+        first < observed.requests[0].started_s - observed.load_s / 2
+    )  # before half of the load, which has a clock of its own
+    ends = [r.started_s + r.total_s for r in observed.requests]
     assert all(end <= t for end, t in zip(ends, after, strict=True))
-    assert all(t <= r.started_s for t, r in zip(after, seen.requests[1:], strict=False))
+    assert all(t <= r.started_s for t, r in zip(after, observed.requests[1:], strict=False))
 
 
 def test_without_a_bus_no_prompt_is_asked_again(engine, quantised, loopback, tmp_path, monkeypatch):
     monkeypatch.setattr(client, "ask_for_one", lambda *_: pytest.fail("nothing was to be looked at"))
-    seen, _ = execute(engine, quantised, loopback, tmp_path, workloads=("smoke",))
-    assert seen.prompt_traffic == ()
-    assert 0 < seen.watch_cpu_s < seen.wall_s
+    observed, _ = execute(engine, quantised, loopback, tmp_path, workloads=("smoke",))
+    assert observed.prompt_traffic == ()
+    assert 0 < observed.watch_cpu_s < observed.wall_s
 
 
 def test_without_a_device_the_record_says_so(engine, quantised, tmp_path):
-    seen, checks = execute(engine, quantised, device.NoDevice(), tmp_path, workloads=("smoke",))
-    assert (seen.memory.value_bytes, seen.memory.reasons) == (None, ("no-device",))
+    observed, checks = execute(engine, quantised, device.NoDevice(), tmp_path, workloads=("smoke",))
+    assert (observed.memory.value_bytes, observed.memory.reasons) == (None, ("no-device",))
     assert verdict(checks) == ("degraded", ("memory-undoubted",))
-    seen, checks = execute(engine, quantised, device.NoDevice(), tmp_path, placement="cpu-moe", workloads=("smoke",))
+    observed, checks = execute(
+        engine, quantised, device.NoDevice(), tmp_path, placement="cpu-moe", workloads=("smoke",)
+    )
     assert "placement-moves" in failed(checks)
 
 
@@ -169,9 +173,9 @@ IGNORES = 'for a; do shift; [ "$a" = --cpu-moe ] || set -- "$@" "$a"; done; exec
 
 def test_a_server_that_ignores_the_flag_is_caught(engine, quantised, loopback, tmp_path):
     deaf = wrapped(engine, tmp_path, IGNORES)
-    seen, checks = execute(deaf, quantised, loopback, tmp_path, placement="cpu-moe", workloads=("smoke",))
+    observed, checks = execute(deaf, quantised, loopback, tmp_path, placement="cpu-moe", workloads=("smoke",))
     assert verdict(checks) == ("invalid", ("placement-on-device",))
-    assert "--cpu-moe" in seen.argv  # it was told
+    assert "--cpu-moe" in observed.argv  # it was told
 
 
 @pytest.mark.parametrize(
@@ -212,8 +216,8 @@ def test_a_prompt_that_does_not_fit_is_said(engine, quantised, loopback, tmp_pat
 
 def test_no_key_on_the_command_line_or_in_a_log(engine, quantised, loopback, tmp_path, monkeypatch):
     monkeypatch.setattr(run.process, "new_key", lambda: "sesame-open-0123456789")
-    seen, _ = execute(engine, quantised, loopback, tmp_path, workloads=("smoke",))
-    assert not any("sesame" in a for a in seen.argv)
+    observed, _ = execute(engine, quantised, loopback, tmp_path, workloads=("smoke",))
+    assert not any("sesame" in a for a in observed.argv)
     for log in (tmp_path / "work").glob("*.log"):
         assert "sesame" not in log.read_text(errors="replace", encoding="utf-8")
 

@@ -37,7 +37,7 @@ class Dying:
             raise process.ProcessError("engine-log-flood", "too much")
 
 
-def told(server, broke="connection-lost"):
+def reason_of(server, broke="connection-lost"):
     with pytest.raises(process.ProcessError) as caught, run._reporting_its_end(server):
         raise client.RunError(broke, "as it looked from here")
     return caught.value.reason
@@ -53,24 +53,24 @@ def told(server, broke="connection-lost"):
     ],
 )
 def test_a_server_that_takes_a_moment_to_die_is_told_by_how_it_died(code, said, want):
-    assert told(Dying(50, code, said)) == want
+    assert reason_of(Dying(50, code, said)) == want
 
 
 def test_a_server_that_goes_on_is_not_waited_for_longer_than_its_end_takes(monkeypatch):
     monkeypatch.setattr(run, "END_S", 0.1)
     started = time.monotonic()
-    assert told(Dying(10**9)) == "connection-lost"
+    assert reason_of(Dying(10**9)) == "connection-lost"
     assert 0.1 <= time.monotonic() - started < 5
 
 
 def test_only_a_broken_connection_is_waited_upon():
     server = Dying(10**6)
-    assert told(server, "engine-stalled") == "engine-stalled"
+    assert reason_of(server, "engine-stalled") == "engine-stalled"
     assert server.looks == 10**6 - 1
 
 
 def test_a_flood_is_told_before_all_else():
-    assert told(Dying(0, flood=True)) == "engine-log-flood"
+    assert reason_of(Dying(0, flood=True)) == "engine-log-flood"
 
 
 @pytest.mark.parametrize(("size", "patience", "want"), [(0, "1", 120), (50e9, "1", 1120), (100e9, "0.5", 2060)])

@@ -20,13 +20,13 @@ table plots report evidence advice notebook lint cards publish measure doctor cl
 
 
 def _imports(name):
-    found = set()
+    imports = set()
     for node in ast.walk(ast.parse((REPO / "moelib" / f"{name}.py").read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module == "moelib":
-            found |= {a.name for a in node.names if a.name != "__version__"}
+            imports |= {a.name for a in node.names if a.name != "__version__"}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("moelib."):
-            found.add(node.module.split(".")[1])
-    return found
+            imports.add(node.module.split(".")[1])
+    return imports
 
 
 def test_every_module_has_a_layer():
@@ -207,7 +207,7 @@ TEXT_CALLS = {
 
 def _without_encoding(path):
     """Lines of a file where text is read or written in whatever encoding the machine has."""
-    found = []
+    calls = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.Call):
             continue
@@ -228,8 +228,8 @@ def _without_encoding(path):
             positional = 1 if name == "read_text" else 2
             text = len(node.args) < positional
         if text:
-            found.append(f"{path.relative_to(REPO)}:{node.lineno}: {name}")
-    return found
+            calls.append(f"{path.relative_to(REPO)}:{node.lineno}: {name}")
+    return calls
 
 
 SOURCES = sorted(p for folder in ("moelib", "tools", "benchmarks", "tests") for p in (REPO / folder).rglob("*.py"))

@@ -62,9 +62,9 @@ def test_a_cell_that_is_whole_is_read_without_engine_or_device_and_nothing_is_wr
     monkeypatch.setattr(files, "write_bytes", lambda path, _: pytest.fail(f"{path} was written"))
     folder = Folder(name)
     before = tree(folder.path)
-    there = list(measure.measure(folder, folder.cells[0]))
-    assert [r.spec for r in there] == folder.cells[0].specs
-    assert all(r.done for r in there)
+    records = list(measure.measure(folder, folder.cells[0]))
+    assert [r.spec for r in records] == folder.cells[0].specs
+    assert all(r.done for r in records)
     assert tree(folder.path) == before
 
 
@@ -125,11 +125,11 @@ def refused(home, monkeypatch):
     folder.write_plan()
     asked = [s for b in folder.cells[0].blocks for s in b]
     for s in asked:
-        seen = observation(s.placement)
+        observed = observation(s.placement)
         if s.placement == "baseline":
             old = {"status": "invalid", "value_bytes": None, "reasons": ("accounts-disagree",)}
-            seen = dataclasses.replace(seen, memory=dataclasses.replace(seen.memory, **old))
-        keep(folder.path, made(seen, **dataclasses.asdict(s)))
+            observed = dataclasses.replace(observed, memory=dataclasses.replace(observed.memory, **old))
+        keep(folder.path, made(observed, **dataclasses.asdict(s)))
     return folder
 
 
@@ -235,21 +235,21 @@ def test_what_was_measured_on_several_machines_is_said(home):
             for b, uuid in enumerate(cards):
                 for r in block(block=b):
                     speed = 50e9 if uuid == "A" else 100e9
-                    told = {"device": r.device.model_copy(update={"uuid": uuid})}
-                    told["host"] = r.host.model_copy(update={"cpu": uuid, "ram_read_bytes_per_s": speed})
-                    told["spec"] = dataclasses.replace(r.spec, quant=quant)
-                    runs.append(r.model_copy(update=told | {"run_id": f"{quant} {r.run_id}"}))
+                    changes = {"device": r.device.model_copy(update={"uuid": uuid})}
+                    changes["host"] = r.host.model_copy(update={"cpu": uuid, "ram_read_bytes_per_s": speed})
+                    changes["spec"] = dataclasses.replace(r.spec, quant=quant)
+                    runs.append(r.model_copy(update=changes | {"run_id": f"{quant} {r.run_id}"}))
         demo = params.study("demo").model_copy(update={"models": [model], "quants": list(uuids)})
-        found = {"workloads": WORKLOADS, "cells": cells, "records": runs, "manifests": [], "accuracy": {}}
-        return study.Results(name="s", study=demo, evidence=evidence(runs), **found)
+        parts = {"workloads": WORKLOADS, "cells": cells, "records": runs, "manifests": [], "accuracy": {}}
+        return study.Results(name="s", study=demo, evidence=evidence(runs), **parts)
 
     alone = results(Q4_K_M="AAA", Q2_K="AAA")
     text = "- Rounds measure variation from run to run on one machine, not from machine to machine."
     assert (evidences.machines(alone).text, evidences.apart(alone)) == (text, None)
     mixed = results(Q4_K_M="ABB")
-    told = evidences.machines(mixed)
-    assert f"{model}/Q4_K_M (1 + 2 rounds, RAM read at 50.0 to 100 GB/s) come from different machines" in told.text
-    assert len(told.sources) == 6
+    note = evidences.machines(mixed)
+    assert f"{model}/Q4_K_M (1 + 2 rounds, RAM read at 50.0 to 100 GB/s) come from different machines" in note.text
+    assert len(note.sources) == 6
     assert evidences.apart(mixed) is None
     several = results(Q4_K_M="AAA", Q2_K="BBB", Q8_0="AAA")
     groups = f"{model}/Q4_K_M, {model}/Q8_0, RAM read at 50.0 GB/s; {model}/Q2_K, RAM read at 100 GB/s."
@@ -258,8 +258,8 @@ def test_what_was_measured_on_several_machines_is_said(home):
     assert "one machine each" not in advice.limits(alone).text
     assert evidences.machines(several).text == text
     cpus = several.records[0].host.cpus
-    told = f"A, {cpus} usable ({model}/Q4_K_M, {model}/Q8_0); B, {cpus} usable ({model}/Q2_K)"
-    assert told in evidences.environment_table(several).markdown()
+    row = f"A, {cpus} usable ({model}/Q4_K_M, {model}/Q8_0); B, {cpus} usable ({model}/Q2_K)"
+    assert row in evidences.environment_table(several).markdown()
     assert f"| A, {cpus} usable  " in evidences.environment_table(alone).markdown()
 
 
@@ -583,8 +583,8 @@ def test_a_block_that_another_gpu_began_is_done_on_this_one_alone(copy):
             away = r.device.model_copy(update={"uuid": "GPU-of-another-day"})
             record.write(folder.path, r.model_copy(update={"device": away}))
     before = {r.run_id for r in folder.records()}
-    there = list(measure.measure(folder, cell))
-    assert [(r.spec.block, r.device.uuid) for r in there] == [(0, None)] * 2 + [(1, "GPU-of-another-day")] * 2
+    records = list(measure.measure(folder, cell))
+    assert [(r.spec.block, r.device.uuid) for r in records] == [(0, None)] * 2 + [(1, "GPU-of-another-day")] * 2
     assert folder.status(cell).complete
     after = {r.run_id for r in folder.records()}
     assert before <= after
@@ -595,9 +595,9 @@ def test_what_is_done_of_a_block():
     def ran(uuid, *runs):
         return [r and r.model_copy(update={"device": r.device.model_copy(update={"uuid": uuid})}) for r in runs]
 
-    def to_do(found, uuid):
+    def to_do(records, uuid):
         here = (uuid, None, "d" * 32, "Linux test")
-        return measure._to_do(found, [None if r and r.done else "not done" for r in found], here)
+        return measure._to_do(records, [None if r and r.done else "not done" for r in records], here)
 
     base, moe = block()
     bad = made(status="failed", placement="cpu-moe", order=1)

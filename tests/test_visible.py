@@ -106,7 +106,7 @@ def test_an_instance_of_mig_is_looked_up_by_its_id(value):
 
 
 @pytest.mark.parametrize(
-    ("value", "order", "told", "place"),
+    ("value", "order", "first_uuid", "place"),
     [
         ("0", None, B, 1),  # the fastest first, as CUDA counts unless told otherwise
         ("0", "FASTEST_FIRST", B, 1),
@@ -115,8 +115,8 @@ def test_an_instance_of_mig_is_looked_up_by_its_id(value):
         (None, None, None, 0),  # nobody asked for one in particular
     ],
 )
-def test_among_unlike_cards_an_index_means_what_cuda_says(value, order, told, place):
-    assert first(value, UNLIKE, order, lambda: told) == place
+def test_among_unlike_cards_an_index_means_what_cuda_says(value, order, first_uuid, place):
+    assert first(value, UNLIKE, order, lambda: first_uuid) == place
 
 
 def test_among_unlike_cards_an_id_or_the_order_of_addresses_needs_no_asking():
@@ -124,10 +124,10 @@ def test_among_unlike_cards_an_id_or_the_order_of_addresses_needs_no_asking():
     assert first(B, UNLIKE, None, never) == 1
 
 
-@pytest.mark.parametrize("told", [None, "GPU-of-nobody"])
-def test_an_index_that_nobody_can_tell_is_refused_with_the_ids(told):
+@pytest.mark.parametrize("first_uuid", [None, "GPU-of-nobody"])
+def test_an_index_that_nobody_can_tell_is_refused_with_the_ids(first_uuid):
     with pytest.raises(NotVisible, match="not alike.*GT 1030 is GPU-4c.*RTX 4090 is GPU-78.*PCI_BUS_ID"):
-        first("0", UNLIKE, None, lambda: told)
+        first("0", UNLIKE, None, lambda: first_uuid)
 
 
 def test_a_card_that_does_not_answer_keeps_its_number():

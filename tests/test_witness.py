@@ -25,7 +25,7 @@ def test_a_record_and_its_log_agree(tmp_path, placement):
     assert all(c.passed for c in checks)
 
 
-def seen(**change):
+def observed_with(**change):
     return made(replace(observation(), **change))
 
 
@@ -34,15 +34,15 @@ def made_of(**change):
 
 
 def asked(**change):
-    return seen(requests=(request(0, **change), request(1)))
+    return observed_with(requests=(request(0, **change), request(1)))
 
 
 def report(**change):
-    return seen(report=replace(observation().report, **change))
+    return observed_with(report=replace(observation().report, **change))
 
 
 def placed(**change):
-    return seen(placement=replace(observation().placement, **change))
+    return observed_with(placement=replace(observation().placement, **change))
 
 
 HALVED = tuple(
@@ -59,7 +59,7 @@ FORGED = {
         report(built="11435 (b11435) with GNU for Linux"),
     ],
     "log-tells-the-file": [
-        seen(threads=2),
+        observed_with(threads=2),
         made(context=2048),
         made(load_mode="none"),
         made_of(parameters=66_000_000, bits_per_weight=5.0),
@@ -81,11 +81,11 @@ FORGED = {
         asked(engine_prompt_s=None),
     ],
     "log-tells-the-times": [
-        seen(load_s=2.2),
-        seen(load_s=0.049),
+        observed_with(load_s=2.2),
+        observed_with(load_s=0.049),
         asked(started_s=0.06),
         asked(token_s=SHIFTED),
-        seen(host=replace(observation().host, elapsed_s=0.9)),
+        observed_with(host=replace(observation().host, elapsed_s=0.9)),
     ],
 }
 
@@ -145,7 +145,7 @@ def test_the_device_had_as_much_in_use_for_the_engine_as_for_the_driver(tmp_path
 
     o = observation()
     during = tuple(replace(x, device_bytes=2000 * MIB) for x in o.memory.trace.during)
-    r = seen(memory=replace(o.memory, trace=replace(o.memory.trace, during=during)))
+    r = observed_with(memory=replace(o.memory, trace=replace(o.memory.trace, during=during)))
     for n, (mib, right) in enumerate(((2000, True), (2064, True), (1936, True), (2065, False), (1000, False))):
         assert (flagged(tmp_path / str(n), r, used(mib)) == set()) == right
     assert flagged(tmp_path / "loopback", made(), used(2000)) == set()  # no driver told
@@ -154,13 +154,13 @@ def test_the_device_had_as_much_in_use_for_the_engine_as_for_the_driver(tmp_path
 def test_a_study_whose_logs_are_gone_has_no_usable_run(tmp_path):
     for r in block():
         keep(tmp_path, r)
-    found = gather.gather(tmp_path)
-    assert (found.problems, len(found.starts)) == ({}, 2)
+    evidence = gather.gather(tmp_path)
+    assert (evidence.problems, len(evidence.starts)) == ({}, 2)
     for path in (tmp_path / "raw").iterdir():
         path.unlink()
-    found = gather.gather(tmp_path)
-    assert set(found.problems) == {r.run_id for r in found.records}
-    assert all("log-kept" in why for why in found.problems.values())
+    evidence = gather.gather(tmp_path)
+    assert set(evidence.problems) == {r.run_id for r in evidence.records}
+    assert all("log-kept" in why for why in evidence.problems.values())
 
 
 def test_light_records_are_audited_before_they_are_made_light(tmp_path):
