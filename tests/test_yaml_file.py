@@ -21,12 +21,12 @@ def laughs(first, line):
 
 
 HARM = {
-    "laughs": (laughs("a: &a [x, x]\n", "{key}: &{key} [{of}]\n"), "stands for more than 100000 values"),
+    "laughs": (laughs("a: &a [x, x]\n", "{key}: &{key} [{of}]\n"), "aliases expand to more than 100000 values"),
     "merged laughs": (
         laughs("a: &a {{x: 1}}\n".replace("{{", "{").replace("}}", "}"), "{key}: &{key} {{<<: [{of}], {key}z: 1}}\n"),
-        "stands for more",
+        "aliases expand to more",
     ),
-    "inside itself": ("a: &a [*a]\n", "one inside itself"),
+    "inside itself": ("a: &a [*a]\n", "or refer to themselves"),
     "flow": ("[" * 200_000, "nested more than 30 levels deep"),
     "blocks": ("- " * 100_000, "nested more than 30 levels deep"),
     "keys": ("? " * 100_000, "nested more than 30 levels deep"),
