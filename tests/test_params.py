@@ -47,7 +47,10 @@ def test_an_excluded_model_says_why():
         ("\nquants: [Q3_K]\n", "Q4_K_M"),
         ("\narms: [{placement: cpu-moe}]\n", "must be a baseline"),
         ("\narms: [{placement: baseline}]\n", "at least one must follow it"),
-        ("\narms: [{placement: baseline}, {placement: baseline, load_mode: none}]\n", "and no other, must be a baseline"),
+        (
+            "\narms: [{placement: baseline}, {placement: baseline, load_mode: none}]\n",
+            "and no other, must be a baseline",
+        ),
         ("\narms: [{placement: baseline}, {placement: n-cpu-moe=0}]\n", r"baseline\|cpu-moe\|n-cpu-moe="),
         ("\nmodels: [nobody]\n", "unknown model"),
         ("\nmodels: [gpt-oss-20b]\n", "excluded"),
