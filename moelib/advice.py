@@ -193,7 +193,7 @@ def verdict(results: Results, model: str) -> Text:
         f"{span(experts, size) if experts else stats.NONE}, must then fit in host RAM.",
     ]
     modes = [
-        [c for c in _compare(results, model, q, analyse.load_modes) if c.ratio and c.arm.placement != "baseline"]
+        [c for c in _compare(results, model, q, analyse.load_modes) if c.ratio and not c.arm.placed.is_baseline]
         for q in (analyse.ttft(workload, warm=True), analyse.load_time)
     ]
     if all(modes):

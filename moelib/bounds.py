@@ -193,7 +193,7 @@ def bus_traffic_possible(run: Measured) -> Finding:
     def failures() -> Iterator[str]:
         for moved in o.prompt_traffic:
             name = f"{moved.workload}: {moved.received_bytes} received, {moved.sent_bytes} sent"
-            batches = math.ceil(moved.prompt_tokens / PROMPT_BATCH)
+            batches = math.ceil(moved.prompt_tokens / (run.spec.placed.ubatch or PROMPT_BATCH))
             most = batches * (o.placement.moved_bytes * LINK_SHARE + 4 * LINK_BYTES + moved.prompt_tokens * MIB)
             took = [r.engine_prompt_s for r in o.requests if r.workload == moved.workload and r.engine_prompt_s]
             if link and took:

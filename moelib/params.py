@@ -8,11 +8,12 @@ import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from moelib import yaml_file
+from moelib.placement import REFERENCE, Placement
 from moelib.strict import ParamsError, Strict, T, build, upto
 from moelib.strict import UserError as UserError
 from moelib.upstream import Pin as Pin
@@ -117,8 +118,12 @@ class Workload(Strict):
 class Arm(Strict):
     """A placement and a load mode; each round of a study runs every one of them once."""
 
-    placement: str = Field(pattern=r"^(baseline|cpu-moe|n-cpu-moe=[1-9][0-9]{0,3})$")
+    placement: Annotated[str, AfterValidator(lambda text: str(Placement.parse(text)))]
     load_mode: Literal["mmap", "none"] = "mmap"
+
+    @property
+    def placed(self) -> Placement:
+        return Placement.parse(self.placement, self.load_mode)
 
     @property
     def label(self) -> str:
@@ -147,7 +152,7 @@ class Study(Strict):
             values = getattr(self, field)
             if len(set(values)) != len(values):
                 raise ValueError(f"{field} names something twice")
-        if [a.placement == "baseline" for a in self.arms] != [True] + [False] * max(1, len(self.arms) - 1):
+        if [a.placement == REFERENCE for a in self.arms] != [True] + [False] * max(1, len(self.arms) - 1):
             raise ValueError("the first of the arms, and no other, must be a baseline, and at least one must follow it")
         if self.weights == "real" and self.scale != "full":
             raise ValueError("real weights have only the scale full")

@@ -10,7 +10,10 @@ import difflib
 import math
 from collections.abc import Collection, Container
 from dataclasses import dataclass
+from functools import cache
 
+REFERENCE = "baseline"
+"""What the other placements of a round are compared with: all on the GPU, llama.cpp's own settings."""
 MAX_LAYERS = 9999
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 LOAD_MODES = ("mmap", "none")
@@ -42,6 +45,7 @@ class Placement:
     threads: int | None = None
 
     @classmethod
+    @cache
     def parse(cls, text: str, load_mode: str = "mmap") -> Placement:
         """The placement that `text` names. Raises PlacementError."""
         name, *settings = text.split(",")
@@ -62,6 +66,11 @@ class Placement:
         if str(placement) != text:
             raise PlacementError(f"{text!r}: write it as {placement}, so that one placement has one name")
         return placement
+
+    @classmethod
+    def of(cls, placement: Placement | str) -> Placement:
+        """`placement`, or the one that a text names. Raises PlacementError."""
+        return placement if isinstance(placement, Placement) else cls.parse(placement)
 
     def __str__(self) -> str:
         n = self.cpu_layers

@@ -74,7 +74,7 @@ class Record(params.Strict):
     started_utc: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00$")]
     observed: Observation | None
     audit: tuple[Check, ...]
-    raw: dict[Annotated[str, Field(pattern=r"^[\w.=-]+\.log\.gz$")], Sha256]
+    raw: dict[Annotated[str, Field(pattern=r"^[\w.=,-]+\.log\.gz$")], Sha256]
     """Compressed logs beside the record: file name -> SHA-256."""
     judged: Reaudit | None = None
     digest: str = ""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 
-from moelib import client, files, host, monitor, params, process
+from moelib import client, files, host, monitor, params, placement, process
 from moelib import device as devices
 from moelib import engine as engines
 from moelib.client import Request
@@ -48,6 +48,11 @@ class Spec:
     context: Count
     device: str
     seed: Count
+
+    @property
+    def placed(self) -> placement.Placement:
+        """Placement and load mode as a value."""
+        return placement.Placement.parse(self.placement, self.load_mode)
 
     @property
     def arm(self) -> str:
@@ -174,8 +179,8 @@ def _observe(
 
     with device.session(engine, work) as session:
         readings, counters, idle = [], [], session.idle()
-        load = (spec.placement, spec.load_mode, spec.context, device.threads)
-        argv = engine.server_argv(quantised.path, *load, session.args)
+        threads = spec.placed.threads or device.threads
+        argv = engine.server_argv(quantised.path, spec.placed, spec.context, threads, session.args)
         env = process.environment(work, {**session.env, "LLAMA_API_KEY": key})
         with process.Child(argv, work / "server.log", env, session.cpus) as server:
 
@@ -214,9 +219,9 @@ def _observe(
     except OSError as err:
         raise client.RunError("file-gone", f"{quantised.path.name} went away while it ran: {err}") from None
     header = quantised.header.as_loaded(report.unused_tensors)
-    moved = header.moved(spec.placement)
-    header_bytes = (header.moved_bytes(spec.placement), header.device_bytes(spec.placement))
-    reads = header.read_bytes(spec.placement)
+    moved = header.moved(spec.placed)
+    header_bytes = (header.moved_bytes(spec.placed), header.device_bytes(spec.placed))
+    reads = header.read_bytes(spec.placed)
     return Observation(
         load_s=round(load_s, 6),
         wall_s=round(time.monotonic() - started, 6),
@@ -224,7 +229,7 @@ def _observe(
         env=tuple(sorted(env)),
         file_sha256=sha256,
         device_kind=device.kind,
-        threads=device.threads,
+        threads=threads,
         build_info=build_info,
         report=report,
         placement=Placement(len(moved), len({t.block for t in moved}), *header_bytes, *reads),

@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 
 from moelib import client, device, engine, params, probe, process, twin
+from moelib.placement import Placement
 
 TRIAL_S = 60.0  # for each step; they take about a second
 MODEL, SCALE, QUANT, CONTEXT = "deepseek-moe-16b", "nano", "Q8_0", 256
@@ -37,7 +38,7 @@ def _serve(llama: engine.Engine, where: device.Device, work: Path) -> None:
     with where.session(llama, work) as session:
         if where.kind == "cuda" and not any(name.startswith("CUDA") for name in llama.devices()):
             raise engine.EngineError("it lists no CUDA device: the driver does not fit, or its libraries are missing")
-        argv = llama.server_argv(work / "model.gguf", "cpu-moe", "mmap", CONTEXT, where.threads, session.args)
+        argv = llama.server_argv(work / "model.gguf", Placement.parse("cpu-moe"), CONTEXT, where.threads, session.args)
         env = process.environment(work, {**session.env, "LLAMA_API_KEY": key})
         with process.Child(argv, work / "server.log", env, session.cpus) as server:
             port = next(filter(None, server.wait_for(engine.LISTENING, limit).groups()))

@@ -46,6 +46,7 @@ from moelib import run as runs
 from moelib.facts import Manifest
 from moelib.memory import Reading
 from moelib.nvml import Counters
+from moelib.placement import Placement
 from moelib.study import Folder, StudyError
 
 MIB = 1 << 20
@@ -714,7 +715,7 @@ def recorded(llama: engine.Engine, where: device.Device, folder: Path) -> bytes:
     data = json.dumps(body).encode()
     head = f"POST /completion HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(data)}\r\n\r\n"
     with where.session(llama, folder) as session:
-        argv = llama.server_argv(made.path, "baseline", "mmap", 256, 1, session.args)
+        argv = llama.server_argv(made.path, Placement.parse("baseline", "mmap"), 256, 1, session.args)
         env = process.environment(folder, {"LLAMA_API_KEY": KEY})
         with process.Child(argv, folder / "server.log", env) as server:
             port = int(next(filter(None, server.wait_for(engine.LISTENING, 30).groups())))

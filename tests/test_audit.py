@@ -209,6 +209,21 @@ def test_the_command_is_the_placement_and_nothing_else(placement, argv, right):
     assert next(c.passed for c in checks if c.id == "command-as-asked") == right
 
 
+def test_a_placements_settings_are_on_the_command_line():
+    text = "cpu-moe,ubatch=64,op-offload=off,kv=q8_0"
+    line = argv("cpu-moe")
+    settings = ("-ub", "64", "--no-op-offload", "-ctk", "q8_0", "-ctv", "q8_0")
+    for placement, flags, right in (
+        (text, (*line, *settings), True),
+        (text, line, False),
+        (text, (*line, *settings[:-2]), False),
+        (text, (*line, "-ub", "32", *settings[2:]), False),
+        ("cpu-moe", (*line, *settings), False),
+    ):
+        checks = checked(spec(placement=placement), replace(observation("cpu-moe"), argv=flags), MANIFEST)
+        assert next(c.passed for c in checks if c.id == "command-as-asked") == right
+
+
 def test_load_mode_none_must_be_told():
     observed = observation()
     for line, right in ((ARGV, False), (argv(load_mode="none"), True), ((*OLDER, "--no-mmap"), True)):
@@ -372,6 +387,16 @@ def test_block_checks_flag_what_only_a_comparison_shows():
     assert flagged([base, seen_as(moe, threads=2)]) == {"block-alike"}
     both = with_report(seen_as(moe, threads=2), graph_splits=())  # one failure hides no other
     assert flagged([base, both]) == {"block-alike", "block-placement"}
+
+
+def test_a_placements_own_settings_are_no_difference_of_its_block():
+    base, moe = block()
+    asked = moe.model_copy(update={"spec": replace(moe.spec, placement="cpu-moe,threads=2")})
+    assert flagged([base, seen_as(asked, threads=2)]) == set()
+    # a baseline with other settings moves nothing, and its graph need not be cut
+    small = base.model_copy(update={"spec": replace(base.spec, placement="baseline,ubatch=64", order=2)})
+    assert flagged([base, moe, small]) == set()
+    assert flagged([small, moe]) == {"block-complete"}  # and is not what the others are compared with
 
 
 def test_a_flag_that_did_nothing_fails_the_block():

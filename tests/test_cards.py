@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 
 from moelib import cards, cli, files, lint, models, params, process, publish, quantize, stats, study
 from moelib import engine as engines
+from moelib.placement import Placement
 
 DEEPSEEK = "deepseek-moe-16b-cpu-offload-gguf"
 ROOT, QUANT = f"{DEEPSEEK}/README.md", f"{DEEPSEEK}/Q2_K.md"
@@ -231,7 +232,7 @@ def test_the_python_example_runs(model, demo, home, engine, tmp_path):
     text = cards.build(demo, "acme")[f"{params.card(model).repository}/README.md"]
     (code,) = fenced(text, "python")
     file = quantize.make(models.make_twin(model, "nano"), "Q8_0", engine, tmp_path).path
-    argv = engine.server_argv(file, "cpu-moe", "mmap", 512, 1, ["--device", "none"])
+    argv = engine.server_argv(file, Placement.parse("cpu-moe", "mmap"), 512, 1, ["--device", "none"])
     with process.Child(argv, tmp_path / "server.log", process.environment(tmp_path)) as server:
         port = next(filter(None, server.wait_for(engines.LISTENING, process.patience(60)).groups()))
         code = code.replace(":8080/", f":{port}/")

@@ -13,6 +13,7 @@ from factory import measured, observation, spec
 from moelib import command
 from moelib import engine as engines
 from moelib.engine import Engine, EngineError, Help, parse_log
+from moelib.placement import Placement
 
 BUILDS = ("b6666", "b11434", "b11669")
 OLD, NEW, NEWEST = (Help((FIXTURES / f"llama-server-help-{b}.txt").read_text(encoding="utf-8")) for b in BUILDS)
@@ -64,7 +65,9 @@ def test_words_of_descriptions_are_not_flags():
 
 
 def argv(text, placement="baseline", load_mode="mmap"):
-    return made(text, 1).server_argv(Path("m.gguf"), placement, load_mode, 1024, 2, ["--device", "X"])[1:]
+    return made(text, 1).server_argv(Path("m.gguf"), Placement.parse(placement, load_mode), 1024, 2, ["--device", "X"])[
+        1:
+    ]
 
 
 @pytest.mark.parametrize("text", [NEW, NEWEST], ids=BUILDS[1:])
@@ -98,7 +101,7 @@ def test_placements_become_flags(text):
 @pytest.mark.parametrize("text", [OLD, NEW, NEWEST], ids=BUILDS)
 def test_what_a_build_is_told_is_what_the_audit_asks_for(text, placement, load_mode):
     device = ["--rpc", "127.0.0.1:5", "--device", "RPC0"]
-    line = made(text, 1).server_argv(Path("m.gguf"), placement, load_mode, 1024, 1, device)
+    line = made(text, 1).server_argv(Path("m.gguf"), Placement.parse(placement, load_mode), 1024, 1, device)
     asked = spec(placement=placement, load_mode=load_mode)
     cached = [*line, "--moe-cache-mib", "8"]
     if text is NEWEST:
@@ -112,7 +115,7 @@ def test_what_a_build_is_told_is_what_the_audit_asks_for(text, placement, load_m
 def test_a_missing_flag_is_an_error_that_names_flag_and_build():
     without = Help(NEW.text.replace("--cpu-moe", "--cpu-mow"))
     with pytest.raises(EngineError, match=r"b11111 .*has no --cpu-moe"):
-        made(without, 11111).server_argv(Path("m"), "cpu-moe", "mmap", 1024, 2, [])
+        made(without, 11111).server_argv(Path("m"), Placement.parse("cpu-moe", "mmap"), 1024, 2, [])
 
 
 def test_a_missing_tool_is_an_error_that_says_how_to_get_it():
@@ -411,7 +414,7 @@ def test_the_real_engine_is_whole(engine):
     assert set(engine.tools) == set(engines.TOOLS)
     assert engine.build >= engines.OLDEST_BUILD
     assert "--cpu-moe" in engine.help.flags
-    argv = engine.server_argv(Path("none.gguf"), "cpu-moe", "none", 512, 1, [])
+    argv = engine.server_argv(Path("none.gguf"), Placement.parse("cpu-moe", "none"), 512, 1, [])
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60, encoding="utf-8")
     assert "none.gguf" in done.stdout + done.stderr  # every flag was understood; the file is what is missing
     assert "invalid argument" not in done.stdout + done.stderr

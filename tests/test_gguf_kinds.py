@@ -11,7 +11,8 @@ import ggufs
 import pytest
 
 from moelib import gguf_file, gguf_reader, params, twin
-from moelib.gguf_file import GGUFError, HeaderCut, from_bytes, placement_fault, read_header
+from moelib.gguf_file import GGUFError, HeaderCut, from_bytes, read_header
+from moelib.placement import Placement
 
 GOOD = ggufs.build(*ggufs.moe())
 
@@ -236,7 +237,7 @@ def test_experts_in_tensors_of_their_own_are_a_fault():
     ],
 )
 def test_a_placement_that_makes_no_sense_is_known(placement, layers, experts, cause):
-    why = placement_fault(placement, layers, experts)
+    why = Placement.parse(placement).fault(layers, experts)
     assert why is None if cause is None else cause in why
 
 

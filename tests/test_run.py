@@ -11,6 +11,7 @@ from factory import SHARED, measured, spec
 from moelib import audit, client, device, models, params, quantize, run, twin
 from moelib.facts import Manifest
 from moelib.nvml import Counters, Traffic
+from moelib.placement import Placement
 
 pytestmark = pytest.mark.engine
 
@@ -73,6 +74,19 @@ def test_n_cpu_moe_moves_the_first_blocks_only(engine, quantised, loopback, tmp_
     observed, checks = execute(engine, quantised, loopback, tmp_path, placement="n-cpu-moe=2", workloads=("smoke",))
     assert failed(checks) == set()
     assert (observed.placement.moved_blocks, observed.placement.moved_tensors) == (1, 3)  # block 0 is dense
+
+
+def test_a_placements_settings_reach_the_engine(engine, quantised, loopback, tmp_path):
+    """A smaller batch takes a smaller compute buffer, another type a smaller KV cache; the log has the threads."""
+    plain, _ = execute(engine, quantised, loopback, tmp_path, placement="cpu-moe", workloads=("smoke",))
+    placement = "cpu-moe,ubatch=32,op-offload=off,kv=q8_0,threads=1"
+    observed, checks = execute(engine, quantised, loopback, tmp_path, placement=placement, workloads=("smoke",))
+    assert failed(checks) == set()
+    assert observed.threads == 1
+    assert observed.report.device_bytes("compute") < plain.report.device_bytes("compute")
+    smaller = plain.report.device_bytes("KV") * 34 / 64  # q8_0 takes 34 bytes for 32 numbers, f16 64
+    assert abs(observed.report.device_bytes("KV") - smaller) < 0.01 * (1 << 20)  # as printed
+    assert observed.placement == plain.placement
 
 
 def test_load_mode_none_is_obeyed(engine, quantised, loopback, tmp_path):
@@ -237,7 +251,7 @@ def test_the_old_spelling_of_everything_is_understood(engine, quantised, loopbac
     from moelib.engine import Help
 
     old = replace(engine, help=Help((FIXTURES / "llama-server-help-b6666.txt").read_text(encoding="utf-8")))
-    asked = old.server_argv(quantised.path, "cpu-moe", "mmap", 1024, 1, [])
+    asked = old.server_argv(quantised.path, Placement.parse("cpu-moe", "mmap"), 1024, 1, [])
     assert not {a for a in asked if a.startswith("--")} - old.help.flags
 
 

@@ -12,6 +12,7 @@ from factory import SHARED, measured, spec
 from moelib import audit, device, models, process, quantize, run
 from moelib import engine as engines
 from moelib.facts import Manifest
+from moelib.placement import Placement
 
 pytestmark = pytest.mark.engine
 
@@ -36,7 +37,7 @@ def stub(engine, tmp_path):
 def serving(llama, quantised, work, placement="baseline", load_mode="mmap", where=None):
     """(port, server) of a run of `llama`, as moelib starts it."""
     with (where or device.Loopback()).session(llama, work) as session:
-        argv = llama.server_argv(quantised.path, placement, load_mode, 256, 1, session.args)
+        argv = llama.server_argv(quantised.path, Placement.parse(placement, load_mode), 256, 1, session.args)
         env = process.environment(work, {"LLAMA_API_KEY": KEY})
         with process.Child(argv, work / "server.log", env) as server:
             port = next(filter(None, server.wait_for(engines.LISTENING, 30).groups()))
