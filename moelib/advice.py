@@ -79,7 +79,7 @@ def _places(results: Results) -> list[str]:
 
 def pairs(study: Study) -> list[tuple[Arm, Arm]]:
     """(baseline, other) in the baseline's load mode, llama.cpp's default; in any, if the study has none in that."""
-    every = analyse.offloads(study)
+    every = analyse.cpu_offloads(study)
     return [(base, arm) for base, arm in every if arm.load_mode == base.load_mode] or every
 
 

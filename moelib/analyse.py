@@ -174,6 +174,11 @@ def offloads(study: Study) -> list[tuple[Arm, Arm]]:
     return [(study.arms[0], arm) for arm in study.arms[1:]]
 
 
+def cpu_offloads(study: Study) -> list[tuple[Arm, Arm]]:
+    """Those of `offloads` that keep experts on the CPU: a baseline with other settings offloads nothing."""
+    return [(base, arm) for base, arm in offloads(study) if not arm.placed.is_baseline]
+
+
 def load_modes(study: Study) -> list[tuple[Arm, Arm]]:
     """(mmap, none) for every placement that the study runs in both load modes."""
     return [(a, b) for a in study.arms for b in study.arms if a.placement == b.placement and a.load_mode < b.load_mode]

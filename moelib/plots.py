@@ -13,6 +13,7 @@ import pandas as pd
 import seaborn as sns
 from IPython.display import display
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from moelib import analyse, files, neutral, table
@@ -20,9 +21,13 @@ from moelib.record import Record
 from moelib.stats import byte_unit
 from moelib.study import Results
 
-COLOURS = ["#3b6fb6", "#d1742f", "#4f9a6b", "#8d6cb3"]
-"""Of the placements in the study's order; repeated where there are more."""
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#4D4D4D")
+"""Of the placements in the study's order: Okabe and Ito's, which colour-blind readers tell apart."""
+HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++", "ooo", "---")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+"""Beside the colour, so that placements differ in grey as well, and go on differing where colours come again."""
 DPI = 144
+LETTERS = 9  # of a legend that fit an inch
 
 
 def _styled(draw: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,8 +68,12 @@ def _file_name(name: str) -> str:
     return f"{re.sub(r'[^A-Za-z0-9]+', '-', name)[:60].strip('-') or 'figure'}-{files.digest(name)[:8]}"
 
 
+def _nth(of: Sequence[str], name: Any, names: Iterable[Any]) -> str:
+    return of[list(names).index(name) % len(of)]
+
+
 def _colour(name: Any, names: Iterable[Any]) -> str:
-    return COLOURS[list(names).index(name) % len(COLOURS)]
+    return _nth(COLOURS, name, names)
 
 
 def _empty(why: str) -> Any:
@@ -75,9 +84,40 @@ def _empty(why: str) -> Any:
     return figure
 
 
-def _legend(figure: Any, names: Sequence[str]) -> None:
-    handles = [Patch(color=_colour(n, names), alpha=0.75, label=neutral.label(n)) for n in names]
-    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, len(names)), frameon=False)
+def _bar_handles(names: Sequence[str]) -> list[Any]:
+    """Of a legend of bars."""
+    style = {"alpha": 0.75, "edgecolor": "white"}
+    return [
+        Patch(facecolor=_colour(n, names), hatch=_nth(HATCHES, n, names), label=neutral.label(n), **style)
+        for n in names
+    ]
+
+
+def _point_handles(names: Sequence[str], marked: bool) -> list[Any]:
+    """Of a legend of points, or of lines."""
+
+    def form(name: str) -> dict[str, Any]:
+        return {"linestyle": "", "marker": _nth(MARKERS, name, names)} if marked else {"linewidth": 2}
+
+    return [Line2D([], [], color=_colour(n, names), label=neutral.label(n), **form(n)) for n in names]
+
+
+def _legend(figure: Any, handles: Sequence[Any]) -> None:
+    """In as many rows as it takes, below the axes; the figure grows by them."""
+    width, height = figure.get_size_inches()
+    longest = max((len(h.get_label()) for h in handles), default=0) + 5
+    columns = max(1, min(len(handles), int(width * LETTERS // longest)))
+    rows = -(-len(handles) // columns)
+    figure.set_size_inches(width, height + 0.22 * (rows - 1))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def _by_bits(results: Results) -> list[str]:
+    """The study's quants by their bits per weight; as the study has them where these are not known."""
+    bits: dict[str, list[float]] = {}
+    for manifest in results.manifests:
+        bits.setdefault(manifest.quant, []).append(manifest.bits_per_weight)
+    return sorted(results.study.quants, key=lambda q: sum(bits[q]) / len(bits[q]) if q in bits else 0.0)
 
 
 def placements(results: Results) -> dict[str, str]:
@@ -93,18 +133,29 @@ def _facets(results: Results, frame: pd.DataFrame, y: str, label: str) -> Any:
     names = list(by_label.values())
     labels = [f"{p}/{mode}" for p, mode in zip(frame.placement, frame.load_mode, strict=True)]
     frame = frame.assign(name=[by_label[label] for label in labels])
-    how = {"x": "quant", "y": y, "hue": "name", "order": results.study.quants, "hue_order": names, "legend": False}
+    how = {"x": "quant", "y": y, "hue": "name", "order": _by_bits(results), "hue_order": names, "legend": False}
     models = [m for m in results.study.models if (frame.model == m).any()]
     if not models:
         return _empty(f"no complete round has {label}")
     figure, axes = _axes(len(models))
     for axis, model in zip(axes, models, strict=False):
         how |= {"data": frame[frame.model == model], "ax": axis}
-        sns.barplot(**how, palette=[_colour(n, names) for n in names], errorbar=None, alpha=0.75, saturation=1)
+        bars(**how)
         sns.stripplot(**how, palette=["#222222"] * len(names), dodge=True, size=3.2, alpha=0.8, jitter=False)
         axis.set(title=neutral.label(model), xlabel="", ylabel=label if axis is axes[0] else "")
-    _legend(figure, names)
+    _legend(figure, _bar_handles(names))
     return figure
+
+
+def bars(data: pd.DataFrame, *, hue: str, hue_order: Sequence[str], ax: Any, **how: Any) -> Any:
+    """seaborn's bars of means on `ax`, each of `hue_order` in its own colour and hatch. Returns `ax`."""
+    colours = [_colour(n, hue_order) for n in hue_order]
+    style = {"errorbar": None, "alpha": 0.75, "saturation": 1, "edgecolor": "white"}
+    sns.barplot(data, hue=hue, hue_order=hue_order, palette=colours, ax=ax, **style, **how)
+    for container, name in zip(ax.containers, hue_order, strict=False):
+        for bar in container:
+            bar.set_hatch(_nth(HATCHES, name, hue_order))
+    return ax
 
 
 @_styled
@@ -147,14 +198,14 @@ def trade(results: Results, workload: str) -> Any:
             start, end = (m.baseline.value / unit, r.baseline.value), (m.offload.value / unit, r.offload.value)
             arrow = {"arrowstyle": "-|>", "color": "#999999", "shrinkA": 5, "shrinkB": 5}
             axis.annotate("", xy=end, xytext=start, arrowprops=arrow)
-            axis.plot(*start, "o", color=COLOURS[0])
-            axis.plot(*end, "o", color=_colour(m.arm.label, by_label))
+            for point, arm in ((start, m.against.label), (end, m.arm.label)):
+                axis.plot(*point, _nth(MARKERS, arm, by_label), color=_colour(arm, by_label))
             axis.annotate(m.quant, start, textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8)
         axis.set(title=neutral.label(model), xlabel=f"VRAM, {name}")
         axis.set(ylabel="tokens/s" if axis is axes[0] else "")
         axis.margins(0.15)
         axis.set(xlim=(0, None), ylim=(0, None))
-    _legend(figure, list(by_label.values()))
+    _legend(figure, _point_handles(list(by_label.values()), marked=True))
     return figure
 
 
@@ -195,5 +246,5 @@ def vram_over_time(records: Sequence[Record]) -> Any:
         points = [(x.t_s, x.process_bytes / unit) for x in r.observed.memory.trace.during if x.process_bytes]
         axis.plot(*zip(*points, strict=True), color=_colour(_name(r), names), alpha=0.8, lw=1)
     axis.set(xlabel="s since the run's start", ylabel=f"VRAM, {name}", ylim=(0, None))
-    _legend(figure, names)
+    _legend(figure, _point_handles(names, marked=False))
     return figure

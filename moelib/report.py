@@ -49,8 +49,12 @@ def machine(r: Record) -> str:
 
 def answer(results: Results) -> Text:
     """The study in a few sentences, from the same comparisons as the tables."""
-    rates = [c for w in results.study.workloads for c in analyse.compare(results, analyse.tokens_per_s(w)) if c.ratio]
-    memory = [c for c in analyse.compare(results, analyse.vram) if c.ratio]
+
+    def compare(quantity: analyse.Quantity) -> list[analyse.Comparison]:
+        return [c for c in analyse.compare(results, quantity, analyse.cpu_offloads) if c.ratio]
+
+    rates = [c for w in results.study.workloads for c in compare(analyse.tokens_per_s(w))]
+    memory = compare(analyse.vram)
     if not rates or not memory:
         text = (
             "No complete round has a baseline and a CPU offload run with known VRAM and tokens/s: nothing can be "
@@ -63,9 +67,9 @@ def answer(results: Results) -> Text:
     sentences.append(f"Decoding then ran at {kept} of the baseline's tokens/s.")
     used = [*rates, *memory]
     for workload in results.study.workloads:
-        comparisons = analyse.compare(results, analyse.ttft(workload, warm=True))
+        comparisons = compare(analyse.ttft(workload, warm=True))
         for mode in dict.fromkeys(arm.load_mode for arm in results.study.arms[1:]):
-            of_mode = [c for c in comparisons if c.ratio and c.arm.load_mode == mode]
+            of_mode = [c for c in comparisons if c.arm.load_mode == mode]
             if of_mode:
                 times = stats.span([c.ratio.value for c in of_mode], stats.number)
                 what = f"TTFT of warm {neutral(workload)} requests"

@@ -28,18 +28,33 @@ FIGURES = {
 @pytest.mark.parametrize("folder", PLACEMENTS)
 def test_the_legend_names_the_placements_in_the_studys_order(folder, name):
     (legend,) = FIGURES[name](study.results(REPO / folder)).legends
-    pairs = zip(legend.texts, legend.get_patches(), strict=True)
-    colours = {text.get_text(): to_hex(patch.get_facecolor()) for text, patch in pairs}
-    assert list(colours) == PLACEMENTS[folder]
-    assert list(colours.values()) == plots.COLOURS[: len(colours)]
+    assert [text.get_text() for text in legend.texts] == PLACEMENTS[folder]
+    n, handles = len(PLACEMENTS[folder]), legend.legend_handles
+    colours = [h.get_color() if name == "trade" else to_hex(h.get_facecolor()).upper() for h in handles]
+    assert colours == list(plots.COLOURS[:n])
+    forms, expected = (
+        ([h.get_marker() for h in handles], plots.MARKERS[:n])
+        if name == "trade"
+        else ([h.get_hatch() or "" for h in handles], plots.HATCHES[:n])
+    )
+    assert forms == list(expected)  # that tell them apart in grey as well
+
+
+def test_quants_come_by_their_bits_in_figures():
+    results = study.results(REPO / "docs/example/demo")
+    axis = plots.vram(results).axes[0]
+    assert [t.get_text() for t in axis.get_xticklabels()] == ["Q2_K", "Q4_K_M", "Q8_0"]
+    assert list(results.study.quants) == ["Q4_K_M", "Q2_K", "Q8_0"]
+    nameless = results.model_copy(update={"manifests": []})
+    assert [t.get_text() for t in plots.vram(nameless).axes[0].get_xticklabels()] == ["Q4_K_M", "Q2_K", "Q8_0"]
 
 
 def test_a_bar_in_a_placements_colour_is_the_mean_of_its_requests():
     results = study.results(REPO / "outputs/h100-twins")
     axis = plots.ttft(results, "long-512").axes[1]  # deepseek-moe-16b, whose placements came in another order
     for colour, label in zip(plots.COLOURS, plots.placements(results), strict=False):
-        bars = [p for p in axis.patches if to_hex(p.get_facecolor()) == colour and p.get_height()]
-        for quant, bar in zip(results.study.quants, sorted(bars, key=lambda p: p.get_x()), strict=True):
+        bars = [p for p in axis.patches if to_hex(p.get_facecolor()).upper() == colour and p.get_height()]
+        for quant, bar in zip(("Q2_K", "Q4_K_M", "Q8_0"), sorted(bars, key=lambda p: p.get_x()), strict=True):
             runs = [r for b in results.measured[f"deepseek-moe-16b/{quant}"].blocks for r in b if r.spec.arm == label]
             requests = [q for r in runs for q in r.observed.requests if q.index and q.workload == "long-512"]
             assert bar.get_height() == pytest.approx(1000 * fmean(q.ttft_s for q in requests))
@@ -96,7 +111,7 @@ def test_a_run_without_records_has_figures_that_say_so():
 
 def test_more_placements_than_colours_are_all_in_the_legend():
     results = study.results(REPO / "docs/example/demo")
-    arms = [Arm(placement="baseline")] + [Arm(placement=f"n-cpu-moe={n}") for n in range(1, 7)]
+    arms = [Arm(placement="baseline")] + [Arm(placement=f"n-cpu-moe={n}") for n in range(1, 10)]
     many = results.model_copy(update={"study": results.study.model_copy(update={"arms": tuple(arms)})})
     block = results.blocks[0]
     runs = [
@@ -109,6 +124,10 @@ def test_more_placements_than_colours_are_all_in_the_legend():
         (legend,) = figure.legends
         assert [t.get_text() for t in legend.texts] == [a.placement for a in arms]
         figure.draw_without_rendering()
+        box = legend.get_window_extent()
+        width, height = figure.get_size_inches() * figure.dpi
+        assert 0 <= box.x0 < box.x1 <= width  # all of it is on the page
+        assert 0 <= box.y0 < box.y1 < height / 2
 
 
 @pytest.mark.parametrize(
