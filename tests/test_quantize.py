@@ -217,7 +217,7 @@ def test_a_models_folder_that_takes_no_file_is_said_in_a_sentence(home, tmp_path
     (tmp_path / "file").write_text("", encoding="utf-8")
     for place in (tmp_path / "file", tmp_path / "file/below", "/proc/moelib"):
         monkeypatch.setenv("MOELIB_MODELS", str(place))
-        with pytest.raises(files.FileError, match="model files cannot be kept in .*; .* set MOELIB_MODELS"):
+        with pytest.raises(files.FileError, match="model files cannot be stored in .*; .* set MOELIB_MODELS"):
             models.make_twin("deepseek-moe-16b", "nano")
 
 
