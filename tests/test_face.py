@@ -5,7 +5,9 @@ import subprocess
 import sys
 
 import ggufs
+import nbformat
 import pandas as pd
+import papermill
 import pytest
 from conftest import REPO
 
@@ -46,6 +48,18 @@ def test_from_nothing_to_a_plot_in_four_lines(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, encoding="utf-8")
     assert done.stdout.strip() == "36", done.stderr
     assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_the_playground_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOELIB_OUTPUTS", str(REPO / "docs/example"))
+    monkeypatch.setenv("MOELIB_HOME", str(REPO))
+    out = tmp_path / "explore.ipynb"
+    papermill.execute_notebook(REPO / "notebooks/explore.ipynb", out, {"study": "demo"}, progress_bar=False)
+    cells = [c for c in nbformat.read(out, 4).cells if c.cell_type == "code"]
+    assert all(c.execution_count for c in cells)
+    assert any("image/png" in o.get("data", {}) for c in cells for o in c.outputs)
+    assert [p.name for p in tmp_path.iterdir()] == ["explore.ipynb"]
 
 
 def test_studies_lists_what_can_be_loaded(study):
