@@ -211,7 +211,7 @@ def libraries_one_size(study: Matrix) -> Finding:
     about as much in every run, whatever the file."""
     rests = defaultdict(list)
     for r in study.runs:
-        weights, stay = bounds.weights_resident(r)
+        weights, stay = bounds.weights_resident(measured(r))
         if r.observed.host_rss_peak_bytes is not None and stay:
             machine = r.device.kind, r.device.uuid, r.host.host_id, r.host.cpu, r.engine.server_sha256
             rests[machine].append((r.observed.host_rss_peak_bytes - weights, r.run_id))

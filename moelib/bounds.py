@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 
 from moelib.invariants import Finding, Measured, holds
 from moelib.nvml import Counters
-from moelib.record import Record
 
 TICK_S = 0.002  # times are kept to a tenth of a millisecond, and taken one after another
 LAST_READING_S = 1.0  # before the end of the watched time: the thread wakes every 0.1 s
@@ -138,9 +137,9 @@ def course(counters: Sequence[Counters], start_s: float, end_s: float) -> tuple[
     return after[0].energy_joule - before[-1].energy_joule, after[0].t_s - before[-1].t_s
 
 
-def weights_resident(run: Measured | Record) -> tuple[int, bool]:
+def weights_resident(run: Measured) -> tuple[int, bool]:
     """(bytes of weights in the server's memory, whether a mapped file's pages, counted in, surely stay there)."""
-    observation = run.observation if isinstance(run, Measured) else run.observed
+    observation = run.observation
     buffers = (b for b in observation.report.buffers if b.kind == "model" and not b.on_device)
     copied = sum(b.size_bytes for b in buffers if not b.name.endswith("_Mapped"))
     if run.spec.load_mode != "mmap":

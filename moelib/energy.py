@@ -12,10 +12,8 @@ from moelib.record import Record
 ENERGY_TIMES = 1.6  # a run's energy against the median of its arm: 1.48 seen
 METER_SHARE, METER_S = 0.06, 1.0  # median over a cell's requests longer than that: 1.00 within 0.03 of 40 seen
 METER_SPREAD = 0.2  # beside it, by the root of their number: single ones are 0.78 to 1.12
-ARM_SHARES, ARM_REQUESTS = (
-    (0.85, 1.25),
-    5,
-)  # an arm's requests against the meter, which lags: medians of 0.88 to 1.17 seen
+ARM_SHARES = (0.85, 1.25)  # an arm's requests against the meter, which lags: medians of 0.88 to 1.17 seen
+ARM_REQUESTS = 5  # fewer have no such median
 GAP_SHARES = (0.4, 1.15)  # between requests: of the lowest reading of the meter, and of the power in requests
 GAP_S = 0.15  # of power, by the root of the number of requests: the counter moves every 0.1 s
 GAP_REQUEST_S = 0.25  # of shorter requests, in the mean, the counter says nothing

@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from moelib import frames, gguf_file, neutral, params, record, study, words
+from moelib.placement import REFERENCE
 from moelib.record import Record as Record
 
 
@@ -53,7 +54,7 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
     return frames.runs(records)
 
 
-def compare(runs: pd.DataFrame, column: str, baseline: str = "baseline") -> pd.DataFrame:
+def compare(runs: pd.DataFrame, column: str, baseline: str = REFERENCE) -> pd.DataFrame:
     """`column` of every placement against `baseline`, paired within rounds: ratio, low and high (95 %), n.
 
     runs: a frame of runs, such as `load("h100-twins").runs`. Raises FrameError where they cannot be compared.

@@ -15,6 +15,7 @@ import pandas as pd
 
 from moelib import analyse, stats
 from moelib.params import UserError
+from moelib.placement import REFERENCE
 from moelib.record import Record
 
 Better = Literal["more", "less"] | None
@@ -138,7 +139,7 @@ def requests(records: Iterable[Record]) -> pd.DataFrame:
 GROUP = ["study", "model", "quant"]
 
 
-def compare(frame: pd.DataFrame, column: str, baseline: str = "baseline") -> pd.DataFrame:
+def compare(frame: pd.DataFrame, column: str, baseline: str = REFERENCE) -> pd.DataFrame:
     """`column` of every placement and load mode against `baseline`, paired within rounds.
 
     frame: as `runs` gives it. Returns one row for each study, model, quant, placement and load mode: geometric means of

@@ -1,14 +1,14 @@
 """The records of a study: each read once, audited once with its log as a witness, and what stands of them."""
 
 import gc
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from moelib import audit, record, run, witness
+from moelib.monitor import uncollected
 
 MANY = 1000  # records; fewer take no time
 
@@ -39,7 +39,7 @@ class Evidence:
 
 
 def gather(folder: Path, prefix: str = "", set_aside: bool = False, light: bool = False) -> Evidence:
-    """Read and audit the records in a study's `folder`, those whose names begin with `of`, and their logs.
+    """Read and audit the records in a study's `folder`, those whose names begin with `prefix`, and their logs.
 
     light: keep of each what a study's tables need. set_aside: move damaged records away.
     """
@@ -59,24 +59,13 @@ def gather(folder: Path, prefix: str = "", set_aside: bool = False, light: bool 
             starts[r.run_id] = r.observed.load_s - called.log.ready_s
         return lighten(r) if light else r
 
-    with _no_search_for_cycles():
+    # records hold no cycles, and Python would look for them in all that was read, again and again
+    with uncollected():
         records, damaged = record.read_all(folder, set_aside, prefix, look)
         if len(records) >= MANY:
             gc.freeze()  # nor are they to be searched later on: a tenth of a command's time
     away = tuple(p.name.partition(".json")[0] for p in sorted((folder / "records" / "damaged").glob(f"{prefix}*")))
     return Evidence(records, damaged, problems, starts, away, checks)
-
-
-@contextmanager
-def _no_search_for_cycles() -> Iterator[None]:
-    """Records hold no cycles, and Python would look for them in all that was read, again and again."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 def audit_today(r: record.Record, called: witness.Witnessed | None = None) -> tuple[record.Check, ...]:

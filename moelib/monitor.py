@@ -78,8 +78,15 @@ def unhindered() -> Iterator[None]:
 
     In a notebook's process one collection stops all threads for some 80 ms, the monitor and the timing of tokens too.
     """
-    was = gc.isenabled()
     gc.collect()
+    with uncollected():
+        yield
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Leave garbage collection off while the `with` body runs, and then as it was."""
+    was = gc.isenabled()
     gc.disable()
     try:
         yield

@@ -124,7 +124,7 @@ def placements(results: Results) -> dict[str, str]:
     """Label in records -> name in figures, in the study's order: the same colour in all figures. The name is the
     placement, with the load mode where the study has several."""
     several = len({arm.load_mode for arm in results.study.arms}) > 1
-    return {a.label: f"{a.placement}, {a.load_mode}" if several else a.placement for a in results.study.arms}
+    return {a.label: a.placed.label if several else a.placement for a in results.study.arms}
 
 
 def _facets(results: Results, frame: pd.DataFrame, y: str, label: str) -> Any:
@@ -209,20 +209,16 @@ def trade(results: Results, workload: str) -> Any:
     return figure
 
 
-def _name(r: Record) -> str:
-    return f"{r.spec.placement}, {r.spec.load_mode}"
-
-
 @_styled
 def tokens_over_time(records: Sequence[Record], workload: str) -> Any:
     """Tokens generated against time since the request was sent; one line per request, one panel per placement."""
-    names = sorted({_name(r) for r in records})
+    names = sorted({r.spec.placed.label for r in records})
     if not names:
         return _empty("no run of a complete round")
     figure, axes = _axes(len(names), 3.0)
     for axis, name in zip(axes, names, strict=False):
         for r in records:
-            for q in r.observed.requests if r.observed and _name(r) == name else ():
+            for q in r.observed.requests if r.observed and r.spec.placed.label == name else ():
                 if q.workload == workload:
                     style = {"color": _colour(name, names), "alpha": 0.8, "lw": 1, "ls": "-" if q.index else ":"}
                     axis.plot([t * 1000 for t in q.token_s], q.token_n, **style)
@@ -241,10 +237,10 @@ def vram_over_time(records: Sequence[Record]) -> Any:
     figure.delaxes(other)
     peak = max((x.process_bytes or 0 for r in known for x in r.observed.memory.trace.during), default=0)
     name, unit = byte_unit(peak)
-    names = sorted({_name(r) for r in known})
+    names = sorted({r.spec.placed.label for r in known})
     for r in known:
         points = [(x.t_s, x.process_bytes / unit) for x in r.observed.memory.trace.during if x.process_bytes]
-        axis.plot(*zip(*points, strict=True), color=_colour(_name(r), names), alpha=0.8, lw=1)
+        axis.plot(*zip(*points, strict=True), color=_colour(r.spec.placed.label, names), alpha=0.8, lw=1)
     axis.set(xlabel="s since the run's start", ylabel=f"VRAM, {name}", ylim=(0, None))
     _legend(figure, _point_handles(names, marked=False))
     return figure
