@@ -8,13 +8,13 @@ from pathlib import Path
 import click
 import pandas as pd
 
-from moelib import analyse, record
+from moelib import frames, record
 
 
 @click.command()
 @click.argument("study", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def main(study: Path) -> None:
-    frame: pd.DataFrame = analyse.runs(r for r in record.read_all(study)[0] if r.done)
+    frame: pd.DataFrame = frames.runs(r for r in record.read_all(study)[0] if r.done)
     if frame.empty:
         raise click.ClickException(f"{study} holds no valid record")
     ratios = frame.wall_s / frame.engine_s

@@ -36,8 +36,8 @@ def multiply(home: Path, blocks: int) -> Path:
     plan = yaml.safe_load((ROOT / "params/studies/demo.yaml").read_text(encoding="utf-8"))
     (home / "params/studies/scale.yaml").write_text(yaml.safe_dump(plan | {"blocks": blocks}), encoding="utf-8")
     params._yaml.cache_clear()
-    folder = study.Folder("scale")
-    folder.write_plan()
+    folder = study.Study.named("scale")
+    folder.begin()
     shutil.copytree(DEMO / "quants", folder.path / "quants")
     for kind in ("records", "raw"):
         (folder.path / kind).mkdir()

@@ -6,14 +6,14 @@ The rule: a file fits a GPU of N GB if no run of it took more than N * 10^9 byte
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from moelib import analyse, evidence, harness, report, stats
+from moelib import evidence, frames, harness, report, stats
 from moelib.facts import Manifest
+from moelib.frames import Comparison, Pairs, Side
 from moelib.neutral import markdown
-from moelib.params import Arm, Study
 from moelib.record import Record
 from moelib.stats import number, size, span
-from moelib.study import Results
-from moelib.table import Sources, Table, Text, cite, cite_harness, cite_manifest
+from moelib.study import Study
+from moelib.table import Sources, Table, Text, cite, cite_manifest, cite_overhead, merged
 
 GPUS_GB = (4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 80)
 """VRAM of GPUs that people own, as they are sold."""
@@ -29,7 +29,7 @@ class Choice:
     quant: str
     place: str
     """The placement in words."""
-    vram_bytes: int
+    vram_bytes: float
     """The most VRAM that any of its runs took."""
     bits_per_weight: float
     rate: stats.Estimate
@@ -54,65 +54,62 @@ def finest(choices: Sequence[Choice]) -> Choice:
     return max(choices, key=lambda c: (c.bits_per_weight, c.rate.value))
 
 
-def models(results: Results) -> list[str]:
+def models(study: Study) -> list[str]:
     """The models with a measured cell, in the study's order."""
-    return list(dict.fromkeys(name.rsplit("/", 1)[0] for name in results.measured))
+    return list(dict.fromkeys(name.rsplit("/", 1)[0] for name in study.measured))
 
 
-def _runs(results: Results, model: str | None = None) -> list[Record]:
-    return [r for b in results.blocks for r in b if model in (None, r.spec.model)]
+def _runs(study: Study, model: str | None = None) -> list[Record]:
+    return [r for r in study.used if model in (None, r.spec.model)]
 
 
-def _gpu(results: Results) -> bool:
-    return {r.device.kind for r in _runs(results)} == {"cuda"}
+def _gpu(study: Study) -> bool:
+    return {r.device.kind for r in _runs(study)} == {"cuda"}
 
 
-def place(results: Results, arm: Arm) -> str:
+def place(study: Study, side: Side) -> str:
     """A placement in words."""
-    return WORDS.get(arm.placement, arm.placement).format("GPU" if _gpu(results) else "device")
+    placement, _ = side
+    return WORDS.get(placement, placement).format("GPU" if _gpu(study) else "device")
 
 
-def _places(results: Results) -> list[str]:
+def _places(study: Study) -> list[str]:
     """The placements that are compared, in words, the baseline first."""
-    return list(dict.fromkeys(place(results, arm) for pair in pairs(results.study) for arm in pair))
+    return list(dict.fromkeys(place(study, side) for pair in pairs(study) for side in pair))
 
 
-def pairs(study: Study) -> list[tuple[Arm, Arm]]:
-    """(baseline, other) in the baseline's load mode, llama.cpp's default; in any, if the study has none in that."""
-    every = analyse.cpu_offloads(study)
-    return [(base, arm) for base, arm in every if arm.load_mode == base.load_mode] or every
+def pairs(study: Study) -> list[tuple[Side, Side]]:
+    """(baseline, other) that the advice is about."""
+    return frames.in_one_load_mode([(arm.placement, arm.load_mode) for arm in study.parameters.arms])
 
 
-def _compare(
-    results: Results, model: str, quantity: analyse.Quantity, of: Callable[[Study], list[tuple[Arm, Arm]]] = pairs
-) -> list[analyse.Comparison]:
-    return [c for c in analyse.compare(results, quantity, of) if c.model == model]
+def _compare(study: Study, model: str, column: str, pairs: Pairs = frames.in_one_load_mode) -> list[Comparison]:
+    return frames.comparisons(study.runs[study.runs["model"] == model], column, pairs)
 
 
-def _manifests(results: Results, model: str) -> dict[str, Manifest]:
-    return {s.quant: s for s in results.manifests if s.model == model}
+def _manifests(study: Study, model: str) -> dict[str, Manifest]:
+    return {s.quant: s for s in study.manifests if s.model == model}
 
 
-def choices(results: Results, model: str) -> list[Choice]:
+def choices(study: Study, model: str) -> list[Choice]:
     """Every quant and placement of `model` with a complete round, a manifest and known VRAM."""
-    manifests, by_place = _manifests(results, model), {}
-    for c in _compare(results, model, analyse.tokens_per_s(results.study.workloads[-1])):
-        for arm, rate in ((c.against, c.baseline), (c.arm, c.offload)):
-            runs = [r for r in c.records if r.spec.arm == arm.label]
-            memory = [analyse.vram_needed(r) for r in runs]
-            if rate and c.quant in manifests and None not in memory:
-                manifest, where = manifests[c.quant], place(results, arm)
-                sources = cite(runs) | cite_manifest(manifest)
-                by_place[c.quant, where] = Choice(c.quant, where, max(memory), manifest.bits_per_weight, rate, sources)
+    manifests, by_place = _manifests(study, model), {}
+    for c in _compare(study, model, f"tokens_per_s/{study.parameters.workloads[-1]}"):
+        for side, rate, runs in ((c.against, c.baseline, c.before), (c.side, c.value, c.after)):
+            vram = runs["vram_needed_bytes"]
+            if rate and c.quant in manifests and vram.notna().all():
+                manifest, where = manifests[c.quant], place(study, side)
+                sources = frames.sources(runs) | cite_manifest(manifest)
+                by_place[c.quant, where] = Choice(c.quant, where, vram.max(), manifest.bits_per_weight, rate, sources)
     return list(by_place.values())
 
 
-def which_file(results: Results, model: str) -> Table:
+def which_file(study: Study, model: str) -> Table:
     """Which file fits which GPU; GPUs of the same answer share a row."""
-    name, measured = f"which-file-{model}", choices(results, model)
-    if not _gpu(results):
+    name, measured = f"which-file-{model}", choices(study, model)
+    if not _gpu(study):
         return Table(name, [], [], why_empty="no GPU took part in this study, so no GPU is advised.")
-    places = _places(results)
+    places = _places(study)
     answers: dict[tuple[str, ...], list[int]] = {}
     for gb in GPUS_GB:
         fit = fitting(measured, gb * GB)
@@ -122,7 +119,7 @@ def which_file(results: Results, model: str) -> Table:
     columns = ["VRAM of the GPU", *(f"fits, {p}" for p in places), "fastest of these", "most bits per weight of these"]
     rows = [dict(zip(columns, (_range(gbs), *cells), strict=True)) for cells, gbs in answers.items()]
     every = {k: v for c in measured for k, v in c.sources.items()}
-    note = f"Bold: the most bits per weight. Speeds are those of {machine(results, model)}, not of your GPU."
+    note = f"Bold: the most bits per weight. Speeds are those of {machine(study, model)}, not of your GPU."
     return Table(name, rows, [every] * len(rows), note)
 
 
@@ -136,18 +133,18 @@ def _range(gbs: Sequence[int]) -> str:
     return f"{gbs[0]} GB" if len(gbs) == 1 else f"{gbs[0]} to {gbs[-1]} GB"
 
 
-def machine(results: Results, model: str | None = None) -> str:
-    return "; ".join(sorted({report.machine(r) for r in _runs(results, model)}))
+def machine(study: Study, model: str | None = None) -> str:
+    return "; ".join(sorted({report.machine(r) for r in _runs(study, model)}))
 
 
-def comparison(results: Results, model: str) -> Table:
+def comparison(study: Study, model: str) -> Table:
     """One row for each quant (and placement, where there are several): size, VRAM, tokens/s, TTFT."""
-    manifests, workload, many = _manifests(results, model), results.study.workloads[-1], len(pairs(results.study)) > 1
-    quantities = (analyse.vram, analyse.tokens_per_s(workload), analyse.ttft(workload, warm=True))
+    manifests, workload, many = _manifests(study, model), study.parameters.workloads[-1], len(pairs(study)) > 1
+    columns = ("vram_bytes", f"tokens_per_s/{workload}", f"ttft_warm_s/{workload}")
     rows, sources = [], []
-    for vram, rate, ttft in zip(*(_compare(results, model, q) for q in quantities), strict=True):
+    for vram, rate, ttft in zip(*(_compare(study, model, c) for c in columns), strict=True):
         manifest = manifests.get(vram.quant)
-        where = {"placement": vram.arm.placement} if many else {}
+        where = {"placement": vram.side[0]} if many else {}
         values = {
             "file": size(manifest.file_bytes if manifest else None),
             "bits/weight": f"{manifest.bits_per_weight:.2f}" if manifest else stats.NONE,
@@ -159,42 +156,42 @@ def comparison(results: Results, model: str) -> Table:
             "rounds": rate.difference.n if rate.difference else 0,
         }
         rows.append({"quant": vram.quant, **where, **values})
-        runs = cite(r for c in (vram, rate, ttft) for r in c.records)
+        runs = merged(c.sources for c in (vram, rate, ttft))
         sources.append(runs | (cite_manifest(manifest) if manifest else {}))
-    asked, (base, *offloaded) = results.workloads[workload], _places(results)
+    asked, (base, *offloaded) = study.workloads[workload], _places(study)
     note = (
         f"Left of the arrow: {base}; right of it: {' or '.join(offloaded)}. Workload {markdown(workload)} "
         f"({markdown(asked.title)}, {asked.generate_tokens} generated); TTFT of warm requests. Means, and ratios "
-        f"[95 % interval] paired within rounds, on {machine(results, model)}."
+        f"[95 % interval] paired within rounds, on {machine(study, model)}."
     )
     return Table(f"comparison-{model}", rows, sources, note, tuple(rows[0])[1 + many :] if rows else ())
 
 
-def _both(c: analyse.Comparison, text: Callable[[float], str]) -> str:
-    return f"{text(c.baseline.value)} → {text(c.offload.value)}" if c.baseline and c.offload else stats.NONE
+def _both(c: Comparison, text: Callable[[float], str]) -> str:
+    return f"{text(c.baseline.value)} → {text(c.value.value)}" if c.baseline and c.value else stats.NONE
 
 
-def verdict(results: Results, model: str) -> Text:
+def verdict(study: Study, model: str) -> Text:
     """What CPU offload saves and costs for `model`, in sentences."""
-    workload, name = results.study.workloads[-1], f"verdict-{model}"
-    vram = [c for c in _compare(results, model, analyse.vram) if c.ratio]
-    rate = [c for c in _compare(results, model, analyse.tokens_per_s(workload)) if c.ratio]
+    workload, name = study.parameters.workloads[-1], f"verdict-{model}"
+    vram = [c for c in _compare(study, model, "vram_bytes") if c.ratio]
+    rate = [c for c in _compare(study, model, f"tokens_per_s/{workload}") if c.ratio]
     if not vram or not rate:
         return Text(name, "VRAM and tokens/s were not measured together, so nothing is recommended.")
-    (base, *offloaded), used = _places(results), [*vram, *rate]
+    (base, *offloaded), used = _places(study), [*vram, *rate]
     away = " or ".join(offloaded)
-    experts = [m.expert_bytes for q, m in _manifests(results, model).items() if q in {c.quant for c in vram}]
+    experts = [m.expert_bytes for q, m in _manifests(study, model).items() if q in {c.quant for c in vram}]
     slower = all(c.ratio.value < 1 for c in rate)
     sentences = [
         f"**{'If the whole file fits in VRAM, keep it there' if slower else 'Speed'}**: {base}, decoding was "
         f"{span([1 / c.ratio.value for c in rate], number)} times as fast as with {away}.",
-        f"**If not**: with {away}, {span([c.offload.value for c in vram], size)} of VRAM was enough, instead of "
+        f"**If not**: with {away}, {span([c.value.value for c in vram], size)} of VRAM was enough, instead of "
         f"{span([c.baseline.value for c in vram], size)}. The experts, "
         f"{span(experts, size) if experts else stats.NONE}, must then fit in host RAM.",
     ]
     modes = [
-        [c for c in _compare(results, model, q, analyse.load_modes) if c.ratio and not c.arm.placed.is_baseline]
-        for q in (analyse.ttft(workload, warm=True), analyse.load_time)
+        [c for c in _compare(study, model, column, frames.load_modes) if c.ratio and not c.placement.is_baseline]
+        for column in (f"ttft_warm_s/{workload}", "load_s")
     ]
     if all(modes):
         ttft, load = (span([c.ratio.value for c in comparisons], number) for comparisons in modes)
@@ -205,28 +202,28 @@ def verdict(results: Results, model: str) -> Text:
             f"{markdown(workload)} requests was then {ttft} times, and load time {load} times, that of the mapped file."
         )
         used += [c for comparisons in modes for c in comparisons]
-    return Text(name, "\n".join(f"- {s}" for s in sentences), cite(r for c in used for r in c.records))
+    return Text(name, "\n".join(f"- {s}" for s in sentences), merged(c.sources for c in used))
 
 
-def limits(results: Results) -> Text:
+def limits(study: Study) -> Text:
     """What the advice does not cover, once for all models."""
-    cpus = "; ".join(sorted({f"{markdown(r.host.cpu)}, {r.host.cpus} usable" for r in _runs(results)}))
-    sentences, sources = [], cite(_runs(results))
-    if slowed := harness.bias(results.accuracy.values()):
+    cpus = "; ".join(sorted({f"{markdown(r.host.cpu)}, {r.host.cpus} usable" for r in _runs(study)}))
+    sentences, sources = [], cite(_runs(study))
+    if slowed := harness.bias(study.overhead.values()):
         sentences.append(slowed)
-        sources |= cite_harness(results.accuracy)
-    if machines := evidence.apart(results):
+        sources |= cite_overhead(study.overhead)
+    if machines := evidence.apart(study):
         sentences.append(machines)
-    if _gpu(results):
+    if _gpu(study):
         sentences += [
             "A file *fits* a GPU of N GB if none of its runs took more than N × 10⁹ bytes of VRAM. Most GPUs have "
             "N × 2³⁰ bytes, 7 % more: only that is left for driver, desktop and other programs.",
-            f"No GPU of these sizes was measured. The speeds are those of {machine(results)} with its CPU ({cpus}): "
+            f"No GPU of these sizes was measured. The speeds are those of {machine(study)} with its CPU ({cpus}): "
             "they compare files and placements, and do not predict the speed of your machine. With experts on the "
             "CPU, CPU and host RAM do that part of the work.",
         ]
     sentences += [
-        f"Measured with a context of {results.study.context} tokens and one request at a time. A longer context, or "
+        f"Measured with a context of {study.parameters.context} tokens and one request at a time. A longer context, or "
         "more requests at once, takes more VRAM.",
         "Where intervals overlap, the data do not settle which is faster.",
         "Between the two, `--n-cpu-moe N` keeps the experts of the first N layers on the CPU.",

@@ -12,8 +12,8 @@ from typing import Any
 
 import jinja2
 
-from moelib import advice, analyse, evidence, files, hub, lint, neutral, params, report, stats, table, upstream
-from moelib.study import Results
+from moelib import advice, evidence, files, frames, hub, lint, neutral, params, report, stats, table, upstream
+from moelib.study import Study
 from moelib.table import Table
 
 ROOT = "README.md"
@@ -27,27 +27,19 @@ class CardError(params.UserError):
     """No card can be made, or a file is not the one that was measured; the message says why."""
 
 
-def part(results: Results, model: str, quant: str | None = None) -> Results:
-    """What `results` hold of one model, or of one quant of it."""
-    quants = (quant,) if quant else results.study.quants
-    of = {f"{model}/{q}" for q in quants}
-    fields = {
-        "study": results.study.model_copy(update={"models": (model,), "quants": quants}),
-        "cells": [c for c in results.cells if c.name in of],
-        "records": [r for r in results.records if r.cell in of],
-        "manifests": [m for q, m in quants_of(results, model).items() if q in quants],
-    }
-    return Results(**{k: getattr(results, k) for k in Results.model_fields} | fields)
+def part(study: Study, model: str, quant: str | None = None) -> Study:
+    """What the study holds of one model, or of one quant of it."""
+    return study.part(model, (quant,) if quant else study.parameters.quants)
 
 
-def quants_of(results: Results, model: str) -> dict[str, dict[str, Any]]:
+def quants_of(study: Study, model: str) -> dict[str, dict[str, Any]]:
     """Quant -> manifest, of the quants of `model` with a complete round and a manifest, in the study's order."""
-    manifests = {f"{s.model}/{s.quant}": s for s in results.manifests}
-    names = {q: f"{model}/{q}" for q in results.study.quants}
-    return {q: manifests[n] for q, n in names.items() if n in results.measured and n in manifests}
+    manifests = {f"{s.model}/{s.quant}": s for s in study.manifests}
+    names = {q: f"{model}/{q}" for q in study.parameters.quants}
+    return {q: manifests[n] for q, n in names.items() if n in study.measured and n in manifests}
 
 
-def build(results: Results, namespace: str) -> dict[str, str]:
+def build(study: Study, namespace: str) -> dict[str, str]:
     """Path below the folder of cards -> text, for every model with a measured cell.
 
     Raises CardError if there is no such model, ParamsError for an invalid namespace.
@@ -55,32 +47,32 @@ def build(results: Results, namespace: str) -> dict[str, str]:
     upstream.namespace(namespace)
     hub.require()
     pages: dict[str, str] = {}
-    for model in advice.models(results):
-        if quants_of(results, model):
+    for model in advice.models(study):
+        if quants_of(study, model):
             repository = params.card(model).repository
-            pages |= {f"{repository}/{name}": text for name, text in _repository(results, model, namespace).items()}
+            pages |= {f"{repository}/{name}": text for name, text in _repository(study, model, namespace).items()}
     if not pages:
-        raise CardError(f"{results.name} has no complete round, so no card can be made: run the study first")
+        raise CardError(f"{study.name} has no complete round, so no card can be made: run the study first")
     return pages
 
 
-def missing(results: Results) -> list[str]:
+def missing(study: Study) -> list[str]:
     """Models of the study that get no card."""
-    return [m for m in results.study.models if not quants_of(results, m)]
+    return [m for m in study.parameters.models if not quants_of(study, m)]
 
 
-def fit(results: Results, namespace: str) -> dict[str, str]:
+def fit(study: Study, namespace: str) -> dict[str, str]:
     """The cards, as `build` makes them. Raises CardError if one of them breaks a rule of `lint`."""
-    pages = build(results, namespace)
-    if wrong := lint.faults(pages, set(planned(results))):
+    pages = build(study, namespace)
+    if wrong := lint.faults(pages, set(planned(study))):
         listed = "".join(f"\n  {f.page}: {f.rule}: {f.what}" for f in wrong)
         raise CardError(f"the cards break rules, and nothing was written:{listed}")
     return pages
 
 
-def write(results: Results, namespace: str, folder: Path) -> list[Path]:
+def write(study: Study, namespace: str, folder: Path) -> list[Path]:
     """Write the cards into `folder` if none of them breaks a rule; returns their paths. Raises CardError."""
-    pages = fit(results, namespace)
+    pages = fit(study, namespace)
     try:
         for name, text in pages.items():
             files.write_bytes(folder / name, text.encode())
@@ -92,11 +84,11 @@ def write(results: Results, namespace: str, folder: Path) -> list[Path]:
     return [folder / name for name in pages]
 
 
-def check(folder: Path, results: Results, namespace: str) -> list[lint.Fault]:
+def check(folder: Path, study: Study, namespace: str) -> list[lint.Fault]:
     """Everything that is wrong with the cards in `folder`: by the rules of `lint`, and against the records."""
     texts, faults = _texts(folder)
-    faults += lint.faults(texts, set(planned(results)))
-    made = build(results, namespace)
+    faults += lint.faults(texts, set(planned(study)))
+    made = build(study, namespace)
     for name in sorted(texts.keys() | made.keys()):
         if texts.get(name) != made.get(name):
             what = "is missing" if name not in texts else "differs from what the records give: make the cards again"
@@ -121,27 +113,27 @@ def _texts(folder: Path) -> tuple[dict[str, str], list[lint.Fault]]:
     return texts, faults
 
 
-def planned(results: Results) -> dict[str, str]:
+def planned(study: Study) -> dict[str, str]:
     """Path below the folder of cards -> SHA-256, of the GGUF files that the cards are about."""
-    manifests = [(params.card(m).repository, s) for m in results.study.models for s in quants_of(results, m).values()]
+    manifests = [(params.card(m).repository, s) for m in study.parameters.models for s in quants_of(study, m).values()]
     return {f"{repository}/{s.file_name}": s.sha256 for repository, s in manifests}
 
 
-def require_measured(results: Results, path: Path) -> str:
+def require_measured(study: Study, path: Path) -> str:
     """SHA-256 of the GGUF file at `path`, which must be the one that the records measured. Raises CardError."""
-    known = {name.split("/")[1]: sha256 for name, sha256 in planned(results).items()}
+    known = {name.split("/")[1]: sha256 for name, sha256 in planned(study).items()}
     sha256 = files.sha256(path)
     if known.get(path.name) != sha256:
         other = f"measured {known[path.name]}" if path.name in known else "measured no file of this name"
         raise CardError(
-            f"{path.name} has SHA-256 {sha256}, but {results.name} {other}: the card would show other numbers; "
+            f"{path.name} has SHA-256 {sha256}, but {study.name} {other}: the card would show other numbers; "
             "run the study on this file, or publish the one it measured"
         )
     return sha256
 
 
-def _repository(results: Results, model: str, namespace: str) -> dict[str, str]:
-    card, manifests = params.card(model), quants_of(results, model)
+def _repository(study: Study, model: str, namespace: str) -> dict[str, str]:
+    card, manifests = params.card(model), quants_of(study, model)
     context = {
         "advice": advice,
         "evidence": evidence,
@@ -149,27 +141,30 @@ def _repository(results: Results, model: str, namespace: str) -> dict[str, str]:
         "model": model,
         "card": card,
         "title": params.model(model).title,
-        "geometry": params.model(model).at_scale(results.study.scale),
+        "geometry": params.model(model).at_scale(study.parameters.scale),
         "repository": f"{namespace}/{card.repository}",
-        "absent": [q for q in results.study.quants if q not in manifests],
+        "absent": [q for q in study.parameters.quants if q not in manifests],
         "sums": SUMS,
     }
     texts, provenance = {}, {}
     for name, template, of in [
-        (ROOT, "root.md.j2", part(results, model)),
-        *((f"{q}.md", "card.md.j2", part(results, model, q)) for q in manifests),
+        (ROOT, "root.md.j2", part(study, model)),
+        *((f"{q}.md", "card.md.j2", part(study, model, q)) for q in manifests),
     ]:
-        text, shown = _render(template, {**context, "results": of, "manifest": of.manifests[0], "argv": _argv(of)})
+        text, shown = _render(template, {**context, "study": of, "manifest": of.manifests[0], "argv": _argv(of)})
         texts[name] = f"---\n{_metadata(of, model, namespace)}\n---\n\n{text}\n"
         provenance[name] = table.collect(s.provenance() for s in shown)
     texts[SUMS] = "".join(f"{s.sha256}  {neutral.plain(s.file_name)}\n" for s in manifests.values())
     return texts | {PROVENANCE: files.pretty(provenance).decode()}
 
 
-def _argv(of: Results) -> str:
+def _argv(of: Study) -> str:
     """The command line of the first file's first run with experts on the CPU; names of files, not of folders."""
-    wanted = (of.manifests[0].quant, advice.pairs(of.study)[0][1].label)
-    return next(" ".join(r.observed.argv) for b in of.blocks for r in b if (r.spec.quant, r.spec.arm) == wanted)
+    _, side = advice.pairs(of)[0]
+    wanted = (of.manifests[0].quant, *side)
+    return next(
+        " ".join(r.observed.argv) for r in of.used if (r.spec.quant, r.spec.placement, r.spec.load_mode) == wanted
+    )
 
 
 def _without(t: Table, *columns: str) -> Table:
@@ -207,12 +202,12 @@ def _word(name: str) -> str:
     return shlex.quote(neutral.plain(name).replace("`", "'"))
 
 
-def _metadata(of: Results, model: str, namespace: str) -> str:
+def _metadata(of: Study, model: str, namespace: str) -> str:
     """The card's frontmatter, in the Hub's terms."""
     from huggingface_hub import ModelCardData
 
     card = params.card(model)
-    twin = ["geometry-twin"] if of.study.weights == "twin" else []
+    twin = ["geometry-twin"] if of.parameters.weights == "twin" else []
     data = ModelCardData(
         **card.model_dump(include={"base_model", "license", "license_name", "license_link"}),
         base_model_relation="quantized",
@@ -227,7 +222,7 @@ def _metadata(of: Results, model: str, namespace: str) -> str:
     return data.to_yaml()
 
 
-def _measured(of: Results, url: str) -> list[Any]:
+def _measured(of: Study, url: str) -> list[Any]:
     """The model-index: a result for each quant, placement and quantity.
 
     The Hub's client merges results of equal task and dataset, and keeps one source: so the dataset's configuration
@@ -235,25 +230,25 @@ def _measured(of: Results, url: str) -> list[Any]:
     """
     from huggingface_hub import EvalResult
 
-    twin = "geometry twin, " if of.study.weights == "twin" else ""
-    quantities = [("peak_vram_mib", "Peak VRAM, MiB", None, analyse.vram, 2**-20)]
-    for w in of.study.workloads:
+    twin = "geometry twin, " if of.parameters.weights == "twin" else ""
+    quantities = [("peak_vram_mib", "Peak VRAM, MiB", None, "vram_bytes", 2**-20)]
+    for w in of.parameters.workloads:
         quantities.append(
-            ("decode_tokens_per_second", f"Decode, {neutral.plain(w)}, tokens/s", w, analyse.tokens_per_s(w), 1)
+            ("decode_tokens_per_second", f"Decode, {neutral.plain(w)}, tokens/s", w, f"tokens_per_s/{w}", 1)
         )
-        name, ttft = f"TTFT, {neutral.plain(w)}, warm, ms", analyse.ttft(w, warm=True)
-        quantities.append(("warm_ttft_ms", name, w, ttft, 1000))
+        name = f"TTFT, {neutral.plain(w)}, warm, ms"
+        quantities.append(("warm_ttft_ms", name, w, f"ttft_warm_s/{w}", 1000))
     entries: dict[tuple, EvalResult] = {}
-    for metric, name, workload, quantity, scale in quantities:
-        compared = analyse.compare(of, quantity, advice.pairs)
-        sides = [(c.quant, *side) for c in compared for side in ((c.against, c.baseline), (c.arm, c.offload))]
-        for quant, arm, e in (side for side in sides if side[2]):
+    for metric, name, workload, column, scale in quantities:
+        compared = frames.comparisons(of.runs, column, frames.in_one_load_mode)
+        sides = [(c.quant, *side) for c in compared for side in ((c.against, c.baseline), (c.side, c.value))]
+        for quant, side, e in (known for known in sides if known[2]):
             interval = [float(stats.number(x, scale)) for x in (e.low, e.high) if x is not None]
-            entries[name, quant, arm] = EvalResult(
+            entries[name, quant, side] = EvalResult(
                 task_type="text-generation",
                 dataset_type=f"moelib-{neutral.plain(of.name)}",
                 dataset_name=f"{twin}on {advice.machine(of)}",
-                dataset_config=f"{quant}, {advice.place(of, arm)}",
+                dataset_config=f"{quant}, {advice.place(of, side)}",
                 metric_type=metric,
                 metric_name=name,
                 metric_value=float(stats.number(e.value, scale)),

@@ -185,30 +185,30 @@ def study() -> None:
 @click.option("--cell", help="Only MODEL/QUANT.")
 def study_run(name: str, cell: str | None) -> None:
     """Do the runs of study NAME that are not done, then write its document."""
-    from moelib import measure, monitor, notebook, params, words
+    from moelib import measure, monitor, notebook, params
     from moelib.bar import tqdm
 
     measure.refuse_senseless(params.study(name))  # before anything is looked for or written
-    folder, cells = measure.select(name, cell)
+    asked, cells = measure.select(name, cell)
     planned = sum(len(c.specs) for c in cells)
-    before = measure.done(folder, cells)
-    if before < planned and (note := measure.device_note(folder)):
+    before = measure.done(asked, cells)
+    if before < planned and (note := measure.device_note(asked)):
         say(f"{name} {note}")
     say(f"{name}: {len(cells)} notebooks, {planned} runs, {before} of them done")
     bar = tqdm(total=planned, initial=before, unit="run", disable=None)
     # the bar counts the records on disk: reading them all would disturb the runs
-    written = folder.path / "records"
+    written = asked.path / "records"
     known = before - len(list(written.glob("*.json")))
     with bar, monitor.repeating(lambda: bar.update(known + len(list(written.glob("*.json"))) - bar.n), 1.0):
-        problems = measure.run_cells(folder, cells, say=tqdm.write)
-    results = folder.look()
+        problems = measure.run_cells(asked, cells, say=tqdm.write)
+    measured = asked.again()
     if cell:
-        say(f"{cell}: {words.usable(results.statuses[cell].tally, words.flags(results, cell))}")
+        say(f"{cell}: {measured.statuses[cell].summary()}")
     else:
-        problems = list(dict.fromkeys([*problems, *results.problems]))
-        say(words.summary(results))
+        problems = list(dict.fromkeys([*problems, *measured.problems]))
+        say(measured.summary())
     say_all(problems, err=True)
-    if not cell and results.done:
+    if not cell and measured.done:
         say(f"document: {os.path.relpath(notebook.document(name, progress=False).path)}")
     elif not cell:
         say("no document: no run has a result", err=True)
@@ -220,14 +220,13 @@ def study_run(name: str, cell: str | None) -> None:
 @click.argument("name")
 def study_status(name: str) -> None:
     """Show which runs of study NAME are usable, and why the rest are not; writes nothing."""
-    from moelib import words
-    from moelib.study import Folder
+    from moelib.study import Study
 
-    results = Folder(name).look()
-    for cell, status in results.statuses.items():
-        say(f"{neutral.plain(cell)}: {words.usable(status.tally, words.flags(results, cell))}")
-    say_all(results.problems)
-    sys.exit(FAILED if results.problems else 0)
+    measured = Study.named(name)
+    for cell, status in measured.statuses.items():
+        say(f"{neutral.plain(cell)}: {status.summary()}")
+    say_all(measured.problems)
+    sys.exit(FAILED if measured.problems else 0)
 
 
 @main.command()
@@ -235,16 +234,17 @@ def study_status(name: str) -> None:
 @click.option("--re-audit", is_flag=True, help="First re-audit runs without a valid result by the current rules.")
 def audit(name: str, re_audit: bool) -> None:
     """Check every record of study NAME against every invariant again, and show the result."""
-    from moelib import evidence, measure, words
-    from moelib import study as studies
+    from moelib import evidence, measure
+    from moelib.plan import outputs
+    from moelib.study import Study
 
-    for r in measure.reaudit(studies.Folder(name)) if re_audit else ():
+    for r in measure.reaudit(Study.named(name)) if re_audit else ():
         say(f"re-audited: {r.line}, from the readings of {r.judged.record}")
-    results = studies.results(studies.outputs() / name)
-    say(evidence.audit_table(results).text())
-    say(words.summary(results))
-    say_all(results.problems)
-    sys.exit(FAILED if results.problems else 0)
+    measured = Study.read(outputs() / name)
+    say(evidence.audit_table(measured).text())
+    say(measured.summary())
+    say_all(measured.problems)
+    sys.exit(FAILED if measured.problems else 0)
 
 
 @main.command()
@@ -275,16 +275,17 @@ def report(name: str, into: Path | None) -> None:
 def card(name: str, namespace: str, into: Path | None) -> None:
     """Write the model cards of study NAME from its records alone, and check them."""
     from moelib import cards, upstream
-    from moelib import study as studies
+    from moelib.plan import outputs
+    from moelib.study import Study
 
     upstream.namespace(namespace)
-    path = studies.outputs() / name
-    results, folder = studies.results(path), into or path / "cards"
-    for path in cards.write(results, namespace, folder):
+    path = outputs() / name
+    measured, folder = Study.read(path), into or path / "cards"
+    for path in cards.write(measured, namespace, folder):
         say(os.path.relpath(path))
-    for model in cards.missing(results):
+    for model in cards.missing(measured):
         say(f"no card for {model}: it has no complete round", err=True)
-    wrong = cards.check(folder, results, namespace)
+    wrong = cards.check(folder, measured, namespace)
     for fault in wrong:
         say(f"  {fault.page}: {fault.rule}: {fault.what}", err=True)
     sys.exit(FAILED if wrong else 0)
@@ -299,14 +300,15 @@ def publish(name: str, namespace: str, yes: bool, public: bool | None) -> None:
     """Upload the files and cards of study NAME to the Hub; they are verified before they become public."""
     from moelib import cards, upstream
     from moelib import publish as publishing
-    from moelib import study as studies
+    from moelib.plan import outputs
+    from moelib.study import Study
 
     upstream.namespace(namespace)
-    results = studies.results(studies.outputs() / name)
-    plans = publishing.plan(results, namespace, public)
+    measured = Study.read(outputs() / name)
+    plans = publishing.plan(measured, namespace, public)
     for p in plans:
         say(p.text())
-    for model in cards.missing(results):
+    for model in cards.missing(measured):
         say(f"nothing of {model}: it has no complete round", err=True)
     if not yes:
         say("nothing was changed; add --yes to upload")

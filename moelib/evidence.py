@@ -3,27 +3,25 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
-from moelib import audit, harness, stats, words
+from moelib import audit, harness, stats
 from moelib.facts import Manifest
 from moelib.invariants import INVARIANTS, KINDS
 from moelib.neutral import code, markdown, plain
 from moelib.placement import REFERENCE
 from moelib.record import Record
 from moelib.stats import number, size
-from moelib.study import Results
-from moelib.table import Table, Text, cite, cite_harness, cite_manifest, facts
+from moelib.study import Study
+from moelib.table import Table, Text, cite, cite_manifest, cite_overhead, facts
 
 
 def _types(count: dict[str, int]) -> str:
     return ", ".join(f"{n}x{markdown(t)}" for t, n in count.items())
 
 
-def files_table(results: Results) -> Table:
-    order = {name: i for i, name in enumerate(results.statuses)}
+def files_table(study: Study) -> Table:
+    order = {name: i for i, name in enumerate(study.statuses)}
     # a manifest of no planned cell comes last
-    manifests = sorted(
-        results.manifests, key=lambda s: (order.get(f"{s.model}/{s.quant}", len(order)), s.model, s.quant)
-    )
+    manifests = sorted(study.manifests, key=lambda s: (order.get(f"{s.model}/{s.quant}", len(order)), s.model, s.quant))
     rows = [
         {
             "model": markdown(s.model),
@@ -101,25 +99,25 @@ def runs_table(records: Sequence[Record]) -> Table:
     return Table("runs", rows, [cite([r]) for r in ordered], numbers=("round", *sizes, "load, s"))
 
 
-def completeness_table(results: Results) -> Table:
+def completeness_table(study: Study) -> Table:
     rows, sources = [], []
-    for name, s in results.statuses.items():
-        records = [r for r in results.records if r.cell == name]
+    for name, s in study.statuses.items():
+        records = [r for r in study.records if r.cell == name]
         count = Counter(r.status for r in records)
         row = {"cell": markdown(name), "planned runs": s.planned, "usable": s.usable}
         row |= {k: s.tally[k] for k in ("valid", "degraded", "invalid", "missing")}
-        row["in complete, usable rounds"] = sum(len(b) for b in s.blocks)
+        row["in complete, usable rounds"] = sum(len(b) for b in s.rounds)
         rows.append({**row, **{f"{k} records": count[k] for k in ("valid", "degraded", "invalid", "failed")}})
         sources.append(cite(records))
     return Table("completeness", rows, sources, numbers=tuple(rows[0])[1:] if rows else ())
 
 
-def audit_table(results: Results) -> Table:
+def audit_table(study: Study) -> Table:
     """How often every invariant held and failed, by the current rules: for runs with their logs, rounds, cells and the
     study."""
-    held = Counter(c for r in results.evidence.standing.values() for c in results.evidence.checks.get(r.run_id, ()))
-    held.update((c.id, c.passed) for s in results.statuses.values() for c in s.checks)
-    held.update((c.id, c.passed) for c in results.audit)
+    held = Counter(c for r in study.evidence.standing.values() for c in study.evidence.checks.get(r.run_id, ()))
+    held.update((c.id, c.passed) for s in study.statuses.values() for c in s.checks)
+    held.update((c.id, c.passed) for c in study.audit)
     rows = [
         {
             "invariant": i.id,
@@ -131,30 +129,30 @@ def audit_table(results: Results) -> Table:
         }
         for i in sorted(INVARIANTS.values(), key=lambda i: KINDS.index(i.scope))
     ]
-    return Table("audit", rows, [cite(results.records)] * len(rows), numbers=("held", "failed"))
+    return Table("audit", rows, [cite(study.records)] * len(rows), numbers=("held", "failed"))
 
 
-def problems(results: Results) -> Text:
+def problems(study: Study) -> Text:
     """Every planned run without a usable result, as a list; then what is usable, degraded or re-audited."""
-    wrong = "\n".join(f"- {markdown(p)}" for p in results.problems)
+    wrong = "\n".join(f"- {markdown(p)}" for p in study.problems)
     text = f"Missing or not usable:\n\n{wrong}" if wrong else "Every planned run has a usable record."
-    text += f"\n\n{markdown(words.summary(results))}."
-    if results.tally["degraded"]:
+    text += f"\n\n{markdown(study.summary())}."
+    if study.tally["degraded"]:
         text += " The numbers of a *degraded* run are used; its reason names the invariant that failed at the time."
-        if words.flags(results)["watched-lightly"]:
+        if study.flags["watched-lightly"]:
             text += " `watched-lightly`: monitoring took more of a CPU than the rules allowed then."
-    if again := [r for b in results.blocks for r in b if r.judged]:
+    if again := [r for r in study.used if r.judged]:
         rules = ", ".join(markdown(c) for c in sorted({r.judged.commit[:12] for r in again}))
         text += (
             f"\n\n{len(again)} runs were *re-audited*: earlier rules refused the readings in their first record, the "
             f"rules of commit {rules} accept them. Both records are kept; nothing was measured again."
         )
-    listed = [plain(p, None) for p in results.problems]
-    verdict = {"summary": words.summary(results), "problems": listed, "rounds": len(results.blocks)}
-    return Text("problems", text, cite(results.records), verdict)
+    listed = [plain(p, None) for p in study.problems]
+    verdict = {"summary": study.summary(), "problems": listed, "rounds": len(study.rounds)}
+    return Text("problems", text, cite(study.records), verdict)
 
 
-def environment_table(results: Results) -> Table:
+def environment_table(study: Study) -> Table:
     """Engine, device, host and code of the usable runs; where values differ, each with its cells."""
 
     def values_of(r: Record) -> dict[str, str]:
@@ -179,7 +177,7 @@ def environment_table(results: Results) -> Table:
             return next(iter(values))
         return "; ".join(f"{value} ({', '.join(map(markdown, values[value]))})" for value in sorted(values))
 
-    done, known = [r for r in results.done if r.observed], {}
+    done, known = [r for r in study.done if r.observed], {}
     cells_by_value: dict[str, dict[str, dict[str, None]]] = defaultdict(lambda: defaultdict(dict))
     for r in done:
         parts = (r.engine, r.device, r.host, r.observed.threads)  # records read for tables share these objects
@@ -190,20 +188,20 @@ def environment_table(results: Results) -> Table:
     return facts("environment", {what: joined(values) for what, values in cells_by_value.items()}, cite(done))
 
 
-def harness_table(results: Results) -> Table:
+def harness_table(study: Study) -> Table:
     """Measurement overhead: this program's numbers against the engine's, and with monitoring against without."""
-    if not results.accuracy:
+    if not study.overhead:
         why = "not measured in this study (`benchmarks/harness_accuracy.py --out`)."
         return Table("harness", [], [], why_empty=why)
     rows, sources = [], []
-    for name, measured in results.accuracy.items():
+    for name, measured in study.overhead.items():
         about = measured.about
         what = markdown(f"{about.model} {about.quant} at {(about.host.commit or stats.NONE)[:7]}")
         for placement, ratio, e in harness.ratios(measured):
             where = {"file, commit": what, "placement": markdown(placement), "ratio": ratio.name}
             rows.append(where | {"measured": stats.close(e), "pairs": e.n, "target": ratio.aim, "met": ratio.met(e)})
-            sources.append(cite_harness({name: measured}))
-    abouts = [measured.about for measured in results.accuracy.values()]
+            sources.append(cite_overhead({name: measured}))
+    abouts = [measured.about for measured in study.overhead.values()]
     setups = sorted({markdown(f"scale {a.scale}, {a.workload}, on {a.device.name}") for a in abouts})
     note = (
         f"Ratios of decode tokens/s at {' and '.join(setups)}: geometric mean over pairs [95 % interval]. A pair is "
@@ -213,13 +211,13 @@ def harness_table(results: Results) -> Table:
     return Table("harness", rows, sources, note, ("measured", "pairs"))
 
 
-def machines(results: Results) -> Text:
+def machines(study: Study) -> Text:
     """Which variation the intervals cover: that of one machine, or also between machines."""
     mixed = []
-    for name, status in results.measured.items():
-        cards = Counter(map(_card, status.blocks))
+    for name, status in study.measured.items():
+        cards = Counter(map(_card, status.rounds))
         if len(cards) > 1:
-            mixed.append(f"{markdown(name)} ({' + '.join(map(str, cards.values()))} rounds{_ram(status.blocks)})")
+            mixed.append(f"{markdown(name)} ({' + '.join(map(str, cards.values()))} rounds{_ram(status.rounds)})")
     text = "- Rounds measure variation from run to run on one machine, not from machine to machine."
     if mixed:
         text = (
@@ -227,19 +225,19 @@ def machines(results: Results) -> Text:
             "include the differences between these machines. Elsewhere rounds measure variation from run to run on one "
             "machine."
         )
-    return Text("machines", text, cite(r for b in results.blocks for r in b))
+    return Text("machines", text, cite(study.used))
 
 
-def apart(results: Results) -> str | None:
+def apart(study: Study) -> str | None:
     """Which cells were measured on which machine, where each cell has one; None where all share one."""
     groups = defaultdict(list)
-    for name, status in results.measured.items():
-        cards = set(map(_card, status.blocks))
+    for name, status in study.measured.items():
+        cards = set(map(_card, status.rounds))
         if len(cards) == 1:
             groups[cards.pop()].append(name)
     if len(groups) < 2:
         return None
-    ram = [_ram([b for name in g for b in results.measured[name].blocks]) for g in groups.values()]
+    ram = [_ram([b for name in g for b in study.measured[name].rounds]) for g in groups.values()]
     listed = [f"{', '.join(map(markdown, g))}{speed}" for g, speed in zip(groups.values(), ram, strict=True)]
     return (
         f"Measured on one machine each: {'; '.join(listed)}. A comparison of tokens/s or TTFT between cells of two "
@@ -258,10 +256,10 @@ def _ram(blocks: Iterable[Iterable[Record]]) -> str:
     return "" if None in speeds or not speeds else f", RAM read at {stats.span([s / 1e9 for s in speeds], number)} GB/s"
 
 
-def workloads_table(results: Results) -> Table:
+def workloads_table(study: Study) -> Table:
     rows, sources = [], []
-    for name, w in results.workloads.items():
-        runs = [r for r in results.done if name in r.spec.workloads]
+    for name, w in study.workloads.items():
+        runs = [r for r in study.done if name in r.spec.workloads]
         lengths = {q.prompt_n for r in runs if r.observed for q in r.observed.requests if q.workload == name}
         counts = {"prompt tokens": ", ".join(map(str, sorted(lengths))) or stats.NONE}
         counts["tokens generated"] = w.generate_tokens
@@ -270,10 +268,10 @@ def workloads_table(results: Results) -> Table:
     return Table("workloads", rows, sources)
 
 
-def records_table(results: Results) -> Table:
+def records_table(study: Study) -> Table:
     """Every record by id, status and digest: the members of the sets that other tables cite."""
-    rows = [{"record": code(r.run_id), "status": r.status, "digest": f"`{r.digest[:12]}`"} for r in results.records]
-    return Table("records", rows, [cite([r]) for r in results.records])
+    rows = [{"record": code(r.run_id), "status": r.status, "digest": f"`{r.digest[:12]}`"} for r in study.records]
+    return Table("records", rows, [cite([r]) for r in study.records])
 
 
 def manifest_table(manifest: Manifest | None) -> Table:

@@ -1,120 +1,27 @@
-"""Records as data frames: one row a run or a request, columns declared once with label, unit, direction and source.
+"""Records as data frames, one row a run or a request, and the comparisons that all tables and figures are made from.
 
-Units are in the names and SI: bytes, s, tokens per s. A value that was not measured is NaN, never 0.
+Units are in the names and SI: bytes, s, tokens per s. A value that was not measured is NaN, never 0. Values are
+compared within rounds: each is paired with the baseline of its own round.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
-from typing import Literal
+from itertools import combinations
 
 import pandas as pd
 
-from moelib import analyse, stats
+from moelib import stats
+from moelib.columns import REQUESTS, SETUP, WHERE, columns
+from moelib.errors import near
 from moelib.params import UserError
-from moelib.placement import REFERENCE
+from moelib.placement import REFERENCE, Placement
 from moelib.record import Record
-
-Better = Literal["more", "less"] | None
 
 
 class FrameError(UserError):
     """The frame cannot answer the question; the message says what is missing or what differs."""
-
-
-@dataclass(frozen=True)
-class Column:
-    """What a column of the runs' frame holds. `get` reads it from a record, or, where `by_workload`, is given a
-    workload's name first; the column is then called `name/workload`."""
-
-    name: str
-    label: str
-    unit: str
-    better: Better
-    """Whether more or less of it is better; None where neither is."""
-    source: str
-    """Where the value comes from."""
-    get: Callable
-    by_workload: bool = False
-
-
-WHERE: dict[str, Callable[[Record], object]] = {
-    "study": attrgetter("spec.study"),
-    "model": attrgetter("spec.model"),
-    "quant": attrgetter("spec.quant"),
-    "placement": attrgetter("spec.placement"),
-    "load_mode": attrgetter("spec.load_mode"),
-    "round": lambda r: r.spec.block + 1,
-    "status": attrgetter("status"),
-    "run_id": attrgetter("run_id"),
-}
-"""Columns that say which run it is; `round`: the runs of a round are compared with each other."""
-
-SETUP: dict[str, Callable[[Record], object]] = {
-    "weights": attrgetter("spec.weights"),
-    "scale": attrgetter("spec.scale"),
-    "context": attrgetter("spec.context"),
-    "gpu": lambda r: r.device.name,
-    "engine": attrgetter("engine.version"),
-}
-"""Columns that must agree for runs to be compared."""
-
-COLUMNS = (
-    Column("vram_bytes", "VRAM", "bytes", "less", "peak of the run's processes: driver, engine, header", analyse.vram),
-    Column("vram_engine_bytes", "engine's buffers", "bytes", None, "llama.cpp's load report", analyse.engine_buffers),
-    Column("vram_rest_bytes", "VRAM beyond them", "bytes", None, "difference of these two", analyse.residual),
-    Column("vram_needed_bytes", "VRAM needed", "bytes", "less", "growth of the whole GPU's use", analyse.vram_needed),
-    Column("host_rss_peak_bytes", "host RSS, peak", "bytes", "less", "VmHWM of the server", analyse.host_peak),
-    Column("load_s", "load time", "s", "less", "start of the process to the first request taken", analyse.load_time),
-    Column("major_faults", "major page faults", "", "less", "/proc of the server", analyse.major_faults),
-    Column("gpu_clock_mhz", "GPU clock", "MHz", None, "mean of NVML's readings", analyse.sm_clock),
-    Column("board_watt", "board power", "W", "less", "energy of the requests over their time", analyse.power),
-    Column("monitor_cpu_share", "monitoring, of one CPU", "", "less", "CPU time of its thread", analyse.monitoring),
-    Column("tokens_per_s", "tokens/s", "1/s", "more", "(n - 1) / (last - first arrival)", analyse.tokens_per_s, True),
-    Column(
-        "ttft_first_s",
-        "TTFT, first request",
-        "s",
-        "less",
-        "request sent to first token, of a fresh server",
-        lambda workload: analyse.ttft(workload, warm=False),
-        True,
-    ),
-    Column(
-        "ttft_warm_s",
-        "TTFT, warm requests",
-        "s",
-        "less",
-        "request sent to first token, mean of the later requests",
-        lambda workload: analyse.ttft(workload, warm=True),
-        True,
-    ),
-    Column("joule_per_token", "energy per token", "J", "less", "NVML's counter", analyse.energy_per_token, True),
-    Column("bus_received_bytes", "over PCIe, per prompt", "bytes", "less", "NVML's counter", analyse.received, True),
-    Column("bandwidth_share", "share of the memory bound", "", "more", "tokens/s over bandwidths", analyse.bound, True),
-)
-"""Measured columns of the runs' frame, in order."""
-
-REQUESTS: dict[str, str] = {
-    "workload": "workload",
-    "request": "index",
-    "prompt_tokens": "prompt_n",
-    "generated_tokens": "predicted_n",
-    "ttft_s": "ttft_s",
-    "tokens_per_s": "tps",
-    "total_s": "total_s",
-    "energy_joule": "energy_joule",
-}
-"""Column of the requests' frame -> the request's attribute. Request 0 is the first of a fresh server."""
-
-
-def columns(workloads: Iterable[str]) -> dict[str, Column]:
-    """Name of each measured column of the runs' frame -> what it holds."""
-    names = tuple(workloads)
-    return {name: c for c in COLUMNS for name in ([f"{c.name}/{w}" for w in names] if c.by_workload else [c.name])}
 
 
 def runs(records: Iterable[Record]) -> pd.DataFrame:
@@ -136,42 +43,167 @@ def requests(records: Iterable[Record]) -> pd.DataFrame:
     return pd.DataFrame(values | {name: [getattr(q, k) for _, q in pairs] for name, k in REQUESTS.items()})
 
 
-GROUP = ["study", "model", "quant"]
+CELL = ["study", "model", "quant"]
+Side = tuple[str, str]
+"""Placement and load mode."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A column of one placement and load mode against another of the same rounds; None where no round has both."""
+
+    study: str
+    model: str
+    quant: str
+    side: Side
+    against: Side
+    before: pd.DataFrame
+    """The runs that it is compared with, one a round."""
+    after: pd.DataFrame
+    """The runs of `side` in the same rounds."""
+    baseline: stats.Estimate | None = None
+    value: stats.Estimate | None = None
+    ratio: stats.Estimate | None = None
+    """value / baseline, paired within rounds; None where one of them is not above 0."""
+    difference: stats.Estimate | None = None
+    """baseline - value, paired within rounds."""
+
+    @property
+    def placement(self) -> Placement:
+        return Placement.parse(*self.side)
+
+    @property
+    def sources(self) -> dict[str, str]:
+        return sources(self.before) | sources(self.after)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A column of one placement and load mode; None where no run has it."""
+
+    study: str
+    model: str
+    quant: str
+    side: Side
+    runs: pd.DataFrame
+    """The runs that have it."""
+    value: stats.Estimate | None
+    """Arithmetic mean over them."""
+
+    @property
+    def sources(self) -> dict[str, str]:
+        return sources(self.runs)
+
+
+Pairs = Callable[[Sequence[Side]], Iterable[tuple[Side, Side]]]
+
+
+def sources(frame: pd.DataFrame) -> dict[str, str]:
+    """Run id -> digest of the records behind the rows of a frame."""
+    return dict(zip(frame["run_id"], frame["digest"], strict=True))
+
+
+def against(baseline: str) -> Pairs:
+    """Pairs (baseline, other) for every side that is not the baseline; in the first load mode that it has."""
+
+    def pairs(sides: Sequence[Side]) -> Iterator[tuple[Side, Side]]:
+        base = next((side for side in sides if side[0] == baseline), None)
+        if base:
+            yield from ((base, side) for side in sides if side != base)
+
+    return pairs
+
+
+EVERY = against(REFERENCE)
+
+
+def offloads(sides: Sequence[Side]) -> list[tuple[Side, Side]]:
+    """(baseline, other) for every side that keeps experts on the CPU."""
+    pairs = against(REFERENCE)(sides)
+    return [(base, side) for base, side in pairs if not Placement.parse(*side).is_baseline]
+
+
+def in_one_load_mode(sides: Sequence[Side]) -> list[tuple[Side, Side]]:
+    """Those of `offloads` in the baseline's load mode, llama.cpp's default; all of them, if none is in that."""
+    pairs = offloads(sides)
+    return [(base, side) for base, side in pairs if base[1] == side[1]] or pairs
+
+
+def load_modes(sides: Sequence[Side]) -> list[tuple[Side, Side]]:
+    """(mmap, none) for every placement that has both load modes."""
+    return [
+        tuple(sorted(pair, key=lambda side: side[1]))  # type: ignore[misc]
+        for pair in combinations(sides, 2)
+        if pair[0][0] == pair[1][0]
+    ]
+
+
+def _cells(frame: pd.DataFrame) -> Iterator[tuple[tuple[str, str, str], pd.DataFrame, dict[Side, pd.DataFrame]]]:
+    """(names, runs, runs of each side) of each cell, in the frame's order."""
+    for names, cell in frame.groupby(CELL, sort=False):
+        yield names, cell, dict(iter(cell.groupby(["placement", "load_mode"], sort=False)))  # type: ignore[misc]
+
+
+def comparisons(frame: pd.DataFrame, column: str, pairs: Pairs = EVERY) -> list[Comparison]:
+    """`column` of every pair of sides of every cell, in the frame's order; one for each, known or not."""
+    rows = []
+    for names, _, sides in _cells(frame):
+        for before, after in pairs(list(sides)):
+            first, second = (sides[side].set_index("round", drop=False) for side in (before, after))
+            first, second = first[first[column].notna()], second[second[column].notna()]
+            rounds = [n for n in first.index if n in second.index]
+            first, second = first.loc[rounds], second.loc[rounds]
+            values = list(zip(first[column], second[column], strict=True))
+            rows.append(Comparison(*names, after, before, first, second, *_estimates(values)))
+    return rows
+
+
+def _estimates(pairs: list[tuple[float, float]]) -> list[stats.Estimate | None]:
+    if not pairs:
+        return []
+    difference = stats.mean([a - b for a, b in pairs])
+    if not all(v > 0 for pair in pairs for v in pair):
+        return [*(stats.mean(side) for side in zip(*pairs, strict=True)), None, difference]
+    return [*map(stats.geometric_mean, zip(*pairs, strict=True)), stats.ratio(pairs), difference]
+
+
+def summaries(frame: pd.DataFrame, column: str) -> list[Summary]:
+    """`column` of every side of every cell, in the frame's order; one for each, known or not."""
+    rows = []
+    for names, _, sides in _cells(frame):
+        for side, its_runs in sides.items():
+            known = its_runs[its_runs[column].notna()]
+            rows.append(Summary(*names, side, known, stats.mean(list(known[column])) if len(known) else None))
+    return rows
 
 
 def compare(frame: pd.DataFrame, column: str, baseline: str = REFERENCE) -> pd.DataFrame:
     """`column` of every placement and load mode against `baseline`, paired within rounds.
 
-    frame: as `runs` gives it. Returns one row for each study, model, quant, placement and load mode: geometric means of
-    both sides (`baseline`, `value`), `ratio` (value / baseline) with its 95 % interval `low` to `high` (Student's t on
-    logarithms; NaN where one round gives none), and `n`, the number of rounds. Raises FrameError for an unknown column,
-    for runs that cannot be compared (what differs is said), and where no round has both sides.
+    frame: as `runs` gives it. Returns one row for each study, model, quant, placement and load mode that has a value:
+    geometric means of both sides (`baseline`, `value`), `ratio` (value / baseline) with its 95 % interval `low` to
+    `high` (Student's t on logarithms; NaN where one round gives none), and `n`, the number of rounds. Where a value is
+    not above 0, means are arithmetic and there is no ratio. Raises FrameError for an unknown column, for runs that
+    cannot be compared (what differs is said), and where no round has both sides.
     """
     _known(frame, column)
-    rows = []
-    for names, cell in frame.groupby(GROUP, sort=False):
+    for names, cell, sides in _cells(frame):
         _comparable(names, cell)
-        base = cell[cell["placement"] == baseline]
-        if base["load_mode"].nunique() > 1:
-            base = base[base["load_mode"] == base["load_mode"].iloc[0]]
-        before = base.set_index("round")[column]
-        if before.index.has_duplicates:
-            raise FrameError(f"{'/'.join(names)}: a round has two runs of {baseline}: leave one of them out")
-        others = cell[~cell.index.isin(base.index)]
-        for (placement, load_mode), side in others.groupby(["placement", "load_mode"], sort=False):
-            pairs = side.set_index("round")[column].to_frame("value").join(before.rename("before"), how="inner")
-            pairs = pairs[(pairs > 0).all(axis=1)]  # NaN is not
-            if len(pairs):
-                ratio = stats.ratio(list(zip(pairs["before"], pairs["value"], strict=True)))
-                means = (stats.geometric_mean(list(pairs[k])).value for k in ("before", "value"))
-                rows.append((*names, placement, load_mode, *means, ratio.value, ratio.low, ratio.high, ratio.n))
+        for (placement, _), its_runs in sides.items():
+            if its_runs["round"].duplicated().any():
+                raise FrameError(f"{'/'.join(names)}: a round has two runs of {placement}: leave one of them out")
+    rows = []
+    for c in comparisons(frame, column, against(baseline)):
+        if c.baseline and c.value and c.difference:
+            ratio = (c.ratio.value, c.ratio.low, c.ratio.high) if c.ratio else (None, None, None)
+            rows.append((c.study, c.model, c.quant, *c.side, c.baseline.value, c.value.value, *ratio, c.difference.n))
     if not rows:
         raise FrameError(
             f"no round has {column} of both {baseline!r} and another placement; the frame has "
             f"{', '.join(sorted(frame['placement'].unique())) or 'no runs'}"
         )
-    names = [*GROUP, "placement", "load_mode", "baseline", "value", "ratio", "low", "high", "n"]
-    return pd.DataFrame(rows, columns=names).astype({"low": float, "high": float})
+    names = [*CELL, "placement", "load_mode", "baseline", "value", "ratio", "low", "high", "n"]
+    return pd.DataFrame(rows, columns=names).astype({"ratio": float, "low": float, "high": float})
 
 
 def _known(frame: pd.DataFrame, column: str) -> None:
@@ -179,7 +211,7 @@ def _known(frame: pd.DataFrame, column: str) -> None:
     if column not in frame.columns:
         numbers = [c for c in frame.select_dtypes("number").columns if c != "round"]
         raise FrameError(f"no column {column!r}{near(column, numbers)}")
-    if missing := {"placement", "load_mode", "round", *GROUP} - set(frame.columns):
+    if missing := {"placement", "load_mode", "round", *CELL} - set(frame.columns):
         raise FrameError(
             f"the frame lacks {', '.join(sorted(missing))}: take one that moelib made, with all its columns"
         )
@@ -193,10 +225,3 @@ def _comparable(names: Sequence[str], cell: pd.DataFrame) -> None:
                 f"{'/'.join(names)}: these runs cannot be compared, as they differ in {column}: {', '.join(values)}; "
                 f"take those of one {column}"
             )
-
-
-def near(name: str, names: Sequence[str]) -> str:
-    """What a message says after a name that is not known: the nearest one, or all."""
-    if close := difflib.get_close_matches(name, names, 1, 0.6):
-        return f"; did you mean {close[0]!r}?"
-    return f"; there are {', '.join(names)}" if names else ""

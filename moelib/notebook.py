@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moelib import files, params, study, table
+from moelib.plan import outputs
 
 QUIET = ["--log-level=CRITICAL"]  # ipykernel warns of loopback TCP at every start
 INJECTED = "# Parameters"  # papermill's comment on the cell that it adds
@@ -177,13 +178,13 @@ def report(name: str, into: Path | None = None, progress: bool = True) -> Report
 
     Raises StudyError if there are none.
     """
-    study.require_results(study.outputs() / name)
+    study.require_results(outputs() / name)
     return document(name, into, progress)
 
 
 def document(name: str, into: Path | None = None, progress: bool = True) -> Reported:
     """`report` of a study that is known to have records."""
-    path = study.outputs() / name
+    path = outputs() / name
     with tempfile.TemporaryDirectory() as scratch:
         executed = (Path(scratch) if into else path / "notebooks") / "analysis.ipynb"
         execute("analysis", executed, {"study": name}, progress)

@@ -6,11 +6,12 @@ mode (mmap or none) stands beside it in a study and in a record.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Collection, Container
 from dataclasses import dataclass
 from functools import cache
+
+from moelib.errors import near
 
 REFERENCE = "baseline"
 """What the other placements of a round are compared with: all on the GPU, llama.cpp's own settings."""
@@ -55,9 +56,7 @@ class Placement:
         for setting in settings:
             key, _, value = setting.partition("=")
             if key not in SETTINGS:
-                close = difflib.get_close_matches(key, SETTINGS, 1)
-                hint = f"; did you mean {close[0]}?" if close else f"; settings are {', '.join(SETTINGS)}"
-                raise PlacementError(f"{text!r} has a setting {key!r}, which is none{hint}")
+                raise PlacementError(f"{text!r} has a setting {key!r}, which is none{near(key, SETTINGS)}")
             if key in values:
                 raise PlacementError(f"{text!r} gives {key} twice")
             values[key] = _value(text, key, value)

@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from moelib import analyse, files, neutral, table
+from moelib import files, frames, neutral, table
 from moelib.record import Record
 from moelib.stats import byte_unit
-from moelib.study import Results
+from moelib.study import Study
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#4D4D4D")
 """Of the placements in the study's order: Okabe and Ito's, which colour-blind readers tell apart."""
@@ -112,29 +112,29 @@ def _legend(figure: Any, handles: Sequence[Any]) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
 
 
-def _by_bits(results: Results) -> list[str]:
+def _by_bits(study: Study) -> list[str]:
     """The study's quants by their bits per weight; as the study has them where these are not known."""
     bits: dict[str, list[float]] = {}
-    for manifest in results.manifests:
+    for manifest in study.manifests:
         bits.setdefault(manifest.quant, []).append(manifest.bits_per_weight)
-    return sorted(results.study.quants, key=lambda q: sum(bits[q]) / len(bits[q]) if q in bits else 0.0)
+    return sorted(study.parameters.quants, key=lambda q: sum(bits[q]) / len(bits[q]) if q in bits else 0.0)
 
 
-def placements(results: Results) -> dict[str, str]:
+def placements(study: Study) -> dict[str, str]:
     """Label in records -> name in figures, in the study's order: the same colour in all figures. The name is the
     placement, with the load mode where the study has several."""
-    several = len({arm.load_mode for arm in results.study.arms}) > 1
-    return {a.label: a.placed.label if several else a.placement for a in results.study.arms}
+    several = len({arm.load_mode for arm in study.parameters.arms}) > 1
+    return {a.label: a.placed.label if several else a.placement for a in study.parameters.arms}
 
 
-def _facets(results: Results, frame: pd.DataFrame, y: str, label: str) -> Any:
+def _facets(study: Study, frame: pd.DataFrame, y: str, label: str) -> Any:
     """Bars of means, with every single value as a dot."""
-    by_label = placements(results)
+    by_label = placements(study)
     names = list(by_label.values())
     labels = [f"{p}/{mode}" for p, mode in zip(frame.placement, frame.load_mode, strict=True)]
     frame = frame.assign(name=[by_label[label] for label in labels])
-    how = {"x": "quant", "y": y, "hue": "name", "order": _by_bits(results), "hue_order": names, "legend": False}
-    models = [m for m in results.study.models if (frame.model == m).any()]
+    how = {"x": "quant", "y": y, "hue": "name", "order": _by_bits(study), "hue_order": names, "legend": False}
+    models = [m for m in study.parameters.models if (frame.model == m).any()]
     if not models:
         return _empty(f"no complete round has {label}")
     figure, axes = _axes(len(models))
@@ -159,47 +159,50 @@ def bars(data: pd.DataFrame, *, hue: str, hue_order: Sequence[str], ax: Any, **h
 
 
 @_styled
-def vram(results: Results) -> Any:
+def vram(study: Study) -> Any:
     """Peak VRAM by quant and placement; one dot per run."""
-    frame = analyse.runs(r for b in results.blocks for r in b).dropna(subset="vram_bytes")
+    frame = study.runs.dropna(subset="vram_bytes")
     name, unit = byte_unit(frame.vram_bytes.max())
-    return _facets(results, frame.assign(y=frame.vram_bytes / unit), "y", f"VRAM, {name}")
+    return _facets(study, frame.assign(y=frame.vram_bytes / unit), "y", f"VRAM, {name}")
+
+
+def _requests(study: Study, workload: str) -> pd.DataFrame:
+    return study.requests[study.requests["workload"] == workload]
 
 
 @_styled
-def speed(results: Results, workload: str) -> Any:
+def speed(study: Study, workload: str) -> Any:
     """tokens/s by quant and placement; one dot per request."""
-    frame = analyse.requests((r for b in results.blocks for r in b), workload)
-    return _facets(results, frame, "tokens_per_s", "tokens/s")
+    return _facets(study, _requests(study, workload), "tokens_per_s", "tokens/s")
 
 
 @_styled
-def ttft(results: Results, workload: str) -> Any:
+def ttft(study: Study, workload: str) -> Any:
     """TTFT of warm requests by quant and placement; one dot per request."""
-    frame = analyse.requests((r for b in results.blocks for r in b), workload)
+    frame = _requests(study, workload)
     frame = frame[frame.request > 0]
-    return _facets(results, frame.assign(ms=frame.ttft_s * 1000), "ms", "TTFT, ms")
+    return _facets(study, frame.assign(ms=frame.ttft_s * 1000), "ms", "TTFT, ms")
 
 
 @_styled
-def trade(results: Results, workload: str) -> Any:
+def trade(study: Study, workload: str) -> Any:
     """VRAM (across) against tokens/s (up): an arrow from the baseline to each placement with CPU offload."""
-    memory, rate = (analyse.compare(results, q) for q in (analyse.vram, analyse.tokens_per_s(workload)))
+    memory, rate = (frames.comparisons(study.runs, c) for c in ("vram_bytes", f"tokens_per_s/{workload}"))
     known = [(m, r) for m, r in zip(memory, rate, strict=True) if m.baseline and r.baseline]
     name, unit = byte_unit(max((m.baseline.value for m, _ in known), default=0))
-    models = [m for m in results.study.models if any(k.model == m for k, _ in known)]
-    by_label = placements(results)
+    models = [m for m in study.parameters.models if any(k.model == m for k, _ in known)]
+    by_label = placements(study)
     if not models:
         return _empty("no complete round has both VRAM and tokens/s")
     figure, axes = _axes(len(models), 3.8)
     for axis, model in zip(axes, models, strict=False):
         rows = [(m, r) for m, r in known if m.model == model]
         for m, r in rows:
-            start, end = (m.baseline.value / unit, r.baseline.value), (m.offload.value / unit, r.offload.value)
+            start, end = (m.baseline.value / unit, r.baseline.value), (m.value.value / unit, r.value.value)
             arrow = {"arrowstyle": "-|>", "color": "#999999", "shrinkA": 5, "shrinkB": 5}
             axis.annotate("", xy=end, xytext=start, arrowprops=arrow)
-            for point, arm in ((start, m.against.label), (end, m.arm.label)):
-                axis.plot(*point, _nth(MARKERS, arm, by_label), color=_colour(arm, by_label))
+            for point, label in ((start, "/".join(m.against)), (end, "/".join(m.side))):
+                axis.plot(*point, _nth(MARKERS, label, by_label), color=_colour(label, by_label))
             axis.annotate(m.quant, start, textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8)
         axis.set(title=neutral.label(model), xlabel=f"VRAM, {name}")
         axis.set(ylabel="tokens/s" if axis is axes[0] else "")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moelib import cards, hub, neutral, params, quantize
-from moelib.study import Results
+from moelib.study import Study
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -92,15 +92,15 @@ def _message(commit: tuple[Item, ...]) -> str:
     return f"Add {commit[0].name}" if commit[0].is_model else "Cards: " + ", ".join(i.name for i in commit)
 
 
-def plan(results: Results, namespace: str, public: bool | None = None, endpoint: str | None = None) -> list[Plan]:
-    """What publishing `results` would do, by repository; nothing is changed anywhere.
+def plan(study: Study, namespace: str, public: bool | None = None, endpoint: str | None = None) -> list[Plan]:
+    """What publishing the study would do, by repository; nothing is changed anywhere.
 
     `public`: whether the repositories are to be seen by all; by default those of real weights are, as a twin's file
     under a model's name would mislead. Raises CardError for a card that is not fit and a file that is not the one
     that was measured, PublishError for one that is not there, HubError.
     """
-    pages, files = cards.fit(results, namespace), cards.planned(results)
-    at = {s.file_name: quantize.place(s) for s in results.manifests}
+    pages, files = cards.fit(study, namespace), cards.planned(study)
+    at = {s.file_name: quantize.place(s) for s in study.manifests}
     items: dict[str, list[Item]] = {}
     for path, sha256 in files.items():
         repository, name = path.split("/")
@@ -108,14 +108,14 @@ def plan(results: Results, namespace: str, public: bool | None = None, endpoint:
             raise PublishError(
                 f"{name} is not in {at[name].parent}: `moelib quantize` makes it, or set MOELIB_MODELS to where it is"
             )
-        cards.require_measured(results, at[name])
+        cards.require_measured(study, at[name])
         items.setdefault(repository, []).append(Item(name, at[name], at[name].stat().st_size, sha256))
     for path, text in pages.items():
         repository, name = path.split("/")
         content = text.encode()
         items[repository].append(Item(name, content, len(content), hashlib.sha256(content).hexdigest()))
-    visible = results.study.weights == "real" if public is None else public
-    client, title = hub.api(endpoint), f"moelib: study {results.name}"
+    visible = study.parameters.weights == "real" if public is None else public
+    client, title = hub.api(endpoint), f"moelib: study {study.name}"
     return [_look(Plan(f"{namespace}/{r}", title, tuple(i), visible), client) for r, i in items.items()]
 
 

@@ -24,13 +24,18 @@ def cite(records: Iterable[Record]) -> Sources:
     return {r.run_id: r.digest for r in records}
 
 
+def merged(every: Iterable[Sources]) -> Sources:
+    """All of these sources as one."""
+    return {name: digest for sources in every for name, digest in sources.items()}
+
+
 def cite_manifest(sheet: Manifest) -> Sources:
     # as it was written: what a manifest of older code lacks is not in its digest
     return {f"quants/{sheet.model}-{sheet.quant}.json": files.digest(sheet.model_dump(mode="json", exclude_unset=True))}
 
 
-def cite_harness(accuracy: dict[str, Harness]) -> Sources:
-    return {name: measured.digest for name, measured in accuracy.items()}
+def cite_overhead(overhead: dict[str, Harness]) -> Sources:
+    return {name: measured.digest for name, measured in overhead.items()}
 
 
 def cited(every: Iterable[Sources]) -> tuple[list[list[str]], dict[str, Any]]:

@@ -7,12 +7,13 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
-from moelib import audit, client, gather, host, params, record, run
+from moelib import audit, client, gather, host, params, plan, record, run
 from moelib.engine import Buffer, Report
 from moelib.facts import DeviceFacts, EngineFacts, HostFacts, Manifest
 from moelib.invariants import Measured
 from moelib.memory import Reading, Trace, reconcile
 from moelib.nvml import NO_GPU
+from moelib.study import Contents, Study
 
 # What a test's real runs may be flagged with: tests share their machine, so others work, and readings take longer.
 SHARED = {"host-quiet", "watched-lightly"}
@@ -240,3 +241,10 @@ def evidence(records) -> gather.Evidence:
 
 WORKLOADS = {"plan-short": params.Workload(name="plan-short", title="t", text="x", generate_tokens=5)}
 """As the plan of such a record's study has them."""
+
+
+def study_of(parameters, cells, records, workloads=None, manifests=(), overhead=None, of=None, name="s") -> Study:
+    """A study of these parts that is on no disk; `of`: its evidence, where that is not of the records alone."""
+    fields = {"study": parameters, "workloads": WORKLOADS if workloads is None else workloads, "cells": cells}
+    the_plan = plan.Plan.model_construct(schema_version=record.SCHEMA_VERSION, **fields)
+    return Study(Path(name), the_plan, Contents(of or evidence(records), tuple(manifests), overhead or {}))

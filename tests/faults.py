@@ -47,7 +47,8 @@ from moelib.facts import Manifest
 from moelib.memory import Reading
 from moelib.nvml import Counters
 from moelib.placement import Placement
-from moelib.study import Folder, StudyError
+from moelib.plan import StudyError
+from moelib.study import Study
 
 MIB = 1 << 20
 KEY = "faults"
@@ -133,7 +134,7 @@ class Lab:
 
     @property
     def folder(self):
-        return Folder("smoke")
+        return Study.named("smoke")
 
     @property
     def server_log(self):
@@ -142,11 +143,11 @@ class Lab:
     def measure(self, within=contextlib.nullcontext):
         """Do what is not done; what was wrong with the runs that were done now, or `valid`."""
         folder = self.folder
-        before = {r.run_id for r in folder.records()}
+        before = {r.run_id for r in records.read_all(folder.path)[0]}
         with mock.patch.object(engine, "find", return_value=self.stub), within():
             with mock.patch.object(device, "choose", return_value=self.where), BANDWIDTH:
                 list(measure.measure(folder, folder.cells[0]))
-        new = [r for r in folder.records() if r.run_id not in before]
+        new = [r for r in records.read_all(folder.path)[0] if r.run_id not in before]
         wrong = {reason for r in new for reason in r.reasons if reason not in SHARED}
         self.messages = " ".join(r.message for r in new if r.message)
         return ", ".join(sorted(wrong)) or "valid"
@@ -519,7 +520,7 @@ def hold(home: Path, lab_home: Path, uuid: str) -> None:
     stub = replace(engine.find(), tools={**engine.find().tools, "llama-server": lab_home / "tools/llama-server"})
     with mock.patch.object(engine, "find", return_value=stub), mock.patch.object(client, "_ask", ask):
         with mock.patch.object(device, "choose", return_value=FakeGpu(uuid)), BANDWIDTH:
-            list(measure.measure(Folder("smoke"), Folder("smoke").cells[0]))
+            list(measure.measure(Study.named("smoke"), Study.named("smoke").cells[0]))
 
 
 # files
@@ -581,7 +582,7 @@ def _(lab, chance, rounds):
         except StudyError as err:
             errors.add(str(err))
     path.unlink()
-    lab.folder.write_plan()
+    lab.folder.begin()
     assert path.read_bytes() == whole
     return errors.pop() if len(errors) == 1 else f"{len(errors)} reasons"
 
@@ -661,13 +662,13 @@ def full_disk(folder: Path) -> None:
     full("a twin", twin, MIB)
     source = twin()
     full("a quant", lambda: quantize.make(source, "Q8_0", lab.stub, folder.parent / "q"), MIB // 2)
-    full("the plan", lambda: lab.folder.write_plan(), 100)
+    full("the plan", lambda: lab.folder.begin(), 100)
     lab.script()
     execute = runs.execute
 
     def then_full(*args):
         outcome = execute(*args)
-        if not lab.folder.records():
+        if not records.read_all(lab.folder.path)[0]:
             return outcome
         kept.update(lab.valid())
         disk.fill(100)

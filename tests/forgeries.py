@@ -363,7 +363,7 @@ class Court:
 
     def __init__(self, folder: Path, scratch: Path):
         self.folder, self.scratch = folder, scratch
-        self.honest = study.results(folder)
+        self.honest = study.Study.read(folder)
         self.whole = gather.gather(folder)
         self.known = set(self.honest.problems)
         (scratch / "raw").mkdir(parents=True)
@@ -411,8 +411,8 @@ class Court:
         status = study.Status.of(planned, evidence, self.honest.workloads)
         if status.usable != self.honest.statuses[cell].usable or set(status.problems) - self.known:
             return False
-        blocks = [r for name, s in self.honest.statuses.items() if name != cell for b in s.blocks for r in b]
-        blocks += [r for b in status.blocks for r in b]
+        blocks = [r for name, s in self.honest.statuses.items() if name != cell for runs in s.rounds for r in runs]
+        blocks += [r for runs in status.rounds for r in runs]
         keys = [record.spec_key(s) for c in self.honest.cells for s in c.specs]
         checks = audit.study(audit.Matrix(keys, blocks, records))
         return all(c.passed or c.id == "matrix-complete" for c in checks)

@@ -49,7 +49,7 @@ def measured(home: Path, models="deepseek-moe-16b", quants="Q8_0"):
     params._yaml.cache_clear()
     folder, cells = measure.select("files")
     assert measure.run_cells(folder, cells) == []
-    return study.results(folder.path)
+    return study.Study.read(folder.path)
 
 
 @contextmanager

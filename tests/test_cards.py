@@ -20,12 +20,12 @@ ROOT, QUANT = f"{DEEPSEEK}/README.md", f"{DEEPSEEK}/Q2_K.md"
 
 @pytest.fixture(scope="module")
 def full():
-    return study.results(REPO / "outputs/h100-twins")
+    return study.Study.read(REPO / "outputs/h100-twins")
 
 
 @pytest.fixture(scope="module")
 def demo():
-    return study.results(REPO / "docs/example/demo")
+    return study.Study.read(REPO / "docs/example/demo")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def broken(pages, full, page, old, new, count=1):
 def test_the_cards_of_both_models_have_no_fault(pages, full, demo):
     assert lint.faults(pages, set(cards.planned(full))) == []
     made = cards.build(demo, "acme")
-    assert {name.split("/")[0] for name in made} == {params.card(m).repository for m in demo.study.models}
+    assert {name.split("/")[0] for name in made} == {params.card(m).repository for m in demo.parameters.models}
     assert len([n for n in made if n.endswith(".md")]) == 2 * (1 + 3)
     assert lint.faults(made, set(cards.planned(demo))) == []
     assert made == cards.build(demo, "acme")
@@ -122,11 +122,11 @@ def test_the_metadata_is_what_the_hub_understands(pages, full):
     results = {(r.dataset_config, r.metric_name): r for r in data.eval_results}
     assert len(results) == len(data.eval_results)
     quants = cards.quants_of(full, "deepseek-moe-16b")
-    assert len(results) == len(quants) * 2 * (1 + 2 * len(full.study.workloads))
+    assert len(results) == len(quants) * 2 * (1 + 2 * len(full.parameters.workloads))
     assert {r.source_url for r in results.values()} == {
         f"https://huggingface.co/acme/{DEEPSEEK}/blob/main/{q}.md" for q in quants
     }
-    runs = [r for b in full.statuses["deepseek-moe-16b/Q2_K"].blocks for r in b if r.spec.arm == "cpu-moe/mmap"]
+    runs = [r for b in full.statuses["deepseek-moe-16b/Q2_K"].rounds for r in b if r.spec.arm == "cpu-moe/mmap"]
     memory = stats.geometric_mean([r.observed.memory.value_bytes / 2**20 for r in runs]).value
     found = results["Q2_K, experts on the CPU", "Peak VRAM, MiB"]
     assert found.metric_value == float(stats.number(memory))
@@ -152,9 +152,8 @@ def test_the_document_and_the_card_hold_the_same_tables(full):
 
 def only(results, keep):
     left = [r for r in results.records if keep(r.spec)]
-    told = {k: getattr(results, k) for k in ("study", "workloads", "cells", "name", "manifests")}
     evidence = dataclasses.replace(results.evidence, records=left)
-    return study.Results(**told, records=left, evidence=evidence, accuracy={})
+    return study.Study(results.path, results.plan, study.Contents(evidence, results.manifests, {}))
 
 
 def without(results, *quants):
@@ -175,8 +174,8 @@ def test_what_is_not_measured_has_no_card_and_is_named(demo):
     assert "Not measured yet, so not listed: Q8_0." in made[ROOT]
     assert "Q8_0.gguf" not in made[ROOT]
     assert cards.missing(without(demo, "Q8_0")) == []
-    nothing = without(demo, *demo.study.quants)
-    assert cards.missing(nothing) == list(demo.study.models)
+    nothing = without(demo, *demo.parameters.quants)
+    assert cards.missing(nothing) == list(demo.parameters.models)
     with pytest.raises(cards.CardError, match="no complete round"):
         cards.build(nothing, "acme")
 
@@ -188,13 +187,9 @@ def test_only_the_file_that_was_measured_may_be_published(full, tmp_path):
         cards.require_measured(full, path)
     with pytest.raises(cards.CardError, match="no file of this name"):
         cards.require_measured(full, path.rename(tmp_path / "other.gguf"))
-    same = full.model_copy(
-        update={
-            "manifests": [
-                s.model_copy(update={"sha256": files.sha256(tmp_path / "other.gguf")}) for s in full.manifests
-            ]
-        }
-    )
+    sha256 = files.sha256(tmp_path / "other.gguf")
+    manifests = tuple(m.model_copy(update={"sha256": sha256}) for m in full.manifests)
+    same = study.Study(full.path, full.plan, dataclasses.replace(full.contents, manifests=manifests))
     (tmp_path / "other.gguf").rename(path)
     assert cards.require_measured(same, path) == files.sha256(path)
 

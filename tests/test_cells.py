@@ -321,10 +321,10 @@ def test_a_cell_that_does_not_hold_together_has_no_usable_run():
     plan = tuple(tuple(r.spec for r in runs[i : i + 2]) for i in range(0, 6, 2))
     cell = study.Cell("deepseek-moe-16b", "Q4_K_M", plan)
     whole = study.Status.of(cell, evidence(runs), LONG)
-    assert (whole.usable, len(whole.blocks), whole.problems) == (6, 3, ())
+    assert (whole.usable, len(whole.rounds), whole.problems) == (6, 3, ())
     copied = changed(runs, 2, requests=runs[0].observed.requests)
     broken = study.Status.of(cell, evidence(copied), LONG)
-    assert (broken.usable, broken.tally["invalid"], broken.planned, broken.blocks) == (0, 6, 6, ())
+    assert (broken.usable, broken.tally["invalid"], broken.planned, broken.rounds) == (0, 6, 6, ())
     assert broken.problems[0].startswith("deepseek-moe-16b/Q4_K_M: no-two-alike: ")
     assert spec().model == cell.model
     assert cells.NEIGHBOURS == 4

@@ -12,7 +12,7 @@ from conftest import REPO
 from test_study import tree
 
 from moelib import cards, notebook, params, record, study
-from moelib.table import cite, cite_harness, cite_manifest
+from moelib.table import cite, cite_manifest, cite_overhead
 
 
 class Committed(NamedTuple):
@@ -57,8 +57,8 @@ def rebuilt(folder, tmp_path):
 
 
 def test_every_record_stands_and_was_measured_by_committed_code(name):
-    results = study.results(COMMITTED[name].study)
-    assert not results.damaged
+    results = study.Study.read(COMMITTED[name].study)
+    assert not results.evidence.damaged
     assert results.tally["planned"] == sum(results.tally[k] for k in ("usable", "invalid", "missing"))
     assert results.tally["usable"] == results.tally["valid"] + results.tally["degraded"]
     assert results.tally["invalid"] == 0
@@ -78,7 +78,7 @@ def test_the_cards_are_rebuilt_byte_by_byte_and_have_no_fault(name):
     if not COMMITTED[name].cards:
         assert not (committed / "cards").exists()  # a model's card is made of one study
         return
-    assert cards.check(committed / "cards", study.results(committed), "moelib") == []
+    assert cards.check(committed / "cards", study.Study.read(committed), "moelib") == []
 
 
 @pytest.mark.parametrize("harm", ["deleted", "changed"])
@@ -97,15 +97,15 @@ def test_a_cited_record_that_is_gone_or_changed_shows(name, copy, tmp_path, harm
 
 def test_all_of_a_studys_evidence_is_cited(name):
     provenance = json.loads((COMMITTED[name].document / "provenance.json").read_text(encoding="utf-8"))["sources"]
-    results = study.results(COMMITTED[name].study)
-    evidence = cite(results.records) | cite_harness(results.accuracy)
+    results = study.Study.read(COMMITTED[name].study)
+    evidence = cite(results.records) | cite_overhead(results.overhead)
     for manifest in results.manifests:
         evidence |= cite_manifest(manifest)
     assert evidence.items() <= provenance.items()
 
 
 def test_the_study_of_the_document_is_whole():
-    results = study.results(COMMITTED["h100-twins"].study)
+    results = study.Study.read(COMMITTED["h100-twins"].study)
     assert results.tally == {"planned": 90, "usable": 90, "valid": 57, "degraded": 33, "invalid": 0, "missing": 0}
     assert {reason for r in results.done for reason in r.reasons} == {"watched-lightly"}
     assert results.problems == []
@@ -124,7 +124,7 @@ def test_device_memory_is_the_same_on_both_cards():
     """The README says so, with the same numbers."""
     by_arm = {}
     for name in ("h100-twins", "h200-twins"):
-        for r in study.results(COMMITTED[name].study).done:
+        for r in study.Study.read(COMMITTED[name].study).done:
             by_arm.setdefault((r.cell, r.spec.arm), {}).setdefault(name, []).append(r.observed.memory.value_bytes)
     more = [fmean(of["h100-twins"]) / fmean(of["h200-twins"]) - 1 for of in by_arm.values() if len(of) == 2]
     assert (len(more), more.count(0)) == (15, 14)

@@ -14,7 +14,7 @@ import shown
 from click.testing import CliRunner, Result
 from conftest import REPO, furnish
 
-from moelib import cli, evidence, files, notebook, params, study
+from moelib import cli, evidence, files, notebook, params, plan, study
 
 CELL = "deepseek-moe-16b-Q2_K"
 DEEP = "[" * 10_000 + "]" * 10_000
@@ -42,7 +42,7 @@ def small(tmp_path_factory):
         patch.setenv("MOELIB_HOME", str(home))
         patch.delenv("MOELIB_OUTPUTS", raising=False)
         params._yaml.cache_clear()
-        study.Folder("demo").write_plan()
+        study.Study.named("demo").begin()
     params._yaml.cache_clear()
     return home
 
@@ -55,9 +55,9 @@ def folder(small, tmp_path, monkeypatch):
     monkeypatch.delenv("MOELIB_OUTPUTS", raising=False)
 
     def without_a_kernel(name: str, into: Path | None = None, progress: bool = True) -> notebook.Reported:
-        path = (into or study.outputs() / name) / notebook.DOCUMENT
+        path = (into or plan.outputs() / name) / notebook.DOCUMENT
         files.write_bytes(path, shown.document(name).encode())
-        return notebook.Reported(path, **evidence.problems(study.results(study.outputs() / name)).verdict)
+        return notebook.Reported(path, **evidence.problems(study.Study.read(plan.outputs() / name)).verdict)
 
     monkeypatch.setattr(notebook, "document", without_a_kernel)
     params._yaml.cache_clear()

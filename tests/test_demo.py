@@ -6,7 +6,7 @@ import pytest
 from factory import SHARED
 from test_study import command
 
-from moelib import analyse, gguf_file, record, study
+from moelib import frames, gguf_file, record, study
 
 
 @pytest.mark.engine
@@ -16,13 +16,13 @@ def test_the_demo_from_nothing_to_its_document(home, models_folder):
     done = command(home, models_folder, "study", "run", "demo")
     assert done.returncode == 0, done.stderr
     assert "12 of 12 runs usable" in done.stdout
-    results = study.results(home / "outputs/demo")
+    results = study.Study.read(home / "outputs/demo")
     assert results.problems == []
     assert all(r.done for r in results.records)
     assert {reason for r in results.records for reason in r.reasons} <= SHARED
     assert len(results.manifests) == 6
     # every file: device memory falls by at least the expert bytes that its own header counts
-    rows = analyse.compare(results, analyse.vram)
+    rows = frames.comparisons(results.runs, "vram_bytes")
     assert len(rows) == 6
     for row in rows:
         file = models_folder / row.model / "twin-tiny" / f"{row.model}-{row.quant}.gguf"

@@ -367,7 +367,7 @@ def test_the_study_says_it_on_its_first_line(monkeypatch, machine):
     monkeypatch.setattr(measure.engine, "find", Build)
 
     class Auto:
-        class study:
+        class parameters:
             device = "auto"
 
     assert measure.device_note(Auto) == f"{LOOPBACK}there is no GPU here"

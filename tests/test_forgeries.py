@@ -5,6 +5,8 @@ import copy
 import pytest
 from forgeries import FAMILIES, STUDIES, Court, campaign, moved, published
 
+from moelib import frames
+
 
 @pytest.fixture(scope="module", params=list(STUDIES))
 def court(request, tmp_path_factory):
@@ -18,18 +20,16 @@ def test_honest_records_are_accepted_and_move_nothing(court):
 
 
 def test_what_is_published_here_is_what_the_tables_are_made_of(court):
-    from moelib import analyse
-
-    quantities = {
-        "device memory": analyse.vram,
-        "load": analyse.load_time,
-        "host RSS": analyse.host_peak,
-        "rest": analyse.residual,
-        "monitors": analyse.monitoring,
+    columns = {
+        "device memory": "vram_bytes",
+        "load": "load_s",
+        "host RSS": "host_rss_peak_bytes",
+        "rest": "vram_rest_bytes",
+        "monitors": "monitor_cpu_share",
     }
-    for name, quantity in quantities.items():
-        for row in analyse.summarise(court.honest, quantity):
-            here = published(court.runs[f"{row.model}/{row.quant}"])[f"{row.arm.label} {name}"]
+    for name, column in columns.items():
+        for row in frames.summaries(court.honest.runs, column):
+            here = published(court.runs[f"{row.model}/{row.quant}"])[f"{'/'.join(row.side)} {name}"]
             assert row.value.value == pytest.approx(here)
 
 

@@ -1,6 +1,7 @@
 """How accurate the harness is: ratios of kept rates, and what a document says of them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from conftest import REPO
@@ -139,19 +140,19 @@ def test_what_was_kept_is_read_back_and_a_change_is_seen(tmp_path):
 
 @pytest.mark.parametrize("name", ["h100-twins", "h200-twins"])
 def test_the_committed_documents_say_what_their_files_hold(name):
-    results = study.results(REPO / "outputs" / name)
-    table, accuracy = evidence.harness_table(results), results.accuracy
-    assert len(table.rows) == sum(len(list(harness.ratios(a))) for a in accuracy.values()) >= 6
-    first, kept = next(iter(accuracy.items()))
+    results = study.Study.read(REPO / "outputs" / name)
+    table, overhead = evidence.harness_table(results), results.overhead
+    assert len(table.rows) == sum(len(list(harness.ratios(a))) for a in overhead.values()) >= 6
+    first, kept = next(iter(overhead.items()))
     e = harness.CLIENT.estimate(kept, "baseline")
     assert table.rows[0]["measured"] == f"{e.value:.4f} [{e.low:.4f}, {e.high:.4f}]"
     assert table.row_sources[0] == {first: kept.digest}
-    assert table.sources == {name: a.digest for name, a in accuracy.items()}
-    slowed = harness.bias(accuracy.values())
+    assert table.sources == {name: a.digest for name, a in overhead.items()}
+    slowed = harness.bias(overhead.values())
     for text in (report.answer(results), advice.limits(results)):
         assert ("Monitoring slowed" in text.text) is bool(slowed)
-        assert accuracy.keys() & text.sources.keys() == (accuracy.keys() if slowed else set())
-    without = results.model_copy(update={"accuracy": {}})
+        assert overhead.keys() & text.sources.keys() == (overhead.keys() if slowed else set())
+    without = study.Study(results.path, results.plan, replace(results.contents, overhead={}))
     assert "not measured in this study" in evidence.harness_table(without).markdown()
     assert "Monitoring slowed" not in report.answer(without).text
 
@@ -162,10 +163,10 @@ def test_a_damaged_file_is_told_with_the_study(tmp_path):
     copy = tmp_path / "demo"
     shutil.copytree(REPO / "docs/example/demo", copy, ignore=shutil.ignore_patterns("raw", "figures"))
     measurement = kept(copy, rounds())
-    assert study.results(copy).accuracy == {NAME: measurement}
+    assert study.Study.read(copy).overhead == {NAME: measurement}
     data = json.loads((copy / NAME).read_text(encoding="utf-8"))
     data["rounds"][0]["bench"] = [1.0]
     (copy / NAME).write_text(json.dumps(data), encoding="utf-8")
-    damaged = study.results(copy)
-    assert damaged.accuracy == {}
-    assert any(NAME in d for d in damaged.damaged)
+    damaged = study.Study.read(copy)
+    assert damaged.overhead == {}
+    assert any(NAME in d for d in damaged.evidence.damaged)

@@ -14,7 +14,7 @@ import pytest
 from conftest import SMOKE, furnish
 
 from moelib import params, record
-from moelib.study import Folder
+from moelib.study import Study
 
 KILLS = 50
 LONGEST_S = 6.0  # a whole smoke study takes about as long: every moment of it is hit
@@ -83,12 +83,12 @@ def kill(process, chance):
 
 def complete(out):
     """The valid records are exactly the planned runs, one each."""
-    folder = Folder("smoke")
+    folder = Study.named("smoke")
     records, damaged = record.read_all(out)
     assert not damaged
     planned = sorted(record.spec_key(s) for c in folder.cells for s in c.specs)
     assert sorted(r.key for r in records if r.done) == planned
-    problems = [p for c in folder.cells for p in folder.status(c).problems]
+    problems = [p for c in folder.cells for p in folder.status_now(c).problems]
     assert [p for p in problems if not any(f": {check}: " in p for check in HELD_UP)] == []
 
 

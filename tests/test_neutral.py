@@ -18,6 +18,7 @@ import shown
 import yaml
 from click.testing import CliRunner
 from conftest import REPO
+from factory import study_of
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
@@ -153,16 +154,16 @@ KEPT = {"quant", "placement", "load_mode", "kind", "digest", "raw", "started_utc
 COMMITTED = {"demo": REPO / "docs/example/demo", "h100-twins": REPO / "outputs/h100-twins"}
 
 
-def poisoned(name: str, models: bool) -> tuple[study.Results, set[str]]:
+def poisoned(name: str, models: bool) -> tuple[study.Study, set[str]]:
     """A committed study as evidence in which every free string is hostile; nothing is asked of it again."""
-    results, poison = study.results(COMMITTED[name]), Poison(models)
-    plan = results.study.model_copy(
+    results, poison = study.Study.read(COMMITTED[name]), Poison(models)
+    parameters = results.parameters.model_copy(
         update={
             "name": poison.name("x"),
             "title": HOSTILE,
-            "scale": HOSTILE if models else results.study.scale,
-            "models": tuple(map(poison.name, results.study.models)) if models else results.study.models,
-            "workloads": tuple(map(poison.name, results.study.workloads)),
+            "scale": HOSTILE if models else results.parameters.scale,
+            "models": tuple(map(poison.name, results.parameters.models)) if models else results.parameters.models,
+            "workloads": tuple(map(poison.name, results.parameters.workloads)),
         }
     )
     workloads = {
@@ -173,20 +174,19 @@ def poisoned(name: str, models: bool) -> tuple[study.Results, set[str]]:
     statuses = {}
     for cell, s in results.statuses.items():
         model, quant = cell.split("/")
-        blocks = tuple(tuple(records[r.run_id] for r in block) for block in s.blocks)
+        rounds = tuple(tuple(records[r.run_id] for r in runs) for runs in s.rounds)
         key = f"{poison.name(model) if models else model}/{quant}"
-        statuses[key] = dataclasses.replace(s, blocks=blocks, problems=(f"{key}: {HOSTILE}",))
+        statuses[key] = dataclasses.replace(s, rounds=rounds, problems=(f"{key}: {HOSTILE}",))
     bad = dataclasses.replace(results.evidence, records=[*records.values()], damaged=[HOSTILE], problems={}, checks={})
-    made = study.Results.model_construct(
-        schema_version=3,
-        study=plan,
-        workloads=workloads,
-        cells=[poison(c) for c in results.cells],
-        name=poison.name("x"),
-        records=[*records.values()],
-        evidence=bad,
-        manifests=[poison(s) for s in results.manifests],
-        accuracy={f"harness/{HOSTILE}": poison(h) for h in results.accuracy.values()},
+    made = study_of(
+        parameters,
+        [poison(c) for c in results.cells],
+        [],
+        workloads,
+        [poison(s) for s in results.manifests],
+        {f"harness/{HOSTILE}": poison(h) for h in results.overhead.values()},
+        bad,
+        poison.name("x"),
     )
     made.__dict__["statuses"] = statuses
     made.__dict__["audit"] = tuple(poison(c) for c in results.audit)
@@ -237,10 +237,10 @@ def test_no_string_gets_out_in_the_document(bad, monkeypatch):
 
 def test_no_string_gets_out_in_the_tables_of_a_run(bad):
     results, _ = bad
-    records = [r for b in results.blocks for r in b][:2]
+    records = results.used[:2]
     clean(evidence.runs_table(records).markdown())
     clean(evidence.manifest_table(results.manifests[0]).markdown())
-    for figure in (plots.vram_over_time(records), plots.tokens_over_time(records, results.study.workloads[0])):
+    for figure in (plots.vram_over_time(records), plots.tokens_over_time(records, results.parameters.workloads[0])):
         figure.draw_without_rendering()
 
 
@@ -272,8 +272,8 @@ def test_no_string_gets_out_in_a_card(name, monkeypatch):
 
 def test_no_string_gets_out_on_a_terminal(bad, monkeypatch):
     results, _ = bad
-    monkeypatch.setattr(study, "results", lambda _: results)
-    monkeypatch.setattr(study.Folder, "look", lambda _: results)
+    monkeypatch.setattr(study.Study, "read", lambda _: results)
+    monkeypatch.setattr(study.Study, "named", lambda _: results)
     verdict = evidence.problems(results).verdict
     monkeypatch.setattr(notebook, "report", lambda *_: notebook.Reported(REPO, **verdict))
     for argv in (["audit", "demo"], ["study", "status", "demo"], ["report", "demo"]):

@@ -52,7 +52,7 @@ def test_an_excluded_model_says_why():
             "and no other, must be a baseline",
         ),
         ("\narms: [{placement: baseline}, {placement: n-cpu-moe=0}]\n", "N from 1 to 9999"),
-        ("\narms: [{placement: baseline}, {placement: 'cpu-moe,ubatsh=9'}]\n", r"did you mean ubatch\?"),
+        ("\narms: [{placement: baseline}, {placement: 'cpu-moe,ubatsh=9'}]\n", r"did you mean 'ubatch'\?"),
         ("\nmodels: [nobody]\n", "unknown model"),
         ("\nmodels: [gpt-oss-20b]\n", "excluded"),
         ("\n- a list\n", "not usable YAML"),

@@ -27,7 +27,7 @@ FIGURES = {
 @pytest.mark.parametrize("name", FIGURES)
 @pytest.mark.parametrize("folder", PLACEMENTS)
 def test_the_legend_names_the_placements_in_the_studys_order(folder, name):
-    (legend,) = FIGURES[name](study.results(REPO / folder)).legends
+    (legend,) = FIGURES[name](study.Study.read(REPO / folder)).legends
     assert [text.get_text() for text in legend.texts] == PLACEMENTS[folder]
     n, handles = len(PLACEMENTS[folder]), legend.legend_handles
     colours = [h.get_color() if name == "trade" else to_hex(h.get_facecolor()).upper() for h in handles]
@@ -40,22 +40,26 @@ def test_the_legend_names_the_placements_in_the_studys_order(folder, name):
     assert forms == list(expected)  # that tell them apart in grey as well
 
 
+def changed(results, **contents):
+    return study.Study(results.path, results.plan, dataclasses.replace(results.contents, **contents))
+
+
 def test_quants_come_by_their_bits_in_figures():
-    results = study.results(REPO / "docs/example/demo")
+    results = study.Study.read(REPO / "docs/example/demo")
     axis = plots.vram(results).axes[0]
     assert [t.get_text() for t in axis.get_xticklabels()] == ["Q2_K", "Q4_K_M", "Q8_0"]
-    assert list(results.study.quants) == ["Q4_K_M", "Q2_K", "Q8_0"]
-    nameless = results.model_copy(update={"manifests": []})
+    assert list(results.parameters.quants) == ["Q4_K_M", "Q2_K", "Q8_0"]
+    nameless = changed(results, manifests=())
     assert [t.get_text() for t in plots.vram(nameless).axes[0].get_xticklabels()] == ["Q4_K_M", "Q2_K", "Q8_0"]
 
 
 def test_a_bar_in_a_placements_colour_is_the_mean_of_its_requests():
-    results = study.results(REPO / "outputs/h100-twins")
+    results = study.Study.read(REPO / "outputs/h100-twins")
     axis = plots.ttft(results, "long-512").axes[1]  # deepseek-moe-16b, whose placements came in another order
     for colour, label in zip(plots.COLOURS, plots.placements(results), strict=False):
         bars = [p for p in axis.patches if to_hex(p.get_facecolor()).upper() == colour and p.get_height()]
         for quant, bar in zip(("Q2_K", "Q4_K_M", "Q8_0"), sorted(bars, key=lambda p: p.get_x()), strict=True):
-            runs = [r for b in results.measured[f"deepseek-moe-16b/{quant}"].blocks for r in b if r.spec.arm == label]
+            runs = [r for b in results.measured[f"deepseek-moe-16b/{quant}"].rounds for r in b if r.spec.arm == label]
             requests = [q for r in runs for q in r.observed.requests if q.index and q.workload == "long-512"]
             assert bar.get_height() == pytest.approx(1000 * fmean(q.ttft_s for q in requests))
 
@@ -72,8 +76,8 @@ def test_figures_leave_the_sessions_settings_alone_and_are_not_changed_by_them(m
 
     shown = []
     monkeypatch.setattr(plots, "display", lambda data, **_: shown.append(data["image/png"]))
-    results = study.results(REPO / "docs/example/demo")
-    records = [r for b in results.blocks for r in b]
+    results = study.Study.read(REPO / "docs/example/demo")
+    records = results.used
 
     def draw():
         for name, figure in FIGURES.items():
@@ -93,9 +97,9 @@ def test_figures_leave_the_sessions_settings_alone_and_are_not_changed_by_them(m
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_figure_without_data_says_why(name):
-    results = study.results(REPO / "docs/example/demo")
-    empty = results.model_copy()
-    empty.__dict__["statuses"] = {k: dataclasses.replace(s, blocks=()) for k, s in results.statuses.items()}
+    results = study.Study.read(REPO / "docs/example/demo")
+    empty = changed(results)
+    empty.__dict__["statuses"] = {k: dataclasses.replace(s, rounds=()) for k, s in results.statuses.items()}
     figure = FIGURES[name](empty)
     (axis,) = figure.axes
     assert axis.texts[0].get_text().startswith("no data: no complete round")
@@ -110,15 +114,17 @@ def test_a_run_without_records_has_figures_that_say_so():
 
 
 def test_more_placements_than_colours_are_all_in_the_legend():
-    results = study.results(REPO / "docs/example/demo")
+    results = study.Study.read(REPO / "docs/example/demo")
     arms = [Arm(placement="baseline")] + [Arm(placement=f"n-cpu-moe={n}") for n in range(1, 10)]
-    many = results.model_copy(update={"study": results.study.model_copy(update={"arms": tuple(arms)})})
-    block = results.blocks[0]
+    parameters = results.parameters.model_copy(update={"arms": tuple(arms)})
+    many = changed(results)
+    many.plan = results.plan.model_copy(update={"study": parameters})
+    block = results.rounds[0]
     runs = [
         block[0].model_copy(update={"spec": dataclasses.replace(block[0].spec, placement=a.placement)}) for a in arms
     ]
     cell = next(iter(results.statuses))
-    many.__dict__["statuses"] = {cell: dataclasses.replace(results.statuses[cell], blocks=(tuple(runs),))}
+    many.__dict__["statuses"] = {cell: dataclasses.replace(results.statuses[cell], rounds=(tuple(runs),))}
     for draw in FIGURES.values():
         figure = draw(many)
         (legend,) = figure.legends

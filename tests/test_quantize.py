@@ -8,7 +8,7 @@ import ggufs
 import pytest
 from click.testing import CliRunner
 
-from moelib import cli, files, gguf_file, measure, models, params, process, quantize, study
+from moelib import cli, files, gguf_file, measure, models, params, plan, process, quantize
 from moelib.params import ParamsError
 from moelib.quantize import QuantizeError
 
@@ -248,5 +248,5 @@ def test_a_study_of_a_senseless_placement_is_refused_with_nothing_written(home, 
     assert f"params/studies/try.yaml: deepseek-moe-16b: n-cpu-moe={n} {cause}" in result.output
     assert not (tmp_path / "m").exists()
     assert not (home / "outputs/try").exists()
-    with pytest.raises(study.StudyError, match=cause):
+    with pytest.raises(plan.StudyError, match=cause):
         measure.refuse_senseless(params.study("try"))

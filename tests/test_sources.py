@@ -17,7 +17,21 @@ from conftest import SMOKE
 from hub import HOWS, Hub, official_client
 from huggingface_hub import constants
 
-from moelib import files, gguf_file, hub, measure, neutral, notebook, params, pins, process, quantize, sources, twin
+from moelib import (
+    files,
+    gguf_file,
+    hub,
+    measure,
+    neutral,
+    notebook,
+    params,
+    pins,
+    process,
+    quantize,
+    record,
+    sources,
+    twin,
+)
 from moelib.candidates import ChoiceError
 from moelib.hub import HubError
 from moelib.sources import SourceError
@@ -580,7 +594,7 @@ def test_a_study_of_real_weights_says_whose(pinned, lfs_hub, home, monkeypatch):
     source = sources.fetch("toy", lfs_hub.url)
     folder, cells = measure.select("smoke")
     assert measure.run_cells(folder, cells) == []
-    records = folder.records()
+    records = record.read_all(folder.path)[0]
     assert {r.sheet.weights for r in records} == {"real"}
     assert {r.sheet.origin for r in records} == {source.origin}
     text = notebook.report("smoke", progress=False).path.read_text(encoding="utf-8")

@@ -12,11 +12,12 @@ import sys
 
 import pytest
 from conftest import REPO, SMOKE, furnish
-from factory import WORKLOADS, block, evidence, keep, made, observation, spec
+from factory import WORKLOADS, block, evidence, keep, made, observation, spec, study_of
 
-from moelib import advice, files, gather, measure, notebook, params, record, run, study
+from moelib import advice, files, gather, measure, notebook, params, plan, record, run, study
 from moelib import evidence as evidences
-from moelib.study import Folder, StudyError
+from moelib.plan import StudyError
+from moelib.study import Study
 from moelib.table import resolved
 
 MOELIB = [sys.executable, "-m", "moelib.cli"]
@@ -24,9 +25,9 @@ MOELIB = [sys.executable, "-m", "moelib.cli"]
 
 def test_a_plan_is_seeded_complete_and_random(home):
     demo = params.study("demo")
-    cells = study.plan(demo)
-    assert study.plan(demo) == cells
-    assert study.plan(demo.model_copy(update={"seed": 2})) != cells
+    cells = plan.of(demo).cells
+    assert plan.of(demo).cells == cells
+    assert plan.of(demo.model_copy(update={"seed": 2})).cells != cells
     assert {c.name for c in cells} == {f"{m}/{q}" for m in demo.models for q in demo.quants}
     assert sum(len(c.specs) for c in cells) == 36
     assert len({record.spec_key(s) for c in cells for s in c.specs}) == 36
@@ -39,17 +40,17 @@ def test_a_plan_is_seeded_complete_and_random(home):
 
 
 def test_the_plan_is_written_first_and_another_one_is_refused(home):
-    folder = Folder("smoke")
+    folder = Study.named("smoke")
     assert not folder.path.exists()  # opening is reading
-    folder.write_plan()
+    folder.begin()
     plan = json.loads((folder.path / "plan.json").read_text(encoding="utf-8"))
     assert len(plan["cells"]) == 1
-    Folder("smoke")
+    Study.named("smoke")
     path = home / "params/studies/smoke.yaml"
     path.write_text(SMOKE.replace("blocks: 2", "blocks: 3"), encoding="utf-8")
     params._yaml.cache_clear()
     with pytest.raises(StudyError, match="another name"):
-        Folder("smoke")
+        Study.named("smoke")
 
 
 @pytest.mark.parametrize("name", ["h100-twins", "demo"])
@@ -60,7 +61,7 @@ def test_a_cell_that_is_whole_is_read_without_engine_or_device_and_nothing_is_wr
     monkeypatch.setattr(measure.engine, "find", lambda *_: pytest.fail("an engine was asked for"))
     monkeypatch.setattr(measure.device, "choose", lambda *_: pytest.fail("a device was asked for"))
     monkeypatch.setattr(files, "write_bytes", lambda path, _: pytest.fail(f"{path} was written"))
-    folder = Folder(name)
+    folder = Study.named(name)
     before = tree(folder.path)
     records = list(measure.measure(folder, folder.cells[0]))
     assert [r.spec for r in records] == folder.cells[0].specs
@@ -86,27 +87,27 @@ def resigned(path, **change):
     ],
 )
 def test_a_plan_with_a_digest_that_does_not_hold_together_is_refused(home, change, words):
-    folder = Folder("smoke")
-    folder.write_plan()
+    folder = Study.named("smoke")
+    folder.begin()
     resigned(folder.path / "plan.json", **change)
     with pytest.raises(StudyError, match=words):
-        study.results(folder.path)
+        study.Study.read(folder.path)
     with pytest.raises(StudyError, match=words):
-        Folder("smoke")
+        Study.named("smoke")
 
 
 def test_the_plan_of_a_study_of_an_older_schema_is_the_same_plan(home):
-    folder = Folder("smoke")
-    folder.write_plan()
+    folder = Study.named("smoke")
+    folder.begin()
     resigned(folder.path / "plan.json", schema_version=2)
-    assert Folder("smoke").cells == folder.cells
+    assert Study.named("smoke").cells == folder.cells
 
 
 def test_an_unknown_cell_names_the_known_ones(home):
     with pytest.raises(params.ParamsError, match="deepseek-moe-16b/Q8_0"):
-        Folder("smoke").cell("phi-3.5-moe", "Q8_0")
+        Study.named("smoke").cell("phi-3.5-moe", "Q8_0")
     with pytest.raises(params.ParamsError, match="allowed: Q4_K_M"):
-        Folder("smoke").cell("deepseek-moe-16b", "Q8")
+        Study.named("smoke").cell("deepseek-moe-16b", "Q8")
 
 
 @pytest.fixture
@@ -121,8 +122,8 @@ def refused(home, monkeypatch):
         workloads.read_text(encoding="utf-8").replace("generate_tokens: 100", "generate_tokens: 5", 1), encoding="utf-8"
     )
     params._yaml.cache_clear()
-    folder = Folder("smoke")
-    folder.write_plan()
+    folder = Study.named("smoke")
+    folder.begin()
     asked = [s for b in folder.cells[0].blocks for s in b]
     for s in asked:
         observed = observation(s.placement)
@@ -135,7 +136,7 @@ def refused(home, monkeypatch):
 
 def test_readings_that_are_good_by_later_rules_are_judged_again_beside_the_first_judgement(refused):
     before = {p.name: p.read_bytes() for p in (refused.path / "records").iterdir()}
-    first = {r.key: r for r in refused.records() if not r.done}
+    first = {r.key: r for r in record.read_all(refused.path)[0] if not r.done}
     assert {r.spec.placement for r in first.values()} == {"baseline"}
     assert all("memory-known" in r.reasons for r in first.values())
     again = measure.reaudit(refused)
@@ -156,7 +157,7 @@ def test_readings_that_are_good_by_later_rules_are_judged_again_beside_the_first
 
 
 def test_the_first_good_attempt_is_the_one_that_is_judged_again(refused):
-    (one, *_) = [r for r in refused.records() if not r.done]
+    (one, *_) = [r for r in record.read_all(refused.path)[0] if not r.done]
     later = one.model_copy(update={"attempt": 2, "run_id": record.run_id(one.spec, 2)})
     record.write(refused.path, later)
     again = {r.key: r for r in measure.reaudit(refused)}
@@ -181,7 +182,7 @@ def test_rules_that_no_commit_has_judge_nothing(refused, monkeypatch):
 
 def test_a_document_says_what_was_judged_again(refused):
     measure.reaudit(refused)
-    text = evidences.problems(study.results(refused.path)).markdown()
+    text = evidences.problems(study.Study.read(refused.path)).markdown()
     assert "2 runs were *re-audited*: earlier rules refused the readings in their first record" in text
     assert "cccccccccccc" in text
 
@@ -203,7 +204,7 @@ def test_status_lists_every_run_that_is_missing_or_wrong():
 
     whole = status(base, moe)
     assert whole.complete
-    assert whole.blocks == ((base, moe),)
+    assert whole.rounds == ((base, moe),)
     assert status().problems == (
         "deepseek-moe-16b/Q4_K_M baseline, mmap, round 1: not run",
         "deepseek-moe-16b/Q4_K_M cpu-moe, mmap, round 1: not run",
@@ -214,7 +215,7 @@ def test_status_lists_every_run_that_is_missing_or_wrong():
     changed["observed"] = dataclasses.replace(moe.observed, file_sha256="c" * 64)
     other = moe.model_copy(update=changed)
     mixed = status(base, other)
-    assert mixed.blocks == ()
+    assert mixed.rounds == ()
     assert "block-alike" in mixed.problems[0]
     dead = dataclasses.replace(moe.observed, top_logprobs=())
     vouching = status(base, moe.model_copy(update={"observed": dead}))
@@ -240,8 +241,7 @@ def test_what_was_measured_on_several_machines_is_said(home):
                     changes["spec"] = dataclasses.replace(r.spec, quant=quant)
                     runs.append(r.model_copy(update=changes | {"run_id": f"{quant} {r.run_id}"}))
         demo = params.study("demo").model_copy(update={"models": [model], "quants": list(uuids)})
-        parts = {"workloads": WORKLOADS, "cells": cells, "records": runs, "manifests": [], "accuracy": {}}
-        return study.Results(name="s", study=demo, evidence=evidence(runs), **parts)
+        return study_of(demo, cells, runs)
 
     alone = results(Q4_K_M="AAA", Q2_K="AAA")
     text = "- Rounds measure variation from run to run on one machine, not from machine to machine."
@@ -265,11 +265,11 @@ def test_what_was_measured_on_several_machines_is_said(home):
 
 def test_a_study_without_records_is_an_error(home):
     with pytest.raises(StudyError, match="holds no plan"):
-        study.results(home / "outputs/smoke")
-    folder = Folder("smoke")
-    folder.write_plan()
+        study.Study.read(home / "outputs/smoke")
+    folder = Study.named("smoke")
+    folder.begin()
     with pytest.raises(StudyError, match="no valid record"):
-        study.results(folder.path)
+        study.Study.read(folder.path)
     with pytest.raises(StudyError, match="no valid record"):
         notebook.report("smoke")
 
@@ -290,28 +290,28 @@ def test_a_study_of_failed_runs_alone_is_no_evidence(refused):
         path.unlink()
         failed = {"status": "failed", "reasons": ("engine-ended",), "observed": None, "audit": (), "raw": {}}
         record.write(refused.path, r.model_copy(update=failed))
-    assert len(refused.records()) == 4
+    assert len(record.read_all(refused.path)[0]) == 4
     with pytest.raises(StudyError, match="holds no valid record; run the study first"):
-        study.results(refused.path)
+        study.Study.read(refused.path)
 
 
 def test_without_a_device_nothing_is_made_or_measured(home, monkeypatch):
     """There is nothing to offload from: each such run would be measured, and then be invalid."""
     monkeypatch.setattr(measure.engine, "find", lambda *_: None)
     monkeypatch.setattr(measure.device, "choose", lambda *_: measure.device.NoDevice())
-    folder = Folder("smoke")
+    folder = Study.named("smoke")
     with pytest.raises(StudyError, match="study smoke has no device .*no offload .* could be valid: run `make engine`"):
         list(measure.measure(folder, folder.cells[0]))
     assert not folder.path.exists()
 
 
 def test_a_plan_that_was_changed_by_hand_is_seen(home):
-    folder = Folder("smoke")
-    folder.write_plan()
+    folder = Study.named("smoke")
+    folder.begin()
     path = folder.path / "plan.json"
     path.write_text(path.read_text(encoding="utf-8").replace('"blocks": 2', '"blocks": 1'), encoding="utf-8")
     with pytest.raises(StudyError, match="was changed"):
-        study.results(path.parent)
+        study.Study.read(path.parent)
 
 
 def tree(folder):
@@ -529,7 +529,7 @@ def test_a_failed_cell_leaves_the_rest_running_and_the_exit_code_says_so(home, m
 
 @pytest.mark.engine
 def test_a_failed_run_is_recorded_and_tried_again_next_time(home, monkeypatch):
-    folder = Folder("smoke")
+    folder = Study.named("smoke")
     cell = folder.cells[0]
     real = run.execute
     calls = []
@@ -542,25 +542,25 @@ def test_a_failed_run_is_recorded_and_tried_again_next_time(home, monkeypatch):
 
     monkeypatch.setattr(run, "execute", flaky)
     assert [r.done for r in measure.measure(folder, cell)] == [True, False, True, True]
-    status = folder.status(cell)
+    status = folder.status_now(cell)
     assert [p for p in status.problems if "engine-ended" in p]
     with pytest.raises(StudyError, match="engine-ended"):
         measure.require_complete(status)
     assert [r.done for r in measure.measure(folder, cell)] == [True] * 4
     assert len(calls) == 5
-    assert folder.status(cell).complete
-    assert sorted(r.attempt for r in folder.records()) == [1, 1, 1, 1, 2]
-    measure.require_complete(folder.status(cell))
+    assert folder.status_now(cell).complete
+    assert sorted(r.attempt for r in record.read_all(folder.path)[0]) == [1, 1, 1, 1, 2]
+    measure.require_complete(folder.status_now(cell))
 
 
 @pytest.mark.engine
 def test_runs_of_another_engine_are_not_mixed_in(copy):
-    folder = Folder("smoke")
+    folder = Study.named("smoke")
     cell = folder.cells[0]
     path = sorted((folder.path / "records").glob("*.json"))[0]
     old = record.read(path)
     path.unlink()
-    for r in folder.records():
+    for r in record.read_all(folder.path)[0]:
         p = folder.path / "records" / f"{r.run_id}.json"
         p.unlink()
         record.write(
@@ -574,19 +574,19 @@ def test_runs_of_another_engine_are_not_mixed_in(copy):
 @pytest.mark.engine
 def test_a_block_that_another_gpu_began_is_done_on_this_one_alone(copy):
     """Runs of a block are compared with each other; a whole block of another GPU stands."""
-    folder = Folder("smoke")
+    folder = Study.named("smoke")
     cell = folder.cells[0]
-    for r in folder.records():
+    for r in record.read_all(folder.path)[0]:
         path = folder.path / "records" / f"{r.run_id}.json"
         path.unlink()
         if (r.spec.block, r.spec.placement) != (0, "cpu-moe"):
             away = r.device.model_copy(update={"uuid": "GPU-of-another-day"})
             record.write(folder.path, r.model_copy(update={"device": away}))
-    before = {r.run_id for r in folder.records()}
+    before = {r.run_id for r in record.read_all(folder.path)[0]}
     records = list(measure.measure(folder, cell))
     assert [(r.spec.block, r.device.uuid) for r in records] == [(0, None)] * 2 + [(1, "GPU-of-another-day")] * 2
-    assert folder.status(cell).complete
-    after = {r.run_id for r in folder.records()}
+    assert folder.status_now(cell).complete
+    after = {r.run_id for r in record.read_all(folder.path)[0]}
     assert before <= after
     assert len(after) == 5  # nothing was overwritten
 

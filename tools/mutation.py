@@ -25,7 +25,7 @@ TESTS = {
     "bounds": ("bounds",),
     "witness": ("witness",),
     "stats": ("stats",),
-    "analyse": ("analyse", "advice"),
+    "frames": ("frames", "advice"),
     "neutral": ("neutral",),
     "words": ("words",),
 }

@@ -3,12 +3,13 @@
 import dataclasses
 
 import pytest
-from conftest import REPO
-from factory import WORKLOADS, block, evidence, made, observation, spec
+from factory import block, made, observation, spec, study_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moelib import study, words
+from moelib import params
+from moelib.plan import Cell
+from moelib.status import summary
 
 
 @pytest.mark.parametrize(
@@ -31,30 +32,22 @@ from moelib import study, words
     ],
 )
 def test_known_words(tally, flags, text):
-    assert words.usable({"valid": 0, "degraded": 0, "invalid": 0, "missing": 0} | tally, flags) == text
+    assert summary({"valid": 0, "degraded": 0, "invalid": 0, "missing": 0} | tally, flags) == text
 
 
 @given(*[st.integers(0, 99)] * 4)
 def test_every_planned_run_is_counted_once(valid, degraded, invalid, missing):
-    text = words.usable({"valid": valid, "degraded": degraded, "invalid": invalid, "missing": missing}, {})
+    text = summary({"valid": valid, "degraded": degraded, "invalid": invalid, "missing": missing}, {})
     usable, planned = map(int, text.split(" runs")[0].split(" of "))
     assert (usable, planned) == (valid + degraded, valid + degraded + invalid + missing)
 
 
-def results(*blocks):
-    """A study of these blocks: (baseline, offload), where None was not run."""
-    cells = [
-        study.Cell(
-            "deepseek-moe-16b",
-            "Q4_K_M",
-            tuple((spec(block=b), spec(block=b, placement="cpu-moe", order=1)) for b in range(len(blocks))),
-        )
-    ]
-    there = study.results(REPO / "docs/example/demo")
-    plan = there.study.model_copy(update={"models": ("deepseek-moe-16b",), "quants": ("Q4_K_M",)})
-    records = [r for b in blocks for r in b if r]
-    told = {"name": "s", "study": plan, "workloads": WORKLOADS, "cells": cells, "records": records, "manifests": []}
-    return study.Results(**told, evidence=evidence(records), accuracy={})
+def results(*rounds):
+    """A study of these rounds: (baseline, offload), where None was not run."""
+    specs = tuple((spec(block=b), spec(block=b, placement="cpu-moe", order=1)) for b in range(len(rounds)))
+    change = {"models": ("deepseek-moe-16b",), "quants": ("Q4_K_M",)}
+    parameters = params.study("demo").model_copy(update=change)
+    return study_of(parameters, [Cell("deepseek-moe-16b", "Q4_K_M", specs)], [r for runs in rounds for r in runs if r])
 
 
 def flagged(**change):
@@ -64,14 +57,13 @@ def flagged(**change):
 def test_flags_are_those_of_the_runs_that_are_counted_as_usable():
     base, moe = block(block=1)
     noisy = flagged(placement="cpu-moe", order=1)
-    found = results((made(), noisy), (base, None))
-    assert words.flags(found) == words.flags(found, "deepseek-moe-16b/Q4_K_M") == {"clean-end": 1}
-    assert words.flags(found, "another") == {}
-    assert words.summary(found).startswith("3 of 4 runs usable: 2 valid, 1 degraded (clean-end in 1); 1 missing")
+    study = results((made(), noisy), (base, None))
+    assert study.flags == study.statuses["deepseek-moe-16b/Q4_K_M"].flags == {"clean-end": 1}
+    assert study.summary().startswith("3 of 4 runs usable: 2 valid, 1 degraded (clean-end in 1); 1 missing")
     # alone in its block it is usable all the same; with one that does not fit it is not
-    assert words.flags(results((flagged(), None))) == {"clean-end": 1}
+    assert results((flagged(), None)).flags == {"clean-end": 1}
     other = noisy.model_copy(update={"observed": dataclasses.replace(noisy.observed, threads=1, file_sha256="c" * 64)})
     apart = results((flagged(), other.model_copy(update={"sheet": moe.sheet.model_copy(update={"sha256": "c" * 64})})))
     assert apart.tally["invalid"] == 2
-    assert words.flags(apart) == {}
-    assert words.summary(apart) == "0 of 2 runs usable; 2 invalid"
+    assert apart.flags == {}
+    assert apart.summary() == "0 of 2 runs usable; 2 invalid"

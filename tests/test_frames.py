@@ -1,0 +1,245 @@
+"""Quantities of a run, by hand."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from factory import made, observation, request, study_of
+
+from moelib import columns, frames, params
+from moelib.nvml import Counters
+from moelib.params import Arm
+from moelib.placement import Placement
+from moelib.run import PromptTraffic
+from moelib.status import Status
+
+
+def run_of(*requests, **change):
+    return made(observation(requests=requests, **change))
+
+
+def test_energy_is_of_all_requests_of_the_workload_together():
+    r = run_of(request(0, n=5, energy_joule=10.0), request(1, n=5, energy_joule=0.0))  # its counter had not moved yet
+    assert columns.energy_per_token("plan-short")(r) == 1.0
+    assert columns.energy_per_token("long-512")(r) is None
+    assert columns.energy_per_token("plan-short")(run_of(request(0, energy_joule=10.0), request(1))) is None
+    assert columns.energy_per_token("plan-short")(run_of(request(0, energy_joule=0.0))) is None
+
+
+def test_power_is_energy_over_the_time_of_the_requests():
+    first, second = request(0, energy_joule=12.0), request(1, energy_joule=0.0)
+    assert columns.power(run_of(first, second)) == pytest.approx(12 / (first.total_s + second.total_s))
+    assert columns.power(run_of(first, request(1))) is None
+    assert columns.power(run_of()) is None
+
+
+def test_the_clock_is_the_mean_of_what_was_read():
+    counters = (Counters(0.1, sm_clock_mhz=1000), Counters(0.2), Counters(0.3, sm_clock_mhz=2000))
+    frame = frames.runs([run_of(request(), counters=counters), run_of(request())])
+    assert frame.gpu_clock_mhz.tolist()[0] == 1500
+    assert frame.gpu_clock_mhz.isna().tolist() == [False, True]
+
+
+def test_the_bound_is_the_time_to_read_each_tokens_weights_once():
+    """10 bytes at 10 bytes a second, and 30 at 20: 2.5 s a token at the very best."""
+    slow = request(n=5, step=5.0)  # 0.2 tokens a second
+    place = replace(observation().placement, device_read_bytes=10, host_read_bytes=30)
+    r = made(replace(observation(requests=(slow,)), placement=place))
+    assert columns.bandwidth_share("plan-short")(r) is None  # the memories' speeds are not known
+    known = r.model_copy(
+        update={
+            "device": r.device.model_copy(update={"bandwidth_bytes_per_s": 10.0}),
+            "host": r.host.model_copy(update={"ram_read_bytes_per_s": 20.0}),
+        }
+    )
+    assert columns.bandwidth_share("plan-short")(known) == pytest.approx(0.5)
+    assert columns.bandwidth_share("long-512")(known) is None
+
+
+def test_monitoring_is_a_share_of_one_cpu():
+    r = run_of(request(), watch_cpu_s=0.005)
+    assert columns.monitoring(r) == pytest.approx(0.005 / r.observed.host.elapsed_s)
+    assert columns.monitoring(run_of(request(), watch_cpu_s=None)) is None
+
+
+def test_a_prompts_traffic_is_its_own_workloads():
+    traffic = (PromptTraffic("plan-short", 8, 100, 1), PromptTraffic("long-512", 512, 900, 1))
+    assert columns.bus_received("long-512")(run_of(request(), prompt_traffic=traffic)) == 900
+    assert columns.bus_received("plan-short")(run_of(request())) is None
+
+
+def test_what_must_be_free_is_known_only_where_the_memory_is():
+    """The device's growth alone is no account of the run: without a value that stands, nothing is advised."""
+    memory = observation().memory
+
+    def of(value, growth):
+        seen = replace(memory, value_bytes=value, growth_bytes=growth)
+        return columns.vram_needed(made(replace(observation(requests=(request(),)), memory=seen)))
+
+    assert of(100, None) == of(100, 90) == 100
+    assert of(100, 120) == 120
+    assert of(None, 120) is None
+    assert of(None, None) is None
+
+
+CELL = "deepseek-moe-16b/Q4_K_M"
+TWO = ("plan-short", "long-512")
+
+
+def measured(*values, arms=("baseline/mmap", "cpu-moe/mmap")):
+    """A study of one cell; `values` are load times by round and arm, s; None where a run has no known VRAM."""
+    named = [Arm(placement=a.split("/")[0], load_mode=a.split("/")[1]) for a in arms]
+    change = {"models": ("deepseek-moe-16b",), "quants": ("Q4_K_M",), "arms": tuple(named), "workloads": TWO}
+    parameters = params.study("demo").model_copy(update=change)
+    rounds = []
+    for b, loads in enumerate(values):
+        runs = []
+        for arm, load in zip(named, loads, strict=True):
+            requests = [
+                replace(request(i, first=0.02 + 0.001 * k, step=0.01 * (k + 1)), workload=w)
+                for k, w in enumerate(TWO)
+                for i in range(2)
+            ]
+            observed = observation(arm.placement, requests=tuple(requests), load_s=load or 1.0)
+            if load is None:
+                observed = replace(observed, memory=replace(observed.memory, value_bytes=None))
+            where = {"placement": arm.placement, "load_mode": arm.load_mode, "workloads": TWO}
+            runs.append(made(observed, block=b, **where))
+        rounds.append(tuple(runs))
+    of_one = study_of(parameters, [], [r for runs in rounds for r in runs])
+    of_one.__dict__["statuses"] = {CELL: Status(tuple(rounds), (), Counter())}
+    return of_one
+
+
+def test_runs_and_requests_are_tidy_frames():
+    study = measured((1.0, 2.0))
+    runs = frames.runs([*study.records, made(status="failed")])
+    assert runs.placement.tolist() == ["baseline", "cpu-moe"]
+    assert runs.load_s.tolist() == [1.0, 2.0]
+    assert runs.vram_bytes.tolist() == [r.observed.memory.value_bytes for r in study.records]
+    assert frames.sources(runs) == {r.run_id: r.digest for r in study.records}
+    requests = frames.requests([*study.records, made(status="failed")])
+    assert len(requests) == 8
+    assert requests.workload.tolist() == ["plan-short", "plan-short", "long-512", "long-512"] * 2
+    assert requests.request.tolist() == [0, 1] * 4
+    assert requests.ttft_s.tolist() == [q.ttft_s for r in study.records for q in r.observed.requests]
+    assert len(frames.runs([])) == len(frames.requests([])) == 0
+    assert list(frames.requests([])) == [*columns.WHERE, *columns.REQUESTS]
+
+
+def test_a_quantity_is_of_its_own_workload():
+    (r, _) = measured((1.0, 2.0)).records
+    assert columns.tokens_per_s("plan-short")(r) == pytest.approx(100)
+    assert columns.tokens_per_s("long-512")(r) == pytest.approx(50)
+    assert columns.tokens_per_s("smoke")(r) is None
+    assert columns.ttft_first("plan-short")(r) == pytest.approx(0.020)
+    assert columns.ttft_warm("plan-short")(r) == pytest.approx(0.021)
+    assert columns.ttft_first("long-512")(r) == pytest.approx(0.021)
+    assert columns.ttft_warm("long-512")(r) == pytest.approx(0.022)
+
+
+def test_a_comparison_is_paired_within_rounds():
+    study = measured((1.0, 2.0), (2.0, 8.0))
+    (c,) = frames.comparisons(study.runs, "load_s")
+    assert (c.model, c.quant, c.side, c.against) == (*CELL.split("/"), ("cpu-moe", "mmap"), ("baseline", "mmap"))
+    assert c.placement == Placement.parse("cpu-moe")
+    assert c.sources == {r.run_id: r.digest for r in study.records}
+    assert c.ratio.value == pytest.approx(8**0.5)  # of 2 and 4
+    assert (c.baseline.value, c.value.value) == (pytest.approx(2**0.5), pytest.approx(4))
+    assert (c.difference.value, c.difference.n) == (pytest.approx(-3.5), 2)
+
+
+def test_a_round_without_the_value_is_left_out_of_a_comparison():
+    (c,) = frames.comparisons(measured((1.0, 2.0), (None, 2.0), (1.0, None)).runs, "vram_bytes")
+    assert c.difference.n == 1
+    assert [*c.before["round"], *c.after["round"]] == [1, 1]
+    (nothing,) = frames.comparisons(measured((None, None)).runs, "vram_bytes")
+    assert (nothing.ratio, nothing.difference, nothing.baseline, nothing.sources) == (None, None, None, {})
+
+
+def test_a_zero_has_a_difference_and_no_ratio():
+    runs = measured((1.0, 2.0)).runs.assign(load_s=[0.0, 3.0])
+    (c,) = frames.comparisons(runs, "load_s")
+    assert (c.ratio, c.baseline.value, c.value.value, c.difference.value) == (None, 0.0, 3.0, -3.0)
+    assert frames.compare(runs, "load_s")["ratio"].isna().all()
+
+
+def test_a_summary_is_of_its_own_placement():
+    base, moe = frames.summaries(measured((1.0, 2.0), (3.0, 6.0)).runs, "load_s")
+    assert (base.value.value, moe.value.value) == (2.0, 4.0)
+    assert set(base.runs["placement"]) == {"baseline"}
+    assert set(moe.runs["placement"]) == {"cpu-moe"}
+    part = frames.summaries(measured((1.0, None), (3.0, 6.0)).runs, "vram_bytes")
+    assert [s.value.n for s in part] == [2, 1]
+    none, _ = frames.summaries(measured((None, 1.0)).runs, "vram_bytes")
+    assert (none.value, none.sources) == (None, {})
+
+
+BASE, MAPPED, COPIED = ("baseline", "mmap"), ("cpu-moe", "mmap"), ("cpu-moe", "none")
+SMALL = ("baseline,ubatch=64", "mmap")
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected"),
+    [
+        (frames.EVERY, [(BASE, MAPPED), (BASE, COPIED), (BASE, SMALL)]),
+        (frames.offloads, [(BASE, MAPPED), (BASE, COPIED)]),
+        (frames.in_one_load_mode, [(BASE, MAPPED)]),
+        (frames.load_modes, [(MAPPED, COPIED)]),
+    ],
+)
+def test_the_placements_that_are_compared(pairs, expected):
+    assert list(pairs([BASE, MAPPED, COPIED, SMALL])) == expected
+
+
+def test_where_the_baselines_load_mode_has_no_offload_any_other_is_taken():
+    assert frames.in_one_load_mode([BASE, COPIED]) == [(BASE, COPIED)]
+    assert frames.load_modes([BASE, COPIED]) == []
+
+
+def test_the_runs_of_a_study_come_in_its_order_of_placements():
+    """However they were shuffled within their rounds: tables and legends keep one order."""
+    study = measured((1.0, 2.0, 3.0), arms=("baseline/mmap", "cpu-moe/mmap", "cpu-moe/none"))
+    (status,) = study.statuses.values()
+    study.__dict__["statuses"] = {CELL: replace(status, rounds=(status.rounds[0][::-1],))}
+    assert list(zip(study.runs.placement, study.runs.load_mode, strict=True)) == [BASE, MAPPED, COPIED]
+
+
+@pytest.mark.parametrize("name", columns.columns(["plan-short"]))
+def test_every_declared_column_is_what_the_record_holds(name):
+    """By hand, for those that are read as they are; the others have a test of their own above."""
+    r = run_of(request())
+    observed, memory = r.observed, r.observed.memory
+    by_hand = {
+        "vram_bytes": memory.value_bytes,
+        "vram_engine_bytes": memory.engine_bytes,
+        "vram_rest_bytes": memory.residual_bytes,
+        "vram_growth_bytes": memory.growth_bytes,
+        "empty_context_bytes": r.device.context_bytes,
+        "moved_bytes": observed.placement.moved_bytes,
+        "host_rss_peak_bytes": observed.host_rss_peak_bytes,
+        "load_s": observed.load_s,
+        "wall_s": observed.wall_s,
+        "engine_s": observed.engine_s,
+        "major_faults": observed.host.major_faults,
+        "vram_read_bytes": observed.placement.device_read_bytes,
+        "ram_read_bytes": observed.placement.host_read_bytes,
+        "vram_bytes_per_s": r.device.bandwidth_bytes_per_s,
+        "ram_bytes_per_s": r.host.ram_read_bytes_per_s,
+    }
+    value = frames.runs([r])[name].iloc[0]
+    if name in by_hand:
+        assert value == by_hand[name] or (value != value and by_hand[name] is None)
+    else:
+        assert name.partition("/")[0] in {
+            "vram_needed_bytes",
+            "gpu_clock_mhz",
+            "board_watt",
+            "monitor_cpu_share",
+            "tokens_per_s",
+            "ttft_first_s",
+            "ttft_warm_s",
+            "joule_per_token",
+            "bus_received_bytes",
+            "bandwidth_share",
+        }
