@@ -178,7 +178,7 @@ def _perform(study: Study, spec: run.Spec, attempt: int, setup: Setup) -> record
         started_utc=started,
         observed=outcome.observation,
         audit=(),
-        raw=record.keep_logs(study.path, name, outcome.logs, (setup.quantised.path.parent, llama.study)),
+        raw=record.keep_logs(study.path, name, outcome.logs, (setup.quantised.path.parent, llama.folder)),
     )
     if result.observed is not None:
         result = _audited(study, result)

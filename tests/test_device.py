@@ -371,9 +371,9 @@ def test_the_study_says_it_on_its_first_line(monkeypatch, machine):
             device = "auto"
 
     assert measure.device_note(Auto) == f"{LOOPBACK}there is no GPU here"
-    Auto.study.device = "loopback"
+    Auto.parameters.device = "loopback"
     assert measure.device_note(Auto) is None
-    Auto.study.device = "auto"
+    Auto.parameters.device = "auto"
     monkeypatch.setattr(measure.engine, "find", lambda: (_ for _ in ()).throw(engine.EngineError("none")))
     assert measure.device_note(Auto) is None
 
