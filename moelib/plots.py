@@ -1,4 +1,4 @@
-"""Frames -> figures. Each function draws one and returns it; `show` puts it into a notebook under a name."""
+"""Figures of a study, a panel for each model, drawn by `axes`; `show` puts one into a notebook under a name."""
 
 import base64
 import functools
@@ -16,16 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from moelib import files, frames, neutral, table
+from moelib import axes, files, frames, neutral, table
+from moelib.axes import COLOURS, HATCHES, MARKERS, nth
 from moelib.record import Record
 from moelib.stats import byte_unit
 from moelib.study import Study
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#4D4D4D")
-"""Of the placements in the study's order: Okabe and Ito's, which colour-blind readers tell apart."""
-HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++", "ooo", "---")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-"""Beside the colour, so that placements differ in grey as well, and go on differing where colours come again."""
 DPI = 144
 LETTERS = 9  # of a legend that fit an inch
 
@@ -44,7 +40,7 @@ def _styled(draw: Callable[..., Any]) -> Callable[..., Any]:
     return styled
 
 
-def _axes(columns: int, height: float = 3.4) -> tuple[Any, list[Any]]:
+def _panels(columns: int, height: float = 3.4) -> tuple[Any, list[Any]]:
     # without pyplot: no global state, nothing shown twice
     figure = Figure(figsize=(max(6.0, 1.2 + 3.6 * columns), height), layout="constrained")
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
@@ -68,17 +64,9 @@ def _file_name(name: str) -> str:
     return f"{re.sub(r'[^A-Za-z0-9]+', '-', name)[:60].strip('-') or 'figure'}-{files.digest(name)[:8]}"
 
 
-def _nth(of: Sequence[str], name: Any, names: Iterable[Any]) -> str:
-    return of[list(names).index(name) % len(of)]
-
-
-def _colour(name: Any, names: Iterable[Any]) -> str:
-    return _nth(COLOURS, name, names)
-
-
 def _empty(why: str) -> Any:
     """A figure without data that says why it has none."""
-    figure, (axis,) = _axes(1, 1.2)
+    figure, (axis,) = _panels(1, 1.2)
     axis.set_axis_off()
     axis.text(0.5, 0.5, f"no data: {why}", ha="center", va="center", transform=axis.transAxes)
     return figure
@@ -88,7 +76,7 @@ def _bar_handles(names: Sequence[str]) -> list[Any]:
     """Of a legend of bars."""
     style = {"alpha": 0.75, "edgecolor": "white"}
     return [
-        Patch(facecolor=_colour(n, names), hatch=_nth(HATCHES, n, names), label=neutral.label(n), **style)
+        Patch(facecolor=nth(COLOURS, n, names), hatch=nth(HATCHES, n, names), label=neutral.label(n), **style)
         for n in names
     ]
 
@@ -97,9 +85,9 @@ def _point_handles(names: Sequence[str], marked: bool) -> list[Any]:
     """Of a legend of points, or of lines."""
 
     def form(name: str) -> dict[str, Any]:
-        return {"linestyle": "", "marker": _nth(MARKERS, name, names)} if marked else {"linewidth": 2}
+        return {"linestyle": "", "marker": nth(MARKERS, name, names)} if marked else {"linewidth": 2}
 
-    return [Line2D([], [], color=_colour(n, names), label=neutral.label(n), **form(n)) for n in names]
+    return [Line2D([], [], color=nth(COLOURS, n, names), label=neutral.label(n), **form(n)) for n in names]
 
 
 def _legend(figure: Any, handles: Sequence[Any]) -> None:
@@ -133,29 +121,16 @@ def _facets(study: Study, frame: pd.DataFrame, y: str, label: str) -> Any:
     names = list(by_label.values())
     labels = [f"{p}/{mode}" for p, mode in zip(frame.placement, frame.load_mode, strict=True)]
     frame = frame.assign(name=[by_label[label] for label in labels])
-    how = {"x": "quant", "y": y, "hue": "name", "order": _by_bits(study), "hue_order": names, "legend": False}
+    how = {"x": "quant", "y": y, "hue": "name", "order": _by_bits(study), "hue_order": names}
     models = [m for m in study.parameters.models if (frame.model == m).any()]
     if not models:
         return _empty(f"no complete round has {label}")
-    figure, axes = _axes(len(models))
-    for axis, model in zip(axes, models, strict=False):
-        how |= {"data": frame[frame.model == model], "ax": axis}
-        bars(**how)
-        sns.stripplot(**how, palette=["#222222"] * len(names), dodge=True, size=3.2, alpha=0.8, jitter=False)
-        axis.set(title=neutral.label(model), xlabel="", ylabel=label if axis is axes[0] else "")
+    figure, panels = _panels(len(models))
+    for ax, model in zip(panels, models, strict=False):
+        axes.bars(frame[frame.model == model], ax=ax, **how)
+        ax.set(title=neutral.label(model), xlabel="", ylabel=label if ax is panels[0] else "")
     _legend(figure, _bar_handles(names))
     return figure
-
-
-def bars(data: pd.DataFrame, *, hue: str, hue_order: Sequence[str], ax: Any, **how: Any) -> Any:
-    """seaborn's bars of means on `ax`, each of `hue_order` in its own colour and hatch. Returns `ax`."""
-    colours = [_colour(n, hue_order) for n in hue_order]
-    style = {"errorbar": None, "alpha": 0.75, "saturation": 1, "edgecolor": "white"}
-    sns.barplot(data, hue=hue, hue_order=hue_order, palette=colours, ax=ax, **style, **how)
-    for container, name in zip(ax.containers, hue_order, strict=False):
-        for bar in container:
-            bar.set_hatch(_nth(HATCHES, name, hue_order))
-    return ax
 
 
 @_styled
@@ -194,20 +169,11 @@ def trade(study: Study, workload: str) -> Any:
     by_label = placements(study)
     if not models:
         return _empty("no complete round has both VRAM and tokens/s")
-    figure, axes = _axes(len(models), 3.8)
-    for axis, model in zip(axes, models, strict=False):
-        rows = [(m, r) for m, r in known if m.model == model]
-        for m, r in rows:
-            start, end = (m.baseline.value / unit, r.baseline.value), (m.value.value / unit, r.value.value)
-            arrow = {"arrowstyle": "-|>", "color": "#999999", "shrinkA": 5, "shrinkB": 5}
-            axis.annotate("", xy=end, xytext=start, arrowprops=arrow)
-            for point, label in ((start, "/".join(m.against)), (end, "/".join(m.side))):
-                axis.plot(*point, _nth(MARKERS, label, by_label), color=_colour(label, by_label))
-            axis.annotate(m.quant, start, textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8)
-        axis.set(title=neutral.label(model), xlabel=f"VRAM, {name}")
-        axis.set(ylabel="tokens/s" if axis is axes[0] else "")
-        axis.margins(0.15)
-        axis.set(xlim=(0, None), ylim=(0, None))
+    figure, panels = _panels(len(models), 3.8)
+    for ax, model in zip(panels, models, strict=False):
+        across, up = zip(*((m, r) for m, r in known if m.model == model), strict=True)
+        axes.arrows(across, up, names=list(by_label), ax=ax, unit=unit)
+        ax.set(title=neutral.label(model), xlabel=f"VRAM, {name}", ylabel="tokens/s" if ax is panels[0] else "")
     _legend(figure, _point_handles(list(by_label.values()), marked=True))
     return figure
 
@@ -218,15 +184,11 @@ def tokens_over_time(records: Sequence[Record], workload: str) -> Any:
     names = sorted({r.spec.placed.label for r in records})
     if not names:
         return _empty("no run of a complete round")
-    figure, axes = _axes(len(names), 3.0)
-    for axis, name in zip(axes, names, strict=False):
-        for r in records:
-            for q in r.observed.requests if r.observed and r.spec.placed.label == name else ():
-                if q.workload == workload:
-                    style = {"color": _colour(name, names), "alpha": 0.8, "lw": 1, "ls": "-" if q.index else ":"}
-                    axis.plot([t * 1000 for t in q.token_s], q.token_n, **style)
-        axis.set(title=neutral.label(name), xlabel="ms since the request", xlim=(0, None))
-        axis.set(ylabel="tokens" if axis is axes[0] else "")
+    figure, panels = _panels(len(names), 3.0)
+    for ax, name in zip(panels, names, strict=False):
+        shown = [r for r in records if r.spec.placed.label == name]
+        axes.tokens_over_time(shown, workload, colour=nth(COLOURS, name, names), ax=ax)
+        ax.set(title=neutral.label(name), ylabel="tokens" if ax is panels[0] else "")
     return figure
 
 
@@ -236,14 +198,12 @@ def vram_over_time(records: Sequence[Record]) -> Any:
     known = [r for r in records if r.observed and any(x.process_bytes for x in r.observed.memory.trace.during)]
     if not known:
         return _empty("no run of a complete round has readings of its VRAM")
-    figure, (axis, other) = _axes(2, 3.0)
+    figure, (ax, other) = _panels(2, 3.0)
     figure.delaxes(other)
     peak = max((x.process_bytes or 0 for r in known for x in r.observed.memory.trace.during), default=0)
     name, unit = byte_unit(peak)
     names = sorted({r.spec.placed.label for r in known})
-    for r in known:
-        points = [(x.t_s, x.process_bytes / unit) for x in r.observed.memory.trace.during if x.process_bytes]
-        axis.plot(*zip(*points, strict=True), color=_colour(r.spec.placed.label, names), alpha=0.8, lw=1)
-    axis.set(xlabel="s since the run's start", ylabel=f"VRAM, {name}", ylim=(0, None))
+    axes.vram_over_time(known, names=names, ax=ax, unit=unit)
+    ax.set(ylabel=f"VRAM, {name}")
     _legend(figure, _point_handles(names, marked=False))
     return figure

@@ -108,7 +108,9 @@ def test_the_committed_advice_is_what_the_records_say(full):
 
 def test_the_comparison_has_a_row_for_each_quant_with_known_values(full):
     table = advice.comparison(full, MODEL)
-    assert [row["quant"] for row in table.rows] == [q for q in full.parameters.quants if f"{MODEL}/{q}" in full.measured]
+    assert [row["quant"] for row in table.rows] == [
+        q for q in full.parameters.quants if f"{MODEL}/{q}" in full.measured
+    ]
     by_id = {r.run_id: r for r in full.records}
     for row, sources in zip(table.rows, table.row_sources, strict=True):
         runs = [by_id[k] for k in sources if k in by_id]

@@ -9,7 +9,7 @@ from conftest import REPO
 from factory import made
 from matplotlib.colors import to_hex
 
-from moelib import plots, study
+from moelib import axes, frames, plots, study
 from moelib.params import Arm
 
 PLACEMENTS = {
@@ -31,11 +31,11 @@ def test_the_legend_names_the_placements_in_the_studys_order(folder, name):
     assert [text.get_text() for text in legend.texts] == PLACEMENTS[folder]
     n, handles = len(PLACEMENTS[folder]), legend.legend_handles
     colours = [h.get_color() if name == "trade" else to_hex(h.get_facecolor()).upper() for h in handles]
-    assert colours == list(plots.COLOURS[:n])
+    assert colours == list(axes.COLOURS[:n])
     forms, expected = (
-        ([h.get_marker() for h in handles], plots.MARKERS[:n])
+        ([h.get_marker() for h in handles], axes.MARKERS[:n])
         if name == "trade"
-        else ([h.get_hatch() or "" for h in handles], plots.HATCHES[:n])
+        else ([h.get_hatch() or "" for h in handles], axes.HATCHES[:n])
     )
     assert forms == list(expected)  # that tell them apart in grey as well
 
@@ -56,7 +56,7 @@ def test_quants_come_by_their_bits_in_figures():
 def test_a_bar_in_a_placements_colour_is_the_mean_of_its_requests():
     results = study.Study.read(REPO / "outputs/h100-twins")
     axis = plots.ttft(results, "long-512").axes[1]  # deepseek-moe-16b, whose placements came in another order
-    for colour, label in zip(plots.COLOURS, plots.placements(results), strict=False):
+    for colour, label in zip(axes.COLOURS, plots.placements(results), strict=False):
         bars = [p for p in axis.patches if to_hex(p.get_facecolor()).upper() == colour and p.get_height()]
         for quant, bar in zip(("Q2_K", "Q4_K_M", "Q8_0"), sorted(bars, key=lambda p: p.get_x()), strict=True):
             runs = [r for b in results.measured[f"deepseek-moe-16b/{quant}"].rounds for r in b if r.spec.arm == label]
@@ -153,3 +153,29 @@ def test_a_figures_file_stays_in_its_folder(name, safe):
     assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", file)
     assert ".." not in file
     assert plots._file_name(f"{name}?") != plots._file_name(f"{name}!")
+
+
+def test_each_draws_on_the_axes_it_is_given_and_on_no_other():
+    from matplotlib.figure import Figure
+
+    results = study.Study.read(REPO / "docs/example/demo")
+    runs, records = results.runs, results.used[:2]
+    sides = [arm.label for arm in results.parameters.arms]
+    memory, rate = (frames.comparisons(runs, c) for c in ("vram_bytes", "tokens_per_s/plan-short"))
+    draw = [
+        lambda ax: axes.bars(runs, x="quant", y="load_s", hue="placement", hue_order=["baseline", "cpu-moe"], ax=ax),
+        lambda ax: axes.arrows(memory, rate, names=sides, ax=ax),
+        lambda ax: axes.tokens_over_time(records, "plan-short", colour="black", ax=ax),
+        lambda ax: axes.vram_over_time(
+            records, names=["baseline", "cpu-moe", *(r.spec.placed.label for r in records)], ax=ax
+        ),
+    ]
+    figure = Figure()
+    given, other = figure.subplots(1, 2)
+    empty = len(other.get_children())
+    for one in draw:
+        before = len(given.get_children())
+        assert one(given) is given
+        assert len(given.get_children()) > before
+    assert len(other.get_children()) == empty
+    assert not figure.legends
