@@ -57,13 +57,18 @@ class Manifest(Facts):
     quantize_s: Seconds
 
 
+LLAMA_SERVER = "llama-server"
+
+
 class EngineFacts(Facts):
-    """llama.cpp, as it was run."""
+    """What served the model, as it was run."""
 
     build: Count | None
     version: Name
-    server_sha256: Sha256
-    """Of the launcher alone; its libraries are in the observation."""
+    server_sha256: Sha256 | None
+    """Of the launcher alone; its libraries are in the observation. None for a server that was not started here."""
+    runner: Annotated[str, Field(pattern=r"^[a-z0-9.-]{1,40}$")] = LLAMA_SERVER
+    """By its name, what it has to tell is known (`runner.TELLS`). Records of earlier code name none."""
 
 
 Link = tuple[Annotated[int, Field(ge=1, le=16)], Annotated[int, Field(ge=1, le=64)]]

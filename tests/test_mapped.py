@@ -15,6 +15,7 @@ from factory import spec
 
 from moelib import device, mapped, models, quantize, run
 from moelib import engine as engines
+from moelib.llama_server import LlamaServer
 from moelib.process import ProcessError
 
 HOLD = """
@@ -192,7 +193,7 @@ def test_a_library_exchanged_between_two_runs_shows(engine, home, tmp_path):
     observations = []
     for _ in range(2):
         asked = spec(workloads=("smoke",), context=256)
-        outcome = run.execute(asked, made, llama, device.Loopback(), tmp_path / "work")
+        outcome = run.execute(asked, made, LlamaServer(llama), device.Loopback(), tmp_path / "work")
         assert outcome.reason is None, outcome.message
         observations.append(outcome.observation)
         shutil.copy(library, new := library.with_name("new"))
