@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 
 from moelib import bounds, cells, command, energy, invariants, witness
 from moelib.cells import Cell
-from moelib.facts import DeviceFacts, HostFacts, Manifest
 from moelib.invariants import INVARIANTS, Finding, Invariant, Measured, agrees, holds, silence, strained
 from moelib.placement import REFERENCE
 from moelib.record import Check, Record
-from moelib.run import Observation, Spec
+from moelib.run import Observation
 from moelib.witness import Witnessed
 
 FAMILIES = (invariants, command, bounds, witness, cells, energy)
@@ -81,7 +80,7 @@ def block_alike(runs: Sequence[Record]) -> Finding:
     return not differs, f"differ in {', '.join(differs)}" if differs else f"{len(runs)} runs alike"
 
 
-@holds("block", "0.1 % + 1 MiB, and more graph splits", needs=("buffers",))
+@holds("block", "0.1 % + 1 MiB, and more graph splits", needs="buffers")
 def block_placement(runs: Sequence[Record]) -> Finding:
     """What left the device between baseline and offload is what the header says the placement moves, and the graph
     was cut where the experts went: a flag that was accepted and ignored is caught here."""
@@ -208,7 +207,7 @@ def machines_are_themselves(study: Matrix) -> Finding:
 @holds(
     "study",
     f"{LIBRARY_BYTES['cuda'] >> 20} MiB apart with a GPU, {LIBRARY_SMALL_BYTES >> 20} without",
-    partly=("buffers",),
+    partly="buffers",
 )
 def libraries_one_size(study: Matrix) -> Finding:
     """What a server's resident memory holds beside weights is libraries and buffers of one engine on one machine:
@@ -332,18 +331,8 @@ def _runs(subject: Any) -> list[tuple[str, Observation]]:
     return [(r.engine.runner, r.observed) for r in getattr(subject, "runs", subject) if r.observed]
 
 
-def run(
-    subject: Measured | Spec, observation: Observation | None = None, manifest: dict[str, Any] | None = None
-) -> tuple[Check, ...]:
-    """Every invariant of a run, in order; also of a spec, an observation and a sheet alone, whose device and host said
-    nothing of themselves."""
-    if observation is not None:
-        device = DeviceFacts(kind=observation.device_kind, name=None, uuid=None)
-        host = HostFacts(
-            cpu=None, cpus=observation.host.cpus, ram_bytes=0, system="", python="", moelib="", commit=None, dirty=None
-        )
-        unknown = dict.fromkeys(Manifest.model_fields) | {"file_bytes": 0}
-        subject = Measured(subject, observation, Manifest.model_construct(**unknown | (manifest or {})), device, host)
+def run(subject: Measured) -> tuple[Check, ...]:
+    """Every invariant of a run, in order."""
     return tuple(_check("run", subject))
 
 

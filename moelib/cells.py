@@ -105,7 +105,7 @@ def header_numbers_agree(cell: Cell) -> Finding:
     return finding(failures(), "one file")
 
 
-@holds("cell", "the plan's", partly=("tokens",))
+@holds("cell", "the plan's", partly="tokens")
 def workloads_as_planned(cell: Cell) -> Finding:
     """Prompts and answers are as long as the plan has them, and a prompt has one length in all runs."""
 
@@ -133,7 +133,7 @@ def _requests(runs: Iterable[Record]) -> list[Request]:
     f"medians: TTFT {LATENCY_S * 1e3:g} ms + {LATENCY_SHARE:.1%}, decode {DECODE_S * 1e3:g} ms + "
     f"{DECODE_SHARE:.1%} (a GPU's baseline {IDLE_S * 1e3:g} ms + {IDLE_SHARE:.1%}), last token "
     f"{ENDED_S['cuda'] * 1e3:g} ms ({ENDED_SHARED_S * 1e3:g} on loopback)",
-    needs=("timings",),
+    needs="timings",
 )
 def arms_keep_the_engines_time(cell: Cell) -> Finding:
     """On a quiet host, what this side adds to the engine's own times is small over all of an arm's requests: a run may

@@ -62,8 +62,8 @@ def lacks(runner: str, observation: Observation, quantity: str) -> bool:
 
 def silence(runs: Sequence[tuple[str, Observation]], quantities: Sequence[str]) -> str:
     """Which of the quantities a runner does not tell of its run, in words; empty where all are told."""
-    names = {q: {runner for runner, observation in runs if lacks(runner, observation, q)} for q in quantities}
-    return "; ".join(f"{' and '.join(sorted(n))} does not tell {QUANTITIES[q]}" for q, n in names.items() if n)
+    silent = {(runner, q): None for q in quantities for runner, observation in runs if lacks(runner, observation, q)}
+    return "; ".join(f"{runner} does not tell {QUANTITIES[q]}" for runner, q in silent)
 
 
 Finding = tuple[bool | None, str]
@@ -80,9 +80,9 @@ class Invariant:
     find: Callable[..., Finding]
     degrades: bool
     """Whether failing it leaves the numbers standing, with a flag."""
-    needs: tuple[str, ...]
+    needs: Sequence[str]
     """Quantities of `runner.QUANTITIES` that it rests on: without one it is not asked, as it cannot be told."""
-    partly: tuple[str, ...]
+    partly: Sequence[str]
     """Those that a part of it rests on: without one it can fail, and not hold."""
 
 
@@ -91,15 +91,13 @@ KINDS = ("run", "log", "block", "cell", "study")
 """What an invariant is of, from the smallest to the whole."""
 
 
-def holds(
-    scope: str, limit: str, degrades: bool = False, needs: tuple[str, ...] = (), partly: tuple[str, ...] = ()
-) -> Callable:
+def holds(scope: str, limit: str, degrades: bool = False, needs: str = "", partly: str = "") -> Callable:
     """Register the function below as an invariant of a run, its log, a block, a cell or a study."""
 
     def register(find: Callable[..., Finding]) -> Callable[..., Finding]:
         name = find.__name__.replace("_", "-")
         reason = " ".join((find.__doc__ or "").split())
-        INVARIANTS[name] = Invariant(name, scope, limit, reason, find, degrades, needs, partly)
+        INVARIANTS[name] = Invariant(name, scope, limit, reason, find, degrades, needs.split(), partly.split())
         return find
 
     return register
@@ -119,7 +117,7 @@ def requests_complete(run: Measured) -> Finding:
     return bool(expected) and actual == expected, f"{len(actual)} of {len(expected)} requests"
 
 
-@holds("run", "exact", partly=("usage", "tokens"))
+@holds("run", "exact", partly="usage tokens")
 def counts_exact(run: Measured) -> Finding:
     """The engine processed and generated what was asked, by its own counts, and streamed no more than that: it may
     stream less, as an incomplete character at the end has no event."""
@@ -131,7 +129,7 @@ def counts_exact(run: Measured) -> Finding:
             fits = len(r.token_s) <= r.generate_tokens and (run.lacks("usage") or r.predicted_n == r.generate_tokens)
         else:
             fits = run.lacks("usage") or actual == expected
-            fits = fits and 2 <= last <= r.generate_tokens and len(r.tokens) <= last
+            fits = fits and 2 <= last <= r.generate_tokens and 0 < len(r.tokens) <= last
         return None if fits else f"prompt, predicted {actual}, asked {expected}; streamed {last}, {len(r.tokens)} ids"
 
     return _each(run, fault)
@@ -143,13 +141,13 @@ def stream_finished(run: Measured) -> Finding:
     return _each(run, lambda r: None if r.finished else "no final event")
 
 
-@holds("run", "0 tokens", needs=("cache",))
+@holds("run", "0 tokens", needs="cache")
 def cache_not_hit(run: Measured) -> Finding:
     """No part of a prompt may come from a cache, or the time to first token is another one's."""
     return _each(run, lambda r: None if r.cache_n == 0 else f"cache_n {r.cache_n}")
 
 
-@holds("run", "each at or after the one before, the first alone", partly=("tokens",))
+@holds("run", "each at or after the one before, the first alone", partly="tokens")
 def times_ordered(run: Measured) -> Finding:
     """Tokens arrive after the request was sent and one after another."""
 
@@ -164,11 +162,7 @@ def times_ordered(run: Measured) -> Finding:
     return _each(run, fault)
 
 
-@holds(
-    "run",
-    f"the engine's prompt time, and at most {TTFT_SHARE:.0%} + {TTFT_S * 1000:g} ms more",
-    needs=("timings",),
-)
+@holds("run", f"the engine's prompt time, and at most {TTFT_SHARE:.0%} + {TTFT_S * 1000:g} ms more", needs="timings")
 def ttft_bounded(run: Measured) -> Finding:
     """The first token comes after the prompt was processed, and soon after."""
 
@@ -182,7 +176,7 @@ def ttft_bounded(run: Measured) -> Finding:
     return _each(run, fault)
 
 
-@holds("run", f"{RATE_SHARE:.0%} + {RATE_S * 1000:g} ms", needs=("timings",), partly=("tokens",))
+@holds("run", f"{RATE_SHARE:.0%} + {RATE_S * 1000:g} ms", needs="timings", partly="tokens")
 def clocks_agree(run: Measured) -> Finding:
     """The decode lasted as long by the engine's clock as by ours: neither was stopped, and nothing was buffered."""
 
@@ -198,7 +192,7 @@ def clocks_agree(run: Measured) -> Finding:
     return _each(run, fault)
 
 
-@holds("run", "all layers", needs=("buffers",))
+@holds("run", "all layers", needs="buffers")
 def layers_offloaded(run: Measured) -> Finding:
     """All layers went to the device, or the baseline is not one. Without a device there are none."""
     on, of = run.observation.report.offloaded_layers, run.observation.report.total_layers
@@ -207,7 +201,7 @@ def layers_offloaded(run: Measured) -> Finding:
     return on is not None and on == of, f"{on} of {of}"
 
 
-@holds("run", "buffers named after the device", needs=("buffers",))
+@holds("run", "buffers named after the device", needs="buffers")
 def device_is_the_one(run: Measured) -> Finding:
     """Weights on the device are on that kind of device: a build without a GPU only warns and serves from the CPU."""
     name = {"cuda": "CUDA", "loopback": "RPC"}.get(run.observation.device_kind)
@@ -232,7 +226,7 @@ def agrees(measured: int, expected: int) -> bool:
     return abs(measured - expected) <= memory.HEADER_SHARE * expected + memory.HEADER_BYTES
 
 
-@holds("run", "0.1 % + 1 MiB", needs=("buffers",))
+@holds("run", "0.1 % + 1 MiB", needs="buffers")
 def placement_on_device(run: Measured) -> Finding:
     """The weights on the device by the engine's report are those that the file's header says must be there."""
     if run.observation.device_kind == "none":
@@ -244,21 +238,21 @@ def placement_on_device(run: Measured) -> Finding:
 ENVIRONMENT = {*process.ENV_ALLOWED, "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "LLAMA_API_KEY"}
 
 
-@holds("run", "names on the allow-list", needs=("command",))
+@holds("run", "names on the allow-list", needs="command")
 def environment_clean(run: Measured) -> Finding:
     """llama.cpp applies LLAMA_ARG_* and GGML_* variables silently: one turns a baseline into an offload run."""
     foreign = sorted(set(run.observation.env) - ENVIRONMENT)
     return bool(run.observation.env) and not foreign, ", ".join(foreign) or f"{len(run.observation.env)} allowed"
 
 
-@holds("run", "no `(debug)`", needs=("build",))
+@holds("run", "no `(debug)`", needs="build")
 def build_optimised(run: Measured) -> Finding:
     """A debug build runs many times slower."""
     built = run.observation.report.built
     return built is not None and "(debug)" not in built, built or "the engine told no build"
 
 
-@holds("run", "finite, and not all equal", needs=("likeliest",))
+@holds("run", "finite, and not all equal", needs="likeliest")
 def output_alive(run: Measured) -> Finding:
     """Weights that are not numbers, or zero, serve happily: the likeliest next tokens' log-probabilities show it."""
     top = run.observation.top_logprobs
@@ -266,7 +260,7 @@ def output_alive(run: Measured) -> Finding:
     return alive, ", ".join(map(str, top)) or "nothing told"
 
 
-@holds("run", "SHA-256", partly=("file",))
+@holds("run", "SHA-256", partly="file")
 def file_is_its_sheet(run: Measured) -> Finding:
     """The file that was run is the one that its sheet describes: a flipped bit shows nowhere else."""
     loaded, written = run.observation.file_sha256, run.sheet.sha256
@@ -283,17 +277,10 @@ def memory_known(run: Measured) -> Finding:
 
 def reconciled(observation: Observation) -> memory.Memory:
     """Device memory by the present rules, from the readings that a run kept."""
-    m = observation.memory
-    peak = m.process_bytes if m.method == "rss-peak" else None
-    return memory.reconcile(
-        observation.device_kind,
-        m.trace,
-        observation.report.device_by_kind,
-        observation.report.pinned_bytes,
-        observation.placement.device_bytes,
-        m.context_bytes,
-        peak,
-    )
+    m, report = observation.memory, observation.report
+    peak, weights = m.process_bytes if m.method == "rss-peak" else None, observation.placement.device_bytes
+    buffers = report.device_by_kind, report.pinned_bytes
+    return memory.reconcile(observation.device_kind, m.trace, *buffers, weights, m.context_bytes, peak)
 
 
 @holds("run", "equal")
@@ -325,7 +312,7 @@ def strained(observation: Observation) -> bool:
     return observation.host.foreign_share > FOREIGN_SHARE
 
 
-@holds("run", f"{FOREIGN_SHARE:.0%} of the host's CPU time", degrades=True, needs=("process",))
+@holds("run", f"{FOREIGN_SHARE:.0%} of the host's CPU time", degrades=True, needs="process")
 def host_quiet(run: Measured) -> Finding:
     """Nobody else worked on the host: experts on the CPU share it with everything."""
     return not strained(run.observation), f"{run.observation.host.foreign_share:.1%} by others"
@@ -345,7 +332,7 @@ def clock_steady(run: Measured) -> Finding:
     return max(abs(step), abs(slept)) <= CLOCK_S, f"step {step:.3f} s, sleep {slept:.3f} s"
 
 
-@holds("run", "exit 0 within the grace time", degrades=True, needs=("process",))
+@holds("run", "exit 0 within the grace time", degrades=True, needs="process")
 def clean_end(run: Measured) -> Finding:
     """The server ended by itself when told to."""
     return run.observation.exit_code == 0 and not run.observation.exit_killed, f"exit {run.observation.exit_code}"

@@ -239,13 +239,6 @@ def test_output_that_is_not_a_distribution_is_dead(top):
     assert failed(*broken(top_logprobs=top)) == ("invalid", ("output-alive",))
 
 
-def test_a_run_can_be_audited_that_is_in_no_study():
-    asked, observed = spec(), observation()
-    assert audit.verdict(audit.run(asked, observed, MANIFEST.model_dump())) == ("valid", ())
-    assert audit.verdict(audit.run(asked, observed, {"sha256": "a" * 64})) == ("valid", ())
-    assert audit.verdict(audit.run(asked, observed, {"sha256": "b" * 64})) == ("invalid", ("file-is-its-sheet",))
-
-
 def test_nothing_is_not_valid():
     assert audit.verdict(()) == ("invalid", ("nothing-checked",))
     empty = observation(requests=())
