@@ -103,7 +103,11 @@ def block_placement(runs: Sequence[Record]) -> Finding:
 @holds("block", f"relative spread above {SAME_SHARE:g}")
 def block_ttft_measured(runs: Sequence[Record]) -> Finding:
     """Time to first token is not a constant share of the total: then it was computed, not measured."""
-    shares = [q.token_s[0] / q.total_s for r in runs for q in r.observed.requests if q.total_s]
+    requests = [q for r in runs for q in r.observed.requests if q.total_s]
+    # an answer in one piece, of which nobody says how many tokens it has, shows no first token
+    shares = [q.token_s[0] / q.total_s for q in requests if q.token_n or len(q.token_s) > 1]
+    if not shares and (unknown := silence(_runs(runs), ["tokens"])):
+        return None, unknown
     spread = (max(shares) - min(shares)) / max(shares) if shares else 0.0
     return spread > SAME_SHARE, f"spread {spread:.2g} over {len(shares)} requests"
 
@@ -315,13 +319,13 @@ def _judged(i: Invariant, subject: Any) -> Check:
     if unknown := silence(runs, i.needs):
         return Check(i.id, None, unknown)
     try:
-        passed, found = i.find(subject)
+        passed, finding = i.find(subject)
     except (ArithmeticError, LookupError, TypeError, ValueError) as err:
         # numbers that no run has: what cannot be computed of them has not been shown to hold
         return Check(i.id, False, f"it cannot be computed: {type(err).__name__}: {err}")
     if passed and (unknown := silence(runs, i.partly)):
-        return Check(i.id, None, f"{unknown}; as far as can be told: {found}")
-    return Check(i.id, passed, found)
+        return Check(i.id, None, f"{unknown}; as far as can be told: {finding}")
+    return Check(i.id, passed, finding)
 
 
 def _runs(subject: Any) -> list[tuple[str, Observation]]:

@@ -150,12 +150,12 @@ def arms_keep_the_engines_time(cell: Cell) -> Finding:
             ]
             if after and not 0 <= median(after) <= ENDED_S.get(r.observed.device_kind, ENDED_SHARED_S):
                 yield f"{r.run_id}: last tokens {median(after) * 1e3:.1f} ms after the engine's"
-        for (arm, workload, _), asked in _by_workload(quiet).items():
-            late = [q.ttft_s - q.engine_prompt_s - LATENCY_SHARE * q.engine_prompt_s for q in asked]
+        for (arm, workload, _), requests in _by_workload(quiet).items():
+            late = [q.ttft_s - q.engine_prompt_s - LATENCY_SHARE * q.engine_prompt_s for q in requests]
             if median(late) > LATENCY_S:
                 yield f"{arm}: first tokens of {workload} {median(late) * 1e3:.1f} ms late"
             # an incomplete character at the end has no event: then the last token's time is not known
-            ours = [(q.token_s[-1] - q.token_s[0], q.engine_predicted_s) for q in asked if q.whole]
+            ours = [(q.token_s[-1] - q.token_s[0], q.engine_predicted_s) for q in requests if q.whole]
             least, share = (IDLE_S, IDLE_SHARE) if arm in idle else (DECODE_S, DECODE_SHARE)
             if len(ours) > 1 and (apart := median([abs(a - b) - share * b for a, b in ours])) > least:
                 yield f"{arm}: decoding {workload} {apart * 1e3:.1f} ms from the engine's time"

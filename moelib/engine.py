@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import sysconfig
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -84,30 +85,29 @@ class Engine:
     def _hashes(self) -> mapped.Hashes:
         return mapped.Hashes()
 
-    def looked_at(
+    def mapped_files(
         self, server: int, device: int | None, since: float
-    ) -> tuple[dict[str, tuple[mapped.Mapping, ...]], dict[str, str]]:
-        """(files that the processes of a run have mapped, by group; group -> why the system does not list them).
+    ) -> tuple[Callable[[], mapped.Digests], dict[str, str]]:
+        """Look at what the processes of a run have mapped, while they run: (what reads those files and gives their
+        digests; group of files -> why the system does not list it).
 
-        Call it while they run. `since`: the wall clock before they started. Raises ProcessError "engine-changed".
+        Groups: the engine's files in llama-server, and in the device's process; the system's in llama-server. `since`:
+        the wall clock before they started. Each file is read only once. Both raise ProcessError "engine-changed".
         """
-        folders, looked, unlisted = {tool.resolve().parent for tool in self.tools.values()}, {}, {}
+        folders, mappings, unlisted = {tool.resolve().parent for tool in self.tools.values()}, {}, {}
         for name, pid in (("engine_files", server), ("device_files", device)):
             try:
-                looked |= {} if pid is None else {name: mapped.look(pid, since, folders)}
+                mappings |= {} if pid is None else {name: mapped.look(pid, since, folders)}
             except mapped.NotListed as err:
                 unlisted[name] = str(err)
-        return looked, unlisted
 
-    def digests(self, looked: dict[str, tuple[mapped.Mapping, ...]]) -> dict[str, dict[str, str]]:
-        """Group -> file name -> SHA-256 of the mapped files: the engine's own, and those of the system in llama-server.
+        def digests() -> mapped.Digests:
+            hashes = {name: self._hashes.of(m for m in group if m.own) for name, group in mappings.items()}
+            if "engine_files" in mappings:
+                hashes["system_files"] = self._hashes.of(m for m in mappings["engine_files"] if not m.own)
+            return hashes
 
-        Raises ProcessError "engine-changed". Each file is read only once.
-        """
-        hashes = {name: self._hashes.of(m for m in mappings if m.own) for name, mappings in looked.items()}
-        if "engine_files" in looked:
-            hashes["system_files"] = self._hashes.of(m for m in looked["engine_files"] if not m.own)
-        return hashes
+        return digests, unlisted
 
     @cached_property
     def server_sha256(self) -> str:
@@ -196,7 +196,7 @@ def find(explicit: str | Path | None = None) -> Engine:
     A folder named by a setting or the variable that holds no llama-server is an error; a build that moelib installed
     itself is skipped if it does not run here.
     """
-    wrong = ""
+    broken = ""
     for how, folder in candidates(explicit):
         if folder is None:
             continue
@@ -206,9 +206,9 @@ def find(explicit: str | Path | None = None) -> Engine:
             except EngineError as err:
                 if how not in MADE:
                     raise
-                wrong = wrong or f" (one is installed, but does not run: {err})"
+                broken = broken or f" (one is installed, but does not run: {err})"
     raise EngineError(
-        f"llama.cpp's tools were not found; run `make engine`, put them on PATH, or set {VARIABLE}{wrong}"
+        f"llama.cpp's tools were not found; run `make engine`, put them on PATH, or set {VARIABLE}{broken}"
     )
 
 

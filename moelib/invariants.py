@@ -52,16 +52,17 @@ HELD: dict[str, Callable[[Observation], object]] = {
     "command": lambda o: o.argv or o.env,
     "process": lambda o: (o.load_s, o.exit_code, o.host_rss_peak_bytes) != (None, None, None),
 }
-"""What a runner may not tell -> whether a run holds it all the same."""
+"""Quantity -> whether a run's record has some of it."""
 
 
 def lacks(runner: str, observation: Observation, quantity: str) -> bool:
-    """Whether the runner does not tell this, and the run holds nothing of it: what is there is judged, whoever told."""
+    """Whether the runner does not report this quantity and its record has none of it. What a record has is judged,
+    whoever reported it: under another runner's name it is still the same value."""
     return quantity in untold(runner) and not (quantity in HELD and HELD[quantity](observation))
 
 
 def silence(runs: Sequence[tuple[str, Observation]], quantities: Sequence[str]) -> str:
-    """Which of the quantities a runner does not tell of its run, in words; empty where all are told."""
+    """Which quantities are lacking and whose they are, as a reason; empty where none is."""
     silent = {(runner, q): None for q in quantities for runner, observation in runs if lacks(runner, observation, q)}
     return "; ".join(f"{runner} does not tell {QUANTITIES[q]}" for runner, q in silent)
 
@@ -81,9 +82,9 @@ class Invariant:
     degrades: bool
     """Whether failing it leaves the numbers standing, with a flag."""
     needs: Sequence[str]
-    """Quantities of `runner.QUANTITIES` that it rests on: without one it is not asked, as it cannot be told."""
+    """Quantities of `runner.QUANTITIES` that all of it rests on: without one it is not tried."""
     partly: Sequence[str]
-    """Those that a part of it rests on: without one it can fail, and not hold."""
+    """Quantities that a part of it rests on: without one it may still fail, but not pass."""
 
 
 INVARIANTS: dict[str, Invariant] = {}

@@ -19,8 +19,9 @@ from moelib.device import Session
 from moelib.engine import LISTENING, Engine
 from moelib.facts import LLAMA_SERVER, EngineFacts
 from moelib.logs import parse_log
+from moelib.mapped import Digests
 from moelib.params import Workload
-from moelib.runner import Content, Digests, Job, Prompt, Runner, Server
+from moelib.runner import Content, Job, Prompt, Runner, Server
 
 END_S = 2.0  # for a dying server to be gone, so that its end is what is reported and not the broken connection
 PROBS = 5
@@ -91,8 +92,7 @@ class Serving(Server):
         return top_logprobs(self.connection, content)
 
     def files(self, device_pid: int | None, since: float) -> tuple[Callable[[], Digests], dict[str, str]]:
-        looked, unlisted = self.llama.looked_at(self.child.pid, device_pid, since)
-        return lambda: self.llama.digests(looked), unlisted
+        return self.llama.mapped_files(self.child.pid, device_pid, since)
 
     def stop(self) -> process.Exit:
         ended = self.child.stop()

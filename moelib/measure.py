@@ -220,9 +220,10 @@ def reaudit(folder: study.Folder) -> list[record.Record]:
 
 def _same_setup(done: list[record.Record], setup: Setup) -> None:
     """Refuse to add runs to those of another engine, device or file: they could not be compared."""
-    expected = (setup.runner.facts().server_sha256, setup.where.name, setup.quantised.sheet["sha256"])
+    engine_facts = setup.runner.facts()
+    expected = ((engine_facts.runner, engine_facts.server_sha256), setup.where.name, setup.quantised.sheet["sha256"])
     for r in done:
-        recorded = (r.engine.server_sha256, r.device.name, r.sheet.sha256)
+        recorded = ((r.engine.runner, r.engine.server_sha256), r.device.name, r.sheet.sha256)
         if recorded != expected:
             parts = zip(("engine", "device", "file"), expected, recorded, strict=True)
             differ = ", ".join(part for part, a, b in parts if a != b)

@@ -16,6 +16,7 @@ from moelib.client import Answer, Lines
 from moelib.device import Session
 from moelib.engine import Engine
 from moelib.facts import LLAMA_SERVER, EngineFacts
+from moelib.mapped import Digests
 from moelib.params import Workload
 from moelib.placement import Placement
 from moelib.process import Exit
@@ -66,10 +67,6 @@ class Prompt(NamedTuple):
     """None where the runner cannot count them."""
 
 
-Digests = dict[str, dict[str, str]]
-"""Group -> name of a file -> SHA-256."""
-
-
 class Server(ABC):
     """A model that is served, for one run."""
 
@@ -108,8 +105,8 @@ class Server(ABC):
         return ()
 
     def files(self, device_pid: int | None, since: float) -> tuple[Callable[[], Digests], dict[str, str]]:
-        """Look at the programs and libraries in use, while it runs: (what reads them; group -> why it could not be
-        looked at). `since`: the wall clock before it was started."""
+        """Look at the programs and libraries in use, while it runs: (what reads them and gives their
+        digests; group -> why it could not be looked at). `since`: the wall clock before it was started."""
         return dict, {}
 
     def stop(self) -> Exit:

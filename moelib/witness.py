@@ -38,7 +38,7 @@ class Witnessed(NamedTuple):
 
 def call(folder: Path, record: Record) -> Witnessed:
     """Read the logs that `record` names, in the study's `folder`."""
-    log, problems, kept, loud = None, [], folder / "raw", "log" not in untold(record.engine.runner)
+    log, problems, kept, has_log = None, [], folder / "raw", "log" not in untold(record.engine.runner)
     for name, sha256 in record.raw.items():
         try:
             packed = files.head(kept / name, logs.MAX_BYTES)
@@ -46,12 +46,12 @@ def call(folder: Path, record: Record) -> Witnessed:
                 problems.append(f"{name} was changed: its SHA-256 is not the record's")
             elif name.endswith(logs.SERVER):
                 unpacked = logs.unpack(packed, name)
-                log = unpacked if loud or unpacked.tasks or unpacked.report.buffers else None
+                log = unpacked if has_log or unpacked.tasks or unpacked.report.buffers else None
         except OSError as err:
             problems.append(f"{name} cannot be read: {err.strerror}")
         except logs.LogError as err:
             problems.append(str(err))
-    if loud and record.observed and not log and not problems:
+    if has_log and record.observed and not log and not problems:
         problems.append("the record names no log of llama-server")
     return Witnessed(record, log, tuple(problems))
 
@@ -172,5 +172,5 @@ def log_tells_the_memory(run: Witnessed) -> Finding:
     used, last = run.log.device_used_bytes, run.record.observed.memory.trace.during[-1:]
     if used is None or not last or last[0].device_bytes is None:
         return True, "one of them did not tell"
-    here = last[0].device_bytes
-    return abs(used - here) <= max(AGREE_BYTES, AGREE_SHARE * here), f"driver {here}, engine {used} bytes"
+    driver = last[0].device_bytes
+    return abs(used - driver) <= max(AGREE_BYTES, AGREE_SHARE * driver), f"driver {driver}, engine {used} bytes"

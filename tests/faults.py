@@ -438,7 +438,7 @@ def _(lab, chance, rounds):
     asked = spec(workloads=("smoke",), context=256)
     verdicts = []
     for file in (dead, good):
-        outcome = runs.execute(asked, file, lab.stub, lab.where, lab.home / "nan")
+        outcome = runs.execute(asked, file, llama_server.LlamaServer(lab.stub), lab.where, lab.home / "nan")
         assert outcome.observation, outcome.message
         checks = audit.run(measured(asked, outcome.observation, Manifest(**file.sheet)))
         verdicts.append(", ".join(i for i in audit.verdict(checks)[1] if i not in SHARED))

@@ -35,7 +35,7 @@ def report(placement="baseline", **change):
 
 
 def remembered(observed, peak=None):
-    """`seen` with the memory that its readings and its report now give."""
+    """`observed` with the memory that its readings and its report now give."""
     m = observed.memory
     peak = m.process_bytes if peak is None else peak
     buffers = observed.report.device_by_kind, observed.report.pinned_bytes

@@ -195,8 +195,9 @@ def test_prompt_and_generated_tokens_must_fit_together(monkeypatch):
     assert caught.value.reason == "context-too-small"
 
 
-def test_a_first_event_of_several_tokens_is_no_time_to_the_first():
-    assert request(n=5, first=0.02).ttft_s == 0.02
+def test_rates_and_latencies_are_derived_and_a_first_event_of_several_tokens_has_none():
+    assert (request(n=5, first=0.02).ttft_s, request(n=5, first=0.02).tps) == (0.02, pytest.approx(4 / 0.04))
+    assert replace(request(), token_s=(0.02,), token_n=(1,)).tps is None
     several = replace(request(n=5), token_n=(2, 3, 4, 5, 6))
     assert several.ttft_s is None
     assert several.tps is not None, "the distance of later tokens is still known"

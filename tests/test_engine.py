@@ -87,6 +87,7 @@ def test_an_old_build_is_told_what_it_knows():
     got = argv(OLD)
     assert not {"--fit", "--cache-ram", "--lazy-mode", "-lv", "--load-mode", "--no-mmap", "--no-ui"} & set(got)
     assert "--no-webui" in got
+    assert not {part for part in got if part.startswith("--")} - OLD.flags
     assert "--no-mmap" in argv(OLD, load_mode="none")
 
 

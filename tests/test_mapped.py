@@ -178,10 +178,9 @@ def test_where_the_system_does_not_say_there_is_a_reason(monkeypatch, tmp_path):
         mapped.look(gone.pid, time.time())
     monkeypatch.setattr(mapped, "Path", lambda p: tmp_path / "no" / str(p).lstrip("/"))  # a system without /proc
     llama = engines.Engine(tmp_path, "test", {}, 1, "v", engines.Help(""))
-    looked, untold = llama.looked_at(os.getpid(), None, time.time())
-    assert looked == {}
-    assert list(untold) == ["engine_files"]
-    assert llama.digests(looked) == {}
+    digests, unlisted = llama.mapped_files(os.getpid(), None, time.time())
+    assert list(unlisted) == ["engine_files"]
+    assert digests() == {}
 
 
 @pytest.mark.engine

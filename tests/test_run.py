@@ -12,7 +12,6 @@ from moelib import audit, client, device, models, params, quantize, run, twin
 from moelib.facts import Manifest
 from moelib.llama_server import LlamaServer, Serving, read_stream
 from moelib.nvml import Counters, Traffic
-from moelib.placement import Placement
 
 pytestmark = pytest.mark.engine
 
@@ -249,17 +248,6 @@ def test_an_environment_that_would_turn_a_baseline_into_an_offload_is_kept_out(
     monkeypatch.setenv("LLAMA_ARG_CPU_MOE", "1")
     _, checks = execute(engine, quantised, loopback, tmp_path, workloads=("smoke",))
     assert failed(checks) == set()
-
-
-def test_the_old_spelling_of_everything_is_understood(engine, quantised, loopback, tmp_path):
-    """A server that knows only what b6666 knew, with the real one behind it."""
-    from conftest import FIXTURES
-
-    from moelib.engine import Help
-
-    old = replace(engine, help=Help((FIXTURES / "llama-server-help-b6666.txt").read_text(encoding="utf-8")))
-    asked = old.server_argv(quantised.path, Placement.parse("cpu-moe", "mmap"), 1024, 1, [])
-    assert not {a for a in asked if a.startswith("--")} - old.help.flags
 
 
 def test_a_stream_is_read_by_the_engines_counts_not_by_events():

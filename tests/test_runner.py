@@ -195,6 +195,16 @@ def test_what_a_block_a_cell_and_a_study_rest_on_is_not_told_either():
     assert {k for k, passed in whole.items() if passed is not True} == {"libraries-one-size"}
 
 
+def test_answers_in_one_piece_show_no_first_token_to_a_block():
+    def in_one_piece(r):
+        requests = tuple(replace(q, token_s=q.token_s[-1:]) for q in r.observed.requests)
+        return r.model_copy(update={"observed": replace(r.observed, requests=requests)})
+
+    for name, passed in ((NAME, None), (LLAMA_SERVER, False)):
+        runs = [in_one_piece(without(r, name=name)) for r in block()]
+        assert {c.id: c.passed for c in audit.block(runs)}["block-ttft-measured"] is passed
+
+
 def test_a_block_of_two_runners_is_none():
     base, moe = block()
     other = moe.model_copy(update={"engine": moe.engine.model_copy(update={"runner": NAME})})
