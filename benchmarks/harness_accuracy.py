@@ -18,6 +18,7 @@ import math
 import random
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,16 +26,15 @@ from pathlib import Path
 from statistics import fmean
 
 import click
-import httpx
 
-from moelib import client, device, engine, harness, models, params, process, quantize, run, stats
+from moelib import client, device, engine, harness, llama_server, models, params, process, quantize, run, stats
 
 WORKLOAD = "plan-short"
 WAYS = ("on_device", "bare", "bench", "toggled")
 PLACEMENTS = ("baseline", "cpu-moe")
 REQUESTS = 3  # of a server, and repetitions of llama-bench
 CONTEXT = 1024
-SAMPLING = client.SAMPLING
+SAMPLING = llama_server.SAMPLING
 TOGGLED_S = 20.0  # of generation in a round
 
 
@@ -46,7 +46,7 @@ def rates(requests: tuple[client.Request, ...]) -> dict[str, list[float]]:
 
 def observe(spec: run.Spec, made: quantize.Quantised, llama: engine.Engine, where: device.Device, work: Path):
     """A run's requests."""
-    outcome = run.execute(spec, made, llama, where, work)
+    outcome = run.execute(spec, made, llama_server.LlamaServer(llama), where, work)
     if outcome.observation is None:
         raise click.ClickException(f"{outcome.reason}: {outcome.message}")
     return outcome.observation.requests
@@ -88,21 +88,20 @@ def toggle(rate: float, spec: run.Spec, made: quantize.Quantised, llama: engine.
         return list(harness.by_slots(observe(asked, made, llama, where, work)))
 
 
-def in_one_piece(c: httpx.Client, workload: params.Workload, prompt: list[int], index: int, *_) -> client.Request:
+def in_one_piece(server: llama_server.Serving, prompt: list[int], tokens: int) -> tuple[float, client.Lines]:
     """A completion that is not streamed: the engine's own timings alone."""
-    body = {**client.SAMPLING, "ignore_eos": True, "cache_prompt": False}
-    body |= {"prompt": prompt, "n_predict": workload.generate_tokens}
-    answer = c.post("/completion", json=body).raise_for_status()
-    return client.read_stream(workload, len(prompt), index, 0.0, [(0.0, f"data: {answer.text}")])
+    body = {**llama_server.SAMPLING, "ignore_eos": True, "cache_prompt": False, "prompt": prompt, "n_predict": tokens}
+    answer = client.answer(server.connection, "POST", "/completion", body, client.REQUEST_S).raise_for_status()
+    return time.monotonic(), [(0.0, b"data: " + answer.content)]
 
 
 def take(how: str, spec: run.Spec, made: quantize.Quantised, llama: engine.Engine, where: device.Device, work: Path):
     """What one way of measuring gives."""
     if how == "bench":
         return bench(llama, where, made.path, spec.placement, params.workload(WORKLOAD).generate_tokens, work)
-    with changed(client, "SAMPLING", {**SAMPLING, "backend_sampling": how != "watched"}):
+    with changed(llama_server, "SAMPLING", {**SAMPLING, "backend_sampling": how != "watched"}):
         if how == "bare":
-            with changed(client, "_ask", in_one_piece):
+            with changed(llama_server.Serving, "ask", in_one_piece):
                 return rates(observe(spec, made, llama, where, work))["server"]
         return rates(observe(spec, made, llama, where, work))
 

@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 
 from moelib import bounds, cells, command, energy, invariants, witness
 from moelib.cells import Cell
-from moelib.facts import DeviceFacts, HostFacts, Manifest
-from moelib.invariants import INVARIANTS, Finding, Measured, agrees, holds, strained
+from moelib.invariants import INVARIANTS, Finding, Invariant, Measured, agrees, holds, silence, strained
 from moelib.placement import REFERENCE
 from moelib.record import Check, Record
-from moelib.run import Observation, Spec
+from moelib.run import Observation
 from moelib.witness import Witnessed
 
 FAMILIES = (invariants, command, bounds, witness, cells, energy)
@@ -58,7 +57,7 @@ def block_alike(runs: Sequence[Record]) -> Finding:
         host, device = r.host, r.device
         return {
             "file": r.sheet.sha256,
-            "engine": (r.engine.server_sha256, r.observed.engine_files, r.observed.device_files),
+            "engine": (r.engine.runner, r.engine.server_sha256, r.observed.engine_files, r.observed.device_files),
             "device": (device.kind, device.name, device.uuid, device.total_bytes, device.context_bytes),
             "driver": device.driver,
             "link and limits": [
@@ -81,7 +80,7 @@ def block_alike(runs: Sequence[Record]) -> Finding:
     return not differs, f"differ in {', '.join(differs)}" if differs else f"{len(runs)} runs alike"
 
 
-@holds("block", "0.1 % + 1 MiB, and more graph splits")
+@holds("block", "0.1 % + 1 MiB, and more graph splits", needs="buffers")
 def block_placement(runs: Sequence[Record]) -> Finding:
     """What left the device between baseline and offload is what the header says the placement moves, and the graph
     was cut where the experts went: a flag that was accepted and ignored is caught here."""
@@ -104,7 +103,11 @@ def block_placement(runs: Sequence[Record]) -> Finding:
 @holds("block", f"relative spread above {SAME_SHARE:g}")
 def block_ttft_measured(runs: Sequence[Record]) -> Finding:
     """Time to first token is not a constant share of the total: then it was computed, not measured."""
-    shares = [q.token_s[0] / q.total_s for r in runs for q in r.observed.requests if q.total_s]
+    requests = [q for r in runs for q in r.observed.requests if q.total_s]
+    # an answer in one piece, of which nobody says how many tokens it has, shows no first token
+    shares = [q.token_s[0] / q.total_s for q in requests if q.token_n or len(q.token_s) > 1]
+    if not shares and (unknown := silence(_runs(runs), ["tokens"])):
+        return None, unknown
     spread = (max(shares) - min(shares)) / max(shares) if shares else 0.0
     return spread > SAME_SHARE, f"spread {spread:.2g} over {len(shares)} requests"
 
@@ -205,14 +208,18 @@ def machines_are_themselves(study: Matrix) -> Finding:
     return not failures, "; ".join(failures[:3]) or f"{len(hosts)} hosts"
 
 
-@holds("study", f"{LIBRARY_BYTES['cuda'] >> 20} MiB apart with a GPU, {LIBRARY_SMALL_BYTES >> 20} without")
+@holds(
+    "study",
+    f"{LIBRARY_BYTES['cuda'] >> 20} MiB apart with a GPU, {LIBRARY_SMALL_BYTES >> 20} without",
+    partly="buffers",
+)
 def libraries_one_size(study: Matrix) -> Finding:
     """What a server's resident memory holds beside weights is libraries and buffers of one engine on one machine:
     about as much in every run, whatever the file."""
     rests = defaultdict(list)
     for r in study.runs:
         weights, stay = bounds.weights_resident(measured(r))
-        if r.observed.host_rss_peak_bytes is not None and stay:
+        if r.observed.host_rss_peak_bytes is not None and stay and not measured(r).lacks("buffers"):
             machine = r.device.kind, r.device.uuid, r.host.host_id, r.host.cpu, r.engine.server_sha256
             rests[machine].append((r.observed.host_rss_peak_bytes - weights, r.run_id))
     apart = [
@@ -304,41 +311,50 @@ def quants_of_one_model(study: Matrix) -> Finding:
 def _check(scope: str, subject: Any) -> Iterator[Check]:
     for i in INVARIANTS.values():
         if i.scope == scope:
-            try:
-                yield Check(i.id, *i.find(subject))
-            except (ArithmeticError, LookupError, TypeError, ValueError) as err:
-                # numbers that no run has: what cannot be computed of them has not been shown to hold
-                yield Check(i.id, False, f"it cannot be computed: {type(err).__name__}: {err}")
+            yield _judged(i, subject)
 
 
-def run(
-    subject: Measured | Spec, observation: Observation | None = None, manifest: dict[str, Any] | None = None
-) -> tuple[Check, ...]:
-    """Every invariant of a run, in order; also of a spec, an observation and a sheet alone, whose device and host said
-    nothing of themselves."""
-    if observation is not None:
-        device = DeviceFacts(kind=observation.device_kind, name=None, uuid=None)
-        host = HostFacts(
-            cpu=None, cpus=observation.host.cpus, ram_bytes=0, system="", python="", moelib="", commit=None, dirty=None
-        )
-        unknown = dict.fromkeys(Manifest.model_fields) | {"file_bytes": 0}
-        subject = Measured(subject, observation, Manifest.model_construct(**unknown | (manifest or {})), device, host)
+def _judged(i: Invariant, subject: Any) -> Check:
+    runs = _runs(subject) if i.needs or i.partly else []
+    if unknown := silence(runs, i.needs):
+        return Check(i.id, None, unknown)
+    try:
+        passed, finding = i.find(subject)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as err:
+        # numbers that no run has: what cannot be computed of them has not been shown to hold
+        return Check(i.id, False, f"it cannot be computed: {type(err).__name__}: {err}")
+    if passed and (unknown := silence(runs, i.partly)):
+        return Check(i.id, None, f"{unknown}; as far as can be told: {finding}")
+    return Check(i.id, passed, finding)
+
+
+def _runs(subject: Any) -> list[tuple[str, Observation]]:
+    """(runner, what it showed) of the runs that an invariant looks at."""
+    if isinstance(subject, Measured):
+        return [(subject.runner, subject.observation)]
+    return [(r.engine.runner, r.observed) for r in getattr(subject, "runs", subject) if r.observed]
+
+
+def run(subject: Measured) -> tuple[Check, ...]:
+    """Every invariant of a run, in order."""
     return tuple(_check("run", subject))
 
 
 def measured(r: Record) -> Measured:
     """What a record that holds an observation gives its run's invariants to look at."""
-    return Measured(r.spec, r.observed, r.sheet, r.device, r.host)
+    return Measured(r.spec, r.observed, r.sheet, r.device, r.host, r.engine.runner)
 
 
 def verdict(checks: Sequence[Check]) -> tuple[str, tuple[str, ...]]:
-    """(valid, degraded or invalid; the ids of the checks that failed). No checks at all is invalid, and so is
-    one that is not known here."""
-    failed = tuple(c.id for c in checks if not c.passed)
+    """(valid, degraded or invalid; the ids of the checks that do not hold). No checks at all is invalid, and so is one
+    that is not known here. What cannot be told degrades."""
+    flags = tuple(c.id for c in checks if not c.passed)
     if not checks:
         return "invalid", ("nothing-checked",)
-    hard = [f for f in failed if f not in INVARIANTS or not INVARIANTS[f].degrades]
-    return "invalid" if hard else "degraded" if failed else "valid", failed
+    hard = [
+        c for c in checks if not c.passed and (c.id not in INVARIANTS or (c.failed and not INVARIANTS[c.id].degrades))
+    ]
+    return "invalid" if hard else "degraded" if flags else "valid", flags
 
 
 def block(runs: Sequence[Record]) -> tuple[Check, ...]:

@@ -60,7 +60,7 @@ def tokens_over_time(records: Iterable[Record], workload: str, *, colour: str, a
     """Tokens generated against ms since the request was sent; a line for each request, dotted for a server's first."""
     for r in records:
         for q in r.observed.requests if r.observed else ():
-            if q.workload == workload:
+            if q.workload == workload and len(q.token_n) == len(q.token_s):
                 style = {"color": colour, "alpha": 0.8, "lw": 1, "ls": "-" if q.index else ":"}
                 ax.plot([t * 1000 for t in q.token_s], q.token_n, **style)
     ax.set(xlabel="ms since the request", xlim=(0, None))

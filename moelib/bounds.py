@@ -46,9 +46,10 @@ def one_timeline(run: Measured) -> Finding:
     during, after = ([r.t_s for r in part] for part in (o.memory.trace.during, o.memory.trace.after))
 
     def failures() -> Iterator[str]:
-        if o.load_s <= 0:
+        started = o.load_s is not None or not run.lacks("process")
+        if started and not (o.load_s or 0) > 0:
             yield f"load {o.load_s} s"
-        marks = [("load", o.load_s)]
+        marks = [("load", o.load_s or 0.0)]
         for r in o.requests:
             marks += [(f"{r.workload}[{r.index}]", r.started_s), ("its end", r.started_s + (r.total_s or 0.0))]
         marks += [("the end", o.host.elapsed_s), ("the whole run", o.wall_s)]
@@ -84,6 +85,8 @@ def memory_bound(run: Measured, rate: float) -> float | None:
 def below_memory_bound(run: Measured) -> Finding:
     """No token comes sooner than the weights that it needs can be read from where they lie."""
     shares = [(r, memory_bound(run, r.tps)) for r in run.observation.requests if r.tps]
+    if not shares and run.lacks("tokens") and run.lacks("usage"):
+        return None, f"no rate is known: {run.runner} does not tell how many tokens came"
     known = [(r, share) for r, share in shares if share is not None]
     over = (f"{r.workload}[{r.index}]: {share:.0%}" for r, share in known if share > BOUND_SHARE)
     return finding(over, f"{max((s for _, s in known), default=0.0):.0%} at most")
@@ -148,10 +151,14 @@ def weights_resident(run: Measured) -> tuple[int, bool]:
     return copied + run.sheet.file_bytes, stay  # all of a mapped file is read
 
 
-@holds("run", "host buffers and mapped file at the least; RAM, or these and libraries, at the most")
+@holds(
+    "run",
+    "host buffers and mapped file at the least; RAM, or these and libraries, at the most",
+    partly="buffers process",
+)
 def host_memory_possible(run: Measured) -> Finding:
     """The server's resident memory holds what was copied to the host, and no more than file, buffers and libraries."""
-    peak, ram = run.observation.host_rss_peak_bytes, run.host.ram_bytes
+    peak, ram, silent = run.observation.host_rss_peak_bytes, run.host.ram_bytes, run.lacks("buffers")
     if peak is None:
         return True, "the system keeps no peak"
     weights, stay = weights_resident(run)
@@ -162,9 +169,9 @@ def host_memory_possible(run: Measured) -> Finding:
     failures = [
         f"{peak} bytes, {limit_name} {bound}"
         for limit_name, bound, holds_ in (
-            ("copied buffers and a mapped file take", least, peak >= least * RESIDENT),
+            ("copied buffers and a mapped file take", least, silent or peak >= least * RESIDENT),
             ("RAM has", ram, not ram or peak <= ram),
-            ("file, buffers and libraries take at most", most, peak <= most),
+            ("file, buffers and libraries take at most", most, silent or peak <= most),
         )
         if not holds_
     ]

@@ -72,7 +72,7 @@ def one_file_and_engine(cell: Cell) -> Finding:
     files = {k: s.model_copy(update={"quantize_s": 0.0, "origin": None}) for k, s in manifests.items()}
     same = {
         "file": lambda r: files[id(r.sheet)],
-        "engine": lambda r: (r.engine.server_sha256, r.engine.build, r.observed.report.built),
+        "engine": lambda r: (r.engine.runner, r.engine.server_sha256, r.engine.build, r.observed.report.built),
         "engine's libraries": lambda r: r.observed.engine_digest,
         "device": lambda r: (r.device.kind, r.device.name),
         "device memory's speed": lambda r: r.device.bandwidth_bytes_per_s,
@@ -105,7 +105,7 @@ def header_numbers_agree(cell: Cell) -> Finding:
     return finding(failures(), "one file")
 
 
-@holds("cell", "the plan's")
+@holds("cell", "the plan's", partly="tokens")
 def workloads_as_planned(cell: Cell) -> Finding:
     """Prompts and answers are as long as the plan has them, and a prompt has one length in all runs."""
 
@@ -117,7 +117,7 @@ def workloads_as_planned(cell: Cell) -> Finding:
                 lengths[q.workload].add(q.prompt_tokens)
                 if planned is None or q.generate_tokens != planned.generate_tokens:
                     yield f"{r.run_id}: {q.workload} generates {q.generate_tokens}"
-                elif planned.prompt_tokens and q.prompt_tokens != planned.prompt_tokens:
+                elif planned.prompt_tokens and q.prompt_tokens not in (None, planned.prompt_tokens):
                     yield f"{r.run_id}: {q.workload} has {q.prompt_tokens} prompt tokens"
         yield from (f"{name}: prompts of {sorted(n)} tokens" for name, n in lengths.items() if len(n) > 1)
 
@@ -133,6 +133,7 @@ def _requests(runs: Iterable[Record]) -> list[Request]:
     f"medians: TTFT {LATENCY_S * 1e3:g} ms + {LATENCY_SHARE:.1%}, decode {DECODE_S * 1e3:g} ms + "
     f"{DECODE_SHARE:.1%} (a GPU's baseline {IDLE_S * 1e3:g} ms + {IDLE_SHARE:.1%}), last token "
     f"{ENDED_S['cuda'] * 1e3:g} ms ({ENDED_SHARED_S * 1e3:g} on loopback)",
+    needs="timings",
 )
 def arms_keep_the_engines_time(cell: Cell) -> Finding:
     """On a quiet host, what this side adds to the engine's own times is small over all of an arm's requests: a run may
@@ -145,18 +146,16 @@ def arms_keep_the_engines_time(cell: Cell) -> Finding:
             after = [
                 q.token_s[-1] - q.engine_prompt_s - q.engine_predicted_s
                 for q in r.observed.requests
-                if q.engine_prompt_s and q.engine_predicted_s is not None and q.token_n[-1] == q.predicted_n
+                if q.engine_prompt_s and q.engine_predicted_s is not None and q.whole
             ]
             if after and not 0 <= median(after) <= ENDED_S.get(r.observed.device_kind, ENDED_SHARED_S):
                 yield f"{r.run_id}: last tokens {median(after) * 1e3:.1f} ms after the engine's"
-        for (arm, workload, _), asked in _by_workload(quiet).items():
-            late = [q.ttft_s - q.engine_prompt_s - LATENCY_SHARE * q.engine_prompt_s for q in asked]
+        for (arm, workload, _), requests in _by_workload(quiet).items():
+            late = [q.ttft_s - q.engine_prompt_s - LATENCY_SHARE * q.engine_prompt_s for q in requests]
             if median(late) > LATENCY_S:
                 yield f"{arm}: first tokens of {workload} {median(late) * 1e3:.1f} ms late"
             # an incomplete character at the end has no event: then the last token's time is not known
-            ours = [
-                (q.token_s[-1] - q.token_s[0], q.engine_predicted_s) for q in asked if q.token_n[-1] == q.predicted_n
-            ]
+            ours = [(q.token_s[-1] - q.token_s[0], q.engine_predicted_s) for q in requests if q.whole]
             least, share = (IDLE_S, IDLE_SHARE) if arm in idle else (DECODE_S, DECODE_SHARE)
             if len(ours) > 1 and (apart := median([abs(a - b) - share * b for a, b in ours])) > least:
                 yield f"{arm}: decoding {workload} {apart * 1e3:.1f} ms from the engine's time"

@@ -66,8 +66,9 @@ def energy_per_token(workload: str) -> Quantity:
     def per_token(r: Record) -> float | None:
         requests = [q for q in r.observed.requests if q.workload == workload]
         joules = [q.energy_joule for q in requests]
-        total = None if None in joules else sum(joules)
-        return total / sum(q.predicted_n for q in requests) if total else None
+        tokens = [q.predicted_n for q in requests]
+        total = None if None in joules or None in tokens else sum(joules)
+        return total / sum(tokens) if total else None
 
     return per_token
 

@@ -25,7 +25,7 @@ def _flags(argv: Sequence[str]) -> dict[str, str | None] | None:
     return flags
 
 
-@holds("run", "these flags and no others")
+@holds("run", "these flags and no others", needs="command")
 def command_as_asked(run: Measured) -> Finding:
     """The engine was told the placement of this run, and nothing that moves, fits, caches or splits by itself."""
     flags, spec, device = _flags(run.observation.argv), run.spec, run.observation.device_kind

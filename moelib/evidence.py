@@ -118,6 +118,7 @@ def audit_table(study: Study) -> Table:
     held = Counter(c for r in study.evidence.standing.values() for c in study.evidence.checks.get(r.run_id, ()))
     held.update((c.id, c.passed) for s in study.statuses.values() for c in s.checks)
     held.update((c.id, c.passed) for c in study.audit)
+    untold = any(passed is None for _, passed in held)
     rows = [
         {
             "invariant": i.id,
@@ -125,11 +126,12 @@ def audit_table(study: Study) -> Table:
             "limit": i.limit,
             "held": held[i.id, True],
             "failed": held[i.id, False],
+            **({"cannot tell": held[i.id, None]} if untold else {}),
             "a failure": "degrades" if i.degrades else "invalidates",
         }
         for i in sorted(INVARIANTS.values(), key=lambda i: KINDS.index(i.scope))
     ]
-    return Table("audit", rows, [cite(study.records)] * len(rows), numbers=("held", "failed"))
+    return Table("audit", rows, [cite(study.records)] * len(rows), numbers=("held", "failed", "cannot tell"))
 
 
 def problems(study: Study) -> Text:
@@ -158,10 +160,10 @@ def environment_table(study: Study) -> Table:
     def values_of(r: Record) -> dict[str, str]:
         host, device = r.host, r.device
         commit = f"{host.commit or 'no git clone'}{' with local changes' if host.dirty else ''}"
-        limit = device.power_limit_watt
+        limit, sha256 = device.power_limit_watt, r.engine.server_sha256
         return {
             "engine": markdown(r.engine.version),
-            "llama-server SHA-256": f"`{r.engine.server_sha256[:12]}`",
+            f"{markdown(r.engine.runner)} SHA-256": f"`{sha256[:12]}`" if sha256 else "not started here",
             "device": f"{device.kind}: {markdown(device.name)}",
             "driver": markdown(device.driver or stats.NONE),
             "power limit": f"{limit:g} W" if limit else stats.NONE,

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from moelib.params import Strict
-from moelib.ranges import Bytes, BytesPerS, Count, Index, Megahertz, Name, Seconds, Sha256, Watts
+from moelib.ranges import Bytes, BytesPerS, Count, Megahertz, Name, Seconds, Sha256, Watts
 
 SCHEMA_VERSION = 3
 HISTORY = {
@@ -57,13 +57,18 @@ class Manifest(Facts):
     quantize_s: Seconds
 
 
+LLAMA_SERVER = "llama-server"
+
+
 class EngineFacts(Facts):
-    """llama.cpp, as it was run."""
+    """What served the model, as it was run."""
 
     build: Count | None
     version: Name
-    server_sha256: Sha256
-    """Of the launcher alone; its libraries are in the observation."""
+    server_sha256: Sha256 | None
+    """Of the launcher alone; its libraries are in the observation. None for a server that was not started here."""
+    runner: Annotated[str, Field(pattern=r"^[a-z0-9.-]{1,40}$")] = LLAMA_SERVER
+    """By its name, what it has to tell is known (`runner.TELLS`). Records of earlier code name none."""
 
 
 Link = tuple[Annotated[int, Field(ge=1, le=16)], Annotated[int, Field(ge=1, le=64)]]
@@ -83,10 +88,6 @@ class DeviceFacts(Facts):
     bandwidth_bytes_per_s: BytesPerS | None = None
     pcie_bytes_per_s: BytesPerS | None = None
     """The most that the link carries one way."""
-    pcie_link: tuple[Index, Index] | None = None
-    """(generation, lanes) that card and board can do."""
-    pcie_link_now: tuple[Index, Index] | None = None
-    """The same when the cell's runs began; an idle link slows down."""
     pcie_link: Link | None = None
     """What card and board can do, and as it was when the run had ended: an idle link slows down."""
     pcie_link_now: Link | None = None

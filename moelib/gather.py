@@ -26,8 +26,9 @@ class Evidence:
     """Run -> seconds from the start of its process to its log's first instant."""
     set_aside: tuple[str, ...] = ()
     """Runs whose damaged records were moved away."""
-    checks: dict[str, tuple[tuple[str, bool], ...]] = field(default_factory=dict)
-    """Run -> (invariant, whether it held) by the rules of today, of the runs that observed something."""
+    checks: dict[str, tuple[tuple[str, bool | None], ...]] = field(default_factory=dict)
+    """Run -> (invariant, whether it held, None where it cannot be told) by the rules of today, of the runs that
+    observed something."""
 
     @cached_property
     def standing(self) -> dict[str, record.Record]:
@@ -44,19 +45,19 @@ def gather(folder: Path, prefix: str = "", set_aside: bool = False, light: bool 
     light: keep of each what a study's tables need. set_aside: move damaged records away.
     """
     problems, starts, lighten = {}, {}, record.Lightener()
-    checks: dict[str, tuple[tuple[str, bool], ...]] = {}
+    checks: dict[str, tuple[tuple[str, bool | None], ...]] = {}
     once: dict[Any, Any] = {}  # the runs of a study share a few outcomes
 
     def look(r: record.Record) -> record.Record:
-        called = witness.call(folder, r)
-        today = audit_today(r, called)
-        if (why := why_not(r, called, today)) is not None:
+        witnessed = witness.call(folder, r)
+        today = audit_today(r, witnessed)
+        if (why := why_not(r, witnessed, today)) is not None:
             problems[r.run_id] = why
         if today:
             outcome = tuple((c.id, c.passed) for c in today)
             checks[r.run_id] = once.setdefault(outcome, outcome)
-        if r.observed and called.log and called.log.ready_s is not None:
-            starts[r.run_id] = r.observed.load_s - called.log.ready_s
+        if r.observed and r.observed.load_s is not None and witnessed.log and witnessed.log.ready_s is not None:
+            starts[r.run_id] = r.observed.load_s - witnessed.log.ready_s
         return lighten(r) if light else r
 
     # records hold no cycles, and Python would look for them in all that was read, again and again
@@ -68,20 +69,21 @@ def gather(folder: Path, prefix: str = "", set_aside: bool = False, light: bool 
     return Evidence(records, damaged, problems, starts, away, checks)
 
 
-def audit_today(r: record.Record, called: witness.Witnessed | None = None) -> tuple[record.Check, ...]:
+def audit_today(r: record.Record, witnessed: witness.Witnessed | None = None) -> tuple[record.Check, ...]:
     """Every invariant of a run and of its log, by the rules of today; empty where it observed nothing."""
     if r.observed is None:
         return ()
-    return audit.run(audit.measured(r)) + (audit.log(called) if called else ())
+    return audit.run(audit.measured(r)) + (audit.log(witnessed) if witnessed else ())
 
 
 def why_not(
-    r: record.Record, called: witness.Witnessed | None = None, today: Sequence[record.Check] | None = None
+    r: record.Record, witnessed: witness.Witnessed | None = None, today: Sequence[record.Check] | None = None
 ) -> str | None:
     """Why a run has no result that stands; its audit is done again, so that no record vouches for itself.
 
-    A record may carry a flag of its day's rules that today's would not give, and it keeps it; it may not lack one.
-    `called`: its log, where that is there to be looked at; `today`: what `audit_today` made of both, if it is known.
+    A record may carry a flag of its day's rules that today's would not give, and it keeps it; it may not lack one. Nor
+    does a flag excuse what makes a run invalid.
+    `witnessed`: the record with its log, if that was read; `today`: their audit by the rules of today, if it is known.
     """
     if not r.done:
         return f"{r.status} ({', '.join(r.reasons)})"
@@ -89,8 +91,8 @@ def why_not(
         return f"{r.status}, but it observed nothing"
     if audit.verdict(r.audit) != (r.status, r.reasons):
         return f"{r.status}, but its own checks say {' '.join(map(str, audit.verdict(r.audit)))}"
-    checks = audit_today(r, called) if today is None else today
-    failed = [c for c in checks if not c.passed and c.id not in r.reasons]
+    checks = audit_today(r, witnessed) if today is None else today
+    failed = [c for c in checks if not c.passed and (c.id not in r.reasons or audit.verdict([c])[0] == "invalid")]
     if not failed:
         return None
     return f"{r.status}, but its audit says {audit.verdict(checks)[0]}: " + "; ".join(

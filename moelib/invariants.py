@@ -1,18 +1,19 @@
 """Invariants of a run: what must hold for its numbers to be believed.
 
 Each is a small pure function with an id, a limit and, as its docstring, the reason. One that fails makes its run
-invalid, or only degraded where it says so.
+invalid, or only degraded where it says so; one that cannot be told makes it degraded.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from moelib import memory, nvml, process
 from moelib.client import Request
-from moelib.facts import DeviceFacts, HostFacts, Manifest
+from moelib.facts import LLAMA_SERVER, DeviceFacts, HostFacts, Manifest
 from moelib.run import Observation, Spec
+from moelib.runner import QUANTITIES, untold
 
 TTFT_SHARE, TTFT_S = 0.05, 0.025  # sampling, HTTP and scheduling: 0.7 to 15 ms seen
 RATE_SHARE, RATE_S = 0.01, 0.020  # client against engine over a whole decode: 0.1 to 14 ms seen
@@ -34,10 +35,40 @@ class Measured(NamedTuple):
     sheet: Manifest
     device: DeviceFacts
     host: HostFacts
+    runner: str = LLAMA_SERVER
+
+    def lacks(self, quantity: str) -> bool:
+        return lacks(self.runner, self.observation, quantity)
 
 
-Finding = tuple[bool, str]
-"""Whether it holds, and what was found."""
+HELD: dict[str, Callable[[Observation], object]] = {
+    "timings": lambda o: any((r.engine_prompt_s, r.engine_predicted_s) != (None, None) for r in o.requests),
+    "usage": lambda o: any((r.prompt_n, r.predicted_n) != (None, None) for r in o.requests),
+    "cache": lambda o: any(r.cache_n is not None for r in o.requests),
+    "tokens": lambda o: any(r.token_n or r.tokens for r in o.requests),
+    "buffers": lambda o: o.report.buffers or o.report.graph_splits or o.report.total_layers is not None,
+    "build": lambda o: o.report.built is not None,
+    "likeliest": lambda o: o.top_logprobs,
+    "command": lambda o: o.argv or o.env,
+    "process": lambda o: (o.load_s, o.exit_code, o.host_rss_peak_bytes) != (None, None, None),
+}
+"""Quantity -> whether a run's record has some of it."""
+
+
+def lacks(runner: str, observation: Observation, quantity: str) -> bool:
+    """Whether the runner does not report this quantity and its record has none of it. What a record has is judged,
+    whoever reported it: under another runner's name it is still the same value."""
+    return quantity in untold(runner) and not (quantity in HELD and HELD[quantity](observation))
+
+
+def silence(runs: Sequence[tuple[str, Observation]], quantities: Sequence[str]) -> str:
+    """Which quantities are lacking and whose they are, as a reason; empty where none is."""
+    silent = {(runner, q): None for q in quantities for runner, observation in runs if lacks(runner, observation, q)}
+    return "; ".join(f"{runner} does not tell {QUANTITIES[q]}" for runner, q in silent)
+
+
+Finding = tuple[bool | None, str]
+"""Whether it holds, None where that cannot be told; and what was found, or why not."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +81,10 @@ class Invariant:
     find: Callable[..., Finding]
     degrades: bool
     """Whether failing it leaves the numbers standing, with a flag."""
+    needs: Sequence[str]
+    """Quantities of `runner.QUANTITIES` that all of it rests on: without one it is not tried."""
+    partly: Sequence[str]
+    """Quantities that a part of it rests on: without one it may still fail, but not pass."""
 
 
 INVARIANTS: dict[str, Invariant] = {}
@@ -57,12 +92,13 @@ KINDS = ("run", "log", "block", "cell", "study")
 """What an invariant is of, from the smallest to the whole."""
 
 
-def holds(scope: str, limit: str, degrades: bool = False) -> Callable:
+def holds(scope: str, limit: str, degrades: bool = False, needs: str = "", partly: str = "") -> Callable:
     """Register the function below as an invariant of a run, its log, a block, a cell or a study."""
 
     def register(find: Callable[..., Finding]) -> Callable[..., Finding]:
         name = find.__name__.replace("_", "-")
-        INVARIANTS[name] = Invariant(name, scope, limit, " ".join((find.__doc__ or "").split()), find, degrades)
+        reason = " ".join((find.__doc__ or "").split())
+        INVARIANTS[name] = Invariant(name, scope, limit, reason, find, degrades, needs.split(), partly.split())
         return find
 
     return register
@@ -82,7 +118,7 @@ def requests_complete(run: Measured) -> Finding:
     return bool(expected) and actual == expected, f"{len(actual)} of {len(expected)} requests"
 
 
-@holds("run", "exact")
+@holds("run", "exact", partly="usage tokens")
 def counts_exact(run: Measured) -> Finding:
     """The engine processed and generated what was asked, by its own counts, and streamed no more than that: it may
     stream less, as an incomplete character at the end has no event."""
@@ -90,7 +126,11 @@ def counts_exact(run: Measured) -> Finding:
     def fault(r: Request) -> str | None:
         last = r.token_n[-1] if r.token_n else 0
         actual, expected = (r.prompt_n, r.predicted_n), (r.prompt_tokens, r.generate_tokens)
-        fits = actual == expected and 2 <= last <= r.generate_tokens and len(r.tokens) <= last
+        if run.lacks("tokens"):  # no event without a token
+            fits = len(r.token_s) <= r.generate_tokens and (run.lacks("usage") or r.predicted_n == r.generate_tokens)
+        else:
+            fits = run.lacks("usage") or actual == expected
+            fits = fits and 2 <= last <= r.generate_tokens and 0 < len(r.tokens) <= last
         return None if fits else f"prompt, predicted {actual}, asked {expected}; streamed {last}, {len(r.tokens)} ids"
 
     return _each(run, fault)
@@ -102,27 +142,28 @@ def stream_finished(run: Measured) -> Finding:
     return _each(run, lambda r: None if r.finished else "no final event")
 
 
-@holds("run", "0 tokens")
+@holds("run", "0 tokens", needs="cache")
 def cache_not_hit(run: Measured) -> Finding:
     """No part of a prompt may come from a cache, or the time to first token is another one's."""
     return _each(run, lambda r: None if r.cache_n == 0 else f"cache_n {r.cache_n}")
 
 
-@holds("run", "each at or after the one before, the first alone")
+@holds("run", "each at or after the one before, the first alone", partly="tokens")
 def times_ordered(run: Measured) -> Finding:
     """Tokens arrive after the request was sent and one after another."""
 
     def fault(r: Request) -> str | None:
-        if not r.token_s or len(r.token_s) != len(r.token_n) or r.token_s[0] <= 0:
+        uncounted = run.lacks("tokens")
+        if not r.token_s or (len(r.token_s) != len(r.token_n) and not uncounted) or r.token_s[0] <= 0:
             return "no first token"
         if any(list(times) != sorted(times) for times in (r.token_s, r.token_n)):
             return "an earlier one after a later one"
-        return None if r.token_n[0] == 1 else f"the first event carried {r.token_n[0]} tokens"
+        return None if uncounted or r.token_n[0] == 1 else f"the first event carried {r.token_n[0]} tokens"
 
     return _each(run, fault)
 
 
-@holds("run", f"the engine's prompt time, and at most {TTFT_SHARE:.0%} + {TTFT_S * 1000:g} ms more")
+@holds("run", f"the engine's prompt time, and at most {TTFT_SHARE:.0%} + {TTFT_S * 1000:g} ms more", needs="timings")
 def ttft_bounded(run: Measured) -> Finding:
     """The first token comes after the prompt was processed, and soon after."""
 
@@ -136,12 +177,12 @@ def ttft_bounded(run: Measured) -> Finding:
     return _each(run, fault)
 
 
-@holds("run", f"{RATE_SHARE:.0%} + {RATE_S * 1000:g} ms")
+@holds("run", f"{RATE_SHARE:.0%} + {RATE_S * 1000:g} ms", needs="timings", partly="tokens")
 def clocks_agree(run: Measured) -> Finding:
     """The decode lasted as long by the engine's clock as by ours: neither was stopped, and nothing was buffered."""
 
     def fault(r: Request) -> str | None:
-        if len(r.token_s) < 2 or r.token_n[-1] != r.predicted_n or r.predicted_n < 2:
+        if len(r.token_s) < 2 or not r.whole or r.predicted_n < 2:
             return None
         ours, engine = r.token_s[-1] - r.token_s[0], r.engine_predicted_s
         # engines count the first token's sampling in or out: a step more or less
@@ -152,7 +193,7 @@ def clocks_agree(run: Measured) -> Finding:
     return _each(run, fault)
 
 
-@holds("run", "all layers")
+@holds("run", "all layers", needs="buffers")
 def layers_offloaded(run: Measured) -> Finding:
     """All layers went to the device, or the baseline is not one. Without a device there are none."""
     on, of = run.observation.report.offloaded_layers, run.observation.report.total_layers
@@ -161,7 +202,7 @@ def layers_offloaded(run: Measured) -> Finding:
     return on is not None and on == of, f"{on} of {of}"
 
 
-@holds("run", "buffers named after the device")
+@holds("run", "buffers named after the device", needs="buffers")
 def device_is_the_one(run: Measured) -> Finding:
     """Weights on the device are on that kind of device: a build without a GPU only warns and serves from the CPU."""
     name = {"cuda": "CUDA", "loopback": "RPC"}.get(run.observation.device_kind)
@@ -186,7 +227,7 @@ def agrees(measured: int, expected: int) -> bool:
     return abs(measured - expected) <= memory.HEADER_SHARE * expected + memory.HEADER_BYTES
 
 
-@holds("run", "0.1 % + 1 MiB")
+@holds("run", "0.1 % + 1 MiB", needs="buffers")
 def placement_on_device(run: Measured) -> Finding:
     """The weights on the device by the engine's report are those that the file's header says must be there."""
     if run.observation.device_kind == "none":
@@ -198,21 +239,21 @@ def placement_on_device(run: Measured) -> Finding:
 ENVIRONMENT = {*process.ENV_ALLOWED, "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "LLAMA_API_KEY"}
 
 
-@holds("run", "names on the allow-list")
+@holds("run", "names on the allow-list", needs="command")
 def environment_clean(run: Measured) -> Finding:
     """llama.cpp applies LLAMA_ARG_* and GGML_* variables silently: one turns a baseline into an offload run."""
     foreign = sorted(set(run.observation.env) - ENVIRONMENT)
     return bool(run.observation.env) and not foreign, ", ".join(foreign) or f"{len(run.observation.env)} allowed"
 
 
-@holds("run", "no `(debug)`")
+@holds("run", "no `(debug)`", needs="build")
 def build_optimised(run: Measured) -> Finding:
     """A debug build runs many times slower."""
     built = run.observation.report.built
     return built is not None and "(debug)" not in built, built or "the engine told no build"
 
 
-@holds("run", "finite, and not all equal")
+@holds("run", "finite, and not all equal", needs="likeliest")
 def output_alive(run: Measured) -> Finding:
     """Weights that are not numbers, or zero, serve happily: the likeliest next tokens' log-probabilities show it."""
     top = run.observation.top_logprobs
@@ -220,7 +261,7 @@ def output_alive(run: Measured) -> Finding:
     return alive, ", ".join(map(str, top)) or "nothing told"
 
 
-@holds("run", "SHA-256")
+@holds("run", "SHA-256", partly="file")
 def file_is_its_sheet(run: Measured) -> Finding:
     """The file that was run is the one that its sheet describes: a flipped bit shows nowhere else."""
     loaded, written = run.observation.file_sha256, run.sheet.sha256
@@ -237,11 +278,10 @@ def memory_known(run: Measured) -> Finding:
 
 def reconciled(observation: Observation) -> memory.Memory:
     """Device memory by the present rules, from the readings that a run kept."""
-    m = observation.memory
-    peak = m.process_bytes if m.method == "rss-peak" else None
-    return memory.reconcile(
-        observation.device_kind, m.trace, observation.report, observation.placement.device_bytes, m.context_bytes, peak
-    )
+    m, report = observation.memory, observation.report
+    peak, weights = m.process_bytes if m.method == "rss-peak" else None, observation.placement.device_bytes
+    buffers = report.device_by_kind, report.pinned_bytes
+    return memory.reconcile(observation.device_kind, m.trace, *buffers, weights, m.context_bytes, peak)
 
 
 @holds("run", "equal")
@@ -273,7 +313,7 @@ def strained(observation: Observation) -> bool:
     return observation.host.foreign_share > FOREIGN_SHARE
 
 
-@holds("run", f"{FOREIGN_SHARE:.0%} of the host's CPU time", degrades=True)
+@holds("run", f"{FOREIGN_SHARE:.0%} of the host's CPU time", degrades=True, needs="process")
 def host_quiet(run: Measured) -> Finding:
     """Nobody else worked on the host: experts on the CPU share it with everything."""
     return not strained(run.observation), f"{run.observation.host.foreign_share:.1%} by others"
@@ -293,7 +333,7 @@ def clock_steady(run: Measured) -> Finding:
     return max(abs(step), abs(slept)) <= CLOCK_S, f"step {step:.3f} s, sleep {slept:.3f} s"
 
 
-@holds("run", "exit 0 within the grace time", degrades=True)
+@holds("run", "exit 0 within the grace time", degrades=True, needs="process")
 def clean_end(run: Measured) -> Finding:
     """The server ended by itself when told to."""
     return run.observation.exit_code == 0 and not run.observation.exit_killed, f"exit {run.observation.exit_code}"

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from moelib.engine import Report, parse_log
+from moelib.buffers import Buffer, Report
 from moelib.params import UserError
 
 MAX_BYTES = 64 << 20  # of a log, unpacked; a usual one has 30 kB, and a run with a longer log is ended
@@ -58,6 +58,15 @@ class Log:
     load_mode: str | None
 
 
+KINDS = ("model", "KV", "compute", "output", "RS", "LoRA")
+MAX_BUFFERS, MAX_UNUSED = 256, 1 << 16  # a report with more is ignored
+# numbers are limited in length: Python refuses to parse one of thousands of digits
+_BUFFER = re.compile(r"^(.{0,400}?)[ \t]buffer size[ \t]*=[ \t]*(\d{1,12}(?:\.\d{1,9})?)[ \t]*([KMG]iB)\b", re.M)
+_UNUSED = re.compile(r"model has unused tensor (\S{1,128}) \(size = \d+ bytes\)")
+_BUILT = re.compile(r"\bbuild:? (\d+ \(.{1,400})")
+_LAYERS = re.compile(r"offloaded (\d{1,9})/(\d{1,9}) layers")
+_SPLITS = re.compile(r"splits = (\d{1,9})(?: \(with bs=\d+\), (\d{1,9}) \(with bs=1\))?")
+_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _TIME = re.compile(r"(\d+)\.(\d\d)\.(\d{3})\.(\d{3}) ")
 _PROMPT = re.compile(r"prompt eval time = *([\d.]+) ms / *(\d+) tokens")
 _EVAL = re.compile(r"\beval time = *([\d.]+) ms / *(\d+) (?:tokens|runs)")
@@ -77,6 +86,28 @@ _LOADING = {w: w.encode() for w in (*_REPORT, *_FACTS, "- type ", "model params"
 _SERVING = {w: w.encode() for w in ("eval time = ", "processing task", "memory_breakdown")}
 """Words in the relevant lines, a tenth of all, before and after the server is ready. Searching the whole text for a
 word is many times faster than testing each line for each word, or matching a pattern."""
+
+
+def parse_log(text: str) -> Report:
+    """Read the load report from llama-server's log (b6666 to b11669; format of common/log.h and llama.cpp)."""
+    sums: dict[tuple[str, str], float] = {}
+    for label, size, unit in _BUFFER.findall(text):
+        # after the function's name: the buffer's name and its kind, which is one word except for DeepSeek V4's states
+        words = re.split(r":\s+", label.strip())[-1].split()
+        of_kind = 1 if words[1:2] == ["DSV4"] else -1
+        name, kind = (" ".join(part) for part in (words[:of_kind], words[of_kind:]))
+        if not name or (kind not in KINDS and Buffer(name, kind, 0).place == "unknown"):
+            continue  # another message about buffers
+        # a graph is reserved several times and its last size counts; weights and caches consist of several buffers
+        before = 0.0 if kind == "compute" else sums.get((name, kind), 0.0)
+        sums[name, kind] = before + float(size) * _UNITS[unit]
+    buffers = tuple(Buffer(n, k, round(size)) for (n, k), size in sums.items()) if len(sums) <= MAX_BUFFERS else ()
+    unused = tuple(dict.fromkeys(_UNUSED.findall(text)))
+    reported = any(b.kind == "model" for b in buffers) and len(unused) <= MAX_UNUSED
+    layers, splits, built = _LAYERS.search(text), _SPLITS.findall(text), _BUILT.search(text)
+    on, of = map(int, layers.groups()) if layers else (None, None)
+    splits = tuple(int(s) for s in splits[-1] if s) if splits else ()
+    return Report(buffers, on, of, splits, built and built[1], unused if reported else None)
 
 
 def unpack(packed: bytes, name: str) -> Log:

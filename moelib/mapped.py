@@ -120,6 +120,10 @@ def _state(s: os.stat_result) -> tuple[int, ...]:
     return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
 
 
+Digests = dict[str, dict[str, str]]
+"""Group of files -> name of a file -> SHA-256."""
+
+
 class Hashes:
     """SHA-256 of mapped files, each read once as long as it does not change."""
 

@@ -33,9 +33,11 @@ from moelib import (
     sources,
     witness,
 )
-from moelib.facts import DeviceFacts, EngineFacts, HostFacts, Manifest
+from moelib.facts import DeviceFacts, HostFacts, Manifest
 from moelib.invariants import reconciled
+from moelib.llama_server import LlamaServer
 from moelib.plan import Cell, StudyError
+from moelib.runner import Runner
 from moelib.status import Status
 from moelib.study import Study, same_manifest
 
@@ -49,7 +51,7 @@ class Setup(NamedTuple):
     """What the runs of a cell share."""
 
     quantised: quantize.Quantised
-    llama: engine.Engine
+    runner: Runner
     where: device.Device
     work: Path
     device: DeviceFacts
@@ -88,7 +90,7 @@ def measure(study: Study, cell: Cell) -> Iterator[record.Record]:
             files.write_json(study.manifest_path(cell), quantised.sheet)
         where.calibrate(work)
         host_facts = HostFacts(**process.facts(), host_id=host.identity(), ram_read_bytes_per_s=host.read_bandwidth())
-        setup = Setup(quantised, llama, where, work, DeviceFacts(**where.identity()), host_facts)
+        setup = Setup(quantised, LlamaServer(llama), where, work, DeviceFacts(**where.identity()), host_facts)
         evidence = study.evidence_now(cell, set_aside=True)
         _same_setup([r for r in evidence.records if r.done], setup)
         last = Counter()
@@ -137,7 +139,7 @@ def _to_do(
     what another device, host, driver or kernel ran; and runs that are valid one by one but do not fit together are all
     done again.
     """
-    if not any(problems) and all(c.passed for c in audit.block(records)):
+    if not any(problems) and not any(c.failed for c in audit.block(records)):
         return [False] * len(records)
     to_do = [bool(w) or _machine(r) != machine for r, w in zip(records, problems, strict=True)]
     return to_do if any(to_do) else [True] * len(records)
@@ -159,11 +161,13 @@ def _scratch(study: Study) -> Iterator[Path]:
 
 def _perform(study: Study, spec: run.Spec, attempt: int, setup: Setup) -> record.Record:
     """Do one run and write its record, whatever comes of it."""
-    name, llama = record.run_id(spec, attempt), setup.llama
+    name, private = record.run_id(spec, attempt), [setup.quantised.path.parent]
+    if setup.runner.tools is not None:
+        private.append(setup.runner.tools.folder)
     # a full disk is said here: the engine's log would be cut short, and be taken for an engine that fails
     files.need_space(study.path, RUN_BYTES, "a run")
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    outcome = run.execute(spec, setup.quantised, llama, setup.where, setup.work)
+    outcome = run.execute(spec, setup.quantised, setup.runner, setup.where, setup.work)
     result = record.Record(
         run_id=name,
         attempt=attempt,
@@ -172,13 +176,13 @@ def _perform(study: Study, spec: run.Spec, attempt: int, setup: Setup) -> record
         message=outcome.message,
         spec=spec,
         sheet=Manifest.model_validate(setup.quantised.sheet),
-        engine=EngineFacts(build=llama.build, version=llama.version, server_sha256=llama.server_sha256),
+        engine=setup.runner.facts(),
         device=setup.device,
         host=setup.host,
         started_utc=started,
         observed=outcome.observation,
         audit=(),
-        raw=record.keep_logs(study.path, name, outcome.logs, (setup.quantised.path.parent, llama.folder)),
+        raw=record.keep_logs(study.path, name, outcome.logs, private),
     )
     if result.observed is not None:
         result = _audited(study, result)
@@ -218,9 +222,10 @@ def reaudit(study: Study) -> list[record.Record]:
 
 def _same_setup(done: list[record.Record], setup: Setup) -> None:
     """Refuse to add runs to those of another engine, device or file: they could not be compared."""
-    expected = (setup.llama.server_sha256, setup.where.name, setup.quantised.sheet["sha256"])
+    engine_facts = setup.runner.facts()
+    expected = ((engine_facts.runner, engine_facts.server_sha256), setup.where.name, setup.quantised.sheet["sha256"])
     for r in done:
-        recorded = (r.engine.server_sha256, r.device.name, r.sheet.sha256)
+        recorded = ((r.engine.runner, r.engine.server_sha256), r.device.name, r.sheet.sha256)
         if recorded != expected:
             parts = zip(("engine", "device", "file"), expected, recorded, strict=True)
             differ = ", ".join(part for part, a, b in parts if a != b)

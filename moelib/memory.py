@@ -6,9 +6,8 @@ a method and reasons from a closed list (`moelib.reasons`). What cannot be separ
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from moelib.engine import Report
 from moelib.files import stored
 from moelib.ranges import Bytes, Seconds
 from moelib.reasons import INVALID, REASONS
@@ -106,18 +105,22 @@ def _still(values: Sequence[int]) -> bool:
 def reconcile(
     kind: str,
     trace: Trace,
-    report: Report,
+    buffers: Mapping[str, int | None],
+    pinned_bytes: int,
     weights_bytes: int,
     context_bytes: int | None = None,
     peak_bytes: int | None = None,
 ) -> Memory:
     """The run's VRAM (or memory of the loopback device) from all accounts.
 
-    kind: cuda, loopback or none. weights_bytes: what the header puts on the device. context_bytes: an empty context
-    on this GPU, None where it could not be measured. peak_bytes: the loopback device's peak RSS as the system recorded
-    it, None where the system records none.
+    kind: cuda, loopback or none. buffers: kind of buffer -> bytes in device memory by the engine's report, None where
+    it names a buffer that is known neither as a device's nor as the host's; empty where it reports none. pinned_bytes:
+    host buffers that the device reads directly. weights_bytes: what the header puts on the device. context_bytes: an
+    empty context on this GPU, None where it could not be measured. peak_bytes: the loopback device's peak RSS as the
+    system recorded it, None where the system records none.
     """
-    engine = report.device_bytes()
+    sizes = buffers.values()
+    engine = None if not sizes or None in sizes else sum(sizes)
     accounts = {"engine_bytes": engine, "weights_bytes": weights_bytes, "context_bytes": context_bytes, "trace": trace}
     if kind == "none":
         return Memory(None, "degraded", None, ("no-device",), None, None, **accounts)
@@ -129,16 +132,16 @@ def reconcile(
             method, reasons = "rss-samples", ["sampled-peak"]
         if value is None:
             reasons.append("no-samples")
-        floor, ceiling = _resident(report, trace, engine, method), (engine or 0) + PROCESS_BYTES
+        floor, ceiling = _resident(buffers, trace, engine, method), (engine or 0) + PROCESS_BYTES
     else:
-        tables = (report.pinned_bytes or 0) * TABLE_ENTRY_BYTES // PAGE_BYTES
+        tables = pinned_bytes * TABLE_ENTRY_BYTES // PAGE_BYTES
         value, method, process, growth, reasons = _cuda(trace, tables)
         context = UNMEASURED_CONTEXT_BYTES if context_bytes is None else CONTEXTS * context_bytes
         if context_bytes is None:
             reasons.append("context-unmeasured")
         floor, ceiling = (engine or 0) + LEAST_CONTEXT_BYTES, (engine or 0) * (1 + SHARE) + context
     if engine is None:
-        reasons.append("buffers-unknown" if report.buffers else "engine-silent")
+        reasons.append("buffers-unknown" if buffers else "engine-silent")
         if growth is None or process is None:
             value = None  # one account, and nothing to check it against
         ceiling = math.inf
@@ -154,11 +157,11 @@ def reconcile(
     return Memory(value, status, method, ordered, process, growth, **accounts, bound_bytes=bound)
 
 
-def _resident(report: Report, trace: Trace, engine: int | None, method: str) -> float:
+def _resident(buffers: Mapping[str, int | None], trace: Trace, engine: int | None, method: str) -> float:
     """The least memory that a loopback device's process can hold: weights, which are written, caches, which are
     cleared, and, for a peak, what it held before. Untouched pages of the graph's buffer are limited by
     UNTOUCHED_SHARE."""
-    written = sum(report.device_bytes(kind) or 0 for kind in ("model", "KV", "RS"))
+    written = sum(buffers.get(kind) or 0 for kind in ("model", "KV", "RS"))
     idle = min((r.process_bytes for r in trace.before if r.process_bytes), default=0) if method == "rss-peak" else 0
     return max(idle + written, (engine or 0) / (1 + UNTOUCHED_SHARE))
 

@@ -37,9 +37,14 @@ class Check:
     """One invariant of a run or a block, as `audit` found it."""
 
     id: str
-    passed: bool
+    passed: bool | None
+    """None: it cannot be told, as the runner does not tell what it rests on."""
     measured: str
-    """What was found, with what it was held against."""
+    """What was found, with what it was held against; or why it cannot be told."""
+
+    @property
+    def failed(self) -> bool:
+        return self.passed is False
 
 
 class Reaudit(params.Strict):
@@ -63,7 +68,7 @@ class Record(params.Strict):
     attempt: Annotated[int, Field(ge=1, le=10_000)]
     status: Literal["valid", "degraded", "invalid", "failed"]
     reasons: tuple[str, ...]
-    """Ids of the checks that failed, or the code of what ended a failed run."""
+    """Ids of the checks that failed or could not be told, or the code of what ended a failed run."""
     message: str | None
     """What the engine or the harness said of a failure."""
     spec: Spec
@@ -167,7 +172,7 @@ class Lightener:
 
     def __init__(self) -> None:
         self._held: dict[Any, Any] = {}
-        self._outcomes: dict[tuple[tuple[str, bool], ...], tuple[Check, ...]] = {}
+        self._outcomes: dict[tuple[tuple[str, bool | None], ...], tuple[Check, ...]] = {}
 
     def _once(self, value: Any, key: Any = None) -> Any:
         held = self._held.setdefault(value if key is None else key, value)

@@ -1,31 +1,23 @@
 """One run: a fresh server process, one placement, the workloads' requests; nothing is judged here."""
 
-import re
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-import httpx
-
-from moelib import client, files, host, monitor, params, placement, process
 from moelib import device as devices
-from moelib import engine as engines
-from moelib.client import Request
+from moelib import files, host, monitor, params, placement, process
+from moelib.buffers import Report
+from moelib.client import Answer, Request, RunError
+from moelib.engine import EngineError
 from moelib.files import stored
 from moelib.memory import Memory, Trace, reconcile
 from moelib.nvml import Counters
 from moelib.quantize import Quantised
 from moelib.ranges import Bytes, Count, Index, Seconds, Sha256
+from moelib.runner import Job, Prompt, Runner, Server
 
 LOAD_S, LOAD_BYTES_PER_S = 120.0, 50e6  # a cold disk and a slow link at the very worst
-END_S = 2.0  # for a dying server to be gone, so that its end is what is reported and not the broken connection
-
-OUT_OF_MEMORY = re.compile(
-    r"out of memory|failed to allocate|unable to allocate|cannot allocate|bad_alloc|ErrorOutOfDeviceMemory", re.I
-)
 
 
 @stored
@@ -91,21 +83,21 @@ class PromptTraffic:
 class Observation:
     """Everything that one run showed."""
 
-    load_s: Seconds
-    """Start of the server process to ready for requests."""
+    load_s: Seconds | None
+    """Start of the server process to ready for requests; None where it was not started by the run."""
     wall_s: Seconds
     """The whole run, device process and clean end included."""
     argv: tuple[str, ...]
-    """llama-server's command line, with the model's file name alone."""
+    """The server's command line, with the model's file name alone."""
     env: tuple[str, ...]
-    """Names of llama-server's environment variables."""
+    """Names of its environment variables."""
     file_sha256: Sha256
     """Of the quantised file, read from disk since this process began to measure it, and unchanged since."""
     device_kind: str
     """cuda, loopback or none."""
     threads: Count
     build_info: str | None
-    report: engines.Report
+    report: Report
     placement: Placement
     requests: tuple[Request, ...]
     top_logprobs: tuple[float | None, ...]
@@ -143,7 +135,7 @@ class Observation:
     @property
     def engine_s(self) -> float:
         """Seconds that the engine itself accounts for: load, prompts, generation."""
-        return self.load_s + sum((r.engine_prompt_s or 0) + (r.engine_predicted_s or 0) for r in self.requests)
+        return (self.load_s or 0) + sum((r.engine_prompt_s or 0) + (r.engine_predicted_s or 0) for r in self.requests)
 
 
 @dataclass(frozen=True)
@@ -156,33 +148,29 @@ class Outcome:
     logs: tuple[Path, ...]
 
 
-def execute(spec: Spec, quantised: Quantised, engine: engines.Engine, device: devices.Device, work: Path) -> Outcome:
-    """Carry out one run in the scratch folder `work`. Every failure of the engine becomes an Outcome with a reason."""
+def execute(spec: Spec, quantised: Quantised, runner: Runner, device: devices.Device, work: Path) -> Outcome:
+    """Carry out one run in the scratch folder `work`. Every failure of the runner becomes an Outcome with a reason."""
     logs = (work / "server.log", work / "device.log")
     try:
         with monitor.unhindered():
-            return Outcome(_observe(spec, quantised, engine, device, work), None, None, logs)
+            return Outcome(_observe(spec, quantised, runner, device, work), None, None, logs)
     except process.ProcessError as err:
         return Outcome(None, err.reason, str(err), logs)
-    except (engines.EngineError, devices.DeviceError) as err:
+    except (EngineError, devices.DeviceError) as err:
         return Outcome(None, "engine-unusable", str(err), logs)
 
 
-def _observe(
-    spec: Spec, quantised: Quantised, engine: engines.Engine, device: devices.Device, work: Path
-) -> Observation:
-    started, key, monitor_host = time.monotonic(), process.new_key(), host.Watch()
+def _observe(spec: Spec, quantised: Quantised, runner: Runner, device: devices.Device, work: Path) -> Observation:
+    started, monitor_host = time.monotonic(), host.Watch()
     since = time.time()
 
     def now() -> float:
         return round(time.monotonic() - started, 4)
 
-    with device.session(engine, work) as session:
+    with device.session(runner.tools, work) as session:
         readings, counters, idle = [], [], session.idle()
-        threads = spec.placed.threads or device.threads
-        argv = engine.server_argv(quantised.path, spec.placed, spec.context, threads, session.args)
-        env = process.environment(work, {**session.env, "LLAMA_API_KEY": key})
-        with process.Child(argv, work / "server.log", env, session.cpus) as server:
+        job = Job(quantised.path, spec.placed, spec.context, spec.placed.threads or device.threads)
+        with runner.start(job, session, work) as server:
 
             def count() -> None:
                 if session.counters:
@@ -193,49 +181,45 @@ def _observe(
                 lambda: readings.append(session.read(server.pid, now())), devices.SAMPLE_S
             ) as monitoring:
                 limit = process.patience(LOAD_S) + quantised.header.file_bytes / LOAD_BYTES_PER_S
-                with _reporting_its_end(server):
-                    port = next(filter(None, server.wait_for(engines.LISTENING, limit).groups()))
-                    load_s = time.monotonic() - server.started
-                    with client.connect(int(port), key) as connection:
-                        build_info = client.check_ours(connection, quantised.path)
-                        workloads = [params.workload(w) for w in spec.workloads]
-                        prompts = client.prepare(connection, workloads, spec.context)
-                        requests = []
-                        for request in client.ask_all(connection, prompts, spec.requests, started, session.energy):
-                            requests.append(request)
+                with server.serving(limit) as load_s:
+                    prompts = server.prompts([params.workload(w) for w in spec.workloads], spec.context)
+                    requests = []
+                    for prompt in prompts:
+                        for index in range(spec.requests):
+                            requests.append(_request(server, prompt, index, started, session.energy))
                             count()
-                        top = client.top_logprobs(connection, prompts[0][1])
-                        traffic, no_bus = _prompt_traffic(connection, prompts, session, now)
-            peak, rss = session.peak_bytes(), process.peak_rss(server.pid)
+                    top = server.likeliest(prompts[0].content)
+                    traffic, no_bus = _prompt_traffic(server, prompts, session, now)
+            peak, rss = session.peak_bytes(), None if server.pid is None else process.peak_rss(server.pid)
             use = monitor_host.stop(server.pid, session.pid)
-            mapped_files, unread = engine.looked_at(server.pid, session.pid, since)
+            digests, unread = server.files(session.pid, since)
             ended = server.stop()
-            server.check_log()
             after = monitor.once(lambda: session.settled(idle, server.pid, now))
             trace = Trace(idle, tuple(readings), after)
-            report = engines.parse_log(server.text())
+            report = server.report()
     try:
         sha256 = quantised.content.sha256()
     except OSError as err:
-        raise client.RunError("file-gone", f"{quantised.path.name} went away while it ran: {err}") from None
+        raise RunError("file-gone", f"{quantised.path.name} went away while it ran: {err}") from None
     header = quantised.header.as_loaded(report.unused_tensors)
     moved = header.moved(spec.placed)
     header_bytes = (header.moved_bytes(spec.placed), header.device_bytes(spec.placed))
     reads = header.read_bytes(spec.placed)
+    buffers = report.device_by_kind, report.pinned_bytes
     return Observation(
-        load_s=round(load_s, 6),
+        load_s=None if load_s is None else round(load_s, 6),
         wall_s=round(time.monotonic() - started, 6),
-        argv=(Path(argv[0]).name, "-m", quantised.path.name, *argv[3:]),
-        env=tuple(sorted(env)),
+        argv=server.argv,
+        env=server.env,
         file_sha256=sha256,
         device_kind=device.kind,
-        threads=threads,
-        build_info=build_info,
+        threads=job.threads,
+        build_info=server.build_info,
         report=report,
         placement=Placement(len(moved), len({t.block for t in moved}), *header_bytes, *reads),
         requests=tuple(requests),
         top_logprobs=top,
-        memory=reconcile(device.kind, trace, report, header_bytes[1], device.context_bytes, peak),
+        memory=reconcile(device.kind, trace, *buffers, header_bytes[1], device.context_bytes, peak),
         counters=tuple(counters),
         absent=device.absent | no_bus | unread,
         host=use,
@@ -244,42 +228,41 @@ def _observe(
         exit_killed=ended.killed,
         prompt_traffic=traffic,
         watch_cpu_s=round(monitoring.cpu_s, 6),
-        **engine.digests(mapped_files),
+        **digests(),
+    )
+
+
+def _request(server: Server, prompt: Prompt, index: int, started: float, energy: Callable[[], float | None]) -> Request:
+    """One timed request. `started`: the run's start on the monotonic clock. `energy` reads the board's counter."""
+    tokens = prompt.workload.generate_tokens
+    server.connect()
+    before = energy()
+    sent, lines = server.ask(prompt.content, tokens)
+    after = energy()
+    answer = server.read(lines, tokens)
+    return Request(
+        **{f.name: getattr(answer, f.name) for f in fields(Answer)},
+        workload=prompt.workload.name,
+        index=index,
+        prompt_tokens=prompt.tokens,
+        generate_tokens=tokens,
+        started_s=round(sent - started, 6),
+        energy_joule=None if before is None or after is None else round(after - before, 3),
     )
 
 
 def _prompt_traffic(
-    connection: httpx.Client, prompts: list[client.Prompt], session: devices.Session, now: Callable[[], float]
+    server: Server, prompts: list[Prompt], session: devices.Session, now: Callable[[], float]
 ) -> tuple[tuple[PromptTraffic, ...], dict[str, str]]:
     """Each prompt's traffic, and what is not known of it -> why."""
     traffic, absent = [], {}
-    for workload, prompt in prompts if session.traffic else ():
+    for prompt in prompts if session.traffic else ():
         bus = session.traffic()
         bus.look(now())
         with monitor.repeating(lambda bus=bus: bus.look(now()), devices.BUS_S):
-            client.ask_for_one(connection, prompt)
-        traffic.append(PromptTraffic(workload.name, len(prompt), *(bus.totals or (None, None))))
+            server.connect()
+            server.read(server.ask(prompt.content, 1)[1], 1)
+        if prompt.tokens is not None:
+            traffic.append(PromptTraffic(prompt.workload.name, prompt.tokens, *(bus.totals or (None, None))))
         absent |= bus.absent()
     return tuple(traffic), absent
-
-
-@contextmanager
-def _reporting_its_end(server: process.Child) -> Iterator[None]:
-    """Report a server that died by how it died, whatever broke first on this side."""
-    try:
-        yield
-    except process.ProcessError as err:
-        server.check_log()
-        deadline = time.monotonic() + END_S
-        while err.reason == "connection-lost" and server.running() and time.monotonic() < deadline:
-            time.sleep(process.POLL_S)
-        if server.running():
-            raise
-        code = server.stop().code or 0
-        if OUT_OF_MEMORY.search(server.text()):
-            reason = "out-of-memory"
-        elif code < 0:
-            reason = "engine-killed" if -code == signal.SIGKILL else "engine-crashed"
-        else:
-            reason = "engine-ended"
-        raise client.RunError(reason, f"{server.name} ended with {code}; its log ends:\n{server.tail()}") from err

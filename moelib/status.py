@@ -48,7 +48,7 @@ class Status:
             else:
                 round_checks = audit.block(runs)
                 checks += round_checks
-                faults = [f"{cell.name} round {b + 1}: {c.id}: {c.measured}" for c in round_checks if not c.passed]
+                faults = [f"{cell.name} round {b + 1}: {c.id}: {c.measured}" for c in round_checks if c.failed]
                 reasons = [why or bool(faults) for why in reasons]
                 if not faults:
                     rounds.append(tuple(runs))
@@ -61,7 +61,7 @@ class Status:
             starts = {r.run_id: evidence.starts[r.run_id] for r in together if r.run_id in evidence.starts}
             cell_checks = audit.cell(audit.Cell(together, workloads, starts))
             checks += cell_checks
-            if faults := [f"{cell.name}: {c.id}: {c.measured}" for c in cell_checks if not c.passed]:
+            if faults := [f"{cell.name}: {c.id}: {c.measured}" for c in cell_checks if c.failed]:
                 # which of its runs is not what it says is not known, so none of them is used
                 tally.subtract(r.status for r in together)
                 tally["invalid"] += len(together)

@@ -277,7 +277,7 @@ class Study:
         problems = [p for s in self.statuses.values() for p in s.problems]
         problems += [f"damaged: {d}" for d in self.evidence.damaged]
         # a matrix that is not complete has said so, run by run
-        return problems + [f"{c.id}: {c.measured}" for c in self.audit if not c.passed and c.id != "matrix-complete"]
+        return problems + [f"{c.id}: {c.measured}" for c in self.audit if c.failed and c.id != "matrix-complete"]
 
     @property
     def tally(self) -> dict[str, int]:

@@ -3,8 +3,10 @@
 import tempfile
 from pathlib import Path
 
-from moelib import client, device, engine, params, probe, process, twin
+from moelib import device, engine, params, probe, process, twin
+from moelib.llama_server import LlamaServer
 from moelib.placement import Placement
+from moelib.runner import Job
 
 TRIAL_S = 60.0  # for each step; they take about a second
 MODEL, SCALE, QUANT, CONTEXT = "deepseek-moe-16b", "nano", "Q8_0", 256
@@ -34,15 +36,10 @@ def run(llama: engine.Engine, backend: str) -> None:
 
 
 def _serve(llama: engine.Engine, where: device.Device, work: Path) -> None:
-    key, limit = process.new_key(), process.patience(TRIAL_S)
     with where.session(llama, work) as session:
         if where.kind == "cuda" and not any(name.startswith("CUDA") for name in llama.devices()):
             raise engine.EngineError("it lists no CUDA device: the driver does not fit, or its libraries are missing")
-        argv = llama.server_argv(work / "model.gguf", Placement.parse("cpu-moe"), CONTEXT, where.threads, session.args)
-        env = process.environment(work, {**session.env, "LLAMA_API_KEY": key})
-        with process.Child(argv, work / "server.log", env, session.cpus) as server:
-            port = next(filter(None, server.wait_for(engine.LISTENING, limit).groups()))
-            with client.connect(int(port), key) as connection:
-                client.check_ours(connection, work / "model.gguf")
-                if not any(p is not None for p in client.top_logprobs(connection, PROMPT)):
-                    raise engine.EngineError("the log-probabilities that it computes are not numbers")
+        job = Job(work / "model.gguf", Placement.parse("cpu-moe"), CONTEXT, where.threads)
+        with LlamaServer(llama).start(job, session, work) as server, server.serving(process.patience(TRIAL_S)):
+            if not any(p is not None for p in server.likeliest(PROMPT)):
+                raise engine.EngineError("the log-probabilities that it computes are not numbers")

@@ -14,6 +14,7 @@ from moelib.client import Request
 from moelib.invariants import Finding, holds, strained
 from moelib.memory import AGREE_BYTES, AGREE_SHARE
 from moelib.record import Record
+from moelib.runner import QUANTITIES, untold
 
 DIGITS = 0.003  # the log has four digits of a file's parameters, three of its bits per weight
 HEAD_BYTES, HEAD_SHARE, SMALL_HEAD = 32 << 20, 0.01, 0.05  # of a file: metadata and vocabulary, 2.4 MB at most seen
@@ -37,19 +38,20 @@ class Witnessed(NamedTuple):
 
 def call(folder: Path, record: Record) -> Witnessed:
     """Read the logs that `record` names, in the study's `folder`."""
-    log, problems, kept = None, [], folder / "raw"
+    log, problems, kept, has_log = None, [], folder / "raw", "log" not in untold(record.engine.runner)
     for name, sha256 in record.raw.items():
         try:
             packed = files.head(kept / name, logs.MAX_BYTES)
             if hashlib.sha256(packed).hexdigest() != sha256:
                 problems.append(f"{name} was changed: its SHA-256 is not the record's")
             elif name.endswith(logs.SERVER):
-                log = logs.unpack(packed, name)
+                unpacked = logs.unpack(packed, name)
+                log = unpacked if has_log or unpacked.tasks or unpacked.report.buffers else None
         except OSError as err:
             problems.append(f"{name} cannot be read: {err.strerror}")
         except logs.LogError as err:
             problems.append(str(err))
-    if record.observed and not log and not problems:
+    if has_log and record.observed and not log and not problems:
         problems.append("the record names no log of llama-server")
     return Witnessed(record, log, tuple(problems))
 
@@ -57,6 +59,8 @@ def call(folder: Path, record: Record) -> Witnessed:
 @holds("log", "there, with the record's SHA-256")
 def log_kept(run: Witnessed) -> Finding:
     """The logs that the record names are there, unchanged and readable: evidence that is not looked at is none."""
+    if run.record.observed and not run.log and not run.problems:
+        return None, f"{run.record.engine.runner} does not tell {QUANTITIES['log']}"
     return not run.problems, "; ".join(run.problems) or f"{len(run.record.raw)} logs"
 
 
@@ -168,5 +172,5 @@ def log_tells_the_memory(run: Witnessed) -> Finding:
     used, last = run.log.device_used_bytes, run.record.observed.memory.trace.during[-1:]
     if used is None or not last or last[0].device_bytes is None:
         return True, "one of them did not tell"
-    here = last[0].device_bytes
-    return abs(used - here) <= max(AGREE_BYTES, AGREE_SHARE * here), f"driver {here}, engine {used} bytes"
+    driver = last[0].device_bytes
+    return abs(used - driver) <= max(AGREE_BYTES, AGREE_SHARE * driver), f"driver {driver}, engine {used} bytes"

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from moelib import audit, client, gather, host, params, plan, record, run
-from moelib.engine import Buffer, Report
+from moelib.buffers import Buffer, Report
 from moelib.facts import DeviceFacts, EngineFacts, HostFacts, Manifest
 from moelib.invariants import Measured
 from moelib.memory import Reading, Trace, reconcile
@@ -107,7 +107,9 @@ def observation(placement="baseline", **change) -> run.Observation:
         ),
         requests=(request(0), request(1)),
         top_logprobs=(-6.5, -6.6),
-        memory=reconcile("loopback", trace, report, on_device, None, on_device + 12 * MIB),
+        memory=reconcile(
+            "loopback", trace, report.device_by_kind, report.pinned_bytes, on_device, None, on_device + 12 * MIB
+        ),
         counters=(),
         absent=NO_GPU,
         host=host.Use(0.5, 2, 0.6, 0.6, 100, 0, 0.0, 0.0),

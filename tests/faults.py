@@ -40,7 +40,21 @@ from conftest import SMOKE, copy_of, furnish, library_of
 from factory import SHARED, measured, spec
 from test_kill import MOELIB, complete, kill, no_orphans
 
-from moelib import audit, client, device, engine, files, gguf_file, host, measure, models, params, process, quantize
+from moelib import (
+    audit,
+    client,
+    device,
+    engine,
+    files,
+    gguf_file,
+    host,
+    llama_server,
+    measure,
+    models,
+    params,
+    process,
+    quantize,
+)
 from moelib import record as records
 from moelib import run as runs
 from moelib.facts import Manifest
@@ -52,6 +66,7 @@ from moelib.study import Study
 
 MIB = 1 << 20
 KEY = "faults"
+TOKENS = 3  # of a recorded stream
 LONG = """
 long:
   title: long enough to be interrupted
@@ -389,19 +404,20 @@ def _(lab, chance, rounds):
     """Another build is installed over the running one: what it computed from then on is nobody's."""
     llama = copy_of(engine.find(), lab.home / "build")
     made = quantize.make(models.make_twin("deepseek-moe-16b", "nano"), "Q8_0", llama, lab.home / "q")
-    asked, ask_all = spec(workloads=("smoke",), context=256), client.ask_all
+    asked, likeliest = spec(workloads=("smoke",), context=256), llama_server.Serving.likeliest
     library = library_of(llama)
 
-    def exchanged(*args):
-        yield from ask_all(*args)
+    def exchanged(*args):  # after the last timed request
         new = library.with_name("new")
         shutil.copy(library, new)
         os.replace(new, library)
+        return likeliest(*args)
 
-    with mock.patch.object(client, "ask_all", exchanged):
-        outcome = runs.execute(asked, made, llama, lab.where, lab.home / "run")
+    runner = llama_server.LlamaServer(llama)
+    with mock.patch.object(llama_server.Serving, "likeliest", exchanged):
+        outcome = runs.execute(asked, made, runner, lab.where, lab.home / "run")
     assert library.name in outcome.message
-    again = runs.execute(asked, made, llama, lab.where, lab.home / "run")
+    again = runs.execute(asked, made, runner, lab.where, lab.home / "run")
     assert again.reason is None, again.message
     shutil.rmtree(lab.home / "run")
     return outcome.reason
@@ -423,7 +439,7 @@ def _(lab, chance, rounds):
     asked = spec(workloads=("smoke",), context=256)
     verdicts = []
     for file in (dead, good):
-        outcome = runs.execute(asked, file, lab.stub, lab.where, lab.home / "nan")
+        outcome = runs.execute(asked, file, llama_server.LlamaServer(lab.stub), lab.where, lab.home / "nan")
         assert outcome.observation, outcome.message
         checks = audit.run(measured(asked, outcome.observation, Manifest(**file.sheet)))
         verdicts.append(", ".join(i for i in audit.verdict(checks)[1] if i not in SHARED))
@@ -511,14 +527,14 @@ def hold(home: Path, lab_home: Path, uuid: str) -> None:
     """In a process of its own: another study of the same GPU, that says when it is in the middle of a run."""
     shutil.copytree(lab_home / "params", home / "params")
     os.environ["MOELIB_HOME"] = str(home)
-    real = client._ask
+    real = llama_server.Serving.ask
 
     def ask(*args):
         print("streaming", flush=True)
         return real(*args)
 
     stub = replace(engine.find(), tools={**engine.find().tools, "llama-server": lab_home / "tools/llama-server"})
-    with mock.patch.object(engine, "find", return_value=stub), mock.patch.object(client, "_ask", ask):
+    with mock.patch.object(engine, "find", return_value=stub), mock.patch.object(llama_server.Serving, "ask", ask):
         with mock.patch.object(device, "choose", return_value=FakeGpu(uuid)), BANDWIDTH:
             list(measure.measure(Study.named("smoke"), Study.named("smoke").cells[0]))
 
@@ -590,7 +606,7 @@ def _(lab, chance, rounds):
 @fault("quantised file truncated while it runs", "files", "file-is-its-sheet", lab="loopback")
 def _(lab, chance, rounds):
     """The engine may have read it all by then; the record must not stand."""
-    real, path = client.check_ours, lab.models / f"{NANO}-Q8_0.gguf"
+    real, path = llama_server.check_ours, lab.models / f"{NANO}-Q8_0.gguf"
     calls = []
 
     def cut(*args):
@@ -599,19 +615,19 @@ def _(lab, chance, rounds):
             truncate(path, chance)
         return real(*args)
 
-    with mock.patch.object(client, "check_ours", cut):
+    with mock.patch.object(llama_server, "check_ours", cut):
         return lab.measure()
 
 
 @fault("quantised file deleted while it runs", "files", "file-gone", lab="loopback")
 def _(lab, chance, rounds):
-    real, path = client.check_ours, lab.models / f"{NANO}-Q8_0.gguf"
+    real, path = llama_server.check_ours, lab.models / f"{NANO}-Q8_0.gguf"
 
     def gone(*args):
         path.unlink(missing_ok=True)
         return real(*args)
 
-    with mock.patch.object(client, "check_ours", gone):
+    with mock.patch.object(llama_server, "check_ours", gone):
         return lab.measure()
 
 
@@ -763,17 +779,15 @@ class Replay(contextlib.AbstractContextManager):
                 return
 
 
-def asked(port: int) -> client.Request:
+def asked(port: int) -> client.Answer:
+    body = {**llama_server.SAMPLING, "stream": True, "prompt": [1, 292, 294], "n_predict": TOKENS}
     with client.connect(port, KEY) as c:
-        return client._ask(c, three_tokens(), [1, 292, 294], 0, time.monotonic(), lambda: None)
+        llama_server.connect(c)
+        return llama_server.read_stream(client.stream(c, "/completion", body, TOKENS)[1], TOKENS)
 
 
-def three_tokens() -> params.Workload:
-    return params.workload("smoke").model_copy(update={"generate_tokens": 3})
-
-
-def timeless(r: client.Request) -> client.Request:
-    return replace(r, token_s=(), started_s=0.0)
+def timeless(answer: client.Answer) -> client.Answer:
+    return replace(answer, token_s=())
 
 
 def sse(answer: bytes) -> bytes:
@@ -785,9 +799,9 @@ def sse(answer: bytes) -> bytes:
     return out
 
 
-def parsed(chunks: list[bytes]) -> client.Request:
-    lines = [(t, line.decode()) for t, line in client.arrivals(chunks, iter(range(1, 10**6)).__next__, 1e9)]
-    return client.read_stream(three_tokens(), 3, 0, 0.0, lines)
+def parsed(chunks: list[bytes]) -> client.Answer:
+    lines = client.arrivals(chunks, iter(range(1, 10**6)).__next__, 1e9)
+    return llama_server.read_stream(list(lines), TOKENS)
 
 
 @fault("stream cut at every byte", "parser", "never finished", 60, "real")

@@ -211,6 +211,18 @@ def _(chance, runs, logs):
             q["token_s"] = [round(t + more, 6) for t in q["token_s"]]
 
 
+@family("another runner's times")
+def _(chance, runs, logs):
+    """What the engine told is taken out, as of a runner that does not tell it; then any time will do."""
+    by, name = chance.choice(FACTORS), chance.choice(["llama-server", "another-server"])
+    for r in some(chance, runs):
+        r["engine"]["runner"] = name
+        r["observed"]["report"] |= {"buffers": [], "graph_splits": [], "total_layers": None, "offloaded_layers": None}
+        for q in r["observed"]["requests"]:
+            q |= dict.fromkeys(("prompt_n", "cache_n", "predicted_n", "engine_prompt_s", "engine_predicted_s"))
+            q["token_s"] = [round(t * by, 6) for t in q["token_s"]]
+
+
 @family("first token alone")
 def _(chance, runs, logs):
     by = chance.choice(FACTORS)

@@ -6,7 +6,7 @@ import pytest
 from factory import BASE, EXPERTS, MANIFEST, MIB, argv, block, made, measured, observation, request, spec
 
 from moelib import audit, bounds, memory, nvml, record
-from moelib.engine import Buffer, Report
+from moelib.buffers import Buffer, Report
 from moelib.invariants import INVARIANTS, agrees
 from moelib.memory import Reading, reconcile
 from moelib.nvml import Counters
@@ -35,10 +35,11 @@ def report(placement="baseline", **change):
 
 
 def remembered(observed, peak=None):
-    """`seen` with the memory that its readings and its report now give."""
+    """`observed` with the memory that its readings and its report now give."""
     m = observed.memory
     peak = m.process_bytes if peak is None else peak
-    again = reconcile(observed.device_kind, m.trace, observed.report, m.weights_bytes, m.context_bytes, peak or None)
+    buffers = observed.report.device_by_kind, observed.report.pinned_bytes
+    again = reconcile(observed.device_kind, m.trace, *buffers, m.weights_bytes, m.context_bytes, peak or None)
     return replace(observed, memory=again)
 
 
@@ -236,13 +237,6 @@ def test_load_mode_none_must_be_told():
 )
 def test_output_that_is_not_a_distribution_is_dead(top):
     assert failed(*broken(top_logprobs=top)) == ("invalid", ("output-alive",))
-
-
-def test_a_run_can_be_audited_that_is_in_no_study():
-    asked, observed = spec(), observation()
-    assert audit.verdict(audit.run(asked, observed, MANIFEST.model_dump())) == ("valid", ())
-    assert audit.verdict(audit.run(asked, observed, {"sha256": "a" * 64})) == ("valid", ())
-    assert audit.verdict(audit.run(asked, observed, {"sha256": "b" * 64})) == ("invalid", ("file-is-its-sheet",))
 
 
 def test_nothing_is_not_valid():
@@ -629,10 +623,11 @@ def test_a_reading_is_evidence_of_the_value():
     """The same trace with one reading taken out of it no longer gives the value that stands."""
     observed = observation()
     m = observed.memory
-    assert reconcile("loopback", m.trace, observed.report, m.weights_bytes, None, m.process_bytes) == m
+    buffers = observed.report.device_by_kind, observed.report.pinned_bytes
+    assert reconcile("loopback", m.trace, *buffers, m.weights_bytes, None, m.process_bytes) == m
     shorter = replace(m, trace=replace(m.trace, during=()))
     assert failed(*broken(memory=shorter)) == ("valid", ())  # loopback's value is the system's own peak
-    sampled = reconcile("loopback", m.trace, observed.report, m.weights_bytes, None, None)
+    sampled = reconcile("loopback", m.trace, *buffers, m.weights_bytes, None, None)
     moved = replace(m.trace, during=(Reading(0.1, BASE + 20 * MIB, None),))
     assert failed(*broken(memory=replace(sampled, trace=moved)))[1] == ("memory-follows", "memory-undoubted")
 

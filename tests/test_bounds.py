@@ -7,7 +7,7 @@ from factory import BASE, DEVICE, EXPERTS, HOST, MANIFEST, MIB, measured, observ
 from test_audit import remembered
 
 from moelib import audit, bounds
-from moelib.engine import Buffer
+from moelib.buffers import Buffer
 from moelib.invariants import INVARIANTS
 from moelib.memory import Reading
 from moelib.nvml import Counters

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from factory import request
 
-from moelib import client, params
+from moelib import client, llama_server, params
 from moelib.client import RunError
 
 
@@ -61,11 +61,10 @@ def plain(**data):
 
 
 ASKS = {
-    "props": lambda c, path: client.check_ours(c, path),
-    "tokenize": lambda c, path: client.prompt_ids(c, params.workload("smoke")),
-    "likeliest": lambda c, path: client.top_logprobs(c, [1, 2]),
-    "one": lambda c, path: client.ask_for_one(c, [1, 2]),
-    "stream": lambda c, path: client._ask(c, params.workload("smoke"), [1], 0, time.monotonic(), lambda: None),
+    "props": lambda c, path: llama_server.check_ours(c, path),
+    "tokenize": lambda c, path: llama_server.prompt_ids(c, params.workload("smoke")),
+    "likeliest": lambda c, path: llama_server.top_logprobs(c, [1, 2]),
+    "stream": lambda c, path: client.stream(c, "/completion", {"prompt": [1]}, 8),
 }
 
 
@@ -108,21 +107,21 @@ def test_a_compressed_answer_is_not_unpacked(tmp_path):
     bomb = gzip.compress(bytes(50 << 20))
     with answering(head(len(bomb), "Content-Encoding: gzip\r\n") + bomb) as port:
         with pytest.raises(RunError, match="UnicodeDecodeError|JSON") as caught, client.connect(port, "k") as c:
-            client.prompt_ids(c, params.workload("smoke"))
+            llama_server.prompt_ids(c, params.workload("smoke"))
     assert caught.value.reason == "answer-unreadable"
 
 
 def test_the_likeliest_tokens_are_as_many_as_were_asked_for(tmp_path):
     sent = plain(completion_probabilities=[{"top_logprobs": [{"logprob": -1.0}] * 1000}])
     with answering(sent) as port, client.connect(port, "k") as c:
-        assert client.top_logprobs(c, [1]) == (-1.0,) * client.PROBS
+        assert llama_server.top_logprobs(c, [1]) == (-1.0,) * llama_server.PROBS
 
 
 def test_the_name_of_a_build_is_a_short_text_or_unknown(tmp_path):
     path = tmp_path / "m.gguf"
     for sent, want in (("b" * 1000, "b" * 200), (["b1"], None), (None, None)):
         with answering(plain(model_path="m.gguf", build_info=sent)) as port, client.connect(port, "k") as c:
-            assert client.check_ours(c, path) == want
+            assert llama_server.check_ours(c, path) == want
 
 
 # the line reader
@@ -156,9 +155,9 @@ def test_a_stream_has_room_for_its_tokens_and_no_more(monkeypatch):
 
 
 def test_tokens_without_end_in_few_events_are_refused():
-    event = "data: " + json.dumps({"tokens": [1] * 20_000, "timings": {"predicted_n": 20_000}})
+    event = b"data: " + json.dumps({"tokens": [1] * 20_000, "timings": {"predicted_n": 20_000}}).encode()
     with pytest.raises(RunError, match="20000 tokens came for") as caught:
-        client.read_stream(params.workload("smoke"), 4, 0, 0.0, [(0.1, event)])
+        llama_server.read_stream([(0.1, event)], 3)
     assert caught.value.reason == "answer-too-large"
 
 
@@ -172,10 +171,9 @@ def test_a_request_has_its_own_limit_times_the_patience_and_its_tokens(monkeypat
 
     monkeypatch.setattr(client, "arrivals", stop)
     monkeypatch.setenv("MOELIB_PATIENCE", "0.5")
-    workload = params.workload("smoke")
     with answering(head()) as port, client.connect(port, "k") as c:
-        client._ask(c, workload, [1], 0, time.monotonic(), lambda: None)
-    assert taken == [(900.0, workload.generate_tokens)]
+        client.stream(c, "/completion", {}, 7)
+    assert taken == [(900.0, 7)]
 
 
 def test_a_request_beyond_its_limit_is_ended_at_the_next_bytes():
@@ -187,18 +185,19 @@ def test_a_request_beyond_its_limit_is_ended_at_the_next_bytes():
 
 def test_prompt_and_generated_tokens_must_fit_together(monkeypatch):
     workload = params.workload("smoke")
-    monkeypatch.setattr(client, "prompt_ids", lambda c, w: [1] * 10)
+    monkeypatch.setattr(llama_server, "prompt_ids", lambda c, w: [1] * 10)
     need = 10 + workload.generate_tokens
-    assert client.prepare(None, [workload], need) == [(workload, [1] * 10)]
+    assert llama_server.prepare(None, [workload], need) == [(workload, [1] * 10, 10)]
     with pytest.raises(
         RunError, match=f"10 \\+ {workload.generate_tokens} tokens, the context is {need - 1}"
     ) as caught:
-        client.prepare(None, [workload], need - 1)
+        llama_server.prepare(None, [workload], need - 1)
     assert caught.value.reason == "context-too-small"
 
 
-def test_a_first_event_of_several_tokens_is_no_time_to_the_first():
-    assert request(n=5, first=0.02).ttft_s == 0.02
+def test_rates_and_latencies_are_derived_and_a_first_event_of_several_tokens_has_none():
+    assert (request(n=5, first=0.02).ttft_s, request(n=5, first=0.02).tps) == (0.02, pytest.approx(4 / 0.04))
+    assert replace(request(), token_s=(0.02,), token_n=(1,)).tps is None
     several = replace(request(n=5), token_n=(2, 3, 4, 5, 6))
     assert several.ttft_s is None
     assert several.tps is not None, "the distance of later tokens is still known"
@@ -209,7 +208,7 @@ def test_the_answer_keeps_status_and_words():
     body = b'{"error": 1}'
     with answering(b"HTTP/1.1 500 x\r\nContent-Length: 12\r\nConnection: close\r\n\r\n" + body) as port:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as c:
-            answer = client._answer(c, "GET", "/x")
+            answer = client.answer(c, "GET", "/x")
     assert (answer.status_code, answer.json()) == (500, {"error": 1})
     with pytest.raises(httpx.HTTPStatusError):
         answer.raise_for_status()

@@ -12,7 +12,8 @@ from factory import measured, observation, spec
 
 from moelib import command
 from moelib import engine as engines
-from moelib.engine import Engine, EngineError, Help, parse_log
+from moelib.engine import Engine, EngineError, Help
+from moelib.logs import parse_log
 from moelib.placement import Placement
 
 BUILDS = ("b6666", "b11434", "b11669")
@@ -86,6 +87,7 @@ def test_an_old_build_is_told_what_it_knows():
     got = argv(OLD)
     assert not {"--fit", "--cache-ram", "--lazy-mode", "-lv", "--load-mode", "--no-mmap", "--no-ui"} & set(got)
     assert "--no-webui" in got
+    assert not {part for part in got if part.startswith("--")} - OLD.flags
     assert "--no-mmap" in argv(OLD, load_mode="none")
 
 
@@ -176,14 +178,14 @@ def test_a_buffer_is_where_its_name_is_known_to_be_and_else_unknown(place, name)
     size = round(1234.5 * 2**20)
     assert report.device_bytes("model") == {"device": size, "host": 0, "unknown": None}[place]
     assert report.pinned_bytes == (size if place == "host" and name.endswith("_Host") else 0)
-    assert report.unknown_names == ((name,) if place == "unknown" else ())
+    assert {b.place for b in report.buffers} == {place}
 
 
 def test_one_unknown_buffer_makes_only_its_kind_unknown():
     report = parse_log("x: CUDA0 model buffer size = 8.00 MiB\nx: My Cache KV buffer size = 2.00 MiB\n")
     assert report.device_bytes("model") == 8 << 20
     assert (report.device_bytes("KV"), report.device_bytes()) == (None, None)
-    assert report.unknown_names == ("My Cache",)
+    assert report.device_by_kind == {"model": 8 << 20, "KV": None}
 
 
 def test_sizes_in_other_units_and_states_of_other_names():

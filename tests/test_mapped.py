@@ -15,6 +15,7 @@ from factory import spec
 
 from moelib import device, mapped, models, quantize, run
 from moelib import engine as engines
+from moelib.llama_server import LlamaServer
 from moelib.process import ProcessError
 
 HOLD = """
@@ -177,10 +178,9 @@ def test_where_the_system_does_not_say_there_is_a_reason(monkeypatch, tmp_path):
         mapped.look(gone.pid, time.time())
     monkeypatch.setattr(mapped, "Path", lambda p: tmp_path / "no" / str(p).lstrip("/"))  # a system without /proc
     llama = engines.Engine(tmp_path, "test", {}, 1, "v", engines.Help(""))
-    looked, untold = llama.looked_at(os.getpid(), None, time.time())
-    assert looked == {}
-    assert list(untold) == ["engine_files"]
-    assert llama.digests(looked) == {}
+    digests, unlisted = llama.mapped_files(os.getpid(), None, time.time())
+    assert list(unlisted) == ["engine_files"]
+    assert digests() == {}
 
 
 @pytest.mark.engine
@@ -192,7 +192,7 @@ def test_a_library_exchanged_between_two_runs_shows(engine, home, tmp_path):
     observations = []
     for _ in range(2):
         asked = spec(workloads=("smoke",), context=256)
-        outcome = run.execute(asked, made, llama, device.Loopback(), tmp_path / "work")
+        outcome = run.execute(asked, made, LlamaServer(llama), device.Loopback(), tmp_path / "work")
         assert outcome.reason is None, outcome.message
         observations.append(outcome.observation)
         shutil.copy(library, new := library.with_name("new"))

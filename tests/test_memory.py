@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from moelib import memory
-from moelib.engine import Buffer, Report
+from moelib.buffers import Buffer, Report
 from moelib.memory import INVALID, LEAST_CONTEXT_BYTES, REASONS, Memory, Reading, Trace, reconcile
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -18,14 +18,7 @@ USED = PEAK + 9 * MIB  # of the device, which was idle at 0
 SILENT = Report((), None, None, ())
 
 
-class Unknown(Report):
-    """A report with a buffer of which nobody knows where it is: there is no sum."""
-
-    def device_bytes(self, kind=None):
-        return None
-
-
-UNKNOWN = Unknown((Buffer("NPU7", "model", GIB),), 1, 1, (2,))
+UNKNOWN = Report((Buffer("NPU7", "model", GIB),), 1, 1, (2,))
 
 
 def engine_report(model=WEIGHTS, cache=ENGINE - WEIGHTS, device="CUDA0"):
@@ -47,12 +40,12 @@ def graph(compute) -> Report:
 def cuda(
     *during, before=(IDLE, IDLE), after=(IDLE,), report=TOLD, weights=WEIGHTS, context: int | None = CONTEXT
 ) -> Memory:
-    return reconcile("cuda", Trace(before, during, after), report, weights, context)
+    return reconcile("cuda", Trace(before, during, after), report.device_by_kind, report.pinned_bytes, weights, context)
 
 
 def loopback(peak, *samples, report=TOLD_RPC, weights=40 * MIB) -> Memory:
     trace = Trace((at(None, 8 * MIB),), tuple(at(None, n) for n in samples))
-    return reconcile("loopback", trace, report, weights, None, peak)
+    return reconcile("loopback", trace, report.device_by_kind, report.pinned_bytes, weights, None, peak)
 
 
 F = (90, 2 * GIB)  # another process
@@ -67,7 +60,7 @@ CASES = {
     "below-engine-buffers": (cuda(at(ENGINE, ENGINE)), None, ("below-engine-buffers",)),
     "below-header-weights": (cuda(RUN, weights=2 * PEAK), None, ("below-header-weights",)),
     "above-ceiling": (cuda(at(USED + GIB, PEAK + GIB)), None, ("above-ceiling",)),
-    "no-device": (reconcile("none", Trace((), ()), SILENT, 0), None, ("no-device",)),
+    "no-device": (reconcile("none", Trace((), ()), {}, 0, 0), None, ("no-device",)),
     "process-not-listed": (cuda(at(USED)), None, ("process-not-listed",)),
     "list-unsupported": (cuda(at(USED, None, (), "list-unsupported")), None, ("list-unsupported",)),
     "host-pid": (cuda(at(USED, None, ((70411, PEAK),))), PEAK, ("host-pid",)),
@@ -235,7 +228,7 @@ def test_an_h200s_recording_gives_what_was_allocated_and_a_context():
 
     trace = Trace(*(tuple(map(reading, labels)) for labels in (("idle", "idle2"), ("ctx", "alloc"), ("after_exit",))))
     allocated, context = probe["alloc_bytes"], probe["verdict"]["context_bytes_device"]
-    m = reconcile("cuda", trace, engine_report(allocated, 0), allocated, context)
+    m = reconcile("cuda", trace, engine_report(allocated, 0).device_by_kind, 0, allocated, context)
     assert (m.status, m.method, m.reasons) == ("valid", "nvml-process", ())
     listed = probe["verdict"]["our_pid_bytes"][0]
     assert abs(m.value_bytes - listed) <= max(64 * MIB, 0.01 * listed)
@@ -249,13 +242,22 @@ def test_page_tables_of_pinned_memory_are_charged_to_no_process():
     report = TypeAdapter(Report).validate_python(fixture["report"])
     pinned = report.pinned_bytes
     assert pinned == sum(b["size_bytes"] for b in fixture["report"]["buffers"] if b["name"] == "CUDA_Host") > 40e9
-    m = reconcile("cuda", trace, report, fixture["weights_bytes"], fixture["context_bytes"])
+    m = reconcile(
+        "cuda", trace, report.device_by_kind, report.pinned_bytes, fixture["weights_bytes"], fixture["context_bytes"]
+    )
     assert (m.status, m.method, m.value_bytes) == ("valid", "nvml-process", m.process_bytes)
     # 8 bytes a page of 4 KiB, in steps of 2 MiB, and what any process costs the device beside
     assert m.growth_bytes - m.process_bytes - 9240576 == pytest.approx(pinned / 512, abs=2 * MIB)
     bare = replace(report, buffers=tuple(replace(b, name=b.name.replace("_Host", "")) for b in report.buffers))
     unpinned = replace(report, buffers=tuple(b for b in bare.buffers if b in report.buffers))
-    again = reconcile("cuda", trace, unpinned, fixture["weights_bytes"], fixture["context_bytes"])
+    again = reconcile(
+        "cuda",
+        trace,
+        unpinned.device_by_kind,
+        unpinned.pinned_bytes,
+        fixture["weights_bytes"],
+        fixture["context_bytes"],
+    )
     assert again.reasons == ("accounts-disagree",)
 
 
@@ -460,7 +462,9 @@ def measure(world: World) -> Memory:
         SILENT if world.silent else replace(TOLD, buffers=buffers),
         world.context if world.measured else None,
     )
-    return reconcile("cuda", show(world), report, round(world.weights * world.engine), context)
+    return reconcile(
+        "cuda", show(world), report.device_by_kind, report.pinned_bytes, round(world.weights * world.engine), context
+    )
 
 
 @settings(max_examples=1000, deadline=None)
@@ -648,7 +652,9 @@ def test_buffers_said_to_be_ten_times_as_large_are_not_believed_on_loopback(kind
     def run(sizes):
         buffers = tuple(Buffer("RPC0", k, round(mib * MIB)) for k, mib in sizes.items())
         trace = Trace((at(None, round(5.7 * MIB)),), ())
-        return reconcile("loopback", trace, Report(buffers, 5, 5, (2,)), 57 * MIB, None, round(84.5 * MIB))
+        return reconcile(
+            "loopback", trace, Report(buffers, 5, 5, (2,)).device_by_kind, 0, 57 * MIB, None, round(84.5 * MIB)
+        )
 
     assert run(honest).reasons == ()
     assert run({**honest, kind: 10 * honest[kind]}).reasons == ("below-engine-buffers",)

@@ -6,6 +6,7 @@ from factory import MANIFEST, measured, spec
 
 from moelib import audit, device, files, gguf_file, models, quantize, run
 from moelib.facts import Manifest
+from moelib.llama_server import LlamaServer
 
 pytestmark = pytest.mark.engine
 
@@ -21,7 +22,7 @@ def source(home, tmp_path):
 
 def observed(engine, made, work, placement):
     asked = spec(placement=placement, workloads=("smoke",), requests=1)
-    outcome = run.execute(asked, made, engine, device.Loopback(), work)
+    outcome = run.execute(asked, made, LlamaServer(engine), device.Loopback(), work)
     assert outcome.reason is None, outcome.message
     checks = audit.run(measured(asked, outcome.observation, Manifest(**made.sheet)))
     assert [c for c in checks if not c.passed and c.id in OF_PLACEMENT] == []

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from moelib.engine import Buffer, Report
+from moelib.buffers import Buffer, Report
 from moelib.memory import LEAST_CONTEXT_BYTES, Trace, reconcile
 from moelib.nvml import NO_GPU, POWER_CAP, Counters, Gpu, Traffic, slowed
 
@@ -415,7 +415,7 @@ def play(world: Path) -> dict:
 
         trace = Trace(look(s.before, ()), look(s.during, s.ours), look(s.after, s.ours))
         report = Report((Buffer("CUDA0", "model", WEIGHTS), Buffer("CUDA0", "KV", ENGINE - WEIGHTS)), 1, 1, (2,))
-        return asdict(reconcile("cuda", trace, report, WEIGHTS, CONTEXT))
+        return asdict(reconcile("cuda", trace, report.device_by_kind, report.pinned_bytes, WEIGHTS, CONTEXT))
 
     def started(text: str, which: str) -> dict:
         try:

@@ -3,7 +3,7 @@ import json
 
 import pytest
 from conftest import FIXTURES
-from factory import made, observation, spec
+from factory import made, spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -246,14 +246,3 @@ def test_a_record_of_this_schema_can_be_read_as_long_as_it_lasts(tmp_path):
     assert r.observed.requests[1].tps == pytest.approx(
         99 / (r.observed.requests[1].token_s[-1] - r.observed.requests[1].token_s[0])
     )
-
-
-def test_rates_and_latencies_are_derived_not_stored():
-    q = observation().requests[0]
-    assert q.ttft_s == 0.02
-    assert q.tps == pytest.approx(4 / 0.04)
-    from dataclasses import replace
-
-    assert replace(q, token_s=(), token_n=()).ttft_s is None
-    assert replace(q, token_s=(0.02,), token_n=(1,)).tps is None
-    assert replace(q, token_n=(2, 3, 4, 5, 6)).ttft_s is None

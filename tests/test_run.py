@@ -10,8 +10,8 @@ from factory import SHARED, measured, spec
 
 from moelib import audit, client, device, models, params, quantize, run, twin
 from moelib.facts import Manifest
+from moelib.llama_server import LlamaServer, Serving, read_stream
 from moelib.nvml import Counters, Traffic
-from moelib.placement import Placement
 
 pytestmark = pytest.mark.engine
 
@@ -33,7 +33,7 @@ def wanted(**change):
 
 def execute(engine, quantised, where, tmp_path, **change):
     asked = wanted(**change)
-    outcome = run.execute(asked, quantised, engine, where, tmp_path / "work")
+    outcome = run.execute(asked, quantised, LlamaServer(engine), where, tmp_path / "work")
     assert outcome.reason is None, outcome.message
     return outcome.observation, audit.run(measured(asked, outcome.observation, Manifest(**quantised.sheet)))
 
@@ -143,9 +143,11 @@ def test_clocks_and_power_are_asked_for_between_requests(engine, quantised, tmp_
 
 
 def test_without_a_bus_no_prompt_is_asked_again(engine, quantised, loopback, tmp_path, monkeypatch):
-    monkeypatch.setattr(client, "ask_for_one", lambda *_: pytest.fail("nothing was to be looked at"))
+    asked, ask = [], Serving.ask
+    monkeypatch.setattr(Serving, "ask", lambda server, content, n: asked.append(n) or ask(server, content, n))
     observed, _ = execute(engine, quantised, loopback, tmp_path, workloads=("smoke",))
     assert observed.prompt_traffic == ()
+    assert asked == [r.generate_tokens for r in observed.requests]
     assert 0 < observed.watch_cpu_s < observed.wall_s
 
 
@@ -209,7 +211,9 @@ def test_a_server_that_does_not_start_is_a_failed_run_with_its_words(
 ):
     if "list-devices" not in script:
         script = f'case "$*" in *--list-devices*) exec REAL "$@";; esac; {script}'
-    outcome = run.execute(wanted(), quantised, wrapped(engine, tmp_path, script), loopback, tmp_path / "work")
+    outcome = run.execute(
+        wanted(), quantised, LlamaServer(wrapped(engine, tmp_path, script)), loopback, tmp_path / "work"
+    )
     assert (outcome.observation, outcome.reason) == (None, reason)
     assert words in outcome.message
 
@@ -218,12 +222,14 @@ def test_a_server_that_hangs_at_load_is_ended_at_the_deadline(engine, quantised,
     monkeypatch.setattr(run, "LOAD_S", 0.5)
     monkeypatch.setattr(run, "LOAD_BYTES_PER_S", 1e12)
     script = 'case "$*" in *--list-devices*) exec REAL "$@";; esac; exec sleep 300'
-    outcome = run.execute(wanted(), quantised, wrapped(engine, tmp_path, script), loopback, tmp_path / "work")
+    outcome = run.execute(
+        wanted(), quantised, LlamaServer(wrapped(engine, tmp_path, script)), loopback, tmp_path / "work"
+    )
     assert outcome.reason == "engine-timeout"
 
 
 def test_a_prompt_that_does_not_fit_is_said(engine, quantised, loopback, tmp_path):
-    outcome = run.execute(wanted(context=256), quantised, engine, loopback, tmp_path / "work")
+    outcome = run.execute(wanted(context=256), quantised, LlamaServer(engine), loopback, tmp_path / "work")
     assert outcome.reason == "context-too-small"
     assert "512 + 100 tokens" in outcome.message
 
@@ -244,41 +250,29 @@ def test_an_environment_that_would_turn_a_baseline_into_an_offload_is_kept_out(
     assert failed(checks) == set()
 
 
-def test_the_old_spelling_of_everything_is_understood(engine, quantised, loopback, tmp_path):
-    """A server that knows only what b6666 knew, with the real one behind it."""
-    from conftest import FIXTURES
-
-    from moelib.engine import Help
-
-    old = replace(engine, help=Help((FIXTURES / "llama-server-help-b6666.txt").read_text(encoding="utf-8")))
-    asked = old.server_argv(quantised.path, Placement.parse("cpu-moe", "mmap"), 1024, 1, [])
-    assert not {a for a in asked if a.startswith("--")} - old.help.flags
-
-
 def test_a_stream_is_read_by_the_engines_counts_not_by_events():
     """Two tokens in one event, as when a character's bytes come in two tokens."""
     workload = params.workload("smoke")
 
     def event(**data):
-        return "data: " + json.dumps(data)
+        return b"data: " + json.dumps(data).encode()
 
     lines = [
         (0.1, event(tokens=[5], stop=False, timings={"predicted_n": 1})),
-        (0.1, ""),
+        (0.1, b""),
         (0.3, event(tokens=[6, 7], stop=False, timings={"predicted_n": 3})),
         (0.31, event(tokens=[], stop=True, timings={"prompt_n": 4, "cache_n": 0, "predicted_n": 3, "prompt_ms": 90.0})),
     ]
-    r = client.read_stream(workload, 4, 0, 1.0, lines)
+    r = read_stream(lines, workload.generate_tokens)
     assert (r.token_n, r.token_s, r.tokens, r.finished) == ((1, 3), (0.1, 0.3), (5, 6, 7), True)
-    assert r.tps == pytest.approx(2 / 0.2)
     assert (r.engine_prompt_s, r.engine_predicted_s) == (0.09, None)
-    cut = client.read_stream(workload, 4, 0, 1.0, lines[:3])
+    cut = read_stream(lines[:3], workload.generate_tokens)
     assert (cut.finished, cut.prompt_n, cut.predicted_n) == (False, None, None)
 
 
 def test_an_error_in_the_stream_is_an_error():
     with pytest.raises(client.RunError, match="slot"):
-        client.read_stream(params.workload("smoke"), 4, 0, 0.0, [(0.1, 'data: {"error": {"message": "no slot"}}')])
+        read_stream([(0.1, b'data: {"error": {"message": "no slot"}}')], 3)
 
 
 def test_choose_takes_loopback_where_there_is_no_gpu_and_says_what_is_missing(engine, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from factory import spec
 
-from moelib import client, device, process, run
+from moelib import client, device, llama_server, process, run
 
 
 class Dying:
@@ -38,7 +38,7 @@ class Dying:
 
 
 def reason_of(server, broke="connection-lost"):
-    with pytest.raises(process.ProcessError) as caught, run._reporting_its_end(server):
+    with pytest.raises(process.ProcessError) as caught, llama_server.reporting_its_end(server):
         raise client.RunError(broke, "as it looked from here")
     return caught.value.reason
 
@@ -57,7 +57,7 @@ def test_a_server_that_takes_a_moment_to_die_is_told_by_how_it_died(code, said, 
 
 
 def test_a_server_that_goes_on_is_not_waited_for_longer_than_its_end_takes(monkeypatch):
-    monkeypatch.setattr(run, "END_S", 0.1)
+    monkeypatch.setattr(llama_server, "END_S", 0.1)
     started = time.monotonic()
     assert reason_of(Dying(10**9)) == "connection-lost"
     assert 0.1 <= time.monotonic() - started < 5
@@ -79,7 +79,7 @@ def test_a_large_file_has_longer_to_load(tmp_path, monkeypatch, size, patience, 
     limits = []
 
     class Child(Dying):
-        pid, started = 1, 0.0
+        pid, started, argv = 1, 0.0, ["llama-server", "-m", "m.gguf"]
 
         def __init__(self, *_):
             super().__init__(0, 1)
@@ -97,6 +97,6 @@ def test_a_large_file_has_longer_to_load(tmp_path, monkeypatch, size, patience, 
     monkeypatch.setattr(process, "Child", Child)
     file = SimpleNamespace(path=Path("m.gguf"), header=SimpleNamespace(file_bytes=size))
     llama = SimpleNamespace(server_argv=lambda *_: ["llama-server", "-m", "m.gguf"])
-    outcome = run.execute(spec(), file, llama, device.NoDevice(), tmp_path / "work")
+    outcome = run.execute(spec(), file, llama_server.LlamaServer(llama), device.NoDevice(), tmp_path / "work")
     assert outcome.reason == "engine-ended", outcome.message
     assert limits == [pytest.approx(want)]

@@ -14,10 +14,10 @@ from conftest import REPO, SLOW
 # Each module may import those before it, never those after.
 LAYERS = """bar errors yaml_file strict placement upstream params neutral ranges facts files claim gguf_reader
 gguf_foreign gguf_header gguf_file stats twin logfile process monitor wire hub host mapped probe release
-tarball archive engine logs models pins weights convert candidates sources quantize reasons memory
-visible nvml cuda gpus device client trial harness run record invariants command bounds witness cells
-energy audit gather plan status columns frames study face table axes plots report evidence advice notebook
-lint cards publish measure doctor cli""".split()
+tarball archive engine buffers logs models pins weights convert candidates sources quantize reasons memory
+visible nvml cuda gpus device client runner llama_server trial harness run record invariants command bounds
+witness cells energy audit gather plan status columns frames study face table axes plots report evidence
+advice notebook lint cards publish measure doctor cli""".split()
 
 
 def _imports(name):

@@ -12,6 +12,8 @@ from factory import SHARED, measured, spec
 from moelib import audit, device, models, process, quantize, run
 from moelib import engine as engines
 from moelib.facts import Manifest
+from moelib.llama_server import LlamaServer
+from moelib.logs import parse_log
 from moelib.placement import Placement
 
 pytestmark = pytest.mark.engine
@@ -125,7 +127,7 @@ def test_it_logs_as_the_real_one(engine, stub, quantised, tmp_path, placement, l
     reports = []
     for name, llama in (("real", engine), ("stub", stub)):
         with serving(llama, quantised, tmp_path / name, placement, load_mode) as (_, server):
-            reports.append(engines.parse_log(server.text()))
+            reports.append(parse_log(server.text()))
     real, ours = reports
     assert ours.built == real.built
     assert (ours.offloaded_layers, ours.total_layers) == (real.offloaded_layers, real.total_layers)
@@ -145,7 +147,7 @@ def test_without_a_device_both_keep_everything_on_the_host(engine, stub, quantis
     reports = []
     for name, llama in (("real", engine), ("stub", stub)):
         with serving(llama, quantised, tmp_path / name, where=device.NoDevice()) as (_, server):
-            reports.append(engines.parse_log(server.text()))
+            reports.append(parse_log(server.text()))
     real, ours = reports
     assert names(ours) == names(real)
     assert not any(b.on_device for r in reports for b in r.buffers)
@@ -155,7 +157,7 @@ def test_without_a_device_both_keep_everything_on_the_host(engine, stub, quantis
 @pytest.mark.parametrize("placement", ["baseline", "cpu-moe"])
 def test_a_run_of_it_is_valid(stub, quantised, tmp_path, placement):
     asked = spec(workloads=("smoke",), context=256, placement=placement)
-    outcome = run.execute(asked, quantised, stub, stub_server.loopback(), tmp_path / "work")
+    outcome = run.execute(asked, quantised, LlamaServer(stub), stub_server.loopback(), tmp_path / "work")
     assert outcome.reason is None, outcome.message
     checks = audit.run(measured(asked, outcome.observation, Manifest(**quantised.sheet)))
     assert {c.id for c in checks if not c.passed} - SHARED == set()

@@ -8,7 +8,7 @@ from conftest import FIXTURES
 from factory import MIB, block, keep, log_of, made, observation, request, spec
 
 from moelib import audit, gather, logs, record, witness
-from moelib.engine import Buffer
+from moelib.buffers import Buffer
 from moelib.invariants import INVARIANTS
 
 

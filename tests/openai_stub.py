@@ -1,0 +1,154 @@
+"""A stand-in for any server with OpenAI's streaming completions, already running; and the runner that attaches to it.
+
+It tells what that interface does and no more: no timings, no token ids, no buffers, no log, no process of its own.
+"""
+
+import json
+import socket
+import threading
+import time
+from contextlib import contextmanager
+
+import httpx
+
+from moelib import client, runner
+from moelib.client import Answer
+from moelib.facts import EngineFacts
+from moelib.runner import Prompt
+
+NAME = "openai-stub"
+TELLS = frozenset({"usage"})
+STEP_S = 0.001  # a token
+DONE = "[DONE]"
+
+
+class Stub:
+    """Streams `text` events of one token each. `defect`: what goes wrong with the stream.
+
+    cut: the connection breaks; ends: it ends without [DONE]; late: tokens come after [DONE]; more: one token too many;
+    error: the server says that it failed.
+    """
+
+    def __init__(self, usage=True, defect=None):
+        self.usage, self.defect = usage, defect
+
+    def __enter__(self):
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listening.getsockname()[1]
+        threading.Thread(target=self._serve, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.listening.shutdown(socket.SHUT_RDWR)  # ends accept
+        self.listening.close()
+
+    def _serve(self):
+        while True:
+            try:
+                connection, _ = self.listening.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
+
+    def _answer(self, connection):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with connection, connection.makefile("rb") as lines:
+            path, length = lines.readline().split()[1], 0
+            while line := lines.readline().strip():
+                if line.lower().startswith(b"content-length:"):
+                    length = int(line.partition(b":")[2])
+            if path == b"/v1/models":
+                body = json.dumps({"object": "list", "data": [{"id": "m", "object": "model"}]}).encode()
+                head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+                connection.sendall(head.encode() + body)
+            else:
+                self._stream(connection, json.loads(lines.read(length)))
+
+    def _stream(self, connection, asked):
+        head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"
+        connection.sendall((head + "Connection: close\r\n\r\n").encode())
+
+        def send(event):
+            data = f"data: {event if isinstance(event, str) else json.dumps(event)}\r\n\r\n".encode()
+            connection.sendall(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+
+        n = asked["max_tokens"]
+        token = {"object": "text_completion", "choices": [{"index": 0, "text": " t", "finish_reason": None}]}
+        for i in range(n + (self.defect == "more")):
+            time.sleep(STEP_S)
+            send(token)
+            if self.defect == "error" and i:
+                send({"error": {"message": "no slot is free"}})
+            if self.defect == "cut" and i == n // 2:
+                return
+        send({**token, "choices": [{"index": 0, "text": "", "finish_reason": "length"}]})
+        if self.usage:
+            used = {"prompt_tokens": len(asked["prompt"].split()), "completion_tokens": n, "total_tokens": 0}
+            send({**token, "choices": [], "usage": used})
+        if self.defect != "ends":
+            send(DONE)
+        if self.defect == "late":
+            send(token)
+        connection.sendall(b"0\r\n\r\n")
+
+
+class Attached(runner.Runner):
+    """A runner that starts nothing. `clock` changes the times that it takes, as a broken clock would."""
+
+    name = NAME
+
+    def __init__(self, port, clock=lambda t: t):
+        self.port, self.clock = port, clock
+
+    def facts(self):
+        return EngineFacts(build=None, version="an OpenAI-style server", server_sha256=None, runner=NAME)
+
+    @contextmanager
+    def start(self, job, session, work):
+        yield Endpoint(self.port, self.clock)
+
+
+class Endpoint(runner.Server):
+    connection: httpx.Client
+
+    def __init__(self, port, clock):
+        self.port, self.clock = port, clock
+
+    @contextmanager
+    def serving(self, limit_s):
+        with client.connect(self.port, "no key") as self.connection:
+            self.connect()
+            yield None
+
+    def prompts(self, workloads, context):
+        return [Prompt(w, w.text, None) for w in workloads]
+
+    def connect(self):
+        client.answer(self.connection, "GET", "/v1/models").raise_for_status()
+
+    def ask(self, content, tokens):
+        body = {"model": "m", "prompt": content, "max_tokens": tokens, "temperature": 0, "stream": True}
+        body |= {"stream_options": {"include_usage": True}}
+        sent, lines = client.stream(self.connection, "/v1/completions", body, tokens)
+        return sent, [(self.clock(t), line) for t, line in lines]
+
+    def read(self, lines, tokens):
+        token_s, usage, finished = [], {}, False
+        for t, event in client.events(lines):
+            if event is None:
+                finished = True
+                continue
+            usage = event.get("usage") or usage
+            if any(choice["text"] for choice in event["choices"]):
+                token_s.append(round(t, 6))
+        return Answer(
+            prompt_n=usage.get("prompt_tokens"),
+            cache_n=None,
+            predicted_n=usage.get("completion_tokens"),
+            engine_prompt_s=None,
+            engine_predicted_s=None,
+            token_s=tuple(token_s),
+            token_n=(),
+            tokens=(),
+            finished=finished,
+        )
