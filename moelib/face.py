@@ -1,13 +1,15 @@
-"""What `import moelib` offers: studies as data frames, comparisons, records and headers. Nothing here writes."""
+"""What `import moelib` offers: studies as data frames, comparisons, records, files, single runs. No study is written."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pandas as pd
 
-from moelib import frames, gguf_file, params, plan
+from moelib import bench, engine, frames, gguf_file, params, plan, sources
+from moelib import quantize as quantize_file
 from moelib.errors import near
 from moelib.placement import REFERENCE
 from moelib.record import Record as Record
@@ -56,6 +58,38 @@ def compare(runs: pd.DataFrame, column: str, baseline: str = REFERENCE) -> pd.Da
     runs: a frame of runs, such as `load("h100-twins").runs`. Raises FrameError where they cannot be compared.
     """
     return frames.compare(runs, column, baseline)
+
+
+def quantize(model: str, quant: str, scale: str = "full", weights: str = "twin") -> Path:
+    """The file of `model` at `quant`, made with its manifest unless it is there and unchanged.
+
+    weights: `twin` (random weights in the model's shape, at `scale`) or `real` (what `moelib fetch` brought). A file of
+    full size takes minutes and tens of GiB. Raises ParamsError, SourceError, QuantizeError, FileError, EngineError.
+    """
+    source = sources.obtain(model, weights, scale, needed=False)
+    with TemporaryDirectory(prefix="moelib-quantize-") as scratch:
+        return quantize_file.make(source, quant, engine.find(), Path(scratch)).path
+
+
+def run(
+    file: str | Path,
+    placement: str = REFERENCE,
+    *,
+    load_mode: str = "mmap",
+    workloads: Sequence[str] = ("plan-short", "long-512"),
+    requests: int = 2,
+    context: int = 1024,
+    device: str = "auto",
+) -> Record:
+    """One run of a file that `quantize` made, in one placement: measured and audited as in a study, written nowhere.
+
+    placement: `baseline`, `cpu-moe`, `n-cpu-moe=12`, with settings after commas. context: tokens. requests: of each
+    workload; the first one is a fresh server's. device: auto, cuda or loopback. A run that fails is a record too, with
+    its reason. That what left the GPU is what the file's header says is proven within a round of a study, which has a
+    baseline beside it. Raises PlacementError, QuantizeError, EngineError, DeviceError, FileError while another process
+    measures on the device.
+    """
+    return bench.one(Path(file), placement, load_mode, workloads, requests, context, device)
 
 
 def header(path: str | Path) -> gguf_file.Header:

@@ -10,20 +10,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 
 from moelib import (
     audit,
-    claim,
     device,
     engine,
     files,
     gather,
-    host,
     notebook,
     params,
     process,
@@ -31,31 +28,16 @@ from moelib import (
     record,
     run,
     sources,
-    witness,
 )
-from moelib.facts import DeviceFacts, HostFacts, Manifest
+from moelib.bench import Bench, audited, held
+from moelib.facts import Manifest
 from moelib.invariants import reconciled
 from moelib.llama_server import LlamaServer
 from moelib.plan import Cell, StudyError
-from moelib.runner import Runner
 from moelib.status import Status
 from moelib.study import Study, same_manifest
 
 log = logging.getLogger(__name__)
-
-LOCK_S = 30.0  # for another study's last run on the device
-RUN_BYTES = 1 << 20  # a run's logs and record
-
-
-class Setup(NamedTuple):
-    """What the runs of a cell share."""
-
-    quantised: quantize.Quantised
-    runner: Runner
-    where: device.Device
-    work: Path
-    device: DeviceFacts
-    host: HostFacts
 
 
 def measure(study: Study, cell: Cell) -> Iterator[record.Record]:
@@ -79,7 +61,7 @@ def measure(study: Study, cell: Cell) -> Iterator[record.Record]:
         )
     study.begin()
     study.work.mkdir(parents=True, exist_ok=True)
-    with claim.device(where.uuid, f"device {where.kind}", process.patience(LOCK_S)), _scratch(study) as work:
+    with held(where), _scratch(study) as work:
         process.sweep(study.work)
         source = sources.obtain(cell.model, study.parameters.weights, study.parameters.scale, needed=False)
         placements = [a.placement for a in study.parameters.arms]
@@ -88,19 +70,17 @@ def measure(study: Study, cell: Cell) -> Iterator[record.Record]:
         quantised = quantize.make(source, cell.quant, llama, work)
         if study.manifest(cell) != Manifest.model_validate(quantised.sheet):
             files.write_json(study.manifest_path(cell), quantised.sheet)
-        where.calibrate(work)
-        host_facts = HostFacts(**process.facts(), host_id=host.identity(), ram_read_bytes_per_s=host.read_bandwidth())
-        setup = Setup(quantised, LlamaServer(llama), where, work, DeviceFacts(**where.identity()), host_facts)
+        bench = Bench.ready(quantised, LlamaServer(llama), where, work)
         evidence = study.evidence_now(cell, set_aside=True)
-        _same_setup([r for r in evidence.records if r.done], setup)
+        _same_setup([r for r in evidence.records if r.done], bench)
         last = Counter()
         for r in evidence.records:
             last[r.key] = max(last[r.key], r.attempt)
         for specs in cell.blocks:
             standing = gather.standing_for(specs, evidence.standing)
             problems = [evidence.why_not(r) for r in standing]
-            for spec, existing, to_do in zip(specs, standing, _to_do(standing, problems, _machine(setup)), strict=True):
-                yield _perform(study, spec, 1 + last[record.spec_key(spec)], setup) if to_do else existing
+            for spec, existing, to_do in zip(specs, standing, _to_do(standing, problems, _machine(bench)), strict=True):
+                yield _performed(study, spec, 1 + last[record.spec_key(spec)], bench) if to_do else existing
 
 
 def device_note(study: Study) -> str | None:
@@ -114,7 +94,7 @@ def device_note(study: Study) -> str | None:
         return None
 
 
-def _machine(source: Setup | record.Record) -> tuple[Any, ...]:
+def _machine(source: Bench | record.Record) -> tuple[Any, ...]:
     """What the runs of a block must share beside engine and file, which a whole study shares."""
     return (source.device.uuid, source.device.driver, source.host.host_id, source.host.system)
 
@@ -159,41 +139,8 @@ def _scratch(study: Study) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _perform(study: Study, spec: run.Spec, attempt: int, setup: Setup) -> record.Record:
-    """Do one run and write its record, whatever comes of it."""
-    name, private = record.run_id(spec, attempt), [setup.quantised.path.parent]
-    if setup.runner.tools is not None:
-        private.append(setup.runner.tools.folder)
-    # a full disk is said here: the engine's log would be cut short, and be taken for an engine that fails
-    files.need_space(study.path, RUN_BYTES, "a run")
-    started = datetime.now(UTC).isoformat(timespec="seconds")
-    outcome = run.execute(spec, setup.quantised, setup.runner, setup.where, setup.work)
-    result = record.Record(
-        run_id=name,
-        attempt=attempt,
-        status="failed",
-        reasons=(outcome.reason,) if outcome.reason else (),
-        message=outcome.message,
-        spec=spec,
-        sheet=Manifest.model_validate(setup.quantised.sheet),
-        engine=setup.runner.facts(),
-        device=setup.device,
-        host=setup.host,
-        started_utc=started,
-        observed=outcome.observation,
-        audit=(),
-        raw=record.keep_logs(study.path, name, outcome.logs, private),
-    )
-    if result.observed is not None:
-        result = _audited(study, result)
-    return record.write(study.path, result)
-
-
-def _audited(study: Study, r: record.Record) -> record.Record:
-    """The record with what the present rules say of it, its log being called as a witness."""
-    checks = gather.audit_today(r, witness.call(study.path, r))
-    status, reasons = audit.verdict(checks)
-    return r.model_copy(update={"status": status, "reasons": reasons, "audit": checks})
+def _performed(study: Study, spec: run.Spec, attempt: int, bench: Bench) -> record.Record:
+    return record.write(study.path, bench.perform(study.path, spec, attempt))
 
 
 def reaudit(study: Study) -> list[record.Record]:
@@ -210,7 +157,7 @@ def reaudit(study: Study) -> list[record.Record]:
         if r.observed is None or standing[r.key].done:
             continue
         observation = replace(r.observed, memory=reconciled(r.observed))
-        candidate = _audited(study, r.model_copy(update={"observed": observation}))
+        candidate = audited(study.path, r.model_copy(update={"observed": observation}))
         if candidate.done:
             attempt = 1 + max(other.attempt for other in records if other.key == r.key)
             first = record.Reaudit(record=r.run_id, digest=r.digest, commit=rules["commit"])
@@ -220,10 +167,10 @@ def reaudit(study: Study) -> list[record.Record]:
     return reaudited
 
 
-def _same_setup(done: list[record.Record], setup: Setup) -> None:
+def _same_setup(done: list[record.Record], bench: Bench) -> None:
     """Refuse to add runs to those of another engine, device or file: they could not be compared."""
-    engine_facts = setup.runner.facts()
-    expected = ((engine_facts.runner, engine_facts.server_sha256), setup.where.name, setup.quantised.sheet["sha256"])
+    engine_facts = bench.runner.facts()
+    expected = ((engine_facts.runner, engine_facts.server_sha256), bench.where.name, bench.quantised.sheet["sha256"])
     for r in done:
         recorded = ((r.engine.runner, r.engine.server_sha256), r.device.name, r.sheet.sha256)
         if recorded != expected:

@@ -91,6 +91,15 @@ def _read_note(path: Path) -> dict[str, Any]:
     return noted if isinstance(noted, dict) and isinstance(noted["facts"], dict) else {}
 
 
+def noted(path: Path) -> dict[str, Any] | None:
+    """The facts in the note on the file at `path`; None without a note that is whole. The file itself is not read."""
+    try:
+        read = _read_note(path)
+        return read["facts"] if read["digest"] == files.digest(read["facts"]) else None
+    except NO_NOTE:
+        return None
+
+
 def _writable(folder: Path) -> None:
     """Raise files.FileError unless files can be made in `folder`."""
     try:

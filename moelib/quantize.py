@@ -152,6 +152,18 @@ def make(source: models.Source, quant: str, engine: Engine, scratch: Path) -> Qu
     raise QuantizeError(f"{path.name} reads back differently than written: check this machine's disk and memory")
 
 
+def made(path: Path) -> Quantised:
+    """The quantised file at `path` with its manifest. Raises QuantizeError if `make` has not made it, or it was changed
+    since."""
+    sheet, content = models.noted(path), files.Hashed(path)
+    if not path.is_file() or sheet is None or "quant" not in sheet or content.sha256() != sheet["sha256"]:
+        raise QuantizeError(
+            f"{path} is no file with a manifest that fits it: make it with `moelib quantize MODEL QUANT`, or in Python "
+            "with moelib.quantize(...)"
+        )
+    return Quantised(gguf_file.read_header(path), sheet, content)
+
+
 def place(sheet: Manifest) -> Path:
     """The path of the file that a manifest describes."""
     real, model = sheet.weights == "real", sheet.model

@@ -121,24 +121,31 @@ def _digest(data: dict[str, Any]) -> str:
     return files.digest({k: v for k, v in data.items() if k != "digest"})
 
 
-def write(folder: Path, record: Record) -> Record:
-    """Write the record with its digest to `folder/records/` and return it.
-
-    Raises RecordError if it is there, or holds what `read` would refuse.
-    """
+def sealed(record: Record) -> Record:
+    """The record with its digest. Raises RecordError if it holds what `read` would refuse."""
     data = record.model_dump(mode="json")
     try:
         data["digest"] = _digest(data)
         Record.model_validate_json(files.canonical(data), strict=True)
     except ValueError as err:
         raise RecordError(f"{record.run_id} would not be read back: {' '.join(str(err).split())[:300]}") from None
+    return record.model_copy(update={"digest": data["digest"]})
+
+
+def write(folder: Path, record: Record) -> Record:
+    """Write the record with its digest to `folder/records/` and return it.
+
+    Raises RecordError if it is there, or holds what `read` would refuse.
+    """
+    record = sealed(record)
+    data = record.model_dump(mode="json")
     path = folder / "records" / f"{record.run_id}.json"
     if path.exists():
         raise RecordError(f"{path.name} exists; records are never overwritten")
     # one line a top-level key: a table of contents for people, and measurements that do not fill screens
     lines = [f" {json.dumps(k)}: {files.canonical(v).decode()}" for k, v in sorted(data.items())]
     files.write_bytes(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
-    return record.model_copy(update={"digest": data["digest"]})
+    return record
 
 
 def read(path: Path) -> Record:

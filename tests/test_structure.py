@@ -16,7 +16,7 @@ LAYERS = """bar errors yaml_file strict placement upstream params neutral ranges
 gguf_foreign gguf_header gguf_file stats twin logfile process monitor wire hub host mapped probe release
 tarball archive engine buffers logs models pins weights convert candidates sources quantize reasons memory
 visible nvml cuda gpus device client runner llama_server trial harness run record invariants command bounds
-witness cells energy audit gather plan status columns frames study face table axes plots report evidence
+witness cells energy audit gather plan status columns frames study bench face table axes plots report evidence
 advice notebook lint cards publish measure doctor cli""".split()
 
 
