@@ -1,4 +1,4 @@
-"""What `import moelib` offers: studies as data frames, comparisons, records, files, single runs. No study is written."""
+"""What `import moelib` offers: studies as data frames, comparisons, records, files, single runs. It writes no study."""
 
 from __future__ import annotations
 
