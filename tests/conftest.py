@@ -65,7 +65,7 @@ SLOW = {
     "test_neutral::test_no_string_gets_out_in_the_document",
     "test_neutral::test_no_string_gets_out_in_a_card",
     "test_sources",
-    "test_wire",
+    "test_hub_limits",
     "test_hub",
     "test_hub_faults",
     "test_gguf_kinds::test_the_campaign_in_short",

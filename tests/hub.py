@@ -318,6 +318,8 @@ def official_client(hub, pace=0.01):
     from huggingface_hub import close_session, constants, file_download
     from huggingface_hub.utils import _http, _xet
 
+    from moelib import hub as client
+
     waits = []
 
     def sleep(seconds):
@@ -326,7 +328,7 @@ def official_client(hub, pace=0.01):
 
     clock = SimpleNamespace(**(vars(time) | {"sleep": sleep}))
     with ExitStack() as stack:
-        for module in (_http, file_download):
+        for module in (_http, file_download, client):
             stack.enter_context(mock.patch.object(module, "time", clock))
         stack.enter_context(mock.patch.object(constants, "HF_HUB_DISABLE_XET", hub.cas is None))
         stack.enter_context(mock.patch.object(_xet, "_GLOBAL_XET_HOLDER", _xet.XetSessionHolder()))  # reads the next

@@ -258,7 +258,7 @@ def test_room_is_looked_for_first(pinned, lfs_hub, monkeypatch):
 
 
 def test_a_file_too_large_for_plain_http_comes_by_xet(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "MAX_HTTP_DOWNLOAD_SIZE", 1000)
+    monkeypatch.setattr(sources, "LARGEST_HTTP_BYTES", 1000)
     with Hub(tmp_path / "hub", xet=True) as server, official_client(server):
         from huggingface_hub import HfApi
 
