@@ -67,7 +67,6 @@ SLOW = {
     "test_sources",
     "test_hub_limits",
     "test_hub",
-    "test_hub_faults",
     "test_gguf_kinds::test_the_campaign_in_short",
     "test_yaml_file::test_harm_is_one_sentence_at_once_and_in_little_memory",
     "test_memory::test_a_value_is_the_truth_whatever_the_driver_shows",

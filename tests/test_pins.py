@@ -188,12 +188,7 @@ def test_headers_have_a_limit_together(make, lfs_hub, monkeypatch):
 
 
 def test_a_server_without_ranges_is_read_all_the_same(make, lfs_hub, monkeypatch):
-    import hub_api
-
-    monkeypatch.setattr(hub_api, "ranged", lambda ask, content, headers: (200, content, headers))
-    import hub_write
-
-    monkeypatch.setattr(hub_write, "ranged", hub_api.ranged, raising=False)
+    lfs_hub.accepts_ranges = False
     monkeypatch.setattr(candidates, "PREFIX_BYTES", 1000)
     assert pinned(lfs_hub, {"m.gguf": make()}) == ["m.gguf"]
 
