@@ -26,10 +26,10 @@ class SourceError(params.UserError):
     """A model's source cannot be obtained or is not valid; the message says why and what to do."""
 
 
-def require(model: str, header: gguf_file.Header, what: str = "") -> None:
+def require(model: str, header: gguf_file.Header, name: str = "") -> None:
     """Raise SourceError unless the file holds the model's weights, complete and unquantised."""
     if why := why_not(model, header):
-        raise SourceError(f"{what or header.path.name} is not {model}: {'; '.join(why)}. Give its F16 GGUF")
+        raise SourceError(f"{name or header.path.name} is not {model}: {'; '.join(why)}. Give its F16 GGUF")
 
 
 def digest(path: Path) -> str:

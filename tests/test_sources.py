@@ -207,10 +207,14 @@ def test_no_hub_at_all_is_a_network_to_check(pinned):
         sources.fetch("toy", "http://127.0.0.1:9")
 
 
-def test_a_private_repository_is_named(toy, lfs_hub, monkeypatch):
+def test_a_repository_that_may_not_be_read_is_named(toy, lfs_hub):
     lfs_hub.put("bob/secret", {"toy-F16.gguf": toy}, private=True)
     with pytest.raises(HubError, match=r"pinning bob/secret: there is no such repository, or it is private"):
         sources.pin("toy", "bob/secret", endpoint=lfs_hub.url)
+    lfs_hub.put("bob/gated", {"toy-F16.gguf": toy})
+    lfs_hub.repos["bob/gated"].gated = "auto"
+    with pytest.raises(HubError, match=r"of bob/gated: its owner requires consent: give it on the repository's page"):
+        sources.pin("toy", "bob/gated", endpoint=lfs_hub.url)
 
 
 def test_room_is_looked_for_first(pinned, lfs_hub, monkeypatch):
