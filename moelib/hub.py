@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from moelib import files, neutral, process
+from moelib.bar import tqdm
 from moelib.params import UserError
 
 if TYPE_CHECKING:
@@ -76,26 +77,30 @@ def locate(client: "HfApi", repository: str, name: str, revision: str) -> tuple[
     return address, build_hf_headers() if address.startswith(f"{client.endpoint}/") else {}
 
 
-def download(address: str, headers: dict[str, str], start: int, stop: int) -> Iterator[bytes]:
-    """Yield the bytes [start, stop) of the file at `address`, fewer if it ends earlier, from requests that go on where
-    a connection broke.
+def download(address: str, headers: dict[str, str], start: int, stop: int, name: str = "") -> Iterator[bytes]:
+    """Yield the bytes [start, stop) of the file at `address`, fewer if it ends earlier; with a progress bar if it has a
+    `name`.
 
-    The library's own download starts over with every call, and cannot begin in the middle of a file.
+    A connection that breaks is continued where it broke: the library's own download starts over with every call, and
+    cannot begin in the middle of a file.
     """
     from httpx2 import TransportError
 
+    bar = {"initial": start, "total": stop, "desc": name, "unit": "B", "unit_scale": True}
     breaks = 0
-    while start < stop:
-        try:
-            for data in _ranged(address, headers, start, stop):
-                yield data
-                start, breaks = start + len(data), 0
-            return
-        except TransportError:
-            breaks += 1
-            if breaks > BREAKS:
-                raise
-            time.sleep(process.patience(BREAK_S))
+    with tqdm(**bar, disable=None if name else True, leave=False) as progress:
+        while start < stop:
+            try:
+                for data in _ranged(address, headers, start, stop):
+                    yield data
+                    start, breaks = start + len(data), 0
+                    progress.update(len(data))
+                return
+            except TransportError:
+                breaks += 1
+                if breaks > BREAKS:
+                    raise
+                time.sleep(process.patience(BREAK_S))
 
 
 def _ranged(address: str, headers: dict[str, str], start: int, stop: int) -> Iterator[bytes]:

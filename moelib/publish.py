@@ -7,7 +7,7 @@ public already, everything goes through a pull request that is merged when it wa
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -96,8 +96,8 @@ def plan(results: Results, namespace: str, public: bool | None = None, endpoint:
     """What publishing `results` would do, by repository; nothing is changed anywhere.
 
     `public`: whether the repositories are to be seen by all; by default those of real weights are, as a twin's file
-    under a model's name would mislead. Raises CardError for a file that is not the one that was
-    measured, PublishError for one that is not there, HubError.
+    under a model's name would mislead. Raises CardError for a file that is not the one that was measured, PublishError
+    for one that is not there, HubError.
     """
     pages, files = cards.build(results, namespace), cards.planned(results)
     at = {s.file_name: quantize.place(s) for s in results.manifests}
@@ -126,7 +126,7 @@ def _look(plan: Plan, client: "HfApi") -> Plan:
         existing = _listing(client, plan.repository, MAIN) if state != "new" else {}
     except hub.HubError as err:
         state, existing = f"what is there is not known: {err}", {}
-    return Plan(plan.repository, plan.title, plan.items, plan.visible, existing, state)
+    return replace(plan, existing=existing, state=state)
 
 
 def _state(client: "HfApi", repository: str) -> str:
@@ -208,8 +208,7 @@ def _upload(client: "HfApi", p: Plan, say: Say) -> tuple[str, int | None] | None
         if number := _open_request(client, p):
             revision = f"refs/pr/{number}"
             existing = _listing(client, p.repository, revision)
-    left = Plan(p.repository, p.title, p.items, p.visible, existing)
-    for commit in left.commits:
+    for commit in replace(p, existing=existing).commits:
         say(f"{p.repository}: {_message(commit)} ({sum(i.nbytes for i in commit):,} bytes)")
         operations = _operations(commit)
         for i, o in zip(commit, operations, strict=True):
@@ -255,7 +254,7 @@ def _read_back(client: "HfApi", p: Plan, revision: str, say: Say) -> None:
         received = hashlib.sha256()
         with hub.asking(f"reading back {i.name} of {p.repository}", receives=i.nbytes):
             location = hub.locate(client, p.repository, i.name, revision)
-            for data in hub.download(*location, 0, i.nbytes + 1):  # one more: a longer file has another hash
+            for data in hub.download(*location, 0, i.nbytes + 1, i.name):  # one more: a longer file has another hash
                 received.update(data)
         if received.hexdigest() != i.sha256 or not p.same(i, listed):
             raise PublishError(

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from moelib import candidates, files, gguf_file, hub, models, params, pins, weights
-from moelib.bar import tqdm
 from moelib.models import Source
 from moelib.weights import SourceError
 
@@ -123,12 +122,8 @@ def _download(client: Any, pin: params.Pin, name: str, want: params.SourceFile, 
     if _arrived(begun) > want.bytes:
         begun.unlink()
     with hub.asking(operation, receives=want.bytes), begun.open("ab") as f:
-        address, headers = hub.locate(client, pin.repository, name, pin.revision)
-        bar = {"initial": f.tell(), "total": want.bytes, "desc": path.name, "unit": "B", "unit_scale": True}
-        with tqdm(**bar, disable=None, leave=False) as progress:
-            for data in hub.download(address, headers, f.tell(), want.bytes):
-                f.write(data)
-                progress.update(len(data))
+        location = hub.locate(client, pin.repository, name, pin.revision)
+        f.writelines(hub.download(*location, f.tell(), want.bytes, path.name))
     return _keep(begun, path, want, operation)
 
 
