@@ -132,6 +132,13 @@ def test_the_cause_is_named(toy, lfs_hub, monkeypatch, way, why):
         sources.pin("toy", REPO, endpoint=lfs_hub.url)
 
 
+def test_no_message_has_a_token_or_a_signature(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "of-another-form")
+    with pytest.raises(HubError) as caught, hub.asking("looking"):
+        raise ValueError("of-another-form and hf_abc123 for https://x/y?Signature=5e1f&Expires=9 refused\nmore")
+    assert str(caught.value).endswith("(ValueError: hf_... and hf_... for https://x/y?... refused)")
+
+
 def test_an_answer_that_is_packed_after_all_is_read(toy, lfs_hub, monkeypatch):
     """Some proxies pack whatever passes: what is small unpacked is read."""
     body = gzip.compress(b'{"name": "alice", "auth": {"accessToken": {"role": "write"}}}')
