@@ -58,9 +58,8 @@ def write(model: str, pin: Pin) -> None:
         data = {name: pins[name].model_dump() for name in sorted(pins)}
         text = HEAD + yaml.safe_dump(data, allow_unicode=True, width=1000, sort_keys=False)
         try:
-            same = _checked(yaml_file.loads(text)) == pins
+            if _checked(yaml_file.loads(text)) != pins:
+                raise params.ParamsError("the new text would not read back")
         except (yaml_file.YamlError, params.ParamsError) as err:
             raise PinsError(f"{model} was not pinned and {path().name} is unchanged: {err}") from None
-        if not same:
-            raise PinsError(f"{model} was not pinned and {path().name} is unchanged: the new text would not read back")
         files.write_bytes(path(), text.encode("utf-8"))

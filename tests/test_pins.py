@@ -1,5 +1,6 @@
 """Pins: chosen by headers, written by a machine into a file of their own, checked before and after."""
 
+from dataclasses import replace
 from functools import cache, partial
 from hashlib import sha256
 
@@ -8,7 +9,7 @@ import pytest
 import yaml
 from hub_state import Entry
 
-from moelib import candidates, params, pins, sources
+from moelib import candidates, gguf_file, params, pins, sources, weights
 from moelib.candidates import ChoiceError
 from moelib.pins import PinsError
 
@@ -134,6 +135,14 @@ def test_what_is_no_model_is_refused_by_its_header_and_pins_nothing(shape, lfs_h
     assert not pins.path().exists()
 
 
+def test_a_number_of_another_type_is_no_dimension(shape, make):
+    header = gguf_file.from_bytes(make(), "m.gguf", len(make()))
+    assert weights.why_not("toy", header) == []
+    key, width = f"{shape.architecture}.embedding_length", shape.embedding_length
+    changed = replace(header, metadata=header.metadata | {key: float(width)})
+    assert weights.why_not("toy", changed) == [f"embedding_length {float(width)}, not {width}"]
+
+
 def test_a_file_may_be_named(make, shape, lfs_hub):
     files = {"a.gguf": make(), "b.gguf": make(filling=2), "c.gguf": make(kind="BF16"), "README.md": b"#"}
     files |= numbered("s/s", published.split(shape, 3))
@@ -151,6 +160,13 @@ def test_a_file_may_be_named(make, shape, lfs_hub):
     ):
         with pytest.raises(ChoiceError, match=why):
             sources.pin("toy", REPO, endpoint=lfs_hub.url, named=named)
+
+
+def test_parts_that_are_in_another_order_than_their_names_are_refused(shape, lfs_hub):
+    first, *others = published.split(shape, 3)
+    lfs_hub.put(REPO, numbered("s", [first, *reversed(others)]))
+    with pytest.raises(ChoiceError, match="its headers number the files wrongly"):
+        sources.pin("toy", REPO, endpoint=lfs_hub.url)
 
 
 def test_little_is_read_of_many_files(make, lfs_hub):
