@@ -218,9 +218,9 @@ class _Reader:
 
     def _part(self, name: str, nbytes: int) -> gguf_file.Header:
         """The header of one file, reading only as much of the file as needed."""
-        data, at, upto = bytearray(), self._located(name), min(PREFIX_BYTES, nbytes)
+        data, location, upto = bytearray(), self._locate(name), min(PREFIX_BYTES, nbytes)
         while True:
-            data += self._piece(name, at, len(data), upto)
+            data += self._piece(name, location, len(data), upto)
             if len(data) < upto:
                 raise gguf_file.GGUFError(f"the Hub sent only {len(data)} of the first {upto} bytes")
             try:
@@ -230,18 +230,15 @@ class _Reader:
                     raise
             upto = min(2 * upto, nbytes, MAX_PREFIX_BYTES)
 
-    def _located(self, name: str) -> tuple[str, dict[str, str] | None]:
-        from huggingface_hub import hf_hub_url
-
-        of, client = self.listing, self.client
+    def _locate(self, name: str) -> tuple[str, dict[str, str]]:
+        of = self.listing
         with hub.asking(f"looking for {neutral.plain(name)} of {of.repository}"):
-            url = hf_hub_url(of.repository, name, revision=of.commit, endpoint=client.endpoint)
-            return hub.located(client, url)
+            return hub.locate(self.client, of.repository, name, of.commit)
 
-    def _piece(self, name: str, at: tuple[str, dict[str, str] | None], start: int, stop: int) -> bytes:
+    def _piece(self, name: str, location: tuple[str, dict[str, str]], start: int, stop: int) -> bytes:
         of = self.listing.repository
         self.left -= stop - start
         if self.left < 0:
             raise ChoiceError(f"the headers of {of} exceed {MAX_BYTES >> 20} MiB: name the file with --file PATH")
         with hub.asking(f"reading the header of {neutral.plain(name)} of {of}", receives=stop - start):
-            return hub.first_bytes(at[0], start, stop, at[1])
+            return b"".join(hub.download(*location, start, stop))

@@ -12,7 +12,7 @@ from typing import Any
 
 import jinja2
 
-from moelib import advice, evidence, files, frames, hub, lint, neutral, params, report, stats, table, upstream
+from moelib import advice, evidence, files, frames, hub, neutral, params, report, stats, table, upstream
 from moelib.study import Study
 from moelib.table import Table
 
@@ -20,7 +20,6 @@ ROOT = "README.md"
 SUMS = "SHA256SUMS"
 PROVENANCE = "provenance.json"
 HUB = "https://huggingface.co"
-MAX_FILES, MAX_BYTES = 1000, 1 << 26  # of a folder of cards, and of one of its files
 
 
 class CardError(params.UserError):
@@ -61,18 +60,9 @@ def missing(study: Study) -> list[str]:
     return [m for m in study.parameters.models if not quants_of(study, m)]
 
 
-def fit(study: Study, namespace: str) -> dict[str, str]:
-    """The cards, as `build` makes them. Raises CardError if one of them breaks a rule of `lint`."""
-    pages = build(study, namespace)
-    if wrong := lint.faults(pages, set(planned(study))):
-        listed = "".join(f"\n  {f.page}: {f.rule}: {f.what}" for f in wrong)
-        raise CardError(f"the cards break rules, and nothing was written:{listed}")
-    return pages
-
-
 def write(study: Study, namespace: str, folder: Path) -> list[Path]:
-    """Write the cards into `folder` if none of them breaks a rule; returns their paths. Raises CardError."""
-    pages = fit(study, namespace)
+    """Write the cards into `folder`; returns their paths. Raises CardError."""
+    pages = build(study, namespace)
     try:
         for name, text in pages.items():
             files.write_bytes(folder / name, text.encode())
@@ -84,33 +74,26 @@ def write(study: Study, namespace: str, folder: Path) -> list[Path]:
     return [folder / name for name in pages]
 
 
-def check(folder: Path, study: Study, namespace: str) -> list[lint.Fault]:
-    """Everything that is wrong with the cards in `folder`: by the rules of `lint`, and against the records."""
-    texts, faults = _texts(folder)
-    faults += lint.faults(texts, set(planned(study)))
-    made = build(study, namespace)
-    for name in sorted(texts.keys() | made.keys()):
-        if texts.get(name) != made.get(name):
-            what = "is missing" if name not in texts else "differs from what the records give: make the cards again"
-            what = what if name in made else "is not a card of these records: delete it"
-            faults.append(lint.Fault(name, "records", what))
-    return faults
+def check(folder: Path, study: Study, namespace: str) -> list[str]:
+    """Every file of `folder`, models left out, that is not byte for byte what the records give."""
+    pages = build(study, namespace)
+    present = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file() and p.suffix != ".gguf"}
+    problems = []
+    for name in sorted(pages.keys() | present.keys()):
+        if name not in present:
+            problems.append(f"{name} is missing: make the cards again")
+        elif name not in pages:
+            problems.append(f"{name} is not a card of these records: delete it")
+        elif not _holds(present[name], pages[name].encode()):
+            problems.append(f"{name} differs from what the records give: make the cards again")
+    return problems
 
 
-def _texts(folder: Path) -> tuple[dict[str, str], list[lint.Fault]]:
-    """Path -> content of the folder's files that are not models; and the files that cannot be checked."""
-    texts, faults = {}, []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".gguf")[:MAX_FILES]:
-        name = path.relative_to(folder).as_posix()
-        try:
-            with path.open("rb") as f:
-                data = f.read(MAX_BYTES + 1)
-            texts[name] = data[:MAX_BYTES].decode("utf-8", errors="replace")
-            if len(data) > MAX_BYTES:
-                faults.append(lint.Fault(name, "records", "is larger than any card: delete it"))
-        except OSError as err:
-            faults.append(lint.Fault(name, "records", f"cannot be read ({err.strerror}): fix its permissions"))
-    return texts, faults
+def _holds(path: Path, content: bytes) -> bool:
+    try:
+        return path.stat().st_size == len(content) and path.read_bytes() == content
+    except OSError:
+        return False
 
 
 def planned(study: Study) -> dict[str, str]:

@@ -286,8 +286,7 @@ def card(name: str, namespace: str, into: Path | None) -> None:
     for model in cards.missing(measured):
         say(f"no card for {model}: it has no complete round", err=True)
     wrong = cards.check(folder, measured, namespace)
-    for fault in wrong:
-        say(f"  {fault.page}: {fault.rule}: {fault.what}", err=True)
+    say_all(wrong, err=True)
     sys.exit(FAILED if wrong else 0)
 
 

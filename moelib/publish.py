@@ -7,7 +7,7 @@ public already, everything goes through a pull request that is merged when it wa
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -78,8 +78,8 @@ class Plan:
         later = "" if self.state == "public" else ", to be public" if self.visible else ", to stay private"
         lines = [f"{self.repository} ({self.state}{later})"]
         for i in self.items:
-            what = "same" if self.same(i) else "changed" if i.name in self.existing else "new"
-            lines.append(f"  {what:8} {i.nbytes:>14,}  {i.sha256}  {i.name}")
+            change = "same" if self.same(i) else "changed" if i.name in self.existing else "new"
+            lines.append(f"  {change:8} {i.nbytes:>14,}  {i.sha256}  {i.name}")
         others = sorted(self.existing.keys() - {i.name for i in self.items})
         lines += [f"  {'left':8} {'':>14}  {'':64}  {name}" for name in others]
         sent = sum(i.nbytes for i in self.changes)
@@ -96,10 +96,10 @@ def plan(study: Study, namespace: str, public: bool | None = None, endpoint: str
     """What publishing the study would do, by repository; nothing is changed anywhere.
 
     `public`: whether the repositories are to be seen by all; by default those of real weights are, as a twin's file
-    under a model's name would mislead. Raises CardError for a card that is not fit and a file that is not the one
-    that was measured, PublishError for one that is not there, HubError.
+    under a model's name would mislead. Raises CardError for a file that is not the one that was measured, PublishError
+    for one that is not there, HubError.
     """
-    pages, files = cards.fit(study, namespace), cards.planned(study)
+    pages, files = cards.build(study, namespace), cards.planned(study)
     at = {s.file_name: quantize.place(s) for s in study.manifests}
     items: dict[str, list[Item]] = {}
     for path, sha256 in files.items():
@@ -126,7 +126,7 @@ def _look(plan: Plan, client: "HfApi") -> Plan:
         existing = _listing(client, plan.repository, MAIN) if state != "new" else {}
     except hub.HubError as err:
         state, existing = f"what is there is not known: {err}", {}
-    return Plan(plan.repository, plan.title, plan.items, plan.visible, existing, state)
+    return replace(plan, existing=existing, state=state)
 
 
 def _state(client: "HfApi", repository: str) -> str:
@@ -191,9 +191,9 @@ def _upload(client: "HfApi", p: Plan, say: Say) -> tuple[str, int | None] | None
 
     None if all of it is public already.
     """
-    what = f"publishing {p.repository}"
+    operation = f"publishing {p.repository}"
     if (state := _state(client, p.repository)) == "new":
-        with hub.asking(what):
+        with hub.asking(operation):
             client.create_repo(p.repository, private=True, exist_ok=True)
         state = _state(client, p.repository)
     if state == "public" and not p.visible:
@@ -208,15 +208,14 @@ def _upload(client: "HfApi", p: Plan, say: Say) -> tuple[str, int | None] | None
         if number := _open_request(client, p):
             revision = f"refs/pr/{number}"
             existing = _listing(client, p.repository, revision)
-    left = Plan(p.repository, p.title, p.items, p.visible, existing)
-    for commit in left.commits:
+    for commit in replace(p, existing=existing).commits:
         say(f"{p.repository}: {_message(commit)} ({sum(i.nbytes for i in commit):,} bytes)")
         operations = _operations(commit)
         for i, o in zip(commit, operations, strict=True):
             if o.upload_info.sha256.hex() != i.sha256:
                 raise PublishError(f"{i.name} changed while it was being published: run the same command again")
         request = state == "public" and number is None
-        with hub.asking(what, sends=sum(i.nbytes for i in commit)):
+        with hub.asking(operation, sends=sum(i.nbytes for i in commit)):
             done = client.create_commit(
                 p.repository,
                 operations,
@@ -249,21 +248,19 @@ def _open_request(client: "HfApi", p: Plan) -> int | None:
 
 def _read_back(client: "HfApi", p: Plan, revision: str, say: Say) -> None:
     """Download every file and compare its hash. Raises PublishError."""
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.file_download import http_get
-
     listed = _listing(client, p.repository, revision)
     for n, i in enumerate(p.items):
         say(f"{p.repository}: reading back {i.name} ({n + 1} of {len(p.items)})")
-        received, url = hub.Digest(), hf_hub_url(p.repository, i.name, revision=revision, endpoint=client.endpoint)
+        received = hashlib.sha256()
         with hub.asking(f"reading back {i.name} of {p.repository}", receives=i.nbytes):
-            at, headers = hub.located(client, url)
-            http_get(at, received, headers=headers, expected_size=i.nbytes, displayed_filename=i.name)
-        if received.sha256.hexdigest() != i.sha256 or not p.same(i, listed):
+            location = hub.locate(client, p.repository, i.name, revision)
+            for data in hub.download(*location, 0, i.nbytes + 1, i.name):  # one more: a longer file has another hash
+                received.update(data)
+        if received.hexdigest() != i.sha256 or not p.same(i, listed):
             raise PublishError(
-                f"{i.name} of {p.repository} was read back with SHA-256 {received.sha256.hexdigest()[:12]}..., but was "
-                f"sent with {i.sha256[:12]}.... Nothing was made public. Delete the file on the Hub, with its history, "
-                "and run the same command again"
+                f"{i.name} of {p.repository} was read back with SHA-256 {received.hexdigest()[:12]}..., but was sent "
+                f"with {i.sha256[:12]}.... Nothing was made public. Delete the file on the Hub, with its history, and "
+                "run the same command again"
             )
 
 
@@ -285,5 +282,5 @@ def _show(client: "HfApi", p: Plan, revision: str, number: int | None, say: Say)
 def _require(p: Plan, state: str, existing: dict[str, str], wrong: bool = False) -> None:
     changed = [i.name for i in p.items if not p.same(i, existing)]
     if changed or wrong:
-        what = f", and {', '.join(changed)} not as verified" if changed else ""
-        raise PublishError(f"{p.repository} is {state}{what}: look at it on the Hub, then run the same command again")
+        names = f", and {', '.join(changed)} not as verified" if changed else ""
+        raise PublishError(f"{p.repository} is {state}{names}: look at it on the Hub, then run the same command again")

@@ -14,12 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moelib import candidates, convert, files, gguf_file, hub, models, params, pins, weights
+from moelib import candidates, files, gguf_file, hub, models, params, pins, weights
 from moelib.models import Source
 from moelib.weights import SourceError
 
 PINNED = re.compile(r"\S+/\S+@[0-9a-f]{40}")
 """The origin of a source that can be downloaded from the Hub again."""
+LARGEST_HTTP_BYTES = 50_000_000_000
+"""Of a file that the Hub gives over plain HTTP; larger ones come by xet alone."""
 
 
 def obtain(model: str, weights: str, scale: str, needed: bool = True) -> Source:
@@ -93,8 +95,6 @@ def fetch(model: str, endpoint: str | None = None) -> Source:
             f"{upstream.original} yourself: `moelib fetch {model} --from FOLDER`"
         )
     client, place = hub.api(endpoint), folder(model)
-    from huggingface_hub import constants
-
     with _keeping(place):
         missing = sum(f.bytes - _arrived(_begun(place / Path(n).name, f)) for n, f in pin.files.items())
         missing -= sum(f.bytes for n, f in pin.files.items() if (place / Path(n).name).exists())
@@ -102,7 +102,7 @@ def fetch(model: str, endpoint: str | None = None) -> Source:
         hashes = {}
         for name, want in pin.files.items():
             path = place / Path(name).name
-            by = _download_large if want.bytes > constants.MAX_HTTP_DOWNLOAD_SIZE else _download
+            by = _download_large if want.bytes > LARGEST_HTTP_BYTES else _download
             get = partial(by, client, pin, name, want, path)
             hashes[path] = models.once(path, want.model_dump(), get)["sha256"]
         return _choose(model, hashes, f"{pin.repository}@{pin.revision}")
@@ -117,42 +117,34 @@ def _arrived(begun: Path) -> int:
 
 
 def _download(client: Any, pin: params.Pin, name: str, want: params.SourceFile, path: Path) -> dict[str, Any]:
-    """Download one file, resuming an earlier attempt; the library's own download starts over with every call."""
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.file_download import http_get
-
-    begun, what = _begun(path, want), f"fetching {name} of {pin.repository}"
+    """Download one file, resuming an earlier attempt."""
+    begun, operation = _begun(path, want), f"fetching {name} of {pin.repository}"
     if _arrived(begun) > want.bytes:
         begun.unlink()
-    begun.touch()
-    url = hf_hub_url(pin.repository, name, revision=pin.revision, endpoint=client.endpoint)
-    with hub.asking(what, receives=want.bytes), begun.open("r+b") as f:
-        at, headers = hub.located(client, url)
-        had = f.seek(0, os.SEEK_END)
-        shown = {"expected_size": want.bytes, "displayed_filename": path.name}
-        http_get(at, f, resume_size=had, headers=headers, **shown)
-    return _keep(begun, path, want, what)
+    with hub.asking(operation, receives=want.bytes), begun.open("ab") as f:
+        location = hub.locate(client, pin.repository, name, pin.revision)
+        f.writelines(hub.download(*location, f.tell(), want.bytes, path.name))
+    return _keep(begun, path, want, operation)
 
 
 def _download_large(client: Any, pin: params.Pin, name: str, want: params.SourceFile, path: Path) -> dict[str, Any]:
     """Download one file that is too large for plain HTTP, by xet, which has its own cache for resuming."""
-    what = f"fetching {name} of {pin.repository}"
-    with hub.asking(what, receives=want.bytes):
-        got = client.hf_hub_download(pin.repository, name, revision=pin.revision, local_dir=path.parent / ".hub")
-    begun = _begun(path, want)
-    os.replace(got, begun)
+    begun, operation = _begun(path, want), f"fetching {name} of {pin.repository}"
+    with hub.asking(operation, receives=want.bytes):
+        arrived = client.hf_hub_download(pin.repository, name, revision=pin.revision, local_dir=path.parent / ".hub")
+    os.replace(arrived, begun)
     shutil.rmtree(path.parent / ".hub", ignore_errors=True)
-    return _keep(begun, path, want, what)
+    return _keep(begun, path, want, operation)
 
 
-def _keep(begun: Path, path: Path, want: params.SourceFile, what: str) -> dict[str, Any]:
+def _keep(begun: Path, path: Path, want: params.SourceFile, operation: str) -> dict[str, Any]:
     """Rename a finished download to its final name, if its hash is the pinned one. Raises SourceError."""
     sha256 = weights.digest(begun)
     if sha256 != want.sha256:
         begun.unlink()
         raise SourceError(
-            f"{what}: the download has SHA-256 {sha256[:12]}..., but {want.sha256[:12]}... is pinned; it was deleted. "
-            "Run again; if this repeats, the pin is of another file: pin again"
+            f"{operation}: the download has SHA-256 {sha256[:12]}..., but {want.sha256[:12]}... is pinned; it was "
+            "deleted. Run again; if this repeats, the pin is of another file: pin again"
         )
     with files.replacing(path) as final:
         os.replace(begun, final)
@@ -169,10 +161,10 @@ def adopt(model: str, given: Path) -> Source:
     with _keeping(place):
         if given.is_dir():
             path = place / f"{model}-F16.gguf"
-            origin = f"{upstream.original}, converted by {convert.CONVERTER} from {given.resolve().name}"
-            facts = {"origin": origin, "of": convert.inputs(given)}
-            made = models.once(path, facts, lambda: facts | {"sha256": convert.run(model, given, path)})
-            return _choose(model, {path: made["sha256"]}, origin)
+            origin = f"{upstream.original}, converted by {weights.CONVERTER} from {given.resolve().name}"
+            facts = {"origin": origin, "of": weights.safetensors(given)}
+            note = models.once(path, facts, lambda: facts | {"sha256": weights.convert(model, given, path)})
+            return _choose(model, {path: note["sha256"]}, origin)
         parts = _parts(given)
         weights.require(model, gguf_file.read_header(parts[0]))
         place.mkdir(parents=True, exist_ok=True)

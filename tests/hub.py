@@ -3,15 +3,16 @@
     with Hub(tmp_path) as hub:
         api = HfApi(endpoint=hub.url, token="hf_write")
 
-It speaks what the two official clients send (huggingface_hub 2.4, @huggingface/hub 2.17) about model repositories;
-tests/test_hub.py holds it to both. With `xet=True` it also gives xet tokens: the official code then keeps the chunks
-in a folder (`local://`), and only the commit comes here. Storage is another origin (another port), as the real one is,
-and takes no tokens. hub_state.py is what it knows; hub_api.py and hub_write.py are what it answers.
+It speaks what huggingface_hub 2.4 sends for moelib about model repositories; tests/test_hub.py holds it to that, and to
+the official client in JavaScript.
+With `xet=True` it also gives xet tokens: the official code then keeps the chunks in a folder (`local://`), and only the
+commit comes here. Storage is another origin (another port), as the real one is, and takes no tokens. hub_state.py is
+what it knows; hub_api.py is what it answers.
 
 Where it is not like the real one: the 401 for a repository that an anonymous client may not see says `RepoNotFound`,
 which huggingface_hub concludes from the 401 alone, but only over https; with xet the client is believed what SHA-256 a
-file has; the front matter of a card is parsed, not judged; repository names are case-sensitive; nothing is scanned,
-converted, counted or limited.
+file has; the front matter of a card is parsed, not judged; listings come whole; repository names are case-sensitive;
+nothing is scanned, converted, counted or limited.
 """
 
 import hashlib
@@ -34,7 +35,6 @@ from unittest import mock
 from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
 import hub_hostile
-import hub_write  # noqa: F401 - adds its routes
 from hub_api import ROUTES
 from hub_state import MAIN, Entry, Refused, State, regular
 
@@ -85,13 +85,13 @@ class Fault:
 class Hub(State):
     """The server, in threads of this process, from `with` to the end of it.
 
-    `folder`: for xet's chunks. `part_bytes`: LFS files above it come in parts. `page`: entries of a listing that come
-    at once. `silence_s`: how long a `timeout` keeps silent at most.
+    `folder`: for xet's chunks. `part_bytes`: LFS files above it come in parts. `silence_s`: how long a `timeout` keeps
+    silent at most. `accepts_ranges`: a test may turn this off.
     """
 
-    def __init__(self, folder, xet=False, part_bytes=4 << 20, page=1000, silence_s=30.0):
+    def __init__(self, folder, xet=False, part_bytes=4 << 20, silence_s=30.0):
         super().__init__(Path(folder) / "cas" if xet else None)
-        self.part_bytes, self.page, self.silence_s = part_bytes, page, silence_s
+        self.part_bytes, self.silence_s, self.accepts_ranges = part_bytes, silence_s, True
         self.requests: list[Request] = []
         self.gaps: list[str] = []  # what this Hub should have known how to answer
         self.connections = set()
@@ -120,17 +120,16 @@ class Hub(State):
 
     def put(self, repo_id, files, private=False):
         """A commit of `files` ({path: bytes}) on main, without a request; the repository is made if need be. Its id."""
-        owner = repo_id.split("/")[0]
         with self._lock:
-            repo = self.repos.get(repo_id) or self.create(repo_id, private, owner)
+            repo = self.repos.get(repo_id) or self.create(repo_id, private)
             tree = dict(repo.files())
             for path, content in files.items():
                 tree[path] = e = regular(content)
                 if self.is_lfs(tree, path, e.size, content[:512]):
                     tree[path], repo.objects[e.sha256] = Entry(e.size, e.sha256), content
-            made = self.commit(repo, MAIN, tree, "Add files", "", owner)
+            commit = self.commit(repo, MAIN, tree, "Add files")
             self._note_public()
-            return made.id
+            return commit.id
 
     def read(self, repo_id, path, ref=MAIN):
         """The bytes that a download would get."""
@@ -171,10 +170,10 @@ class Hub(State):
         url = urlsplit(h.path)
         query = {k: v[-1] for k, v in parse_qs(url.query, keep_blank_values=True).items()}
         signature = query.pop("Signature", None)
-        said = (h.headers.get("Authorization") or "").removeprefix("Bearer ")
+        credential = (h.headers.get("Authorization") or "").removeprefix("Bearer ")
         shown = _shown(url.path, query)
         with self._lock:
-            r = Request(h.command, shown, bool(said))
+            r = Request(h.command, shown, bool(credential))
             self.requests.append(r)
             number = len(self.requests)
             fault = next((f for f in self._faults if f.strikes(r.line)), None)
@@ -184,7 +183,8 @@ class Hub(State):
             r.received = len(h.rfile.read(half if fault.after is None else fault.after))
             return _reset(h)
         ask = SimpleNamespace(method=h.command, url=url.path, query=query, headers=h.headers, body=_body(h), how=how)
-        ask.said, ask.signed, r.received = said, signature == self._sign(shown), len(ask.body)
+        ask.credential, ask.signed, ask.accepts_ranges = credential, signature == self._sign(shown), self.accepts_ranges
+        r.received = len(ask.body)
         if how == "timeout":
             self._go.wait(self.silence_s)
             return _reset(h)
@@ -227,9 +227,9 @@ class Hub(State):
             raise Refused(int(ask.how), HTTPStatus(int(ask.how)).phrase, headers=wait)
         if ask.how == "corrupt" and not is_storage and not (self.cas and "/commit/" in ask.url):
             return 200, PORTAL, {"Content-Type": "text/html"}
-        if not is_storage and ask.said and ask.said not in self.tokens:
+        if not is_storage and ask.credential and ask.credential not in self.tokens:
             raise Refused(401, "Invalid credentials in Authorization header")
-        ask.token = self.tokens.get(ask.said)
+        ask.token = self.tokens.get(ask.credential)
         for methods, pattern, function in ROUTES:
             match = pattern.fullmatch(ask.url)
             if match and ask.method in methods and is_storage == ask.url.startswith("/storage/"):
@@ -318,6 +318,8 @@ def official_client(hub, pace=0.01):
     from huggingface_hub import close_session, constants, file_download
     from huggingface_hub.utils import _http, _xet
 
+    from moelib import hub as client
+
     waits = []
 
     def sleep(seconds):
@@ -326,7 +328,7 @@ def official_client(hub, pace=0.01):
 
     clock = SimpleNamespace(**(vars(time) | {"sleep": sleep}))
     with ExitStack() as stack:
-        for module in (_http, file_download):
+        for module in (_http, file_download, client):
             stack.enter_context(mock.patch.object(module, "time", clock))
         stack.enter_context(mock.patch.object(constants, "HF_HUB_DISABLE_XET", hub.cas is None))
         stack.enter_context(mock.patch.object(_xet, "_GLOBAL_XET_HOLDER", _xet.XetSessionHolder()))  # reads the next

@@ -78,23 +78,20 @@ class Commit:
     id: str
     parent: str | None
     title: str
-    message: str
-    author: str
-    date: str
     files: dict[str, Entry]
 
 
 @dataclass
 class Discussion:
+    """A pull request."""
+
     num: int
     title: str
     author: str
-    status: str  # draft (a pull request that was opened empty), open, closed, merged
+    status: str  # open, merged
     date: str
-    base: str | None = None  # of a pull request: the branch
-    start: str | None = None  # and the commit that it began from
-    merged: str | None = None
-    events: list[dict] = field(default_factory=list)
+    base: str  # the branch
+    start: str  # the commit that it began from
 
     @property
     def ref(self):
@@ -105,20 +102,18 @@ class Discussion:
 class Repo:
     id: str
     private: bool
-    created: str
     gated: str | bool = False
-    refs: dict[str, str] = field(default_factory=dict)  # refs/heads/main, refs/pr/1, refs/tags/v1 -> commit id
+    refs: dict[str, str] = field(default_factory=dict)  # refs/heads/main, refs/pr/1 -> commit id
     commits: dict[str, Commit] = field(default_factory=dict)  # all there ever were
     objects: dict[str, bytes] = field(default_factory=dict)  # LFS: SHA-256 -> what storage has
     discussions: list[Discussion] = field(default_factory=list)
-    granted: set[str] = field(default_factory=set)  # users who may read it though it is gated
 
     def files(self, ref=MAIN):
         return self.commits[self.refs[ref]].files
 
     def find(self, rev):
         """(ref, commit) that a revision names; no ref for a commit's id."""
-        for ref in (rev, MAIN if rev == "HEAD" else f"refs/heads/{rev}", f"refs/tags/{rev}"):
+        for ref in (rev, MAIN if rev == "HEAD" else f"refs/heads/{rev}"):
             if ref in self.refs:
                 return ref, self.commits[self.refs[ref]]
         if rev in self.commits:
@@ -143,16 +138,16 @@ class State:
         self._seconds += 1
         return (datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=self._seconds)).isoformat()[:19] + ".000Z"
 
-    def create(self, repo_id, private, author):
-        repo = self.repos[repo_id] = Repo(repo_id, private, self.now())
-        self.commit(repo, MAIN, {".gitattributes": regular(ATTRIBUTES.encode())}, "initial commit", "", author)
+    def create(self, repo_id, private):
+        repo = self.repos[repo_id] = Repo(repo_id, private)
+        self.commit(repo, MAIN, {".gitattributes": regular(ATTRIBUTES.encode())}, "initial commit")
         return repo
 
-    def commit(self, repo, ref, files, title, message, author):
-        parent, date = repo.refs.get(ref), self.now()
+    def commit(self, repo, ref, files, title):
+        parent = repo.refs.get(ref)
         tree = sorted((path, e.oid) for path, e in files.items())
-        id_ = hashlib.sha1(json.dumps([repo.id, ref, parent, tree, title, date]).encode()).hexdigest()
-        repo.commits[id_] = Commit(id_, parent, title, message, author, date, dict(sorted(files.items())))
+        id_ = hashlib.sha1(json.dumps([repo.id, ref, parent, tree, title, self.now()]).encode()).hexdigest()
+        repo.commits[id_] = Commit(id_, parent, title, dict(sorted(files.items())))
         repo.refs[ref] = id_
         return repo.commits[id_]
 
@@ -185,7 +180,7 @@ class State:
         repo, token = self.repos.get(ask.repo), ask.token
         if repo is None or (repo.private and not self.may(token, repo.id, READ)):
             raise Refused(404, "Repository not found", "RepoNotFound") if token else Refused(*ANONYMOUS, "RepoNotFound")
-        inside = token and (token.user in repo.granted or self.role(token.user, repo.id.split("/")[0]))
+        inside = token and self.role(token.user, repo.id.split("/")[0])
         if content and repo.gated and not inside:
             raise Refused(403 if token else 401, f"Access to model {repo.id} is restricted", "GatedRepo")
         if right != READ and not self.may(token, repo.id, right):

@@ -25,16 +25,18 @@ def catalogued(home, title="T", publisher="a", original="a/t"):
 
 
 def gguf(geometry, kind="F16", arch=None, keep=lambda name: True, filling=1, general=None, **keys):
-    """The bytes of a GGUF of `geometry` with matrices of type `kind`, whose values say nothing.
+    """The bytes of a GGUF of `geometry` with matrices of type `kind`, whose values are all the same.
 
     `keep`: which tensors there are. `general`, `keys`: metadata instead of what there would be, the latter below the
     architecture's name; None leaves one out.
     """
     arch = arch or geometry.architecture
-    said = {f"general.{k}": v for k, v in ({"name": "Toy", "type": "model"} | (general or {})).items()}
-    said |= {f"{arch}.{k}": v for k, v in ({k: getattr(geometry, k) for k in LLAMA_KEYS} | keys).items()}
-    nameless = said.get("general.architecture", arch) is None
-    return _file(None if nameless else arch, said, [t for t in twin.tensors(geometry) if keep(t.name)], kind, filling)
+    metadata = {f"general.{k}": v for k, v in ({"name": "Toy", "type": "model"} | (general or {})).items()}
+    metadata |= {f"{arch}.{k}": v for k, v in ({k: getattr(geometry, k) for k in LLAMA_KEYS} | keys).items()}
+    nameless = metadata.get("general.architecture", arch) is None
+    return _file(
+        None if nameless else arch, metadata, [t for t in twin.tensors(geometry) if keep(t.name)], kind, filling
+    )
 
 
 def twin_as_a_model(path, geometry):
@@ -53,12 +55,12 @@ def split(geometry, count, kind="F16", filling=1):
     """The bytes of a model's files, the first without tensors, as llama.cpp's tool cuts it."""
     tensors = twin.tensors(geometry)
     parts = [[], *(tensors[i :: count - 1] for i in range(count - 1))]
-    said = {"general.name": "Toy", **{f"{geometry.architecture}.{k}": getattr(geometry, k) for k in LLAMA_KEYS}}
+    metadata = {"general.name": "Toy", **{f"{geometry.architecture}.{k}": getattr(geometry, k) for k in LLAMA_KEYS}}
     numbers = {"split.count": count, "split.tensors.count": len(tensors)}
     return [
         _file(
             geometry.architecture if not i else None,
-            {**(said if not i else {}), **numbers, "split.no": i},
+            {**(metadata if not i else {}), **numbers, "split.no": i},
             p,
             kind,
             filling,

@@ -61,10 +61,10 @@ def loopback_hub(folder, xet=False):
 
 
 def go(results, server, public=True):
-    """Plan and publish; returns what was said."""
-    said = []
-    publish.publish(publish.plan(results, SPACE, public, server.url), said.append, server.url)
-    return said
+    """Plan and publish; returns the lines of its progress."""
+    progress = []
+    publish.publish(publish.plan(results, SPACE, public, server.url), progress.append, server.url)
+    return progress
 
 
 def wanted(results):
@@ -160,14 +160,10 @@ def judge(results, folder, scene, case):
     if rotten and states[-1] != before:
         return "wrong bytes became public", struck
     stored = {r.line for r in sent if r.method == "PUT" and r.status == 200 and r.fault is None}
-    if twice := [r.line for r in again if r.method == "PUT" and r.line in stored and whole(sent, r)]:
+    # the parts of one file begin anew together
+    if twice := [r.line for r in again if r.method == "PUT" and r.line in stored and "part" not in r.line]:
         return f"sent again: {twice[0]}", struck
     return None, struck
-
-
-def whole(sent, request):
-    """Whether an earlier PUT of the same thing was not one part of several, which begin anew together."""
-    return "part" not in request.line
 
 
 def attempt(results, server):

@@ -1,6 +1,6 @@
 """A whole publication as a user sees it, to a Hub on loopback: plan, upload, Ctrl-C, resume, verification.
 
-    python tests/rehearsal.py STUDY TRANSCRIPT    writes the commands and what they said, as Markdown
+    python tests/rehearsal.py STUDY TRANSCRIPT    writes the commands and their output, as Markdown
 
 The commands are real, and so are the files; the Hub is tests/hub.py.
 """
@@ -29,8 +29,8 @@ stand-in on loopback (`tests/hub.py`): the real one was not reached. `$PORT` is 
 class Stage:
     """The transcript, and what the Hub saw meanwhile."""
 
-    def __init__(self, there, study):
-        self.there, self.study, self.lines, self.seen = there, study, [INTRO], 0
+    def __init__(self, server, study):
+        self.server, self.study, self.lines, self.seen = server, study, [INTRO], 0
 
     def say(self, text):
         self.lines.append(text)
@@ -39,7 +39,7 @@ class Stage:
         """Run `moelib publish STUDY --to SPACE *args`; `interrupt`: send it Ctrl-C once this is so."""
         argv = [sys.executable, "-m", "moelib.cli", "publish", self.study, "--to", SPACE, *args]
         off = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-        env = os.environ | {"HF_ENDPOINT": self.there.url, "HF_TOKEN": TOKEN} | off
+        env = os.environ | {"HF_ENDPOINT": self.server.url, "HF_TOKEN": TOKEN} | off
         # a shell starts what it puts into the background with Ctrl-C ignored, and children inherit that
         signal.signal(signal.SIGINT, signal.default_int_handler)
         with tempfile.TemporaryFile("w+") as out, subprocess.Popen(argv, env=env, stdout=out, stderr=out) as child:
@@ -56,7 +56,7 @@ class Stage:
             text = out.read()
         assert TOKEN not in text
         shown = "export HF_ENDPOINT=http://127.0.0.1:$PORT\n$ " if self.seen == 0 else ""
-        text = text.replace(self.there.url, "http://127.0.0.1:$PORT").rstrip()
+        text = text.replace(self.server.url, "http://127.0.0.1:$PORT").rstrip()
         self.say(
             f"```\n$ {shown}moelib publish {self.study} --to {SPACE} {' '.join(args)}".rstrip() + f"\n{text}\n```\n"
         )
@@ -64,33 +64,33 @@ class Stage:
 
     def hub(self):
         """What it took since the last time, and what anyone can see."""
-        new, self.seen = self.there.requests[self.seen :], len(self.there.requests)
+        new, self.seen = self.server.requests[self.seen :], len(self.server.requests)
         stored = [r for r in new if r.line.startswith("PUT /storage") and r.status == 200]
         received = sum(r.received for r in stored)
-        public = {r: len(refs[MAIN]) for r, refs in self.there.public_history()[-1][1].items()}
-        told = ", ".join(f"{r} with {n} files" for r, n in sorted(public.items())) or "nothing"
-        private = {r.id: len(r.files()) - 1 for r in self.there.repos.values() if r.private}
+        public = {r: len(refs[MAIN]) for r, refs in self.server.public_history()[-1][1].items()}
+        shown = ", ".join(f"{r} with {n} files" for r, n in sorted(public.items())) or "nothing"
+        private = {r.id: len(r.files()) - 1 for r in self.server.repos.values() if r.private}
         hidden = ", ".join(f"{r} with {n} files" for r, n in sorted(private.items())) or "nothing"
         writes = sum(r.method not in ("GET", "HEAD") for r in new)
         self.say(
             f"*The Hub's side: {len(new)} requests, {writes} of them to write, {len(stored)} objects stored with "
-            f"{received:,} bytes. Public: {told}. Private: {hidden}.*\n"
+            f"{received:,} bytes. Public: {shown}. Private: {hidden}.*\n"
         )
         return received, public
 
 
 def rehearse(study, folder, stop_at=3):
     """The transcript, and (bytes stored until the interruption, after it, after that)."""
-    with Hub(folder, silence_s=WAIT_S, part_bytes=1 << 30) as there, official_client(there):
-        stage = Stage(there, study)
+    with Hub(folder, silence_s=WAIT_S, part_bytes=1 << 30) as server, official_client(server):
+        stage = Stage(server, study)
         stage.say("## The plan\n")
         code, _ = stage.command()
-        assert (code, stage.hub()) == (0, (0, {}))
+        assert (code, stage.hub(), server.repos) == (0, (0, {}), {})
 
         stage.say(f"## Interrupted: Ctrl-C while file {stop_at} is being sent\n")
-        silence = there.fail("timeout", match="^PUT /storage", nth=stop_at, times=1)
+        silence = server.fail("timeout", match="^PUT /storage", nth=stop_at, times=1)
         code, text = stage.command("--yes", "--public", interrupt=lambda: silence.struck)
-        there.let_go()
+        server.let_go()
         assert code == 130, text
         first, public = stage.hub()
         assert public == {}

@@ -23,8 +23,8 @@ def document(name: str, figures: bool = False, book: str = "analysis", **paramet
             if raw:
                 parts.append(f"![{metadata['alt']}]({metadata['filename']}.png)")
             elif hasattr(thing, "_repr_mimebundle_"):
-                data, told = thing._repr_mimebundle_()
-                json.dumps(told, allow_nan=False)
+                data, details = thing._repr_mimebundle_()
+                json.dumps(details, allow_nan=False)
                 parts.append(data["text/markdown"])
             elif thing is not None:
                 parts.append(thing._repr_markdown_())

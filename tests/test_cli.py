@@ -183,7 +183,7 @@ def test_what_nobody_thought_of_is_one_line_too(monkeypatch):
     def broken(*_):
         raise ZeroDivisionError("made up \x1b[31m")
 
-    monkeypatch.setattr("moelib.study.results", broken)
+    monkeypatch.setattr("moelib.study.Study.read", broken)
     done = call("audit", "demo")
     assert done.exit_code == 1
     assert "moelib: ZeroDivisionError: made up" in done.output

@@ -94,8 +94,8 @@ def test_any_text_is_the_same_in_json_spelt_out(text):
 
 @given(st.text(max_size=100), st.text(max_size=100))
 def test_any_cell_and_any_column_keep_the_tables_shape(value, column):
-    made = table.Table("t", [{"x": 1, f"c{column}": neutral.markdown(value)}] * 2, [{}] * 2)
-    rows = MARKDOWN(made.markdown())
+    plain = table.Table("t", [{"x": 1, f"c{column}": neutral.markdown(value)}] * 2, [{}] * 2)
+    rows = MARKDOWN(plain.markdown())
     assert rows.count("<tr>") == 3
     assert len(re.findall(r"<t[hd]", rows)) == 6 + rows.count("<thead>")
 
@@ -178,7 +178,7 @@ def poisoned(name: str, models: bool) -> tuple[study.Study, set[str]]:
         key = f"{poison.name(model) if models else model}/{quant}"
         statuses[key] = dataclasses.replace(s, rounds=rounds, problems=(f"{key}: {HOSTILE}",))
     bad = dataclasses.replace(results.evidence, records=[*records.values()], damaged=[HOSTILE], problems={}, checks={})
-    made = study_of(
+    poisonous = study_of(
         parameters,
         [poison(c) for c in results.cells],
         [],
@@ -188,9 +188,9 @@ def poisoned(name: str, models: bool) -> tuple[study.Study, set[str]]:
         bad,
         poison.name("x"),
     )
-    made.__dict__["statuses"] = statuses
-    made.__dict__["audit"] = tuple(poison(c) for c in results.audit)
-    return made, poison.taken
+    poisonous.__dict__["statuses"] = statuses
+    poisonous.__dict__["audit"] = tuple(poison(c) for c in results.audit)
+    return poisonous, poison.taken
 
 
 @pytest.fixture(scope="module", params=COMMITTED)
@@ -231,7 +231,7 @@ def clean(text: str) -> None:
 
 def test_no_string_gets_out_in_the_document(bad, monkeypatch):
     results, _ = bad
-    monkeypatch.setattr(study, "results", lambda _: results)
+    monkeypatch.setattr(study.Study, "read", lambda _: results)
     clean(shown.document("x", figures=True))
 
 
@@ -250,11 +250,9 @@ def test_no_string_gets_out_in_a_card(name, monkeypatch):
     part = cards.part
 
     def part_of(*args):
-        made = part(*args)
-        made.__dict__["statuses"] = {
-            f"{c.model}/{c.quant}": results.statuses[f"{c.model}/{c.quant}"] for c in made.cells
-        }
-        return made
+        of = part(*args)
+        of.__dict__["statuses"] = {f"{c.model}/{c.quant}": results.statuses[f"{c.model}/{c.quant}"] for c in of.cells}
+        return of
 
     monkeypatch.setattr(cards, "part", part_of)
     pages = {k: v for k, v in cards.build(results, "acme").items() if k.endswith(".md")}
