@@ -179,19 +179,6 @@ def test_the_parameters_cell_is_a_plain_signature(path):
         assert "=" not in comment
 
 
-def test_cell_parameter_files_name_what_exists():
-    from moelib import params
-
-    files = sorted((REPO / "params/cells").glob("*.yaml"))
-    assert files
-    for path in files:
-        cell = yaml.safe_load(path.read_text(encoding="utf-8"))
-        study = params.study(cell.pop("study"))
-        assert cell.pop("model") in study.models
-        assert cell.pop("quant") in study.quants
-        assert not cell
-
-
 TEXT_CALLS = {
     "open",
     "read_text",
