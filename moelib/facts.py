@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from moelib.params import Strict
-from moelib.ranges import Bytes, BytesPerS, Count, Index, Megahertz, Name, Seconds, Sha256, Watts
+from moelib.ranges import Bytes, BytesPerS, Count, Megahertz, Name, Seconds, Sha256, Watts
 
 SCHEMA_VERSION = 3
 HISTORY = {
@@ -83,10 +83,6 @@ class DeviceFacts(Facts):
     bandwidth_bytes_per_s: BytesPerS | None = None
     pcie_bytes_per_s: BytesPerS | None = None
     """The most that the link carries one way."""
-    pcie_link: tuple[Index, Index] | None = None
-    """(generation, lanes) that card and board can do."""
-    pcie_link_now: tuple[Index, Index] | None = None
-    """The same when the cell's runs began; an idle link slows down."""
     pcie_link: Link | None = None
     """What card and board can do, and as it was when the run had ended: an idle link slows down."""
     pcie_link_now: Link | None = None
