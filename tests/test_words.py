@@ -50,11 +50,11 @@ def results(*blocks):
             tuple((spec(block=b), spec(block=b, placement="cpu-moe", order=1)) for b in range(len(blocks))),
         )
     ]
-    there = study.results(REPO / "docs/example/demo")
-    plan = there.study.model_copy(update={"models": ("deepseek-moe-16b",), "quants": ("Q4_K_M",)})
+    demo = study.results(REPO / "docs/example/demo").study
+    plan = demo.model_copy(update={"models": ("deepseek-moe-16b",), "quants": ("Q4_K_M",)})
     records = [r for b in blocks for r in b if r]
-    told = {"name": "s", "study": plan, "workloads": WORKLOADS, "cells": cells, "records": records, "manifests": []}
-    return study.Results(**told, evidence=evidence(records), accuracy={})
+    parts = {"name": "s", "study": plan, "workloads": WORKLOADS, "cells": cells, "records": records, "manifests": []}
+    return study.Results(**parts, evidence=evidence(records), accuracy={})
 
 
 def flagged(**change):
@@ -64,10 +64,10 @@ def flagged(**change):
 def test_flags_are_those_of_the_runs_that_are_counted_as_usable():
     base, moe = block(block=1)
     noisy = flagged(placement="cpu-moe", order=1)
-    found = results((made(), noisy), (base, None))
-    assert words.flags(found) == words.flags(found, "deepseek-moe-16b/Q4_K_M") == {"clean-end": 1}
-    assert words.flags(found, "another") == {}
-    assert words.summary(found).startswith("3 of 4 runs usable: 2 valid, 1 degraded (clean-end in 1); 1 missing")
+    three = results((made(), noisy), (base, None))
+    assert words.flags(three) == words.flags(three, "deepseek-moe-16b/Q4_K_M") == {"clean-end": 1}
+    assert words.flags(three, "another") == {}
+    assert words.summary(three).startswith("3 of 4 runs usable: 2 valid, 1 degraded (clean-end in 1); 1 missing")
     # alone in its block it is usable all the same; with one that does not fit it is not
     assert words.flags(results((flagged(), None))) == {"clean-end": 1}
     other = noisy.model_copy(update={"observed": dataclasses.replace(noisy.observed, threads=1, file_sha256="c" * 64)})
