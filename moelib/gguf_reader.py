@@ -134,9 +134,9 @@ class _Cursor:
     def scalar(self, fmt: str) -> Any:
         return struct.unpack(fmt, self.take(struct.calcsize(fmt)))[0]
 
-    def string(self, what: str, limit: int = MAX_STRING_BYTES) -> str:
+    def string(self, label: str, limit: int = MAX_STRING_BYTES) -> str:
         n = self.scalar("<Q")
-        refuse(n > limit, f"corrupt: {what} of {n} bytes at {self.at}; the limit is {limit}")
+        refuse(n > limit, f"corrupt: {label} of {n} bytes at {self.at}; the limit is {limit}")
         if n > KEEP_STRING_BYTES:
             self.skip(n)
             return f"<{n} bytes>"
