@@ -1,7 +1,7 @@
 """Speed of writing a twin, as a ratio to a plain sequential write of as many bytes to the same disk, in turn
 and in alternating order.
 
-python benchmarks/twin_write.py [--model deepseek-moe-16b] [--scale 0.35] [--folder .] [--rounds 3]
+python benchmarks/twin_write.py [--model deepseek-moe-16b] [--layers 2] [--folder .] [--rounds 3]
 """
 
 import os
@@ -35,13 +35,13 @@ def twins(path: Path, geometry: params.Geometry) -> float:
 
 @click.command()
 @click.option("--model", default="deepseek-moe-16b")
-@click.option("--scale", default="0.35", help="Of the twin; full is 30.5 GiB (DeepSeek) or 78 GiB (Phi).")
+@click.option("--layers", default=2, help="Of the full-size twin: 2 are 2.0 GiB (DeepSeek), all 28 are 30.5 GiB.")
 @click.option("--folder", default=".", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--rounds", default=3)
-def main(model: str, scale: str, folder: Path, rounds: int) -> None:
-    geometry = params.model(model).at_scale(scale)
+def main(model: str, layers: int, folder: Path, rounds: int) -> None:
+    geometry = params.model(model).at_scale("full").model_copy(update={"block_count": layers})
     path, nbytes = folder / "twin-benchmark.gguf", twin.nbytes(geometry)
-    print(f"{model} at {scale}: {nbytes / 2**30:.2f} GiB, {rounds} rounds in {folder.resolve().name}/")
+    print(f"{model}, {layers} layers: {nbytes / 2**30:.2f} GiB, {rounds} rounds in {folder.resolve().name}/")
     ratios = []
     try:
         plain(path, nbytes)  # the first write of a machine pays for memory that later ones find ready

@@ -117,7 +117,7 @@ def doctor(engine_path: str | None) -> None:
 
 @main.command()
 @click.argument("model")
-@click.option("--scale", default="full", show_default=True, help="full, a named scale, or a factor in (0, 1].")
+@click.option("--scale", default="full", show_default=True, help="full, or one that models.yaml names: tiny, nano.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Default: under models/.")
 def twin(model: str, scale: str, seed: int, out: Path | None) -> None:

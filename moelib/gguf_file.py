@@ -6,29 +6,23 @@ cause and the next step, before the engine opens it.
 
 import io
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from stat import S_ISREG
+from stat import S_ISDIR, S_ISREG
 from typing import Any, BinaryIO
 
-from moelib import gguf_foreign, gguf_reader
-from moelib.gguf_header import UNQUANTISED, Header, Tensor
+from moelib import gguf_reader
+from moelib.gguf_header import Header, Tensor
 from moelib.gguf_reader import AGAIN, GGUFError, HeaderCut, mib, refuse, tensor_bytes
 
-__all__ = [
-    "UNQUANTISED",
-    "GGUFError",
-    "Header",
-    "HeaderCut",
-    "Tensor",
-    "from_bytes",
-    "read_header",
-    "split_paths",
-    "tensor_bytes",
-]
+__all__ = ["GGUFError", "Header", "HeaderCut", "Tensor", "from_bytes", "read_header", "split_paths", "tensor_bytes"]
 
 SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 """End of the name of one file of a split model; llama.cpp is given the first and finds the others."""
 MAX_PARTS = 4096
+SLICE = re.compile(r"[(._ -]*part(\d+)of(\d+)", re.IGNORECASE)
+"""In the name of a slice of one file, cut for upload, which is no GGUF by itself."""
 
 NOT_MODELS = {
     "adapter": ("a LoRA adapter, which changes a model", "give the model's own GGUF, or merge with llama-export-lora"),
@@ -40,6 +34,8 @@ NOT_MODELS = {
     "unknown": ("not a language model of llama.cpp: it has no general.architecture", "give the model's own GGUF"),
 }
 """`Header.kind` of a file that is not a model -> what it is, and the next step."""
+
+WINDOW_BYTES = 1 << 18  # read at once
 
 COUNTS = ("block_count", "nextn_predict_layers", "expert_count", "expert_used_count")
 
@@ -66,21 +62,26 @@ def read_header(path: str | Path, any_kind: bool = False) -> Header:
     `any_kind`: accept files that are not models; see `Header.kind`. Raises GGUFError.
     """
     paths = split_paths(Path(path))
-    if len(paths) > 1 and (gone := [p.name for p in paths if not p.exists()]):
-        listed = ", ".join(gone[:3]) + (f" and {len(gone) - 3} more" if len(gone) > 3 else "")
+    if len(paths) > 1 and (missing := [p.name for p in paths if not p.exists()]):
+        listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise GGUFError(
             f"{Path(path).name} is one of {len(paths)} files of a model, and {listed} cannot be found; fetch all files"
         )
     parts, total = [], 0
     for p in paths:
-        parts.append(_read(p))
-        total += len(parts[-1].tensors)
-        refuse(total > gguf_reader.MAX_TENSORS, f"{p.name}: corrupt: more than {gguf_reader.MAX_TENSORS} tensors")
+        with _named(p):
+            parts.append(_read(p))
+            total += len(parts[-1].tensors)
+            refuse(total > gguf_reader.MAX_TENSORS, f"corrupt: more than {gguf_reader.MAX_TENSORS} tensors")
     _belong(parts)
     first, tensors = parts[0], tuple(t for p in parts for t in p.tensors)
     twice = len({t.name for t in tensors}) != len(tensors)
     refuse(twice, f"{first.path.name}: corrupt: two of its files hold the same tensor", "fetch all of them again")
-    return _checked(Header(first.path, sum(p.file_bytes for p in parts), first.metadata, tensors), any_kind)
+    header = Header(first.path, sum(p.file_bytes for p in parts), first.metadata, tensors)
+    if not any_kind and header.kind != "model":
+        kind, step = NOT_MODELS[header.kind]
+        raise GGUFError(f"{first.path.name} is {kind}; {step}")
+    return header
 
 
 def from_bytes(first: bytes, name: str, file_bytes: int) -> Header:
@@ -88,72 +89,60 @@ def from_bytes(first: bytes, name: str, file_bytes: int) -> Header:
 
     For a split model, it describes this one file. Raises GGUFError; HeaderCut if more of the file is needed.
     """
-    return _named(name, lambda: _parse(Path(name), io.BytesIO(first), file_bytes))
+    path = Path(name)
+    with _named(path):
+        return _parse(path, io.BytesIO(first), file_bytes)
 
 
 def _belong(parts: list[Header]) -> None:
     """Raise GGUFError unless the parts are the files of one model."""
-    first, n = parts[0].path.name, len(parts)
+    first, n = parts[0], len(parts)
+    count = first.metadata.get("split.count", 0)
+    if n == 1 and count in (0, 1):
+        return
+    again = f"rename it as it was published, ...-0000N-of-{count:05}.gguf, beside all others" if n == 1 else AGAIN
     for i, p in enumerate(parts):
-        of, at = (p.metadata.get(f"split.{k}", absent) for k, absent in (("count", 0), ("no", i)))
-        whole = n == 1 and of in (0, 1)
-        again = f"rename it as it was published, ...-0000N-of-{of:05}.gguf, beside all others" if n == 1 else AGAIN
-        refuse(of != n and not whole, f"{p.path.name}: its header says one of {of} files, its name one of {n}", again)
-        refuse(at != i and not whole, f"{p.path.name}: its header says file {at + 1} of the model", again)
-    announced, held = parts[0].metadata.get("split.tensors.count"), sum(len(p.tensors) for p in parts)
-    refuse(
-        n > 1 and announced not in (None, held),
-        f"{first}: its files hold {held} of {announced} tensors",
-        "fetch all again",
-    )
+        count, at = p.metadata.get("split.count", 0), p.metadata.get("split.no", i)
+        refuse(count != n, f"{p.path.name}: its header says one of {count} files, its name one of {n}", again)
+        refuse(at != i, f"{p.path.name}: its header says file {at + 1} of the model", again)
+    announced, held = first.metadata.get("split.tensors.count"), sum(len(p.tensors) for p in parts)
+    lacking = announced not in (None, held)
+    refuse(lacking, f"{first.path.name}: its files hold {held} of {announced} tensors", "fetch all again")
 
 
-def _checked(h: Header, any_kind: bool) -> Header:
-    if not any_kind and (kind := h.kind) != "model":
-        refuse(True, f"{h.path.name} is {NOT_MODELS[kind][0]}", NOT_MODELS[kind][1])
-    return h
-
-
-def _named(name: str, read: Any) -> Header:
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Put the file's name before an error, and the cause where the name says it."""
     try:
-        return read()
+        yield
     except GGUFError as err:
-        raise type(err)(f"{name}: {err}") from None
+        if m := SLICE.search(path.name):
+            cause, whole = f"it is slice {m[1]} of {m[2]} of a file split for upload", path.name[: m.start()] or "it"
+            raise GGUFError(f"{path.name}: {cause}; join the slices of {whole} with cat") from None
+        raise type(err)(f"{path.name}: {err}") from None
     except OSError as err:
-        raise GGUFError(f"{name} cannot be read: {err.strerror or err}; check its path, owner and disk") from None
+        raise GGUFError(f"{path.name} cannot be read: {err.strerror or err}; check its path, owner and disk") from None
 
 
 def _read(path: Path) -> Header:
-    def read() -> Header:
-        status = path.stat()
-        refuse(path.is_dir(), "it is a folder", "name the GGUF file in it")
-        refuse(not S_ISREG(status.st_mode), "it is a device or a pipe, not a file", "give a GGUF file")
-        with path.open("rb") as f:
-            return _parse(path, f, f.seek(0, 2))
-
-    return _named(path.name, read)
+    status = path.stat()
+    refuse(S_ISDIR(status.st_mode), "it is a folder", "name the GGUF file in it")
+    refuse(not S_ISREG(status.st_mode), "it is a device or a pipe, not a file", "give a GGUF file")
+    with path.open("rb", buffering=WINDOW_BYTES) as f:
+        return _parse(path, f, f.seek(0, 2))
 
 
 def _parse(path: Path, stream: BinaryIO, size: int) -> Header:
-    stream.seek(0)
-    if foreign := gguf_foreign.cause(stream.read(gguf_foreign.LOOK_BYTES), path.name):
-        refuse(True, *foreign)
-    try:
-        layout = gguf_reader.parse(stream, size)
-    except HeaderCut as err:
-        if sliced := gguf_foreign.part(path.name):
-            refuse(True, *sliced)
-        raise err
+    layout = gguf_reader.parse(stream, size)
     _counts(layout.metadata)
     tensors, end = [], layout.data_start
     for name, shape, kind, offset in layout.tensors:
         tensors.append(Tensor(name, shape, kind, tensor_bytes(shape, kind), layout.data_start + offset))
     for t in sorted(tensors, key=lambda t: t.offset):
-        if t.offset % layout.alignment or t.offset < end:
-            refuse(True, f"corrupt: tensor {t.name!r} overlaps or is not aligned")
+        overlaps = t.offset % layout.alignment or t.offset < end
+        refuse(overlaps, f"corrupt: tensor {t.name!r} overlaps or is not aligned")
         end = t.offset + t.nbytes
-    missing = f"truncated: the tensors need {end} bytes, the file has {size}: {mib(end - size)} are missing"
-    refuse(end > size, *(gguf_foreign.part(path.name) or (missing, AGAIN)))
+    refuse(end > size, f"truncated: the tensors need {end} bytes, the file has {size}: {mib(end - size)} are missing")
     return Header(path, size, layout.metadata, tuple(tensors))
 
 
@@ -168,9 +157,6 @@ def _counts(metadata: dict[str, Any]) -> None:
         valid = all(type(n) is int and 0 <= n < 1 << 32 for n in each)
         refuse(not valid, f"corrupt: {key} is {value!r:.60}, not a count", "take another conversion of the model")
     blocks, nextn = (metadata.get(f"{arch}.{k}") for k in COUNTS[:2])
-    refuse(blocks == 0, f"corrupt: {arch}.block_count is 0", "take another conversion of the model")
-    refuse(
-        blocks is not None and (nextn or 0) >= blocks,
-        f"corrupt: nextn_predict_layers is {nextn}, but block_count is {blocks}",
-        "take another conversion of the model",
-    )
+    no_layer = blocks is not None and (nextn or 0) >= blocks
+    counted = f"block_count is {blocks} and nextn_predict_layers {nextn or 0}, so that no layer is left"
+    refuse(no_layer, f"corrupt: {counted}", "take another conversion of the model")

@@ -2,14 +2,14 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from moelib.gguf_reader import GGUFError, refuse
+from moelib.gguf_reader import GGUFError
 from moelib.placement import Placement
 
 EXPERT_TENSOR = re.compile(r"^blk\.(\d{1,9})\.ffn_(up|down|gate|gate_up)_(ch|)exps\.(weight|bias|scale)$")
@@ -28,7 +28,12 @@ ON_CPU = {"token_embd.weight", "per_layer_token_embd.weight", "position_embd.wei
 DRAFTS = {"eagle3", "dflash"}
 """Architectures of draft heads, which predict tokens for another model and cannot run alone."""
 
-LORA, IMATRIX = (".lora_a", ".lora_b"), (".in_sum2", ".counts")
+NAMES_OF = {
+    "adapter": re.compile(r"\.lora_[ab]$"),
+    "control vector": re.compile(r"^direction\."),
+    "imatrix": re.compile(r"\.(in_sum2|counts)$"),
+}
+"""Kind of a file that is not a model -> the names that all its tensors have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +77,12 @@ class Header:
         """model, adapter, control vector, imatrix, projector, draft, vocabulary or unknown."""
         arch, general = self.metadata.get("general.architecture"), self.metadata.get("general.type")
         keys, names = self.metadata.keys(), [t.name for t in self.tensors]
-        if general == "adapter" or any(k.startswith("adapter.") for k in keys) or (names and _all(names, LORA)):
+        only_named = {kind for kind, name in NAMES_OF.items() if names and all(map(name.search, names))}
+        if general == "adapter" or any(k.startswith("adapter.") for k in keys) or "adapter" in only_named:
             return "adapter"
-        if arch == "controlvector" or (names and all(n.startswith("direction.") for n in names)):
+        if arch == "controlvector" or "control vector" in only_named:
             return "control vector"
-        if general == "imatrix" or "imatrix.datasets" in keys or (names and _all(names, IMATRIX)):
+        if general == "imatrix" or "imatrix.datasets" in keys or "imatrix" in only_named:
             return "imatrix"
         if general == "mmproj" or arch == "clip" or any(k.startswith("clip.") for k in keys):
             return "projector"
@@ -171,23 +177,25 @@ class Header:
 
         Raises GGUFError if the file does not say how many experts are used.
         """
-        by_share = {"moved": Counter(), "device": Counter()}
-        moved = {t.name for t in self.moved(placement)}
+        moved, device, host = set(self.moved(placement)), Counter(), Counter()
         for t in self.moved("cpu-moe"):
-            by_share["moved" if t.name in moved else "device"][self._share(t)] += t.nbytes
-        device, host = (sum(n * used // of for (used, of), n in by_share[k].items()) for k in ("device", "moved"))
-        return self.device_bytes("cpu-moe") + device, host
+            (host if t in moved else device)[self._share(t)] += t.nbytes
+        on_device, on_host = (sum(n * used // of for (used, of), n in share.items()) for share in (device, host))
+        return self.device_bytes("cpu-moe") + on_device, on_host
 
     def _share(self, t: Tensor) -> tuple[int, int]:
-        """(used, all) experts of a tensor; the slowest dimension is their number."""
-        used, of = self._number("expert_used_count", t.block), t.shape[-1]
-        if used is not None and "_chexps" in t.name:  # chunks that several experts share
-            used = min(used, of)
-        refuse(
-            used is None or not 1 <= used <= of,
-            f"{self.path.name}: corrupt: expert_used_count is {used}, {t.name} has {of} experts",
-            "take another conversion of the model",
-        )
+        """(used, all) experts of a tensor, whose slowest dimension is their number.
+
+        Raises GGUFError if the metadata disagrees.
+        """
+        used, count, of = self._number("expert_used_count", t.block), self._number("expert_count", t.block), t.shape[-1]
+        if "_chexps" in t.name:  # chunks that several experts share
+            used, count = used and min(used, of), of
+        holds = f"{t.name} has {of} experts; take another conversion of the model"
+        if used is None or not 1 <= used <= of:
+            raise GGUFError(f"{self.path.name}: corrupt: expert_used_count is {used}, {holds}")
+        if count != of:
+            raise GGUFError(f"{self.path.name}: corrupt: expert_count is {count}, {holds}")
         return used, of
 
     def fault(self, placements: Iterable[Placement | str] = ()) -> str | None:
@@ -200,17 +208,10 @@ class Header:
         experts = self.moved("cpu-moe")
         try:
             for t in experts:
-                _, of = self._share(t)
-                count = self._number("expert_count", t.block)
-                if count != of and "_chexps" not in t.name:
-                    return f"corrupt: expert_count is {count}, {t.name} has {of} experts; take another conversion of it"
+                self._share(t)
         except GGUFError as err:
             return str(err).removeprefix(f"{self.path.name}: ")
         if self.layers is None:
             return "corrupt: it has no block_count; take another conversion of the model"
         blocks = {t.block for t in experts}
         return next(filter(None, (Placement.of(p).fault(self.layers, blocks) for p in placements)), None)
-
-
-def _all(names: Sequence[str], ends: tuple[str, ...]) -> bool:
-    return all(n.endswith(ends) for n in names)

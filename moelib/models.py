@@ -141,19 +141,7 @@ def forget(path: Path) -> None:
 
 def twin_whole(source: Source) -> Source:
     """`source`, its file made again if it is missing or its hash differs."""
-    if source.path.exists():
-        if _noted(source) or files.sha256(source.path) == source.sha256:
-            return source
-        forget(source.path)
     return make_twin(source.model, source.scale, out=source.path)
-
-
-def _noted(source: Source) -> bool:
-    try:
-        noted = _read_note(source.path)
-        return noted["file"] == files.state(source.path) and noted["facts"]["sha256"] == source.sha256
-    except NO_NOTE:
-        return False
 
 
 def make_twin(model: str, scale: str, seed: int = 0, out: Path | None = None, needed: bool = True) -> Source:

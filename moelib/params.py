@@ -4,7 +4,6 @@ No other module reads that folder. Unknown keys and names are refused with the a
 """
 
 import os
-import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -60,32 +59,6 @@ class Geometry(Strict):
             raise ValueError("leading_dense_block_count is more than block_count")
         return self
 
-    def scaled(self, factor: float) -> Self:
-        """Layers, widths and vocabulary times `factor` (0 < factor <= 1); experts and head size stay the same.
-
-        A width that is not a multiple of 256, the row length of k-quants, stays one that is not.
-        """
-        if not 0 < factor <= 1:
-            raise ParamsError(f"scale {factor} is not in (0, 1]")
-        if factor == 1:
-            return self
-
-        def times(n: int, step: int, least: int) -> int:
-            return max(least, round(n * factor / step) * step)
-
-        heads = times(self.head_count, 2, 2)
-        heads_kv = max(1, round(heads * self.head_count_kv / self.head_count))
-        while heads % heads_kv:
-            heads_kv -= 1
-        changed = {"head_count": heads, "head_count_kv": heads_kv, "vocab_size": times(self.vocab_size, 32, 512)}
-        changed["block_count"] = times(self.block_count, 1, self.leading_dense_block_count + 1)
-        changed["embedding_length"] = heads * (self.embedding_length // self.head_count)
-        for name in ("feed_forward_length", "expert_feed_forward_length"):
-            step = 32 if getattr(self, name) % 256 else 256
-            width = times(getattr(self, name), step, step)
-            changed[name] = width + 32 if step == 32 and width % 256 == 0 else width
-        return self.model_copy(update=changed)
-
 
 class Model(Strict):
     name: str
@@ -93,17 +66,16 @@ class Model(Strict):
     upstream: Upstream | None = None
     geometry: Geometry | None = None
     scales: dict[str, dict[str, int]] = Field(default_factory=dict)
+    """Name -> what a smaller twin changes of the geometry."""
     excluded: str | None = None
     """Why this model cannot be quantised; such a model can be named but not used."""
 
     def at_scale(self, scale: str) -> Geometry:
-        """The geometry at scale `full`, at a named scale, or at a factor such as `0.25`. Raises ParamsError."""
+        """The geometry at scale `full` or at one of `scales`. Raises ParamsError."""
         if self.geometry is None:
             raise ParamsError(f"{self.name} is excluded: {self.excluded}")
         scales = {"full": {}, **self.scales}
-        if scale not in scales and re.fullmatch(r"[0-9]*\.?[0-9]+", scale):
-            return self.geometry.scaled(float(scale))
-        _known("scale", scale, list(scales), also=", a factor in (0, 1]")
+        _known("scale", scale, list(scales))
         return build(Geometry, f"scale {scale} of {self.name}", {**self.geometry.model_dump(), **scales[scale]})
 
 
@@ -195,9 +167,9 @@ def root() -> Path:
     return Path(os.environ.get("MOELIB_HOME") or Path(__file__).resolve().parent.parent)
 
 
-def _known(kind: str, name: str, allowed: Sequence[str], also: str = "") -> str:
+def _known(kind: str, name: str, allowed: Sequence[str]) -> str:
     if name not in allowed:
-        raise ParamsError(f"unknown {kind} {name!r}; allowed: {', '.join(allowed)}{also}")
+        raise ParamsError(f"unknown {kind} {name!r}; allowed: {', '.join(allowed)}")
     return name
 
 

@@ -17,8 +17,8 @@ from moelib import files, gguf_file, models, params, process, sources
 from moelib.bar import tqdm
 from moelib.engine import Engine
 from moelib.facts import Manifest
+from moelib.gguf_header import UNQUANTISED
 
-UNQUANTISED = gguf_file.UNQUANTISED
 HEADER_S = 60.0  # limit for llama.cpp to read a header, which usually takes 0.02 s
 LOG_BYTES = 32 << 20  # limit of a tool's log: 65,536 tensors with a line each take 10 MB
 TAIL_BYTES = 1 << 14

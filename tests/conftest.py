@@ -67,14 +67,13 @@ SLOW = {
     "test_sources",
     "test_hub_limits",
     "test_hub",
-    "test_gguf_kinds::test_the_campaign_in_short",
+    "test_gguf_reader::test_hostile_headers_end_in_an_error_or_a_header",
     "test_yaml_file::test_harm_is_one_sentence_at_once_and_in_little_memory",
     "test_memory::test_a_value_is_the_truth_whatever_the_driver_shows",
     "test_archive",
     "test_pins",
     "test_process",
     "test_probe",
-    "test_gguf_file::test_hostile_headers_end_in_an_error_or_a_header",
 }
 """Files, and tests of other files, that take seconds each; `make quick` leaves them out."""
 

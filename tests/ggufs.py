@@ -10,16 +10,8 @@ import numpy as np
 
 from moelib import gguf_file, twin
 
-U32, F32, BOOL, STRING, ARRAY, U64, I32, I64 = 4, 6, 7, 8, 9, 10, 5, 11
-FORMS = {U32: "<I", I32: "<i", F32: "<f", BOOL: "<?", U64: "<Q", I64: "<q"}
+U32, F32, BOOL, STRING, ARRAY, I64 = 4, 6, 7, 8, 9, 11
 TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8}
-
-
-class Typed:
-    """A value with the type that the file is to give it."""
-
-    def __init__(self, kind: int, value: object):
-        self.kind, self.value = kind, value
 
 
 def text(value: str | bytes) -> bytes:
@@ -28,8 +20,6 @@ def text(value: str | bytes) -> bytes:
 
 
 def _value(value: object) -> tuple[int, bytes]:
-    if isinstance(value, Typed):
-        return value.kind, struct.pack(FORMS[value.kind], value.value)
     if isinstance(value, bool):
         return BOOL, struct.pack("<?", value)
     if isinstance(value, int):

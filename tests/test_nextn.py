@@ -20,11 +20,11 @@ def source(home, tmp_path):
     return models.Source("glm", "real", "full", path, files.sha256(path), "test")
 
 
-def observed(engine, made, work, placement):
-    asked = spec(placement=placement, workloads=("smoke",), requests=1)
-    outcome = run.execute(asked, made, LlamaServer(engine), device.Loopback(), work)
+def observed(engine, quantised, work, placement):
+    plan = spec(placement=placement, workloads=("smoke",), requests=1)
+    outcome = run.execute(plan, quantised, LlamaServer(engine), device.Loopback(), work)
     assert outcome.reason is None, outcome.message
-    checks = audit.run(measured(asked, outcome.observation, Manifest(**made.sheet)))
+    checks = audit.run(measured(plan, outcome.observation, Manifest(**quantised.sheet)))
     assert [c for c in checks if not c.passed and c.id in OF_PLACEMENT] == []
     assert {c.id for c in checks} >= OF_PLACEMENT
     return outcome.observation
@@ -37,13 +37,13 @@ def test_header_and_engine_agree_on_a_model_with_a_block_that_is_not_loaded(
     facts = {"sha256": source.sha256, "file_bytes": source.header.file_bytes}
     if quant:
         monkeypatch.setattr(quantize.sources, "whole", lambda source: source)
-        made = quantize.make(source, quant, engine, tmp_path / "q")
+        quantised = quantize.make(source, quant, engine, tmp_path / "q")
     else:
-        made = quantize.Quantised(source.header, MANIFEST.model_dump() | facts, files.Hashed(source.path))
-    header = made.header
+        quantised = quantize.Quantised(source.header, MANIFEST.model_dump() | facts, files.Hashed(source.path))
+    header = quantised.header
     assert header.layers == 3
     for placement in ("baseline", "cpu-moe", "n-cpu-moe=2"):
-        observation = observed(engine, made, tmp_path / "work", placement)
+        observation = observed(engine, quantised, tmp_path / "work", placement)
         unused = {t.name for t in header.tensors if t.block == 3}
         assert set(observation.report.unused_tensors) == unused
         assert abs(observation.report.device_bytes("model") - header.device_bytes(placement)) <= PRINTED
@@ -51,6 +51,6 @@ def test_header_and_engine_agree_on_a_model_with_a_block_that_is_not_loaded(
         assert observation.placement.moved_bytes == header.moved_bytes(placement)
         host = {b.size_bytes for b in observation.report.buffers if b.kind == "model" and b.place == "host"}
         assert sum(host) >= header.moved_bytes(placement) - PRINTED
-    # without that, the header would say half as much again
+    # counted as loaded, that layer would add half as much again
     whole = gguf_file.read_header(header.path).as_loaded(())
     assert whole.moved_bytes("cpu-moe") > 1.4 * header.moved_bytes("cpu-moe")

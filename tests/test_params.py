@@ -1,24 +1,24 @@
 import re
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from moelib import params, twin, upstream
 
 
 @pytest.mark.parametrize(
-    ("call", "allowed"),
+    ("call", "message"),
     [
-        (lambda: params.model("phi"), "phi-3.5-moe"),
-        (lambda: params.quant("q2_k"), "Q4_K_M, Q2_K, Q8_0"),
-        (lambda: params.study("dmeo"), "demo"),
-        (lambda: params.workload("short"), "plan-short"),
-        (lambda: params.model("phi-3.5-moe").at_scale("small"), "tiny"),
+        (lambda: params.model("phi"), "unknown model 'phi'; allowed: .*phi-3.5-moe"),
+        (lambda: params.quant("q2_k"), "unknown quant 'q2_k'; allowed: Q4_K_M, Q2_K, Q8_0"),
+        (lambda: params.study("dmeo"), "unknown study 'dmeo'; allowed: demo"),
+        (lambda: params.workload("short"), "unknown workload 'short'; allowed: .*plan-short"),
+        (lambda: params.card("gpt-oss-20b"), "unknown model with a card 'gpt-oss-20b'; allowed: .*phi-3.5-moe"),
+        (lambda: params.model("phi-3.5-moe").at_scale("0.25"), "unknown scale '0.25'; allowed: full, tiny, nano"),
+        (lambda: params.model("gpt-oss-20b").at_scale("full"), "gpt-oss-20b is excluded: .*MXFP4"),
     ],
 )
-def test_an_unknown_name_is_refused_with_the_allowed_ones(call, allowed):
-    with pytest.raises(params.ParamsError, match=allowed):
+def test_a_name_that_cannot_be_used_is_refused_with_the_reason(call, message):
+    with pytest.raises(params.ParamsError, match=message):
         call()
 
 
@@ -33,182 +33,113 @@ def test_the_demo_is_the_plans_36_runs():
     assert len(demo.models) * len(demo.quants) * len(demo.arms) * demo.blocks == 36
 
 
-def test_an_excluded_model_says_why():
-    with pytest.raises(params.ParamsError, match="MXFP4"):
-        params.model("gpt-oss-20b").at_scale("full")
+# GiB in F16, as llama.cpp's converter writes the originals
+@pytest.mark.parametrize(("name", "gib"), [("phi-3.5-moe", 78.0), ("deepseek-moe-16b", 30.5)])
+def test_full_geometry_has_the_published_size(name, gib):
+    assert twin.nbytes(params.model(name).at_scale("full")) / 2**30 == pytest.approx(gib, abs=0.05)
 
 
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        ("\nquant: Q2_K\n", "Extra inputs"),
-        ("\nblocks: 0\n", "greater than 0"),
-        ("\nquants: [Q2_K, Q2_K]\n", "names something twice"),
-        ("\nquants: [Q3_K]\n", "Q4_K_M"),
-        ("\narms: [{placement: cpu-moe}]\n", "must be a baseline"),
-        ("\narms: [{placement: baseline}]\n", "at least one must follow it"),
-        (
-            "\narms: [{placement: baseline}, {placement: baseline, load_mode: none}]\n",
-            "and no other, must be a baseline",
-        ),
-        ("\narms: [{placement: baseline}, {placement: n-cpu-moe=0}]\n", "N from 1 to 9999"),
-        ("\narms: [{placement: baseline}, {placement: 'cpu-moe,ubatsh=9'}]\n", r"did you mean 'ubatch'\?"),
-        ("\nmodels: [nobody]\n", "unknown model"),
-        ("\nmodels: [gpt-oss-20b]\n", "excluded"),
-        ("\n- a list\n", "not usable YAML"),
-    ],
-)
-def test_a_study_with_a_mistake_is_refused(home, change, complaint):
-    path = home / "params/studies/smoke.yaml"
-    path.write_text(path.read_text(encoding="utf-8") + change, encoding="utf-8")
-    with pytest.raises(params.ParamsError, match=complaint):
-        params.study("smoke")
+def hundred(kind: str) -> str:
+    return f"{kind}: [{', '.join(f'x{i}' for i in range(100))}]"
 
 
-FULL_BYTES = {
-    "phi-3.5-moe": 78.0,
-    "deepseek-moe-16b": 30.5,
-}  # GiB in F16, as llama.cpp's converter writes the originals
-
-
-@pytest.mark.parametrize("name", FULL_BYTES)
-def test_full_geometry_has_the_published_size(name):
-    assert twin.nbytes(params.model(name).at_scale("full")) / 2**30 == pytest.approx(FULL_BYTES[name], abs=0.05)
-
-
-@given(st.sampled_from(list(FULL_BYTES)), st.floats(0.01, 1))
-def test_a_scaled_geometry_is_valid_and_keeps_its_quirks(name, factor):
-    full = params.model(name).at_scale("full")
-    small = full.scaled(factor)
-    params.Geometry.model_validate(small.model_dump())
-    for length in ("feed_forward_length", "expert_feed_forward_length"):
-        assert (getattr(small, length) % 256 == 0) == (getattr(full, length) % 256 == 0)
-        assert getattr(small, length) % 32 == 0
-    assert small.leading_dense_block_count == full.leading_dense_block_count < small.block_count
-    assert small.expert_count == full.expert_count
-    assert twin.nbytes(small) <= max(twin.nbytes(full) * 1.01, 64 << 20)
-
-
-LIMITS = [
-    ("requests: 1000000000000", "requests: Input should be less than or equal to 1000"),
+MISTAKES = [
+    ("- a list", "not usable YAML"),
+    ("quant: Q2_K", "quant: Extra inputs"),
+    ("quants: [Q2_K, Q2_K]", "quants names something twice"),
+    ("quants: [Q3_K]", "Q4_K_M"),
+    ("models: [nobody]", "unknown model"),
+    ("models: [gpt-oss-20b]", "excluded"),
+    ("workloads: [nothing]", "unknown workload"),
+    ("scale: huge", "unknown scale"),
+    ("weights: real", "real weights have only the scale full"),
+    ("arms: [{placement: cpu-moe}]", "must be a baseline"),
+    ("arms: [{placement: baseline}]", "at least one must follow it"),
+    ("arms: [{placement: baseline}, {placement: baseline, load_mode: none}]", "and no other, must be a baseline"),
+    ("arms: [{placement: baseline}, {placement: n-cpu-moe=0}]", "arms.1.placement: .*N from 1 to 9999"),
+    ("arms: [{placement: baseline}, {placement: 'cpu-moe,ubatsh=9'}]", r"did you mean 'ubatch'\?"),
+    ("blocks: 0", "blocks: Input should be greater than 0"),
+    ("blocks: 10001", "blocks: Input should be less than or equal to 10000"),
     ("requests: 1001", "requests: Input should be less than or equal to 1000"),
-    ("blocks: 1000000", "blocks: Input should be less than or equal to 10000"),
-    ("context: 99999999999", "context: Input should be less than or equal to 16777216"),
-    ("seed: 9223372036854775808", "seed: Input should be less than or equal to 9223372036854775807"),
-    ("seed: -1", "seed: Input should be greater than or equal to 0"),
     ("requests: .inf", "requests: Input should be a finite number"),
     ("requests: 1.5", "requests: Input should be a valid integer"),
-    ("requests: [1]", "requests: Input should be a valid integer"),
     ("requests: null", "requests: Input should be a valid integer"),
-    (
-        "arms: [{placement: baseline}, {placement: n-cpu-moe=99999999}]",
-        "arms.1.placement: Value error, 'n-cpu-moe=99999999' is no placement",
-    ),
-    (f"models: [{', '.join(f'm{i}' for i in range(101))}]", "models: Tuple should have at most 100 items"),
-    (f"workloads: [{', '.join(f'w{i}' for i in range(101))}]", "workloads: Tuple should have at most 100 items"),
-    (
-        f"models: [{', '.join(f'm{i}' for i in range(100))}]\nblocks: 10001",
-        "blocks: Input should be less than or equal to",
-    ),
-    (
-        f"models: [{', '.join(f'm{i}' for i in range(100))}]\nquants: [Q4_K_M, Q2_K, Q8_0]\nblocks: 1000",
-        "is 600000 runs, more than 200000",
-    ),
+    ("context: 16777217", "context: Input should be less than or equal to 16777216"),
+    ("seed: 9223372036854775808", "seed: Input should be less than or equal to 9223372036854775807"),
+    ("seed: -1", "seed: Input should be greater than or equal to 0"),
+    (hundred("models")[:-1] + ", y]", "models: Tuple should have at most 100 items"),
+    (hundred("workloads")[:-1] + ", y]", "workloads: Tuple should have at most 100 items"),
+    (hundred("models") + "\nquants: [Q4_K_M, Q2_K, Q8_0]\nblocks: 1000", "is 600000 runs, more than 200000"),
 ]
 
 
-@pytest.mark.parametrize(("change", "complaint"), LIMITS)
-def test_a_number_beyond_any_study_is_named_with_its_limit(home, change, complaint):
+@pytest.mark.parametrize(("change", "message"), MISTAKES, ids=lambda text: text[:40])
+def test_a_study_with_a_mistake_is_refused_with_the_field_and_its_limit(home, change, message):
     path = home / "params/studies/smoke.yaml"
-    path.write_text(path.read_text(encoding="utf-8") + change + "\n", encoding="utf-8")
-    with pytest.raises(params.ParamsError, match=re.escape(complaint)) as caught:
+    path.write_text(f"{path.read_text(encoding='utf-8')}\n{change}\n", encoding="utf-8")
+    with pytest.raises(params.ParamsError, match=message):
         params.study("smoke")
-    assert str(caught.value).startswith("params/studies/smoke.yaml: ")
 
 
-def test_the_largest_that_is_allowed_is_allowed(home):
+def test_the_largest_numbers_that_are_allowed_are_allowed(home):
     path = home / "params/studies/smoke.yaml"
-    path.write_text(
-        path.read_text(encoding="utf-8")
-        + "requests: 1000\nblocks: 10000\ncontext: 16777216\nseed: 9223372036854775807\n",
-        encoding="utf-8",
-    )
+    largest = "requests: 1000\nblocks: 10000\ncontext: 16777216\nseed: 9223372036854775807\n"
+    path.write_text(path.read_text(encoding="utf-8") + largest, encoding="utf-8")
     assert params.study("smoke").blocks == 10_000
 
 
-@pytest.mark.parametrize(
-    ("file", "old", "new", "ask", "complaint"),
-    [
-        (
-            "workloads.yaml",
-            "generate_tokens: 8\n",
-            "generate_tokens: 10000000\n",
-            lambda: params.workload("smoke"),
-            "generate_tokens: Input should be less than or equal to 1048576",
-        ),
-        (
-            "workloads.yaml",
-            "prompt_tokens: 512\n",
-            "prompt_tokens: 1000000000\n",
-            lambda: params.workload("long-512"),
-            "prompt_tokens: Input should be less than or equal to 16777216",
-        ),
-        (
-            "workloads.yaml",
-            "generate_tokens: 8\n",
-            "generate_tokens: 1\n",
-            lambda: params.workload("smoke"),
-            "generate_tokens: Input should be greater than or equal to 2",
-        ),
-        (
-            "models.yaml",
-            "    block_count: 32\n",
-            "    block_count: 1001\n",
-            lambda: params.model("phi-3.5-moe"),
-            "geometry.block_count: Input should be less than or equal to 1000",
-        ),
-        (
-            "models.yaml",
-            "    vocab_size: 32064\n",
-            "    vocab_size: 10000000000\n",
-            lambda: params.model("phi-3.5-moe"),
-            "geometry.vocab_size: Input should be less than or equal to 4194304",
-        ),
-        (
-            "models.yaml",
-            "    expert_count: 16\n",
-            "    expert_count: 0\n",
-            lambda: params.model("phi-3.5-moe"),
-            "geometry.expert_count: Input should be greater than 0",
-        ),
-        (
-            "models.yaml",
-            "      block_count: 4\n",
-            "      block_count: 5000\n",
-            lambda: params.model("phi-3.5-moe").at_scale("tiny"),
-            "scale tiny of phi-3.5-moe: block_count: Input should be",
-        ),
-        (
-            "models.yaml",
-            "      head_count: 4\n",
-            "      head_count: 3\n",
-            lambda: params.model("phi-3.5-moe").at_scale("tiny"),
-            "scale tiny of phi-3.5-moe: entry: .*must divide by",
-        ),
-    ],
-)
-def test_numbers_of_models_and_workloads_have_limits(home, file, old, new, ask, complaint):
-    path = home / "params" / file
+def rewrite(path, old, new):
     text = path.read_text(encoding="utf-8")
     assert old in text
     path.write_text(text.replace(old, new, 1), encoding="utf-8")
     params._yaml.cache_clear()
-    with pytest.raises(params.ParamsError, match=complaint):
-        ask()
 
 
 @pytest.mark.parametrize(
-    ("data", "complaint"),
+    ("workload", "old", "new", "message"),
+    [
+        (
+            "smoke",
+            "generate_tokens: 8",
+            "generate_tokens: 1048577",
+            "generate_tokens: .* equal to 1048576",
+        ),
+        ("smoke", "generate_tokens: 8", "generate_tokens: 1", "generate_tokens: .* greater than or equal to 2"),
+        (
+            "long-512",
+            "prompt_tokens: 512",
+            "prompt_tokens: 16777217",
+            "prompt_tokens: .* equal to 16777216",
+        ),
+    ],
+)
+def test_numbers_of_workloads_have_limits(home, workload, old, new, message):
+    rewrite(home / "params/workloads.yaml", old, new)
+    with pytest.raises(params.ParamsError, match=f"params/workloads.yaml, {workload}: {message}"):
+        params.workload(workload)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("    block_count: 32", "    block_count: 1001", "geometry.block_count: .* less than or equal to 1000"),
+        ("vocab_size: 32064", "vocab_size: 10000000000", "geometry.vocab_size: .* less than or equal to 4194304"),
+        ("expert_count: 16", "expert_count: 0", "geometry.expert_count: .* greater than 0"),
+        ("expert_used_count: 2", "expert_used_count: 17", "geometry: .*expert_used_count is more than expert_count"),
+        ("head_count_kv: 8", "head_count_kv: 7", "geometry: .*must divide by"),
+        ("head_count: 32", "head_count: 32\n    leading_dense_block_count: 33", "block_count is more than block_count"),
+        ("      block_count: 4", "      block_count: 5000", "scale tiny of phi-3.5-moe: block_count: "),
+        ("      head_count: 4", "      head_count: 3", "scale tiny of phi-3.5-moe: entry: .*must divide by"),
+    ],
+)
+def test_numbers_of_models_have_limits(home, old, new, message):
+    rewrite(home / "params/models.yaml", f"{old}\n", f"{new}\n")
+    with pytest.raises(params.ParamsError, match=message):
+        params.model("phi-3.5-moe").at_scale("tiny")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
     [
         (b"\xff\xfe", "models.yaml is not usable YAML: byte 0 is not UTF-8"),
         (b"- a\n- b\n", "models.yaml: expected a mapping of names, found list"),
@@ -216,14 +147,13 @@ def test_numbers_of_models_and_workloads_have_limits(home, file, old, new, ask, 
         (b"", "models.yaml: expected a mapping of names, found NoneType"),
         (b"phi-3.5-moe: 5\n", "models.yaml, phi-3.5-moe: expected a mapping, found int"),
         (b"phi-3.5-moe: {1: 2}\n", "models.yaml, phi-3.5-moe: "),
-        (b"phi-3.5-moe: [\n", "is not usable YAML"),
         (b"[" * 9000, "is not usable YAML: it is nested"),
     ],
 )
-def test_a_damaged_catalogue_is_one_sentence(home, data, complaint):
+def test_a_damaged_catalogue_is_one_sentence(home, data, message):
     (home / "params/models.yaml").write_bytes(data)
     params._yaml.cache_clear()
-    with pytest.raises(params.ParamsError, match=complaint) as caught:
+    with pytest.raises(params.ParamsError, match=message) as caught:
         params.model("phi-3.5-moe")
     assert "\n" not in str(caught.value)
 
@@ -247,35 +177,12 @@ def test_a_namespace_of_the_hub(name):
     assert upstream.namespace(name) == name
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "",
-        ".",
-        "..",
-        "a/b",
-        "../x",
-        "a b",
-        "a\nb",
-        "<b>",
-        "a&b",
-        "[a](b)",
-        "-a",
-        "a-",
-        ".a",
-        "a..b",
-        "a--b",
-        "x" * 97,
-        "ä",
-        "a\\b",
-        "a\x1b",
-        "a|b",
-        "$(x)",
-        "acme\n",
-    ],
-)
-def test_what_can_be_no_namespace(name):
+NO_NAMESPACES = [*". .. a/b ../x <b> a&b [a](b) -a a- .a a..b a--b ä a\\b a|b $(x)".split(), "", "a b", "x" * 97]
+NO_NAMESPACES += ["a\nb", "a\x1b", "acme\n"]
+
+
+@pytest.mark.parametrize("name", NO_NAMESPACES)
+def test_a_name_that_can_be_no_namespace_is_refused_in_a_printable_sentence(name):
     with pytest.raises(params.ParamsError, match="is not a namespace of the Hub: give the name") as caught:
         upstream.namespace(name)
-    assert "\n" not in str(caught.value)
-    assert "\x1b" not in str(caught.value)
+    assert not re.search(r"[\n\x1b]", str(caught.value))

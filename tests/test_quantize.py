@@ -31,53 +31,51 @@ FALLBACK = {"Q4_K_M": {"Q5_0", "Q8_0"}, "Q2_K": {"Q4_0"}, "Q8_0": set()}  # in b
 
 
 @pytest.mark.parametrize("quant", FALLBACK)
-def test_the_sheet_says_what_is_really_in_the_file(source, engine, tmp_path, quant):
-    made = quantize.make(source, quant, engine, tmp_path)
-    sheet, header = made.sheet, gguf_file.read_header(made.path)
-    assert sheet["sha256"] == files.sha256(made.path)
-    assert sheet["file_bytes"] == made.path.stat().st_size == header.file_bytes
+def test_the_manifest_holds_what_is_really_in_the_file(source, engine, tmp_path, quant):
+    quantised = quantize.make(source, quant, engine, tmp_path)
+    sheet, header = quantised.sheet, gguf_file.read_header(quantised.path)
+    assert sheet["sha256"] == files.sha256(quantised.path)
+    assert sheet["file_bytes"] == quantised.path.stat().st_size == header.file_bytes
     assert sheet["tensor_types"] == header.type_counts
     assert sheet["predicted_bytes"] == pytest.approx(header.file_bytes, rel=0.01)
     assert sheet["expert_bytes"] == sum(t.nbytes for t in header.tensors if t.is_expert)
-    fell = sheet["fallbacks"]
-    assert {f["type"] for f in fell} == FALLBACK[quant]
-    if fell:  # a width of 352 or 1376 columns, as the real model's 1408 and 10944
-        assert {f["columns"] for f in fell} == {352, 704, 1376}
-        assert {f["tensor"] for f in fell} >= {f"blk.{i}.ffn_down_exps.weight" for i in (1, 2, 3)}
+    fallbacks = sheet["fallbacks"]
+    assert {f["type"] for f in fallbacks} == FALLBACK[quant]
+    if fallbacks:  # a width of 352 or 1376 columns, as the real model's 1408 and 10944
+        assert {f["columns"] for f in fallbacks} == {352, 704, 1376}
+        assert {f["tensor"] for f in fallbacks} >= {f"blk.{i}.ffn_down_exps.weight" for i in (1, 2, 3)}
 
 
 def test_phi_has_no_fallback_and_keeps_its_biases(home, engine, tmp_path):
-    made = quantize.make(models.make_twin("phi-3.5-moe", "tiny"), "Q2_K", engine, tmp_path)
-    assert made.sheet["fallbacks"] == []
-    assert {t.type for t in made.header.tensors if t.name.endswith(".bias")} == {"F32"}
+    quantised = quantize.make(models.make_twin("phi-3.5-moe", "tiny"), "Q2_K", engine, tmp_path)
+    assert quantised.sheet["fallbacks"] == []
+    assert {t.type for t in quantised.header.tensors if t.name.endswith(".bias")} == {"F32"}
 
 
-def test_a_finished_file_is_not_made_again(source, engine, tmp_path, monkeypatch):
-    first = quantize.make(source, "Q8_0", engine, tmp_path)
-    monkeypatch.setattr(quantize, "_make", lambda *_: pytest.fail("made again"))
-    assert quantize.make(source, "Q8_0", engine, tmp_path).sheet == first.sheet
-
-
-def test_a_file_that_changed_is_made_again(own_source, engine, tmp_path):
+def test_a_file_is_made_once_and_again_only_if_it_changed(own_source, engine, tmp_path, monkeypatch):
     first = quantize.make(own_source, "Q8_0", engine, tmp_path)
-    with first.path.open("r+b") as f:
-        f.seek(-100, 2)
-        f.write(b"flipped bits")
-    again = quantize.make(own_source, "Q8_0", engine, tmp_path)
-    assert files.sha256(again.path) == again.sheet["sha256"] == first.sheet["sha256"]
+    with monkeypatch.context() as patch:
+        patch.setattr(quantize, "_make", lambda *_: pytest.fail("made again"))
+        assert quantize.make(own_source, "Q8_0", engine, tmp_path).sheet == first.sheet
+    for times_changed in (True, False):
+        with first.path.open("r+b") as f:
+            f.seek(-100, 2)
+            f.write(b"flipped bits")
+        if not times_changed:  # as on a disk that forgets
+            note = json.loads(models.note(first.path).read_bytes())
+            files.write_json(models.note(first.path), note | {"file": files.state(first.path)})
+        again = quantize.make(own_source, "Q8_0", engine, tmp_path)
+        assert files.sha256(again.path) == again.sheet["sha256"] == first.sheet["sha256"]
 
 
 def test_a_quantised_source_is_refused_with_the_reason(own_source, engine, tmp_path):
-    made = quantize.make(own_source, "Q8_0", engine, tmp_path)
+    quantised = quantize.make(own_source, "Q8_0", engine, tmp_path)
     with pytest.raises(QuantizeError, match="already quantised .Q8_0."):
-        quantize.make(replace(own_source, path=made.path), "Q2_K", engine, tmp_path)
-
-
-def test_mxfp4_is_refused_as_gpt_oss_is(own_source):
-    tensor = replace(own_source.header.tensors[5], type="MXFP4")
-    header = replace(own_source.header, tensors=(*own_source.header.tensors[:5], tensor))
+        quantize.make(replace(own_source, path=quantised.path), "Q2_K", engine, tmp_path)
+    # one tensor is enough: gpt-oss has its experts in MXFP4
+    first, *others = own_source.header.tensors
     with pytest.raises(QuantizeError, match="already quantised .MXFP4."):
-        quantize.refuse_quantised(header)
+        quantize.refuse_quantised(replace(own_source.header, tensors=(replace(first, type="MXFP4"), *others)))
 
 
 def test_an_unknown_quant_is_refused_before_anything_runs(source, engine, tmp_path):
@@ -85,35 +83,43 @@ def test_an_unknown_quant_is_refused_before_anything_runs(source, engine, tmp_pa
         quantize.make(source, "Q3_K", engine, tmp_path)
 
 
-def test_a_disk_that_is_too_small_is_said_before_the_engine_writes(own_source, engine, tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_named_before_the_engine_writes(own_source, engine, tmp_path, monkeypatch):
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1 << 20})())
     with pytest.raises(files.FileError, match="quantising to .* GiB are free"):
         quantize.make(own_source, "Q8_0", engine, tmp_path)
     assert not list(own_source.path.parent.glob("*Q8_0*gguf*"))
 
 
-def test_an_engine_that_fails_leaves_no_file_and_its_last_words(own_source, engine, tmp_path):
+def tool_that(tmp_path, engine, script):
+    """The engine with a llama-quantize of `script`, and no llama-fit-params."""
     tool = tmp_path / "llama-quantize"
-    tool.write_text(
-        "#!/bin/sh\n[ $1 = --dry-run ] || { head -c 100000 /dev/zero > $2; echo no luck; exit 1; }\n", encoding="utf-8"
-    )
+    tool.write_text(script, encoding="utf-8")
     tool.chmod(0o755)
-    broken = replace(engine, tools={**engine.tools, "llama-quantize": tool})
-    with pytest.raises(QuantizeError, match="ended with 1 .*\n.*no luck"):
-        quantize.make(own_source, "Q8_0", broken, tmp_path)
-    assert not list(own_source.path.parent.glob("*Q8_0*gguf*"))
+    return replace(engine, folder=tmp_path, tools={**engine.tools, "llama-quantize": tool})
 
 
-def test_an_engine_that_writes_rubbish_and_says_all_is_well_is_not_believed(own_source, engine, tmp_path):
-    tool = tmp_path / "llama-quantize"
-    tool.write_text("#!/bin/sh\n[ $1 = --dry-run ] || head -c 100000 /dev/zero > $2\n", encoding="utf-8")
-    tool.chmod(0o755)
-    broken = replace(engine, tools={**engine.tools, "llama-quantize": tool})
-    with pytest.raises(gguf_file.GGUFError, match="not a GGUF file"):
-        quantize.make(own_source, "Q8_0", broken, tmp_path)
-    tool.write_text('#!/bin/sh\n[ $1 = --dry-run ] || cp "$1" "$2"\n', encoding="utf-8")
-    with pytest.raises(QuantizeError, match="not quantised"):
-        quantize.make(own_source, "Q8_0", broken, tmp_path)
+NOT_DRY = "#!/bin/sh\n[ $1 = --dry-run ] || "
+BROKEN = {
+    "fails": (NOT_DRY + "{ head -c 100000 /dev/zero > $2; echo no luck; exit 1; }", "ended with 1 .*\n.*no luck"),
+    "writes rubbish": (NOT_DRY + "head -c 100000 /dev/zero > $2", "not a GGUF file"),
+    "does not quantise": (NOT_DRY + 'cp "$1" "$2"', "the Q8_0 file is not quantised"),
+    "takes another model": (NOT_DRY + 'cp "$OTHER" "$2"', "does not hold the source's tensors"),
+    "floods its log": (
+        f"#!{sys.executable}\nwhile True: print('x' * 4000)",
+        "llama-quantize wrote more than .* to its log; use another build",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_tool_that_is_broken_is_not_believed_and_leaves_no_file(own_source, engine, tmp_path, monkeypatch, name):
+    script, message = BROKEN[name]
+    other = tmp_path / "other.gguf"
+    other.write_bytes(ggufs.build(*ggufs.moe(), kind="Q8_0"))
+    monkeypatch.setattr(quantize, "LOG_BYTES", 1 << 20)
+    broken = tool_that(tmp_path, engine, script.replace("$OTHER", str(other)) + "\n")
+    with pytest.raises((QuantizeError, gguf_file.GGUFError), match=message):
+        quantize.make(own_source, "Q8_0", broken, tmp_path / "work")
     assert not list(own_source.path.parent.glob("*Q8_0*gguf*"))
 
 
@@ -123,16 +129,16 @@ def test_a_damaged_source_never_reaches_the_engine(own_source, engine, tmp_path,
     monkeypatch.setattr(process, "Child", lambda *_: pytest.fail("the engine was started"))
     with pytest.raises(gguf_file.GGUFError, match="truncated"):
         gguf_file.read_header(own_source.path)
-    # asked for through the catalogue, it is made anew instead
+    # through the catalogue, it is made again instead
     assert models.make_twin("deepseek-moe-16b", "nano").sha256 == own_source.sha256
 
 
-def test_a_source_that_was_deleted_is_not_needed_for_quants_that_are_there(own_source, engine, tmp_path, monkeypatch):
-    made = quantize.make(own_source, "Q8_0", engine, tmp_path)
+def test_a_source_that_was_deleted_is_not_needed_for_quants_that_exist(own_source, engine, tmp_path):
+    first = quantize.make(own_source, "Q8_0", engine, tmp_path)
     own_source.path.unlink()
     known = models.make_twin("deepseek-moe-16b", "nano", needed=False)
     assert (known, known.path.exists()) == (own_source, False)
-    assert quantize.make(known, "Q8_0", engine, tmp_path).sheet == made.sheet
+    assert quantize.make(known, "Q8_0", engine, tmp_path).sheet == first.sheet
     assert not known.path.exists()
     # for another quant it is made again, the same
     other = quantize.make(known, "Q4_K_M", engine, tmp_path)
@@ -145,37 +151,20 @@ def test_a_source_that_was_never_made_is_made_even_where_it_is_not_needed(home, 
     assert models.make_twin("deepseek-moe-16b", "nano", needed=False).path.exists()
 
 
-def tool_that(tmp_path, engine, script):
-    """The engine with a llama-quantize of `script`, and no llama-fit-params."""
-    tool = tmp_path / "llama-quantize"
-    tool.write_text(script, encoding="utf-8")
-    tool.chmod(0o755)
-    return replace(engine, folder=tmp_path, tools={**engine.tools, "llama-quantize": tool})
-
-
-def test_a_tool_that_floods_its_log_is_ended_and_its_log_not_read_whole(own_source, engine, tmp_path, monkeypatch):
-    monkeypatch.setattr(quantize, "LOG_BYTES", 1 << 20)
-    broken = tool_that(tmp_path, engine, f"#!{sys.executable}\nwhile True: print('x' * 4000)\n")
-    with pytest.raises(QuantizeError, match=r"llama-quantize wrote more than .* to its log; use another build"):
-        quantize.make(own_source, "Q8_0", broken, tmp_path / "work")
-    assert not list(own_source.path.parent.glob("*Q8_0*gguf"))
-
-
-def test_an_architecture_that_the_engine_does_not_know_is_said_before_quantising(home, engine, tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "once", lambda *_: pytest.fail("a file was asked for"))
+def test_an_architecture_that_the_engine_does_not_know_is_refused_before_quantising(engine, tmp_path):
     path = tmp_path / "m.gguf"
     path.write_bytes(ggufs.build(*ggufs.moe("nonsense")))
     source = models.Source("m", "real", "full", path, files.sha256(path), "test")
     with pytest.raises(QuantizeError, match=r"cannot load m\.gguf: unknown model architecture: 'nonsense'"):
         quantize.refuse_unloadable(engine, source.header, tmp_path)
-    # a build without that tool says it in its dry run
+    # a build without that tool refuses it in its dry run
     old = replace(engine, folder=tmp_path)
     quantize.refuse_unloadable(old, source.header, tmp_path)
     with pytest.raises(QuantizeError, match="cannot quantise m.gguf: unknown model architecture: 'nonsense'"):
         quantize.predict_bytes(old, source.header, "Q8_0", tmp_path)
 
 
-def test_tensors_that_the_engine_misses_are_said_before_quantising(engine, tmp_path):
+def test_tensors_that_the_engine_misses_are_refused_before_quantising(engine, tmp_path):
     whole = ggufs.write_nextn(tmp_path / "glm.gguf")
     quantize.refuse_unloadable(engine, gguf_file.read_header(whole), tmp_path)
     # the same with another tensor's name
@@ -213,7 +202,13 @@ def test_a_damaged_note_is_no_note(own_source, name):
     assert json.loads(models.note(own_source.path).read_bytes())["facts"]["sha256"] == own_source.sha256
 
 
-def test_a_models_folder_that_takes_no_file_is_said_in_a_sentence(home, tmp_path, monkeypatch):
+def test_a_note_that_was_edited_is_no_note(own_source):
+    note = models.note(own_source.path)
+    note.write_bytes(note.read_bytes().replace(own_source.sha256.encode(), b"0" * 64))
+    assert models.make_twin("deepseek-moe-16b", "nano").sha256 == own_source.sha256
+
+
+def test_a_models_folder_that_takes_no_file_is_named_in_a_sentence(home, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("", encoding="utf-8")
     for place in (tmp_path / "file", tmp_path / "file/below", "/proc/moelib"):
         monkeypatch.setenv("MOELIB_MODELS", str(place))
@@ -221,28 +216,14 @@ def test_a_models_folder_that_takes_no_file_is_said_in_a_sentence(home, tmp_path
             models.make_twin("deepseek-moe-16b", "nano")
 
 
-SENSELESS = """
-title: try
-models: [deepseek-moe-16b]
-weights: twin
-scale: nano
-quants: [Q4_K_M]
-arms: [{placement: baseline}, {placement: n-cpu-moe=N}]
-workloads: [smoke]
-requests: 1
-blocks: 1
-context: 512
-device: loopback
-seed: 1
-"""
-
-
 @pytest.mark.parametrize(
     ("n", "cause"), [(1, "moves nothing: layer 0 is dense"), (99, "goes beyond the model's 2 layers")]
 )
 def test_a_study_of_a_senseless_placement_is_refused_with_nothing_written(home, monkeypatch, tmp_path, n, cause):
     monkeypatch.setenv("MOELIB_MODELS", str(tmp_path / "m"))
-    (home / "params/studies/try.yaml").write_text(SENSELESS.replace("=N", f"={n}"), encoding="utf-8")
+    smoke = (home / "params/studies/smoke.yaml").read_text(encoding="utf-8")
+    senseless = smoke.replace("placement: cpu-moe", f"placement: n-cpu-moe={n}")
+    (home / "params/studies/try.yaml").write_text(senseless, encoding="utf-8")
     result = CliRunner().invoke(cli.main, ["study", "run", "try"])
     assert result.exit_code == 1
     assert f"params/studies/try.yaml: deepseek-moe-16b: n-cpu-moe={n} {cause}" in result.output

@@ -9,18 +9,23 @@ from hypothesis import strategies as st
 from moelib import stats
 
 
-def test_known_mean_and_interval():
-    # scipy's documentation of t: ppf(0.975, 2) = 4.302653; sd of 1, 2, 3 is 1
-    e = stats.mean([1, 2, 3])
-    half = 4.302653 / math.sqrt(3)
-    assert (e.value, e.n) == (2, 3)
-    assert (e.low, e.high) == pytest.approx((2 - half, 2 + half), rel=1e-6)
+@pytest.mark.parametrize(
+    ("values", "mean", "quantile", "deviation"),
+    [([1, 2, 3], 2, 4.302653, 1), ([1, 3], 2, 12.706205, math.sqrt(2))],
+)
+def test_known_mean_and_interval(values, mean, quantile, deviation):
+    """ppf(0.975, n - 1) by scipy's documentation of t."""
+    e = stats.mean(values)
+    half = quantile * deviation / math.sqrt(len(values))
+    assert (e.value, e.n) == (mean, len(values))
+    assert (e.low, e.high) == pytest.approx((mean - half, mean + half), rel=1e-6)
 
 
 def test_known_ratio():
     e = stats.ratio([(1, 2), (10, 20), (5, 10)])
     assert (e.value, e.low, e.high) == pytest.approx((2, 2, 2))
     assert stats.ratio([(1, 4), (1, 1)]).value == pytest.approx(2)
+    assert stats.geometric_mean([1, 10, 100]).value == pytest.approx(10)
 
 
 def test_one_value_has_no_interval():
@@ -69,63 +74,41 @@ def test_a_95_percent_interval_covers_95_percent(n):
     assert 0.938 < inside / 3000 < 0.962
 
 
-@pytest.mark.parametrize(
-    ("x", "text"),
-    [
-        (1234.6, "1235"),
-        (123.46, "123"),
-        (12.346, "12.3"),
-        (0.0123, "0.0123"),
-        (0, "0"),
-        (999.6, "1000"),
-        (99.0, "99.0"),
-        (99.96, "100"),
-    ],
-)
-def test_numbers_as_people_read_them(x, text):
-    assert stats.number(x) == text
+E = stats.Estimate
+MIB, GIB = 2.0**20, 2.0**30
+TEXTS = [
+    (stats.number, [1234.6], "1235"),
+    (stats.number, [123.46], "123"),
+    (stats.number, [12.346], "12.3"),
+    (stats.number, [0.0123], "0.0123"),
+    (stats.number, [0], "0"),
+    (stats.number, [999.6], "1000"),
+    (stats.number, [99.0], "99.0"),
+    (stats.number, [99.96], "100"),
+    (stats.size, [3 * GIB], "3.00 GiB"),
+    (stats.size, [MIB], "1.00 MiB"),
+    (stats.size, [GIB - 1], "1024.00 MiB"),
+    (stats.size, [-GIB], "-1.00 GiB"),
+    (stats.percent, [0.12345], "12.3 %"),
+    (stats.percent, [1], "100.0 %"),
+    (stats.estimate, [E(2.0, 1.0, 3.0, 3)], "2.00 [1.00, 3.00]"),
+    (stats.estimate, [E(0.002, 0.001, 0.003, 3), 1000], "2.00 [1.00, 3.00]"),
+    (stats.estimate, [E(2.0, None, None, 1)], "2.00 (n = 1)"),
+    (stats.sizes, [E(2 * MIB, MIB, 3 * MIB, 3)], "2.00 [1.00, 3.00] MiB"),
+    (stats.sizes, [E(-GIB, -2 * GIB, -GIB / 2, 3)], "-1.00 [-2.00, -0.50] GiB"),
+    (stats.sizes, [E(MIB, None, None, 1)], "1.00 MiB (n = 1)"),
+    (stats.close, [E(0.99876, 0.99, 1.01, 3)], "0.9988 [0.9900, 1.0100]"),
+    (stats.span, [[2.0, 1.0, 3.0], stats.number], "1.00 to 3.00"),
+    (stats.span, [[2.0, 2.001], stats.number], "2.00"),
+    *[(f, [None], "n/a") for f in (stats.number, stats.size, stats.percent, stats.estimate, stats.sizes, stats.close)],
+]
 
 
-def test_sizes_and_the_unknown():
-    assert stats.size(3 << 30) == "3.00 GiB"
-    assert stats.size(1 << 20) == "1.00 MiB"
-    assert (stats.size(1 << 30), stats.size((1 << 30) - 1), stats.size(-(1 << 30))) == (
-        "1.00 GiB",
-        "1024.00 MiB",
-        "-1.00 GiB",
-    )
-    assert (stats.byte_unit(2**30), stats.byte_unit(2**30 - 1)) == (("GiB", 2**30), ("MiB", 2**20))
-    assert stats.size(None) == stats.estimate(None) == stats.sizes(None) == stats.percent(None) == "n/a"
-    assert stats.estimate(stats.Estimate(2.0, 1.0, 3.0, 3)) == "2.00 [1.00, 3.00]"
-    assert stats.estimate(stats.Estimate(2.0, None, None, 1)) == "2.00 (n = 1)"
-    assert stats.sizes(stats.Estimate(2.0 * 2**20, 2**20, 3 * 2**20, 3)) == "2.00 [1.00, 3.00] MiB"
-
-
-def test_ranges_shares_and_units_as_people_read_them():
-    assert stats.span([2.0, 1.0, 3.0], stats.number) == "1.00 to 3.00"
-    assert stats.span([2.0, 2.001], stats.number) == "2.00"
-    assert stats.span([0.5], stats.percent) == stats.percent(0.5) == "50.0 %"
-    assert (stats.percent(0.12345), stats.percent(1), stats.percent(0)) == ("12.3 %", "100.0 %", "0.0 %")
-    assert stats.close(stats.Estimate(0.99876, 0.99, 1.01, 3)) == "0.9988 [0.9900, 1.0100]"
-    assert stats.close(None) == "n/a"
-    assert stats.estimate(stats.Estimate(0.002, 0.001, 0.003, 3), 1000) == "2.00 [1.00, 3.00]"
-    assert stats.sizes(stats.Estimate(-(2.0**30), -(2.0**31), -(2.0**29), 3)) == "-1.00 [-2.00, -0.50] GiB"
-    assert stats.sizes(stats.Estimate(2.0**20, None, None, 1)) == "1.00 MiB (n = 1)"
+@pytest.mark.parametrize(("function", "arguments", "text"), TEXTS, ids=lambda v: getattr(v, "__name__", None))
+def test_numbers_as_people_read_them(function, arguments, text):
+    assert function(*arguments) == text
 
 
 def test_an_estimate_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         stats.mean([1, 2, 3]).value = 7
-
-
-def test_two_values_have_the_widest_interval():
-    """ppf(0.975, 1) = 12.706205 by scipy's documentation of t; sd of 1, 3 is the root of 2."""
-    e = stats.mean([1, 3])
-    half = 12.706205 * math.sqrt(2) / math.sqrt(2)
-    assert (e.low, e.high, e.n) == (pytest.approx(2 - half, rel=1e-6), pytest.approx(2 + half, rel=1e-6), 2)
-
-
-def test_a_geometric_mean_is_the_root_of_the_product():
-    assert stats.geometric_mean([1, 10, 100]).value == pytest.approx(10)
-    assert stats.geometric_mean([2, 8]).value == pytest.approx(4)
-    assert stats.LEVEL == 0.95
