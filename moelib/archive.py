@@ -19,7 +19,7 @@ from typing import Annotated, Self
 import httpx
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
-from moelib import files, params, process, release, tarball
+from moelib import files, gpus, host, params, release
 from moelib.release import ArchiveError
 
 log = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ def system() -> str:
 
 def fitting() -> tuple[list[Archive], list[str]]:
     """(archives that should run here, best first; reasons why the others for this system do not)."""
-    usable, passed_over, cuda = [], [], driver_cuda()
+    usable, passed_over, cuda = [], [], gpus.driver_cuda()
     libc, version = platform.libc_ver()
     for name, pin in read().pins.items():
         where, _, backend = name.partition("/")
@@ -142,19 +142,6 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(".") if part.isdigit())
 
 
-def driver_cuda() -> tuple[int, int] | None:
-    """The newest CUDA version that the NVIDIA driver supports; None without a driver."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        number = pynvml.nvmlSystemGetCudaDriverVersion_v2()
-        pynvml.nvmlShutdown()
-    except (pynvml.NVMLError, OSError, AttributeError):
-        return None
-    return number // 1000, number % 1000 // 10
-
-
 def installed() -> Path | None:
     """The tools' folder of the best archive that is unpacked and passed its trial on this machine; None without one."""
     try:
@@ -169,7 +156,7 @@ def installed() -> Path | None:
 
 def _machine() -> dict[str, str]:
     """The facts that a trial's outcome depends on; several machines may share a home folder."""
-    return {"cpu": str(process.facts()["cpu"]), "libc": " ".join(platform.libc_ver()), "system": system()}
+    return {"cpu": str(host.cpu_name()), "libc": " ".join(platform.libc_ver()), "system": system()}
 
 
 def _tried(folder: Path) -> dict[str, str] | None:
@@ -256,7 +243,7 @@ def fetch(archive: Archive) -> Path:
 def base_url() -> str:
     """The address of the releases. Raises ArchiveError if it is neither HTTPS nor on loopback."""
     url = (os.environ.get(URL) or read().url).rstrip("/")
-    release.allowed(url, URL if os.environ.get(URL) else "params/engine.yaml")
+    release.check_url(url, URL if os.environ.get(URL) else "params/engine.yaml")
     return url
 
 
@@ -290,7 +277,7 @@ def _unpack(parts: list[Path], folder: Path) -> None:
     try:
         making.mkdir(parents=True)
         for part in parts:
-            tarball.extract(part, making)
+            release.extract(part, making)
         _together(making)
         files.write_json(making / MANIFEST, _listing(making))
         os.replace(making, folder)

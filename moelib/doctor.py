@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import psutil
 
-from moelib import device, engine, gpus, models, params, process
+from moelib import device, engine, gpus, host, models, params
 from moelib.stats import size
 
 PACKAGES = ("jupyterlab", "papermill", "nbconvert", "pandas", "seaborn", "nvidia-ml-py", "huggingface_hub", "gguf")
@@ -65,7 +65,7 @@ def _gpus(llama: engine.Engine | None) -> Iterator[Finding]:
 
 def examine(explicit: str | None = None) -> Iterator[Finding]:
     """Everything a study needs: its value, or how to fix it."""
-    facts, studies, llama = process.facts(), params.study_names(), None
+    facts, studies, llama = host.facts(), params.study_names(), None
     try:
         llama = engine.find(explicit)
     except engine.EngineError as err:

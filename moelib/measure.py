@@ -85,7 +85,7 @@ def measure(folder: study.Folder, cell: study.Cell) -> Iterator[record.Record]:
         if folder.manifest(cell) != Manifest.model_validate(quantised.sheet):
             files.write_json(folder.manifest_path(cell), quantised.sheet)
         where.calibrate(work)
-        host_facts = HostFacts(**process.facts(), host_id=host.identity(), ram_read_bytes_per_s=host.read_bandwidth())
+        host_facts = HostFacts(**host.facts(), host_id=host.identity(), ram_read_bytes_per_s=host.read_bandwidth())
         setup = Setup(quantised, llama, where, work, DeviceFacts(**where.identity()), host_facts)
         evidence = folder.evidence(cell, set_aside=True)
         _same_setup([r for r in evidence.records if r.done], setup)
@@ -196,7 +196,7 @@ def reaudit(folder: study.Folder) -> list[record.Record]:
     Of each run the first attempt that is valid by now becomes a record of its own, which names the first one; nothing
     is measured, and nothing overwritten. Raises StudyError in a clone with changes: the rules must be a commit's.
     """
-    records, rules = folder.records(), process.facts()
+    records, rules = folder.records(), host.facts()
     if rules["dirty"] or not rules["commit"]:
         raise study.StudyError("the rules must be a commit's: commit what you changed, then judge again")
     reaudited, standing = [], gather.standing(records)

@@ -13,8 +13,8 @@ from conftest import REPO, SLOW
 
 # Each module may import those before it, never those after.
 LAYERS = """bar yaml_file strict placement upstream params neutral ranges facts files claim gguf_reader gguf_foreign
-gguf_header gguf_file stats twin logfile process monitor wire hub host mapped probe release tarball archive engine logs
-models pins weights convert candidates sources quantize reasons memory visible nvml cuda gpus device client
+gguf_header gguf_file stats twin process monitor wire hub host mapped probe gpus release archive engine logs
+models pins weights convert candidates sources quantize reasons memory nvml device client
 trial harness run record invariants command bounds witness cells energy audit gather study words analyse frames face
 table plots report evidence advice notebook lint cards publish measure doctor cli""".split()
 

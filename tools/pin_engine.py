@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 from ruamel.yaml import YAML
 
-from moelib import archive, files, params, release, tarball
+from moelib import archive, files, params, release
 
 MOST_BYTES = 4 << 30
 GLIBC = "2.39"  # of the newest Ubuntu that releases are made on: a machine with an older one builds from source
@@ -31,7 +31,7 @@ def look(build: int, assets: list[str], work: Path) -> dict[str, dict[str, int |
                 release.receive(client, url, part, MOST_BYTES, exactly=False)
         except httpx.HTTPError as err:
             raise release.unreachable(url, err) from None
-        tarball.extract(part, work / "unpacked")
+        release.extract(part, work / "unpacked")
         pinned[asset] = {"bytes": part.stat().st_size, "sha256": files.sha256(part)}
     if not list((work / "unpacked").glob("**/llama-server")):
         raise release.ArchiveError(f"{', '.join(assets)}: there is no llama-server in it; name the tools' archive too")
