@@ -148,7 +148,7 @@ def _open_lock(path: Path) -> int:
     """Open the lock file, and refuse a link or a file that moelib did not write. Raises FileError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     except OSError as err:
         if err.errno in NO_SPACE:
             raise FileError(f"{path} cannot be made: {full(path.parent)}") from err
