@@ -196,25 +196,25 @@ def _listing(folder: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def alone(name: Path, what: str) -> Iterator[None]:
+def alone(name: Path, subject: str) -> Iterator[None]:
     """Hold the lock on a folder of the cache; logs a warning while another process holds it.
 
     Raises ArchiveError if the cache cannot be written.
     """
-    place = name.with_name(f"{name.name}.lock")
+    path = name.with_name(f"{name.name}.lock")
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        writable = os.access(place.parent, os.W_OK)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(path.parent, os.W_OK)
     except OSError:
         writable = False
     if not writable:
-        raise ArchiveError(f"{place.parent} cannot be written: set XDG_CACHE_HOME to a folder of yours")
+        raise ArchiveError(f"{path.parent} cannot be written: set XDG_CACHE_HOME to a folder of yours")
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(files.lock(place, what, wait_s=0.2))
+            stack.enter_context(files.lock(path, subject, wait_s=0.2))
         except files.FileError:
-            log.warning("waiting for another process that works on %s", what)
-            stack.enter_context(files.lock(place, what, wait_s=release.LIMIT_S))
+            log.warning("waiting for another process that works on %s", subject)
+            stack.enter_context(files.lock(path, subject, wait_s=release.LIMIT_S))
         yield
 
 
@@ -228,8 +228,8 @@ def fetch(archive: Archive) -> Path:
         if not whole(folder):
             if folder.exists():
                 log.warning("%s is damaged; unpacking it again", folder)
-            for left in (folder, *cache().glob(f".{folder.name}.*.unpacking")):
-                shutil.rmtree(left, ignore_errors=True)
+            for stale in (folder, *cache().glob(f".{folder.name}.*.unpacking")):
+                shutil.rmtree(stale, ignore_errors=True)
             files.need_space(cache(), 5 * archive.bytes, f"the release archive {archive}")
             parts = [_download(archive.pin.build, name, want) for name, want in archive.pin.files.items()]
             _unpack(parts, folder)

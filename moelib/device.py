@@ -146,14 +146,14 @@ class Loopback(Device):
     @contextmanager
     def _serving(self, engine: Engine, work: Path) -> Iterator[tuple[process.Child, str]]:
         """The device's process and its address."""
-        for left in reversed(range(PORTS)):
+        for tries_left in reversed(range(PORTS)):
             port = process.free_port()
             argv = [engine.tool("rpc-server"), "-H", "127.0.0.1", "-p", str(port), "-t", str(self.device_threads)]
             with process.Child(argv, work / "device.log", process.environment(work), self.device_cpus) as child:
                 try:
                     child.wait_listening(port, process.patience(LISTEN_S))
                 except process.ProcessError:
-                    if left and not child.running():
+                    if tries_left and not child.running():
                         continue  # another process took the port first: try the next one
                     raise
                 yield child, f"127.0.0.1:{port}"
@@ -217,8 +217,7 @@ class Cuda(Device):
         except gpus.NotVisible as err:
             raise DeviceError(f"no NVIDIA GPU can be used: {err}") from None
         except Gpu.errors as err:
-            gone = isinstance(err, Gpu.no_driver)
-            kind = NoDriver if gone else DeviceError
+            kind = NoDriver if isinstance(err, Gpu.no_driver) else DeviceError
             raise kind(f"no NVIDIA GPU can be used: {err}; check the driver with nvidia-smi") from None
         self.uuid, self.name, self.absent = self.gpu.uuid, self.gpu.name, self.gpu.absent
 

@@ -50,8 +50,8 @@ def _gpus(llama: engine.Engine | None) -> Iterator[Finding]:
     except device.DeviceError as err:
         unusable = [g for g in present if g.vendor == "NVIDIA"]
         if unusable or not isinstance(err, device.NoDriver):
-            what = ", ".join(map(str, unusable)) or "NVIDIA GPU"
-            yield "GPU", f"{what}: {err}", "fix what the message names, or set `device: loopback` in the study"
+            names = ", ".join(map(str, unusable)) or "NVIDIA GPU"
+            yield "GPU", f"{names}: {err}", "fix what the message names, or set `device: loopback` in the study"
         else:
             yield "GPU", f"no NVIDIA GPU ({err})", None
     other = device.of_other_kinds(llama) if llama else []

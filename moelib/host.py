@@ -134,8 +134,8 @@ def read_bandwidth() -> float:
     cpus, rates = usable_cpus(), []
     parts = [np.ones(READ_BYTES // 8 // cpus, np.int64) for _ in range(cpus)]
     with ThreadPoolExecutor(cpus) as pool:
-        begun = time.perf_counter()
-        while len(rates) < 4 or time.perf_counter() - begun < READ_S:
+        first_started = time.perf_counter()
+        while len(rates) < 4 or time.perf_counter() - first_started < READ_S:
             started = time.perf_counter()
             list(pool.map(np.sum, parts))
             rates.append(sum(p.nbytes for p in parts) / (time.perf_counter() - started))

@@ -163,8 +163,8 @@ class Gpu:
                 errors.add(failed)
             return None
 
-        here, drawing = ask(lambda: _processes(self.handle), "list-unsupported") or ({}, set())
-        mine = {pid: n for pid, n in here.items() if pid in ours}
+        listed, drawing = ask(lambda: _processes(self.handle), "list-unsupported") or ({}, set())
+        mine = {pid: n for pid, n in listed.items() if pid in ours}
         for handle in self._elsewhere:
             # failures and other processes of another card do not concern this run
             with contextlib.suppress(pynvml.NVMLError):
@@ -178,7 +178,7 @@ class Gpu:
             process_bytes=sum(mine.values()) if known else None,
             device_bytes=int(memory.used) if memory else None,
             listed=bool(mine),
-            others=tuple(sorted((pid, n) for pid, n in here.items() if pid not in ours)),
+            others=tuple(sorted((pid, n) for pid, n in listed.items() if pid not in ours)),
             drawing=tuple(sorted(drawing - ours)),
             errors=tuple(sorted(errors)),
         )

@@ -112,18 +112,18 @@ class Log:
 
         Each call reads only what was written since the previous one.
         """
-        searched, at, begun = re.compile(pattern), 0, b""
+        searched, at, line = re.compile(pattern), 0, b""
 
         def look() -> re.Match[str] | None:
-            nonlocal at, begun
+            nonlocal at, line
             with self.path.open("rb") as f:
                 f.seek(at)
                 for chunk in iter(lambda: f.read(CHUNK_BYTES), b""):
                     at += len(chunk)
-                    here = begun + chunk
-                    if match := searched.search(here.decode("utf-8", "replace")):
+                    text = line + chunk
+                    if match := searched.search(text.decode("utf-8", "replace")):
                         return match
-                    begun = here[here.rfind(b"\n") + 1 :][-LINE_BYTES:]
+                    line = text[text.rfind(b"\n") + 1 :][-LINE_BYTES:]
                     if at > self.limit:
                         break
             return None
@@ -182,7 +182,6 @@ class Child(AbstractContextManager):
         """End the child if its log grows beyond its limit. Runs in its own thread."""
         while not self._over.wait(GUARD_S):
             if self._log.flooded():
-                self._flooded = True
                 with self._ending:
                     if self._popen.returncode is None:
                         os.killpg(self.pid, signal.SIGKILL)
@@ -214,25 +213,23 @@ class Child(AbstractContextManager):
 
     def wait_end(self, timeout_s: float) -> None:
         """Wait until the child ends. Raises ProcessError at the deadline."""
-        deadline = time.monotonic() + timeout_s
-        while self.running():
-            self.check_log()
-            if time.monotonic() > deadline:
-                raise ProcessError("engine-timeout", f"{self.name} did not end in {timeout_s:g} s:\n{self.tail()}")
-            time.sleep(POLL_S)
+        self._until(lambda: not self.running(), "did not end", timeout_s)
         self.check_log()
 
-    def _until(self, look: Callable[[], Any], failed: str, timeout_s: float) -> Any:
+    def _until(self, look: Callable[[], Any], failure: str, timeout_s: float) -> Any:
+        """The first true result of `look`. Raises ProcessError if the child ends without one, or at the deadline."""
         deadline = time.monotonic() + timeout_s
-        while not (result := look()):
+        while True:
+            running = self.running()  # before the look, so that the last words of a child that ends are read
+            if result := look():
+                return result
             self.check_log()
-            if not self.running():
+            if not running:
                 cause = f"{self.name} ended with {ended(self._popen)}"
                 raise ProcessError("engine-ended", f"{cause}; its log ends:\n{self.tail()}")
             if time.monotonic() > deadline:
-                raise ProcessError("engine-timeout", f"{self.name} {failed} in {timeout_s:g} s:\n{self.tail()}")
+                raise ProcessError("engine-timeout", f"{self.name} {failure} in {timeout_s:g} s:\n{self.tail()}")
             time.sleep(POLL_S)
-        return result
 
     def stop(self, grace_s: float = GRACE_S) -> Exit:
         """End the child and its group: SIGTERM, `grace_s` seconds, SIGKILL. Safe to call again."""

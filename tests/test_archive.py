@@ -44,7 +44,7 @@ class Site(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self):
-        self.files, self.requests, self.cut, self.ranges, self.lengths = {}, [], [], True, True
+        self.files, self.requests, self.cut, self.ranges, self.lengths, self.delay_s = {}, [], [], True, True, 0
         super().__init__(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -54,6 +54,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         site, data, wanted = self.server, self.server.files.get(self.path), self.headers.get("Range")
         assert self.headers["Accept-Encoding"] == "identity"
         site.requests.append(wanted)
+        time.sleep(site.delay_s)
         if data is None:
             return self.send_error(404)
         if isinstance(data, str):
@@ -348,7 +349,7 @@ def test_the_libraries_of_a_separate_runtime_are_moved_beside_the_tools(machine,
 
 
 def test_several_processes_at_once_download_once(machine, site):
-    pin = offered(site, machine, GOOD)
+    pin, site.delay_s = offered(site, machine, GOOD), 1.5  # so that all are there before the first is done
     code = f"from moelib import archive; print(archive.fetch(archive.Archive('cpu', archive.read().pins['{CPU}'])))"
     runs = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, encoding="utf-8")

@@ -49,6 +49,14 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
     assert os.listdir(tmp_path) == ["x"]
 
 
+def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    path, replaced = tmp_path / "x", []
+    path.write_bytes(b"old")
+    monkeypatch.setattr(files.os, "replace", lambda new, old: replaced.append((new.read_bytes(), old.read_bytes())))
+    files.write_bytes(path, b"new")
+    assert replaced == [(b"new", b"old")]
+
+
 def test_partial_files_of_ended_processes_are_removed_and_those_of_running_ones_kept(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
@@ -97,8 +105,9 @@ def test_a_lock_is_held_by_one_process_and_freed_by_its_death(tmp_path):
     path = tmp_path / "lock"
     with subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE) as owner:
         owner.stdout.readline()
-        assert refusal(path, 0.2) == f"it is in use by process {owner.pid}; wait for it to end, then run again"
+        message = refusal(path, 0.2)
         owner.kill()
+    assert message == f"it is in use by process {owner.pid}; wait for it to end, then run again"
     with files.lock(path, "it", wait_s=5):
         assert path.read_text(encoding="utf-8") == f"process {os.getpid()}"
 

@@ -132,6 +132,19 @@ def test_another_device_number_in_the_map_is_no_change(library, monkeypatch):
             mapped.look(pid, since)
 
 
+def test_a_path_that_is_another_file_in_this_process_fails_the_run(library, monkeypatch):
+    """As of a server in a sandbox with mounts of its own."""
+    real = mapped._maps
+
+    def other_inodes(pid):
+        shift = pid != os.getpid()
+        return {(path, device, inode + shift): runs for (path, device, inode), runs in real(pid).items()}
+
+    monkeypatch.setattr(mapped, "_maps", other_inodes)
+    with holding(library) as (pid, since), pytest.raises(ProcessError):
+        mapped.look(pid, since)
+
+
 def test_a_file_is_read_once_for_as_long_as_it_stays(library, monkeypatch):
     read = []
     monkeypatch.setattr(mapped.files, "sha256", lambda p: read.append(p) or str(len(read)))
