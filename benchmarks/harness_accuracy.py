@@ -27,7 +27,7 @@ from statistics import fmean
 
 import click
 
-from moelib import client, device, engine, harness, llama_server, models, params, process, quantize, run, stats
+from moelib import client, device, engine, harness, host, llama_server, models, params, process, quantize, run, stats
 
 WORKLOAD = "plan-short"
 WAYS = ("on_device", "bare", "bench", "toggled")
@@ -164,7 +164,7 @@ def main(
         made = quantize.make(models.make_twin(model, scale, needed=False), quant, llama, work)
         where.calibrate(work)
         about = {"model": model, "scale": scale, "quant": quant, "weights": "twin", "file_sha256": made.sheet["sha256"]}
-        about |= {"engine": str(llama), "device": where.identity(), "host": process.facts(), "workload": WORKLOAD}
+        about |= {"engine": str(llama), "device": where.identity(), "host": host.facts(), "workload": WORKLOAD}
         results = harness.read(out) if out and out.exists() else None
         if results and results.about != harness.About(**about):
             raise click.ClickException(f"{out} was measured on something else: give another --out, or delete it")

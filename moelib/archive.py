@@ -19,7 +19,7 @@ from typing import Annotated, Self
 import httpx
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
-from moelib import files, params, process, release, tarball
+from moelib import files, gpus, host, params, release
 from moelib.release import ArchiveError
 
 log = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ def system() -> str:
 
 def fitting() -> tuple[list[Archive], list[str]]:
     """(archives that should run here, best first; reasons why the others for this system do not)."""
-    usable, passed_over, cuda = [], [], driver_cuda()
+    usable, passed_over, cuda = [], [], gpus.driver_cuda()
     libc, version = platform.libc_ver()
     for name, pin in read().pins.items():
         where, _, backend = name.partition("/")
@@ -142,19 +142,6 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(".") if part.isdigit())
 
 
-def driver_cuda() -> tuple[int, int] | None:
-    """The newest CUDA version that the NVIDIA driver supports; None without a driver."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        number = pynvml.nvmlSystemGetCudaDriverVersion_v2()
-        pynvml.nvmlShutdown()
-    except (pynvml.NVMLError, OSError, AttributeError):
-        return None
-    return number // 1000, number % 1000 // 10
-
-
 def installed() -> Path | None:
     """The tools' folder of the best archive that is unpacked and passed its trial on this machine; None without one."""
     try:
@@ -169,7 +156,7 @@ def installed() -> Path | None:
 
 def _machine() -> dict[str, str]:
     """The facts that a trial's outcome depends on; several machines may share a home folder."""
-    return {"cpu": str(process.facts()["cpu"]), "libc": " ".join(platform.libc_ver()), "system": system()}
+    return {"cpu": str(host.cpu_name()), "libc": " ".join(platform.libc_ver()), "system": system()}
 
 
 def _tried(folder: Path) -> dict[str, str] | None:
@@ -209,25 +196,25 @@ def _listing(folder: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def alone(name: Path, what: str) -> Iterator[None]:
+def alone(name: Path, subject: str) -> Iterator[None]:
     """Hold the lock on a folder of the cache; logs a warning while another process holds it.
 
     Raises ArchiveError if the cache cannot be written.
     """
-    place = name.with_name(f"{name.name}.lock")
+    path = name.with_name(f"{name.name}.lock")
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        writable = os.access(place.parent, os.W_OK)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(path.parent, os.W_OK)
     except OSError:
         writable = False
     if not writable:
-        raise ArchiveError(f"{place.parent} cannot be written: set XDG_CACHE_HOME to a folder of yours")
+        raise ArchiveError(f"{path.parent} cannot be written: set XDG_CACHE_HOME to a folder of yours")
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(files.lock(place, what, wait_s=0.2))
+            stack.enter_context(files.lock(path, subject, wait_s=0.2))
         except files.FileError:
-            log.warning("waiting for another process that works on %s", what)
-            stack.enter_context(files.lock(place, what, wait_s=release.LIMIT_S))
+            log.warning("waiting for another process that works on %s", subject)
+            stack.enter_context(files.lock(path, subject, wait_s=release.LIMIT_S))
         yield
 
 
@@ -241,8 +228,8 @@ def fetch(archive: Archive) -> Path:
         if not whole(folder):
             if folder.exists():
                 log.warning("%s is damaged; unpacking it again", folder)
-            for left in (folder, *cache().glob(f".{folder.name}.*.unpacking")):
-                shutil.rmtree(left, ignore_errors=True)
+            for stale in (folder, *cache().glob(f".{folder.name}.*.unpacking")):
+                shutil.rmtree(stale, ignore_errors=True)
             files.need_space(cache(), 5 * archive.bytes, f"the release archive {archive}")
             parts = [_download(archive.pin.build, name, want) for name, want in archive.pin.files.items()]
             _unpack(parts, folder)
@@ -256,7 +243,7 @@ def fetch(archive: Archive) -> Path:
 def base_url() -> str:
     """The address of the releases. Raises ArchiveError if it is neither HTTPS nor on loopback."""
     url = (os.environ.get(URL) or read().url).rstrip("/")
-    release.allowed(url, URL if os.environ.get(URL) else "params/engine.yaml")
+    release.check_url(url, URL if os.environ.get(URL) else "params/engine.yaml")
     return url
 
 
@@ -290,7 +277,7 @@ def _unpack(parts: list[Path], folder: Path) -> None:
     try:
         making.mkdir(parents=True)
         for part in parts:
-            tarball.extract(part, making)
+            release.extract(part, making)
         _together(making)
         files.write_json(making / MANIFEST, _listing(making))
         os.replace(making, folder)

@@ -47,7 +47,7 @@ class Bench(NamedTuple):
     def ready(cls, quantised: quantize.Quantised, runner: Runner, where: device.Device, work: Path) -> "Bench":
         """Measure what is measured once: an empty context of the device, the speed of the host's RAM."""
         where.calibrate(work)
-        facts = HostFacts(**process.facts(), host_id=host.identity(), ram_read_bytes_per_s=host.read_bandwidth())
+        facts = HostFacts(**host.facts(), host_id=host.identity(), ram_read_bytes_per_s=host.read_bandwidth())
         return cls(quantised, runner, where, work, DeviceFacts(**where.identity()), facts)
 
     def perform(self, folder: Path, spec: run.Spec, attempt: int = 1) -> record.Record:

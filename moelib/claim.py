@@ -27,7 +27,7 @@ _PEER = struct.Struct("iII")  # struct ucred: process, user, group (socket(7), S
 
 
 @contextmanager
-def device(uuid: str | None, what: str, wait_s: float) -> Iterator[None]:
+def device(uuid: str | None, subject: str, wait_s: float) -> Iterator[None]:
     """Hold the GPU with that id, or the host if it is None.
 
     Waits `wait_s` for another process to end its run, then raises FileError, which names that process if it is known.
@@ -35,17 +35,17 @@ def device(uuid: str | None, what: str, wait_s: float) -> Iterator[None]:
     files.need_locks()
     name = PREFIX + re.sub(r"[^A-Za-z0-9-]", "_", uuid or HOST)
     deadline = time.monotonic() + wait_s
-    with ExitStack() as held:
+    with ExitStack() as stack:
         if sys.platform == "linux":
-            held.enter_context(_named(name, what, wait_s))
+            stack.enter_context(_named(name, subject, wait_s))
         folder = _own_folder(ROOT / f"moelib-{os.getuid()}")
         left_s = max(0.0, deadline - time.monotonic())
-        held.enter_context(files.lock(folder / f"{name}.lock", what, left_s))
+        stack.enter_context(files.lock(folder / f"{name}.lock", subject, left_s))
         yield
 
 
 @contextmanager
-def _named(name: str, what: str, wait_s: float) -> Iterator[None]:
+def _named(name: str, subject: str, wait_s: float) -> Iterator[None]:
     """Hold an abstract socket of that name (unix(7)). It accepts no connections; it only identifies its owner."""
     deadline = time.monotonic() + wait_s
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as mine:
@@ -57,8 +57,7 @@ def _named(name: str, what: str, wait_s: float) -> Iterator[None]:
                 if err.errno != errno.EADDRINUSE:  # a sandbox without such names: the file alone holds the device
                     break
                 if time.monotonic() >= deadline:
-                    owner = _owner(name)
-                    raise files.FileError(f"{what} is in use by {owner}; wait for it to end, then run again") from None
+                    raise files.in_use(subject, _owner(name)) from None
                 time.sleep(0.05)
         with contextlib.suppress(OSError):
             mine.listen(1)  # from here on, a process that connects can read this process's id and user

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from moelib import cuda, gpus, host, params, process, visible
+from moelib import gpus, host, params, process
 from moelib.engine import Engine, EngineError
 from moelib.memory import LEAST_CONTEXT_BYTES, SETTLED_BYTES, Reading
 from moelib.nvml import NO_GPU, Counters, Gpu, Traffic
@@ -107,7 +107,7 @@ class Device:
     @cached_property
     def threads(self) -> int:
         """Threads of llama-server."""
-        return process.usable_cpus()
+        return host.usable_cpus()
 
     def identity(self) -> dict[str, Any]:
         """The device's facts for a record."""
@@ -135,25 +135,25 @@ class Loopback(Device):
     kind = "loopback"
 
     def __init__(self) -> None:
-        cpus = process.usable_cpus()
+        cpus = host.usable_cpus()
         self.threads = max(1, cpus // 2)
         self.device_threads = max(1, cpus - self.threads)
-        ids = tuple(process.cpu_ids())
+        ids = tuple(host.cpu_ids())
         divided = len(ids) > 1 and len(ids) == cpus  # under a CPU quota, the scheduler divides them
         self.cpus, self.device_cpus = (ids[: self.threads], ids[self.threads :]) if divided else ((), ())
-        self.name = f"ggml-rpc-server, {self.device_threads} threads on {process.facts()['cpu']}"
+        self.name = f"ggml-rpc-server, {self.device_threads} threads on {host.cpu_name()}"
 
     @contextmanager
     def _serving(self, engine: Engine, work: Path) -> Iterator[tuple[process.Child, str]]:
         """The device's process and its address."""
-        for left in reversed(range(PORTS)):
+        for tries_left in reversed(range(PORTS)):
             port = process.free_port()
             argv = [engine.tool("rpc-server"), "-H", "127.0.0.1", "-p", str(port), "-t", str(self.device_threads)]
             with process.Child(argv, work / "device.log", process.environment(work), self.device_cpus) as child:
                 try:
                     child.wait_listening(port, process.patience(LISTEN_S))
                 except process.ProcessError:
-                    if left and not child.running():
+                    if tries_left and not child.running():
                         continue  # another process took the port first: try the next one
                     raise
                 yield child, f"127.0.0.1:{port}"
@@ -213,12 +213,11 @@ class Cuda(Device):
 
     def __init__(self) -> None:
         try:
-            self.gpu = Gpu(os.environ.get(visible.VARIABLE), cuda.first_id)
-        except visible.NotVisible as err:
+            self.gpu = Gpu(os.environ.get(gpus.VARIABLE), gpus.first_id)
+        except gpus.NotVisible as err:
             raise DeviceError(f"no NVIDIA GPU can be used: {err}") from None
         except Gpu.errors as err:
-            gone = isinstance(err, Gpu.no_driver)
-            kind = NoDriver if gone else DeviceError
+            kind = NoDriver if isinstance(err, Gpu.no_driver) else DeviceError
             raise kind(f"no NVIDIA GPU can be used: {err}; check the driver with nvidia-smi") from None
         self.uuid, self.name, self.absent = self.gpu.uuid, self.gpu.name, self.gpu.absent
 
@@ -229,9 +228,9 @@ class Cuda(Device):
         idle_bytes = self.gpu.read(set(), 0.0).device_bytes
         env = process.environment(work, {"CUDA_VISIBLE_DEVICES": self.uuid})
         try:
-            with process.Child(cuda.HOLD, work / "context.log", env) as child:
-                child.wait_for(r"context 0 0", process.patience(cuda.ANSWER_S))
-                self.gpu.shared = cuda.SHARED in child.text()
+            with process.Child(gpus.HOLD, work / "context.log", env) as child:
+                child.wait_for(r"context 0 0", process.patience(gpus.ANSWER_S))
+                self.gpu.shared = gpus.SHARED in child.text()
                 reading = self.gpu.read({child.pid}, 0.0)
         except process.ProcessError:
             return  # memory is then checked against a wide bound, with the reason context-unmeasured

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import psutil
 
-from moelib import device, engine, gpus, models, params, process
+from moelib import device, engine, gpus, host, models, params
 from moelib.stats import size
 
 PACKAGES = ("jupyterlab", "papermill", "nbconvert", "pandas", "seaborn", "nvidia-ml-py", "huggingface_hub", "gguf")
@@ -50,8 +50,8 @@ def _gpus(llama: engine.Engine | None) -> Iterator[Finding]:
     except device.DeviceError as err:
         unusable = [g for g in present if g.vendor == "NVIDIA"]
         if unusable or not isinstance(err, device.NoDriver):
-            what = ", ".join(map(str, unusable)) or "NVIDIA GPU"
-            yield "GPU", f"{what}: {err}", "fix what the message names, or set `device: loopback` in the study"
+            names = ", ".join(map(str, unusable)) or "NVIDIA GPU"
+            yield "GPU", f"{names}: {err}", "fix what the message names, or set `device: loopback` in the study"
         else:
             yield "GPU", f"no NVIDIA GPU ({err})", None
     other = device.of_other_kinds(llama) if llama else []
@@ -65,7 +65,7 @@ def _gpus(llama: engine.Engine | None) -> Iterator[Finding]:
 
 def examine(explicit: str | None = None) -> Iterator[Finding]:
     """Everything a study needs: its value, or how to fix it."""
-    facts, studies, llama = process.facts(), params.study_names(), None
+    facts, studies, llama = host.facts(), params.study_names(), None
     try:
         llama = engine.find(explicit)
     except engine.EngineError as err:

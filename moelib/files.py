@@ -148,7 +148,7 @@ def _open_lock(path: Path) -> int:
     """Open the lock file, and refuse a link or a file that moelib did not write. Raises FileError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     except OSError as err:
         if err.errno in NO_SPACE:
             raise FileError(f"{path} cannot be made: {full(path.parent)}") from err
@@ -168,8 +168,12 @@ def need_locks() -> None:
         raise FileError("moelib needs the file locks of Linux and macOS; on Windows, run it under WSL2")
 
 
+def in_use(subject: str, owner: str) -> FileError:
+    return FileError(f"{subject} is in use by {owner}; wait for it to end, then run again")
+
+
 @contextmanager
-def lock(path: Path, what: str, wait_s: float = 10.0) -> Iterator[None]:
+def lock(path: Path, subject: str, wait_s: float = 10.0) -> Iterator[None]:
     """Hold an exclusive flock on `path`; the kernel releases it however its owner ends.
 
     Waits `wait_s` for another owner to end, then raises FileError with the owner's name. Links are not followed, and
@@ -182,7 +186,7 @@ def lock(path: Path, what: str, wait_s: float = 10.0) -> Iterator[None]:
         while not _locked(fd):
             if time.monotonic() >= deadline:
                 owner = os.pread(fd, 100, 0).decode(errors="replace").strip() or "another process"
-                raise FileError(f"{what} is in use by {owner}; wait for it to end, then run again") from None
+                raise in_use(subject, owner)
             time.sleep(0.05)
         os.ftruncate(fd, 0)
         os.pwrite(fd, OWNER + str(os.getpid()).encode(), 0)
@@ -201,13 +205,13 @@ def _locked(fd: int) -> bool:
     return True
 
 
-def need_space(folder: Path, nbytes: int, what: str) -> None:
+def need_space(folder: Path, nbytes: int, subject: str) -> None:
     """Raise FileError if the disk of `folder` has less than `nbytes` plus 64 MiB free."""
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < nbytes + (64 << 20):
         raise FileError(
-            f"{what} needs {nbytes / 2**30:.2f} GiB in {folder.name}/, {free / 2**30:.2f} GiB are free; {MAKE_ROOM}"
+            f"{subject} needs {nbytes / 2**30:.2f} GiB in {folder.name}/, {free / 2**30:.2f} GiB are free; {MAKE_ROOM}"
         )
 
 

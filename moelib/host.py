@@ -1,19 +1,22 @@
-"""The host during a run: CPU time by owner, the server's page faults, jumps of the clock; and the host's identity."""
+"""The host: what it is, and over a run its CPU time by owner, the server's page faults and jumps of the clock."""
 
-import contextlib
+import functools
 import hashlib
 import hmac
 import os
+import platform
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-from moelib import process
+from moelib import __version__, params, process
 from moelib.files import stored
 from moelib.ranges import Count, Cpus, Elapsed, Seconds, Step
 
@@ -116,11 +119,8 @@ def _cpu_s(pid: int) -> float:
 
 def _faults(pid: int) -> tuple[int | None, int | None]:
     """(minor, major) page faults of a process; None if the system does not report them (proc(5), stat: 10 and 12)."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        return int(fields[7]), int(fields[9])
-    except (OSError, IndexError, ValueError):
-        return None, None
+    fields = _text(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return (int(fields[7]), int(fields[9])) if fields else (None, None)
 
 
 def read_bandwidth() -> float:
@@ -131,48 +131,23 @@ def read_bandwidth() -> float:
     """
     import numpy as np
 
-    cpus, rates = process.usable_cpus(), []
+    cpus, rates = usable_cpus(), []
     parts = [np.ones(READ_BYTES // 8 // cpus, np.int64) for _ in range(cpus)]
     with ThreadPoolExecutor(cpus) as pool:
-        begun = time.perf_counter()
-        while len(rates) < 4 or time.perf_counter() - begun < READ_S:
+        first_started = time.perf_counter()
+        while len(rates) < 4 or time.perf_counter() - first_started < READ_S:
             started = time.perf_counter()
             list(pool.map(np.sum, parts))
             rates.append(sum(p.nbytes for p in parts) / (time.perf_counter() - started))
     return max(rates[1:])  # the first also maps the pages
 
 
-def tree(pid: int | None) -> set[int]:
-    """The ids of a process and all its descendants; empty for None.
-
-    Linux lists each thread's children (proc_pid_task_children(5)), which takes under a millisecond for a tree; a child
-    that starts meanwhile may be missed until the next call. Without that list, all processes of the host are searched,
-    which takes tens of milliseconds on a large host.
-    """
-    if pid is None:
-        return set()
-    if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
-        try:
-            return {pid, *(c.pid for c in psutil.Process(pid).children(recursive=True))}
-        except psutil.NoSuchProcess:
-            return {pid}
-    processes, pending = set(), [pid]
-    while pending:
-        current = pending.pop()
-        if current not in processes:
-            processes.add(current)
-            pending += _children(current)
-    return processes
-
-
-def _children(pid: int) -> list[int]:
-    """The children of all threads of a process; empty if it has ended."""
-    children: list[int] = []
-    with contextlib.suppress(OSError):
-        for thread in os.listdir(f"/proc/{pid}/task"):
-            with contextlib.suppress(OSError):  # the thread has just ended
-                children += map(int, Path(f"/proc/{pid}/task/{thread}/children").read_bytes().split())
-    return children
+def tree(pid: int) -> set[int]:
+    """The ids of a process and all its descendants; takes tens of milliseconds on a large host."""
+    try:
+        return {pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))}
+    except psutil.Error:  # it has ended
+        return {pid}
 
 
 def identity() -> str | None:
@@ -183,26 +158,81 @@ def identity() -> str | None:
     one, as its memory or clocks may have changed. Virtual machines resumed from one snapshot share both ids and
     cannot be distinguished.
     """
-    ids = [_first_line(p) for p in ("/proc/sys/kernel/random/boot_id", "/etc/machine-id")]
+    ids = [_system_id(p) for p in ("/proc/sys/kernel/random/boot_id", "/etc/machine-id")]
     if sys.platform == "darwin":
-        ids = [_answer("sysctl", "-n", "kern.bootsessionuuid"), _answer("sysctl", "-n", "kern.uuid")]
+        ids = [_output("sysctl", "-n", "kern.bootsessionuuid"), _output("sysctl", "-n", "kern.uuid")]
     if not any(ids):
         return None
     return hmac.new(KEY, "\n".join(i or "" for i in ids).encode(), hashlib.sha256).hexdigest()[:16]
 
 
-def _first_line(path: str) -> str | None:
-    """The content of a system file; None if it cannot be read or is not yet initialised."""
-    try:
-        text = Path(path).read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return None
+def _system_id(path: str) -> str | None:
+    """The id in a system file; None if it cannot be read or is not yet initialised."""
+    text = _text(path)
     return text if text and text != "uninitialized" else None
 
 
-def _answer(*argv: str) -> str | None:
+def _text(path: str) -> str:
+    """The text of a system file; empty where it cannot be read."""
     try:
-        done = subprocess.run(argv, capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=True)
-        return done.stdout.strip() or None
-    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return Path(path).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _output(*argv: str) -> str | None:
+    """The output of a command; None if it fails, as git does outside a clone."""
+    try:
+        return subprocess.check_output(
+            argv, stderr=subprocess.DEVNULL, encoding="utf-8", errors="replace", timeout=20
+        ).strip()
+    except (OSError, subprocess.SubprocessError):
         return None
+
+
+def cpu_name() -> str | None:
+    """The CPU's model; None if the system does not tell it."""
+    model = re.search(r"^model name[^:\n]*:(.*)", _text("/proc/cpuinfo"), re.M)
+    return (model[1].strip() if model else "") or platform.processor() or None
+
+
+def cpu_ids() -> list[int]:
+    """Ids of the CPUs that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def usable_cpus() -> int:
+    """How many CPUs this process may use, by its affinity and its cgroup's quota."""
+    n = len(cpu_ids())
+    try:
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split())
+    except (OSError, ValueError):  # no cgroup, or "max": no quota
+        return n
+    return min(n, max(1, quota // period))
+
+
+PRODUCTS = ("outputs", "docs")
+"""Folders of the clone that hold results; changes in them do not make the measuring code differ from its commit."""
+
+
+@functools.cache
+def facts() -> dict[str, Any]:
+    """CPU, RAM, system and moelib's commit.
+
+    `dirty`: whether tracked files, except results, differ from `commit`. Both are None outside a git clone.
+    """
+    git = ("git", "-C", str(params.root()))
+    commit = _output(*git, "rev-parse", "HEAD")
+    differ = _output(*git, "status", "--porcelain", "--untracked-files=no", "--", ".", *(f":!{p}" for p in PRODUCTS))
+    return {
+        "cpu": cpu_name(),
+        "cpus": usable_cpus(),
+        "ram_bytes": psutil.virtual_memory().total,
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "moelib": __version__,
+        "commit": commit,
+        "dirty": None if differ is None else bool(differ),
+    }

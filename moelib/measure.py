@@ -21,6 +21,7 @@ from moelib import (
     engine,
     files,
     gather,
+    host,
     notebook,
     params,
     process,
@@ -149,7 +150,7 @@ def reaudit(study: Study) -> list[record.Record]:
     Of each run the first attempt that is valid by now becomes a record of its own, which names the first one; nothing
     is measured, and nothing overwritten. Raises StudyError in a clone with changes: the rules must be a commit's.
     """
-    records, rules = record.read_all(study.path)[0], process.facts()
+    records, rules = record.read_all(study.path)[0], host.facts()
     if rules["dirty"] or not rules["commit"]:
         raise StudyError("the rules must be a commit's: commit what you changed, then judge again")
     reaudited, standing = [], gather.standing(records)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pynvml
 
-from moelib import visible
+from moelib import gpus
 from moelib.files import stored
 from moelib.memory import Reading
 from moelib.ranges import Bits, Bytes, Joules, Megahertz, Seconds, Watts
@@ -60,26 +60,26 @@ NO_GPU = dict.fromkeys((f for f in Counters.__dataclass_fields__ if f != "t_s"),
 class Gpu:
     """One GPU, chosen by CUDA_VISIBLE_DEVICES; processes are looked up on all GPUs."""
 
-    errors = (pynvml.NVMLError, visible.NotVisible)
+    errors = (pynvml.NVMLError, gpus.NotVisible)
     no_driver = (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded)
 
     def __init__(self, which: str | None, ask: Callable[[], str | None] | None = None) -> None:
         """which: the variable's value, None where it is not set. ask: asks CUDA for the id of the device that it counts
         first; without it, cards are counted in the driver's order.
 
-        Raises pynvml.NVMLError or visible.NotVisible.
+        Raises pynvml.NVMLError or gpus.NotVisible.
         """
         pynvml.nvmlInit()
         handles, cards, lost = [], [], {}
         for i in range(pynvml.nvmlDeviceGetCount()):
             try:
                 handle = pynvml.nvmlDeviceGetHandleByIndex(i)
-                card = visible.Card(_text(pynvml.nvmlDeviceGetUUID(handle)), _text(pynvml.nvmlDeviceGetName(handle)))
+                card = gpus.Card(_text(pynvml.nvmlDeviceGetUUID(handle)), _text(pynvml.nvmlDeviceGetName(handle)))
             except pynvml.NVMLError as err:  # it matters only if it is the card in question
-                handle, card, lost[i] = None, visible.Card(None, None), err
+                handle, card, lost[i] = None, gpus.Card(None, None), err
             handles.append(handle)
             cards.append(card)
-        place = visible.first(which, cards, os.environ.get(visible.ORDER) if ask else visible.BY_ADDRESS, ask)
+        place = gpus.first_visible(which, cards, os.environ.get(gpus.ORDER) if ask else gpus.BY_ADDRESS, ask)
         if place in lost:
             raise lost[place]
         if isinstance(place, str):
@@ -103,9 +103,9 @@ class Gpu:
         """Raise NotVisible for a card divided by MIG: CUDA would show one instance, and NVML would read the card."""
         now, _ = _ask(lambda: pynvml.nvmlDeviceGetMigMode(self.handle)) or (0, 0)
         if now:
-            raise visible.NotVisible(
+            raise gpus.NotVisible(
                 f"{self.uuid} is divided into MIG instances: name one of those that nvidia-smi -L lists, "
-                f"{visible.VARIABLE}=MIG-..."
+                f"{gpus.VARIABLE}=MIG-..."
             )
 
     def facts(self) -> dict[str, Any]:
@@ -163,8 +163,8 @@ class Gpu:
                 errors.add(failed)
             return None
 
-        here, drawing = ask(lambda: _processes(self.handle), "list-unsupported") or ({}, set())
-        mine = {pid: n for pid, n in here.items() if pid in ours}
+        listed, drawing = ask(lambda: _processes(self.handle), "list-unsupported") or ({}, set())
+        mine = {pid: n for pid, n in listed.items() if pid in ours}
         for handle in self._elsewhere:
             # failures and other processes of another card do not concern this run
             with contextlib.suppress(pynvml.NVMLError):
@@ -178,7 +178,7 @@ class Gpu:
             process_bytes=sum(mine.values()) if known else None,
             device_bytes=int(memory.used) if memory else None,
             listed=bool(mine),
-            others=tuple(sorted((pid, n) for pid, n in here.items() if pid not in ours)),
+            others=tuple(sorted((pid, n) for pid, n in listed.items() if pid not in ours)),
             drawing=tuple(sorted(drawing - ours)),
             errors=tuple(sorted(errors)),
         )
@@ -265,13 +265,13 @@ def _text(value: str | bytes) -> str:
 
 
 def _instance(uuid: str) -> tuple[Any, str]:
-    """The handle of a MIG instance, and the id of the card that it is a part of. Raises visible.NotVisible."""
+    """The handle of a MIG instance, and the id of the card that it is a part of. Raises gpus.NotVisible."""
     try:
         handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
         whole = pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
         return handle, _text(pynvml.nvmlDeviceGetUUID(whole))
     except pynvml.NVMLError as err:
-        raise visible.NotVisible(f"{uuid} is no MIG instance here ({err}); nvidia-smi -L lists them") from None
+        raise gpus.NotVisible(f"{uuid} is no MIG instance here ({err}); nvidia-smi -L lists them") from None
 
 
 def _processes(handle: Any) -> tuple[dict[int, int | None], set[int]]:

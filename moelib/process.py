@@ -1,13 +1,11 @@
 """Run child processes with a log file, a deadline and a clean end; none survives its parent, however that dies.
 
-Also the facts about the machine that every record holds.
+A log is read with bounded memory and work, however much is written to it.
 """
 
 import contextlib
-import functools
 import json
 import os
-import platform
 import re
 import secrets
 import signal
@@ -24,9 +22,12 @@ from typing import Any
 
 import psutil
 
-from moelib import __version__, params
-from moelib.logfile import LOG_BYTES, Log
+from moelib import params
 
+LOG_BYTES = 64 << 20  # a normal run's log is under 1 MiB
+KEPT_BYTES = 1 << 20  # kept of a log over its limit: its start, which holds the reason
+LINE_BYTES = 1 << 16  # longest line, and longest end of a log, that is read
+CHUNK_BYTES = 1 << 20
 POLL_S = 0.005
 GRACE_S = 10.0  # time for a tool to end after SIGTERM
 GUARD_S = 0.05  # between checks of a log's size (5 us each); a disk can take some 100 MB in that time
@@ -73,6 +74,61 @@ def environment(scratch: Path, extra: dict[str, str] | None = None) -> dict[str,
     for folder in own.values():
         folder.mkdir(parents=True, exist_ok=True)
     return {**inherited(), **{k: str(v) for k, v in own.items()}, **(extra or {})}
+
+
+class Log:
+    """The log at `path`, which may hold `limit` bytes."""
+
+    def __init__(self, path: Path, limit: int = LOG_BYTES):
+        self.path, self.limit = path, limit
+
+    def size(self) -> int:
+        try:
+            return self.path.stat().st_size
+        except OSError:  # not written yet, or removed
+            return 0
+
+    def flooded(self) -> bool:
+        return self.size() > self.limit
+
+    def cut(self) -> None:
+        """Truncate to the first KEPT_BYTES, after its writer has ended."""
+        os.truncate(self.path, KEPT_BYTES)
+
+    def text(self) -> str:
+        """The log's text, up to its limit."""
+        with self.path.open("rb") as f:
+            return f.read(self.limit).decode("utf-8", "replace")
+
+    def tail(self, lines: int) -> str:
+        """The last lines, at most LINE_BYTES."""
+        with self.path.open("rb") as f:
+            f.seek(max(0, f.seek(0, os.SEEK_END) - LINE_BYTES))
+            last = f.read(LINE_BYTES).decode("utf-8", "replace")
+        return "\n".join(last.splitlines()[-lines:])
+
+    def looking_for(self, pattern: str) -> Callable[[], re.Match[str] | None]:
+        """A function that returns the first match of `pattern` within a line, or None if it is not written yet.
+
+        Each call reads only what was written since the previous one.
+        """
+        searched, at, line = re.compile(pattern), 0, b""
+
+        def look() -> re.Match[str] | None:
+            nonlocal at, line
+            with self.path.open("rb") as f:
+                f.seek(at)
+                for chunk in iter(lambda: f.read(CHUNK_BYTES), b""):
+                    at += len(chunk)
+                    text = line + chunk
+                    if match := searched.search(text.decode("utf-8", "replace")):
+                        return match
+                    line = text[text.rfind(b"\n") + 1 :][-LINE_BYTES:]
+                    if at > self.limit:
+                        break
+            return None
+
+        return look
 
 
 class Child(AbstractContextManager):
@@ -126,7 +182,6 @@ class Child(AbstractContextManager):
         """End the child if its log grows beyond its limit. Runs in its own thread."""
         while not self._over.wait(GUARD_S):
             if self._log.flooded():
-                self._flooded = True
                 with self._ending:
                     if self._popen.returncode is None:
                         os.killpg(self.pid, signal.SIGKILL)
@@ -158,25 +213,23 @@ class Child(AbstractContextManager):
 
     def wait_end(self, timeout_s: float) -> None:
         """Wait until the child ends. Raises ProcessError at the deadline."""
-        deadline = time.monotonic() + timeout_s
-        while self.running():
-            self.check_log()
-            if time.monotonic() > deadline:
-                raise ProcessError("engine-timeout", f"{self.name} did not end in {timeout_s:g} s:\n{self.tail()}")
-            time.sleep(POLL_S)
+        self._until(lambda: not self.running(), "did not end", timeout_s)
         self.check_log()
 
-    def _until(self, look: Callable[[], Any], failed: str, timeout_s: float) -> Any:
+    def _until(self, look: Callable[[], Any], failure: str, timeout_s: float) -> Any:
+        """The first true result of `look`. Raises ProcessError if the child ends without one, or at the deadline."""
         deadline = time.monotonic() + timeout_s
-        while not (result := look()):
+        while True:
+            running = self.running()  # before the look, so that the last words of a child that ends are read
+            if result := look():
+                return result
             self.check_log()
-            if not self.running():
+            if not running:
                 cause = f"{self.name} ended with {ended(self._popen)}"
                 raise ProcessError("engine-ended", f"{cause}; its log ends:\n{self.tail()}")
             if time.monotonic() > deadline:
-                raise ProcessError("engine-timeout", f"{self.name} {failed} in {timeout_s:g} s:\n{self.tail()}")
+                raise ProcessError("engine-timeout", f"{self.name} {failure} in {timeout_s:g} s:\n{self.tail()}")
             time.sleep(POLL_S)
-        return result
 
     def stop(self, grace_s: float = GRACE_S) -> Exit:
         """End the child and its group: SIGTERM, `grace_s` seconds, SIGKILL. Safe to call again."""
@@ -238,19 +291,14 @@ def _running(identity: list[float]) -> psutil.Process | None:
         return None
 
 
-def _proc(name: str, pattern: str) -> str | None:
-    """The first group that `pattern` captures in a file of /proc; None without such a file or line."""
-    try:
-        m = re.search(pattern, Path("/proc", name).read_text(encoding="utf-8", errors="replace"), re.M)
-    except OSError:
-        return None
-    return m[1].strip() if m else None
-
-
 def peak_rss(pid: int) -> int | None:
     """A process's peak RSS as recorded by the system; None if it does not record it."""
-    kib = _proc(f"{pid}/status", r"^VmHWM:\s+(\d+) kB")
-    return int(kib) * 1024 if kib else None
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    kib = re.search(r"^VmHWM:\s+(\d+) kB", status, re.M)
+    return int(kib[1]) * 1024 if kib else None
 
 
 def sweep(folder: Path) -> list[int]:
@@ -278,23 +326,6 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def cpu_ids() -> list[int]:
-    """Ids of the CPUs that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):  # Linux
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
-def usable_cpus() -> int:
-    """How many CPUs this process may use, by its affinity and its cgroup's quota."""
-    n = len(cpu_ids())
-    try:
-        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split())
-    except (OSError, ValueError):  # no cgroup, or "max": no quota
-        return n
-    return min(n, max(1, quota // period))
-
-
 PATIENCE = (0.001, 1000.0)
 
 
@@ -319,36 +350,3 @@ def patience(seconds: float) -> float:
 def new_key() -> str:
     """An API key for one server process; it is passed in the environment and never stored."""
     return secrets.token_hex(16)
-
-
-PRODUCTS = ("outputs", "docs")
-"""Folders of the clone that hold results; changes in them do not make the measuring code differ from its commit."""
-
-
-def _git(*args: str) -> str | None:
-    """The output of a git command in the clone; None if it fails, as it does outside a clone."""
-    text = {"encoding": "utf-8", "errors": "replace"}
-    try:
-        return subprocess.check_output(["git", *args], cwd=params.root(), stderr=subprocess.DEVNULL, timeout=20, **text)
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-@functools.cache
-def facts() -> dict[str, Any]:
-    """CPU, RAM, system and moelib's commit.
-
-    `dirty`: whether tracked files, except results, differ from `commit`. Both are None outside a git clone.
-    """
-    commit = _git("rev-parse", "HEAD")
-    differ = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *(f":!{p}" for p in PRODUCTS))
-    return {
-        "cpu": _proc("cpuinfo", r"^model name[^:\n]*:(.*)") or platform.processor() or None,
-        "cpus": usable_cpus(),
-        "ram_bytes": psutil.virtual_memory().total,
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "moelib": __version__,
-        "commit": commit and commit.strip(),
-        "dirty": None if differ is None else bool(differ),
-    }

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moelib import files, gguf_file, models, params, process, sources
+from moelib import files, gguf_file, host, models, params, process, sources
 from moelib.bar import tqdm
 from moelib.engine import Engine
 from moelib.facts import Manifest
@@ -181,7 +181,7 @@ def _make(source: models.Source, quant: str, engine: Engine, scratch: Path, path
         args, log = [str(source.path), str(partial), quant], scratch / f"{path.stem}.quantize.log"
         limit_s = READY_S + source.header.file_bytes / SLOWEST_BYTES_PER_S
         started = time.monotonic()
-        argv = [engine.tool("llama-quantize"), *args, str(process.usable_cpus())]
+        argv = [engine.tool("llama-quantize"), *args, str(host.usable_cpus())]
         code, output = _run(argv, log, limit_s, len(source.header.tensors))
         seconds = time.monotonic() - started
         if "iostream error" in output or code == -signal.SIGXFSZ:  # from writing; it does not read with iostream

@@ -1,13 +1,17 @@
-"""Download files of a release site over HTTPS or from loopback, with resumption and limits on size and time.
+"""Files of a release site: downloaded with resumption and limits on size and time, and unpacked with limits on what.
 
-A site that cannot be reached is given up within seconds.
+Only HTTPS and loopback are asked. A site that cannot be reached is given up within seconds.
 """
 
+import gzip
 import socket
+import tarfile
 import threading
 import time
 import urllib.request
+import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import httpx
 
@@ -15,6 +19,7 @@ from moelib import files, params
 from moelib.bar import tqdm
 
 CONNECT_S, SILENT_S, LIMIT_S = 5.0, 20.0, 3600.0
+MEMBERS, RATIO, ROOM = 10_000, 12, 64 << 20  # programs compress to a third or a quarter
 
 
 class ArchiveError(params.UserError):
@@ -34,27 +39,30 @@ def size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def allowed(url: str, who: str) -> None:
+def check_url(url: str, source: str) -> None:
+    """Raise ArchiveError, which names the `source` of the address, unless it is one by HTTPS or on loopback."""
     try:
-        at = httpx.URL(url)
+        address = httpx.URL(url)
     except httpx.InvalidURL as err:
-        raise ArchiveError(f"{who} names {url!r}, which is not a URL: {err}") from None
-    if at.scheme != "https" and not (at.scheme == "http" and at.host in ("127.0.0.1", "localhost", "::1")):
-        raise ArchiveError(f"{who} names {url!r}: give an address that begins with https://, or one on loopback")
+        raise ArchiveError(f"{source} names {url!r}, which is not a URL: {err}") from None
+    local = address.scheme == "http" and address.host in ("127.0.0.1", "localhost", "::1")
+    if address.scheme != "https" and not local:
+        raise ArchiveError(f"{source} names {url!r}: give an address that begins with https://, or one on loopback")
 
 
 def client(url: str) -> httpx.Client:
-    at = httpx.URL(url)
-    local = at.scheme == "http"
+    """A client for the site of `url`, also through the environment's proxy. Raises Unreachable."""
+    address = httpx.URL(url)
+    local = address.scheme == "http"
     if not local and not urllib.request.getproxies():
-        _resolve(at.host, at.port or 443)
+        _resolve(address.host, address.port or 443)
     try:
         return httpx.Client(
             timeout=httpx.Timeout(SILENT_S, connect=CONNECT_S),
             follow_redirects=True,
             trust_env=not local,
-            headers={"Accept-Encoding": "identity"},
-            event_hooks={"request": [lambda request: allowed(str(request.url), "the release site")]},
+            headers={"Accept-Encoding": "identity"},  # the size and the hash are those of the file as it is stored
+            event_hooks={"request": [lambda request: check_url(str(request.url), "the release site")]},
         )
     except (ValueError, ImportError) as err:
         raise Unreachable(f"the proxy of the environment cannot be used: {err}") from None
@@ -62,24 +70,29 @@ def client(url: str) -> httpx.Client:
 
 def _resolve(host: str, port: int) -> None:
     """Raise Unreachable unless the name resolves within CONNECT_S; the system's look-up has no time limit."""
-    outcome: list[str] = []
+    failures: list[OSError | None] = []
 
-    def ask() -> None:
+    def resolve() -> None:
         try:
             socket.getaddrinfo(host, port)
-            outcome.append("")
+            failures.append(None)
         except OSError as err:
-            outcome.append(str(err))
+            failures.append(err)
 
-    thread = threading.Thread(target=ask, daemon=True)
+    thread = threading.Thread(target=resolve, daemon=True)
     thread.start()
     thread.join(CONNECT_S)
-    if why := (outcome or ["its name was not found in time"])[0]:
-        raise Unreachable(f"{host} cannot be reached: {why}")
+    if failures != [None]:
+        raise Unreachable(
+            f"{host} cannot be reached: {failures[0] if failures else 'its name did not resolve in time'}"
+        )
 
 
 def receive(client: httpx.Client, url: str, part: Path, most: int, exactly: bool = True) -> None:
-    """Download the rest of the file `part`. Raises httpx.HTTPError if the download is interrupted."""
+    """Download the rest of the file `part`, which may have `most` bytes, or `exactly` so many.
+
+    Raises ArchiveError; httpx.HTTPError if the download is interrupted; FileError if the disk is full.
+    """
     had, deadline = size(part), time.monotonic() + LIMIT_S
     if had > most:
         part.unlink()
@@ -111,9 +124,40 @@ def receive(client: httpx.Client, url: str, part: Path, most: int, exactly: bool
                         raise ArchiveError(f"{name} did not arrive in {LIMIT_S / 60:.0f} minutes; run again to go on")
                     f.write(chunk)
                     bar.update(len(chunk))
-                if f.tell() < total and length:
-                    raise httpx.ReadError("the connection closed early")
         except OSError as err:
             if err.errno in files.NO_SPACE:
                 raise files.FileError(f"{name} cannot be written: {files.full(part.parent)}") from None
             raise
+
+
+class _Metered:
+    """A gzip stream that raises ArchiveError instead of producing more than `most` bytes."""
+
+    def __init__(self, raw: BinaryIO, name: str, most: int):
+        self._stream, self._name, self._left = gzip.GzipFile(fileobj=raw), name, most
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= self._left:
+            raise ArchiveError(f"{self._name} unpacks to too many bytes: it is not a release of llama.cpp")
+        data = self._stream.read(size)
+        self._left -= len(data)
+        return data
+
+
+def extract(part: Path, folder: Path) -> None:
+    """Unpack an untrusted archive: files, folders and links inside `folder` alone, limited in number and size.
+
+    Raises ArchiveError.
+    """
+    if not hasattr(tarfile, "data_filter"):
+        raise ArchiveError("unpacking an archive safely needs Python 3.11.4 or newer: update Python")
+    most, total = RATIO * part.stat().st_size + ROOM, 0
+    try:
+        with part.open("rb") as raw, tarfile.open(fileobj=_Metered(raw, part.name, most), mode="r|") as tar:
+            for count, member in enumerate(tar):
+                total += member.size  # of a sparse file more than the stream holds
+                if count >= MEMBERS or total > most:
+                    raise ArchiveError(f"{part.name} unpacks to too much: it is not a release of llama.cpp")
+                tar.extract(member, folder, filter="data")
+    except (tarfile.TarError, zlib.error, EOFError, gzip.BadGzipFile, KeyError, ValueError, OverflowError) as err:
+        raise ArchiveError(f"{part.name} cannot be unpacked: {err}") from None

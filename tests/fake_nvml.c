@@ -35,15 +35,15 @@ typedef struct { uint32_t field, scope; int64_t time, latency; uint32_t type, co
 
 /* The values of the nth line of that name; returns what the call must return. A handle is the GPU's number + 1. */
 static int line(void *gpu, const char *name, int nth, char *values) {
-    char text[512], found[64];
+    char text[512], key[64];
     int number, at, code = NOT_SUPPORTED;
     FILE *file = fopen(getenv("FAKE_NVML") ? getenv("FAKE_NVML") : "", "r");
     if (!file) return UNINITIALIZED;
     while (fgets(text, sizeof text, file)) {
-        if (sscanf(text, "%d %63s %n", &number, found, &at) < 2 || number + 1 != (int)(intptr_t)gpu) continue;
+        if (sscanf(text, "%d %63s %n", &number, key, &at) < 2 || number + 1 != (int)(intptr_t)gpu) continue;
         text[strcspn(text, "\n")] = 0;
-        if (!strcmp(found, "handle") && sscanf(text + at, "error %d", &code)) break;
-        if (strcmp(found, name) || nth-- != 0) continue;
+        if (!strcmp(key, "handle") && sscanf(text + at, "error %d", &code)) break;
+        if (strcmp(key, name) || nth-- != 0) continue;
         strcpy(values, text + at);
         if (!sscanf(values, "error %d", &code)) code = OK;
     }

@@ -1,4 +1,7 @@
-"""Release archives: from a stand-in for the release site on loopback, packed from the build that is here."""
+"""`make engine` and release archives: downloaded from a release site on loopback, verified, unpacked, tried and pinned.
+
+The build from source itself takes minutes and is not run here.
+"""
 
 import hashlib
 import http.server
@@ -10,6 +13,7 @@ import sys
 import tarfile
 import threading
 import time
+from types import SimpleNamespace
 
 import build_engine
 import pin_engine
@@ -17,48 +21,52 @@ import pytest
 import yaml
 from conftest import REPO
 
-from moelib import archive, mapped, params, release, tarball, trial
+from moelib import archive, gpus, mapped, params, release, trial
 from moelib import engine as engines
+from moelib.engine import EngineError
 from moelib.release import ArchiveError, Unreachable
 
 BUILD = 11194
-NAME = "llama-b11194-bin-ubuntu-x64.tar.gz"
-FAKE = """#!/bin/sh
-case "$1" in --version) echo "version: 0.6.0 (build 11194, commit x)";; --help) echo "--cpu-moe  x";; esac
+NAME, CPU = "llama-b11194-bin-ubuntu-x64.tar.gz", "linux-x86_64/cpu"
+SERVER = """#!/bin/sh
+case "$1" in --version) echo "version: 0.6.0 (build 11194, commit x)";;
+  --help) printf -- '--cpu-moe x\\n--rpc x\\n--list-devices\\n';; esac
 """
+BUILT = "llama.cpp b1 (built)"
 
 
 class Site(http.server.ThreadingHTTPServer):
-    """Serves `held` by path, with ranges. `cut`: how many bytes the next answers send; `asked`: ranges that came."""
+    """A release site: serves `files` by path, a text as a redirection. `requests`: the range of each, None without one.
+
+    `cut`: how many bytes each of the next answers sends before the connection closes.
+    """
 
     daemon_threads = True
 
     def __init__(self):
-        self.held, self.cut, self.asked, self.ranges, self.length = {}, [], [], True, None
-        super().__init__(("127.0.0.1", 0), Answer)
+        self.files, self.requests, self.cut, self.ranges, self.lengths, self.delay_s = {}, [], [], True, True, 0
+        super().__init__(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}"
 
-
-class Answer(http.server.BaseHTTPRequestHandler):
+class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        site, data = self.server, self.server.held.get(self.path)
-        wanted = self.headers.get("Range")
-        site.asked.append(wanted)
+        site, data, wanted = self.server, self.server.files.get(self.path), self.headers.get("Range")
+        assert self.headers["Accept-Encoding"] == "identity"
+        site.requests.append(wanted)
+        time.sleep(site.delay_s)
+        if data is None:
+            return self.send_error(404)
         if isinstance(data, str):
             self.send_response(302)
             self.send_header("Location", data)
             return self.end_headers()
-        if data is None:
-            return self.send_error(404)
         start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and site.ranges else 0
         self.send_response(206 if start else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-        self.send_header("Content-Length", str(site.length or len(data) - start))
+        if site.lengths:
+            self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
         self.wfile.write(data[start:][: site.cut.pop(0)] if site.cut else data[start:])
 
@@ -68,85 +76,93 @@ class Answer(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def site():
-    with Site() as made:
-        yield made
-        made.shutdown()
+    with Site() as server:
+        yield server
+        server.shutdown()
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch, site):
-    """A machine without tools, with an empty cache, params of its own and the release site on loopback."""
+def machine(tmp_path, monkeypatch, site):
+    """A Linux machine without tools and GPU: an empty cache, params of its own, the release site on loopback."""
     shutil.copytree(REPO / "params", tmp_path / "home/params")
     monkeypatch.setenv("MOELIB_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("MOELIB_ENGINE_URL", site.url)
+    monkeypatch.setenv("MOELIB_ENGINE_URL", f"http://127.0.0.1:{site.server_port}")
     monkeypatch.delenv("MOELIB_LLAMA_CPP", raising=False)
     monkeypatch.setattr(engines, "_package_folder", lambda: None)
     monkeypatch.setattr(engines, "_aside", lambda folder: [])
     monkeypatch.setattr(engines.shutil, "which", lambda name: None)
     monkeypatch.setattr(archive, "system", lambda: "linux-x86_64")
-    monkeypatch.setattr(archive, "driver_cuda", lambda: None)
+    monkeypatch.setattr(gpus, "driver_cuda", lambda: None)
     monkeypatch.setattr(build_engine, "has_cuda", lambda: False)
     params._yaml.cache_clear()
     yield tmp_path
     params._yaml.cache_clear()
 
 
-def packed(members):
+@pytest.fixture
+def make_engine(machine, monkeypatch, capsys):
+    """Runs `make engine` with a builder that builds nothing, and returns what it prints."""
+    monkeypatch.setattr(build_engine, "build", lambda: BUILT)
+
+    def run():
+        build_engine.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def packed(*members):
     """A .tar.gz of (name, bytes or TarInfo)."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w:gz") as tar:
-        for name, what in members:
-            info = what if isinstance(what, tarfile.TarInfo) else tarfile.TarInfo(name)
-            if isinstance(what, bytes):
-                info.size, info.mode = len(what), 0o755
-            tar.addfile(info, io.BytesIO(what) if isinstance(what, bytes) else None)
+        for name, content in members:
+            info = content if isinstance(content, tarfile.TarInfo) else tarfile.TarInfo(name)
+            if isinstance(content, bytes):
+                info.size, info.mode = len(content), 0o755
+            tar.addfile(info, io.BytesIO(content) if isinstance(content, bytes) else None)
     return out.getvalue()
 
 
-def link(name, to, kind=tarfile.SYMTYPE):
+def link(name, target, kind=tarfile.SYMTYPE):
     info = tarfile.TarInfo(name)
-    info.type, info.linkname = kind, to
+    info.type, info.linkname = kind, target
     return name, info
 
 
-def pinned(place, data, name=NAME, key="linux-x86_64/cpu", **change):
-    """Have `data` pinned as the archive; the release site gets nothing."""
-    path = place / "home/params/engine.yaml"
+def pinned(machine, files, key=CPU, **change):
+    """Pin these files, name -> content, with `change` in each entry; the release site does not get them."""
+    path = machine / "home/params/engine.yaml"
     book = yaml.safe_load(path.read_text(encoding="utf-8"))
-    held = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), **change}
-    book["pins"][key] = {"build": BUILD, "glibc": "2.17", "files": {name: held}}
+    entries = {n: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest(), **change} for n, d in files.items()}
+    book["pins"][key] = {"build": BUILD, "glibc": "2.17", "files": entries}
     path.write_text(yaml.safe_dump(book), encoding="utf-8")
     params._yaml.cache_clear()
     return archive.Archive(key.partition("/")[2], archive.read().pins[key])
 
 
-def offered(site, place, data, **change):
-    site.held[f"/b{BUILD}/{NAME}"] = data
-    return pinned(place, data, **change)
+def offered(site, machine, data, **change):
+    """Pin an archive with this content that the release site serves."""
+    site.files[f"/b{BUILD}/{NAME}"] = data
+    return pinned(machine, {NAME: data}, **change)
 
 
-GOOD = [
-    (f"llama-b{BUILD}/llama-server", FAKE.encode()),
+GOOD = packed(
+    (f"llama-b{BUILD}/llama-server", SERVER.encode()),
     (f"llama-b{BUILD}/libggml.so.0", os.urandom(200_000)),
     link(f"llama-b{BUILD}/libggml.so", "libggml.so.0"),
-]
+)
 
 
-def left(place):
-    return sorted(p.name for p in (place / "cache/moelib").iterdir() if not p.name.endswith(".lock"))
+def cached(machine):
+    return sorted(p.name for p in (machine / "cache/moelib").iterdir() if not p.name.endswith(".lock"))
 
 
-def test_the_pins_of_the_repository_are_the_known_ones():
-    pins = archive.check(yaml.safe_load((REPO / "params/engine.yaml").read_text(encoding="utf-8")))
-    cpu = pins.pins["linux-x86_64/cpu"]
-    sha256 = "527c09064f3c89e4b6e1008a641e31903a04ccdd1c69abd0752acbbd4e1905f6"
-    assert (cpu.build, cpu.glibc) == (BUILD, "2.35")
-    assert cpu.files == {NAME: archive.File(bytes=17_014_362, sha256=sha256)}
-    assert {name for name, pin in pins.pins.items() if not pin.files} == {
-        "linux-x86_64/cuda-12.8",
-        "linux-x86_64/cuda-13.4",
-    }
+# pins
+def test_the_repository_pins_the_cpu_archive_and_no_cuda_archive_yet():
+    pins = archive.check(yaml.safe_load((REPO / "params/engine.yaml").read_text(encoding="utf-8"))).pins
+    assert (pins[CPU].build, pins[CPU].glibc, list(pins[CPU].files)) == (BUILD, "2.35", [NAME])
+    assert {name for name, pin in pins.items() if not pin.files} == {f"linux-x86_64/cuda-{v}" for v in ("12.8", "13.4")}
 
 
 @pytest.mark.parametrize(
@@ -163,418 +179,447 @@ def test_the_pins_of_the_repository_are_the_known_ones():
 def test_a_pin_that_is_not_whole_is_refused(change, words):
     pin = {"build": 1, "glibc": "2.35", "files": {"x.tar.gz": {"bytes": 1, "sha256": "0" * 64}}, **change}
     with pytest.raises(params.ParamsError, match=words):
-        archive.check({"url": "https://x", "pins": {"linux-x86_64/cpu": pin}})
+        archive.check({"url": "https://x", "pins": {CPU: pin}})
 
 
-def test_a_good_archive_is_downloaded_unpacked_and_kept(place, site):
-    one = offered(site, place, packed(GOOD))
-    tools = archive.fetch(one)
+# download
+def test_a_good_archive_is_downloaded_once_unpacked_and_kept(machine, site):
+    pin = offered(site, machine, GOOD)
+    tools = archive.fetch(pin)
     assert (tools / "llama-server").stat().st_mode & 0o111
     assert os.readlink(tools / "libggml.so") == "libggml.so.0"
-    assert left(place) == [one.folder.name]
-    assert str(BUILD) in one.folder.name
-    assert archive.fetch(one) == tools
-    assert site.asked == [None], "it is not asked for again"
+    assert cached(machine) == [pin.folder.name]
+    assert str(BUILD) in pin.folder.name
+    assert archive.fetch(pin) == tools
+    assert site.requests == [None]
 
 
-def test_another_hash_or_asset_is_another_folder(place):
-    folders = {pinned(place, data, name).folder for data in (b"a", b"b") for name in ("a.tar.gz", "b.tar.gz")}
+def test_another_hash_or_file_name_is_another_folder(machine):
+    folders = {pinned(machine, {name: data}).folder for data in (b"a", b"b") for name in ("a.tar.gz", "b.tar.gz")}
     assert len(folders) == 4
 
 
-def test_a_wrong_hash_deletes_what_came_and_says_so(place, site):
-    one = offered(site, place, packed(GOOD), sha256="0" * 64)
-    with pytest.raises(ArchiveError, match=r"has SHA-256 .*, but 000000000000\.\.\. is pinned; it was deleted"):
-        archive.fetch(one)
-    assert left(place) == []
+@pytest.mark.parametrize(
+    ("change", "lengths", "words"),
+    [
+        ({"sha256": "0" * 64}, True, r"has SHA-256 .*, but 000000000000\.\.\. is pinned; it was deleted"),
+        *(({"bytes": len(GOOD) + by}, True, f"has {len(GOOD)} bytes at the release site, not") for by in (-1, 1)),
+        (
+            {"bytes": 1000},
+            False,
+            "longer than 1000 bytes; it was deleted",
+        ),  # a site that announces no size
+    ],
+)
+def test_a_file_of_another_hash_or_size_is_deleted(machine, site, change, lengths, words):
+    site.lengths = lengths
+    with pytest.raises(ArchiveError, match=words):
+        archive.fetch(offered(site, machine, GOOD, **change))
+    assert cached(machine) == []
 
 
-@pytest.mark.parametrize("by", [-1, 1, 10**6])
-def test_a_wrong_size_is_not_taken(place, site, by):
-    data = packed(GOOD)
-    one = offered(site, place, data, bytes=len(data) + by)
-    with pytest.raises(ArchiveError, match=f"has {len(data)} bytes at the release site, not {len(data) + by}"):
-        archive.fetch(one)
-    assert left(place) == []
+@pytest.mark.parametrize(
+    ("kept", "cut", "ranges", "requests"),
+    [
+        (0, [1000, 50_000], True, [None, "bytes=1000-", "bytes=51000-"]),
+        (777, [], True, ["bytes=777-"]),  # kept from an earlier process
+        (0, [1000], False, [None, "bytes=1000-"]),  # this site sends all of it again
+    ],
+)
+def test_an_interrupted_download_goes_on_where_it_was(machine, site, kept, cut, ranges, requests):
+    pin = offered(site, machine, GOOD)
+    if kept:
+        part = machine / f"cache/moelib/.{NAME}.{hashlib.sha256(GOOD).hexdigest()[:12]}.part"
+        part.parent.mkdir(parents=True)
+        part.write_bytes(GOOD[:kept])
+    site.cut, site.ranges = cut, ranges
+    archive.fetch(pin)
+    assert site.requests == requests
+    assert cached(machine) == [pin.folder.name]
 
 
-def test_more_than_was_announced_is_not_taken(place, site, monkeypatch):
-    """A site that does not say how much it sends cannot fill the disk."""
-    data = packed(GOOD)
-    one = offered(site, place, data, bytes=1000)
-    monkeypatch.setattr(Answer, "send_header", lambda self, name, value: None)
-    with pytest.raises(ArchiveError, match="longer than 1000 bytes; it was deleted"):
-        archive.fetch(one)
-    assert left(place) == []
-
-
-def test_a_download_that_breaks_off_goes_on_where_it_was(place, site):
-    one = offered(site, place, packed(GOOD))
-    site.cut = [1000, 50_000]
-    archive.fetch(one)
-    assert site.asked == [None, "bytes=1000-", "bytes=51000-"]
-
-
-def test_what_an_interrupted_run_left_is_gone_on_with(place, site):
-    data = packed(GOOD)
-    one = offered(site, place, data)
-    part = place / f"cache/moelib/.{NAME}.{hashlib.sha256(data).hexdigest()[:12]}.part"
-    part.parent.mkdir(parents=True)
-    part.write_bytes(data[:777])
-    archive.fetch(one)
-    assert site.asked == ["bytes=777-"]
-    assert left(place) == [one.folder.name]
-
-
-def test_a_site_without_ranges_sends_all_of_it_again(place, site):
-    one = offered(site, place, packed(GOOD))
-    site.cut, site.ranges = [1000], False
-    archive.fetch(one)
-    assert site.asked == [None, "bytes=1000-"]
-
-
-def test_a_site_that_sends_nothing_is_given_up(place, site):
-    one = offered(site, place, packed(GOOD))
+def test_a_site_that_sends_nothing_more_is_given_up_and_the_part_kept(machine, site):
     site.cut = [1000, 0]
     with pytest.raises(Unreachable, match="closed"):
-        archive.fetch(one)
-    assert len(left(place)) == 1, "what came is kept"
+        archive.fetch(offered(site, machine, GOOD))
+    assert len(cached(machine)) == 1
 
 
-def test_a_missing_file_is_said(place):
+def test_a_missing_file_is_named(machine):
     with pytest.raises(ArchiveError, match=f"{NAME} cannot be downloaded: the release site answers 404"):
-        archive.fetch(pinned(place, b"x"))
+        archive.fetch(pinned(machine, {NAME: b"x"}))
 
 
 @pytest.mark.parametrize(
     "url",
     ["http://example.org", "ftp://127.0.0.1", "file:///etc", "127.0.0.1", "http://127.0.0.1.example.org", "http://["],
 )
-def test_only_https_or_loopback_is_asked(place, monkeypatch, url):
+def test_only_https_or_loopback_is_asked(machine, monkeypatch, url):
     monkeypatch.setenv("MOELIB_ENGINE_URL", url)
     with pytest.raises(ArchiveError, match="MOELIB_ENGINE_URL names"):
-        archive.fetch(pinned(place, b"x"))
+        archive.fetch(pinned(machine, {NAME: b"x"}))
 
 
-def test_a_redirection_may_not_lead_off_https(place, site):
-    one = pinned(place, b"x")
-    site.held[f"/b{BUILD}/{NAME}"] = "http://example.org/x"
-    with pytest.raises(
-        ArchiveError, match="the release site names 'http://example.org/x': give an address that begins with https"
-    ):
-        archive.fetch(one)
+def test_a_redirection_may_not_lead_off_https(machine, site):
+    site.files[f"/b{BUILD}/{NAME}"] = "http://example.org/x"
+    with pytest.raises(ArchiveError, match="release site names 'http://example.org/x': give an address that begins"):
+        archive.fetch(pinned(machine, {NAME: b"x"}))
 
 
+# unpacking
 @pytest.mark.parametrize(
     ("members", "words"),
     [
-        ([("../out", b"x")], "holds '../out'"),
-        ([("a/../../out", b"x")], "holds 'a/../../out'"),
-        ([("/tmp/out", b"x")], "holds '/tmp/out'"),
+        ([("../out", b"xx")], "outside"),
+        ([("a/../../out", b"xx")], "outside"),
         ([link("a", "../../out")], "outside"),
         ([link("a", "/etc")], "absolute path"),
-        ([link("a", ".."), ("a/out", b"x")], "outside"),
+        ([link("a", ".."), ("a/out", b"xx")], "outside"),
         ([link("a", "../../out", tarfile.LNKTYPE)], "outside"),
-        ([link("pipe", "", tarfile.FIFOTYPE)], "holds 'pipe'"),
-        ([link("dev", "", tarfile.CHRTYPE)], "holds 'dev'"),
+        ([link("pipe", "", tarfile.FIFOTYPE)], "special file"),
+        ([link("dev", "", tarfile.CHRTYPE)], "special file"),
         ([("x", b"x")] * 11, "unpacks to too m"),
         ([("zeros", bytes(50 << 20))], "unpacks to too m"),
+        ([("n" * (80 << 20), b"x")], "unpacks to too m"),  # the name is read before the member can be checked
     ],
 )
 def test_members_that_no_release_has_are_refused(tmp_path, monkeypatch, members, words):
-    monkeypatch.setattr(tarball, "MEMBERS", 10)
-    monkeypatch.setattr(tarball, "ROOM", 1 << 20)
+    monkeypatch.setattr(release, "MEMBERS", 10)
+    monkeypatch.setattr(release, "ROOM", 1 << 20)
     path = tmp_path / "x.tar.gz"
-    path.write_bytes(packed(members))
+    path.write_bytes(packed(*members))
     (tmp_path / "in").mkdir()
     with pytest.raises(ArchiveError, match=words):
-        tarball.extract(path, tmp_path / "in")
+        release.extract(path, tmp_path / "in")
     assert {p.name for p in tmp_path.iterdir()} == {"x.tar.gz", "in"}
     assert not [p for p in (tmp_path / "in").rglob("*") if p.is_file() and p.stat().st_size > 1]
 
 
-def test_a_long_name_is_not_unpacked_into_memory(tmp_path, monkeypatch):
-    """The name of a member comes before its check."""
-    monkeypatch.setattr(tarball, "ROOM", 1 << 20)
-    path = tmp_path / "x.tar.gz"
-    path.write_bytes(packed([("n" * (80 << 20), b"x")]))
-    with pytest.raises(ArchiveError, match="unpacks to too m"):
-        tarball.extract(path, tmp_path)
+def test_an_absolute_name_is_unpacked_inside_the_folder(tmp_path):
+    (tmp_path / "x.tar.gz").write_bytes(packed((f"{tmp_path}/out", b"x")))
+    release.extract(tmp_path / "x.tar.gz", tmp_path / "in")
+    assert {p.name for p in tmp_path.iterdir()} == {"x.tar.gz", "in"}
 
 
-@pytest.mark.parametrize("cut", [0, 10, 100, 5000])
-def test_a_cut_or_foreign_archive_is_refused_whatever_its_hash(place, site, cut):
-    one = offered(site, place, packed(GOOD)[:cut] or b"PK")
-    with pytest.raises(ArchiveError, match="cannot be unpacked"):
-        archive.fetch(one)
-    assert not one.folder.exists()
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        *((GOOD[:cut] or b"PK", "cannot be unpacked") for cut in (0, 10, 100, 5000)),
+        (packed(("x", b"x")), "holds no llama-server"),
+    ],
+)
+def test_a_damaged_archive_is_refused_whatever_its_hash(machine, site, data, words):
+    pin = offered(site, machine, data)
+    with pytest.raises(ArchiveError, match=words):
+        archive.fetch(pin)
+    assert pin.tools() is None
 
 
-def test_an_archive_without_tools_is_refused(place, site):
-    with pytest.raises(ArchiveError, match="holds no llama-server"):
-        archive.fetch(offered(site, place, packed([("x", b"x")])))
+def relink(tools):
+    (tools / "libggml.so").unlink()
+    (tools / "libggml.so").symlink_to("/etc/passwd")
 
 
-@pytest.mark.parametrize("harm", ["cut", "gone", "more", "note", "link"])
-def test_a_damaged_cache_is_made_again(place, site, harm):
-    one = offered(site, place, packed(GOOD))
-    tools = archive.fetch(one)
-    lib = tools / "libggml.so.0"
-    if harm == "cut":
-        os.truncate(lib, 100)
-    elif harm == "gone":
-        lib.unlink()
-    elif harm == "more":
-        (tools / "libmore.so").write_bytes(b"x")
-    elif harm == "note":
-        (one.folder / archive.MANIFEST).write_text("{", encoding="utf-8")
-    else:
-        (tools / "libggml.so").unlink()
-        (tools / "libggml.so").symlink_to("/etc/passwd")
-    assert not archive.whole(one.folder)
-    assert archive.fetch(one) == tools
-    assert archive.whole(one.folder)
-    assert (lib.stat().st_size, len(site.asked)) == (200_000, 2)
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda tools: os.truncate(tools / "libggml.so.0", 100),
+        lambda tools: (tools / "libggml.so.0").unlink(),
+        lambda tools: (tools / "libmore.so").write_bytes(b"x"),
+        lambda tools: (tools.parent / archive.MANIFEST).write_text("{", encoding="utf-8"),
+        relink,
+    ],
+    ids=["cut", "missing", "more", "manifest", "link"],
+)
+def test_a_damaged_cache_is_replaced(machine, site, harm):
+    pin = offered(site, machine, GOOD)
+    tools = archive.fetch(pin)
+    harm(tools)
+    assert not archive.whole(pin.folder)
+    assert archive.fetch(pin) == tools
+    assert archive.whole(pin.folder)
+    assert ((tools / "libggml.so.0").stat().st_size, len(site.requests)) == (200_000, 2)
 
 
-def test_the_libraries_of_a_runtime_come_beside_the_tools(place, site):
-    tools, runtime = packed(GOOD), packed([("cudart/lib/libcudart.so.12", b"runtime")])
-    path = place / "home/params/engine.yaml"
-    book = yaml.safe_load(path.read_text(encoding="utf-8"))
-    held = {"a.tar.gz": tools, "b.tar.gz": runtime}
-    pins = {k: {"bytes": len(v), "sha256": hashlib.sha256(v).hexdigest()} for k, v in held.items()}
-    book["pins"]["linux-x86_64/cuda-12.8"] = {"build": BUILD, "glibc": "2.17", "files": pins}
-    path.write_text(yaml.safe_dump(book), encoding="utf-8")
-    params._yaml.cache_clear()
-    site.held = {f"/b{BUILD}/{k}": v for k, v in held.items()}
-    folder = archive.fetch(archive.Archive("cuda-12.8", archive.read().pins["linux-x86_64/cuda-12.8"]))
+def test_the_libraries_of_a_separate_runtime_are_moved_beside_the_tools(machine, site):
+    files = {"a.tar.gz": GOOD, "b.tar.gz": packed(("cudart/lib/libcudart.so.12", b"runtime"))}
+    site.files = {f"/b{BUILD}/{name}": data for name, data in files.items()}
+    folder = archive.fetch(pinned(machine, files, "linux-x86_64/cuda-12.8"))
     assert (folder / "libcudart.so.12").read_bytes() == b"runtime"
 
 
-FETCH = (
-    "from moelib import archive; print(archive.fetch(archive.Archive('cpu', archive.read().pins['linux-x86_64/cpu'])))"
-)
-
-
-def test_two_at_once_download_once(place, site):
-    one = offered(site, place, packed(GOOD))
+def test_several_processes_at_once_download_once(machine, site):
+    pin, site.delay_s = offered(site, machine, GOOD), 1.5  # so that all are there before the first is done
+    code = f"from moelib import archive; print(archive.fetch(archive.Archive('cpu', archive.read().pins['{CPU}'])))"
     runs = [
-        subprocess.Popen([sys.executable, "-c", FETCH], stdout=subprocess.PIPE, text=True, encoding="utf-8")
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, encoding="utf-8")
         for _ in range(3)
     ]
-    said = {r.communicate(timeout=60)[0] for r in runs}
-    assert [r.returncode for r in runs] == [0, 0, 0]
-    assert said == {f"{one.tools()}\n"}
-    assert site.asked == [None]
+    assert {run.communicate(timeout=60)[0] for run in runs} == {f"{pin.tools()}\n"}
+    assert site.requests == [None]
 
 
-def test_a_cache_that_cannot_be_had_is_one_sentence(place, site, monkeypatch):
-    one = offered(site, place, packed(GOOD))
-    (place / "file").write_text("", encoding="utf-8")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "file"))
+def test_without_a_cache_the_message_is_one_sentence_with_the_next_step(machine, monkeypatch):
+    pin = pinned(machine, {NAME: GOOD})
+    (machine / "file").write_text("", encoding="utf-8")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(machine / "file"))
     with pytest.raises(ArchiveError, match="file/moelib cannot be written: set XDG_CACHE_HOME to a folder of yours"):
-        archive.fetch(one)
+        archive.fetch(pin)
     monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
     monkeypatch.setattr(archive.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     with pytest.raises(ArchiveError, match="no home folder to store an engine in: set XDG_CACHE_HOME"):
-        archive.fetch(one)
+        archive.fetch(pin)
     assert archive.installed() is None
 
 
-# which one fits
+# which archive fits
 @pytest.mark.parametrize(
-    ("system", "cuda", "libc", "want"),
+    ("system", "cuda", "libc", "backends", "reasons"),
     [
-        ("linux-x86_64", None, "2.39", ["cpu"]),
-        ("linux-x86_64", (12, 8), "2.39", ["cuda-12.8", "cpu"]),
-        ("linux-x86_64", (13, 4), "2.39", ["cuda-13.4", "cuda-12.8", "cpu"]),
-        ("linux-x86_64", (12, 4), "2.39", ["cpu"]),
-        ("linux-x86_64", (13, 4), "2.36", ["cpu"]),
-        ("linux-x86_64", None, "2.31", []),
-        ("linux-aarch64", None, "2.39", []),
-        ("darwin-arm64", None, "", []),
+        ("linux-x86_64", None, "2.39", ["cpu"], 0),
+        ("linux-x86_64", (12, 8), "2.39", ["cuda-12.8", "cpu"], 1),
+        ("linux-x86_64", (13, 4), "2.39", ["cuda-13.4", "cuda-12.8", "cpu"], 0),
+        ("linux-x86_64", (12, 4), "2.39", ["cpu"], 2),
+        ("linux-x86_64", (13, 4), "2.36", ["cpu"], 2),
+        ("linux-x86_64", None, "2.31", [], 1),
+        ("linux-x86_64", None, "", [], 1),  # another C library
+        ("linux-aarch64", None, "2.39", [], 0),
     ],
 )
-def test_the_archive_is_chosen_by_system_driver_and_c_library(place, monkeypatch, system, cuda, libc, want):
+def test_the_archive_is_chosen_by_system_driver_and_c_library(
+    machine, monkeypatch, system, cuda, libc, backends, reasons
+):
     monkeypatch.setattr(archive, "system", lambda: system)
-    monkeypatch.setattr(archive, "driver_cuda", lambda: cuda)
+    monkeypatch.setattr(gpus, "driver_cuda", lambda: cuda)
     monkeypatch.setattr(archive.platform, "libc_ver", lambda: ("glibc", libc) if libc else ("", ""))
     file = {"x.tar.gz": archive.File(bytes=1, sha256="0" * 64)}
-    pins = {f"linux-x86_64/{b}": archive.Pin(build=1, glibc=g, files=file)
-            for b, g in (("cpu", "2.35"), ("cuda-12.8", "2.39"), ("cuda-13.4", "2.39"))}  # fmt: skip
+    pins = {
+        f"linux-x86_64/{backend}": archive.Pin(build=1, glibc=glibc, files=file)
+        for backend, glibc in (("cpu", "2.35"), ("cuda-12.8", "2.39"), ("cuda-13.4", "2.39"))
+    }
     monkeypatch.setattr(archive, "read", lambda: archive.Pins(url="https://x", pins=pins))
     fitting, passed_over = archive.fitting()
-    assert [a.backend for a in fitting] == want
-    same = system == "linux-x86_64"
-    assert len(passed_over) == (len(pins) if cuda else 1) - len(want) if same else passed_over == []
+    assert [a.backend for a in fitting] == backends
+    assert len(passed_over) == reasons
 
 
-def test_a_gpu_without_a_pinned_archive_is_told(place, monkeypatch):
-    monkeypatch.setattr(archive, "driver_cuda", lambda: (12, 8))
-    monkeypatch.setattr(archive.platform, "libc_ver", lambda: ("glibc", "2.39"))
-    assert "linux-x86_64/cuda-12.8 is not pinned in params/engine.yaml" in archive.fitting()[1]
-
-
-# make engine
-@pytest.fixture
-def built(monkeypatch):
-    """A builder that builds nothing."""
-    monkeypatch.setattr(build_engine, "build", lambda: "llama.cpp b1 (made up)")
-
-
-def test_offline_it_is_built_from_source_within_seconds_and_said_in_one_line(place, built, monkeypatch, capsys):
+# make engine, without tools
+def test_offline_it_is_built_from_source_within_seconds_and_one_line_says_why(machine, make_engine, monkeypatch):
     monkeypatch.setenv("MOELIB_ENGINE_URL", "http://127.0.0.1:9")
-    pinned(place, b"x")
+    pinned(machine, {NAME: b"x"})
     started = time.monotonic()
-    build_engine.main()
+    lines = make_engine().splitlines()
     assert time.monotonic() - started < 10
-    said = capsys.readouterr().out.splitlines()
-    assert len([line for line in said if "127.0.0.1 cannot be reached" in line]) == 1
-    assert said[-1] == "built llama.cpp b1 (made up)"
+    assert len([line for line in lines if "127.0.0.1 cannot be reached" in line]) == 1
+    assert lines[-1] == f"built {BUILT}"
 
 
-def test_a_name_that_nobody_answers_for_is_given_up_within_seconds(place, built, monkeypatch, capsys):
+def test_a_name_that_does_not_resolve_is_given_up_within_seconds(machine, make_engine, monkeypatch):
     over = threading.Event()
     monkeypatch.setenv("MOELIB_ENGINE_URL", "https://release.invalid")
     for name in [n for n in os.environ if n.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
     monkeypatch.setattr(release, "CONNECT_S", 0.2)
     monkeypatch.setattr(release.socket, "getaddrinfo", lambda *_: over.wait(30))
-    pinned(place, b"x")
-    build_engine.main()
+    pinned(machine, {NAME: b"x"})
+    assert "release.invalid cannot be reached: its name did not resolve in time" in make_engine()
     over.set()
-    assert "release.invalid cannot be reached: its name was not found in time" in capsys.readouterr().out
 
 
-def test_a_machine_without_a_pinned_archive_builds_from_source(place, built, monkeypatch, capsys):
-    monkeypatch.setattr(archive, "system", lambda: "darwin-arm64")
-    build_engine.main()
-    said = capsys.readouterr().out
-    assert "none is pinned for darwin-arm64" in said
-    assert said.endswith("built llama.cpp b1 (made up)\n")
-
-
-def test_an_archive_that_fails_its_trial_is_not_used_and_the_next_is(place, site, built, monkeypatch, capsys):
-    bad = offered(site, place, packed(GOOD))
-    build_engine.main()
-    said = capsys.readouterr().out
-    assert f"{NAME} is not used: llama.cpp b11194 (release archive) has no llama-quantize" in said
-    assert said.endswith("built llama.cpp b1 (made up)\n")
-    assert archive.installed() is None
-    with pytest.raises(engines.EngineError, match="make engine"):
-        engines.find()
-    assert archive.whole(bad.folder), "it is kept: another try costs no download"
+@pytest.mark.parametrize(
+    ("system", "cuda", "words"),
+    [
+        ("darwin-arm64", None, "none is pinned for darwin-arm64"),
+        ("linux-x86_64", (12, 8), "linux-x86_64/cuda-12.8 is not pinned in params/engine.yaml"),
+    ],
+)
+def test_a_machine_without_a_pinned_archive_builds_from_source(make_engine, monkeypatch, system, cuda, words):
+    monkeypatch.setattr(archive, "system", lambda: system)
+    monkeypatch.setattr(gpus, "driver_cuda", lambda: cuda)
+    output = make_engine()
+    assert words in output
+    assert output.endswith(f"built {BUILT}\n")
 
 
 @pytest.mark.parametrize(
     ("server", "words"),
     [
+        (SERVER, f"{NAME} is not used: llama.cpp b11194 (release archive) has no llama-quantize"),
         ("#!/bin/sh\nkill -4 $$\n", "built for a CPU with instructions that this one lacks"),
         ("#!/bin/sh\necho \"libc.so.6: version 'GLIBC_2.99' not found\" >&2; exit 1\n", "GLIBC_2.99"),
         ("\x7fELF\x02\x01\x01" + "\0" * 9 + "\x02\0\xb7\0" + "\0" * 44, "program for another processor"),
         ("#!/nowhere/ld.so\n", "the interpreter or loader that it names, does not exist"),
     ],
 )
-def test_an_archive_for_another_machine_is_not_used_and_says_why(place, site, built, capsys, server, words):
-    offered(site, place, packed([("llama-server", server.encode("latin-1"))]))
-    build_engine.main()
-    said = capsys.readouterr().out
-    assert words in said
-    assert said.endswith("built llama.cpp b1 (made up)\n")
-
-
-def test_with_a_gpu_and_nvcc_the_cpu_archive_is_passed_over(place, site, built, monkeypatch, capsys):
-    offered(site, place, packed(GOOD))
-    monkeypatch.setattr(build_engine, "has_cuda", lambda: True)
-    build_engine.main()
-    assert site.asked == []
-    assert "built with CUDA" in capsys.readouterr().out
-
-
-def test_a_trial_of_another_machine_does_not_count(place, site, monkeypatch):
-    one = offered(site, place, packed(GOOD))
-    archive.fetch(one)
+def test_an_archive_that_fails_its_trial_is_not_used_and_says_why(machine, site, make_engine, server, words):
+    pin = offered(site, machine, packed(("llama-server", server.encode("latin-1"))))
+    output = make_engine()
+    assert words in output
+    assert output.endswith(f"built {BUILT}\n")
     assert archive.installed() is None
-    archive.accept(one)
-    assert archive.installed() == one.tools()
+    with pytest.raises(EngineError, match="make engine"):
+        engines.find()
+    assert archive.whole(pin.folder), "it is kept: another try costs no download"
+
+
+def test_with_a_gpu_and_nvcc_the_cpu_archive_is_not_downloaded(machine, site, make_engine, monkeypatch):
+    offered(site, machine, GOOD)
+    monkeypatch.setattr(build_engine, "has_cuda", lambda: True)
+    assert "built with CUDA" in make_engine()
+    assert site.requests == []
+
+
+def test_a_trial_on_another_machine_does_not_count(machine, site, monkeypatch):
+    pin = offered(site, machine, GOOD)
+    archive.fetch(pin)
+    assert archive.installed() is None
+    archive.accept(pin)
+    assert archive.installed() == pin.tools()
     monkeypatch.setattr(archive, "_machine", lambda: {"cpu": "another"})
     assert archive.installed() is None
 
 
 @pytest.mark.engine
-def test_the_real_tools_packed_as_a_release_are_tried_and_used(engine, place, site, monkeypatch, capsys):
-    """As a release is: tools and libraries in one folder, links between them. Of a distribution's build only what lies
-    where its tools do, which find the system's libraries."""
-    monkeypatch.setattr(build_engine, "build", lambda: pytest.fail("built"))
+def test_the_real_tools_packed_as_a_release_are_tried_and_used(engine, machine, site, make_engine):
+    """Tools and libraries in one folder; of a distribution's build, whose tools find the system's, the tools alone."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w:gz", compresslevel=1) as tar:
-        own = {p for p in engine.folder.iterdir() if mapped.OWN.search(p.name)}
-        for p in sorted(own | set(engine.tools.values())):
+        libraries = {p for p in engine.folder.iterdir() if mapped.OWN.search(p.name)}
+        for p in sorted(libraries | set(engine.tools.values())):
             tar.add(p, f"llama-b{BUILD}/{p.name}")
-    one = offered(site, place, out.getvalue())
-    build_engine.main()
+    pin = offered(site, machine, out.getvalue())
+    output = make_engine()
     llama = engines.find()
-    assert (llama.folder, llama.origin, llama.build) == (one.tools(), "release archive", engine.build)
-    assert capsys.readouterr().out.splitlines()[-1] == f"using {llama}"
-    build_engine.main()
-    assert capsys.readouterr().out == f"using {llama}\n"
-    os.truncate(one.tools() / "llama-quantize", 100)
-    build_engine.main()
-    assert capsys.readouterr().out.splitlines()[-1] == f"using {llama}"
-    assert archive.whole(one.folder)
+    assert (llama.folder, llama.origin, llama.build) == (pin.tools(), "release archive", engine.build)
+    assert output.splitlines()[-1] == f"using {llama}"
+    assert make_engine() == f"using {llama}\n"
+    os.truncate(pin.tools() / "llama-quantize", 100)
+    assert make_engine().splitlines()[-1] == f"using {llama}"
+    assert archive.whole(pin.folder)
 
 
 @pytest.mark.engine
-def test_the_trial_refuses_what_starts_and_does_not_compute(engine, tmp_path, monkeypatch):
+def test_the_trial_refuses_tools_that_start_and_do_not_compute(engine, tmp_path):
     import stub_server
 
     stub = stub_server.install(tmp_path / "tools", engine)
-    stub_server.script(stub, logprob=None)
-    with pytest.raises(engines.EngineError, match="not numbers"):
-        trial.run(stub, "cpu")
-    stub_server.script(stub, at="load", how="signal 4")
-    with pytest.raises(engines.EngineError, match="ended with -4"):
-        trial.run(stub, "cpu")
+    for script, words in (({"logprob": None}, "not numbers"), ({"at": "load", "how": "signal 4"}, "ended with -4")):
+        stub_server.script(stub, **script)
+        with pytest.raises(EngineError, match=words):
+            trial.run(stub, "cpu")
     stub_server.script(stub)
     trial.run(stub, "cpu")
 
 
+# make engine, with tools
+@pytest.mark.engine
+def test_tools_that_are_installed_are_named_and_nothing_is_built(engine, monkeypatch, capsys):
+    monkeypatch.setattr(build_engine, "build", lambda: pytest.fail("built"))
+    build_engine.main()
+    assert capsys.readouterr().out == f"using {engine}\n"
+
+
+def test_a_named_folder_without_tools_is_one_line_and_an_exit_code(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOELIB_LLAMA_CPP", str(tmp_path))
+    argv = [sys.executable, str(REPO / "tools/build_engine.py")]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, encoding="utf-8")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"moelib: MOELIB_LLAMA_CPP names {tmp_path}, which holds no llama-server")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def tool(path, script):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(script, encoding="utf-8")
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("rpc_server", "why"),
+    [
+        (None, "has no rpc-server"),
+        ("#!/bin/sh\necho Failed to find RPC backend\nexit 1\n", "Failed to find RPC backend"),
+    ],
+)
+def test_a_named_build_without_rpc_is_refused_with_the_cure(machine, make_engine, monkeypatch, rpc_server, why):
+    """As of a distribution that has RPC in other packages, which were not installed."""
+    tool(machine / "tools/llama-server", SERVER)
+    if rpc_server:
+        tool(machine / "tools/ggml-rpc-server", rpc_server)
+    monkeypatch.setenv("MOELIB_LLAMA_CPP", str(machine / "tools"))
+    cure = "apt-get install llama.cpp-tools-extra libggml0-backend-rpc"
+    with pytest.raises(EngineError, match=f"(?s)nothing can be offloaded to.*{cure}.*{why}"):
+        make_engine()
+
+
+def test_an_installed_package_that_does_not_run_here_is_passed_over(machine, make_engine, monkeypatch):
+    tool(machine / "package/llama-server", "#!/bin/sh\nkill -4 $$\n")
+    monkeypatch.setattr(engines, "_package_folder", lambda: machine / "package")
+    with pytest.raises(EngineError, match=r"make engine.* \(one is installed, but does not run: .*built for a CPU"):
+        engines.find()
+    assert make_engine().splitlines()[-1] == f"built {BUILT}"
+
+
+# the build from source
+def test_without_a_compiler_it_says_what_to_install(machine):
+    with pytest.raises(EngineError, match="apt-get install g"):
+        build_engine.build()
+
+
+def test_a_build_that_fails_shows_the_end_of_its_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(build_engine, "sys", SimpleNamespace(executable="/bin/false"))
+    with pytest.raises(EngineError, match=r"could not be built; .*wheel\.log ends"):
+        build_engine._compile(tmp_path / "wheel")
+    assert not (tmp_path / "wheel").exists()
+
+
+@pytest.mark.parametrize(("free", "jobs"), [(64 << 30, 3), (1 << 30, 2), (0, 1)])
+def test_a_build_starts_no_more_compilers_than_the_machine_can_hold(tmp_path, monkeypatch, free, jobs):
+    """The package says `-j`, which is as many as there are files: 60 compilers of 300 MB each on 2 cores."""
+    tool(tmp_path / "real/gmake", '#!/bin/sh\necho "$#" "$@"\n')
+    monkeypatch.setenv("PATH", f"{tmp_path / 'real'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(build_engine.host, "usable_cpus", lambda: 3)
+    monkeypatch.setattr(build_engine.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    env = {"PATH": build_engine.bounded_make(tmp_path / "shim")}
+    for args, called in ((["-f", "a b", "-j"], f"3 -f a b -j{jobs}"), (["-j7", "all"], "2 -j7 all"), ([], "0")):
+        done = subprocess.run(["gmake", *args], env=env, capture_output=True, text=True, timeout=60, encoding="utf-8")
+        assert done.stdout.strip() == called
+
+
+def test_every_build_has_rpc_and_its_number():
+    assert {"-DGGML_RPC=ON", f"-DLLAMA_BUILD_NUMBER={build_engine.BUILD}"} <= set(build_engine.flags())
+
+
 # the command that pins
-def test_a_release_is_pinned_by_what_comes(place, site, capsys, monkeypatch):
-    data, path = packed(GOOD), place / "home/params/engine.yaml"
-    site.held["/b12000/tools.tar.gz"] = data
+def test_a_release_is_pinned_by_the_files_that_arrive(machine, site, capsys, monkeypatch):
+    path, key = machine / "home/params/engine.yaml", "linux-x86_64/cuda-12.8"
+    site.files["/b12000/tools.tar.gz"] = GOOD
     before = path.read_text(encoding="utf-8")
-    monkeypatch.setattr(sys, "argv", ["x", "linux-x86_64/cuda-12.8", "--build", "12000", "tools.tar.gz"])
+    monkeypatch.setattr(sys, "argv", ["x", key, "--build", "12000", "tools.tar.gz"])
     pin_engine.main()
-    sha256 = hashlib.sha256(data).hexdigest()
-    assert f"tools.tar.gz: {len(data)} bytes, SHA-256 {sha256}" in capsys.readouterr().out
-    pins = archive.read().pins
-    assert pins["linux-x86_64/cuda-12.8"].files == {"tools.tar.gz": archive.File(bytes=len(data), sha256=sha256)}
-    assert (pins["linux-x86_64/cuda-12.8"].build, pins["linux-x86_64/cuda-12.8"].glibc) == (12000, "2.39")
+    sha256 = hashlib.sha256(GOOD).hexdigest()
+    assert f"tools.tar.gz: {len(GOOD)} bytes, SHA-256 {sha256}" in capsys.readouterr().out
+    file = archive.File(bytes=len(GOOD), sha256=sha256)
+    assert archive.read().pins[key] == archive.Pin(build=12000, glibc="2.39", files={"tools.tar.gz": file})
     kept = [line for line in before.splitlines() if line.startswith(("#", "  #")) or "527c09" in line]
     assert set(kept) <= set(path.read_text(encoding="utf-8").splitlines())
 
 
 @pytest.mark.parametrize(
-    ("name", "asset", "held", "words"),
+    ("key", "asset", "data", "words"),
     [
-        ("linux-x86_64/cpu", "x.tar.gz", None, "answers 404"),
-        ("linux-x86_64/cpu", "x.tar.gz", b"<html>", "cannot be unpacked"),
-        ("linux-x86_64/cpu", "x.tar.gz", packed([("x", b"x")]), "no llama-server"),
-        ("linux-x86_64/cpu", "../x.tar.gz", b"", "pattern"),
+        (CPU, "x.tar.gz", None, "answers 404"),
+        (CPU, "x.tar.gz", b"<html>", "cannot be unpacked"),
+        (CPU, "x.tar.gz", packed(("x", b"x")), "no llama-server"),
+        (CPU, "../x.tar.gz", b"", "pattern"),
         ("nonsense", "x.tar.gz", b"", "pattern"),
     ],
 )
-def test_what_cannot_be_pinned_changes_nothing(place, site, name, asset, held, words):
-    path = place / "home/params/engine.yaml"
+def test_a_release_that_cannot_be_pinned_changes_nothing(machine, site, key, asset, data, words):
+    path = machine / "home/params/engine.yaml"
     before = path.read_bytes()
-    if held is not None:
-        site.held[f"/b1/{asset}"] = held
+    if data is not None:
+        site.files[f"/b1/{asset}"] = data
     with pytest.raises(params.UserError, match=words):
-        pin_engine.pin(name, 1, [asset], None)
+        pin_engine.pin(key, 1, [asset], None)
     assert path.read_bytes() == before
-
-
-def test_the_request_says_that_nothing_is_to_be_compressed():
-    with release.client("http://127.0.0.1:1") as c:
-        assert c.headers["accept-encoding"] == "identity"

@@ -1,21 +1,21 @@
-"""A session's look at its device before and after a run, and the measured size of an empty context."""
+"""Devices: their memory before, in and after a run, an empty context, and why no GPU is used."""
 
 import sys
 from pathlib import Path
 
 import pytest
 
-from moelib import cuda, device, doctor, engine, gpus, measure, visible
+from moelib import device, doctor, engine, gpus, measure
 from moelib.device import Cuda, Session
 from moelib.memory import SETTLED_BYTES, Reading
 
 MIB, GIB = 1 << 20, 1 << 30
 
 
-def session(*readings, **change):
+def session(*readings):
     """A session whose device is read from a list; the last reading stays."""
-    left = list(readings)
-    return Session([], lambda pid, t_s: left.pop(0) if len(left) > 1 else left[0], shared=True, **change)
+    ahead = list(readings)
+    return Session([], lambda pid, t_s: ahead.pop(0) if len(ahead) > 1 else ahead[0], shared=True)
 
 
 def idle(nbytes, listed=False):
@@ -29,13 +29,13 @@ def quick(monkeypatch):
     monkeypatch.setattr(device, "SETTLE_S", 0.2)
 
 
-def test_a_shared_device_is_read_several_times_before_and_one_of_its_own_once():
+def test_a_shared_device_is_read_several_times_before_a_run_and_one_of_its_own_once():
     assert len(session(idle(0)).idle()) == device.IDLE_READINGS
     assert len(Session([]).idle()) == 1
 
 
 @pytest.mark.parametrize(
-    ("after", "looks"),
+    ("after", "count"),
     [
         ([idle(GIB)], 1),
         ([idle(GIB + SETTLED_BYTES)], 1),
@@ -45,68 +45,74 @@ def test_a_shared_device_is_read_several_times_before_and_one_of_its_own_once():
         ([idle(None, listed=True), idle(None)], 2),
     ],
 )
-def test_the_end_of_a_run_is_waited_for(after, looks):
-    assert len(session(*after).settled((idle(GIB),), 1, lambda: 0.0)) == looks
+def test_the_memory_is_read_until_it_is_as_before(after, count):
+    assert len(session(*after).settled((idle(GIB),), 1, lambda: 0.0)) == count
 
 
-def test_a_device_that_never_comes_back_is_not_waited_for_without_end():
+def test_a_device_that_never_settles_is_not_waited_for_without_end():
     readings = session(idle(9 * GIB)).settled((idle(GIB),), 1, lambda: 0.0)
     assert readings[-1].device_bytes == 9 * GIB
 
 
-def says(*lines):
-    """A process that says these lines and stays."""
-    return [sys.executable, "-c", f"import time\nfor line in {lines}: print(line, flush=True)\ntime.sleep(60)"]
+class Memory:
+    """A GPU whose memory is read from a list: before, and with an empty context."""
 
-
-class Card:
-    """Memory before and with the context of an empty program."""
+    shared = False
 
     def __init__(self, *readings):
-        self.left = list(readings)
+        self.readings = list(readings)
 
     def read(self, ours, t_s):
-        return self.left.pop(0)
+        return self.readings.pop(0)
+
+
+def calibrated(monkeypatch, folder, with_context, *lines):
+    """The device after its calibration by a process that prints `lines` and stays as long as it is read."""
+    code = f"import time\nfor line in {lines}: print(line, flush=True)\ntime.sleep(60 if len({lines}) > 1 else 0)"
+    monkeypatch.setattr(gpus, "HOLD", [sys.executable, "-c", code])
+    card = Cuda.__new__(Cuda)
+    card.gpu, card.uuid = Memory(Reading(0.0, None, 1000 * MIB), with_context), "GPU-1"
+    card.calibrate(folder)
+    return card
 
 
 @pytest.mark.parametrize(
     ("with_context", "context"),
     [
-        (Reading(0.0, 500 * MIB, 1600 * MIB), 500 * MIB),  # the list is ours, what grew may be another's
+        (Reading(0.0, 500 * MIB, 1600 * MIB), 500 * MIB),  # the list counts this process, growth may include others
         (Reading(0.0, None, 1600 * MIB), 600 * MIB),
-        (Reading(0.0, None, 1000 * MIB), None),
-        (Reading(0.0, None, 900 * MIB), None),  # another went, and what is less than nothing is no context
+        (Reading(0.0, None, 900 * MIB), None),  # another process ended
         (Reading(0.0, None, 1063 * MIB), None),
         (Reading(0.0, None, 1064 * MIB), 64 * MIB),
         (Reading(0.0, None, None), None),
     ],
 )
 def test_an_empty_context_is_measured(tmp_path, monkeypatch, with_context, context):
-    monkeypatch.setattr(cuda, "HOLD", says("device 0 0 GPU-1 shared 0", "context 0 0"))
-    card = Cuda.__new__(Cuda)
-    card.gpu, card.uuid = Card(Reading(0.0, None, 1000 * MIB), with_context), "GPU-1"
-    card.calibrate(tmp_path)
+    card = calibrated(monkeypatch, tmp_path, with_context, "device 0 0 GPU-1 shared 0", "context 0 0")
     assert card.context_bytes == context
 
 
-def test_where_no_context_can_be_made_its_size_is_not_known(tmp_path, monkeypatch):
-    monkeypatch.setattr(cuda, "HOLD", [sys.executable, "-c", "print('context', 100, 0)"])  # cuInit found no device
-    card = Cuda.__new__(Cuda)
-    card.gpu, card.uuid = Card(Reading(0.0, None, 1000)), "GPU-1"
-    card.calibrate(tmp_path)
-    assert card.context_bytes is None
+def test_the_size_of_a_context_that_cannot_be_made_is_unknown(tmp_path, monkeypatch):
+    assert calibrated(monkeypatch, tmp_path, None, "context 100 0").context_bytes is None  # cuInit found no device
+
+
+@pytest.mark.parametrize(("line", "shared"), [("shared 1", True), ("shared 0", False), ("shared -1", False)])
+def test_a_device_whose_memory_is_the_hosts_is_recognised(tmp_path, monkeypatch, line, shared):
+    reading = Reading(0.0, 500 * MIB, None)
+    card = calibrated(monkeypatch, tmp_path, reading, f"device 0 0 GPU-1 {line}", "context 0 0")
+    assert card.gpu.shared is shared
 
 
 class Listing:
-    """A GPU that lists processes, and a system that knows their parents."""
+    """A GPU that lists `processes`, and a host that knows the `children` of each; `searches` counts its searches."""
 
     def __init__(self, monkeypatch):
-        self.processes, self.tree, self.looks = {}, {}, 0
-        monkeypatch.setattr(device.host, "tree", self.look)
+        self.processes, self.children, self.searches = {}, {}, 0
+        monkeypatch.setattr(device.host, "tree", self.tree)
 
-    def look(self, pid):
-        self.looks += 1
-        return {pid, *self.tree.get(pid, ())}
+    def tree(self, pid):
+        self.searches += 1
+        return {pid, *self.children.get(pid, ())}
 
     def read(self, ours, t_s):
         mine = [n for pid, n in self.processes.items() if pid in ours]
@@ -114,65 +120,22 @@ class Listing:
         return Reading(t_s, sum(mine) or None, sum(self.processes.values()), bool(mine), others)
 
 
-def test_all_processes_are_gone_through_only_when_somebody_came(monkeypatch):
+def test_a_runs_processes_are_searched_only_when_an_unknown_one_is_listed(monkeypatch):
+    """The server is 50, a desktop 7, the server's child 51, another process 99."""
     gpu = Listing(monkeypatch)
     family = device.Family(gpu)
-    gpu.processes = {7: 100}  # a desktop, before the run
-    assert family.read(None, 0.0).others == ((7, 100),)
-    assert gpu.looks == 0
-    assert family.read(50, 0.1).process_bytes is None
-    gpu.processes |= {50: 1000}
-    for t in (0.2, 0.3, 60.0):
-        assert family.read(50, t).process_bytes == 1000
-    assert gpu.looks == 0
-    gpu.tree, gpu.processes = {50: [51]}, gpu.processes | {51: 10}  # the server's child
-    for t in (60.1, 60.2):
-        reading = family.read(50, t)
-        assert (reading.process_bytes, reading.others) == (1010, ((7, 100),))
-    assert gpu.looks == 1
-    gpu.processes |= {99: 5}  # a stranger
-    for t in (60.3, 60.4):
-        reading = family.read(50, t)
-        assert (reading.process_bytes, reading.others) == (1010, ((7, 100), (99, 5)))
-    assert gpu.looks == 2
-    gpu.processes = {7: 100}  # it ended
-    assert not family.read(50, 60.5).listed
-
-
-def test_a_stranger_of_before_stays_one(monkeypatch):
-    gpu = Listing(monkeypatch)
-    family = device.Family(gpu)
-    gpu.processes = {50: 1000}
-    family.read(None, 0.0)
-    assert family.read(60, 0.1).others == ((50, 1000),)
-
-
-@pytest.mark.parametrize(("line", "shared"), [("shared 1", True), ("shared 0", False), ("shared -1", False)])
-def test_a_device_whose_memory_is_the_hosts_is_known_by_its_driver(tmp_path, monkeypatch, line, shared):
-    monkeypatch.setattr(cuda, "HOLD", says(f"device 0 0 GPU-1 {line}", "context 0 0"))
-    card = Cuda.__new__(Cuda)
-    card.gpu, card.uuid = Card(Reading(0.0, None, 0), Reading(0.0, 500 * MIB, None)), "GPU-1"
-    card.calibrate(tmp_path)
-    assert card.gpu.shared is shared
-
-
-@pytest.mark.parametrize(
-    ("line", "first_uuid"),
-    [
-        ("device 0 0 GPU-263da6ff-9608-67cf-9bce-a8c85c7c1cd0 shared 0", "GPU-263da6ff-9608-67cf-9bce-a8c85c7c1cd0"),
-        ("device 100 101 GPU-00000000-0000-0000-0000-000000000000 shared -1", None),
-        ("", None),
-    ],
-)
-def test_cuda_is_asked_which_device_it_counts_first(monkeypatch, line, first_uuid):
-    monkeypatch.setattr(cuda, "FIRST", [sys.executable, "-c", f"print({line!r})"])
-    assert cuda.first_id() == first_uuid
-
-
-def test_where_there_is_no_cuda_it_says_nothing():
-    """The script itself, on a machine without libcuda or without a GPU; with one, it names one."""
-    first_uuid = cuda.first_id()
-    assert first_uuid is None or first_uuid.startswith("GPU-")
+    for listed, server, process_bytes, others, searches in (
+        ({7: 100}, None, None, ((7, 100),), 0),  # before the run
+        ({7: 100}, 50, None, ((7, 100),), 0),
+        ({7: 100, 50: 1000}, 50, 1000, ((7, 100),), 0),
+        ({7: 100, 50: 1000, 51: 10}, 50, 1010, ((7, 100),), 1),
+        ({7: 100, 50: 1000, 51: 10, 99: 5}, 50, 1010, ((7, 100), (99, 5)), 2),
+        ({7: 100}, 50, None, ((7, 100),), 2),
+    ):
+        gpu.processes, gpu.children = listed, {50: [51]}
+        for _ in range(2):
+            reading = family.read(server, 0.0)
+            assert (reading.process_bytes, reading.others, gpu.searches) == (process_bytes, others, searches)
 
 
 NO_DRIVER = device.NoDriver(
@@ -204,23 +167,23 @@ class Nvidia:
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A machine: what its driver answers, and the files by which its GPUs are known."""
+    """Makes a machine: the GPU or the error of its driver, and the files by which its GPUs are known."""
     monkeypatch.setattr(gpus, "ROOT", tmp_path)
     monkeypatch.setattr(gpus.sys, "platform", "linux")
 
-    def has(cuda_answers, *files):
-        def answer():
-            if isinstance(cuda_answers, Exception):
-                raise cuda_answers
-            return cuda_answers
+    def make(cuda, *files):
+        def open_gpu():
+            if isinstance(cuda, Exception):
+                raise cuda
+            return cuda
 
-        monkeypatch.setattr(device, "Cuda", answer)
+        monkeypatch.setattr(device, "Cuda", open_gpu)
         for name, text in files:
             path = tmp_path / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text + "\n", encoding="utf-8")
 
-    return has
+    return make
 
 
 def pci(vendor, address="0000:01:00.0", kind="0x030000", **more):
@@ -228,117 +191,87 @@ def pci(vendor, address="0000:01:00.0", kind="0x030000", **more):
 
 
 LOOPBACK = "measures on loopback, in a second process on this machine's CPU, because "
+NO_CUDA = (
+    "llama.cpp b1 (PATH) has no CUDA device for the H100; take a build with CUDA: `make engine` where nvcc is, or "
+    "MOELIB_LLAMA_CPP, or name `device: loopback`"
+)
+OTHER = "moelib measures NVIDIA GPUs alone, and "
+SILENT = "the driver of the NVIDIA GPU ({}) does not answer: " + str(NO_DRIVER)
+DRM = [("sys/class/drm/card0/device/vendor", "0x1002"), ("sys/class/drm/card0/device/class", "0x030000")]
+OWN = gpus.INTEL_INTEGRATED
 MACHINES = {
     "no GPU": (NO_DRIVER, [], Build(), "there is no GPU here", None),
-    "a server's and a virtual machine's display": (
+    "display of a server and of a virtual machine": (
         NO_DRIVER,
         [*pci("0x1a03"), *pci("0x1af4", "0000:00:03.0")],
         Build(),
         "there is no GPU here",
         None,
     ),
-    "an engine without CUDA": (
-        Nvidia(),
-        [],
-        Build(),
-        "llama.cpp b1 (PATH) has no CUDA device for the H100; take a build with CUDA: `make engine` where nvcc is, or "
-        "MOELIB_LLAMA_CPP, or name `device: loopback`",
-        "GPU",
-    ),
-    "a GPU that the engine has by Vulkan alone": (
-        Nvidia(),
-        [],
-        Build("Vulkan0"),
-        "llama.cpp b1 (PATH) has no CUDA device for the H100; take a build with CUDA: `make engine` where nvcc is, or "
-        "MOELIB_LLAMA_CPP, or name `device: loopback`",
-        "GPU",
-    ),
-    "a GPU without its driver": (
+    "engine without CUDA": (Nvidia(), [], Build("Vulkan0"), NO_CUDA, "GPU"),
+    "GPU without its driver": (
         NO_DRIVER,
         pci("0x10de", kind="0x030200"),
         Build(),
-        f"the driver of the NVIDIA GPU (PCI 0000:01:00.0) does not answer: {NO_DRIVER}",
+        SILENT.format("PCI 0000:01:00.0"),
         "GPU",
     ),
-    "a driver that does not answer": (
+    "driver that does not answer": (
         NO_DRIVER,
         [("proc/driver/nvidia", "")],
         Build(),
-        f"the driver of the NVIDIA GPU (/proc/driver/nvidia) does not answer: {NO_DRIVER}",
+        SILENT.format("/proc/driver/nvidia"),
         "GPU",
     ),
-    "a device file in a container without the library": (
-        NO_DRIVER,
-        [("dev/nvidia0", "")],
-        Build(),
-        f"the driver of the NVIDIA GPU (/dev/nvidia0) does not answer: {NO_DRIVER}",
-        "GPU",
-    ),
-    "a GPU that is hidden": (HIDDEN, [], Build("CUDA0"), str(HIDDEN), "GPU"),
-    "a GPU of AMD": (
+    "container without the library": (NO_DRIVER, [("dev/nvidia0", "")], Build(), SILENT.format("/dev/nvidia0"), "GPU"),
+    "hidden GPU": (HIDDEN, [], Build("CUDA0"), str(HIDDEN), "GPU"),
+    "AMD": (
         NO_DRIVER,
         pci("0x1002", mem_info_vram_total=str(24 << 30)),
         Build(),
-        "moelib measures NVIDIA GPUs alone, and here is AMD GPU (PCI 0000:01:00.0)",
+        f"{OTHER}here is AMD GPU (PCI 0000:01:00.0)",
         "other GPU",
     ),
-    "a GPU of AMD that the engine lists": (
+    "AMD, listed by the engine": (
         NO_DRIVER,
         pci("0x1002"),
         Build("ROCm0"),
-        "moelib measures NVIDIA GPUs alone, and the engine lists ROCm0: a ROCm0 device",
+        f"{OTHER}the engine lists ROCm0: a ROCm0 device",
         "other GPU",
     ),
-    "a GPU of Apple": (
+    "Apple": (NO_DRIVER, [], Build("MTL0", "BLAS"), f"{OTHER}the engine lists MTL0: a MTL0 device", "other GPU"),
+    "Intel, beside an integrated GPU": (
         NO_DRIVER,
-        [],
-        Build("MTL0", "BLAS"),
-        "moelib measures NVIDIA GPUs alone, and the engine lists MTL0: a MTL0 device",
-        "other GPU",
-    ),
-    "a GPU of Intel beside the CPU's": (
-        NO_DRIVER,
-        [*pci("0x8086", gpus.INTEL_INTEGRATED), *pci("0x8086", "0000:03:00.0", "0x038000")],
+        [*pci("0x8086", OWN), *pci("0x8086", "0000:03:00.0", "0x038000")],
         Build(),
-        "moelib measures NVIDIA GPUs alone, and here is Intel GPU (PCI 0000:00:02.0), Intel GPU (PCI 0000:03:00.0)",
+        f"{OTHER}here is Intel GPU (PCI {OWN}), Intel GPU (PCI 0000:03:00.0)",
         "other GPU",
     ),
-    "the CPU's own GPU alone": (
-        NO_DRIVER,
-        pci("0x8086", gpus.INTEL_INTEGRATED),
-        Build(),
-        "moelib measures NVIDIA GPUs alone, and here is Intel GPU (PCI 0000:00:02.0)",
-        None,
-    ),
-    "AMD's own GPU alone": (
+    "integrated Intel": (NO_DRIVER, pci("0x8086", OWN), Build(), f"{OTHER}here is Intel GPU (PCI {OWN})", None),
+    "integrated AMD": (
         NO_DRIVER,
         pci("0x1002", mem_info_vram_total=str(512 << 20)),
         Build(),
-        "moelib measures NVIDIA GPUs alone, and here is AMD GPU (PCI 0000:01:00.0)",
+        f"{OTHER}here is AMD GPU (PCI 0000:01:00.0)",
         None,
     ),
-    "a GPU that no PCI bus shows": (
-        NO_DRIVER,
-        [("sys/class/drm/card0/device/vendor", "0x1002"), ("sys/class/drm/card0/device/class", "0x030000")],
-        Build(),
-        "moelib measures NVIDIA GPUs alone, and here is AMD GPU (PCI device)",
-        "other GPU",
-    ),
+    "GPU that no PCI bus shows": (NO_DRIVER, DRM, Build(), f"{OTHER}here is AMD GPU (PCI device)", "other GPU"),
 }
+"""Name -> the driver's answer, the system's files, the engine, the reason in the note, the item that doctor cures."""
 
 
 @pytest.mark.parametrize("name", MACHINES)
 def test_a_gpu_is_never_passed_over_in_silence(machine, name):
-    answers, files, build, because, faulty = MACHINES[name]
-    machine(answers, *files)
+    cuda, files, build, because, faulty = MACHINES[name]
+    machine(cuda, *files)
     where = device.choose("auto", build)
     assert (where.kind, where.note) == ("loopback", LOOPBACK + because)
     rows = list(doctor._gpus(build))
-    assert [what for what, _, mend in rows if mend] == ([faulty] if faulty else [])
-    assert all(mend is None or "\n" not in mend for _, _, mend in rows)
+    assert [item for item, _, cure in rows if cure] == ([faulty] if faulty else [])
+    assert all(cure is None or "\n" not in cure for _, _, cure in rows)
 
 
-def test_a_gpu_that_is_used_needs_no_note_and_no_cure(machine):
+def test_a_gpu_that_is_used_has_no_note_and_no_cure(machine):
     machine(Nvidia(), *pci("0x10de"), *pci("0x1002", "0000:02:00.0"))
     assert device.choose("auto", Build("CUDA0", "CUDA1")).kind == "cuda"
     rows = list(doctor._gpus(Build("CUDA0")))
@@ -362,7 +295,7 @@ def test_without_rpc_the_note_says_that_nothing_is_offloaded(machine):
     assert where.note == "measures on the CPU alone, with nothing to offload from, because there is no GPU here"
 
 
-def test_the_study_says_it_on_its_first_line(monkeypatch, machine):
+def test_the_note_is_that_of_a_study_on_auto_with_an_engine(monkeypatch, machine):
     machine(NO_DRIVER)
     monkeypatch.setattr(measure.engine, "find", Build)
 
@@ -378,21 +311,9 @@ def test_the_study_says_it_on_its_first_line(monkeypatch, machine):
     assert measure.device_note(Auto) is None
 
 
-@pytest.mark.parametrize(
-    ("listed", "others"),
-    [
-        ({"CUDA0": "H100", "RPC0[127.0.0.1:5]": "r", "BLAS": "OpenBLAS", "CPU": "c"}, set()),
-        ({"Vulkan0": "llvmpipe (LLVM 15)"}, set()),
-        ({"ROCm0": "gfx1100", "Vulkan0": "RADV", "SYCL0": "Arc", "MTL0": "M2", "CANN0": "910"}, None),
-    ],
-)
-def test_devices_of_other_kinds_are_told_from_cuda_rpc_and_the_cpu(listed, others):
-    assert gpus.others(listed).keys() == (listed.keys() if others is None else others)
-
-
 @pytest.mark.parametrize("text", ["", "-1", "nope"])
-def test_a_variable_that_names_nothing_is_said_with_the_cure(monkeypatch, text):
-    monkeypatch.setenv(visible.VARIABLE, text)
+def test_a_variable_that_names_no_gpu_is_not_a_missing_driver(monkeypatch, text):
+    monkeypatch.setenv(gpus.VARIABLE, text)
     monkeypatch.setattr(device, "Gpu", Fails(text))
     with pytest.raises(device.DeviceError, match="no NVIDIA GPU can be used: CUDA_VISIBLE_DEVICES=") as caught:
         Cuda()
@@ -402,17 +323,17 @@ def test_a_variable_that_names_nothing_is_said_with_the_cure(monkeypatch, text):
 class Fails:
     """A driver with one card."""
 
-    errors = (visible.NotVisible,)
+    errors = (gpus.NotVisible,)
 
     def __init__(self, expected):
         self.expected = expected
 
     def __call__(self, which, ask):
         assert which == self.expected
-        visible.first(which, [visible.Card("GPU-1", "H100")], None, ask)
+        gpus.first_visible(which, [gpus.Card("GPU-1", "H100")], None, ask)
 
 
 def test_threads_are_counted_when_a_device_is_made(monkeypatch):
     """And not when the library is imported."""
-    monkeypatch.setattr(device.process, "usable_cpus", lambda: 7)
+    monkeypatch.setattr(device.host, "usable_cpus", lambda: 7)
     assert device.NoDevice().threads == 7

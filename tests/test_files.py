@@ -1,5 +1,6 @@
+"""Digests, atomic writes, locks and disk space."""
+
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -24,21 +25,18 @@ JSON = st.recursive(
 
 
 @given(JSON)
-def test_a_digest_survives_a_trip_through_a_file_and_key_order(data):
+def test_a_digest_depends_neither_on_a_file_nor_on_the_order_of_keys(data):
     again = json.loads(json.dumps(data))
     if isinstance(again, dict):
         again = dict(reversed(again.items()))
     assert files.digest(again) == files.digest(data)
 
 
-def test_a_digest_refuses_nan():
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        files.digest({"x": float("nan")})
-
-
-def test_a_known_digest():
+def test_a_known_digest_and_none_of_nan():
     # printf '{"a":1}' | sha256sum
     assert files.digest({"a": 1}) == "015abd7f5cc57a2dd94b7590f04ad8084273905ee33ec5cebeae62276a97f862"
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        files.digest({"x": float("nan")})
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path):
@@ -51,7 +49,15 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
     assert os.listdir(tmp_path) == ["x"]
 
 
-def test_partials_of_the_dead_are_swept_and_those_of_the_living_kept(tmp_path):
+def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    path, replaced = tmp_path / "x", []
+    path.write_bytes(b"old")
+    monkeypatch.setattr(files.os, "replace", lambda new, old: replaced.append((new.read_bytes(), old.read_bytes())))
+    files.write_bytes(path, b"new")
+    assert replaced == [(b"new", b"old")]
+
+
+def test_partial_files_of_ended_processes_are_removed_and_those_of_running_ones_kept(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     (tmp_path / f".x.{dead.pid}.partial").touch()
@@ -79,69 +85,71 @@ def test_kill_at_any_moment_leaves_a_whole_file(tmp_path):
         assert len(json.loads(path.read_text(encoding="utf-8"))["fill"]) == 200000
 
 
-def _hold(path, ready, go):
-    with files.lock(path, "it"):
-        ready.set()
-        go.wait(30)
+def refusal(path, wait_s=0.0):
+    """The message to one who wants the lock; None if it is free."""
+    try:
+        with files.lock(path, "it", wait_s):
+            return None
+    except files.FileError as err:
+        return str(err)
 
 
-def test_a_lock_is_held_by_one_and_freed_by_death(tmp_path):
-    path, context = tmp_path / "lock", multiprocessing.get_context("spawn")
-    ready, go = context.Event(), context.Event()
-    owner = context.Process(target=_hold, args=(path, ready, go))
-    owner.start()
-    assert ready.wait(30)
-    with pytest.raises(files.FileError, match=f"it is in use by process {owner.pid}"), files.lock(path, "it", 0.2):
-        pass
-    owner.kill()
-    owner.join()
+HOLD = """
+import sys, time; from pathlib import Path; from moelib import files
+with files.lock(Path(sys.argv[1]), "it"):
+    print(flush=True); time.sleep(60)
+"""
+
+
+def test_a_lock_is_held_by_one_process_and_freed_by_its_death(tmp_path):
+    path = tmp_path / "lock"
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE) as owner:
+        owner.stdout.readline()
+        message = refusal(path, 0.2)
+        owner.kill()
+    assert message == f"it is in use by process {owner.pid}; wait for it to end, then run again"
     with files.lock(path, "it", wait_s=5):
         assert path.read_text(encoding="utf-8") == f"process {os.getpid()}"
 
 
-def test_a_planted_link_is_not_followed_and_its_target_kept(tmp_path):
-    victim, path = tmp_path / "victim", tmp_path / "lock"
-    victim.write_text("years of work", encoding="utf-8")
-    path.symlink_to(victim)
-    with pytest.raises(files.FileError, match="it is a symbolic link; remove it"), files.lock(path, "it", 0):
-        pass
-    path.unlink()
-    os.link(victim, path)
-    with pytest.raises(files.FileError, match="moelib did not write it"), files.lock(path, "it", 0):
-        pass
-    assert victim.read_text(encoding="utf-8") == "years of work"
-
-
-def test_what_is_no_lock_of_ours_is_not_written_to(tmp_path):
-    path = tmp_path / "poetry.lock"
-    path.write_text("[[package]]", encoding="utf-8")
-    with pytest.raises(files.FileError, match="did not write it; move it elsewhere"), files.lock(path, "it", 0):
-        pass
-    assert path.read_text(encoding="utf-8") == "[[package]]"
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(files.FileError, match="moelib did not write it"), files.lock(tmp_path / "pipe", "it", 0):
-        pass
-    with pytest.raises(files.FileError, match="cannot be used: Is a directory"), files.lock(tmp_path, "it", 0):
-        pass
-
-
-def test_a_lock_is_readable_by_its_owner_alone_and_outlives_no_child(tmp_path):
+def test_a_lock_is_readable_by_its_owner_alone_and_not_inherited(tmp_path):
     path = tmp_path / "lock"
+    argv = [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)"]
     with files.lock(path, "it"):
         assert path.stat().st_mode & 0o777 == 0o600
-        child = subprocess.Popen([sys.executable, "-c", "import time; print(flush=True); time.sleep(60)"], stdout=-1)
+        # a child that inherits what may be inherited
+        child = subprocess.Popen(argv, stdout=subprocess.PIPE, close_fds=False)
         child.stdout.readline()
-    with files.lock(path, "it", wait_s=0):  # the child did not inherit it
-        child.kill()
-    child.wait()
-    child.stdout.close()
+    free = refusal(path) is None
+    child.kill()
+    child.communicate()
+    assert free
+
+
+@pytest.mark.parametrize(
+    ("plant", "words"),
+    [
+        (lambda path, other: path.symlink_to(other), "it is a symbolic link; remove it"),
+        (lambda path, other: path.hardlink_to(other), "moelib did not write it; move it elsewhere"),
+        (lambda path, other: path.write_text("[[package]]", encoding="utf-8"), "moelib did not write it"),
+        (lambda path, other: os.mkfifo(path), "moelib did not write it"),
+        (lambda path, other: path.mkdir(), "cannot be used: Is a directory"),
+    ],
+    ids=["link", "second name", "file", "pipe", "folder"],
+)
+def test_a_planted_lock_is_refused_and_nothing_is_written_to_it(tmp_path, plant, words):
+    other, path = tmp_path / "other", tmp_path / "lock"
+    other.write_text("years of work", encoding="utf-8")
+    plant(path, other)
+    before = path.stat()
+    assert words in refusal(path)
+    assert other.read_text(encoding="utf-8") == "years of work"
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
 
 
 def test_a_system_without_locks_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "fcntl", None)
-    with pytest.raises(files.FileError, match="Linux and macOS; on Windows, run it under WSL2"):
-        with files.lock(tmp_path / "lock", "it"):
-            pass
+    assert "Linux and macOS; on Windows, run it under WSL2" in refusal(tmp_path / "lock")
     assert not list(tmp_path.iterdir())
 
 

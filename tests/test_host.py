@@ -1,4 +1,4 @@
-"""What is known of the host, and that what is not known is not 0."""
+"""The host's identity, facts and use; a value that cannot be read is never 0."""
 
 import os
 import re
@@ -16,10 +16,10 @@ BOOT, MACHINE = "/proc/sys/kernel/random/boot_id", "/etc/machine-id"
 
 @pytest.fixture
 def system(monkeypatch):
-    """Files of the system that say what a test wants."""
+    """Ids by the file that holds them."""
     files = {}
     monkeypatch.setattr(host.sys, "platform", "linux")
-    monkeypatch.setattr(host, "_first_line", files.get)
+    monkeypatch.setattr(host, "_system_id", files.get)
     return files
 
 
@@ -35,37 +35,25 @@ def test_an_identity_tells_equal_hosts_from_different_ones_and_nothing_else(syst
     assert len({here, clone, host.identity()}) == 3
 
 
-@pytest.mark.parametrize("known", [{BOOT: "b"}, {MACHINE: "m"}])
-def test_one_of_the_two_ids_is_enough(system, known):
-    system |= known
-    assert re.fullmatch("[0-9a-f]{16}", host.identity())
-
-
-def test_the_two_ids_cannot_stand_for_one_another(system):
-    system[BOOT] = "a"
-    first = host.identity()
-    system |= {BOOT: "", MACHINE: "a"}
-    assert host.identity() != first
-
-
-def test_where_nothing_is_told_there_is_no_identity(system):
+def test_one_of_the_two_ids_is_enough_and_they_cannot_stand_for_one_another(system):
     assert host.identity() is None
-    assert host.UNIDENTIFIED
+    system[BOOT] = "a"
+    by_boot = host.identity()
+    system |= {BOOT: None, MACHINE: "a"}
+    by_machine = host.identity()
+    assert re.fullmatch("[0-9a-f]{16} [0-9a-f]{16}", f"{by_boot} {by_machine}")
+    assert by_boot != by_machine
 
 
-@pytest.mark.parametrize(("text", "read"), [("x\n", "x"), ("\n", None), ("uninitialized\n", None), (None, None)])
-def test_an_id_that_is_not_set_yet_is_none(tmp_path, text, read):
+@pytest.mark.parametrize(("text", "value"), [("x\n", "x"), ("\n", None), ("uninitialized\n", None), (None, None)])
+def test_an_id_that_is_not_set_yet_is_none(tmp_path, text, value):
     path = tmp_path / "id"
     if text is not None:
         path.write_text(text, encoding="utf-8")
-    assert host._first_line(str(path)) == read
+    assert host._system_id(str(path)) == value
 
 
-def test_this_host_is_the_same_as_itself():
-    assert host.identity() == host.identity()
-
-
-def test_the_hosts_use_counts_what_was_there():
+def test_the_hosts_use_has_its_cpus_and_this_processs_time():
     use = host.Watch().stop(os.getpid(), None)
     assert 0 <= use.elapsed_s < 60
     assert use.cpus == psutil.cpu_count()
@@ -87,32 +75,49 @@ def test_a_time_that_cannot_be_read_fails_the_run_and_is_not_0(monkeypatch):
         host.Watch()
 
 
-FAMILY = """
-import subprocess, sys, threading, time
-start = lambda *argv: subprocess.Popen([sys.executable, "-c", *argv], stdout=subprocess.PIPE)
-nested = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
-children = []
-thread = threading.Thread(target=lambda: (children.append(start(nested)), time.sleep(60)), daemon=True)
-thread.start()
-while not children:
-    time.sleep(0.01)
-print(children[0].pid, int(children[0].stdout.readline()), flush=True)
-time.sleep(60)
-"""
-
-
-@pytest.mark.parametrize("listed", [True, False])
-def test_a_tree_has_the_children_of_every_thread_and_theirs(monkeypatch, listed):
-    """By the system's own list of a thread's children, and without it by looking through all processes."""
-    if not listed:
-        monkeypatch.setattr(host.os, "getpid", lambda: 0)  # of which there is no list
-    with subprocess.Popen([sys.executable, "-c", FAMILY], stdout=subprocess.PIPE) as parent:
+def test_a_tree_has_the_children_of_a_process_and_theirs():
+    code = (
+        "import subprocess, sys\n"
+        "argv = [sys.executable, '-c', 'import subprocess; subprocess.Popen([\"sleep\", \"60\"]).wait()']\n"
+        "child = subprocess.Popen(argv)\n"
+        "while not (grandchild := open(f'/proc/{child.pid}/task/{child.pid}/children').read()): pass\n"
+        "print(child.pid, grandchild, flush=True); child.wait()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as parent:
+        descendants = set(map(int, parent.stdout.readline().split()))
         try:
-            below = set(map(int, parent.stdout.readline().split()))
-            assert host.tree(parent.pid) == {parent.pid, *below}
-            assert len(below) == 2
+            assert len(descendants) == 2
+            assert host.tree(parent.pid) == {parent.pid, *descendants}
         finally:
-            for pid in (*host.tree(parent.pid) - {parent.pid}, parent.pid):
+            for pid in (*descendants, parent.pid):
                 os.kill(pid, signal.SIGKILL)
     assert host.tree(parent.pid) == {parent.pid}
-    assert host.tree(None) == set()
+
+
+def test_a_clone_is_dirty_by_what_measures_and_not_by_what_was_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOELIB_HOME", str(tmp_path))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+
+    def facts():
+        result = host.facts.__wrapped__()
+        return result["commit"], result["dirty"]
+
+    def git(*args):
+        who = ["-c", "user.name=n", "-c", "user.email=e"]
+        return subprocess.check_output(["git", *who, *args], cwd=tmp_path, text=True, encoding="utf-8")
+
+    assert facts() == (None, None)
+    for name in ("params/a", "outputs/b", "docs/c"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("as committed", encoding="utf-8")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "all")
+    commit = git("rev-parse", "HEAD").strip()
+    assert facts() == (commit, False)
+    (tmp_path / "new").write_text("not tracked", encoding="utf-8")
+    (tmp_path / "outputs/b").write_text("a product made again", encoding="utf-8")
+    (tmp_path / "docs/c").unlink()
+    assert facts() == (commit, False)
+    (tmp_path / "params/a").write_text("changed", encoding="utf-8")
+    assert facts() == (commit, True)

@@ -1,4 +1,4 @@
-"""What a process has mapped, told by the system: an engine is all of its files, and one that is exchanged is seen."""
+"""The files that a process has mapped: an engine is all of them, and an exchanged one is noticed."""
 
 import contextlib
 import hashlib
@@ -30,7 +30,7 @@ sys.stdin.read()
 
 @pytest.fixture
 def library(tmp_path):
-    """A small shared library of one's own: a copy of one that Python came with."""
+    """A small shared library: a copy of one of Python's."""
     import _ctypes
 
     path = tmp_path / "build/libggml-test.so"
@@ -59,7 +59,7 @@ def sha256(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def test_programs_and_libraries_are_found_and_data_is_not(library):
+def test_programs_and_libraries_are_listed_and_data_is_not(library):
     with holding(library) as (pid, since):
         mappings = {m.path: m for m in mapped.look(pid, since)}
         program = Path(os.readlink(f"/proc/{pid}/exe"))
@@ -73,7 +73,7 @@ def test_programs_and_libraries_are_found_and_data_is_not(library):
     assert hashes[libc.name] == sha256(libc)
 
 
-def test_what_lies_beside_the_tools_is_the_engines_whatever_its_name(library):
+def test_a_library_beside_the_tools_is_the_engines_whatever_its_name(library):
     other = library.with_name("libcudart.so.12")
     shutil.copy(library, other)
     time.sleep(0.02)
@@ -94,7 +94,7 @@ def write(path):
 
 
 @pytest.mark.parametrize("harm", [exchange, write, Path.unlink])
-def test_a_file_that_is_exchanged_written_to_or_removed_is_told(library, harm):
+def test_a_file_that_is_exchanged_written_to_or_removed_fails_the_run(library, harm):
     with holding(library) as (pid, since):
         mapped.look(pid, since)
         harm(library)
@@ -103,13 +103,13 @@ def test_a_file_that_is_exchanged_written_to_or_removed_is_told(library, harm):
     assert caught.value.reason == "engine-changed"
 
 
-def test_data_that_is_removed_is_nobodys_fault(library):
+def test_data_may_be_removed(library):
     with holding(library) as (pid, since):
         (library.parent / "model.gguf").unlink()
         assert library in {m.path for m in mapped.look(pid, since)}
 
 
-def test_a_file_that_changes_between_the_look_and_the_hash_is_told(library):
+def test_a_file_that_changes_before_it_is_hashed_fails_the_run(library):
     with holding(library) as (pid, since):
         mappings = mapped.look(pid, since)
         exchange(library)
@@ -118,8 +118,8 @@ def test_a_file_that_changes_between_the_look_and_the_hash_is_told(library):
     assert caught.value.reason == "engine-changed"
 
 
-def test_another_device_in_the_map_is_no_change_if_the_file_is_the_same(library, monkeypatch):
-    """As on overlays and btrfs: only a map of one's own tells which file it is."""
+def test_another_device_number_in_the_map_is_no_change(library, monkeypatch):
+    """As on overlays and btrfs: this process's own map is what the file is compared with."""
     real = mapped._maps
 
     def shifted(pid):
@@ -131,6 +131,19 @@ def test_another_device_in_the_map_is_no_change_if_the_file_is_the_same(library,
         exchange(library)
         with pytest.raises(ProcessError):
             mapped.look(pid, since)
+
+
+def test_a_path_that_is_another_file_in_this_process_fails_the_run(library, monkeypatch):
+    """As of a server in a sandbox with mounts of its own."""
+    real = mapped._maps
+
+    def other_inodes(pid):
+        shift = pid != os.getpid()
+        return {(path, device, inode + shift): runs for (path, device, inode), runs in real(pid).items()}
+
+    monkeypatch.setattr(mapped, "_maps", other_inodes)
+    with holding(library) as (pid, since), pytest.raises(ProcessError):
+        mapped.look(pid, since)
 
 
 def test_a_file_is_read_once_for_as_long_as_it_stays(library, monkeypatch):
@@ -162,7 +175,7 @@ def test_two_files_of_one_name_are_two(library, tmp_path):
 LOAD = "import sys, ctypes; ctypes.CDLL(sys.argv[1]); print(1, flush=True); sys.stdin.read()"
 
 
-def test_what_a_process_started_counts_too(library):
+def test_the_files_of_a_child_process_count_too(library):
     """A wrapper script may not become the tool that it calls."""
     since, how = time.time(), {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     shell = subprocess.Popen(["/bin/sh", "-c", '"$@"; exit', "sh", sys.executable, "-c", LOAD, str(library)], **how)
@@ -171,7 +184,7 @@ def test_what_a_process_started_counts_too(library):
     shell.communicate("")
 
 
-def test_where_the_system_does_not_say_there_is_a_reason(monkeypatch, tmp_path):
+def test_a_system_that_lists_no_files_is_a_recorded_reason(monkeypatch, tmp_path):
     gone = subprocess.Popen(["/bin/true"])
     gone.wait()
     with pytest.raises(mapped.NotListed, match="does not say which files a process has mapped"):
@@ -184,8 +197,8 @@ def test_where_the_system_does_not_say_there_is_a_reason(monkeypatch, tmp_path):
 
 
 @pytest.mark.engine
-def test_a_library_exchanged_between_two_runs_shows(engine, home, tmp_path):
-    """The launcher stays the same; its digest said nothing of this."""
+def test_a_library_exchanged_between_two_runs_changes_the_engines_digest(engine, home, tmp_path):
+    """The launcher stays the same."""
     llama = copy_of(engine, tmp_path / "build")
     made = quantize.make(models.make_twin("deepseek-moe-16b", "nano"), "Q8_0", llama, tmp_path / "q")
     library = library_of(llama)

@@ -1,4 +1,4 @@
-"""A thread that watches a run: what becomes of the run when it dies, hangs or never looks."""
+"""A thread that monitors a run, and the run's failure when it dies, hangs or never samples."""
 
 import gc
 import threading
@@ -10,9 +10,9 @@ import pytest
 from moelib import monitor, process
 
 
-def wait_until(true, within_s=30):
+def wait_until(condition, within_s=30):
     deadline = time.monotonic() + within_s
-    while not true():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.002)
 
@@ -29,7 +29,7 @@ def failing(after, error):
     return act, calls
 
 
-def test_an_action_is_repeated_and_its_cpu_time_known_at_the_end():
+def test_an_action_is_repeated_and_its_cpu_time_is_known_at_the_end():
     calls, enough = [], threading.Event()
 
     def act():
@@ -45,7 +45,7 @@ def test_an_action_is_repeated_and_its_cpu_time_known_at_the_end():
 
 
 @pytest.mark.parametrize("error", [OSError("no such device"), psutil.NoSuchProcess(7), SystemExit(3), KeyError("x")])
-def test_a_monitor_that_dies_fails_what_it_watched(error):
+def test_a_monitor_that_dies_fails_the_run(error):
     act, calls = failing(0, error)
     with pytest.raises(process.ProcessError, match=f"monitor ended with {type(error).__name__}") as caught:
         with monitor.repeating(act, 0.001) as spent:
@@ -56,7 +56,7 @@ def test_a_monitor_that_dies_fails_what_it_watched(error):
     assert len(calls) == 1
 
 
-def test_a_last_look_that_fails_is_a_failure_too():
+def test_a_last_sample_that_fails_fails_the_run():
     act, _ = failing(0, OSError("gone"))
     with pytest.raises(process.ProcessError, match="ended with OSError: gone") as caught, monitor.repeating(act, 60):
         pass
@@ -64,7 +64,7 @@ def test_a_last_look_that_fails_is_a_failure_too():
 
 
 @pytest.mark.parametrize("every_s", [0.001, 60])
-def test_the_blocks_own_error_is_not_masked(every_s):
+def test_the_runs_own_error_takes_precedence(every_s):
     act, calls = failing(0, OSError("gone"))
     with pytest.raises(ZeroDivisionError), monitor.repeating(act, every_s):
         if every_s < 1:
@@ -88,7 +88,7 @@ def test_a_monitor_that_hangs_is_not_waited_for_without_end(monkeypatch):
     assert spent.cpu_s is None
 
 
-def test_a_monitor_that_was_never_called_is_said(monkeypatch):
+def test_a_monitor_that_took_no_sample_fails_the_run(monkeypatch):
     clock = iter([0.0, 2.5])
     monkeypatch.setattr(monitor.time, "monotonic", lambda: next(clock))
     calls = []
@@ -98,20 +98,20 @@ def test_a_monitor_that_was_never_called_is_said(monkeypatch):
             assert calls == []
 
 
-def test_no_search_for_cycles_falls_into_a_run():
-    """What a run's block leaves behind is searched for afterwards, and whoever had searching off keeps it off."""
-    searched = []
-    gc.callbacks.append(lambda phase, info: searched.append(info["generation"]))
+def test_no_garbage_collection_falls_into_a_run():
+    """It is on again afterwards, unless it was off before."""
+    collected = []
+    gc.callbacks.append(lambda phase, info: collected.append(info["generation"]))
     try:
         with monitor.unhindered():
-            searched.clear()  # the one before the run
+            collected.clear()  # the one before the run
             for _ in range(3 * gc.get_threshold()[0]):
                 loop = []
                 loop.append(loop)
-            assert searched == []
+            assert collected == []
         assert gc.isenabled()
         gc.collect()
-        assert searched
+        assert collected
     finally:
         gc.callbacks.pop()
     gc.disable()

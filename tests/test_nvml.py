@@ -1,7 +1,7 @@
 """moelib.nvml against a driver library of our own, through the real ctypes path: what each oddity of a driver becomes.
 
 pynvml finds the library by LD_LIBRARY_PATH, which is read when a process starts: this file, run as a program, plays all
-scenarios in one process and prints what came out.
+scenarios in one process and prints the readings. What a run's memory is by its readings is tested in test_memory.
 """
 
 from __future__ import annotations
@@ -11,25 +11,22 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 
-from moelib.buffers import Buffer, Report
-from moelib.memory import LEAST_CONTEXT_BYTES, Trace, reconcile
+from moelib.memory import Reading
 from moelib.nvml import NO_GPU, POWER_CAP, Counters, Gpu, Traffic, slowed
 
 MIB, GIB = 1 << 20, 1 << 30
 TOTAL, RESERVED = 80 * GIB, 615 * MIB
-CONTEXT, ENGINE, WEIGHTS = 500 * MIB, 4 * GIB, 3 * GIB
-PEAK = ENGINE + 620 * MIB  # of the run's processes
-OVERHEAD = 9 * MIB  # what a process costs the device beyond what the list says, as recorded on an H200
-SERVER, CHILD, HOST_PID, FOREIGN = 411, 412, 70411, 90
+PEAK = 5 * GIB  # of the run's process
+SERVER, CHILD, HOST_PID, FOREIGN, DESKTOP = 411, 412, 70411, 90, 77
 UUIDS = ("GPU-263da6ff-9608-67cf-9bce-a8c85c7c1cd0", "GPU-99999999-9608-67cf-9bce-a8c85c7c1cd0")
 NOT_SUPPORTED, NO_PERMISSION, FUNCTION_NOT_FOUND, GPU_IS_LOST, UNKNOWN = 3, 4, 13, 15, 999
 MIG = "MIG-41f1b9a8-0000-5c7e-9f3a-77a1c20c7f3e"
-DESK = (77, 300 * MIB)
 
 
 def card(used: int = 0, *lines: str, gpu: int = 0) -> str:
@@ -43,324 +40,132 @@ def listing(*processes: tuple[int, int | str], kind: str = "compute") -> tuple[s
     return tuple(f"{kind} {pid} {size}" for pid, size in processes)
 
 
-def busy(*processes: tuple[int, int], lines: tuple[str, ...] = (), gpu: int = 0) -> str:
-    """A GPU with these processes on it, listed as they are."""
-    return card(sum(n for _, n in processes) + OVERHEAD * len(processes), *listing(*processes), *lines, gpu=gpu)
+def full(*processes: tuple[int, int | str], lines: tuple[str, ...] = (), gpu: int = 0) -> str:
+    """A GPU with PEAK in use and these processes in its list of computing ones."""
+    return card(PEAK, *lines, *listing(*processes), gpu=gpu)
 
 
-IDLE, RUN = card(), busy((SERVER, PEAK))
-LOADING = busy((SERVER, CONTEXT))
-ALONE = (FOREIGN, 2 * GIB)
+def instance(*processes: tuple[int, int]) -> str:
+    """A card with MIG on, whose own memory may not be asked for, and an instance of it, which is in no row of cards.
+
+    The card's list has what its instances run.
+    """
+    whole = card(0, "mig 1", *listing(*processes), f"memory error {NO_PERMISSION}")
+    world = card(PEAK, "parent 0", f"uuid {MIG}", *listing(*processes))
+    return whole + "".join(f"7{line[1:]}\n" for line in world.splitlines())
+
+
+def reading(
+    process: int | None, device: int | None = PEAK, *errors: str, listed: bool = True, others=(), drawing=()
+) -> Reading:
+    return Reading(0.5, process, device, listed, others, errors, drawing)
+
+
+def unread(process: int | None, *errors: str, listed: bool = True) -> Reading:
+    return reading(process, None, *errors, listed=listed)
+
+
+IDLE, OURS, LOST = card(), (SERVER, PEAK), f"0 handle error {GPU_IS_LOST}\n"
+IDLE_BOTH = IDLE + card(gpu=1)
+NO_MEMORY, NO_LIST = "memory-unsupported", "list-unsupported"
 
 
 @dataclass
 class Scenario:
-    """Worlds before, during and after a run, and what its memory must come to: value, status, reasons."""
+    """What the driver says, and the reading that it becomes."""
 
-    during: list[str]
-    expect: tuple[int | None, str, tuple[str, ...]]
-    before: list[str] = field(default_factory=lambda: [IDLE, IDLE])
-    after: list[str] = field(default_factory=lambda: [IDLE])
+    world: str
+    expected: Reading
+    start: str = IDLE
+    """The world in which the GPU is opened."""
     ours: tuple[int, ...] = (SERVER,)
     which: str = "0"
+    shared: bool = False
 
 
-def everywhere(during: list[str], expect: tuple, *lines: str, idle: str = IDLE) -> Scenario:
-    """The same lines in all of a run's worlds: what this driver cannot do."""
-    worlds = [[*("0 " + line + "\n" for line in lines), world] for world in (idle, *during)]
-    texts = ["".join(parts) for parts in worlds]
-    return Scenario(texts[1:], expect, before=texts[:1] * 2, after=texts[:1])
-
-
-def skewed(*processes: tuple[int, int]) -> str:
-    return busy(*processes, lines=("old-list on",))
-
-
-def beside(*worlds: str) -> str:
-    return "".join(worlds)
-
-
-BOTH_IDLE = beside(IDLE, card(gpu=1))
-
-
-def beside_a_desktop(ours: int = 0, moved: int = 0, *further: tuple[int, int]) -> str:
-    """A GPU that draws a desktop, with the run's process on it if that holds something."""
-    drawing = ((DESK[0], DESK[1] + moved * MIB), *further)
-    mine = listing((SERVER, ours)) if ours else ()
-    used = ours + sum(n for _, n in drawing)
-    return card(used, *mine, *listing(*drawing, kind="graphics"))
-
-
-def divided(*processes: tuple[int, int]) -> str:
-    """A card with MIG on, whose own memory may not be asked for; its list has what its instances run."""
-    return card(0, "mig 1", *listing(*processes), f"memory error {NO_PERMISSION}")
-
-
-def instance(*processes: tuple[int, int]) -> str:
-    """An instance of it, which is in no row of cards."""
-    world = card(sum(n for _, n in processes), "parent 0", f"uuid {MIG}", *listing(*processes))
-    return "".join(f"7{line[1:]}\n" for line in world.splitlines())
-
-
-def half_full(used: int) -> str:
+def half_full() -> str:
     """An older driver's memory struct on a card that a run fills to half: total = reserved, free = used = 0 adds up."""
-    total = 2 * (RESERVED + PEAK + OVERHEAD)
-    return card(0, "old-memory on", f"memory {total} {RESERVED} {total - RESERVED - used} {used}")
+    total = 2 * (RESERVED + PEAK)
+    return card(0, "old-memory on", f"memory {total} {RESERVED} {total - RESERVED - PEAK} {PEAK}", *listing(OURS))
 
 
-WSL = listing((SERVER, "n/a"))
 SCENARIOS = {
-    "own process": Scenario([LOADING, RUN], (PEAK, "valid", ())),
-    "server and child, the child also a little on a second GPU": Scenario(
-        [beside(busy((SERVER, PEAK - GIB), (CHILD, GIB)), busy((CHILD, 40 * MIB), gpu=1))],
-        (PEAK + 40 * MIB, "valid", ()),
-        before=[BOTH_IDLE] * 2,
-        after=[BOTH_IDLE],
+    "own process": Scenario(full(OURS), reading(PEAK)),
+    "server and child": Scenario(full((SERVER, 4 * GIB), (CHILD, GIB)), reading(PEAK), ours=(SERVER, CHILD)),
+    "server, and child on both GPUs": Scenario(
+        full((SERVER, 4 * GIB), (CHILD, GIB)) + card(GIB, *listing((CHILD, GIB)), gpu=1),
+        reading(PEAK + GIB),
+        start=IDLE_BOTH,
         ours=(SERVER, CHILD),
     ),
-    # the sum is right and the growth of one GPU cannot confirm it
-    "server and child, the child on a second GPU": Scenario(
-        [beside(busy((SERVER, PEAK)), busy((CHILD, GIB), gpu=1))],
-        (None, "invalid", ("accounts-disagree", "above-ceiling")),
-        before=[BOTH_IDLE] * 2,
-        after=[BOTH_IDLE],
+    "child on another GPU, its bytes not given": Scenario(
+        full(OURS) + card(GIB, *listing((CHILD, "n/a")), gpu=1),
+        reading(None),
+        start=IDLE_BOTH,
         ours=(SERVER, CHILD),
     ),
-    "in the compute and the graphics list": Scenario(
-        [card(PEAK + OVERHEAD, *listing((SERVER, PEAK)), *listing((SERVER, PEAK - MIB), kind="graphics"))],
-        (PEAK, "valid", ()),
-    ),
-    "bytes in one list only": Scenario(
-        [card(PEAK + OVERHEAD, *listing((SERVER, "n/a")), *listing((SERVER, PEAK), kind="graphics"))],
-        (PEAK, "valid", ()),
-    ),
-    "no graphics list": everywhere([RUN], (PEAK, "valid", ()), f"graphics error {NOT_SUPPORTED}"),
-    "host's process ids": Scenario(
-        [busy((HOST_PID, CONTEXT)), busy((HOST_PID, PEAK))], (PEAK, "degraded", ("host-pid",))
-    ),
-    "host's process ids, two processes": Scenario(
-        [busy((HOST_PID, PEAK), (HOST_PID + 1, GIB))], (None, "invalid", ("foreign-changed", "process-not-listed"))
-    ),
-    "empty list": Scenario([card(PEAK + OVERHEAD)], (None, "degraded", ("process-not-listed",))),
-    "bytes not told": Scenario(
-        [card(PEAK + OVERHEAD, *listing((SERVER, "n/a")))], (PEAK + OVERHEAD, "degraded", ("bytes-not-listed",))
-    ),
-    "bytes not told, another process there": Scenario(
-        [card(PEAK + 2 * GIB, *listing((SERVER, "n/a"), (FOREIGN, "n/a")))],
-        (None, "degraded", ("bytes-not-listed", "foreign-process")),
-        before=[card(2 * GIB, *listing((FOREIGN, "n/a")))] * 2,
-        after=[card(2 * GIB, *listing((FOREIGN, "n/a")))],
-    ),
-    "0 bytes told": Scenario(
-        [card(PEAK + OVERHEAD, *listing((SERVER, 0)))], (PEAK + OVERHEAD, "degraded", ("bytes-not-listed",))
-    ),
-    "list not supported": everywhere(
-        [RUN], (None, "degraded", ("list-unsupported",)), f"compute error {NOT_SUPPORTED}"
-    ),
-    "a driver without the list's function": everywhere(
-        [RUN], (None, "degraded", ("list-unsupported",)), f"compute error {FUNCTION_NOT_FOUND}"
-    ),
-    "list failing once": Scenario(
-        [busy(ALONE, (SERVER, PEAK)), card(0, f"compute error {UNKNOWN}"), busy(ALONE, (SERVER, PEAK))],
-        (PEAK, "degraded", ("foreign-process",)),
-        before=[busy(ALONE)] * 2,
-        after=[busy(ALONE)],
-    ),
-    "older process struct, ours first": Scenario([skewed((SERVER, PEAK))], (PEAK, "valid", ())),
-    "older process struct, ours second": Scenario(
-        [skewed(ALONE, (SERVER, PEAK))],
-        (None, "invalid", ("foreign-changed", "process-not-listed")),
-        before=[skewed(ALONE)] * 2,
-        after=[skewed(ALONE)],
-    ),
-    # the second one's id is the low half of its bytes and its bytes are the third one's id
-    "older process struct, three of ours": Scenario(
-        [skewed((SERVER, PEAK - 2 * GIB), (CHILD, GIB + 7), (413, GIB))],
-        (None, "invalid", ("foreign-changed", "accounts-disagree", "below-engine-buffers", "below-header-weights")),
-        ours=(SERVER, CHILD, 413),
-    ),
-    "older process struct, host's ids and no bytes elsewhere": Scenario(
-        [skewed((HOST_PID, PEAK - GIB), (HOST_PID + 1, GIB), (HOST_PID + 2, 7))],
-        (None, "invalid", ("foreign-changed", "process-not-listed")),
-    ),
-    "older memory struct": everywhere([LOADING, RUN], (PEAK, "degraded", ("device-total-unknown",)), "old-memory on"),
-    "older memory struct, half full": Scenario(
-        [beside(*(f"0 {line}\n" for line in listing((SERVER, PEAK))), half_full(PEAK + OVERHEAD))],
-        (PEAK, "degraded", ("device-total-unknown",)),
-        before=[half_full(0)] * 2,
-        after=[half_full(0)],
-    ),
-    "memory not supported": everywhere(
-        [RUN], (PEAK, "degraded", ("device-total-unknown",)), f"memory error {NOT_SUPPORTED}"
-    ),
-    "a driver without the memory's function": everywhere(
-        [RUN], (PEAK, "degraded", ("device-total-unknown",)), f"memory error {FUNCTION_NOT_FOUND}"
-    ),
-    "nothing supported": everywhere(
-        [RUN],
-        (None, "degraded", ("list-unsupported", "device-total-unknown")),
-        f"memory error {NOT_SUPPORTED}",
-        f"compute error {NOT_SUPPORTED}",
-    ),
-    "another process joining to stay": Scenario(
-        [RUN, busy((SERVER, PEAK), ALONE)], (PEAK, "degraded", ("foreign-process",)), after=[busy(ALONE)]
-    ),
-    "another process joining, its bytes not told": Scenario(
-        [RUN, card(PEAK + 2 * GIB, *listing((SERVER, PEAK), (FOREIGN, "n/a")))],
-        (None, "invalid", ("foreign-changed", "accounts-disagree")),
-    ),
-    "another process on a visit": Scenario(
-        [RUN, busy((SERVER, PEAK), ALONE)], (PEAK, "degraded", ("foreign-process",))
-    ),
-    "another process growing": Scenario(
-        [busy((SERVER, PEAK), ALONE), busy((SERVER, PEAK), (FOREIGN, 3 * GIB))],
-        (PEAK, "degraded", ("foreign-process",)),
-        before=[busy(ALONE)] * 2,
-        after=[busy((FOREIGN, 3 * GIB))],
-    ),
-    "another process keeping still": Scenario(
-        [busy(ALONE, (SERVER, CONTEXT)), busy((SERVER, PEAK), ALONE)],
-        (PEAK, "degraded", ("foreign-process",)),
-        before=[busy(ALONE)] * 2,
-        after=[busy(ALONE)],
-    ),
-    "another process leaving": Scenario(
-        [busy(ALONE, (SERVER, CONTEXT)), RUN],
-        (PEAK, "degraded", ("foreign-process",)),
-        before=[busy(ALONE)] * 2,
-    ),
-    "GPU lost": Scenario(
-        [LOADING, RUN, beside(f"0 handle error {GPU_IS_LOST}\n", RUN)],
-        (None, "invalid", ("gpu-lost",)),
-        after=[beside(f"0 handle error {GPU_IS_LOST}\n", IDLE)],
-    ),
-    "unstable baseline": Scenario([RUN], (PEAK, "degraded", ("unseen-change",)), before=[IDLE, card(100 * MIB)]),
-    "unstable baseline, and a peak that it does not explain": Scenario(
-        [card(PEAK + 200 * MIB, *listing((SERVER, PEAK)))],
-        (None, "invalid", ("unstable-baseline",)),
-        before=[IDLE, card(100 * MIB)],
-    ),
-    "memory kept after the end": Scenario([RUN], (PEAK, "degraded", ("unseen-change",)), after=[card(GIB)]),
-    "memory kept after the end, list without bytes": Scenario(
-        [card(PEAK + OVERHEAD, *listing((SERVER, "n/a")))],
-        (PEAK + OVERHEAD, "degraded", ("bytes-not-listed", "unseen-change")),
-        after=[card(120 * MIB)],
-    ),
-    "memory kept after the end, empty list": Scenario(
-        [card(PEAK)], (None, "invalid", ("not-returned", "process-not-listed")), after=[card(GIB)]
-    ),
-    # seen under WSL2: no bytes, and the programs of Windows are not on the list
-    "WSL2, a program of Windows on a visit": Scenario(
-        [card(900 * MIB + PEAK + 100 * MIB, *listing((SERVER, "n/a"))), card(900 * MIB + PEAK, *WSL)],
-        (PEAK + 100 * MIB, "degraded", ("bytes-not-listed",)),
-        before=[card(900 * MIB)] * 2,
-        after=[card(900 * MIB)],
-    ),
-    "WSL2, the desktop moving before the run": Scenario(
-        [card(900 * MIB + PEAK, *WSL)],
-        (PEAK - 20 * MIB, "degraded", ("bytes-not-listed", "unseen-change")),
-        before=[card(900 * MIB), card(920 * MIB)],
-        after=[card(900 * MIB)],
-    ),
-    "the host's RAM as the device's": Scenario(
-        [card(6 * GIB + PEAK + 9 * GIB, *listing((SERVER, PEAK)))],
-        (PEAK, "degraded", ("unseen-change",)),
-        before=[card(6 * GIB)] * 2,
-        after=[card(15 * GIB)],
-    ),
-    "memory not told, list without bytes": Scenario(
-        [card(0, *WSL, f"memory error {NOT_SUPPORTED}")],
-        (None, "degraded", ("bytes-not-listed", "device-total-unknown")),
-        before=[card(0, f"memory error {NOT_SUPPORTED}")] * 2,
-        after=[card(0, f"memory error {NOT_SUPPORTED}")],
-    ),
-    "all zeros": Scenario(
-        [card(0, *listing((SERVER, PEAK)), "memory 0 0 0 0")],
-        (PEAK, "degraded", ("device-total-unknown",)),
-        before=[card(0, "memory 0 0 0 0")] * 2,
-        after=[card(0, "memory 0 0 0 0")],
-    ),
-    "all zeros, and an empty list": Scenario(
-        [card(0, "memory 0 0 0 0")],
-        (None, "degraded", ("process-not-listed", "device-total-unknown")),
-        before=[card(0, "memory 0 0 0 0")] * 2,
-        after=[card(0, "memory 0 0 0 0")],
-    ),
-    "a total that stays 0": Scenario(
-        [card(0, *listing((SERVER, PEAK)))], (PEAK, "degraded", ("device-total-unknown",))
-    ),
-    "managed memory: the list knows the context alone": Scenario(
-        [card(PEAK, *listing((SERVER, CONTEXT)))],
-        (None, "invalid", ("accounts-disagree", "below-engine-buffers", "below-header-weights")),
-    ),
-    "MIG: the whole card's memory not permitted": everywhere(
-        [RUN], (PEAK, "degraded", ("device-total-unknown",)), f"memory error {NO_PERMISSION}"
-    ),
-    "MPS: its server's process stays": Scenario(
-        [busy((500, 30 * MIB), (SERVER, PEAK))],
-        (PEAK, "degraded", ("foreign-process",)),
-        before=[busy((500, 30 * MIB))] * 2,
-        after=[busy((500, 30 * MIB))],
-    ),
-    **{
-        f"a desktop that moves by {moved} MiB": Scenario(
-            [beside_a_desktop(PEAK), beside_a_desktop(PEAK, moved), beside_a_desktop(PEAK)],
-            (PEAK, "valid", ()),
-            before=[beside_a_desktop()] * 2,
-            after=[beside_a_desktop()],
-        )
-        for moved in (0, 20, 60, 2000)
-    },
-    "a desktop that computes too": Scenario(
-        [card(300 * MIB + PEAK, *listing((SERVER, PEAK), DESK), *listing(DESK, kind="graphics"))],
-        (PEAK, "degraded", ("foreign-process",)),
-        before=[card(300 * MIB, *listing(DESK), *listing(DESK, kind="graphics"))] * 2,
-        after=[card(300 * MIB, *listing(DESK), *listing(DESK, kind="graphics"))],
-    ),
-    "a browser's process comes and goes": Scenario(
-        [beside_a_desktop(PEAK), beside_a_desktop(PEAK, 0, (78, 40 * MIB))],
-        (PEAK, "valid", ()),
-        before=[beside_a_desktop()] * 2,
-        after=[beside_a_desktop()],
-    ),
-    "an instance of MIG": Scenario(
-        [beside(divided((SERVER, PEAK)), instance((SERVER, PEAK)))],
-        (PEAK, "valid", ()),
-        before=[beside(divided(), instance())] * 2,
-        after=[beside(divided(), instance())],
-        which=MIG,
-    ),
-    "memory unknown after the end": Scenario(
-        [RUN], (PEAK, "degraded", ("device-total-unknown",)), after=[card(0, f"memory error {UNKNOWN}")]
-    ),
-    "another GPU busy": Scenario(
-        [beside(RUN, busy((FOREIGN, 9 * GIB), gpu=1))],
-        (PEAK, "valid", ()),
-        before=[BOTH_IDLE] * 2,
-        after=[beside(IDLE, busy((FOREIGN, GIB), gpu=1))],
-    ),
-    "another GPU lost on the way": Scenario(
-        [beside(RUN, card(0, f"handle error {GPU_IS_LOST}", gpu=1))],
-        (PEAK, "valid", ()),
-        before=[BOTH_IDLE] * 2,
-        after=[beside(IDLE, card(0, f"handle error {GPU_IS_LOST}", gpu=1))],
+    "another process": Scenario(full((FOREIGN, GIB), OURS), reading(PEAK, others=((FOREIGN, GIB),))),
+    "another GPU busy": Scenario(full(OURS) + card(GIB, *listing((FOREIGN, GIB)), gpu=1), reading(PEAK), IDLE_BOTH),
+    "another GPU lost during the run": Scenario(
+        full(OURS) + card(0, f"handle error {GPU_IS_LOST}", gpu=1), reading(PEAK), IDLE_BOTH
     ),
     "another GPU lost from the start": Scenario(
-        [beside(card(0, f"handle error {GPU_IS_LOST}"), busy((SERVER, PEAK), gpu=1))],
-        (PEAK, "valid", ()),
-        before=[beside(card(0, f"handle error {GPU_IS_LOST}"), card(gpu=1))] * 2,
-        after=[beside(card(0, f"handle error {GPU_IS_LOST}"), card(gpu=1))],
-        which="1",
+        LOST + full(OURS, gpu=1), reading(PEAK), start=LOST + card(gpu=1), which="1"
     ),
     "the second GPU by the start of its id": Scenario(
-        [beside(IDLE, busy((SERVER, PEAK), gpu=1))],
-        (PEAK, "valid", ()),
-        before=[BOTH_IDLE] * 2,
-        after=[BOTH_IDLE],
-        which="GPU-9999",
+        IDLE + full(OURS, gpu=1), reading(PEAK), start=IDLE_BOTH, which="GPU-9999"
     ),
+    # the two lists
+    "in the compute and the graphics list": Scenario(
+        full(OURS, lines=listing((SERVER, PEAK - MIB), kind="graphics")), reading(PEAK)
+    ),
+    "bytes in one list only": Scenario(full((SERVER, "n/a"), lines=listing(OURS, kind="graphics")), reading(PEAK)),
+    "no graphics list": Scenario(full(OURS, lines=(f"graphics error {NOT_SUPPORTED}",)), reading(PEAK)),
+    "a desktop": Scenario(
+        full(OURS, lines=listing((DESKTOP, MIB), kind="graphics")),
+        reading(PEAK, others=((DESKTOP, MIB),), drawing=(DESKTOP,)),
+    ),
+    "a desktop that computes too": Scenario(
+        full(OURS, (DESKTOP, MIB), lines=listing((DESKTOP, MIB), kind="graphics")),
+        reading(PEAK, others=((DESKTOP, MIB),)),
+    ),
+    "the run draws too": Scenario(full(lines=listing(OURS, kind="graphics")), reading(PEAK)),
+    # what the list does not tell
+    "host's process ids": Scenario(full((HOST_PID, PEAK)), reading(None, listed=False, others=((HOST_PID, PEAK),))),
+    "empty list": Scenario(full(), reading(None, listed=False)),
+    "bytes not given": Scenario(full((SERVER, "n/a")), reading(None)),
+    "0 bytes": Scenario(full((SERVER, 0)), reading(None)),
+    **{
+        f"list error {code}": Scenario(
+            full(lines=(f"compute error {code}",)), reading(None, PEAK, NO_LIST, listed=False)
+        )
+        for code in (NOT_SUPPORTED, FUNCTION_NOT_FOUND, UNKNOWN)
+    },
+    "older process struct": Scenario(full(OURS, lines=("old-list on",)), reading(PEAK)),
+    # the second one's id is the low half of its bytes and its bytes are the third one's id
+    "older process struct, three processes": Scenario(
+        full((SERVER, 4 * GIB), (CHILD, GIB + 7), (413, GIB), lines=("old-list on",)),
+        reading(4 * GIB, others=((0, None), (GIB + 7, 413))),
+        ours=(SERVER, CHILD, 413),
+    ),
+    # the device's memory
+    "older memory struct": Scenario(full(OURS, lines=("old-memory on",)), unread(PEAK, NO_MEMORY)),
+    "older memory struct, half full": Scenario(half_full(), reading(PEAK, 0)),  # memory takes 0 for a failed reading
+    "all zeros": Scenario(full(OURS, lines=("memory 0 0 0 0",)), unread(PEAK, NO_MEMORY)),
+    **{
+        f"memory error {code}": Scenario(full(OURS, lines=(f"memory error {code}",)), unread(PEAK, NO_MEMORY))
+        for code in (NOT_SUPPORTED, FUNCTION_NOT_FOUND, NO_PERMISSION, UNKNOWN)
+    },
+    "nothing supported": Scenario(
+        card(0, f"memory error {NOT_SUPPORTED}", f"compute error {NOT_SUPPORTED}"),
+        unread(None, NO_LIST, NO_MEMORY, listed=False),
+    ),
+    "the host's RAM as the device's": Scenario(full(OURS), unread(PEAK, "memory-shared"), shared=True),
+    "GPU lost": Scenario(LOST + full(OURS), unread(None, "gpu-lost", listed=False)),
+    # the card's list has the process too, and it is not counted again
+    "an instance of MIG": Scenario(instance(OURS), reading(PEAK), start=instance(), which=MIG),
 }
-"""Name -> worlds and outcome. `0 handle error` stands before everything else of its GPU."""
+"""Name -> world and reading. `0 handle error` stands before everything else of its GPU."""
 
 COUNTERS = (
     *("energy 123456", "power 350500", "clock1 1980", "clock2 2619", "field198 1000", "field197 2000"),
@@ -383,21 +188,10 @@ STARTS = {
             card(0, f"maxgen {generation}", f"maxwidth {width}", "nowgen 1", "nowwidth 8"),
             "0",
         )
-        for generation, width in (
-            (1, 16),
-            (2, 16),
-            (3, 16),
-            (4, 16),
-            (4, 8),
-            (5, 16),
-            (6, 16),
-            (7, 16),
-            (8, 16),
-            (0, 16),
-        )
+        for generation, width in (*((g, 16) for g in range(9)), (4, 8))
     },
 }
-"""Name -> the world in which a GPU is asked for, and which."""
+"""Name -> the world in which a GPU is opened, and which one."""
 
 
 def play(world: Path) -> dict:
@@ -408,28 +202,18 @@ def play(world: Path) -> dict:
         return Gpu(which)
 
     def scenario(s: Scenario) -> dict:
-        gpu = start(s.before[0], s.which)
-
-        def look(texts: list[str], ours: tuple[int, ...]) -> tuple:
-            return tuple((world.write_text(text, encoding="utf-8"), gpu.read(set(ours), 0.5))[1] for text in texts)
-
-        trace = Trace(look(s.before, ()), look(s.during, s.ours), look(s.after, s.ours))
-        report = Report((Buffer("CUDA0", "model", WEIGHTS), Buffer("CUDA0", "KV", ENGINE - WEIGHTS)), 1, 1, (2,))
-        return asdict(reconcile("cuda", trace, report.device_by_kind, report.pinned_bytes, WEIGHTS, CONTEXT))
+        gpu = start(s.start, s.which)
+        gpu.shared = s.shared
+        world.write_text(s.world, encoding="utf-8")
+        return asdict(gpu.read(set(s.ours), 0.5))
 
     def started(text: str, which: str) -> dict:
         try:
             gpu = start(text, which)
         except Gpu.errors as err:
             return {"error": str(err)}
-        values = {
-            "uuid": gpu.uuid,
-            "name": gpu.name,
-            "absent": gpu.absent,
-            "facts": gpu.facts(),
-            "energy": gpu.energy(),
-        }
-        return {**values, "counters": asdict(gpu.counters(1.5))}
+        values = {name: getattr(gpu, name) for name in ("uuid", "name", "absent")}
+        return {**values, "facts": gpu.facts(), "energy": gpu.energy(), "counters": asdict(gpu.counters(1.5))}
 
     return {
         "scenarios": {name: scenario(s) for name, s in SCENARIOS.items()},
@@ -458,35 +242,8 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_every_oddity_of_a_driver_comes_to_what_can_be_proven(played, name):
-    m, (value, status, reasons) = played["scenarios"][name], SCENARIOS[name].expect
-    assert (m["value_bytes"], m["status"], tuple(m["reasons"])) == (value, status, reasons)
-
-
-def test_a_handful_of_bytes_or_zero_never_comes_out_as_the_runs_memory(played):
-    for m in played["scenarios"].values():
-        values = [r["process_bytes"] for phase in ("before", "during", "after") for r in m["trace"][phase]]
-        assert all(n is None or n >= LEAST_CONTEXT_BYTES for n in values)
-        assert m["value_bytes"] is None or m["value_bytes"] >= ENGINE + LEAST_CONTEXT_BYTES
-        assert (m["status"] == "valid") == (not m["reasons"])
-        assert m["status"] != "invalid" or m["value_bytes"] is None
-
-
-def test_the_list_sums_the_process_tree_over_all_gpus(played):
-    m = played["scenarios"]["server and child, the child on a second GPU"]
-    assert (m["process_bytes"], m["growth_bytes"]) == (PEAK + GIB, PEAK + OVERHEAD)
-
-
-def test_readings_tell_others_apart_from_ours_and_what_failed(played):
-    during = {name: m["trace"]["during"][-1] for name, m in played["scenarios"].items()}
-    assert during["another process keeping still"]["others"] == [[FOREIGN, 2 * GIB]]
-    assert during["another GPU busy"]["others"] == []
-    assert during["older process struct, three of ours"]["others"] == [[0, None], [GIB + 7, 413]]  # a handful
-    assert during["older memory struct"]["errors"] == ["memory-unsupported"]
-    assert during["older memory struct"]["device_bytes"] is None
-    assert during["GPU lost"]["errors"] == ["gpu-lost"]
-    assert during["another GPU lost on the way"]["errors"] == []
-    assert during["list not supported"]["errors"] == ["list-unsupported"]
+def test_every_oddity_of_a_driver_becomes_a_reading_without_a_guess(played, name):
+    assert TypeAdapter(Reading).validate_python(played["scenarios"][name]) == SCENARIOS[name].expected
 
 
 def test_counters_are_in_the_units_of_their_names(played):
@@ -585,52 +342,33 @@ def test_a_power_cap_is_no_slowdown_and_heat_is_one():
     assert slowed(POWER_CAP) == slowed(0) == slowed(None) == ()
 
 
-def test_a_counter_that_turns_over_is_followed_as_long_as_no_turn_can_go_unseen():
+def test_a_counter_that_turns_over_is_followed_as_long_as_no_turn_can_be_missed():
     values = iter([[2**32 - 5, 0], [10, 7], [2**31, 7], [0, 8], [1, 9]])
-    traffic = Traffic(2**32, lambda: next(values))  # a turn takes a second at the very least
-    for t in (0.0, 0.5, 0.9):
-        traffic.look(t)
+    traffic = Traffic(2**32, lambda: next(values))  # a turn takes a second at least
+    for t_s in (0.0, 0.5, 0.9):
+        traffic.look(t_s)
     assert traffic.totals == [15 + 2**31 - 10, 7]
     assert traffic.absent() == {}
-    traffic.look(2.0)
-    assert traffic.totals is None
+    for t_s in (2.0, 2.1):
+        traffic.look(t_s)
+        assert traffic.totals is None
     assert "ms apart, and the counter can turn over in 1000 ms" in traffic.absent()["received_bytes"]
-    traffic.look(2.1)
-    assert traffic.totals is None
 
 
-def test_a_counter_that_is_not_there_counts_nothing():
-    traffic = Traffic(1.0, lambda: [None, 3])
+@pytest.mark.parametrize(
+    ("bytes_per_s", "value", "totals", "reason"),
+    [
+        (1.0, [1, 1], [0, 0], None),
+        (1.0, [None, 3], None, "the driver did not answer"),
+        (None, [1, 1], None, "two looks were 10 ms apart"),  # of an unknown link, any gap is too long
+        (0.0, [1, 1], None, "two looks were 10 ms apart"),
+    ],
+)
+def test_one_reading_counts_nothing_which_is_not_0(bytes_per_s, value, totals, reason):
+    traffic = Traffic(bytes_per_s, lambda: value)
     assert traffic.absent()["sent_bytes"] == "it was looked at only once"
     traffic.look(0.0)
     assert traffic.totals is None
-    assert traffic.absent() == dict.fromkeys(("received_bytes", "sent_bytes"), "the driver did not answer")
-
-
-@pytest.mark.parametrize("bytes_per_s", [None, 0.0])
-def test_of_a_link_that_is_not_known_nothing_is_counted(bytes_per_s):
-    traffic = Traffic(bytes_per_s, lambda: [1, 1])
-    for t in (0.0, 0.01):
-        traffic.look(t)
-    assert traffic.totals is None
-
-
-def test_one_look_counts_nothing_and_that_is_not_0():
-    traffic = Traffic(1.0, lambda: [1, 1])
-    assert traffic.totals is None
-    traffic.look(0.0)
-    assert traffic.totals is None
-    traffic.look(1.0)
-    assert traffic.totals == [0, 0]
-
-
-def test_of_an_instance_of_mig_the_whole_cards_list_is_not_counted_again(played):
-    m = played["scenarios"]["an instance of MIG"]
-    assert m["process_bytes"] == PEAK
-
-
-def test_what_may_be_off_says_by_how_much(played):
-    for name, m in played["scenarios"].items():
-        if m["bound_bytes"] is not None:
-            assert abs(m["value_bytes"] - PEAK) <= m["bound_bytes"], name
-        assert (m["bound_bytes"] is None) == (m["value_bytes"] is None or m["method"] != "nvml-growth")
+    traffic.look(0.01)
+    assert traffic.totals == totals
+    assert traffic.absent().get("sent_bytes", "").startswith(reason or "")

@@ -1,12 +1,12 @@
-"""Tools asked for a few words, which say too much, too little, nothing, or go on for ever."""
+"""Tools run for their output, which write too much, nothing, or go on for ever."""
 
 import errno
 import os
 import subprocess
 import time
 
-import psutil
 import pytest
+from test_process import sleeping
 
 from moelib import probe
 
@@ -15,32 +15,16 @@ def shell(script):
     return ["/bin/sh", "-c", script]
 
 
-def sleeping(seconds):
-    """Processes that go on sleeping for so long: each test has a number of its own. The killed take a moment to die,
-    and the dead wait for their new parent."""
-    deadline = time.monotonic() + 2
-    while True:
-        every = psutil.process_iter(["cmdline", "status"])
-        processes = [p for p in every if p.info["cmdline"] == ["sleep", str(seconds)]]
-        processes = [p for p in processes if p.info["status"] != psutil.STATUS_ZOMBIE]
-        if not processes or time.monotonic() > deadline:
-            return processes
-        time.sleep(0.02)
-
-
-def test_words_and_code_are_told():
+def test_an_answer_has_both_outputs_and_the_code():
     answer = probe.ask(shell("echo out; echo err >&2; exit 3"), 30)
     assert answer == probe.Answer(3, "out\n", "err\n")
     assert probe.ask(shell("kill -11 $$"), 30).code == -11
     assert probe.ask(shell("printf '\\377'"), 30).out == "\ufffd"
-
-
-def test_all_is_read_of_a_tool_that_says_much_at_once():
     assert len(probe.ask(shell("head -c 3000000 /dev/zero; head -c 1000000 /dev/zero >&2"), 30).out) == 3_000_000
 
 
 @pytest.mark.parametrize("where", ["", " >&2"])
-def test_a_tool_that_talks_without_end_is_ended(where):
+def test_a_tool_that_writes_without_end_is_ended(where):
     started = time.monotonic()
     with pytest.raises(probe.ProbeError, match="wrote more than 4 MiB and was ended"):
         probe.ask(shell(f"exec yes plausible output of llama-server{where}"), 60)
@@ -66,14 +50,14 @@ def test_a_tool_that_hangs_is_ended_with_all_that_it_started(script, seconds):
 @pytest.mark.parametrize(
     ("script", "seconds"), [("sleep 1006 & echo hi", 1006), ("setsid sleep 1007 & sleep 0.1; echo hi", 1007)]
 )
-def test_what_a_tool_leaves_behind_is_ended_and_not_waited_for(script, seconds):
+def test_processes_that_a_tool_leaves_behind_are_ended_and_not_waited_for(script, seconds):
     started = time.monotonic()
     assert probe.ask(shell(script), 30).out == "hi\n"
     assert time.monotonic() - started < 10
     assert sleeping(seconds) == []
 
 
-def test_ctrl_c_ends_it_too(monkeypatch):
+def test_ctrl_c_ends_the_tool(monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
@@ -92,7 +76,7 @@ def test_ctrl_c_ends_it_too(monkeypatch):
         (b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x02\0\xb7\0" + bytes(44), 0o755, "another processor"),
     ],
 )
-def test_a_tool_that_cannot_be_run_is_told_with_its_cause(tmp_path, content, mode, words):
+def test_a_tool_that_cannot_be_run_is_an_error_with_the_cause(tmp_path, content, mode, words):
     path = tmp_path / "tool"
     if content is not None:
         path.write_bytes(content)
@@ -103,7 +87,7 @@ def test_a_tool_that_cannot_be_run_is_told_with_its_cause(tmp_path, content, mod
         probe.ask([str(path)], 30)
 
 
-def test_any_other_error_of_the_system_is_told_in_its_words(monkeypatch):
+def test_any_other_error_of_the_system_is_passed_on(monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 

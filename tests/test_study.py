@@ -113,7 +113,7 @@ def test_an_unknown_cell_names_the_known_ones(home):
 @pytest.fixture
 def refused(home, monkeypatch):
     """A study whose baselines were refused by memory rules that are no longer: their readings are good."""
-    monkeypatch.setattr(measure.process, "facts", lambda: {"commit": "c" * 40, "dirty": False})
+    monkeypatch.setattr(measure.host, "facts", lambda: {"commit": "c" * 40, "dirty": False})
     as_made = (("nano", "tiny"), ("Q8_0", "Q4_K_M"), ("[smoke]", "[plan-short]"), ("256", "1024"))
     path = home / "params/studies/smoke.yaml"
     path.write_text(functools.reduce(lambda text, change: text.replace(*change), as_made, SMOKE), encoding="utf-8")
@@ -175,7 +175,7 @@ def test_what_is_wrong_for_another_reason_stays_so(refused):
 
 def test_rules_that_no_commit_has_judge_nothing(refused, monkeypatch):
     for facts in ({"commit": "c" * 40, "dirty": True}, {"commit": None, "dirty": None}):
-        monkeypatch.setattr(measure.process, "facts", lambda facts=facts: facts)
+        monkeypatch.setattr(measure.host, "facts", lambda facts=facts: facts)
         with pytest.raises(StudyError, match="commit what you changed"):
             measure.reaudit(refused)
 

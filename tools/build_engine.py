@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from moelib import archive, device, files, params, process, release, trial
+from moelib import archive, device, files, gpus, host, params, process, release, trial
 from moelib.bar import tqdm
 from moelib.engine import ARCHIVE, MADE, PACKAGE, Engine, EngineError, candidates, find, load
 
@@ -63,7 +63,7 @@ def build() -> Engine:
     """
     if compiler() is None:
         raise EngineError("building llama.cpp needs a C++ compiler: `apt-get install g++ make`")
-    key = files.digest([BUILD, flags(), process.facts()["cpu"], platform.machine(), sys.version_info[:2]])[:12]
+    key = files.digest([BUILD, flags(), host.cpu_name(), platform.machine(), sys.version_info[:2]])[:12]
     cache = archive.cache() / f"{PACKAGE}-{BUILD}-{key}"
     with archive.alone(cache, "the engine's build"):
         if not list(cache.glob("*.whl")):
@@ -78,7 +78,7 @@ def build() -> Engine:
 
 def jobs() -> int:
     """Compilers at a time: as many as CPUs, as long as each has its memory."""
-    return max(1, min(process.usable_cpus(), psutil.virtual_memory().available // COMPILER_BYTES))
+    return max(1, min(host.usable_cpus(), psutil.virtual_memory().available // COMPILER_BYTES))
 
 
 def bounded_make(folder: Path) -> str:
@@ -141,7 +141,7 @@ def from_archive() -> Engine | None:
             print(f"release archive: {one} is not used: {err}", flush=True)
             continue
         archive.accept(one)
-        if one.backend == "cpu" and archive.driver_cuda():
+        if one.backend == "cpu" and gpus.driver_cuda():
             print("it cannot use the NVIDIA GPU here: pin a CUDA archive as params/engine.yaml says, or install nvcc")
         return llama
     return None

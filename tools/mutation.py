@@ -19,7 +19,8 @@ import click
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {
-    "memory": ("memory", "nvml"),
+    "memory": ("memory",),
+    "nvml": ("nvml",),
     "invariants": ("audit",),
     "audit": ("audit", "cells"),
     "bounds": ("bounds",),

@@ -2,8 +2,8 @@
 
     python tools/pin_engine.py linux-x86_64/cuda-12.8 --build 11194 ARCHIVE.tar.gz RUNTIME.tar.gz
 
-The names are those that the release's page lists. What comes is believed as it comes: compare the printed SHA-256 with
-the page's before you commit the file.
+The names are those that the release's page lists. The downloaded files are believed: compare the printed SHA-256 with
+the page's before you commit the pins.
 """
 
 import argparse
@@ -15,13 +15,13 @@ from pathlib import Path
 import httpx
 from ruamel.yaml import YAML
 
-from moelib import archive, files, params, release, tarball
+from moelib import archive, files, params, release
 
 MOST_BYTES = 4 << 30
 GLIBC = "2.39"  # of the newest Ubuntu that releases are made on: a machine with an older one builds from source
 
 
-def look(build: int, assets: list[str], work: Path) -> dict[str, dict[str, int | str]]:
+def download(build: int, assets: list[str], work: Path) -> dict[str, dict[str, int | str]]:
     """Name -> bytes and SHA-256 of each file. Raises ArchiveError where one cannot be had or they hold no tools."""
     pinned = {}
     for asset in assets:
@@ -31,7 +31,7 @@ def look(build: int, assets: list[str], work: Path) -> dict[str, dict[str, int |
                 release.receive(client, url, part, MOST_BYTES, exactly=False)
         except httpx.HTTPError as err:
             raise release.unreachable(url, err) from None
-        tarball.extract(part, work / "unpacked")
+        release.extract(part, work / "unpacked")
         pinned[asset] = {"bytes": part.stat().st_size, "sha256": files.sha256(part)}
     if not list((work / "unpacked").glob("**/llama-server")):
         raise release.ArchiveError(f"{', '.join(assets)}: there is no llama-server in it; name the tools' archive too")
@@ -47,15 +47,15 @@ def pin(name: str, build: int, assets: list[str], glibc: str | None) -> archive.
     filler = {"bytes": 1, "sha256": "0" * 64}
     archive.check({"url": entries["url"], "pins": {name: _entry(build, glibc, dict.fromkeys(assets, filler))}})
     with tempfile.TemporaryDirectory() as work:
-        entries["pins"][name] = _entry(build, glibc, look(build, assets, Path(work)))
+        entries["pins"][name] = _entry(build, glibc, download(build, assets, Path(work)))
     book.dump(entries, text)
     pins = archive.check(YAML(typ="safe").load(text.getvalue()))
     files.write_bytes(archive.path(), text.getvalue())
     return pins.pins[name]
 
 
-def _entry(build: int, glibc: str, held: dict) -> dict:
-    return {"build": build, "glibc": glibc, "files": held}
+def _entry(build: int, glibc: str, entries: dict) -> dict:
+    return {"build": build, "glibc": glibc, "files": entries}
 
 
 def main() -> None:
@@ -63,10 +63,10 @@ def main() -> None:
     p.add_argument("name", help="SYSTEM/BACKEND, such as linux-x86_64/cuda-12.8")
     p.add_argument("assets", nargs="+", help="names of the release's files, the tools' first")
     p.add_argument("--build", type=int, required=True, help="llama.cpp's build number")
-    p.add_argument("--glibc", help=f"oldest C library that it starts with (default: what is there, or {GLIBC})")
+    p.add_argument("--glibc", help=f"oldest C library that it starts with (default: as pinned, or {GLIBC})")
     a = p.parse_args()
-    for asset, held in pin(a.name, a.build, a.assets, a.glibc).files.items():
-        print(f"{asset}: {held.bytes} bytes, SHA-256 {held.sha256}")
+    for asset, file in pin(a.name, a.build, a.assets, a.glibc).files.items():
+        print(f"{asset}: {file.bytes} bytes, SHA-256 {file.sha256}")
     print(f"written to {archive.path()}; compare with the page of release b{a.build}")
 
 
