@@ -4,7 +4,7 @@ import re
 from functools import lru_cache
 
 from moelib.files import stored
-from moelib.ranges import Bytes, Index
+from moelib.schema import Bytes, Index
 
 HOST = re.compile(
     r"CPU|CPU_(Mapped|REPACK|AARCH64|HBM|KLEIDIAI|RISCV64_SPACEMIT)|AMX|BLAS|(CUDA|ROCm|MUSA|Vulkan|SYCL|CANN)_Host"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from moelib import gguf_file, hub, neutral, params, weights
 from moelib.bar import tqdm
-from moelib.strict import build
+from moelib.schema import build
 from moelib.upstream import Pin, SourceFile, hub_path, repository_name
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import httpx
 
 from moelib import process
 from moelib.files import stored
-from moelib.ranges import Count, Index, Joules, Seconds
+from moelib.schema import Count, Index, Joules, Seconds
 
 STALL_S = 120.0  # without a token
 REQUEST_S = 1800.0

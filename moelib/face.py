@@ -10,9 +10,9 @@ import pandas as pd
 
 from moelib import bench, engine, frames, gguf_file, params, plan, sources
 from moelib import quantize as quantize_file
-from moelib.errors import near
 from moelib.placement import REFERENCE
 from moelib.record import Record as Record
+from moelib.schema import near
 from moelib.study import Study, UnknownName
 
 

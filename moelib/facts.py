@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from moelib.params import Strict
-from moelib.ranges import Bytes, BytesPerS, Count, Megahertz, Name, Seconds, Sha256, Watts
+from moelib.schema import Bytes, BytesPerS, Count, Megahertz, Name, Seconds, Sha256, Watts
 
 SCHEMA_VERSION = 3
 HISTORY = {

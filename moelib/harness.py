@@ -19,7 +19,7 @@ from moelib import files, neutral, stats
 from moelib.client import Request
 from moelib.facts import DeviceFacts, HostFacts
 from moelib.params import Strict
-from moelib.ranges import Name, Sha256
+from moelib.schema import Name, Sha256
 
 FOLDER = "harness"  # in a study's: one file for each model, quant and state of the harness that was looked at
 SLOT_S = 0.5  # of watching or not: a few readings, and short beside what changes a machine's speed

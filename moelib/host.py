@@ -18,7 +18,7 @@ import psutil
 
 from moelib import __version__, params, process
 from moelib.files import stored
-from moelib.ranges import Count, Cpus, Elapsed, Seconds, Step
+from moelib.schema import Count, Cpus, Elapsed, Seconds, Step
 
 READ_BYTES = 1 << 30  # over all CPUs together; more than any cache holds
 READ_S = 0.5

@@ -14,7 +14,7 @@ import pynvml
 from moelib import gpus
 from moelib.files import stored
 from moelib.memory import Reading
-from moelib.ranges import Bits, Bytes, Joules, Megahertz, Seconds, Watts
+from moelib.schema import Bits, Bytes, Joules, Megahertz, Seconds, Watts
 
 SLOWED = {
     "hw-slowdown": pynvml.nvmlClocksEventReasonHwSlowdown,

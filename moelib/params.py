@@ -13,8 +13,8 @@ from pydantic import AfterValidator, Field, model_validator
 
 from moelib import yaml_file
 from moelib.placement import REFERENCE, Placement
-from moelib.strict import ParamsError, Strict, T, build, upto
-from moelib.strict import UserError as UserError
+from moelib.schema import ParamsError, Strict, T, build, upto
+from moelib.schema import UserError as UserError
 from moelib.upstream import Pin as Pin
 from moelib.upstream import Repository, Upstream
 from moelib.upstream import SourceFile as SourceFile

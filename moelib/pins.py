@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from moelib import files, params, yaml_file
-from moelib.strict import build
+from moelib.schema import build
 from moelib.upstream import Pin
 
 HEAD = "# `moelib fetch MODEL --pin OWNER/NAME` alone writes this file, whole each time; people write models.yaml.\n"

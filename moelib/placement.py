@@ -11,7 +11,7 @@ from collections.abc import Collection, Container
 from dataclasses import dataclass
 from functools import cache
 
-from moelib.errors import near
+from moelib.schema import near
 
 REFERENCE = "baseline"
 """What the other placements of a round are compared with: all on the GPU, llama.cpp's own settings."""

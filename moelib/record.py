@@ -19,8 +19,8 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from moelib import files, params
 from moelib.facts import OLDEST, SCHEMA_VERSION, DeviceFacts, EngineFacts, HostFacts, Manifest
-from moelib.ranges import Sha256
 from moelib.run import Observation, Spec
+from moelib.schema import Sha256
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from moelib.files import stored
 from moelib.memory import Memory, Trace, reconcile
 from moelib.nvml import Counters
 from moelib.quantize import Quantised
-from moelib.ranges import Bytes, Count, Index, Seconds, Sha256
 from moelib.runner import Job, Prompt, Runner, Server
+from moelib.schema import Bytes, Count, Index, Seconds, Sha256
 
 LOAD_S, LOAD_BYTES_PER_S = 120.0, 50e6  # a cold disk and a slow link at the very worst
 

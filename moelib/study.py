@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 
 from moelib import audit, files, harness, neutral, params
 from moelib import plan as plans
-from moelib.errors import near
 from moelib.facts import Manifest
 from moelib.gather import Evidence, gather
 from moelib.plan import Cell, Plan, StudyError
 from moelib.record import Check, Record, each, spec_key
 from moelib.record import read as read_record
+from moelib.schema import near
 from moelib.status import KINDS, Status, summary
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import pytest
 from conftest import FIXTURES
 from factory import measured, observation, spec
 
-from moelib import command
 from moelib import engine as engines
+from moelib import invariants
 from moelib.engine import Engine, EngineError, Help
 from moelib.logs import parse_log
 from moelib.placement import Placement
@@ -110,7 +110,7 @@ def test_what_a_build_is_told_is_what_the_audit_asks_for(text, placement, load_m
         cached = [*line]
         cached[line.index("--moe-cache-mib") + 1] = "8"
     for wrong, argv in ((False, line), (True, cached)):
-        held, said = command.command_as_asked(measured(asked, observation(placement, argv=tuple(argv))))
+        held, said = invariants.command_as_asked(measured(asked, observation(placement, argv=tuple(argv))))
         assert (held, said) == (not wrong, "wrong: --moe-cache-mib" if wrong else "as asked")
 
 

@@ -12,10 +12,10 @@ import yaml
 from conftest import REPO, SLOW
 
 # Each module may import those before it, never those after.
-LAYERS = """bar errors yaml_file strict placement upstream params neutral ranges facts files claim gguf_reader
+LAYERS = """bar schema yaml_file placement upstream params neutral facts files claim gguf_reader
 gguf_header gguf_file stats twin process monitor hub host mapped probe gpus release
-archive engine buffers logs models pins weights candidates sources quantize reasons memory
-nvml device client runner llama_server trial harness run record invariants command bounds
+archive engine buffers logs models pins weights candidates sources quantize memory
+nvml device client runner llama_server trial harness run record invariants bounds
 witness cells energy audit gather plan status columns frames study bench face table axes plots report evidence
 advice notebook cards publish measure doctor cli""".split()
 
