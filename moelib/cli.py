@@ -185,7 +185,7 @@ def study() -> None:
 @click.option("--cell", help="Only MODEL/QUANT.")
 def study_run(name: str, cell: str | None) -> None:
     """Do the runs of study NAME that are not done, then write its document."""
-    from moelib import measure, monitor, notebook, params
+    from moelib import document, measure, monitor, params
     from moelib.bar import tqdm
 
     measure.refuse_senseless(params.study(name))  # before anything is looked for or written
@@ -209,7 +209,7 @@ def study_run(name: str, cell: str | None) -> None:
         say(measured.summary())
     say_all(problems, err=True)
     if not cell and measured.done:
-        say(f"document: {os.path.relpath(notebook.document(name, progress=False).path)}")
+        say(f"document: {os.path.relpath(document.document(name, progress=False).path)}")
     elif not cell:
         say("no document: no run has a result", err=True)
     if problems:
@@ -255,10 +255,10 @@ def report(name: str, into: Path | None) -> None:
 
     Fails if nothing can be compared, or something in the study is wrong; runs that are not done yet are only listed.
     """
-    from moelib import notebook
+    from moelib import document
 
     started = time.monotonic()
-    made = notebook.report(name, into)
+    made = document.report(name, into)
     say(f"document: {os.path.relpath(made.path)} ({time.monotonic() - started:.0f} s)")
     say(made.summary)
     wrong = [p for p in made.problems if not p.endswith(": not run")]

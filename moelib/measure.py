@@ -22,7 +22,7 @@ from moelib import (
     files,
     gather,
     host,
-    notebook,
+    notebooks,
     params,
     process,
     quantize,
@@ -223,13 +223,13 @@ def run_cells(study: Study, cells: list[Cell], say: Callable[[str], object] = lo
     for i, cell in enumerate(cells):
         out = study.path / "notebooks" / f"{cell.file_name}.ipynb"
         status = study.status_now(cell)
-        if not (_whole(study, cell, status) and notebook.is_whole(out)):
+        if not (_whole(study, cell, status) and notebooks.is_whole(out)):
             say(f"{cell.name} ({i + 1} of {len(cells)})")
             try:
                 parameters = {"study": study.name, "model": cell.model, "quant": cell.quant}
-                notebook.execute("run", out, parameters, progress=False)
+                notebooks.execute("run", out, parameters, progress=False)
                 status = study.status_now(cell)
-            except notebook.NotebookError as err:
+            except notebooks.NotebookError as err:
                 log.error("%s: %s", cell.name, err)
                 status = study.status_now(cell)
                 if status.complete:

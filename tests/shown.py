@@ -10,7 +10,8 @@ from unittest import mock
 
 from conftest import REPO
 
-from moelib import notebook, plots
+from moelib import document as documents
+from moelib import plots
 
 
 def document(name: str, figures: bool = False, book: str = "analysis", **parameters: str) -> str:
@@ -35,7 +36,7 @@ def document(name: str, figures: bool = False, book: str = "analysis", **paramet
 
     here: dict[str, Any] = {"display": display}
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(notebook, "check_injected", return_value=None))
+        stack.enter_context(mock.patch.object(documents, "check_injected", return_value=None))
         stack.enter_context(mock.patch.object(plots, "display", display))
         if not figures:
             stack.enter_context(mock.patch.object(plots, "show", draw))

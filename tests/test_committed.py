@@ -11,7 +11,7 @@ import pytest
 from conftest import REPO
 from test_study import tree
 
-from moelib import cards, notebook, params, record, study
+from moelib import cards, document, params, record, study
 from moelib.table import cite, cite_manifest, cite_overhead
 
 
@@ -52,7 +52,7 @@ def copy(name, tmp_path, monkeypatch):
 def rebuilt(folder, tmp_path):
     into = tmp_path / "rebuilt"
     into.mkdir(exist_ok=True)
-    notebook.report(folder.name, into, progress=False)
+    document.report(folder.name, into, progress=False)
     return products(into)
 
 
@@ -91,7 +91,7 @@ def test_a_cited_record_that_is_gone_or_changed_shows(name, copy, tmp_path, harm
     else:
         path.write_text(path.read_text(encoding="utf-8").replace('"exit_code":0', '"exit_code":1'), encoding="utf-8")
     assert rebuilt(copy, tmp_path) != products(COMMITTED[name].document)
-    text = (tmp_path / "rebuilt" / notebook.DOCUMENT).read_text(encoding="utf-8")
+    text = (tmp_path / "rebuilt" / document.DOCUMENT).read_text(encoding="utf-8")
     assert (f"damaged: {path.name}" in text) == (harm == "changed")
 
 

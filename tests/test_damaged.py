@@ -14,7 +14,7 @@ import shown
 from click.testing import CliRunner, Result
 from conftest import REPO, furnish
 
-from moelib import cli, evidence, files, notebook, params, plan, study
+from moelib import cli, document, evidence, files, params, plan, study
 
 CELL = "deepseek-moe-16b-Q2_K"
 DEEP = "[" * 10_000 + "]" * 10_000
@@ -54,12 +54,12 @@ def folder(small, tmp_path, monkeypatch):
     monkeypatch.setenv("MOELIB_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("MOELIB_OUTPUTS", raising=False)
 
-    def without_a_kernel(name: str, into: Path | None = None, progress: bool = True) -> notebook.Reported:
-        path = (into or plan.outputs() / name) / notebook.DOCUMENT
+    def without_a_kernel(name: str, into: Path | None = None, progress: bool = True) -> document.Reported:
+        path = (into or plan.outputs() / name) / document.DOCUMENT
         files.write_bytes(path, shown.document(name).encode())
-        return notebook.Reported(path, **evidence.problems(study.Study.read(plan.outputs() / name)).verdict)
+        return document.Reported(path, **evidence.problems(study.Study.read(plan.outputs() / name)).verdict)
 
-    monkeypatch.setattr(notebook, "document", without_a_kernel)
+    monkeypatch.setattr(document, "document", without_a_kernel)
     params._yaml.cache_clear()
     yield tmp_path / "home/outputs/demo"
     params._yaml.cache_clear()
@@ -227,9 +227,9 @@ def test_a_damaged_study_is_a_sentence_or_a_document(folder, tmp_path, harm):
         assert done.exit_code in (0, 1), (how, output)
         assert output.strip()
         if how == "report":
-            assert (into / notebook.DOCUMENT).exists() is case.document, output
+            assert (into / document.DOCUMENT).exists() is case.document, output
             if case.document:
-                output += (into / notebook.DOCUMENT).read_text(encoding="utf-8")
+                output += (into / document.DOCUMENT).read_text(encoding="utf-8")
                 assert not re.search(r"\b(nan|None|inf)\b", output)
                 assert "## Records" in output
                 assert not re.search(r"`: \*$", output, re.MULTILINE), "a table without rows and without a reason"

@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from moelib import cards, cli, evidence, files, neutral, notebook, plots, study, table
+from moelib import cards, cli, document, evidence, files, neutral, plots, study, table
 
 HOSTILE = (
     "<script>alert(1)</script><img src=x onerror=y>|&lt;b&gt;\n\n| a | b |\n|---|---|\n# head\n- item\n"
@@ -273,7 +273,7 @@ def test_no_string_gets_out_on_a_terminal(bad, monkeypatch):
     monkeypatch.setattr(study.Study, "read", lambda _: results)
     monkeypatch.setattr(study.Study, "named", lambda _: results)
     verdict = evidence.problems(results).verdict
-    monkeypatch.setattr(notebook, "report", lambda *_: notebook.Reported(REPO, **verdict))
+    monkeypatch.setattr(document, "report", lambda *_: document.Reported(REPO, **verdict))
     for argv in (["audit", "demo"], ["study", "status", "demo"], ["report", "demo"]):
         done = CliRunner().invoke(cli.main, argv)
         assert done.exit_code == 1, done.exception

@@ -10,7 +10,7 @@ import pytest
 import shown as analysis
 from conftest import REPO
 
-from moelib import files, notebook, table
+from moelib import document, files, notebooks, table
 from moelib.params import ParamsError
 
 PAPERMILL = [sys.executable, "-m", "papermill", "--no-progress-bar"]
@@ -27,7 +27,7 @@ def test_run_works_by_itself_and_from_a_file_of_parameters(home, models_folder):
     (home / "p.yaml").write_text("study: smoke\nmodel: deepseek-moe-16b\nquant: Q8_0\n", encoding="utf-8")
     done = papermill(home, models_folder, "-f", str(home / "p.yaml"))
     assert done.returncode == 0, done.stderr
-    notebook.require_whole(home / "out.ipynb")
+    notebooks.require_whole(home / "out.ipynb")
     cells = json.loads((home / "out.ipynb").read_text(encoding="utf-8"))["cells"]
     shown = [o for c in cells if c["cell_type"] == "code" for o in c["outputs"]]
     assert sum("image/png" in o.get("data", {}) for o in shown) == 2
@@ -64,9 +64,9 @@ def test_a_wrong_parameter_fails_before_any_work_and_names_what_is_allowed(home,
 
 def test_injected_names_are_read_from_the_cell_that_papermill_adds():
     good, bad = '# Parameters\nquant = "Q2_K"\n', '# Parameters\nqunt = "Q2_K"\nx = [1]\n'
-    notebook.check_injected(["quant"], ["", "import os\nunrelated = 1", good])
+    document.check_injected(["quant"], ["", "import os\nunrelated = 1", good])
     with pytest.raises(ParamsError, match="unknown parameter qunt, x; this notebook has: quant"):
-        notebook.check_injected(["quant"], ["", bad])
+        document.check_injected(["quant"], ["", bad])
 
 
 def test_names_are_compared_before_the_kernel_starts(home, monkeypatch):
@@ -74,9 +74,9 @@ def test_names_are_compared_before_the_kernel_starts(home, monkeypatch):
 
     monkeypatch.setattr(papermill, "execute_notebook", lambda *a, **k: pytest.fail("a kernel was started"))
     with pytest.raises(ParamsError, match="unknown parameter qaunt"):
-        notebook.execute("run", home / "out.ipynb", {"qaunt": "Q2_K"})
+        notebooks.execute("run", home / "out.ipynb", {"qaunt": "Q2_K"})
     with pytest.raises(ParamsError, match="unknown parameter"):
-        notebook.execute("run", home / "out.ipynb", {"quant = __import__('os'); x": "Q2_K"})
+        notebooks.execute("run", home / "out.ipynb", {"quant = __import__('os'); x": "Q2_K"})
 
 
 def cell(count=1, outputs=(), source="x"):
@@ -94,11 +94,11 @@ def cell(count=1, outputs=(), source="x"):
 def test_a_notebook_that_is_not_whole_is_not_believed(tmp_path, cells, words):
     path = tmp_path / "n.ipynb"
     path.write_text(json.dumps({"cells": cells}), encoding="utf-8")
-    with pytest.raises(notebook.NotebookError, match=words):
-        notebook.require_whole(path)
+    with pytest.raises(notebooks.NotebookError, match=words):
+        notebooks.require_whole(path)
     path.write_text("{", encoding="utf-8")
-    assert not notebook.is_whole(path)
-    assert not notebook.is_whole(tmp_path / "missing.ipynb")
+    assert not notebooks.is_whole(path)
+    assert not notebooks.is_whole(tmp_path / "missing.ipynb")
 
 
 def shown(metadata, text="42"):
@@ -110,15 +110,15 @@ def shown(metadata, text="42"):
 def test_a_number_that_does_not_say_where_it_came_from_is_not_shown(tmp_path):
     path = tmp_path / "n.ipynb"
     path.write_text(json.dumps(shown({})), encoding="utf-8")
-    with pytest.raises(notebook.NotebookError, match="shows '42' without its source"):
-        notebook.render(path, tmp_path)
+    with pytest.raises(notebooks.NotebookError, match="shows '42' without its source"):
+        document.render(path, tmp_path)
     told = {"kind": "text", "name": "answer", "text": "42", "from": ["a run"], "sets": {}}
     path.write_text(json.dumps(shown({"moelib": told | {"sources": {}}})), encoding="utf-8")
-    with pytest.raises(notebook.NotebookError, match="a run is cited and not defined; run the notebook from its start"):
-        notebook.render(path, tmp_path)
+    with pytest.raises(notebooks.NotebookError, match="a run is cited and not defined; run the notebook from"):
+        document.render(path, tmp_path)
     told["sources"] = {"a run": "its digest"}
     path.write_text(json.dumps(shown({"moelib": told})), encoding="utf-8")
-    assert notebook.render(path, tmp_path).read_text(encoding="utf-8") == "42\n"
+    assert document.render(path, tmp_path).read_text(encoding="utf-8") == "42\n"
     provenance = json.loads((tmp_path / "provenance.json").read_text(encoding="utf-8"))
     assert provenance["texts"] == {"answer": {"text": "42", "from": ["a run"]}}
     assert provenance["sources"] == {"a run": "its digest"}
@@ -133,9 +133,9 @@ def test_a_dead_kernel_is_seen(home, monkeypatch):
     code[2]["source"] = ["import os\n", "os._exit(9)"]
     path.write_text(json.dumps(book), encoding="utf-8")
     out = home / "out.ipynb"
-    with pytest.raises(notebook.NotebookError):
-        notebook.execute("run", out, {"study": "smoke"}, progress=False)
-    assert not notebook.is_whole(out)
+    with pytest.raises(notebooks.NotebookError):
+        notebooks.execute("run", out, {"study": "smoke"}, progress=False)
+    assert not notebooks.is_whole(out)
 
 
 def test_a_document_made_elsewhere_leaves_the_studys_folder_alone(home, tmp_path, monkeypatch):
@@ -148,17 +148,17 @@ def test_a_document_made_elsewhere_leaves_the_studys_folder_alone(home, tmp_path
         executed.append(out)
 
     verdict = {"summary": "1 of 2 runs usable", "problems": ["one"], "rounds": 0}
-    monkeypatch.setattr(notebook, "execute", execute)
-    made = notebook.document("smoke", tmp_path / "into")
-    assert made == (tmp_path / "into" / notebook.DOCUMENT, *verdict.values())
+    monkeypatch.setattr(document, "execute", execute)
+    made = document.document("smoke", tmp_path / "into")
+    assert made == (tmp_path / "into" / document.DOCUMENT, *verdict.values())
     assert not (home / "outputs").exists()
     assert not executed[0].exists(), "its working copy is gone"
-    notebook.document("smoke")
+    document.document("smoke")
     assert executed[1] == home / "outputs/smoke/notebooks/analysis.ipynb"
     assert executed[1].exists()
     verdict.clear()
-    with pytest.raises(notebook.NotebookError, match="it must show `evidence.problems`"):
-        notebook.document("smoke")
+    with pytest.raises(notebooks.NotebookError, match="it must show `evidence.problems`"):
+        document.document("smoke")
 
 
 def test_what_an_output_has_told_no_later_one_of_the_notebook_repeats():
@@ -197,8 +197,8 @@ def test_a_notebook_of_another_form_is_one_sentence(tmp_path, content):
     path = tmp_path / "n.ipynb"
     for text in (content.encode(), b"\xff\xfe", b"[" * 100_000):
         path.write_bytes(text)
-        with pytest.raises(notebook.NotebookError, match="n.ipynb cannot be read|no code cells"):
-            notebook.require_whole(path)
+        with pytest.raises(notebooks.NotebookError, match="n.ipynb cannot be read|no code cells"):
+            notebooks.require_whole(path)
 
 
 @pytest.mark.parametrize("harm", ["gone", "damaged", "deep"])
@@ -208,5 +208,5 @@ def test_a_template_that_cannot_be_read_is_one_sentence(home, tmp_path, harm):
         path.unlink()
     else:
         path.write_text("{" if harm == "damaged" else "[" * 100_000, encoding="utf-8")
-    with pytest.raises(notebook.NotebookError, match="analysis.ipynb .*cannot be read.*MOELIB_HOME"):
-        notebook.execute("analysis", tmp_path / "out.ipynb", {"study": "smoke"}, progress=False)
+    with pytest.raises(notebooks.NotebookError, match="analysis.ipynb .*cannot be read.*MOELIB_HOME"):
+        notebooks.execute("analysis", tmp_path / "out.ipynb", {"study": "smoke"}, progress=False)

@@ -17,12 +17,12 @@ from hub import HOWS, Hub, official_client
 from huggingface_hub import constants
 
 from moelib import (
+    document,
     files,
     gguf_file,
     hub,
     measure,
     neutral,
-    notebook,
     params,
     pins,
     process,
@@ -535,7 +535,7 @@ def test_a_study_of_real_weights_says_whose(pinned, lfs_hub, home, monkeypatch):
     records = record.read_all(folder.path)[0]
     assert {r.sheet.weights for r in records} == {"real"}
     assert {r.sheet.origin for r in records} == {source.origin}
-    text = notebook.report("smoke", progress=False).path.read_text(encoding="utf-8")
+    text = document.report("smoke", progress=False).path.read_text(encoding="utf-8")
     assert "The weights are the **published ones** (" in text
     assert neutral.markdown(source.origin) in text
     assert "geometry twins" not in text

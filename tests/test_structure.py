@@ -16,8 +16,8 @@ LAYERS = """bar schema yaml_file placement upstream params neutral facts files c
 gguf_header gguf_file stats twin process monitor hub host mapped probe gpus release
 archive engine buffers logs models pins weights candidates sources quantize memory
 nvml device client runner llama_server trial harness run record invariants bounds
-witness cells energy audit gather plan status columns frames study bench face table axes plots report evidence
-advice notebook cards publish measure doctor cli""".split()
+witness cells energy audit gather plan status columns frames study bench notebooks measure table
+axes plots report evidence advice document cards publish face doctor cli""".split()
 
 
 def _imports(name):

@@ -14,7 +14,7 @@ import pytest
 from conftest import REPO, SMOKE, furnish
 from factory import WORKLOADS, block, evidence, keep, made, observation, spec, study_of
 
-from moelib import advice, files, gather, measure, notebook, params, plan, record, run, study
+from moelib import advice, document, files, gather, measure, notebooks, params, plan, record, run, study
 from moelib import evidence as evidences
 from moelib.plan import StudyError
 from moelib.study import Study
@@ -271,7 +271,7 @@ def test_a_study_without_records_is_an_error(home):
     with pytest.raises(StudyError, match="no valid record"):
         study.Study.read(folder.path)
     with pytest.raises(StudyError, match="no valid record"):
-        notebook.report("smoke")
+        document.report("smoke")
 
 
 def test_a_record_with_the_right_status_for_other_reasons_does_not_stand():
@@ -363,7 +363,7 @@ def test_a_study_leaves_its_evidence(whole):
         assert {name: hashlib.sha256((out / "raw" / name).read_bytes()).hexdigest() for name in r.raw} == r.raw
         assert len(r.raw) == 2
     assert (out / "quants/deepseek-moe-16b-Q8_0.json").exists()
-    assert notebook.is_whole(out / "notebooks/deepseek-moe-16b-Q8_0.ipynb")
+    assert notebooks.is_whole(out / "notebooks/deepseek-moe-16b-Q8_0.ipynb")
     assert list((out / "work").rglob("*.log")) == []
 
 
@@ -411,7 +411,7 @@ def test_the_document_is_rebuilt_from_records_alone_byte_by_byte(copy):
         shutil.rmtree(out / gone)
     for gone in ("MOE-TECHNICAL-VALIDATION.md", "provenance.json"):
         (out / gone).unlink()
-    notebook.report("smoke", progress=False)
+    document.report("smoke", progress=False)
     assert document() == before
     text = (out / "MOE-TECHNICAL-VALIDATION.md").read_text(encoding="utf-8")
     assert str(copy) not in text
@@ -467,7 +467,7 @@ def test_missing_cells_are_listed_and_damaged_records_reported(copy):
     paths = sorted((out / "records").glob("*_b1_*.json"))
     paths[0].unlink()
     paths[1].write_text(paths[1].read_text(encoding="utf-8")[:1000], encoding="utf-8")
-    notebook.report("smoke", progress=False)
+    document.report("smoke", progress=False)
     text = (out / "MOE-TECHNICAL-VALIDATION.md").read_text(encoding="utf-8")
     assert text.count("round 2: not run") == 2
     assert f"damaged: {paths[1].name}" in text
@@ -515,7 +515,7 @@ def test_a_failed_cell_leaves_the_rest_running_and_the_exit_code_says_so(home, m
     text = (out / "MOE-TECHNICAL-VALIDATION.md").read_text(encoding="utf-8")
     assert text.count("Q2_K baseline, mmap, round 1: not run") == 1
     # the copy of the failed notebook is kept, and not believed
-    assert not notebook.is_whole(out / "notebooks/deepseek-moe-16b-Q2_K.ipynb")
+    assert not notebooks.is_whole(out / "notebooks/deepseek-moe-16b-Q2_K.ipynb")
     # mended, only what is missing is done
     before = tree(out / "records")
     quantize = tools / real.tools["llama-quantize"].name
