@@ -96,8 +96,13 @@ class Archive:
 
     def tools(self) -> Path | None:
         """The folder of the tools, if the archive is unpacked."""
-        servers = sorted(self.folder.glob("**/llama-server"), key=lambda p: len(p.parts))
-        return servers[0].parent if servers else None
+        return _tools(self.folder)
+
+
+def _tools(folder: Path) -> Path | None:
+    """The folder of tools in an unpacked archive, the uppermost if there are several; None without one."""
+    servers = folder.glob("**/llama-server")
+    return min((p.parent for p in servers), key=lambda p: (len(p.parts), p), default=None)
 
 
 def cache() -> Path:
@@ -228,8 +233,7 @@ def fetch(archive: Archive) -> Path:
         if not whole(folder):
             if folder.exists():
                 log.warning("%s is damaged; unpacking it again", folder)
-            for stale in (folder, *cache().glob(f".{folder.name}.*.unpacking")):
-                shutil.rmtree(stale, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
             files.need_space(cache(), 5 * archive.bytes, f"the release archive {archive}")
             parts = [_download(archive.pin.build, name, want) for name, want in archive.pin.files.items()]
             _unpack(parts, folder)
@@ -273,25 +277,26 @@ def _download(build: int, name: str, want: File) -> Path:
 
 def _unpack(parts: list[Path], folder: Path) -> None:
     """Unpack archives into one temporary folder, then rename it. Raises ArchiveError and leaves no partial folder."""
-    making = folder.with_name(f".{folder.name}.{os.getpid()}.unpacking")
+    partial = folder.with_name(f".{folder.name}.unpacking")
     try:
-        making.mkdir(parents=True)
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        partial.mkdir(parents=True)
         for part in parts:
-            release.extract(part, making)
-        _together(making)
-        files.write_json(making / MANIFEST, _listing(making))
-        os.replace(making, folder)
+            release.extract(part, partial)
+        _together(partial)
+        files.write_json(partial / MANIFEST, _listing(partial))
+        os.replace(partial, folder)
     except OSError as err:
         if err.errno in files.NO_SPACE:
             raise files.FileError(f"{folder.name} cannot be written: {files.full(folder.parent)}") from None
         raise ArchiveError(f"{parts[0].name} cannot be unpacked: {err}") from None
     finally:
-        shutil.rmtree(making, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _together(folder: Path) -> None:
     """Move the libraries of a separate runtime next to the tools, where the loader searches for them."""
-    tools = next(iter(sorted(folder.glob("**/llama-server"), key=lambda p: len(p.parts))), None)
+    tools = _tools(folder)
     for p in sorted(folder.rglob("lib*.so*")) if tools else ():
-        if p.parent != tools.parent and not (tools.parent / p.name).exists():
-            os.replace(p, tools.parent / p.name)
+        if p.parent != tools and not (tools / p.name).exists():
+            os.replace(p, tools / p.name)

@@ -230,7 +230,7 @@ def test_an_interrupted_download_goes_on_where_it_was(machine, site, kept, cut, 
     pin = offered(site, machine, GOOD)
     if kept:
         part = machine / f"cache/moelib/.{NAME}.{hashlib.sha256(GOOD).hexdigest()[:12]}.part"
-        part.parent.mkdir(parents=True)
+        (part.parent / f".{pin.folder.name}.unpacking/llama-b{BUILD}").mkdir(parents=True)
         part.write_bytes(GOOD[:kept])
     site.cut, site.ranges = cut, ranges
     archive.fetch(pin)

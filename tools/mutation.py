@@ -20,7 +20,6 @@ import click
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {
     "memory": ("memory",),
-    "nvml": ("nvml",),
     "invariants": ("audit",),
     "audit": ("audit", "cells"),
     "bounds": ("bounds",),
