@@ -71,7 +71,7 @@ class Group(click.Group):
                 say(f"moelib: {err.filename or type(err).__name__}: {err.strerror or err}; {cure}", err=True)
             sys.exit(FAILED)
         except Exception as err:
-            from moelib.params import UserError
+            from moelib.schema import UserError
 
             if isinstance(err, UserError):
                 say(f"moelib: {err}", err=True)

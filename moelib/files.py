@@ -16,7 +16,7 @@ from typing import Any, TypeVar, dataclass_transform
 import psutil
 
 from moelib import neutral
-from moelib.params import UserError
+from moelib.schema import UserError
 
 try:
     import fcntl

@@ -14,10 +14,9 @@ import pandas as pd
 
 from moelib import stats
 from moelib.columns import REQUESTS, SETUP, WHERE, columns
-from moelib.params import UserError
 from moelib.placement import REFERENCE, Placement
 from moelib.record import Record
-from moelib.schema import near
+from moelib.schema import UserError, near
 
 
 class FrameError(UserError):

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from moelib.params import UserError
+from moelib.schema import UserError
 
 MAX_HEADER_BYTES = 1 << 28  # the largest vocabularies, with their merges and scores, fill some 30 MB
 MAX_TENSORS = 1 << 16  # 61 layers of 256 experts, a tensor each, are 47,000

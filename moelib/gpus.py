@@ -19,7 +19,7 @@ from typing import NamedTuple
 import pynvml
 
 from moelib import process
-from moelib.params import UserError
+from moelib.schema import UserError
 
 ROOT = Path("/")
 DISPLAYS = ("0x0300", "0x0302", "0x0380")  # classes of PCI: VGA, 3D, another display controller

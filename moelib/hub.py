@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from moelib import files, neutral, process
 from moelib.bar import tqdm
-from moelib.params import UserError
+from moelib.schema import UserError
 
 if TYPE_CHECKING:
     from httpx2 import Client, Request, Response

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from moelib.buffers import Buffer, Report
-from moelib.params import UserError
+from moelib.schema import UserError
 
 MAX_BYTES = 64 << 20  # of a log, unpacked; a usual one has 30 kB, and a run with a longer log is ended
 SERVER = ".server.log.gz"

@@ -148,7 +148,7 @@ def test_a_document_made_elsewhere_leaves_the_studys_folder_alone(home, tmp_path
         executed.append(out)
 
     verdict = {"summary": "1 of 2 runs usable", "problems": ["one"], "rounds": 0}
-    monkeypatch.setattr(document, "execute", execute)
+    monkeypatch.setattr(document.notebooks, "execute", execute)
     made = document.document("smoke", tmp_path / "into")
     assert made == (tmp_path / "into" / document.DOCUMENT, *verdict.values())
     assert not (home / "outputs").exists()
