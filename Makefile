@@ -85,7 +85,7 @@ scale: setup ## how status, audit and report grow with the number of records, ab
 bench: demo ## the benchmarks: ratios within one run
 	@$(BIN)/python benchmarks/twin_write.py
 	@$(BIN)/python benchmarks/run_overhead.py outputs/$(STUDY)
-	@$(BIN)/python benchmarks/harness_accuracy.py
+	@$(BIN)/python benchmarks/overhead.py
 
 clean: ## remove the environment, models and the demo's products
 	rm -rf $(VENV) models outputs/demo

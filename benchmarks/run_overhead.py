@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 import pandas as pd
 
-from moelib import frames, record
+from moelib.audit import record
+from moelib.study import frames
 
 
 @click.command()

@@ -19,7 +19,10 @@ from pathlib import Path
 import click
 import yaml
 
-from moelib import files, params, record, study
+from moelib.audit import record
+from moelib.base import files
+from moelib.catalogue import params
+from moelib.study import study
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "docs/example/demo"

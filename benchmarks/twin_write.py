@@ -12,7 +12,8 @@ from pathlib import Path
 
 import click
 
-from moelib import params, twin
+from moelib.catalogue import params
+from moelib.gguf import twin
 
 BLOCK = bytes(range(256)) * (1 << 15)  # 8 MiB, the size of the twin's own writes
 

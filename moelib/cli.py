@@ -9,7 +9,8 @@ from pathlib import Path
 
 import click
 
-from moelib import __version__, neutral
+from moelib import __version__
+from moelib.base import neutral
 
 FAILED = 1
 """Exit code when something was wrong; 2 is click's for a wrong call, 130 for Ctrl-C."""
@@ -71,7 +72,7 @@ class Group(click.Group):
                 say(f"moelib: {err.filename or type(err).__name__}: {err.strerror or err}; {cure}", err=True)
             sys.exit(FAILED)
         except Exception as err:
-            from moelib.schema import UserError
+            from moelib.base.schema import UserError
 
             if isinstance(err, UserError):
                 say(f"moelib: {err}", err=True)
@@ -122,7 +123,7 @@ def doctor(engine_path: str | None) -> None:
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Default: under models/.")
 def twin(model: str, scale: str, seed: int, out: Path | None) -> None:
     """Write a geometry twin of MODEL: its shapes, random weights."""
-    from moelib import models
+    from moelib.models import models
 
     source = models.make_twin(model, scale, seed, out)
     say(f"{source.path}  {source.header.file_bytes} bytes  sha256 {source.sha256}")
@@ -141,7 +142,7 @@ def fetch(model: str, pin: str | None, revision: str, named: tuple[str, ...], gi
     if pin and given:
         raise click.UsageError("--pin asks the Hub, --from takes local files: give one of them")
 
-    from moelib import sources
+    from moelib.models import sources
 
     if pin:
         pinned = sources.pin(model, pin, revision, named=named)
@@ -164,9 +165,11 @@ def quantize(model: str, quant: str, scale: str, real: bool) -> None:
     """Quantise MODEL's twin, or its real weights, to QUANT and print the file's manifest."""
     from tempfile import TemporaryDirectory
 
-    from moelib import engine as engines
-    from moelib import files, params, sources
-    from moelib import quantize as quants
+    from moelib.base import files
+    from moelib.catalogue import params
+    from moelib.engine import engine as engines
+    from moelib.models import quantize as quants
+    from moelib.models import sources
 
     params.quant(quant)
     with TemporaryDirectory() as scratch:
@@ -185,14 +188,17 @@ def study() -> None:
 @click.option("--cell", help="Only MODEL/QUANT.")
 def study_run(name: str, cell: str | None) -> None:
     """Do the runs of study NAME that are not done, then write its document."""
-    from moelib import document, measure, monitor, params
-    from moelib.bar import tqdm
+    from moelib.base.bar import tqdm
+    from moelib.campaign import campaign
+    from moelib.catalogue import params
+    from moelib.machine import monitor
+    from moelib.report import document
 
-    measure.refuse_senseless(params.study(name))  # before anything is looked for or written
-    asked, cells = measure.select(name, cell)
+    campaign.refuse_senseless(params.study(name))  # before anything is looked for or written
+    asked, cells = campaign.select(name, cell)
     planned = sum(len(c.specs) for c in cells)
-    before = measure.done(asked, cells)
-    if before < planned and (note := measure.device_note(asked)):
+    before = campaign.done(asked, cells)
+    if before < planned and (note := campaign.device_note(asked)):
         say(f"{name} {note}")
     say(f"{name}: {len(cells)} notebooks, {planned} runs, {before} of them done")
     bar = tqdm(total=planned, initial=before, unit="run", disable=None)
@@ -200,7 +206,7 @@ def study_run(name: str, cell: str | None) -> None:
     written = asked.path / "records"
     known = before - len(list(written.glob("*.json")))
     with bar, monitor.repeating(lambda: bar.update(known + len(list(written.glob("*.json"))) - bar.n), 1.0):
-        problems = measure.run_cells(asked, cells, say=tqdm.write)
+        problems = campaign.run_cells(asked, cells, say=tqdm.write)
     measured = asked.again()
     if cell:
         say(f"{cell}: {measured.statuses[cell].summary()}")
@@ -220,7 +226,7 @@ def study_run(name: str, cell: str | None) -> None:
 @click.argument("name")
 def study_status(name: str) -> None:
     """Show which runs of study NAME are usable, and why the rest are not; writes nothing."""
-    from moelib.study import Study
+    from moelib.study.study import Study
 
     measured = Study.named(name)
     for cell, status in measured.statuses.items():
@@ -234,14 +240,15 @@ def study_status(name: str) -> None:
 @click.option("--re-audit", is_flag=True, help="First re-audit runs without a valid result by the current rules.")
 def audit(name: str, re_audit: bool) -> None:
     """Check every record of study NAME against every invariant again, and show the result."""
-    from moelib import evidence, measure
-    from moelib.plan import outputs
-    from moelib.study import Study
+    from moelib.campaign import campaign
+    from moelib.report import appendix
+    from moelib.study.plan import outputs
+    from moelib.study.study import Study
 
-    for r in measure.reaudit(Study.named(name)) if re_audit else ():
+    for r in campaign.reaudit(Study.named(name)) if re_audit else ():
         say(f"re-audited: {r.line}, from the readings of {r.judged.record}")
     measured = Study.read(outputs() / name)
-    say(evidence.audit_table(measured).text())
+    say(appendix.audit_table(measured).text())
     say(measured.summary())
     say_all(measured.problems)
     sys.exit(FAILED if measured.problems else 0)
@@ -255,7 +262,7 @@ def report(name: str, into: Path | None) -> None:
 
     Fails if nothing can be compared, or something in the study is wrong; runs that are not done yet are only listed.
     """
-    from moelib import document
+    from moelib.report import document
 
     started = time.monotonic()
     made = document.report(name, into)
@@ -274,9 +281,10 @@ def report(name: str, into: Path | None) -> None:
 @click.option("--into", type=click.Path(file_okay=False, path_type=Path), help="Folder; default: cards/ of the study.")
 def card(name: str, namespace: str, into: Path | None) -> None:
     """Write the model cards of study NAME from its records alone, and check them."""
-    from moelib import cards, upstream
-    from moelib.plan import outputs
-    from moelib.study import Study
+    from moelib.catalogue import upstream
+    from moelib.publish import cards
+    from moelib.study.plan import outputs
+    from moelib.study.study import Study
 
     upstream.namespace(namespace)
     path = outputs() / name
@@ -297,10 +305,11 @@ def card(name: str, namespace: str, into: Path | None) -> None:
 @click.option("--public/--private", default=None, help="Public in the end; default: real weights are, twins are not.")
 def publish(name: str, namespace: str, yes: bool, public: bool | None) -> None:
     """Upload the files and cards of study NAME to the Hub; they are verified before they become public."""
-    from moelib import cards, upstream
-    from moelib import publish as publishing
-    from moelib.plan import outputs
-    from moelib.study import Study
+    from moelib.catalogue import upstream
+    from moelib.publish import cards
+    from moelib.publish import upload as publishing
+    from moelib.study.plan import outputs
+    from moelib.study.study import Study
 
     upstream.namespace(namespace)
     measured = Study.read(outputs() / name)

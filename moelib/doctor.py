@@ -9,8 +9,12 @@ from collections.abc import Iterator
 
 import psutil
 
-from moelib import device, engine, gpus, host, models, params
-from moelib.stats import size
+from moelib.base.stats import size
+from moelib.catalogue import params
+from moelib.engine import engine
+from moelib.machine import gpus, host
+from moelib.measure import device
+from moelib.models import models
 
 PACKAGES = ("jupyterlab", "papermill", "nbconvert", "pandas", "seaborn", "nvidia-ml-py", "huggingface_hub", "gguf")
 BUILD = "make engine"

@@ -8,12 +8,17 @@ from tempfile import TemporaryDirectory
 
 import pandas as pd
 
-from moelib import bench, engine, frames, gguf_file, params, plan, sources
-from moelib import quantize as quantize_file
-from moelib.placement import REFERENCE
-from moelib.record import Record as Record
-from moelib.schema import near
-from moelib.study import Study, UnknownName
+from moelib.audit.record import Record as Record
+from moelib.base.schema import near
+from moelib.campaign import bench
+from moelib.catalogue import params
+from moelib.catalogue.placement import REFERENCE
+from moelib.engine import engine
+from moelib.gguf import gguf_file
+from moelib.models import quantize as quantize_file
+from moelib.models import sources
+from moelib.study import frames, plan
+from moelib.study.study import Study, UnknownName
 
 
 def _folders() -> dict[str, Path]:

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from hub import Hub, official_client
 
-from moelib import engine as engines
-from moelib import mapped, params
+from moelib.catalogue import params
+from moelib.engine import engine as engines
+from moelib.machine import mapped
 
 REPO = Path(__file__).resolve().parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"

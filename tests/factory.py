@@ -7,13 +7,18 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
-from moelib import audit, client, gather, host, params, plan, record, run
-from moelib.buffers import Buffer, Report
-from moelib.facts import DeviceFacts, EngineFacts, HostFacts, Manifest
-from moelib.invariants import Measured
-from moelib.memory import Reading, Trace, reconcile
-from moelib.nvml import NO_GPU
-from moelib.study import Contents, Study
+from moelib.audit import audit, record
+from moelib.audit.invariants import Measured
+from moelib.catalogue import params
+from moelib.catalogue.facts import DeviceFacts, EngineFacts, HostFacts, Manifest
+from moelib.engine import client
+from moelib.engine.buffers import Buffer, Report
+from moelib.machine import host
+from moelib.measure import run
+from moelib.measure.memory import Reading, Trace, reconcile
+from moelib.measure.nvml import NO_GPU
+from moelib.study import gather, plan
+from moelib.study.study import Contents, Study
 
 # What a test's real runs may be flagged with: tests share their machine, so others work, and readings take longer.
 SHARED = {"host-quiet", "watched-lightly"}

@@ -40,29 +40,23 @@ from conftest import SMOKE, copy_of, furnish, library_of
 from factory import SHARED, measured, spec
 from test_kill import MOELIB, complete, kill, no_orphans
 
-from moelib import (
-    audit,
-    client,
-    device,
-    engine,
-    files,
-    gguf_file,
-    host,
-    llama_server,
-    measure,
-    models,
-    params,
-    process,
-    quantize,
-)
-from moelib import record as records
-from moelib import run as runs
-from moelib.facts import Manifest
-from moelib.memory import Reading
-from moelib.nvml import Counters
-from moelib.placement import Placement
-from moelib.plan import StudyError
-from moelib.study import Study
+from moelib.audit import audit
+from moelib.audit import record as records
+from moelib.base import files
+from moelib.campaign import campaign
+from moelib.catalogue import params
+from moelib.catalogue.facts import Manifest
+from moelib.catalogue.placement import Placement
+from moelib.engine import client, engine
+from moelib.gguf import gguf_file
+from moelib.machine import host, process
+from moelib.measure import device, llama_server
+from moelib.measure import run as runs
+from moelib.measure.memory import Reading
+from moelib.measure.nvml import Counters
+from moelib.models import models, quantize
+from moelib.study.plan import StudyError
+from moelib.study.study import Study
 
 MIB = 1 << 20
 KEY = "faults"
@@ -161,7 +155,7 @@ class Lab:
         before = {r.run_id for r in records.read_all(folder.path)[0]}
         with mock.patch.object(engine, "find", return_value=self.stub), within():
             with mock.patch.object(device, "choose", return_value=self.where), BANDWIDTH:
-                list(measure.measure(folder, folder.cells[0]))
+                list(campaign.measure(folder, folder.cells[0]))
         new = [r for r in records.read_all(folder.path)[0] if r.run_id not in before]
         wrong = {reason for r in new for reason in r.reasons if reason not in SHARED}
         self.messages = " ".join(r.message for r in new if r.message)
@@ -536,7 +530,7 @@ def hold(home: Path, lab_home: Path, uuid: str) -> None:
     stub = replace(engine.find(), tools={**engine.find().tools, "llama-server": lab_home / "tools/llama-server"})
     with mock.patch.object(engine, "find", return_value=stub), mock.patch.object(llama_server.Serving, "ask", ask):
         with mock.patch.object(device, "choose", return_value=FakeGpu(uuid)), BANDWIDTH:
-            list(measure.measure(Study.named("smoke"), Study.named("smoke").cells[0]))
+            list(campaign.measure(Study.named("smoke"), Study.named("smoke").cells[0]))
 
 
 # files

@@ -20,7 +20,9 @@ from typing import Any
 
 import click
 
-from moelib import audit, files, gather, record, study, witness
+from moelib.audit import audit, record, witness
+from moelib.base import files
+from moelib.study import gather, study
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDIES = {"h100-twins": ROOT / "outputs/h100-twins", "demo": ROOT / "docs/example/demo"}

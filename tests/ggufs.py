@@ -8,7 +8,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from moelib import gguf_file, twin
+from moelib.gguf import gguf_file, twin
 
 U32, F32, BOOL, STRING, ARRAY, I64 = 4, 6, 7, 8, 9, 11
 TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8}

@@ -318,7 +318,7 @@ def official_client(hub, pace=0.01):
     from huggingface_hub import close_session, constants, file_download
     from huggingface_hub.utils import _http, _xet
 
-    from moelib import hub as client
+    from moelib.models import hub as client
 
     waits = []
 

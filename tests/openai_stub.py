@@ -11,10 +11,11 @@ from contextlib import contextmanager
 
 import httpx
 
-from moelib import client, runner
-from moelib.client import Answer
-from moelib.facts import EngineFacts
-from moelib.runner import Prompt
+from moelib.catalogue.facts import EngineFacts
+from moelib.engine import client
+from moelib.engine.client import Answer
+from moelib.measure import runner
+from moelib.measure.runner import Prompt
 
 NAME = "openai-stub"
 TELLS = frozenset({"usage"})

@@ -8,7 +8,8 @@ import yaml
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quant_shape_to_byte_shape
 
-from moelib import params, twin
+from moelib.catalogue import params
+from moelib.gguf import twin
 
 LLAMA_KEYS = "block_count context_length embedding_length feed_forward_length expert_count expert_used_count".split()
 

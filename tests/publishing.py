@@ -22,7 +22,10 @@ from unittest import mock
 from hub import HOWS, Hub, official_client
 from hub_state import MAIN
 
-from moelib import measure, params, publish, study
+from moelib.campaign import campaign as measuring
+from moelib.catalogue import params
+from moelib.publish import upload
+from moelib.study import study
 
 TOKEN, SPACE = "hf_write", "alice"
 STUDY = """
@@ -47,8 +50,8 @@ def measured(home: Path, models="deepseek-moe-16b", quants="Q8_0"):
     """Run a small study in `home` with the real llama.cpp, if it has not been; its results."""
     (home / "params/studies/files.yaml").write_text(STUDY.format(models=models, quants=quants), encoding="utf-8")
     params._yaml.cache_clear()
-    folder, cells = measure.select("files")
-    assert measure.run_cells(folder, cells) == []
+    folder, cells = measuring.select("files")
+    assert measuring.run_cells(folder, cells) == []
     return study.Study.read(folder.path)
 
 
@@ -63,14 +66,14 @@ def loopback_hub(folder, xet=False):
 def go(results, server, public=True):
     """Plan and publish; returns the lines of its progress."""
     progress = []
-    publish.publish(publish.plan(results, SPACE, public, server.url), progress.append, server.url)
+    upload.publish(upload.plan(results, SPACE, public, server.url), progress.append, server.url)
     return progress
 
 
 def wanted(results):
     """Repository -> {file: SHA-256} as it must be in the end."""
     digests = {}
-    for p in publish.plan(results, SPACE, True, "http://127.0.0.1:9"):
+    for p in upload.plan(results, SPACE, True, "http://127.0.0.1:9"):
         digests[p.repository] = {i.name: i.sha256 for i in p.items}
     return digests
 

@@ -49,7 +49,8 @@ def loopback():
     """The loopback device of a stub, which loads nothing: its process counts as holding what the stub says is there."""
     from contextlib import contextmanager
 
-    from moelib import device, process
+    from moelib.machine import process
+    from moelib.measure import device
 
     class Held(device.Loopback):
         @contextmanager
@@ -146,7 +147,7 @@ def _header(facts, path):
 
 def _read(facts, path, part):
     sys.path[:] = facts["path"]
-    from moelib import gguf_file
+    from moelib.gguf import gguf_file
 
     h = gguf_file.read_header(path)
     placements = ["baseline", "cpu-moe", *(f"n-cpu-moe={n}" for n in range(1, 9))]

@@ -8,8 +8,10 @@ from conftest import REPO
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moelib import advice, stats, study
-from moelib.advice import GB, Choice
+from moelib.base import stats
+from moelib.report import advice
+from moelib.report.advice import GB, Choice
+from moelib.study import study
 
 FULL = REPO / "outputs/h100-twins"
 MODEL = "deepseek-moe-16b"

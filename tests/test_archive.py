@@ -21,10 +21,13 @@ import pytest
 import yaml
 from conftest import REPO
 
-from moelib import archive, gpus, mapped, params, release, trial
-from moelib import engine as engines
-from moelib.engine import EngineError
-from moelib.release import ArchiveError, Unreachable
+from moelib.catalogue import params
+from moelib.engine import archive, release
+from moelib.engine import engine as engines
+from moelib.engine.engine import EngineError
+from moelib.engine.release import ArchiveError, Unreachable
+from moelib.machine import gpus, mapped
+from moelib.measure import trial
 
 BUILD = 11194
 NAME, CPU = "llama-b11194-bin-ubuntu-x64.tar.gz", "linux-x86_64/cpu"
@@ -350,7 +353,9 @@ def test_the_libraries_of_a_separate_runtime_are_moved_beside_the_tools(machine,
 
 def test_several_processes_at_once_download_once(machine, site):
     pin, site.delay_s = offered(site, machine, GOOD), 1.5  # so that all are there before the first is done
-    code = f"from moelib import archive; print(archive.fetch(archive.Archive('cpu', archive.read().pins['{CPU}'])))"
+    code = (
+        f"from moelib.engine import archive; print(archive.fetch(archive.Archive('cpu', archive.read().pins['{CPU}'])))"
+    )
     runs = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, encoding="utf-8")
         for _ in range(3)

@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 from factory import BASE, EXPERTS, MANIFEST, MIB, argv, block, made, measured, observation, request, spec
 
-from moelib import audit, bounds, memory, nvml, record
-from moelib.buffers import Buffer, Report
-from moelib.invariants import INVARIANTS, agrees
-from moelib.memory import Reading, reconcile
-from moelib.nvml import Counters
-from moelib.run import PromptTraffic
+from moelib.audit import audit, bounds, record
+from moelib.audit.invariants import INVARIANTS, agrees
+from moelib.engine.buffers import Buffer, Report
+from moelib.measure import memory, nvml
+from moelib.measure.memory import Reading, reconcile
+from moelib.measure.nvml import Counters
+from moelib.measure.run import PromptTraffic
 
 
 def checked(*what):

@@ -6,12 +6,12 @@ import pytest
 from factory import BASE, DEVICE, EXPERTS, HOST, MANIFEST, MIB, measured, observation, request, spec
 from test_audit import remembered
 
-from moelib import audit, bounds
-from moelib.buffers import Buffer
-from moelib.invariants import INVARIANTS
-from moelib.memory import Reading
-from moelib.nvml import Counters
-from moelib.run import PromptTraffic
+from moelib.audit import audit, bounds
+from moelib.audit.invariants import INVARIANTS
+from moelib.engine.buffers import Buffer
+from moelib.measure.memory import Reading
+from moelib.measure.nvml import Counters
+from moelib.measure.run import PromptTraffic
 
 OWN = {i.id for i in INVARIANTS.values() if i.find.__module__ == bounds.__name__}
 GPU = DEVICE.model_copy(

@@ -11,9 +11,15 @@ from click.testing import CliRunner
 from conftest import FIXTURES, REPO
 from huggingface_hub import ModelCard
 
-from moelib import cards, cli, files, models, params, process, quantize, stats, study
-from moelib import engine as engines
-from moelib.placement import Placement
+from moelib import cli
+from moelib.base import files, stats
+from moelib.catalogue import params
+from moelib.catalogue.placement import Placement
+from moelib.engine import engine as engines
+from moelib.machine import process
+from moelib.models import models, quantize
+from moelib.publish import cards
+from moelib.study import study
 
 DEEPSEEK = "deepseek-moe-16b-cpu-offload-gguf"
 ROOT, QUANT = f"{DEEPSEEK}/README.md", f"{DEEPSEEK}/Q2_K.md"

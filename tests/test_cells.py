@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 from factory import EXPERTS, MIB, WORKLOADS, evidence, made, observation, request, spec
 
-from moelib import audit, cells, params, study
-from moelib.invariants import INVARIANTS
-from moelib.nvml import Counters
-from moelib.run import PromptTraffic
+from moelib.audit import audit, cells
+from moelib.audit.invariants import INVARIANTS
+from moelib.catalogue import params
+from moelib.measure.nvml import Counters
+from moelib.measure.run import PromptTraffic
+from moelib.study import study
 
 LONG = {"plan-short": params.Workload(name="plan-short", title="t", text="x", generate_tokens=40)}
 

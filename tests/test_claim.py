@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from moelib import claim, files
+from moelib.base import claim, files
 
 HOLD = """
 import sys
-from moelib import claim
+from moelib.base import claim
 with claim.device(sys.argv[1] or None, "device cuda", 0):
     print("held", flush=True)
     sys.stdin.readline()

@@ -14,7 +14,12 @@ import pytest
 from click.testing import CliRunner
 from conftest import REPO
 
-from moelib import cli, engine, files, gguf_file, params, record
+from moelib import cli
+from moelib.audit import record
+from moelib.base import files
+from moelib.catalogue import params
+from moelib.engine import engine
+from moelib.gguf import gguf_file
 
 
 def call(*args):
@@ -183,7 +188,7 @@ def test_what_nobody_thought_of_is_one_line_too(monkeypatch):
     def broken(*_):
         raise ZeroDivisionError("made up \x1b[31m")
 
-    monkeypatch.setattr("moelib.study.Study.read", broken)
+    monkeypatch.setattr("moelib.study.study.Study.read", broken)
     done = call("audit", "demo")
     assert done.exit_code == 1
     assert "moelib: ZeroDivisionError: made up" in done.output

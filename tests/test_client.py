@@ -12,8 +12,10 @@ import httpx
 import pytest
 from factory import request
 
-from moelib import client, llama_server, params
-from moelib.client import RunError
+from moelib.catalogue import params
+from moelib.engine import client
+from moelib.engine.client import RunError
+from moelib.measure import llama_server
 
 
 @contextmanager

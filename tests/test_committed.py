@@ -11,8 +11,12 @@ import pytest
 from conftest import REPO
 from test_study import tree
 
-from moelib import cards, document, params, record, study
-from moelib.table import cite, cite_manifest, cite_overhead
+from moelib.audit import record
+from moelib.catalogue import params
+from moelib.publish import cards
+from moelib.report import document
+from moelib.report.table import cite, cite_manifest, cite_overhead
+from moelib.study import study
 
 
 class Committed(NamedTuple):

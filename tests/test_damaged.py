@@ -14,7 +14,11 @@ import shown
 from click.testing import CliRunner, Result
 from conftest import REPO, furnish
 
-from moelib import cli, document, evidence, files, params, plan, study
+from moelib import cli
+from moelib.base import files
+from moelib.catalogue import params
+from moelib.report import appendix, document
+from moelib.study import plan, study
 
 CELL = "deepseek-moe-16b-Q2_K"
 DEEP = "[" * 10_000 + "]" * 10_000
@@ -57,7 +61,7 @@ def folder(small, tmp_path, monkeypatch):
     def without_a_kernel(name: str, into: Path | None = None, progress: bool = True) -> document.Reported:
         path = (into or plan.outputs() / name) / document.DOCUMENT
         files.write_bytes(path, shown.document(name).encode())
-        return document.Reported(path, **evidence.problems(study.Study.read(plan.outputs() / name)).verdict)
+        return document.Reported(path, **appendix.problems(study.Study.read(plan.outputs() / name)).verdict)
 
     monkeypatch.setattr(document, "document", without_a_kernel)
     params._yaml.cache_clear()

@@ -6,7 +6,9 @@ import pytest
 from factory import SHARED
 from test_study import command
 
-from moelib import frames, gguf_file, record, study
+from moelib.audit import record
+from moelib.gguf import gguf_file
+from moelib.study import frames, study
 
 
 @pytest.mark.engine

@@ -5,9 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from moelib import device, doctor, engine, gpus, measure
-from moelib.device import Cuda, Session
-from moelib.memory import SETTLED_BYTES, Reading
+from moelib import doctor
+from moelib.campaign import campaign
+from moelib.engine import engine
+from moelib.machine import gpus
+from moelib.measure import device
+from moelib.measure.device import Cuda, Session
+from moelib.measure.memory import SETTLED_BYTES, Reading
 
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -297,18 +301,18 @@ def test_without_rpc_the_note_says_that_nothing_is_offloaded(machine):
 
 def test_the_note_is_that_of_a_study_on_auto_with_an_engine(monkeypatch, machine):
     machine(NO_DRIVER)
-    monkeypatch.setattr(measure.engine, "find", Build)
+    monkeypatch.setattr(campaign.engine, "find", Build)
 
     class Auto:
         class parameters:
             device = "auto"
 
-    assert measure.device_note(Auto) == f"{LOOPBACK}there is no GPU here"
+    assert campaign.device_note(Auto) == f"{LOOPBACK}there is no GPU here"
     Auto.parameters.device = "loopback"
-    assert measure.device_note(Auto) is None
+    assert campaign.device_note(Auto) is None
     Auto.parameters.device = "auto"
-    monkeypatch.setattr(measure.engine, "find", lambda: (_ for _ in ()).throw(engine.EngineError("none")))
-    assert measure.device_note(Auto) is None
+    monkeypatch.setattr(campaign.engine, "find", lambda: (_ for _ in ()).throw(engine.EngineError("none")))
+    assert campaign.device_note(Auto) is None
 
 
 @pytest.mark.parametrize("text", ["", "-1", "nope"])

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from test_cells import cell_of, flagged, with_seen
 
-from moelib.nvml import Counters
+from moelib.measure.nvml import Counters
 
 
 def test_energy_is_steady():

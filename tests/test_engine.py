@@ -10,11 +10,11 @@ import pytest
 from conftest import FIXTURES
 from factory import measured, observation, spec
 
-from moelib import engine as engines
-from moelib import invariants
-from moelib.engine import Engine, EngineError, Help
-from moelib.logs import parse_log
-from moelib.placement import Placement
+from moelib.audit import invariants
+from moelib.catalogue.placement import Placement
+from moelib.engine import engine as engines
+from moelib.engine.engine import Engine, EngineError, Help
+from moelib.engine.logs import parse_log
 
 BUILDS = ("b6666", "b11434", "b11669")
 OLD, NEW, NEWEST = (Help((FIXTURES / f"llama-server-help-{b}.txt").read_text(encoding="utf-8")) for b in BUILDS)

@@ -12,8 +12,9 @@ import pytest
 from conftest import REPO
 
 import moelib
-from moelib import frames, params
+from moelib.catalogue import params
 from moelib.face import UnknownName
+from moelib.study import frames
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moelib import files
+from moelib.base import files
 
 JSON = st.recursive(
     st.none()
@@ -71,7 +71,7 @@ def test_kill_at_any_moment_leaves_a_whole_file(tmp_path):
     """50 kills of a process that rewrites a file without pause."""
     path = tmp_path / "x.json"
     code = (
-        "import sys; from pathlib import Path; from moelib import files\n"
+        "import sys; from pathlib import Path; from moelib.base import files\n"
         "i = 0\nwhile True:\n    i += 1; files.write_json(Path(sys.argv[1]), {'i': i, 'fill': 'y' * 200000})"
     )
     for k in range(50):
@@ -95,7 +95,7 @@ def refusal(path, wait_s=0.0):
 
 
 HOLD = """
-import sys, time; from pathlib import Path; from moelib import files
+import sys, time; from pathlib import Path; from moelib.base import files
 with files.lock(Path(sys.argv[1]), "it"):
     print(flush=True); time.sleep(60)
 """

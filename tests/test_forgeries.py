@@ -5,7 +5,7 @@ import copy
 import pytest
 from forgeries import FAMILIES, STUDIES, Court, campaign, moved, published
 
-from moelib import frames
+from moelib.study import frames
 
 
 @pytest.fixture(scope="module", params=list(STUDIES))

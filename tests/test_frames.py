@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 from factory import made, observation, request, study_of
 
-from moelib import columns, frames, params
-from moelib.nvml import Counters
-from moelib.params import Arm
-from moelib.placement import Placement
-from moelib.run import PromptTraffic
-from moelib.status import Status
+from moelib.catalogue import params
+from moelib.catalogue.params import Arm
+from moelib.catalogue.placement import Placement
+from moelib.measure.nvml import Counters
+from moelib.measure.run import PromptTraffic
+from moelib.study import columns, frames
+from moelib.study.status import Status
 
 
 def run_of(*requests, **change):

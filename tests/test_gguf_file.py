@@ -10,8 +10,9 @@ from gguf import GGUFReader
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moelib import gguf_file, params, twin
-from moelib.gguf_file import GGUFError, HeaderCut, from_bytes, read_header
+from moelib.catalogue import params
+from moelib.gguf import gguf_file, twin
+from moelib.gguf.gguf_file import GGUFError, HeaderCut, from_bytes, read_header
 
 GOOD = ggufs.build(*ggufs.moe())
 

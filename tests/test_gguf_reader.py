@@ -12,8 +12,8 @@ from gguf.constants import GGMLQuantizationType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moelib import gguf_reader
-from moelib.gguf_file import COUNTS, GGUFError, HeaderCut, from_bytes, read_header
+from moelib.gguf import gguf_reader
+from moelib.gguf.gguf_file import COUNTS, GGUFError, HeaderCut, from_bytes, read_header
 
 FOREIGN = {
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\n", "Git LFS pointer", "git lfs pull"),

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from moelib import gpus
-from moelib.gpus import Card, NotVisible, first_visible
+from moelib.machine import gpus
+from moelib.machine.gpus import Card, NotVisible, first_visible
 
 A, B = "GPU-4c183a5c-a1fd-f2b1-bb8a-298146543654", "GPU-78d2cc5c-5130-6c53-9001-d3b92f3bf6b2"
 ALIKE = (Card(A, "H100"), Card(B, "H100"))

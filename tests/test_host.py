@@ -9,7 +9,7 @@ import sys
 import psutil
 import pytest
 
-from moelib import host, process
+from moelib.machine import host, process
 
 BOOT, MACHINE = "/proc/sys/kernel/random/boot_id", "/etc/machine-id"
 

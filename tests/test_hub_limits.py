@@ -19,8 +19,10 @@ from huggingface_hub import constants
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moelib import hub, params, pins, publish, sources
-from moelib.hub import HubError
+from moelib.catalogue import params, pins
+from moelib.models import hub, sources
+from moelib.models.hub import HubError
+from moelib.publish import upload
 
 REPO = "alice/toy-GGUF"
 
@@ -42,7 +44,7 @@ def pinned(toy, lfs_hub):
 
 
 def plan(content=b"GGUF"):
-    return publish.Plan(REPO, "t", (publish.Item("m.gguf", content, len(content), sha256(content).hexdigest()),), True)
+    return upload.Plan(REPO, "t", (upload.Item("m.gguf", content, len(content), sha256(content).hexdigest()),), True)
 
 
 NUMBERS = itertools.count()
@@ -72,13 +74,13 @@ DOORS = {
     "reading a header": ("/storage", lambda server: sources.pin("toy", REPO, endpoint=server.url)),
     "finding a file": ("HEAD /alice", lambda server: sources.fetch("toy", server.url)),
     "fetching a file": ("/storage", lambda server: sources.fetch("toy", server.url)),
-    "whose token": ("whoami", lambda server: publish.require_rights(hub.api(server.url), {"alice"})),
-    "a state": ("/api/models", lambda server: publish._state(hub.api(server.url), REPO)),
-    "a listing": ("/tree", lambda server: publish._listing(hub.api(server.url), REPO, "main")),
-    "requests": ("discussions", lambda server: publish._open_request(hub.api(server.url), plan())),
-    "an upload": ("/preupload|/commit", lambda server: publish._upload(hub.api(server.url), changed_plan(), print)),
-    "publishing": ("/merge", lambda server: publish.publish([changed_plan()], print, server.url)),
-    "reading back": ("HEAD /alice", lambda server: publish._read_back(hub.api(server.url), plan(), "main", print)),
+    "whose token": ("whoami", lambda server: upload.require_rights(hub.api(server.url), {"alice"})),
+    "a state": ("/api/models", lambda server: upload._state(hub.api(server.url), REPO)),
+    "a listing": ("/tree", lambda server: upload._listing(hub.api(server.url), REPO, "main")),
+    "requests": ("discussions", lambda server: upload._open_request(hub.api(server.url), plan())),
+    "an upload": ("/preupload|/commit", lambda server: upload._upload(hub.api(server.url), changed_plan(), print)),
+    "publishing": ("/merge", lambda server: upload.publish([changed_plan()], print, server.url)),
+    "reading back": ("HEAD /alice", lambda server: upload._read_back(hub.api(server.url), plan(), "main", print)),
 }
 
 
@@ -145,7 +147,7 @@ def test_an_answer_that_is_packed_after_all_is_read(toy, lfs_hub, monkeypatch):
     answer = hub_hostile.whole(body, "Content-Encoding: gzip")
     monkeypatch.setitem(hub_hostile.WAYS, "packing", lambda _: [answer])
     lfs_hub.fail("packing", match="whoami")
-    publish.require_rights(hub.api(lfs_hub.url), {"alice"})
+    upload.require_rights(hub.api(lfs_hub.url), {"alice"})
     assert lfs_hub.requests[-1].fault == "packing"
 
 

@@ -13,8 +13,9 @@ import psutil
 import pytest
 from conftest import SMOKE, furnish
 
-from moelib import params, record
-from moelib.study import Study
+from moelib.audit import record
+from moelib.catalogue import params
+from moelib.study.study import Study
 
 KILLS = 50
 LONGEST_S = 6.0  # a whole smoke study takes about as long: every moment of it is hit

@@ -13,10 +13,12 @@ import pytest
 from conftest import copy_of, library_of
 from factory import spec
 
-from moelib import device, mapped, models, quantize, run
-from moelib import engine as engines
-from moelib.llama_server import LlamaServer
-from moelib.process import ProcessError
+from moelib.engine import engine as engines
+from moelib.machine import mapped
+from moelib.machine.process import ProcessError
+from moelib.measure import device, run
+from moelib.measure.llama_server import LlamaServer
+from moelib.models import models, quantize
 
 HOLD = """
 import ctypes, mmap, sys

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from moelib import memory
-from moelib.buffers import Buffer, Report
-from moelib.memory import INVALID, LEAST_CONTEXT_BYTES, REASONS, Memory, Reading, Trace, reconcile
+from moelib.engine.buffers import Buffer, Report
+from moelib.measure import memory
+from moelib.measure.memory import INVALID, LEAST_CONTEXT_BYTES, REASONS, Memory, Reading, Trace, reconcile
 
 MIB, GIB = 1 << 20, 1 << 30
 CONTEXT, ENGINE, WEIGHTS = 500 * MIB, 4 * GIB, 3 * GIB

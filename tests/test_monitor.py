@@ -7,7 +7,7 @@ import time
 import psutil
 import pytest
 
-from moelib import monitor, process
+from moelib.machine import monitor, process
 
 
 def wait_until(condition, within_s=30):

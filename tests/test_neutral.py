@@ -23,7 +23,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from moelib import cards, cli, document, evidence, files, neutral, plots, study, table
+from moelib import cli
+from moelib.base import files, neutral
+from moelib.publish import cards
+from moelib.report import appendix, document, plots, table
+from moelib.study import study
 
 HOSTILE = (
     "<script>alert(1)</script><img src=x onerror=y>|&lt;b&gt;\n\n| a | b |\n|---|---|\n# head\n- item\n"
@@ -238,8 +242,8 @@ def test_no_string_gets_out_in_the_document(bad, monkeypatch):
 def test_no_string_gets_out_in_the_tables_of_a_run(bad):
     results, _ = bad
     records = results.used[:2]
-    clean(evidence.runs_table(records).markdown())
-    clean(evidence.manifest_table(results.manifests[0]).markdown())
+    clean(appendix.runs_table(records).markdown())
+    clean(appendix.manifest_table(results.manifests[0]).markdown())
     for figure in (plots.vram_over_time(records), plots.tokens_over_time(records, results.parameters.workloads[0])):
         figure.draw_without_rendering()
 
@@ -272,7 +276,7 @@ def test_no_string_gets_out_on_a_terminal(bad, monkeypatch):
     results, _ = bad
     monkeypatch.setattr(study.Study, "read", lambda _: results)
     monkeypatch.setattr(study.Study, "named", lambda _: results)
-    verdict = evidence.problems(results).verdict
+    verdict = appendix.problems(results).verdict
     monkeypatch.setattr(document, "report", lambda *_: document.Reported(REPO, **verdict))
     for argv in (["audit", "demo"], ["study", "status", "demo"], ["report", "demo"]):
         done = CliRunner().invoke(cli.main, argv)

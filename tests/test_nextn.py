@@ -4,9 +4,13 @@ import ggufs
 import pytest
 from factory import MANIFEST, measured, spec
 
-from moelib import audit, device, files, gguf_file, models, quantize, run
-from moelib.facts import Manifest
-from moelib.llama_server import LlamaServer
+from moelib.audit import audit
+from moelib.base import files
+from moelib.catalogue.facts import Manifest
+from moelib.gguf import gguf_file
+from moelib.measure import device, run
+from moelib.measure.llama_server import LlamaServer
+from moelib.models import models, quantize
 
 pytestmark = pytest.mark.engine
 

@@ -10,8 +10,10 @@ import pytest
 import shown as analysis
 from conftest import REPO
 
-from moelib import document, files, notebooks, table
-from moelib.params import ParamsError
+from moelib.base import files
+from moelib.campaign import notebooks
+from moelib.catalogue.params import ParamsError
+from moelib.report import document, table
 
 PAPERMILL = [sys.executable, "-m", "papermill", "--no-progress-bar"]
 
@@ -180,7 +182,8 @@ def test_what_an_output_has_told_no_later_one_of_the_notebook_repeats():
 
 def test_a_whole_cells_notebook_shows_on_a_machine_without_engine_or_device(monkeypatch):
     """The committed study of a GPU."""
-    from moelib import device, engine
+    from moelib.engine import engine
+    from moelib.measure import device
 
     monkeypatch.setattr(engine, "find", lambda *_: pytest.fail("an engine was asked for"))
     monkeypatch.setattr(device, "choose", lambda *_: pytest.fail("a device was asked for"))

@@ -2,7 +2,8 @@ import re
 
 import pytest
 
-from moelib import params, twin, upstream
+from moelib.catalogue import params, upstream
+from moelib.gguf import twin
 
 
 @pytest.mark.parametrize(

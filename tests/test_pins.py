@@ -9,9 +9,11 @@ import pytest
 import yaml
 from hub_state import Entry
 
-from moelib import candidates, gguf_file, params, pins, sources, weights
-from moelib.candidates import ChoiceError
-from moelib.pins import PinsError
+from moelib.catalogue import params, pins
+from moelib.catalogue.pins import PinsError
+from moelib.gguf import gguf_file
+from moelib.models import candidates, sources, weights
+from moelib.models.candidates import ChoiceError
 
 REPO = "alice/toy-GGUF"
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moelib.placement import KV_TYPES, LOAD_MODES, Placement, PlacementError
+from moelib.catalogue.placement import KV_TYPES, LOAD_MODES, Placement, PlacementError
 
 PLACEMENTS = st.builds(
     Placement,

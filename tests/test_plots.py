@@ -9,8 +9,9 @@ from conftest import REPO
 from factory import made
 from matplotlib.colors import to_hex
 
-from moelib import axes, frames, plots, study
-from moelib.params import Arm
+from moelib.catalogue.params import Arm
+from moelib.report import axes, plots
+from moelib.study import frames, study
 
 PLACEMENTS = {
     "outputs/h100-twins": ["baseline, mmap", "cpu-moe, mmap", "cpu-moe, none"],

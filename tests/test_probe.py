@@ -8,7 +8,7 @@ import time
 import pytest
 from test_process import sleeping
 
-from moelib import probe
+from moelib.machine import probe
 
 
 def shell(script):

@@ -10,7 +10,8 @@ import time
 import psutil
 import pytest
 
-from moelib import params, process
+from moelib.catalogue import params
+from moelib.machine import process
 
 SLEEP = [sys.executable, "-c", "import time; print('ready', flush=True); time.sleep(300)"]
 
@@ -188,7 +189,7 @@ def test_nothing_needs_a_locale_that_is_utf_8(tmp_path):
     folder = tmp_path / "gr\u00fc\u00df"
     folder.mkdir()
     code = (
-        "import sys, pathlib; from moelib import host, probe, process; folder = pathlib.Path(sys.argv[1])\n"
+        "import sys, pathlib; from moelib.machine import host, probe, process; folder = pathlib.Path(sys.argv[1])\n"
         "argv = ['/bin/sh', '-c', \"printf '\\\\303\\\\274ber\\\\377'\"]\n"
         "with process.Child(argv, folder / 'x.log', process.environment(folder)) as c: c.wait_end(30)\n"
         "assert c.text() == '\\xfcber\\ufffd' == probe.ask(argv, 30).out, ascii(c.text())\n"
@@ -228,7 +229,7 @@ def test_a_child_keeps_to_its_cpus(tmp_path):
 PARENT = """
 import sys, time
 from pathlib import Path
-from moelib import process
+from moelib.machine import process
 folder = Path(sys.argv[1])
 c = process.Child(["/bin/sleep", "300"], folder / "child.log", process.environment(folder))
 print(c.pid, flush=True)

@@ -10,9 +10,12 @@ from conftest import furnish
 from hub_state import wrong
 from publishing import SPACE, go, loopback_hub, visible, wanted
 
-from moelib import cards, params, process, publish, quantize
-from moelib.hub import HubError
-from moelib.publish import PublishError
+from moelib.catalogue import params
+from moelib.machine import process
+from moelib.models import quantize
+from moelib.models.hub import HubError
+from moelib.publish import cards, upload
+from moelib.publish.upload import PublishError
 
 pytestmark = pytest.mark.engine
 REPO = f"{SPACE}/deepseek-moe-16b-cpu-offload-gguf"
@@ -41,7 +44,7 @@ def writes(requests):
 
 
 def test_a_plan_says_everything_and_touches_nothing(results, server):
-    (plan,) = publish.plan(results, SPACE, None, server.url)
+    (plan,) = upload.plan(results, SPACE, None, server.url)
     text = plan.text()
     (sheet,) = results.manifests
     assert f"{REPO} (new, to stay private)" in text
@@ -55,7 +58,7 @@ def test_a_plan_says_everything_and_touches_nothing(results, server):
 
 
 def test_without_a_hub_the_plan_stands_and_says_so(results):
-    (plan,) = publish.plan(results, SPACE, None, "http://127.0.0.1:9")
+    (plan,) = upload.plan(results, SPACE, None, "http://127.0.0.1:9")
     assert "what is there is not known" in plan.text()
     assert len(plan.changes) == 5
 
@@ -84,7 +87,7 @@ def test_a_twin_stays_private_unless_told_otherwise(results, server):
 def test_unchanged_content_makes_no_commit(results, server):
     go(results, server)
     before, commits = len(server.requests), list(server.repos[REPO].commits)
-    (plan,) = publish.plan(results, SPACE, True, server.url)
+    (plan,) = upload.plan(results, SPACE, True, server.url)
     assert "0 commits, 0 files, 0 bytes to send" in plan.text()
     assert plan.text().count("  same ") == 5
     assert go(results, server) == [f"{REPO}: public already, nothing to do"]
@@ -96,7 +99,7 @@ def test_a_public_repository_changes_by_a_pull_request_alone(results, server):
     go(results, server)
     for merged in (1, 2):  # an earlier one, which is merged, is not taken up again
         server.put(REPO, {"README.md": b"---\nlicense: mit\n---\n# old\n", "theirs.txt": b"kept\n"})
-        (plan,) = publish.plan(results, SPACE, True, server.url)
+        (plan,) = upload.plan(results, SPACE, True, server.url)
         assert re.search(r"changed .*  README.md\n", plan.text())
         assert re.search(r"left .*  theirs.txt\n", plan.text())
         before, count = visible(server)[-1], len(server.public_history())
@@ -113,7 +116,7 @@ def test_what_another_changes_meanwhile_is_not_shown(results, server):
             server.put(REPO, {"README.md": b"---\nlicense: mit\n---\n# something else\n"})
 
     with pytest.raises(PublishError, match=r"is private, and README.md not as verified"):
-        publish.publish(publish.plan(results, SPACE, True, server.url), meddle, server.url)
+        upload.publish(upload.plan(results, SPACE, True, server.url), meddle, server.url)
     assert visible(server)[-1] == {}
 
 
@@ -146,14 +149,14 @@ def test_a_file_that_was_not_measured_is_not_published(results, server, tmp_path
 
 
 def test_a_file_that_changes_meanwhile_is_not_sent(results, server, tmp_path, monkeypatch):
-    plans = publish.plan(results, SPACE, True, server.url)
+    plans = upload.plan(results, SPACE, True, server.url)
     (model,) = [i for i in plans[0].items if i.is_model]
     path = tmp_path / "swapped.gguf"
     path.write_bytes(wrong(model.content.read_bytes()))
-    items = tuple(publish.Item(i.name, path if i is model else i.content, i.nbytes, i.sha256) for i in plans[0].items)
-    plans[0] = publish.Plan(plans[0].repository, plans[0].title, items, True)
+    items = tuple(upload.Item(i.name, path if i is model else i.content, i.nbytes, i.sha256) for i in plans[0].items)
+    plans[0] = upload.Plan(plans[0].repository, plans[0].title, items, True)
     with pytest.raises(PublishError, match="changed while it was being published"):
-        publish.publish(plans, print, server.url)
+        upload.publish(plans, print, server.url)
     assert visible(server)[-1] == {}
 
 
@@ -170,7 +173,7 @@ def test_a_file_that_changes_meanwhile_is_not_sent(results, server, tmp_path, mo
 def test_a_token_without_the_right_is_told_before_anything(results, server, monkeypatch, token, space, why):
     monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(PublishError, match=why) as caught:
-        publish.publish(publish.plan(results, space, True, server.url), print, server.url)
+        upload.publish(upload.plan(results, space, True, server.url), print, server.url)
     assert token not in str(caught.value)
     assert writes(server.requests) == []
 
@@ -178,7 +181,7 @@ def test_a_token_without_the_right_is_told_before_anything(results, server, monk
 @pytest.mark.parametrize(("token", "space"), [("hf_fine", "alice"), ("hf_write", "lab")])
 def test_a_fine_token_and_an_organisation_may(results, server, monkeypatch, token, space):
     monkeypatch.setenv("HF_TOKEN", token)
-    publish.publish(publish.plan(results, space, True, server.url), print, server.url)
+    upload.publish(upload.plan(results, space, True, server.url), print, server.url)
     assert not server.repos[REPO.replace(SPACE, space)].private
 
 
@@ -195,9 +198,9 @@ def test_an_interrupted_publication_sends_no_finished_file_again(results, server
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        publish.publish(publish.plan(results, SPACE, True, server.url), stop, server.url)
+        upload.publish(upload.plan(results, SPACE, True, server.url), stop, server.url)
     assert server.repos[REPO].private
-    (plan,) = publish.plan(results, SPACE, True, server.url)
+    (plan,) = upload.plan(results, SPACE, True, server.url)
     assert [i.is_model for i in plan.changes] == [False] * 4
     before = len(server.requests)
     go(results, server)
@@ -208,15 +211,15 @@ def test_an_interrupted_publication_sends_no_finished_file_again(results, server
 
 def test_a_file_that_the_hub_lists_with_another_hash_is_not_shown(results, server, monkeypatch):
     """Its bytes come back right: what others would be served may still be what the list says."""
-    honest, back = publish._listing, publish._read_back
+    honest, back = upload._listing, upload._read_back
 
     def read_back(*args):
         with monkeypatch.context() as patch:
             wrong = {results.manifests[0].file_name: "0" * 64}
-            patch.setattr(publish, "_listing", lambda *where: honest(*where) | wrong)
+            patch.setattr(upload, "_listing", lambda *where: honest(*where) | wrong)
             back(*args)
 
-    monkeypatch.setattr(publish, "_read_back", read_back)
+    monkeypatch.setattr(upload, "_read_back", read_back)
     with pytest.raises(PublishError, match="was read back with SHA-256"):
         go(results, server)
     assert server.repos[REPO].private
@@ -242,7 +245,7 @@ def test_the_campaign_finds_what_is_not_safe(results, tmp_path, monkeypatch, nam
     function, instead, finding = UNSAFE[name]
     scene = publishing.SCENES[0]
     todo = [c for c in publishing.cases(results, tmp_path, scene) if c.how == "corrupt" and c.line.startswith("PUT")]
-    monkeypatch.setattr(publish, function, instead)
+    monkeypatch.setattr(upload, function, instead)
     assert re.search(finding, publishing.judge(results, tmp_path, scene, todo[0])[0])
 
 

@@ -8,9 +8,16 @@ import ggufs
 import pytest
 from click.testing import CliRunner
 
-from moelib import cli, files, gguf_file, measure, models, params, plan, process, quantize
-from moelib.params import ParamsError
-from moelib.quantize import QuantizeError
+from moelib import cli
+from moelib.base import files
+from moelib.campaign import campaign
+from moelib.catalogue import params
+from moelib.catalogue.params import ParamsError
+from moelib.gguf import gguf_file
+from moelib.machine import process
+from moelib.models import models, quantize
+from moelib.models.quantize import QuantizeError
+from moelib.study import plan
 
 pytestmark = pytest.mark.engine
 
@@ -230,4 +237,4 @@ def test_a_study_of_a_senseless_placement_is_refused_with_nothing_written(home, 
     assert not (tmp_path / "m").exists()
     assert not (home / "outputs/try").exists()
     with pytest.raises(plan.StudyError, match=cause):
-        measure.refuse_senseless(params.study("try"))
+        campaign.refuse_senseless(params.study("try"))

@@ -7,7 +7,9 @@ from factory import made, spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moelib import facts, files, record
+from moelib.audit import record
+from moelib.base import files
+from moelib.catalogue import facts
 
 
 def test_a_record_comes_back_as_it_was(tmp_path):

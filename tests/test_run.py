@@ -8,10 +8,15 @@ from dataclasses import replace
 import pytest
 from factory import SHARED, measured, spec
 
-from moelib import audit, client, device, models, params, quantize, run, twin
-from moelib.facts import Manifest
-from moelib.llama_server import LlamaServer, Serving, read_stream
-from moelib.nvml import Counters, Traffic
+from moelib.audit import audit
+from moelib.catalogue import params
+from moelib.catalogue.facts import Manifest
+from moelib.engine import client
+from moelib.gguf import twin
+from moelib.measure import device, run
+from moelib.measure.llama_server import LlamaServer, Serving, read_stream
+from moelib.measure.nvml import Counters, Traffic
+from moelib.models import models, quantize
 
 pytestmark = pytest.mark.engine
 

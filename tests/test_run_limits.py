@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import pytest
 from factory import spec
 
-from moelib import client, device, llama_server, process, run
+from moelib.engine import client
+from moelib.machine import process
+from moelib.measure import device, llama_server, run
 
 
 class Dying:

@@ -9,10 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai_stub import NAME, Attached, Stub
 
-from moelib import audit, device, files, gather, gguf_file, logs, params, quantize, record, run, runner, twin, witness
-from moelib.buffers import Report
-from moelib.facts import LLAMA_SERVER
-from moelib.invariants import INVARIANTS
+from moelib.audit import audit, record, witness
+from moelib.audit.invariants import INVARIANTS
+from moelib.base import files
+from moelib.catalogue import params
+from moelib.catalogue.facts import LLAMA_SERVER
+from moelib.engine import logs
+from moelib.engine.buffers import Report
+from moelib.gguf import gguf_file, twin
+from moelib.measure import device, run, runner
+from moelib.models import quantize
+from moelib.study import gather
 
 ASKED = {"workloads": ("smoke",), "requests": 2, "context": 256, "device": "none"}
 SHARED = {"watched-lightly", "clock-steady", "not-slowed"}  # of a machine that tests share

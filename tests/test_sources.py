@@ -16,23 +16,16 @@ from conftest import SMOKE
 from hub import HOWS, Hub, official_client
 from huggingface_hub import constants
 
-from moelib import (
-    document,
-    files,
-    gguf_file,
-    hub,
-    measure,
-    neutral,
-    params,
-    pins,
-    process,
-    quantize,
-    record,
-    sources,
-    twin,
-)
-from moelib.hub import HubError
-from moelib.sources import SourceError
+from moelib.audit import record
+from moelib.base import files, neutral
+from moelib.campaign import campaign
+from moelib.catalogue import params, pins
+from moelib.gguf import gguf_file, twin
+from moelib.machine import process
+from moelib.models import hub, quantize, sources
+from moelib.models.hub import HubError
+from moelib.models.sources import SourceError
+from moelib.report import document
 
 REPO = "alice/toy-GGUF"
 
@@ -93,7 +86,7 @@ def test_a_changed_file_is_fetched_again(pinned, lfs_hub, monkeypatch):
 
 
 STORAGE = r"^GET /storage"
-FETCH = "import sys; from moelib import sources; sources.fetch('toy', sys.argv[1])"
+FETCH = "import sys; from moelib.models import sources; sources.fetch('toy', sys.argv[1])"
 
 
 def beginning():
@@ -530,8 +523,8 @@ def test_a_study_of_real_weights_says_whose(pinned, lfs_hub, home, monkeypatch):
     (home / "params/studies/smoke.yaml").write_text(plan, encoding="utf-8")
     params._yaml.cache_clear()
     source = sources.fetch("toy", lfs_hub.url)
-    folder, cells = measure.select("smoke")
-    assert measure.run_cells(folder, cells) == []
+    folder, cells = campaign.select("smoke")
+    assert campaign.run_cells(folder, cells) == []
     records = record.read_all(folder.path)[0]
     assert {r.sheet.weights for r in records} == {"real"}
     assert {r.sheet.origin for r in records} == {source.origin}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moelib import stats
+from moelib.base import stats
 
 
 @pytest.mark.parametrize(

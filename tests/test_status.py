@@ -7,9 +7,9 @@ from factory import block, made, observation, spec, study_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moelib import params
-from moelib.plan import Cell
-from moelib.status import summary
+from moelib.catalogue import params
+from moelib.study.plan import Cell
+from moelib.study.status import summary
 
 
 @pytest.mark.parametrize(

@@ -7,42 +7,48 @@ import subprocess
 import sys
 import tomllib
 
+import layers
 import pytest
 import yaml
 from conftest import REPO, SLOW
 
-# Each module may import those before it, never those after.
-LAYERS = """bar schema yaml_file placement upstream params neutral facts files claim gguf_reader
-gguf_header gguf_file stats twin process monitor hub host mapped probe gpus release
-archive engine buffers logs models pins weights candidates sources quantize memory
-nvml device client runner llama_server trial harness run record invariants bounds
-witness cells energy audit gather plan status columns frames study bench notebooks measure table
-axes plots report evidence advice document cards publish face doctor cli""".split()
+# Each package may import those before it, never those after; the rooms of one never import in a circle.
+PACKAGES = "base catalogue machine gguf engine models measure audit study campaign report publish".split()
+TOP = {"face", "doctor", "cli"}
+"""Modules that stand on all packages, and that none of these imports."""
+MODULES = layers.rooms(REPO / "moelib")
 
 
-def _imports(name):
-    imports = set()
-    for node in ast.walk(ast.parse((REPO / "moelib" / f"{name}.py").read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module == "moelib":
-            imports |= {a.name for a in node.names if a.name != "__version__"}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("moelib."):
-            imports.add(node.module.split(".")[1])
-    return imports
+def test_the_packages_are_those_of_the_flow():
+    rooms = {p.parent.name for p in (REPO / "moelib").glob("*/__init__.py")}
+    assert rooms == set(PACKAGES)
+    assert {name for name in MODULES if "." not in name} == TOP
 
 
-def test_every_module_has_a_layer():
-    assert {p.stem for p in (REPO / "moelib").glob("*.py")} - {"__init__"} == set(LAYERS)
-
-
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", PACKAGES)
 def test_imports_go_one_way(name):
-    assert _imports(name) <= set(LAYERS[: LAYERS.index(name)])
+    below = {*PACKAGES[: PACKAGES.index(name) + 1]}
+    for module in (m for m in MODULES if m.startswith(f"{name}.")):
+        assert {used.split(".")[0] for used in MODULES[module]} <= below, module
+
+
+def test_no_rooms_import_each_other():
+    assert max(layers.floors(MODULES).values()) > len(PACKAGES)
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_package_is_small_and_says_what_it_is_for(name):
+    """At most seven rooms, and nothing in `__init__` but a sentence: who imports a name sees where it lives."""
+    rooms = sorted(p.name for p in (REPO / "moelib" / name).glob("*.py"))
+    assert len(rooms) - 1 <= 7, rooms
+    (only,) = ast.parse((REPO / "moelib" / name / "__init__.py").read_text(encoding="utf-8")).body
+    assert isinstance(only, ast.Expr)
 
 
 def test_modules_stay_small():
     long = {
         p.name: n
-        for p in (REPO / "moelib").glob("*.py")
+        for p in (REPO / "moelib").rglob("*.py")
         if (n := len(p.read_text(encoding="utf-8").splitlines())) > 400
     }
     assert not long
@@ -75,7 +81,7 @@ print(opened)
 
 def test_importing_any_module_does_no_work():
     """Of its own: what the libraries below read when they are imported is theirs."""
-    argv = [sys.executable, "-c", WATCHED_IMPORT, str(REPO / "moelib"), *LAYERS]
+    argv = [sys.executable, "-c", WATCHED_IMPORT, str(REPO / "moelib"), *MODULES]
     out = subprocess.run(argv, capture_output=True, text=True, cwd=REPO, encoding="utf-8", timeout=60)
     assert out.stdout.strip() == "[]", out.stderr
 
@@ -84,7 +90,7 @@ def test_a_bar_starts_no_process():
     """With the start method that Python has from 3.14 on."""
     code = (
         "import multiprocessing, psutil; multiprocessing.set_start_method('forkserver')\n"
-        "from moelib.bar import tqdm\n"
+        "from moelib.base.bar import tqdm\n"
         "with tqdm(total=2) as bar:\n"
         "    bar.update(); print([p.cmdline() for p in psutil.Process().children()])"
     )
@@ -124,12 +130,12 @@ def test_what_is_imported_is_declared():
 
     project, own = (
         _pyproject(),
-        {p.stem for folder in ("moelib", "tools", "tests") for p in (REPO / folder).glob("*.py")},
+        {p.stem for folder in ("tools", "tests") for p in (REPO / folder).glob("*.py")},
     )
     wanted = project["dependencies"] + project["optional-dependencies"]["test"]
     declared = {re.match(r"[\w.-]+", d)[0].lower().replace("_", "-") for d in wanted}
     provided, imported = importlib.metadata.packages_distributions(), {}
-    for path in (p for folder in ("moelib", "tools") for p in (REPO / folder).glob("*.py")):
+    for path in (p for folder in ("moelib", "tools") for p in (REPO / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []

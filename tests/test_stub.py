@@ -9,12 +9,15 @@ import pytest
 import stub_server
 from factory import SHARED, measured, spec
 
-from moelib import audit, device, models, process, quantize, run
-from moelib import engine as engines
-from moelib.facts import Manifest
-from moelib.llama_server import LlamaServer
-from moelib.logs import parse_log
-from moelib.placement import Placement
+from moelib.audit import audit
+from moelib.catalogue.facts import Manifest
+from moelib.catalogue.placement import Placement
+from moelib.engine import engine as engines
+from moelib.engine.logs import parse_log
+from moelib.machine import process
+from moelib.measure import device, run
+from moelib.measure.llama_server import LlamaServer
+from moelib.models import models, quantize
 
 pytestmark = pytest.mark.engine
 

@@ -14,11 +14,17 @@ import pytest
 from conftest import REPO, SMOKE, furnish
 from factory import WORKLOADS, block, evidence, keep, made, observation, spec, study_of
 
-from moelib import advice, document, files, gather, measure, notebooks, params, plan, record, run, study
-from moelib import evidence as evidences
-from moelib.plan import StudyError
-from moelib.study import Study
-from moelib.table import resolved
+from moelib.audit import record
+from moelib.base import files
+from moelib.campaign import campaign, notebooks
+from moelib.catalogue import params
+from moelib.measure import run
+from moelib.report import advice, document
+from moelib.report import appendix as evidences
+from moelib.report.table import resolved
+from moelib.study import gather, plan, study
+from moelib.study.plan import StudyError
+from moelib.study.study import Study
 
 MOELIB = [sys.executable, "-m", "moelib.cli"]
 
@@ -58,12 +64,12 @@ def test_a_cell_that_is_whole_is_read_without_engine_or_device_and_nothing_is_wr
     """A committed study, of a GPU too, on a machine that has neither."""
     if name == "demo":
         monkeypatch.setenv("MOELIB_OUTPUTS", str(REPO / "docs/example"))
-    monkeypatch.setattr(measure.engine, "find", lambda *_: pytest.fail("an engine was asked for"))
-    monkeypatch.setattr(measure.device, "choose", lambda *_: pytest.fail("a device was asked for"))
+    monkeypatch.setattr(campaign.engine, "find", lambda *_: pytest.fail("an engine was asked for"))
+    monkeypatch.setattr(campaign.device, "choose", lambda *_: pytest.fail("a device was asked for"))
     monkeypatch.setattr(files, "write_bytes", lambda path, _: pytest.fail(f"{path} was written"))
     folder = Study.named(name)
     before = tree(folder.path)
-    records = list(measure.measure(folder, folder.cells[0]))
+    records = list(campaign.measure(folder, folder.cells[0]))
     assert [r.spec for r in records] == folder.cells[0].specs
     assert all(r.done for r in records)
     assert tree(folder.path) == before
@@ -113,7 +119,7 @@ def test_an_unknown_cell_names_the_known_ones(home):
 @pytest.fixture
 def refused(home, monkeypatch):
     """A study whose baselines were refused by memory rules that are no longer: their readings are good."""
-    monkeypatch.setattr(measure.host, "facts", lambda: {"commit": "c" * 40, "dirty": False})
+    monkeypatch.setattr(campaign.host, "facts", lambda: {"commit": "c" * 40, "dirty": False})
     as_made = (("nano", "tiny"), ("Q8_0", "Q4_K_M"), ("[smoke]", "[plan-short]"), ("256", "1024"))
     path = home / "params/studies/smoke.yaml"
     path.write_text(functools.reduce(lambda text, change: text.replace(*change), as_made, SMOKE), encoding="utf-8")
@@ -139,7 +145,7 @@ def test_readings_that_are_good_by_later_rules_are_judged_again_beside_the_first
     first = {r.key: r for r in record.read_all(refused.path)[0] if not r.done}
     assert {r.spec.placement for r in first.values()} == {"baseline"}
     assert all("memory-known" in r.reasons for r in first.values())
-    again = measure.reaudit(refused)
+    again = campaign.reaudit(refused)
     assert {r.key for r in again} == first.keys()
     for r in again:
         old = first[r.key]
@@ -153,14 +159,14 @@ def test_readings_that_are_good_by_later_rules_are_judged_again_beside_the_first
     after = {p.name: p.read_bytes() for p in (refused.path / "records").iterdir()}
     assert before.items() <= after.items()
     assert len(after) == len(before) + len(again)
-    assert measure.reaudit(refused) == []
+    assert campaign.reaudit(refused) == []
 
 
 def test_the_first_good_attempt_is_the_one_that_is_judged_again(refused):
     (one, *_) = [r for r in record.read_all(refused.path)[0] if not r.done]
     later = one.model_copy(update={"attempt": 2, "run_id": record.run_id(one.spec, 2)})
     record.write(refused.path, later)
-    again = {r.key: r for r in measure.reaudit(refused)}
+    again = {r.key: r for r in campaign.reaudit(refused)}
     assert again[one.key].judged.record == one.run_id
     assert again[one.key].attempt == 3
 
@@ -170,18 +176,18 @@ def test_what_is_wrong_for_another_reason_stays_so(refused):
         r = record.read(path)
         path.unlink()
         record.write(refused.path, r.model_copy(update={"observed": dataclasses.replace(r.observed, top_logprobs=())}))
-    assert measure.reaudit(refused) == []
+    assert campaign.reaudit(refused) == []
 
 
 def test_rules_that_no_commit_has_judge_nothing(refused, monkeypatch):
     for facts in ({"commit": "c" * 40, "dirty": True}, {"commit": None, "dirty": None}):
-        monkeypatch.setattr(measure.host, "facts", lambda facts=facts: facts)
+        monkeypatch.setattr(campaign.host, "facts", lambda facts=facts: facts)
         with pytest.raises(StudyError, match="commit what you changed"):
-            measure.reaudit(refused)
+            campaign.reaudit(refused)
 
 
 def test_a_document_says_what_was_judged_again(refused):
-    measure.reaudit(refused)
+    campaign.reaudit(refused)
     text = evidences.problems(study.Study.read(refused.path)).markdown()
     assert "2 runs were *re-audited*: earlier rules refused the readings in their first record" in text
     assert "cccccccccccc" in text
@@ -297,11 +303,11 @@ def test_a_study_of_failed_runs_alone_is_no_evidence(refused):
 
 def test_without_a_device_nothing_is_made_or_measured(home, monkeypatch):
     """There is nothing to offload from: each such run would be measured, and then be invalid."""
-    monkeypatch.setattr(measure.engine, "find", lambda *_: None)
-    monkeypatch.setattr(measure.device, "choose", lambda *_: measure.device.NoDevice())
+    monkeypatch.setattr(campaign.engine, "find", lambda *_: None)
+    monkeypatch.setattr(campaign.device, "choose", lambda *_: campaign.device.NoDevice())
     folder = Study.named("smoke")
     with pytest.raises(StudyError, match="study smoke has no device .*no offload .* could be valid: run `make engine`"):
-        list(measure.measure(folder, folder.cells[0]))
+        list(campaign.measure(folder, folder.cells[0]))
     assert not folder.path.exists()
 
 
@@ -493,7 +499,7 @@ def test_a_failed_cell_leaves_the_rest_running_and_the_exit_code_says_so(home, m
     """One quant's tool fails; the other quant's runs are all there."""
     path = home / "params/studies/smoke.yaml"
     path.write_text(SMOKE.replace("[Q8_0]", "[Q2_K, Q8_0]").replace("blocks: 2", "blocks: 1"), encoding="utf-8")
-    from moelib import engine
+    from moelib.engine import engine
 
     real = engine.find()
     tools = home / "tools"
@@ -541,16 +547,16 @@ def test_a_failed_run_is_recorded_and_tried_again_next_time(home, monkeypatch):
         return real(asked, *rest)
 
     monkeypatch.setattr(run, "execute", flaky)
-    assert [r.done for r in measure.measure(folder, cell)] == [True, False, True, True]
+    assert [r.done for r in campaign.measure(folder, cell)] == [True, False, True, True]
     status = folder.status_now(cell)
     assert [p for p in status.problems if "engine-ended" in p]
     with pytest.raises(StudyError, match="engine-ended"):
-        measure.require_complete(status)
-    assert [r.done for r in measure.measure(folder, cell)] == [True] * 4
+        campaign.require_complete(status)
+    assert [r.done for r in campaign.measure(folder, cell)] == [True] * 4
     assert len(calls) == 5
     assert folder.status_now(cell).complete
     assert sorted(r.attempt for r in record.read_all(folder.path)[0]) == [1, 1, 1, 1, 2]
-    measure.require_complete(folder.status_now(cell))
+    campaign.require_complete(folder.status_now(cell))
 
 
 @pytest.mark.engine
@@ -567,7 +573,7 @@ def test_runs_of_another_engine_are_not_mixed_in(copy):
             folder.path, r.model_copy(update={"engine": r.engine.model_copy(update={"server_sha256": "0" * 64})})
         )
     with pytest.raises(StudyError, match="another engine"):
-        list(measure.measure(folder, cell))
+        list(campaign.measure(folder, cell))
     assert old.done
 
 
@@ -583,7 +589,7 @@ def test_a_block_that_another_gpu_began_is_done_on_this_one_alone(copy):
             away = r.device.model_copy(update={"uuid": "GPU-of-another-day"})
             record.write(folder.path, r.model_copy(update={"device": away}))
     before = {r.run_id for r in record.read_all(folder.path)[0]}
-    records = list(measure.measure(folder, cell))
+    records = list(campaign.measure(folder, cell))
     assert [(r.spec.block, r.device.uuid) for r in records] == [(0, None)] * 2 + [(1, "GPU-of-another-day")] * 2
     assert folder.status_now(cell).complete
     after = {r.run_id for r in record.read_all(folder.path)[0]}
@@ -597,7 +603,7 @@ def test_what_is_done_of_a_block():
 
     def to_do(records, uuid):
         here = (uuid, None, "d" * 32, "Linux test")
-        return measure._to_do(records, [None if r and r.done else "not done" for r in records], here)
+        return campaign._to_do(records, [None if r and r.done else "not done" for r in records], here)
 
     base, moe = block()
     bad = made(status="failed", placement="cpu-moe", order=1)
@@ -616,8 +622,8 @@ def test_what_is_done_of_a_block():
 
 
 def test_a_cell_can_be_chosen_alone(home):
-    folder, cells = measure.select("demo", "phi-3.5-moe/Q2_K")
+    folder, cells = campaign.select("demo", "phi-3.5-moe/Q2_K")
     assert [c.name for c in cells] == ["phi-3.5-moe/Q2_K"]
-    assert measure.done(folder, cells) == 0
+    assert campaign.done(folder, cells) == 0
     with pytest.raises(params.ParamsError):
-        measure.select("demo", "phi-3.5-moe")
+        campaign.select("demo", "phi-3.5-moe")

@@ -4,7 +4,10 @@ import sys
 import numpy as np
 import pytest
 
-from moelib import files, gguf_file, models, params, twin
+from moelib.base import files
+from moelib.catalogue import params
+from moelib.gguf import gguf_file, twin
+from moelib.models import models
 
 
 def write(path, name="deepseek-moe-16b", scale="nano", seed=0):
@@ -48,7 +51,8 @@ def test_weights_are_random_finite_and_norms_are_one(tmp_path):
 
 def test_memory_stays_below_a_gibibyte_whatever_the_size(tmp_path):
     code = (
-        "import os; from pathlib import Path; from moelib.process import peak_rss; from moelib import params, twin\n"
+        "import os; from pathlib import Path; from moelib.machine.process import peak_rss\n"
+        "from moelib.catalogue import params; from moelib.gguf import twin\n"
         "one = {'block_count': 1, 'expert_count': 8, 'vocab_size': 320}\n"
         "g = params.model('phi-3.5-moe').at_scale('full').model_copy(update=one)\n"
         f"assert twin.nbytes(g) > 1 << 30; twin.write(Path({str(tmp_path / 'big.gguf')!r}), g)\n"

@@ -7,9 +7,11 @@ import pytest
 from conftest import FIXTURES
 from factory import MIB, block, keep, log_of, made, observation, request, spec
 
-from moelib import audit, gather, logs, record, witness
-from moelib.buffers import Buffer
-from moelib.invariants import INVARIANTS
+from moelib.audit import audit, record, witness
+from moelib.audit.invariants import INVARIANTS
+from moelib.engine import logs
+from moelib.engine.buffers import Buffer
+from moelib.study import gather
 
 
 def flagged(folder, r, log=None):

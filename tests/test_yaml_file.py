@@ -10,8 +10,8 @@ from conftest import REPO
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moelib import yaml_file
-from moelib.yaml_file import YamlError
+from moelib.base import yaml_file
+from moelib.base.yaml_file import YamlError
 
 HARM = {
     "laughs": ("a: &a [x, x]\n" + "b: &b [*a, *a]\n" * 9, "line 2 has an alias: write out what it stands for"),

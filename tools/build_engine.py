@@ -18,9 +18,13 @@ from pathlib import Path
 
 import psutil
 
-from moelib import archive, device, files, gpus, host, params, process, release, trial
-from moelib.bar import tqdm
-from moelib.engine import ARCHIVE, MADE, PACKAGE, Engine, EngineError, candidates, find, load
+from moelib.base import files
+from moelib.base.bar import tqdm
+from moelib.catalogue import params
+from moelib.engine import archive, release
+from moelib.engine.engine import ARCHIVE, MADE, PACKAGE, Engine, EngineError, candidates, find, load
+from moelib.machine import gpus, host, process
+from moelib.measure import device, trial
 
 BUILD = 11434
 FLAGS = ["-DGGML_RPC=ON"]

@@ -19,15 +19,15 @@ import click
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {
-    "memory": ("memory",),
-    "invariants": ("audit",),
-    "audit": ("audit", "cells"),
-    "bounds": ("bounds",),
-    "witness": ("witness",),
-    "stats": ("stats",),
-    "frames": ("frames", "advice"),
-    "neutral": ("neutral",),
-    "words": ("words",),
+    "measure/memory": ("memory",),
+    "audit/invariants": ("audit",),
+    "audit/audit": ("audit", "cells"),
+    "audit/bounds": ("bounds",),
+    "audit/witness": ("witness",),
+    "base/stats": ("stats",),
+    "base/neutral": ("neutral",),
+    "study/frames": ("frames", "advice"),
+    "study/status": ("status",),
 }
 """Module -> the tests that must notice; `test_` is left out."""
 KEPT_OF_A_PLACE = 2

@@ -15,7 +15,9 @@ from pathlib import Path
 import httpx
 from ruamel.yaml import YAML
 
-from moelib import archive, files, params, release
+from moelib.base import files
+from moelib.catalogue import params
+from moelib.engine import archive, release
 
 MOST_BYTES = 4 << 30
 GLIBC = "2.39"  # of the newest Ubuntu that releases are made on: a machine with an older one builds from source

@@ -1,0 +1,1 @@
+"""Records, and the checks that decide what is believed."""

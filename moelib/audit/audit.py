@@ -1,0 +1,389 @@
+"""The audit: every invariant of runs, logs, blocks, cells and studies, and the verdicts that follow.
+
+A block's or a cell's invariant that fails makes all of its runs invalid; a study's is told with the study.
+"""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from statistics import median
+from typing import Any, NamedTuple
+
+from moelib.audit import bounds, cells, energy, invariants, witness
+from moelib.audit.cells import Cell
+from moelib.audit.invariants import INVARIANTS, Finding, Invariant, Measured, agrees, holds, silence, strained
+from moelib.audit.record import Check, Record
+from moelib.audit.witness import Witnessed
+from moelib.catalogue.placement import REFERENCE
+from moelib.measure.run import Observation
+
+FAMILIES = (invariants, bounds, witness, cells, energy)
+"""Modules whose invariants count beside those of this one; importing them registers theirs."""
+RAM_TIMES = 1.4  # between cells of one host: 1.26 seen
+IDLE_TIMES = 1.3  # between cells of one board: 1.26 seen
+COUNTER_WATT = 2000.0  # more than any board of today draws
+LIBRARY_BYTES = {"cuda": 512 << 20}  # of what a server's memory holds beside weights, between runs: 265 MiB apart seen
+LIBRARY_SMALL_BYTES = 32 << 20  # with no GPU's libraries in it: 22 MiB seen
+PAGE_BYTES, PAGE_SHARE, SMALL_PAGES = 4096, 0.05, 0.5  # faults for each page of resident memory: 0.977 to 0.997 seen
+WATCH_LOOK_S = 0.06  # of the look that waits for the driver, in the median
+WATCH_TIMES, WATCH_MORE, WATCHED = 1.5, 5e-4, 3  # share of a CPU, medians of so many runs of an arm: 1.3 times seen
+SHARE_TIMES, SHARE_LEAST = 1.1, 0.2  # 1.014 seen; a short prompt's experts are computed where they are
+SHARE_BYTES = 1 << 30  # of experts moved: beside less, what else crosses the bus counts
+CLOCK_SHARE = 0.08  # boost moves by steps of 15 MHz, and not at all on the cards seen
+SAME_SHARE = 1e-4  # measured shares of one block's requests differ by percents
+
+
+def baseline(runs: Sequence[Record]) -> Record:
+    """The run that the others of its block are compared with."""
+    return next(r for r in runs if r.spec.placement == REFERENCE)
+
+
+@holds("block", "one baseline and at least one more, each placement and load mode once")
+def block_complete(runs: Sequence[Record]) -> Finding:
+    """There is something to compare, and nothing twice."""
+    arms = [r.spec.arm for r in runs]
+    bases = [r for r in runs if r.spec.placement == REFERENCE]
+    whole = len(bases) == 1 < len(runs) and len(set(arms)) == len(arms) and all(r.observed for r in runs)
+    return whole, ", ".join(arms) or "no runs"
+
+
+@holds("block", "equal")
+def block_alike(runs: Sequence[Record]) -> Finding:
+    """Nothing but the arm differs: one host, GPU, driver, kernel, engine and file, the same requests."""
+
+    def common(r: Record) -> dict[str, Any]:
+        requests = [(q.workload, q.index, q.prompt_tokens, q.generate_tokens) for q in r.observed.requests]
+        host, device = r.host, r.device
+        return {
+            "file": r.sheet.sha256,
+            "engine": (r.engine.runner, r.engine.server_sha256, r.observed.engine_files, r.observed.device_files),
+            "device": (device.kind, device.name, device.uuid, device.total_bytes, device.context_bytes),
+            "driver": device.driver,
+            "link and limits": [
+                getattr(device, k) for k in ("pcie_bytes_per_s", "bandwidth_bytes_per_s", "power_limit_watt")
+            ],
+            "host": (host.host_id, host.cpu, host.cpus, host.ram_bytes),
+            "kernel": host.system,
+            "context": r.spec.context,
+            "prompts": requests,
+        } | ({} if r.spec.placed.threads else {"threads": r.observed.threads})
+
+    first = common(baseline(runs))
+    differs = {k for r in runs for k, v in common(r).items() if v != first[k]}
+    # a driver maps some of its libraries late, so only those that both have are compared
+    system = runs[0].observed.system_files or {}
+    for r in runs[1:]:
+        if any(system.get(name, sha256) != sha256 for name, sha256 in (r.observed.system_files or {}).items()):
+            differs.add("the system's libraries")
+    differs = sorted(differs)
+    return not differs, f"differ in {', '.join(differs)}" if differs else f"{len(runs)} runs alike"
+
+
+@holds("block", "0.1 % + 1 MiB, and more graph splits", needs="buffers")
+def block_placement(runs: Sequence[Record]) -> Finding:
+    """What left the device between baseline and offload is what the header says the placement moves, and the graph
+    was cut where the experts went: a flag that was accepted and ignored is caught here."""
+    base, failures = baseline(runs).observed, []
+    for r in (r for r in runs if r.spec.placement != REFERENCE and r.observed.device_kind != "none"):
+        observation = r.observed
+        on, off = base.report.device_bytes("model"), observation.report.device_bytes("model")
+        if on is None or off is None or not agrees(on - off, observation.placement.moved_bytes):
+            failures.append(
+                f"{r.spec.arm}: device weights {on} -> {off}, header moves {observation.placement.moved_bytes}"
+            )
+        more_splits = max(observation.report.graph_splits, default=0) > max(base.report.graph_splits, default=0)
+        if not more_splits and not r.spec.placed.is_baseline:
+            failures.append(
+                f"{r.spec.arm}: graph splits {base.report.graph_splits} -> {observation.report.graph_splits}"
+            )
+    return not failures, "; ".join(failures) or "header and engine agree"
+
+
+@holds("block", f"relative spread above {SAME_SHARE:g}")
+def block_ttft_measured(runs: Sequence[Record]) -> Finding:
+    """Time to first token is not a constant share of the total: then it was computed, not measured."""
+    requests = [q for r in runs for q in r.observed.requests if q.total_s]
+    # an answer in one piece, of which nobody says how many tokens it has, shows no first token
+    shares = [q.token_s[0] / q.total_s for q in requests if q.token_n or len(q.token_s) > 1]
+    if not shares and (unknown := silence(_runs(runs), ["tokens"])):
+        return None, unknown
+    spread = (max(shares) - min(shares)) / max(shares) if shares else 0.0
+    return spread > SAME_SHARE, f"spread {spread:.2g} over {len(shares)} requests"
+
+
+class Matrix(NamedTuple):
+    """What a study's invariants look at."""
+
+    planned: Sequence[str]
+    """Keys of the planned runs."""
+    runs: Sequence[Record]
+    """The record that stands for each run that has one in a whole, valid block."""
+    records: Sequence[Record] = ()
+    """Every record that can be read."""
+    set_aside: Sequence[str] = ()
+    """Run ids of damaged records, which were moved away."""
+
+
+@holds("study", "every planned run")
+def matrix_complete(study: Matrix) -> Finding:
+    """A missing run is not seen in a mean."""
+    missing = set(study.planned) - {r.key for r in study.runs}
+    return bool(study.planned) and not missing, f"{len(missing)} of {len(study.planned)} missing"
+
+
+@holds("study", "1 to the last")
+def attempts_kept(study: Matrix) -> Finding:
+    """Every attempt at a run has its record: attempts that went away may have said something else."""
+    attempts = defaultdict(set)
+    for r in study.records:
+        attempts[r.key].add(r.attempt)
+    for name in study.set_aside:
+        key, _, attempt = name.rpartition("_a")
+        if attempt.isdigit():
+            attempts[key.rpartition("_")[2]].add(int(attempt))
+    gone = [f"{key}: {sorted(n)}" for key, n in attempts.items() if n != set(range(1, max(n) + 1))]
+    return not gone, f"attempts {'; '.join(gone[:3])}" if gone else f"{len(attempts)} runs with all attempts"
+
+
+@holds("study", "a record with that digest and those readings")
+def audited_again_from_a_record(study: Matrix) -> Finding:
+    """A later judgement names the record that it judged, and that one is there, with the same readings."""
+    by_id, unmatched = {r.run_id: r for r in study.records}, []
+    for r in study.records:
+        if r.judged is None:
+            continue
+        first = by_id.get(r.judged.record)
+        same = first is not None and (first.digest, first.key, first.raw) == (r.judged.digest, r.key, r.raw)
+        if not same or _readings(first) != _readings(r) or first.attempt >= r.attempt:
+            unmatched.append(r.run_id)
+    return not unmatched, f"not so: {', '.join(unmatched[:3])}" if unmatched else "each names its first record"
+
+
+def _readings(r: Record) -> Any:
+    """What was measured, without what rules make of it."""
+    observation = r.observed
+    return observation and (
+        observation.requests,
+        observation.memory.trace,
+        observation.load_s,
+        observation.host,
+        observation.counters,
+        observation.report,
+        r.started_utc,
+    )
+
+
+@holds("study", f"{CLOCK_SHARE:.0%} between readings of one card")
+def clocks_one_cards(study: Matrix) -> Finding:
+    """While nothing slows a card, its clocks are its own: about the same in every run."""
+    clocks = defaultdict(list)
+    for r in study.runs:
+        clocks[r.device.uuid] += [c.sm_clock_mhz for c in r.observed.counters if c.events == 0 and c.sm_clock_mhz]
+    apart = [
+        f"{uuid}: {min(c)} to {max(c)} MHz" for uuid, c in clocks.items() if c and min(c) < max(c) * (1 - CLOCK_SHARE)
+    ]
+    return not apart, "; ".join(apart) or f"{sum(map(len, clocks.values()))} readings"
+
+
+@holds("study", f"equal facts of one device; RAM within {RAM_TIMES:g} times, idle power {IDLE_TIMES:g}")
+def machines_are_themselves(study: Matrix) -> Finding:
+    """One device is as large and as fast in every run and idles alike in every cell; so is one host's RAM."""
+    devices, hosts, idle, failures = {}, defaultdict(list), defaultdict(dict), []
+    for r in study.runs:
+        specs = (r.device.total_bytes, r.device.bandwidth_bytes_per_s, r.device.pcie_bytes_per_s)
+        if devices.setdefault((r.device.uuid, r.device.name), specs) != specs:
+            failures.append(f"{r.device.name} in {r.run_id}")
+        if r.host.ram_read_bytes_per_s and r.device.kind == "cuda" and not strained(r.observed):
+            hosts[r.host.host_id, r.device.uuid, r.host.cpu].append(r.host.ram_read_bytes_per_s)
+        if r.observed.counters and (watts := r.observed.counters[0].power_watt):
+            cells = idle[r.device.uuid]
+            cells[r.cell] = min(watts, cells.get(r.cell, watts))
+    for cells in idle.values():
+        if max(cells.values()) > IDLE_TIMES * min(cells.values()):
+            failures.append(f"idle at {min(cells.values()):.0f} to {max(cells.values()):.0f} W")
+    for (_, _, cpu), speeds in hosts.items():
+        if max(speeds) > RAM_TIMES * min(speeds):
+            failures.append(f"RAM of {cpu}: {min(speeds) / 1e9:.1f} to {max(speeds) / 1e9:.1f} GB/s")
+    return not failures, "; ".join(failures[:3]) or f"{len(hosts)} hosts"
+
+
+@holds(
+    "study",
+    f"{LIBRARY_BYTES['cuda'] >> 20} MiB apart with a GPU, {LIBRARY_SMALL_BYTES >> 20} without",
+    partly="buffers",
+)
+def libraries_one_size(study: Matrix) -> Finding:
+    """What a server's resident memory holds beside weights is libraries and buffers of one engine on one machine:
+    about as much in every run, whatever the file."""
+    rests = defaultdict(list)
+    for r in study.runs:
+        weights, stay = bounds.weights_resident(measured(r))
+        if r.observed.host_rss_peak_bytes is not None and stay and not measured(r).lacks("buffers"):
+            machine = r.device.kind, r.device.uuid, r.host.host_id, r.host.cpu, r.engine.server_sha256
+            rests[machine].append((r.observed.host_rss_peak_bytes - weights, r.run_id))
+    apart = [
+        f"{min(sizes)[0]} in {min(sizes)[1]}, {max(sizes)[0]} in {max(sizes)[1]}"
+        for (kind, *_), sizes in rests.items()
+        if max(sizes)[0] - min(sizes)[0] > LIBRARY_BYTES.get(kind, LIBRARY_SMALL_BYTES)
+    ]
+    return not apart, "; ".join(apart[:3]) or f"{len(rests)} machines"
+
+
+@holds("study", f"{PAGE_SHARE:.0%} apart, faults for each page")
+def pages_one_size(study: Matrix) -> Finding:
+    """Where pages are small and hold copies, each is touched once: a machine's runs have as many page faults for each
+    page of resident memory, whatever the file. Of large pages their number says nothing."""
+    rates = defaultdict(list)
+    for r in study.runs:
+        faults, peak = r.observed.host.minor_faults, r.observed.host_rss_peak_bytes
+        if r.spec.load_mode == "none" and r.device.kind == "cuda" and faults and peak:
+            rates[r.device.uuid, r.host.host_id, r.host.cpu].append((faults / (peak / PAGE_BYTES), r.run_id))
+    apart = [
+        f"{min(values)[0]:.3f} in {min(values)[1]}, {max(values)[0]:.3f} in {max(values)[1]}"
+        for values in rates.values()
+        if min(values)[0] > SMALL_PAGES and max(values)[0] > min(values)[0] * (1 + PAGE_SHARE)
+    ]
+    return not apart, "; ".join(apart[:3]) or f"{len(rates)} machines"
+
+
+@holds(
+    "study",
+    f"{WATCH_TIMES:g} times + {WATCH_MORE:.2%} of a CPU + {WATCH_LOOK_S * 1e3:g} ms, in the median of a placement",
+)
+def monitors_one_price(study: Matrix) -> Finding:
+    """Monitors read one machine's instruments at one pace: that takes about as much of a CPU in every cell."""
+    arms = defaultdict(lambda: defaultdict(list))
+    for r in study.runs:
+        spent, lasted = r.observed.watch_cpu_s, r.observed.host.elapsed_s
+        if spent and lasted > 0 and not strained(r.observed):
+            arm = r.device.kind, r.device.uuid, r.host.host_id, r.host.cpu, r.host.commit, r.spec.arm
+            arms[arm][r.cell].append((spent / lasted, lasted))
+    apart = []
+    for (*_, arm), cells_ in arms.items():
+        shares = {name: median(s for s, _ in runs) for name, runs in cells_.items() if len(runs) >= WATCHED}
+        limits = {
+            name: WATCH_TIMES * min(shares.values()) + WATCH_MORE + WATCH_LOOK_S / median(t for _, t in cells_[name])
+            for name in shares
+        }
+        if any(shares[name] > limits[name] for name in shares):
+            apart.append(f"{arm}: {', '.join(f'{name} {share:.2%}' for name, share in shares.items())}")
+    return not apart, "; ".join(apart[:3]) or f"{len(arms)} arms"
+
+
+@holds("study", f"{COUNTER_WATT:g} W at the most since the reading before")
+def counters_have_one_course(study: Matrix) -> Finding:
+    """A board's energy counter only grows, by no more than a board draws, or begins anew when its driver is loaded."""
+    boards, failures = defaultdict(list), []
+    for r in study.runs:
+        known = [c for c in r.observed.counters if c.energy_joule is not None]
+        if known and r.judged is None:
+            begun = datetime.fromisoformat(r.started_utc).timestamp()
+            boards[r.device.uuid] += [(begun + c.t_s, c.energy_joule, r.run_id) for c in (known[0], known[-1])]
+    for readings in boards.values():
+        readings.sort()
+        for (t, before, _), (u, after, name) in itertools.pairwise(readings):
+            most = COUNTER_WATT * (u - t + 2)  # starts are kept to whole seconds
+            if after - before > most or (after < before - COUNTER_WATT and after > most):
+                failures.append(f"{name}: {before:.0f} J, then {after:.0f} J {u - t:.0f} s later")
+    return not failures, "; ".join(failures[:3]) or f"{len(boards)} boards"
+
+
+@holds("study", f"equal parameters; experts over the bus within {SHARE_TIMES:g} times")
+def quants_of_one_model(study: Matrix) -> Finding:
+    """Quantising changes no number of parameters, and of a prompt's experts about the same share crosses the bus."""
+    parameters, shares, failures = {}, defaultdict(list), []
+    for r in study.runs:
+        if parameters.setdefault((r.spec.model, r.spec.scale), r.sheet.parameters) != r.sheet.parameters:
+            failures.append(f"parameters of {r.cell}")
+        moved = r.observed.placement.moved_bytes
+        for t in r.observed.prompt_traffic:
+            if t.received_bytes is None or 0 < moved < SHARE_BYTES:
+                continue
+            if t.received_bytes > SHARE_LEAST * moved:
+                shares[f"{r.spec.model} {r.spec.placement} {t.workload}"].append(t.received_bytes / (moved or 1))
+    failures += [
+        f"{label}: {min(s):.2f} to {max(s):.2f}" for label, s in shares.items() if max(s) > SHARE_TIMES * min(s)
+    ]
+    return not failures, "; ".join(failures[:3]) or f"{len(parameters)} models"
+
+
+def _check(scope: str, subject: Any) -> Iterator[Check]:
+    for i in INVARIANTS.values():
+        if i.scope == scope:
+            yield _judged(i, subject)
+
+
+def _judged(i: Invariant, subject: Any) -> Check:
+    runs = _runs(subject) if i.needs or i.partly else []
+    if unknown := silence(runs, i.needs):
+        return Check(i.id, None, unknown)
+    try:
+        passed, finding = i.find(subject)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as err:
+        # numbers that no run has: what cannot be computed of them has not been shown to hold
+        return Check(i.id, False, f"it cannot be computed: {type(err).__name__}: {err}")
+    if passed and (unknown := silence(runs, i.partly)):
+        return Check(i.id, None, f"{unknown}; as far as can be told: {finding}")
+    return Check(i.id, passed, finding)
+
+
+def _runs(subject: Any) -> list[tuple[str, Observation]]:
+    """(runner, what it showed) of the runs that an invariant looks at."""
+    if isinstance(subject, Measured):
+        return [(subject.runner, subject.observation)]
+    return [(r.engine.runner, r.observed) for r in getattr(subject, "runs", subject) if r.observed]
+
+
+def run(subject: Measured) -> tuple[Check, ...]:
+    """Every invariant of a run, in order."""
+    return tuple(_check("run", subject))
+
+
+def measured(r: Record) -> Measured:
+    """What a record that holds an observation gives its run's invariants to look at."""
+    return Measured(r.spec, r.observed, r.sheet, r.device, r.host, r.engine.runner)
+
+
+def verdict(checks: Sequence[Check]) -> tuple[str, tuple[str, ...]]:
+    """(valid, degraded or invalid; the ids of the checks that do not hold). No checks at all is invalid, and so is one
+    that is not known here. What cannot be told degrades."""
+    flags = tuple(c.id for c in checks if not c.passed)
+    if not checks:
+        return "invalid", ("nothing-checked",)
+    hard = [
+        c for c in checks if not c.passed and (c.id not in INVARIANTS or (c.failed and not INVARIANTS[c.id].degrades))
+    ]
+    return "invalid" if hard else "degraded" if flags else "valid", flags
+
+
+def block(runs: Sequence[Record]) -> tuple[Check, ...]:
+    """Every invariant of a block; the later ones only of a complete block, as they compare its runs."""
+    return _until("block", runs)
+
+
+def _until(scope: str, subject: Any) -> tuple[Check, ...]:
+    """The invariants in order; where the first fails, the others have nothing to look at."""
+    checks = []
+    for check in _check(scope, subject):
+        checks.append(check)
+        if not checks[0].passed:
+            break
+    return tuple(checks)
+
+
+def log(run: Witnessed) -> tuple[Check, ...]:
+    """Every invariant of a run's record against its log; of a failed run only that the logs are there."""
+    if run.record.observed is None:
+        return tuple(itertools.islice(_check("log", run), 1))
+    return _until("log", run)
+
+
+def cell(subject: Cell) -> tuple[Check, ...]:
+    """Every invariant of a cell, of its standing runs."""
+    return tuple(_check("cell", subject))
+
+
+def study(subject: Matrix) -> tuple[Check, ...]:
+    """Every invariant of a study, of its standing runs."""
+    return tuple(_check("study", subject))

@@ -1,0 +1,355 @@
+"""Invariants of a cell: what the runs of one file have in common, whatever their placement, and what sets them apart.
+
+One run's numbers can be made to fit each other; here each is held against its neighbours'.
+"""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from statistics import median
+from typing import Any, NamedTuple
+
+from moelib.audit.bounds import PAGING, finding
+from moelib.audit.invariants import WATCH_ONCE_S, Finding, holds, strained
+from moelib.audit.record import Record
+from moelib.catalogue.facts import DeviceFacts, HostFacts
+from moelib.catalogue.params import Workload
+from moelib.engine.client import Request
+from moelib.measure.memory import AGREE_BYTES, AGREE_SHARE
+
+LATENCY_S, LATENCY_SHARE = 0.015, 0.005  # medians of an arm: 2.0 ms on an idle host, 10.7 ms where all CPUs decode
+IDLE_S, IDLE_SHARE = 0.001, 0.001  # the same of a GPU's baseline, whose CPUs are idle: 0.46 ms seen
+ENDED_S = {"cuda": 0.005}  # medians of a run, of the last token after the engine's own times: 0.6 to 1.9 ms seen
+ENDED_SHARED_S = 0.010  # where the device takes the host's own CPUs: 0.7 to 1.1 ms seen on an idle one
+DECODE_S, DECODE_SHARE = 0.012, 0.005  # medians of an arm: 0.1 to 7.5 ms seen
+START_S, STARTS = 0.25, 5  # a cold start of the engine, and times the cell's usual one
+ARM_START_S = 0.015  # between medians of an arm and of its cell, beside a factor of two: 10 ms seen
+STEADY_SHARE, STEADY_BYTES = 0.02, 8 << 20  # host memory, bus traffic: 0.01 % seen on a GPU's host, 0.8 % on loopback
+LOOPBACK_BYTES, LOOPBACK_SHARE = 4 << 20, 0.02  # RSS of a loopback device: 0.15 MiB apart seen
+REST_BYTES, REST_SHARE = 8 << 20, 0.05  # what the engine's buffers do not explain, between placements: 2.3 MiB seen
+MONITOR_TIMES = 1.6  # a run's CPU seconds for monitors, the same, beside the look that waits: 1.37 seen
+FAULT_SHARE, FAULTS = 0.02, 1 << 13  # page faults of an arm's runs: 0.6 % apart with a GPU, 5,200 on loopback
+SESSION_S = 2.0  # between runs of one process: no driver is loaded anew meanwhile
+TURN_S = 2.0  # starts are kept to whole seconds
+ALIKE_S, ALIKE_SHARE = 8e-6, 0.01  # two runs' steps differ by 22 us, and by 0.7 to 3 %, at the least that was seen
+ALIKE_STEPS = 20  # fewer may be alike by chance
+NEIGHBOURS = 4  # a copy takes as long as what it was copied from: only the next in length are compared
+
+
+class Cell(NamedTuple):
+    """What a cell's invariants look at."""
+
+    runs: Sequence[Record]
+    """The records that stand, of whole blocks, in the plan's order."""
+    workloads: Mapping[str, Workload]
+    """As the plan has them."""
+    starts: Mapping[str, float]
+    """Run -> seconds from the start of its process to the log's first instant, where the log has times."""
+
+
+def by_arm(runs: Iterable[Record]) -> dict[str, list[Record]]:
+    """Arm -> its runs, in their order."""
+    arms = defaultdict(list)
+    for r in runs:
+        arms[r.spec.arm].append(r)
+    return arms
+
+
+def _differ(getters: Mapping[str, Callable[[Record], Any]], runs: Sequence[Record]) -> Iterator[str]:
+    for name, get in getters.items():
+        values = [get(r) for r in runs]
+        odd = next((r for r, v in zip(runs, values, strict=True) if v != values[0]), None)
+        if odd is not None:
+            yield f"{name} of {odd.run_id}"
+
+
+@holds("cell", "equal")
+def one_file_and_engine(cell: Cell) -> Finding:
+    """Every run of a cell is of one file, one engine and one kind of device, or its blocks tell of different things."""
+    manifests = {id(r.sheet): r.sheet for r in cell.runs}  # runs share them
+    files = {k: s.model_copy(update={"quantize_s": 0.0, "origin": None}) for k, s in manifests.items()}
+    same = {
+        "file": lambda r: files[id(r.sheet)],
+        "engine": lambda r: (r.engine.runner, r.engine.server_sha256, r.engine.build, r.observed.report.built),
+        "engine's libraries": lambda r: r.observed.engine_digest,
+        "device": lambda r: (r.device.kind, r.device.name),
+        "device memory's speed": lambda r: r.device.bandwidth_bytes_per_s,
+        "device's size": lambda r: r.device.total_bytes,
+    }
+    return finding(_differ(same, cell.runs), f"{len(cell.runs)} runs alike")
+
+
+@holds("cell", "equal, and adding up to one file")
+def header_numbers_agree(cell: Cell) -> Finding:
+    """What the file's header says of a placement is the same in every run, and no placement changes the file's sum."""
+
+    def failures() -> Iterator[str]:
+        for arm, runs in by_arm(cell.runs).items():
+            yield from (f"{arm}: {text}" for text in _differ({"header": lambda r: r.observed.placement}, runs))
+        sums = {
+            "weights": lambda r: r.observed.placement.device_bytes + r.observed.placement.moved_bytes,
+            "experts": lambda r: r.sheet.expert_bytes,
+        }
+        yield from _differ(sums, cell.runs)
+        read = [(p.device_read_bytes + p.host_read_bytes) for p in (r.observed.placement for r in cell.runs)]
+        if max(read) - min(read) > 1:  # the share of a part is rounded down
+            yield f"a token reads {min(read)} to {max(read)} bytes"
+        for r in cell.runs:
+            p, experts = r.observed.placement, r.sheet.expert_bytes
+            whole = r.spec.placed.is_whole
+            if p.moved_bytes > experts or (whole and p.moved_bytes != experts):
+                yield f"{r.run_id} moves {p.moved_bytes} of {experts} bytes"
+
+    return finding(failures(), "one file")
+
+
+@holds("cell", "the plan's", partly="tokens")
+def workloads_as_planned(cell: Cell) -> Finding:
+    """Prompts and answers are as long as the plan has them, and a prompt has one length in all runs."""
+
+    def failures() -> Iterator[str]:
+        lengths: dict[str, set[int]] = defaultdict(set)
+        for r in cell.runs:
+            for q in r.observed.requests:
+                planned = cell.workloads.get(q.workload)
+                lengths[q.workload].add(q.prompt_tokens)
+                if planned is None or q.generate_tokens != planned.generate_tokens:
+                    yield f"{r.run_id}: {q.workload} generates {q.generate_tokens}"
+                elif planned.prompt_tokens and q.prompt_tokens not in (None, planned.prompt_tokens):
+                    yield f"{r.run_id}: {q.workload} has {q.prompt_tokens} prompt tokens"
+        yield from (f"{name}: prompts of {sorted(n)} tokens" for name, n in lengths.items() if len(n) > 1)
+
+    return finding(failures(), f"{len(cell.workloads)} workloads")
+
+
+def _requests(runs: Iterable[Record]) -> list[Request]:
+    return [q for r in runs for q in r.observed.requests]
+
+
+@holds(
+    "cell",
+    f"medians: TTFT {LATENCY_S * 1e3:g} ms + {LATENCY_SHARE:.1%}, decode {DECODE_S * 1e3:g} ms + "
+    f"{DECODE_SHARE:.1%} (a GPU's baseline {IDLE_S * 1e3:g} ms + {IDLE_SHARE:.1%}), last token "
+    f"{ENDED_S['cuda'] * 1e3:g} ms ({ENDED_SHARED_S * 1e3:g} on loopback)",
+    needs="timings",
+)
+def arms_keep_the_engines_time(cell: Cell) -> Finding:
+    """On a quiet host, what this side adds to the engine's own times is small over all of an arm's requests: a run may
+    be delayed, not all of them by as much. The first token may wait where all CPUs decode; the last one does not."""
+    quiet = [r for r in cell.runs if not strained(r.observed)]
+    idle = {r.spec.arm for r in quiet if r.observed.device_kind == "cuda" and r.spec.placed.is_baseline}
+
+    def wrong() -> Iterator[str]:
+        for r in quiet:
+            after = [
+                q.token_s[-1] - q.engine_prompt_s - q.engine_predicted_s
+                for q in r.observed.requests
+                if q.engine_prompt_s and q.engine_predicted_s is not None and q.whole
+            ]
+            if after and not 0 <= median(after) <= ENDED_S.get(r.observed.device_kind, ENDED_SHARED_S):
+                yield f"{r.run_id}: last tokens {median(after) * 1e3:.1f} ms after the engine's"
+        for (arm, workload, _), requests in _by_workload(quiet).items():
+            late = [q.ttft_s - q.engine_prompt_s - LATENCY_SHARE * q.engine_prompt_s for q in requests]
+            if median(late) > LATENCY_S:
+                yield f"{arm}: first tokens of {workload} {median(late) * 1e3:.1f} ms late"
+            # an incomplete character at the end has no event: then the last token's time is not known
+            ours = [(q.token_s[-1] - q.token_s[0], q.engine_predicted_s) for q in requests if q.whole]
+            least, share = (IDLE_S, IDLE_SHARE) if arm in idle else (DECODE_S, DECODE_SHARE)
+            if len(ours) > 1 and (apart := median([abs(a - b) - share * b for a, b in ours])) > least:
+                yield f"{arm}: decoding {workload} {apart * 1e3:.1f} ms from the engine's time"
+
+    return finding(wrong(), f"{len(_requests(cell.runs))} requests")
+
+
+def _by_workload(runs: Iterable[Record]) -> dict[tuple[str, str, bool], list[Request]]:
+    """Requests by arm, workload, and whether the server was warm."""
+    groups = defaultdict(list)
+    for r in runs:
+        for q in r.observed.requests:
+            if q.ttft_s is not None and q.engine_prompt_s and q.engine_predicted_s is not None:
+                groups[r.spec.arm, q.workload, q.index > 0].append(q)
+    return groups
+
+
+@holds("cell", f"{START_S * 1e3:g} ms, or {STARTS} times the cell's usual")
+def starts_alike(cell: Cell) -> Finding:
+    """From the start of a process to its log's first instant passes about the same time in every run."""
+    quiet = [r for r in cell.runs if r.run_id in cell.starts and not strained(r.observed)]
+    if not quiet:
+        return True, "the logs have no times, or the host was not quiet"
+    usual = median(cell.starts[r.run_id] for r in quiet)
+
+    def failures() -> Iterator[str]:
+        starts = ((r.run_id, cell.starts[r.run_id]) for r in quiet)
+        yield from (f"{name}: {s:.2f} s" for name, s in starts if s > max(START_S, STARTS * usual))
+        for arm, runs in by_arm(quiet).items():
+            known = [cell.starts[r.run_id] for r in runs]
+            if known and not usual / 2 - ARM_START_S <= median(known) <= 2 * usual + ARM_START_S:
+                yield f"{arm}: {median(known) * 1e3:.0f} ms in the median, all {usual * 1e3:.0f} ms"
+
+    return finding(failures(), f"{usual * 1e3:.0f} ms in the median")
+
+
+def _spread(name: str, values: Mapping[str, list[float]], least: float, share: float) -> Iterator[str]:
+    for label, numbers in values.items():
+        if numbers and max(numbers) - min(numbers) > max(least, share * max(numbers)):
+            yield f"{name} of {label}: {min(numbers):.0f} to {max(numbers):.0f}"
+
+
+@holds(
+    "cell",
+    f"device {AGREE_SHARE:.0%} or {AGREE_BYTES >> 20} MiB ({LOOPBACK_BYTES >> 20} on loopback), host and bus 2 %",
+)
+def memory_steady(cell: Cell) -> Finding:
+    """The same file in the same place takes the same memory of device and host in every block, and what the engine's
+    buffers leave unexplained is about the same in every placement; so is what a prompt moves over the bus."""
+
+    def failures() -> Iterator[str]:
+        device, host, bus, rests = (defaultdict(list) for _ in range(4))
+        loopback = any(r.observed.device_kind == "loopback" for r in cell.runs)
+        for r in cell.runs:
+            o, arm = r.observed, r.spec.arm
+            if o.memory.value_bytes is not None:
+                device[arm].append(o.memory.value_bytes)
+            if o.memory.residual_bytes is not None:
+                rests[arm].append(o.memory.residual_bytes)
+            if o.host_rss_peak_bytes is not None and (o.host.major_faults or 0) < PAGING:
+                host[arm].append(o.host_rss_peak_bytes)
+            for m in o.prompt_traffic:
+                if m.received_bytes is not None:
+                    bus[f"{arm}, {m.workload}"].append(m.received_bytes)
+        least, share = (LOOPBACK_BYTES, LOOPBACK_SHARE) if loopback else (AGREE_BYTES, AGREE_SHARE)
+        yield from _spread("device memory", device, least, share)
+        yield from _spread("host memory", host, STEADY_BYTES, STEADY_SHARE)
+        yield from _spread("bus traffic", bus, STEADY_BYTES, STEADY_SHARE)
+        alike = defaultdict(list)  # mapped or copied, the same experts cross the bus
+        for label, moved in bus.items():
+            alike[f"{label.partition('/')[0]}, {label.partition(', ')[2]} in all load modes"] += moved
+        yield from _spread("bus traffic", alike, STEADY_BYTES, STEADY_SHARE)
+        middles = {arm: median(rest) for arm, rest in rests.items()}
+        largest = max((r.observed.memory.value_bytes or 0 for r in cell.runs), default=0)
+        bound = max(REST_BYTES, REST_SHARE * largest) if loopback else max(AGREE_BYTES, AGREE_SHARE * largest)
+        if middles and max(middles.values()) - min(middles.values()) > bound:
+            yield f"beside the engine's buffers {', '.join(f'{arm} {n:.0f}' for arm, n in middles.items())} bytes"
+
+    return finding(failures(), f"{len(by_arm(cell.runs))} arms steady")
+
+
+@holds("cell", f"{FAULT_SHARE:.0%} or {FAULTS} faults apart")
+def pages_steady(cell: Cell) -> Finding:
+    """The same work on the same memory touches about as many pages in every block of a session: how the system cached
+    the file is another matter in the next."""
+
+    def failures() -> Iterator[str]:
+        sessions = defaultdict(list)
+        for r in cell.runs:
+            use = r.observed.host
+            if use.minor_faults is not None and (use.major_faults or 0) < PAGING:
+                sessions[r.spec.arm, _session(r)].append(use.minor_faults)
+        for (arm, _), faults in sessions.items():
+            if max(faults) - min(faults) > max(FAULTS, FAULT_SHARE * max(faults)):
+                yield f"{arm}: {min(faults)} to {max(faults)} page faults"
+
+    return finding(failures(), f"{len(cell.runs)} runs")
+
+
+@holds("cell", f"{MONITOR_TIMES:g} times the median of its placement + {WATCH_ONCE_S:g} s")
+def monitors_alike(cell: Cell) -> Finding:
+    """Watching the same work takes about as much of a CPU in every block."""
+
+    def failures() -> Iterator[str]:
+        for arm, runs in by_arm(cell.runs).items():
+            known = {r.run_id: r.observed.watch_cpu_s for r in runs if r.observed.watch_cpu_s}
+            usual = median(known.values()) if known else 0.0
+            for name, spent in known.items():
+                if not usual / MONITOR_TIMES - WATCH_ONCE_S <= spent <= usual * MONITOR_TIMES + WATCH_ONCE_S:
+                    yield f"{arm}: {spent:.3f} CPU seconds in {name}, {usual:.3f} in the median"
+
+    return finding(failures(), "alike")
+
+
+def _session(r: Record) -> str:
+    """What a process says of its host and device, which it looks at once, before its runs."""
+    return _session_key(r.host, r.device)
+
+
+@lru_cache(4096)
+def _session_key(host: HostFacts, device: DeviceFacts) -> str:
+    return f"{host!r} {device!r}"
+
+
+def _in_turn(runs: Iterable[Record]) -> Iterator[tuple[Record, Record, float]]:
+    """(run, the next one on its machine, seconds from the end of one to the start of the other)."""
+    machines = defaultdict(list)
+    for r in runs:
+        if r.judged is None:
+            machines[r.host.host_id, r.device.uuid].append((datetime.fromisoformat(r.started_utc), r))
+    for begun in machines.values():
+        begun.sort(key=lambda pair: (pair[0], pair[1].attempt))  # starts are kept to whole seconds
+        for (a, first), (b, second) in itertools.pairwise(begun):
+            yield first, second, (b - a).total_seconds() - first.observed.wall_s
+
+
+@holds("cell", "each session's in one piece")
+def one_session_at_a_time(cell: Cell) -> Finding:
+    """A process reads the host's speed and an empty context once, before its runs: what it read does not come back
+    after another's; and the board's energy counter goes on from one run to the next."""
+
+    def failures() -> Iterator[str]:
+        ended_sessions: set[str] = set()
+        for first, second, gap in _in_turn(cell.runs):
+            before, after = _session(first), _session(second)
+            if before != after:
+                ended_sessions.add(before)
+            if after in ended_sessions:
+                yield f"what another process read is back in {second.run_id}"
+            ended, begun = first.observed.counters[-1:], second.observed.counters[:1]
+            counted = [c.energy_joule for c in (*ended, *begun) if c.energy_joule is not None]
+            if gap <= SESSION_S and len(counted) == 2 and counted[1] < counted[0] - 1:
+                yield f"the counter of {second.run_id} begins before the end of the one before"
+
+    return finding(failures(), f"{len(cell.runs)} runs")
+
+
+@holds("cell", "each after the end of the one before")
+def runs_in_turn(cell: Cell) -> Finding:
+    """Runs on one machine follow each other: two at once would slow each other, and one of them was then made up."""
+    early = (
+        f"{second.run_id} began before {first.run_id} ended"
+        for first, second, gap in _in_turn(cell.runs)
+        if gap < -TURN_S - abs(first.observed.host.clock_step_s)
+    )
+    return finding(early, f"{len(cell.runs)} runs one after another")
+
+
+@holds("cell", f"steps {ALIKE_S * 1e6:g} us or {ALIKE_SHARE:.0%} apart in the median")
+def no_two_alike(cell: Cell) -> Finding:
+    """Two runs whose steps took the same time, one after another, are one run, copied: shifted or scaled, it shows."""
+    import numpy as np
+
+    groups = defaultdict(list)
+    for r in cell.runs:
+        if r.judged is None:
+            for q in r.observed.requests:
+                if len(q.token_s) > ALIKE_STEPS:
+                    groups[q.workload, len(q.token_s)].append((f"{r.run_id}[{q.index}]", q.token_s))
+    copies = set()
+    for same in groups.values():
+        steps = np.diff(np.asarray([times for _, times in same]), axis=1)
+        mean = steps.mean(axis=1)
+        shapes = steps / np.where(mean > 0, mean, 1.0)[:, None]
+        least = np.minimum(ALIKE_S, ALIKE_SHARE * mean)
+        # by length, which a shift leaves; by shape, which a change of scale leaves
+        for order in (np.argsort(mean), np.argsort(np.median(shapes, axis=1))):
+            for near in range(1, min(NEIGHBOURS, len(order) - 1) + 1):
+                a, b = order[:-near], order[near:]
+                apart = np.abs(shapes[a] - shapes[b])
+                # half of the values are below a median that small: where they are not it need not be looked for
+                most = 1.001 * least[a] / np.where(mean[a] > 0, mean[a], 1.0)
+                below = np.count_nonzero(apart <= most[:, None], axis=1)
+                near_by = np.flatnonzero((2 * below >= apart.shape[1]) | (mean[a] <= 0))
+                for i in near_by[np.median(apart[near_by], axis=1) * mean[a][near_by] <= least[a][near_by]]:
+                    copies.add(" and ".join(sorted((same[a[i]][0], same[b[i]][0]))))
+    return finding(iter(sorted(copies)), f"{len(cell.runs)} runs differ")

@@ -1,0 +1,252 @@
+"""The record of a run: one JSON file, checked against its schema, with its own digest, written whole or not at all.
+
+A record is done when it parses, validates and carries its digest. Failed and invalid runs are records too.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import json
+import logging
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, ValidationError
+
+from moelib.base import files
+from moelib.base.schema import Sha256
+from moelib.catalogue import params
+from moelib.catalogue.facts import OLDEST, SCHEMA_VERSION, DeviceFacts, EngineFacts, HostFacts, Manifest
+from moelib.measure.run import Observation, Spec
+
+log = logging.getLogger(__name__)
+
+DONE = ("valid", "degraded")
+MAX_BYTES = 64 << 20  # of a record: 60 kB seen
+
+
+class RecordError(params.UserError, ValueError):
+    """The file is not a record that can be believed; the message says why."""
+
+
+@files.stored
+class Check:
+    """One invariant of a run or a block, as `audit` found it."""
+
+    id: str
+    passed: bool | None
+    """None: it cannot be told, as the runner does not tell what it rests on."""
+    measured: str
+    """What was found, with what it was held against; or why it cannot be told."""
+
+    @property
+    def failed(self) -> bool:
+        return self.passed is False
+
+
+class Reaudit(params.Strict):
+    """Readings audited again by later rules."""
+
+    record: str
+    """The one that has the first judgement."""
+    digest: Sha256
+    commit: str
+    """Of the rules."""
+
+
+class Record(params.Strict):
+    """One run: what was asked, of which file, engine, device and host, what was observed, and its audit."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    schema_version: Annotated[int, Field(ge=OLDEST, le=SCHEMA_VERSION)] = SCHEMA_VERSION
+    """See `facts.HISTORY`; records of an older one are read as they are."""
+    run_id: str
+    attempt: Annotated[int, Field(ge=1, le=10_000)]
+    status: Literal["valid", "degraded", "invalid", "failed"]
+    reasons: tuple[str, ...]
+    """Ids of the checks that failed or could not be told, or the code of what ended a failed run."""
+    message: str | None
+    """What the engine or the harness said of a failure."""
+    spec: Spec
+    sheet: Manifest
+    engine: EngineFacts
+    device: DeviceFacts
+    host: HostFacts
+    started_utc: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00$")]
+    observed: Observation | None
+    audit: tuple[Check, ...]
+    raw: dict[Annotated[str, Field(pattern=r"^[\w.=,-]+\.log\.gz$")], Sha256]
+    """Compressed logs beside the record: file name -> SHA-256."""
+    judged: Reaudit | None = None
+    digest: str = ""
+
+    def __repr__(self) -> str:
+        return f"<Record {self.run_id}: {self.status}{' ' if self.reasons else ''}{', '.join(self.reasons)}>"
+
+    @property
+    def done(self) -> bool:
+        return self.status in DONE
+
+    @property
+    def cell(self) -> str:
+        return f"{self.spec.model}/{self.spec.quant}"
+
+    @cached_property
+    def key(self) -> str:
+        return spec_key(self.spec)
+
+    @property
+    def line(self) -> str:
+        """One line for people who wait."""
+        s = self.spec
+        run_name = f"{s.model} {s.quant} {s.placement}, {s.load_mode}, round {s.block + 1}"
+        return f"{run_name}: {self.status}" + (f" ({', '.join(self.reasons)})" if self.reasons else "")
+
+
+@lru_cache(1 << 17)
+def spec_key(spec: Spec) -> str:
+    """Digest of what defines a run; attempts at the same run share it."""
+    return files.digest({f.name: getattr(spec, f.name) for f in fields(spec)})[:12]
+
+
+def run_id(s: Spec, attempt: int) -> str:
+    return f"{s.model}_{s.quant}_{s.placement}_{s.load_mode}_b{s.block}_{spec_key(s)}_a{attempt}"
+
+
+def _digest(data: dict[str, Any]) -> str:
+    return files.digest({k: v for k, v in data.items() if k != "digest"})
+
+
+def sealed(record: Record) -> Record:
+    """The record with its digest. Raises RecordError if it holds what `read` would refuse."""
+    data = record.model_dump(mode="json")
+    try:
+        data["digest"] = _digest(data)
+        Record.model_validate_json(files.canonical(data), strict=True)
+    except ValueError as err:
+        raise RecordError(f"{record.run_id} would not be read back: {' '.join(str(err).split())[:300]}") from None
+    return record.model_copy(update={"digest": data["digest"]})
+
+
+def write(folder: Path, record: Record) -> Record:
+    """Write the record with its digest to `folder/records/` and return it.
+
+    Raises RecordError if it is there, or holds what `read` would refuse.
+    """
+    record = sealed(record)
+    data = record.model_dump(mode="json")
+    path = folder / "records" / f"{record.run_id}.json"
+    if path.exists():
+        raise RecordError(f"{path.name} exists; records are never overwritten")
+    # one line a top-level key: a table of contents for people, and measurements that do not fill screens
+    lines = [f" {json.dumps(k)}: {files.canonical(v).decode()}" for k, v in sorted(data.items())]
+    files.write_bytes(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+    return record
+
+
+def read(path: Path) -> Record:
+    """The record at `path`, verified. Raises RecordError."""
+    try:
+        raw = files.head(path, MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            raise RecordError(f"more than {MAX_BYTES >> 20} MiB are no record of a run")
+        loaded = Record.model_validate_json(raw, strict=True)
+        if loaded.digest != _digest_as_written(raw) and loaded.digest != _digest(json.loads(raw)):
+            raise RecordError("its digest does not fit its content")
+    except (OSError, ValueError, ValidationError, RecursionError) as err:
+        raise RecordError(f"{path.name}: {' '.join(str(err).split())[:300]}") from None
+    if loaded.run_id != path.stem or loaded.run_id != run_id(loaded.spec, loaded.attempt):
+        raise RecordError(f"{path.name}: it is the record of {loaded.run_id}")
+    return loaded
+
+
+def _digest_as_written(raw: bytes) -> str | None:
+    """The digest of a file that has the layout of `write`, whose lines are canonical already; None for another."""
+    if not (raw.startswith(b"{\n ") and raw.endswith(b"\n}\n")):
+        return None
+    lines = [line.removesuffix(b",")[1:].replace(b'": ', b'":', 1) for line in raw[2:-3].split(b"\n")]
+    content = b",".join(line for line in lines if not line.startswith(b'"digest":'))
+    return hashlib.sha256(b"{" + content + b"}").hexdigest()
+
+
+class Lightener:
+    """Makes records small for a whole study's tables: what only one run's pictures need is left out, and what many
+    records share is held once. A light record is not to be audited: its readings are gone."""
+
+    def __init__(self) -> None:
+        self._held: dict[Any, Any] = {}
+        self._outcomes: dict[tuple[tuple[str, bool | None], ...], tuple[Check, ...]] = {}
+
+    def _once(self, value: Any, key: Any = None) -> Any:
+        held = self._held.setdefault(value if key is None else key, value)
+        return held if held == value else value
+
+    def __call__(self, r: Record) -> Record:
+        """`r` itself, made small in place: as it was just read, nobody else has it. Copies of frozen parts, of which
+        it has dozens, would take longer than to verify it."""
+        small = object.__setattr__
+        names = (("sheet", r.sheet.sha256), ("engine", r.engine.server_sha256), ("device", r.device.uuid))
+        for k, name in (*names, ("host", r.host.host_id)):
+            r.__dict__[k] = self._once(getattr(r, k), (k, name))
+        outcome = tuple((c.id, c.passed) for c in r.audit)
+        if outcome not in self._outcomes:
+            self._outcomes[outcome] = tuple(Check(*id_and_passed, "") for id_and_passed in outcome)
+        r.__dict__["audit"] = self._outcomes[outcome]
+        if (o := r.observed) is not None:
+            small(o.memory.trace, "during", o.memory.trace.during[-1:])
+            for q in o.requests:
+                small(q, "tokens", ())
+                small(q, "token_s", array("d", q.token_s))
+                small(q, "token_n", array("I", q.token_n))
+            for k in ("argv", "env", "report", "placement", "top_logprobs"):
+                small(o, k, self._once(getattr(o, k)))
+            small(o, "absent", self._once(o.absent, tuple(o.absent.items())))
+        return r
+
+
+def each(folder: Path) -> Iterator[Record]:
+    """The records under `folder/records/` that can be read, one after another."""
+    for path in sorted((folder / "records").glob("*.json")):
+        with contextlib.suppress(RecordError):
+            yield read(path)
+
+
+def read_all(
+    folder: Path, set_aside: bool = False, prefix: str = "", each: Callable[[Record], Record] = lambda r: r
+) -> tuple[list[Record], list[str]]:
+    """All records under `folder/records/`, by run id, and what was wrong with the others.
+
+    set_aside: move damaged files to `records/damaged/`, so that their runs are done again. of: what the names begin
+    with. each: what is kept of a record, as it is read.
+    """
+    records, damaged = [], []
+    for path in sorted((folder / "records").glob(f"{prefix}*.json")):
+        try:
+            records.append(each(read(path)))
+        except RecordError as err:
+            damaged.append(str(err))
+            if set_aside:
+                log.warning("setting aside a damaged record: %s", err)
+                place = path.parent / "damaged"
+                place.mkdir(exist_ok=True)
+                path.rename(place / f"{path.name}.{len(list(place.glob(f'{path.name}*')))}")
+    return records, damaged
+
+
+def keep_logs(folder: Path, run: str, logs: Iterable[Path], private: Iterable[Path]) -> dict[str, str]:
+    """Compress a run's logs into `folder/raw/`, the `private` folders' names left out; file name -> SHA-256."""
+    # the longest first: one of the folders may lie inside another
+    names = sorted({str(name) for p in private for name in (p, p.resolve())}, key=len, reverse=True)
+    kept = {}
+    for path in filter(Path.is_file, logs):
+        target, text = folder / "raw" / f"{run}.{path.stem}.log.gz", path.read_bytes()
+        for name in names:
+            text = text.replace(f"{name}/".encode(), b"")
+        files.write_bytes(target, gzip.compress(text, mtime=0))
+        kept[target.name] = files.sha256(target)
+    return kept

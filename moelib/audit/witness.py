@@ -1,0 +1,177 @@
+"""The engine's kept log as the second witness of a run: every number that both hold must be the same one.
+
+A forger of a record must forge the log as well, and both in every detail; more no folder can prove.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from moelib.audit.bounds import finding
+from moelib.audit.invariants import Finding, holds, strained
+from moelib.audit.record import Record
+from moelib.base import files
+from moelib.engine import logs
+from moelib.engine.client import Request
+from moelib.measure.memory import AGREE_BYTES, AGREE_SHARE
+from moelib.measure.runner import QUANTITIES, untold
+
+DIGITS = 0.003  # the log has four digits of a file's parameters, three of its bits per weight
+HEAD_BYTES, HEAD_SHARE, SMALL_HEAD = 32 << 20, 0.01, 0.05  # of a file: metadata and vocabulary, 2.4 MB at most seen
+STRAINED = 10  # times these limits, where others worked on the host: such a run is flagged
+ENDED_S = 0.5  # from the end of the last request to the end of the watched time: 0.01 to 0.08 s seen
+PRINTED_S = 6e-6  # the log has milliseconds with two decimals
+LAUNCH_S = 2.0  # from the start of the process to the log's first instant: 0.02 to 0.07 s seen
+TAKEN_UP_S = 0.050  # between the requests' distances here and in the log: 2.4 ms seen
+ANSWERED_S, ANSWERED_SHARE = 0.025, 0.002  # first to last instant of a request, here and in the log: 4.7 ms seen
+REPORTED = ("buffers", "offloaded_layers", "total_layers", "graph_splits", "built")
+
+
+class Witnessed(NamedTuple):
+    """A record and the log that its run left."""
+
+    record: Record
+    log: logs.Log | None
+    problems: tuple[str, ...]
+    """What is not as it was kept."""
+
+
+def call(folder: Path, record: Record) -> Witnessed:
+    """Read the logs that `record` names, in the study's `folder`."""
+    log, problems, kept, has_log = None, [], folder / "raw", "log" not in untold(record.engine.runner)
+    for name, sha256 in record.raw.items():
+        try:
+            packed = files.head(kept / name, logs.MAX_BYTES)
+            if hashlib.sha256(packed).hexdigest() != sha256:
+                problems.append(f"{name} was changed: its SHA-256 is not the record's")
+            elif name.endswith(logs.SERVER):
+                unpacked = logs.unpack(packed, name)
+                log = unpacked if has_log or unpacked.tasks or unpacked.report.buffers else None
+        except OSError as err:
+            problems.append(f"{name} cannot be read: {err.strerror}")
+        except logs.LogError as err:
+            problems.append(str(err))
+    if has_log and record.observed and not log and not problems:
+        problems.append("the record names no log of llama-server")
+    return Witnessed(record, log, tuple(problems))
+
+
+@holds("log", "there, with the record's SHA-256")
+def log_kept(run: Witnessed) -> Finding:
+    """The logs that the record names are there, unchanged and readable: evidence that is not looked at is none."""
+    if run.record.observed and not run.log and not run.problems:
+        return None, f"{run.record.engine.runner} does not tell {QUANTITIES['log']}"
+    return not run.problems, "; ".join(run.problems) or f"{len(run.record.raw)} logs"
+
+
+def _tasks(run: Witnessed) -> list[tuple[str, Request, logs.Task]]:
+    requests = run.record.observed.requests
+    return [(f"{r.workload}[{r.index}]", r, t) for r, t in zip(requests, run.log.tasks, strict=False)]
+
+
+@holds("log", "equal")
+def log_tells_the_load(run: Witnessed) -> Finding:
+    """Buffers, layers, graph splits and build are those that the engine's log reports."""
+    logged, recorded = run.log.report, run.record.observed.report
+    differ = [name for name in REPORTED if getattr(logged, name) != getattr(recorded, name)]
+    if recorded.unused_tensors is not None and logged.unused_tensors != recorded.unused_tensors:
+        differ.append("unused_tensors")
+    return bool(logged.buffers) and not differ, ", ".join(differ) or f"{len(logged.buffers)} buffers"
+
+
+@holds("log", "equal; the file's types, context, threads and load mode too")
+def log_tells_the_file(run: Witnessed) -> Finding:
+    """The file that was loaded has the manifest's tensors, and was loaded as asked."""
+    log, spec, observation = run.log, run.record.spec, run.record.observed
+    expected = {
+        "tensor types": (log.type_counts or None, {k.upper(): v for k, v in run.record.sheet.tensor_types.items()}),
+        "context": (log.context, spec.context),
+        "threads": (log.threads, observation.threads),
+        "load mode": (log.load_mode, spec.load_mode),
+    }
+    manifest, rounded = run.record.sheet, {"parameters": DIGITS, "bits_per_weight": DIGITS}
+
+    def failures() -> Iterator[str]:
+        yield from (f"{name}: log {a}, record {b}" for name, (a, b) in expected.items() if a is not None and a != b)
+        for name, share in rounded.items():
+            logged, recorded = getattr(log, name), getattr(manifest, name)
+            if logged is not None and abs(logged - recorded) > share * recorded:
+                yield f"{name}: log {logged}, manifest {recorded}"
+        weights = manifest.parameters * manifest.bits_per_weight / 8
+        beside = manifest.file_bytes - weights
+        if not -DIGITS * weights <= beside <= max(HEAD_SHARE * weights, min(HEAD_BYTES, SMALL_HEAD * weights)):
+            yield f"a file of {manifest.file_bytes} bytes for {weights:.0f} bytes of weights"
+
+    return finding(failures(), f"{sum(log.type_counts.values())} tensors")
+
+
+@holds("log", "exact")
+def log_tells_the_reads(run: Witnessed) -> Finding:
+    """The weights that a token reads follow from the file's experts, and from how many of them the engine uses."""
+    placement, experts = run.record.observed.placement, run.record.sheet.expert_bytes
+    if run.log.experts is None:
+        return True, "this build does not print its experts"
+    count, used = run.log.experts
+    dense = placement.device_bytes + placement.moved_bytes - experts
+    share = [dense + (experts - placement.moved_bytes) * used // count, placement.moved_bytes * used // count]
+    recorded = [placement.device_read_bytes, placement.host_read_bytes]
+    return recorded == share, f"device, host {recorded}, by {used} of {count} experts {share}"
+
+
+@holds("log", "as printed")
+def log_tells_the_requests(run: Witnessed) -> Finding:
+    """Each request's token counts and the engine's own times are those that its log prints."""
+
+    def failures() -> Iterator[str]:
+        if len(run.log.tasks) < len(run.record.observed.requests):
+            yield f"{len(run.log.tasks)} requests in the log, {len(run.record.observed.requests)} in the record"
+        for name, r, t in _tasks(run):
+            if (r.prompt_n, r.predicted_n) != (t.prompt_n, t.predicted_n):
+                yield f"{name}: {t.prompt_n} and {t.predicted_n} tokens"
+            for phase, recorded, printed in (
+                ("prompt", r.engine_prompt_s, t.prompt_s),
+                ("decode", r.engine_predicted_s, t.predicted_s),
+            ):
+                if recorded is None or abs(recorded - printed) > PRINTED_S:
+                    yield f"{name}: {phase} {recorded} s, the log has {printed:.5f} s"
+
+    return finding(failures(), f"{len(run.log.tasks)} requests")
+
+
+@holds("log", f"{TAKEN_UP_S * 1000:g} ms; {ANSWERED_S * 1000:g} ms + {ANSWERED_SHARE:.1%}; load within {LAUNCH_S:g} s")
+def log_tells_the_times(run: Witnessed) -> Finding:
+    """Load, the requests' beginnings and their ends lie as far apart in the engine's log as they do here."""
+    o = run.record.observed
+    patience = STRAINED if strained(o) else 1
+
+    def failures() -> Iterator[str]:
+        if run.log.ready_s is not None and not -0.001 <= o.load_s - run.log.ready_s <= LAUNCH_S:
+            yield f"ready after {o.load_s} s, by the log {run.log.ready_s:.3f} s"
+        first = None
+        for name, r, t in _tasks(run):
+            if t.launched_s is None or t.ended_s is None or r.total_s is None:
+                continue
+            apart = t.launched_s - r.started_s
+            first = apart if first is None else first
+            if abs(apart - first) > TAKEN_UP_S * patience:
+                yield f"{name}: begun {apart - first:+.3f} s from where the log has it"
+            took = t.ended_s - t.launched_s
+            if abs(took - r.total_s) > (ANSWERED_S + ANSWERED_SHARE * took) * patience:
+                yield f"{name}: took {r.total_s:.4f} s, by the log {took:.4f} s"
+        if first is not None and run.log.tasks[-1].ended_s is not None:
+            after = o.host.elapsed_s - (run.log.tasks[-1].ended_s - first)
+            if not -TAKEN_UP_S * patience <= after <= ENDED_S * patience:
+                yield f"watched until {after:+.3f} s after the last request's end"
+
+    return finding(failures(), f"{len(run.log.tasks)} requests")
+
+
+@holds("log", f"{AGREE_BYTES >> 20} MiB or {AGREE_SHARE:.0%}")
+def log_tells_the_memory(run: Witnessed) -> Finding:
+    """What the device had in use at the server's end is the same by the engine as by the driver."""
+    used, last = run.log.device_used_bytes, run.record.observed.memory.trace.during[-1:]
+    if used is None or not last or last[0].device_bytes is None:
+        return True, "one of them did not tell"
+    driver = last[0].device_bytes
+    return abs(used - driver) <= max(AGREE_BYTES, AGREE_SHARE * driver), f"driver {driver}, engine {used} bytes"

@@ -1,0 +1,222 @@
+"""Atomic writes, digests, locks that end with their process, and checks of disk space."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, dataclass_transform
+
+import psutil
+
+from moelib.base import neutral
+from moelib.base.schema import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows: need_locks() reports it
+    fcntl = None
+
+T = TypeVar("T")
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MAKE_ROOM = (
+    "free some space, or set MOELIB_MODELS (model files) or MOELIB_OUTPUTS (studies) to a folder on another disk, "
+    "and run again"
+)
+
+
+class FileError(UserError):
+    """Disk space, a lock or a file prevents the operation; the message says what to do."""
+
+
+@dataclass_transform(frozen_default=True)
+def stored(cls: type[T]) -> type[T]:
+    """A frozen dataclass that is stored on disk: when reading it, pydantic refuses unknown keys, NaN and infinity."""
+    cls.__pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
+    return dataclass(frozen=True, slots=True)(cls)
+
+
+def canonical(data: Any) -> bytes:
+    """The JSON bytes that `digest` hashes: sorted keys, no spaces, no NaN."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def digest(data: Any) -> str:
+    return hashlib.sha256(canonical(data)).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, read in chunks."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def head(path: Path, most: int) -> bytes:
+    """The first bytes of a file, at most `most`.
+
+    Read in steps: a single read of `most` bytes would allocate all of them, however short the file is.
+    """
+    with open(path, "rb", buffering=0) as f:
+        data = f.read(min(os.fstat(f.fileno()).st_size + 1, most))
+        while data and len(data) < most and (more := f.read(min(1 << 20, most - len(data)))):  # it grew, or was cut
+            data += more
+        return data
+
+
+class Hashed:
+    """A file's SHA-256, computed once, and again whenever the file has changed since.
+
+    `known`: the digest of the file's present content, if the caller has just computed it.
+    """
+
+    def __init__(self, path: Path, known: str | None = None):
+        self.path, self._sha256, self._state = path, known, state(path) if known else None
+
+    def sha256(self) -> str:
+        if (now := state(self.path)) != self._state:
+            self._sha256, self._state = sha256(self.path), now
+        return self._sha256
+
+
+def state(path: Path) -> dict[str, int]:
+    """Size and times of a file. The modification time can be set back; the time of that change (ctime) cannot."""
+    s = path.stat()
+    return {"bytes": s.st_size, "mtime_ns": s.st_mtime_ns, "ctime_ns": s.st_ctime_ns}
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; renamed over it on success, removed on failure.
+
+    The name carries the process id, so that a partial file of a killed process is never mistaken for a good one and
+    is swept by the next writer.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for stale in path.parent.glob(f".{path.name}.*.partial"):
+            owner = stale.name.split(".")[-2]
+            if not (owner.isdigit() and psutil.pid_exists(int(owner))):
+                stale.unlink(missing_ok=True)
+        yield partial
+        _to_disk(partial)
+        os.replace(partial, path)
+        _to_disk(path.parent)
+    except OSError as err:
+        if err.errno not in NO_SPACE:
+            raise
+        raise FileError(f"{path.name} cannot be written: {full(path.parent)}") from err
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write atomically: after a crash the file has its old or its new content, never a part."""
+    with replacing(path) as partial:
+        partial.write_bytes(data)
+
+
+def pretty(data: Any) -> bytes:
+    """JSON for people and for merges: sorted keys, one per line."""
+    text = json.dumps(data, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=False)
+    return (neutral.escaped(text) + "\n").encode()
+
+
+def write_json(path: Path, data: Any) -> None:
+    write_bytes(path, pretty(data))
+
+
+OWNER = b"process "
+
+
+def _open_lock(path: Path) -> int:
+    """Open the lock file, and refuse a link or a file that moelib did not write. Raises FileError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    except OSError as err:
+        if err.errno in NO_SPACE:
+            raise FileError(f"{path} cannot be made: {full(path.parent)}") from err
+        why = "it is a symbolic link" if err.errno == errno.ELOOP else err.strerror
+        raise FileError(f"the lock {path} cannot be used: {why}; remove it, or whatever blocks its path") from None
+    about = os.fstat(fd)
+    ours = stat.S_ISREG(about.st_mode) and about.st_nlink == 1 and OWNER.startswith(os.pread(fd, len(OWNER), 0))
+    if not ours:  # locking it would do no harm, but writing the owner into it would
+        os.close(fd)
+        raise FileError(f"{path} is needed as a lock file, but moelib did not write it; move it elsewhere")
+    return fd
+
+
+def need_locks() -> None:
+    """Raise FileError where the system has no locks."""
+    if fcntl is None:
+        raise FileError("moelib needs the file locks of Linux and macOS; on Windows, run it under WSL2")
+
+
+def in_use(subject: str, owner: str) -> FileError:
+    return FileError(f"{subject} is in use by {owner}; wait for it to end, then run again")
+
+
+@contextmanager
+def lock(path: Path, subject: str, wait_s: float = 10.0) -> Iterator[None]:
+    """Hold an exclusive flock on `path`; the kernel releases it however its owner ends.
+
+    Waits `wait_s` for another owner to end, then raises FileError with the owner's name. Links are not followed, and
+    only a lock file of moelib is written to.
+    """
+    need_locks()
+    fd = _open_lock(path)
+    try:
+        deadline = time.monotonic() + wait_s
+        while not _locked(fd):
+            if time.monotonic() >= deadline:
+                owner = os.pread(fd, 100, 0).decode(errors="replace").strip() or "another process"
+                raise in_use(subject, owner)
+            time.sleep(0.05)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, OWNER + str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _locked(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as err:
+        raise FileError(f"the disk has no file locks ({err.strerror}); use a folder on another disk") from None
+    return True
+
+
+def need_space(folder: Path, nbytes: int, subject: str) -> None:
+    """Raise FileError if the disk of `folder` has less than `nbytes` plus 64 MiB free."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < nbytes + (64 << 20):
+        raise FileError(
+            f"{subject} needs {nbytes / 2**30:.2f} GiB in {folder.name}/, {free / 2**30:.2f} GiB are free; {MAKE_ROOM}"
+        )
+
+
+def full(folder: Path) -> str:
+    """The message after a write to `folder` ran out of space: the cause and the next step."""
+    existing = next(p for p in (folder, *folder.parents) if p.exists())  # making the folder may be what failed
+    free = shutil.disk_usage(existing).free
+    return f"no space is left on the disk of {folder} ({free / 2**20:.0f} MiB free, or a quota); {MAKE_ROOM}"

@@ -1,0 +1,125 @@
+"""One file on one device: what all of its runs share, and a run made into an audited record."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+from moelib.audit import audit, record, witness
+from moelib.base import claim, files
+from moelib.catalogue import params
+from moelib.catalogue.facts import DeviceFacts, HostFacts, Manifest
+from moelib.catalogue.placement import Placement
+from moelib.engine import engine
+from moelib.machine import host, process
+from moelib.measure import device, run
+from moelib.measure.llama_server import LlamaServer
+from moelib.measure.runner import Runner
+from moelib.models import quantize
+from moelib.study import gather
+
+LOCK_S = 30.0  # for another process's last run on the device
+RUN_BYTES = 1 << 20  # a run's logs and record
+ALONE = "alone"
+"""Name that stands for the study in the record of a run that belongs to none."""
+
+
+class Bench(NamedTuple):
+    """What the runs of a file share."""
+
+    quantised: quantize.Quantised
+    runner: Runner
+    where: device.Device
+    work: Path
+    device: DeviceFacts
+    host: HostFacts
+
+    @classmethod
+    def ready(cls, quantised: quantize.Quantised, runner: Runner, where: device.Device, work: Path) -> "Bench":
+        """Measure what is measured once: an empty context of the device, the speed of the host's RAM."""
+        where.calibrate(work)
+        facts = HostFacts(**host.facts(), host_id=host.identity(), ram_read_bytes_per_s=host.read_bandwidth())
+        return cls(quantised, runner, where, work, DeviceFacts(**where.identity()), facts)
+
+    def perform(self, folder: Path, spec: run.Spec, attempt: int = 1) -> record.Record:
+        """Do one run, whatever comes of it: its record, audited and not written; its logs are kept in `folder`/raw."""
+        name, private = record.run_id(spec, attempt), [self.quantised.path.parent]
+        if self.runner.tools is not None:
+            private.append(self.runner.tools.folder)
+        # a full disk is said here: the engine's log would be cut short, and be taken for an engine that fails
+        files.need_space(folder, RUN_BYTES, "a run")
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        outcome = run.execute(spec, self.quantised, self.runner, self.where, self.work)
+        result = record.Record(
+            run_id=name,
+            attempt=attempt,
+            status="failed",
+            reasons=(outcome.reason,) if outcome.reason else (),
+            message=outcome.message,
+            spec=spec,
+            sheet=Manifest.model_validate(self.quantised.sheet),
+            engine=self.runner.facts(),
+            device=self.device,
+            host=self.host,
+            started_utc=started,
+            observed=outcome.observation,
+            audit=(),
+            raw=record.keep_logs(folder, name, outcome.logs, private),
+        )
+        return result if result.observed is None else audited(folder, result)
+
+
+def audited(folder: Path, r: record.Record) -> record.Record:
+    """The record with what the present rules say of it, its log in `folder`/raw being its witness."""
+    checks = gather.audit_today(r, witness.call(folder, r))
+    status, reasons = audit.verdict(checks)
+    return r.model_copy(update={"status": status, "reasons": reasons, "audit": checks})
+
+
+@contextmanager
+def held(where: device.Device) -> Iterator[None]:
+    """The device for this process alone. Raises FileError, which names the process that has it."""
+    with claim.device(where.uuid, f"device {where.kind}", process.patience(LOCK_S)):
+        yield
+
+
+def one(
+    file: Path,
+    placement: str,
+    load_mode: str = "mmap",
+    workloads: Sequence[str] = ("plan-short", "long-512"),
+    requests: int = 2,
+    context: int = 1024,
+    device_kind: str = "auto",
+) -> record.Record:
+    """One run of a quantised file that belongs to no study; nothing of it is kept on disk.
+
+    Raises PlacementError, QuantizeError for a file without a manifest or a placement that moves nothing of it,
+    EngineError, DeviceError.
+    """
+    Placement.parse(placement, load_mode)
+    for name in workloads:
+        params.workload(name)
+    quantised = quantize.made(file)
+    quantize.refuse_senseless(quantised.header, [placement])
+    llama = engine.find()
+    where = device.choose(device_kind, llama)
+    of = {k: quantised.sheet[k] for k in ("model", "quant", "weights", "scale")}
+    spec = run.Spec(
+        study=ALONE,
+        placement=placement,
+        load_mode=load_mode,
+        block=0,
+        order=0,
+        workloads=tuple(workloads),
+        requests=requests,
+        context=context,
+        device=where.kind,
+        seed=0,
+        **of,
+    )
+    with TemporaryDirectory(prefix="moelib-run-") as scratch, held(where):
+        bench = Bench.ready(quantised, LlamaServer(llama), where, Path(scratch))
+        return record.sealed(bench.perform(Path(scratch), spec))

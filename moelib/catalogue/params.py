@@ -1,0 +1,232 @@
+"""Read `params/`: models, workloads, studies and cards as frozen, schema-checked objects.
+
+No other module reads that folder. Unknown keys and names are refused with the allowed values before any work starts.
+"""
+
+import os
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from moelib.base import yaml_file
+from moelib.base.schema import ParamsError, Strict, T, build, upto
+from moelib.base.schema import UserError as UserError
+from moelib.catalogue.placement import REFERENCE, Placement
+from moelib.catalogue.upstream import Pin as Pin
+from moelib.catalogue.upstream import Repository, Upstream
+from moelib.catalogue.upstream import SourceFile as SourceFile
+
+QUANTS = ("Q4_K_M", "Q2_K", "Q8_0")
+"""llama-quantize type names that a study may use."""
+
+
+Width, Heads, Experts = upto(1 << 20), upto(4096), upto(4096)
+Tokens = upto(1 << 24)
+MAX_RUNS = 200_000
+MAX_NAMES = 100  # models, arms or workloads of a study
+
+
+class Geometry(Strict):
+    """Shape of a model, in llama.cpp's GGUF terms (lengths in elements)."""
+
+    architecture: Literal["phimoe", "deepseek"]
+    block_count: upto(1000)
+    leading_dense_block_count: upto(1000, 0) = 0
+    """The first layers have one dense feed-forward network instead of experts."""
+    embedding_length: Width
+    feed_forward_length: Width
+    expert_feed_forward_length: Width
+    expert_count: Experts
+    expert_used_count: Experts
+    expert_shared_count: upto(64, 0) = 0
+    head_count: Heads
+    head_count_kv: Heads
+    vocab_size: upto(1 << 22, 320)
+    """The minimum covers the special and byte tokens and the words of the plan's prompt."""
+    context_length: Tokens
+    original_context_length: Tokens | None = None
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.embedding_length % self.head_count or self.head_count % self.head_count_kv:
+            raise ValueError("embedding_length must divide by head_count, and head_count by head_count_kv")
+        if self.expert_used_count > self.expert_count:
+            raise ValueError("expert_used_count is more than expert_count")
+        if self.leading_dense_block_count > self.block_count:
+            raise ValueError("leading_dense_block_count is more than block_count")
+        return self
+
+
+class Model(Strict):
+    name: str
+    title: str
+    upstream: Upstream | None = None
+    geometry: Geometry | None = None
+    scales: dict[str, dict[str, int]] = Field(default_factory=dict)
+    """Name -> what a smaller twin changes of the geometry."""
+    excluded: str | None = None
+    """Why this model cannot be quantised; such a model can be named but not used."""
+
+    def at_scale(self, scale: str) -> Geometry:
+        """The geometry at scale `full` or at one of `scales`. Raises ParamsError."""
+        if self.geometry is None:
+            raise ParamsError(f"{self.name} is excluded: {self.excluded}")
+        scales = {"full": {}, **self.scales}
+        _known("scale", scale, list(scales))
+        return build(Geometry, f"scale {scale} of {self.name}", {**self.geometry.model_dump(), **scales[scale]})
+
+
+class Workload(Strict):
+    name: str
+    title: str
+    text: str = Field(min_length=1)
+    prompt_tokens: Tokens | None = None
+    generate_tokens: upto(1 << 20, 2)
+
+
+class Arm(Strict):
+    """A placement and a load mode; each round of a study runs every one of them once."""
+
+    placement: Annotated[str, AfterValidator(lambda text: str(Placement.parse(text)))]
+    load_mode: Literal["mmap", "none"] = "mmap"
+
+    @property
+    def placed(self) -> Placement:
+        return Placement.parse(self.placement, self.load_mode)
+
+    @property
+    def label(self) -> str:
+        return f"{self.placement}/{self.load_mode}"
+
+
+class Study(Strict):
+    name: str
+    title: str
+    models: tuple[str, ...] = Field(min_length=1, max_length=MAX_NAMES)
+    weights: Literal["twin", "real"]
+    scale: str = "full"
+    quants: tuple[Literal[QUANTS], ...] = Field(min_length=1)
+    arms: tuple[Arm, ...] = Field(min_length=1, max_length=MAX_NAMES)
+    workloads: tuple[str, ...] = Field(min_length=1, max_length=MAX_NAMES)
+    requests: upto(1000) = 2
+    """Requests of each workload in a run, in order; records mark the first one."""
+    blocks: upto(10_000) = 5
+    context: Tokens = 1024
+    device: Literal["auto", "cuda", "loopback", "none"] = "auto"
+    seed: upto((1 << 63) - 1, 0)
+
+    @model_validator(mode="after")
+    def _unique(self) -> Self:
+        for field in ("models", "quants", "workloads", "arms"):
+            values = getattr(self, field)
+            if len(set(values)) != len(values):
+                raise ValueError(f"{field} names something twice")
+        if [a.placement == REFERENCE for a in self.arms] != [True] + [False] * max(1, len(self.arms) - 1):
+            raise ValueError("the first of the arms, and no other, must be a baseline, and at least one must follow it")
+        if self.weights == "real" and self.scale != "full":
+            raise ValueError("real weights have only the scale full")
+        runs = len(self.models) * len(self.quants) * len(self.arms) * self.blocks
+        if runs > MAX_RUNS:
+            raise ValueError(f"models x quants x arms x blocks is {runs} runs, more than {MAX_RUNS}: make two studies")
+        return self
+
+
+class Card(Strict):
+    """The hand-written part of a model's card on the Hugging Face Hub."""
+
+    name: str
+    repository: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}$")
+    base_model: Repository
+    license: str = Field(min_length=1)
+    """The Hub's identifier; `other` needs a name and a link."""
+    license_name: str | None = None
+    license_link: str | None = Field(None, pattern=r"^https://")
+    license_note: str
+    languages: tuple[str, ...] = Field(min_length=1)
+    tags: tuple[str, ...] = ()
+    summary: str
+    prompt: str | None
+    """A complete prompt in the model's format; None for a base model, which continues a text."""
+    prompt_note: str
+    credits: tuple[str, ...] = Field(min_length=1)
+    quantized_by: str | None = None
+    """Default: the namespace that publishes the card."""
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        if self.license == "other" and not (self.license_name and self.license_link):
+            raise ValueError("license other needs license_name and license_link")
+        return self
+
+
+def root() -> Path:
+    """The folder with `params/` and `outputs/`: $MOELIB_HOME, or the clone that this package is installed from."""
+    return Path(os.environ.get("MOELIB_HOME") or Path(__file__).resolve().parents[2])
+
+
+def _known(kind: str, name: str, allowed: Sequence[str]) -> str:
+    if name not in allowed:
+        raise ParamsError(f"unknown {kind} {name!r}; allowed: {', '.join(allowed)}")
+    return name
+
+
+@cache
+def _yaml(path: Path) -> Any:
+    try:
+        return yaml_file.load(path)
+    except FileNotFoundError:
+        raise ParamsError(f"{path.name} is missing from {path.parent}; run from a clone or set MOELIB_HOME") from None
+    except yaml_file.YamlError as err:
+        raise ParamsError(f"{path} is not usable YAML: {err}") from None
+
+
+def entries(file: str) -> dict[str, Any]:
+    """Name -> its entry in `params/FILE`, unchecked. Raises ParamsError."""
+    mapping = _yaml(root() / "params" / file)
+    if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping):
+        raise ParamsError(f"params/{file}: expected a mapping of names, found {type(mapping).__name__}")
+    return mapping
+
+
+def _entry(cls: type[T], kind: str, file: str, name: str) -> T:
+    listed = entries(file)
+    return build(cls, f"params/{file}, {name}", listed[_known(kind, name, sorted(listed))], name=name)
+
+
+def model(name: str) -> Model:
+    """The entry of a model in the catalogue. Raises ParamsError for an unknown name."""
+    return _entry(Model, "model", "models.yaml", name)
+
+
+def workload(name: str) -> Workload:
+    return _entry(Workload, "workload", "workloads.yaml", name)
+
+
+def card(name: str) -> Card:
+    """The hand-written part of the card of model `name`. Raises ParamsError."""
+    return _entry(Card, "model with a card", "cards.yaml", name)
+
+
+def quant(name: str) -> str:
+    """Return `name` if a study may use it. Raises ParamsError."""
+    return _known("quant", name, QUANTS)
+
+
+def study_names() -> list[str]:
+    return sorted(p.stem for p in (root() / "params" / "studies").glob("*.yaml"))
+
+
+def study(name: str) -> Study:
+    """The study in `params/studies/<name>.yaml`, every name in it checked. Raises ParamsError."""
+    if not (names := study_names()):
+        raise ParamsError(f"{root()} holds no params/studies/*.yaml: run from a clone or set MOELIB_HOME")
+    path = f"params/studies/{_known('study', name, names)}.yaml"
+    loaded = build(Study, path, _yaml(root() / path), name=name)
+    for m in loaded.models:
+        model(m).at_scale(loaded.scale)
+    for w in loaded.workloads:
+        workload(w)
+    return loaded

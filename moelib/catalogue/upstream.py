@@ -1,0 +1,90 @@
+"""Names on the Hugging Face Hub, and which of its files are a model's weights."""
+
+import re
+from pathlib import PurePosixPath
+from typing import Annotated, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from moelib.base.schema import ParamsError, Strict, upto
+
+NAMESPACE = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
+
+
+def namespace(name: str) -> str:
+    """Return `name` if it is a valid user or organisation name on the Hub. Raises ParamsError."""
+    if not NAMESPACE.fullmatch(name) or ".." in name or "--" in name:
+        raise ParamsError(
+            f"{name[:100]!r} is not a namespace of the Hub: give the name of a user or an organisation, at most 96 "
+            "letters and digits with single - _ . between them"
+        )
+    return name
+
+
+def repository_name(name: str) -> str:
+    """Return `name` if it is a valid OWNER/NAME of a repository on the Hub. Raises ParamsError."""
+    owner, _, own = name.partition("/")
+    if len(name) > 96 or not NAMESPACE.fullmatch(own) or ".." in own or "--" in own or own.endswith(".git"):
+        raise ParamsError(f"{name[:100]!r} is not a repository name of the Hub: give OWNER/NAME")
+    namespace(owner)
+    return name
+
+
+class SourceFile(Strict):
+    bytes: upto(1 << 44)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+def hub_path(name: str) -> str:
+    """Return `name` if it is a path in a repository whose last part is a safe local file name. Raises ValueError."""
+    parts = PurePosixPath(name).parts
+    if "/".join(parts) != name or {"..", "/"} & set(parts) or not name.isprintable() or "\\" in name:
+        raise ValueError("it is not a valid path in a repository")
+    if parts[-1][0] in ".-" or not parts[-1].endswith(".gguf") or len(parts[-1].encode()) > 200:
+        raise ValueError("a GGUF's name must end in .gguf, not begin with a dot or a dash, and have at most 200 bytes")
+    return name
+
+
+HubPath = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(hub_path)]
+Repository = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}$")]
+Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+
+
+def _distinct(files: dict[str, SourceFile]) -> dict[str, SourceFile]:
+    if len({PurePosixPath(name).name for name in files}) < len(files):
+        raise ValueError("two files have the same name, but all files of a model are stored in one folder")
+    return files
+
+
+Files = Annotated[dict[HubPath, SourceFile], Field(max_length=1000), AfterValidator(_distinct)]
+
+
+class Pin(Strict):
+    """The files of one commit that hold a model's weights, with the sizes and hashes that the Hub reported."""
+
+    repository: Repository
+    revision: Commit
+    """A commit, because a branch moves."""
+    files: Annotated[Files, Field(min_length=1)]
+    """Path in the repository -> the expected size and hash; all files of a split model, in order."""
+
+
+class Upstream(Strict):
+    """Where a model's F16 GGUF is published, from params/models.yaml.
+
+    `moelib fetch --pin` writes to params/pins.yaml; a pin written here by hand is used if that file has none.
+    """
+
+    publisher: str
+    """The publisher of the F16 files that the study's plan names."""
+    original: str
+    """Repository of the safetensors that they were converted from."""
+    repository: Repository | None = None
+    revision: Commit | None = None
+    files: Files = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if len({bool(self.repository), bool(self.revision), bool(self.files)}) > 1:
+            raise ValueError("repository, revision and files must be given together: run `moelib fetch MODEL --pin`")
+        return self

@@ -1,0 +1,1 @@
+"""llama.cpp: downloaded or found, asked, its answers and its log read."""

@@ -1,0 +1,1 @@
+"""This computer: its processes, CPU, RAM and GPUs, and what a process has mapped."""

@@ -1,0 +1,247 @@
+"""Choose the files of a Hub repository that hold a model's unquantised weights, from their headers.
+
+Headers are read with range requests. Names are not reliable: a vision projector, a draft head or a quantised file may
+have F16 in its name, and the model may not. Names and sizes only determine the order, and which files are too small.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import log
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from moelib.base import neutral
+from moelib.base.bar import tqdm
+from moelib.base.schema import build
+from moelib.catalogue import params
+from moelib.catalogue.upstream import Pin, SourceFile, hub_path, repository_name
+from moelib.gguf import gguf_file
+from moelib.models import hub, weights
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+PREFIX_BYTES, MAX_PREFIX_BYTES = 1 << 20, 64 << 20  # read of a file for its header; a large vocabulary has 10 MB
+MAX_BYTES = 1 << 30  # read for all headers together
+MAX_LOOKED_AT = 40  # models whose headers are read
+MAX_PARTS = 500  # files of one model
+HINT = re.compile(r"(?i)(?<![a-z0-9])(fp?16|float16|bf16)(?![a-z0-9])")
+PIECE = re.compile(r"(?i)\.(gguf\.\S*part\S*|gguf-split-\w+|part\d\S*)$")
+
+
+class ChoiceError(params.UserError):
+    """A repository has no file to pin, or several; the message gives the reason for each, and the next step."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One model of a repository: a file, or all files of a split model, in order."""
+
+    names: tuple[str, ...]
+    files: tuple[SourceFile, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(f.bytes for f in self.files)
+
+
+@dataclass
+class Listing:
+    """The files of a repository at one commit."""
+
+    repository: str
+    commit: str
+    files: dict[str, SourceFile]
+    others: list[str]
+    """Names of files that are not GGUF."""
+    unfit: dict[str, str] = field(default_factory=dict)
+    """GGUF -> why it cannot be pinned."""
+
+
+def choose(model: str, repository: str, revision: str, client: "HfApi", named: Sequence[str] = ()) -> Pin:
+    """The unquantised weights of `model` in `repository`, preferring F16, then BF16, then F32; or the files `named`.
+
+    Raises ChoiceError, HubError.
+    """
+    repository_name(repository)
+    listing = _listing(client, repository, revision)
+    models = _candidates(listing)
+    looked_at = [_named(listing, models, named)] if named else _likely(model, listing, models)
+    fit: dict[str, list[Candidate]] = {}
+    reader = _Reader(client, listing)
+    for one in tqdm(looked_at, desc="reading headers", disable=None, leave=False):
+        try:
+            header = reader.header(one)
+            why = weights.why_not(model, header)
+        except gguf_file.GGUFError as err:
+            why = [str(err).removeprefix(f"{PurePosixPath(one.names[0]).name}: ")]
+        if why:
+            listing.unfit[one.names[0]] = "; ".join(why)
+        else:
+            fit.setdefault(weights.kind(header), []).append(one)
+    best = next((fit[k] for k in weights.UNQUANTISED if k in fit), [])
+    if len(best) != 1:
+        raise ChoiceError(_none(model, listing, best, named))
+    (one,) = best
+    files = {n: f.model_dump() for n, f in zip(one.names, one.files, strict=True)}
+    return build(
+        Pin, f"the listing of {repository}", {"repository": repository, "revision": listing.commit, "files": files}
+    )
+
+
+def _listing(client: "HfApi", repository: str, revision: str) -> Listing:
+    with hub.asking(f"pinning {repository}"):
+        info = client.model_info(repository, revision=revision, files_metadata=True)
+        siblings: dict[str, Any] = {s.rfilename: s for s in info.siblings or ()}
+        if len(siblings) > hub.MAX_FILES or not re.fullmatch(r"[0-9a-f]{40}", info.sha or ""):
+            raise TypeError(f"a commit {info.sha!r:.60} of {len(siblings)} files")
+        listing = Listing(repository, info.sha, {}, [])
+        for name in sorted(siblings):
+            if not name.lower().endswith(".gguf"):
+                listing.others.append(name)
+                continue
+            try:
+                hub_path(name)
+                lfs = siblings[name].lfs
+                if lfs is None:
+                    raise ValueError("the Hub lists no SHA-256 for it")
+                listing.files[name] = build(
+                    SourceFile, "the Hub's listing", {"bytes": siblings[name].size, "sha256": lfs.sha256}
+                )
+            except ValueError as err:
+                listing.unfit[name] = str(err)
+    return listing
+
+
+def _candidates(listing: Listing) -> list[Candidate]:
+    """The models of a repository, from the names of their files; incomplete ones are noted in `listing.unfit`."""
+    split: dict[tuple[str, int], dict[int, str]] = {}
+    whole = []
+    for name in listing.files:
+        if not (m := gguf_file.SPLIT.search(name)):
+            whole.append([name])
+        elif not 1 <= int(m[1]) <= int(m[2]) <= MAX_PARTS:
+            listing.unfit[name] = f"its name says file {int(m[1])} of {int(m[2])}, which is impossible"
+        else:
+            split.setdefault((name[: m.start()], int(m[2])), {})[int(m[1])] = name
+    for (_, count), parts in split.items():
+        names = [parts[i] for i in sorted(parts)]
+        if missing := sorted(set(range(1, count + 1)) - parts.keys()):
+            listing.unfit[names[0]] = f"its name says one of {count} files, but file {missing[0]} is missing"
+        else:
+            whole.append(names)
+    return [Candidate(tuple(names), tuple(listing.files[n] for n in names)) for names in whole]
+
+
+def _likely(model: str, listing: Listing, models: list[Candidate]) -> list[Candidate]:
+    """The candidates that may be the model, most likely first. Raises ChoiceError if there are too many to read."""
+    least = weights.least_bytes(model)
+    for one in models:
+        if one.nbytes < least:
+            listing.unfit[one.names[0]] = f"{one.nbytes:,} bytes, but the unquantised model has about {2 * least:,}"
+    large = [one for one in models if one.nbytes >= least]
+    if len(large) > MAX_LOOKED_AT:
+        raise ChoiceError(
+            f"{listing.repository} has {len(large)} models that may be {model}, too many to read: name its file with "
+            "--file PATH"
+        )
+    return sorted(large, key=lambda c: (not HINT.search(c.names[0]), abs(log(c.nbytes / (2 * least))), c.names))
+
+
+def _named(listing: Listing, models: list[Candidate], named: Sequence[str]) -> Candidate:
+    for name in named:
+        if name not in listing.files:
+            why = (
+                listing.unfit.get(name)
+                or f"it is not a GGUF file of the repository, which has {_some(sorted(listing.files))}"
+            )
+            raise ChoiceError(f"{neutral.plain(name)} of {listing.repository} cannot be pinned: {why}")
+    for one in models:
+        if set(named) <= set(one.names):
+            return one
+    why = next((listing.unfit[n] for n in named if n in listing.unfit), "they are not the files of one model")
+    raise ChoiceError(
+        f"{_some(list(named))} of {listing.repository} cannot be pinned: {why}; check the names on the Hub"
+    )
+
+
+def _some(names: list[str], most: int = 12) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(neutral.plain, names[:most])) + more if names else "none"
+
+
+def _none(model: str, listing: Listing, best: list[Candidate], named: Sequence[str]) -> str:
+    """Why nothing was chosen, with the reason for each file, and the next step."""
+    if best:
+        several = _some([one.names[0] for one in best])
+        return (
+            f"{listing.repository} has {model} unquantised {len(best)} times, in {several}: name one with --file PATH"
+        )
+    if named:
+        why = listing.unfit[next(n for n in listing.unfit if n in listing.files)]
+        return f"{neutral.plain(named[0])} of {listing.repository} is not {model} unquantised: {neutral.plain(why)}"
+    steps = f"pin another repository, or give local files: `moelib fetch {model} --from PATH`"
+    if pieces := [n for n in listing.others if PIECE.search(n)]:
+        steps = (
+            f"{_some(pieces)} are pieces of one file: download them, join them with `cat`, and give the result: "
+            f"`moelib fetch {model} --from FILE`"
+        )
+    elif any(n.endswith(".safetensors") for n in listing.others):
+        steps = (
+            f"it holds safetensors: run `hf download {listing.repository} --local-dir FOLDER`, then convert them with "
+            f"`moelib fetch {model} --from FOLDER`"
+        )
+    reasons = [f"{neutral.plain(n)}: {neutral.plain(why)}" for n, why in sorted(listing.unfit.items())]
+    more = f"; and {len(reasons) - 12} more" if len(reasons) > 12 else ""
+    listed = "; ".join(reasons[:12]) + more if reasons else "it holds no GGUF file"
+    return f"{listing.repository} has no file that is {model} unquantised and whole ({listed}); next: {steps}"
+
+
+class _Reader:
+    """Reads the headers of a repository's files, downloading only the beginning of each file."""
+
+    def __init__(self, client: "HfApi", listing: Listing):
+        self.client, self.listing, self.left = client, listing, MAX_BYTES
+
+    def header(self, one: Candidate) -> gguf_file.Header:
+        """The combined header of all files of a candidate. Raises GGUFError, ChoiceError, HubError."""
+        parts = [self._part(n, f.bytes) for n, f in zip(one.names, one.files, strict=True)]
+        first, tensors = parts[0], tuple(t for p in parts for t in p.tensors)
+        positions = [(p.metadata.get("split.count", 0), p.metadata.get("split.no", 0)) for p in parts]
+        count, first_position = positions[0]
+        whole = len(parts) == 1 and count in (0, 1)
+        if positions != [(len(parts), i) for i in range(len(parts))] and not whole:
+            raise gguf_file.GGUFError(
+                f"its headers number the files wrongly: file {first_position + 1} of {count} first"
+            )
+        if len({t.name for t in tensors}) < len(tensors):
+            raise gguf_file.GGUFError("two of its files hold the same tensor")
+        return gguf_file.Header(first.path, one.nbytes, first.metadata, tensors)
+
+    def _part(self, name: str, nbytes: int) -> gguf_file.Header:
+        """The header of one file, reading only as much of the file as needed."""
+        data, location, upto = bytearray(), self._locate(name), min(PREFIX_BYTES, nbytes)
+        while True:
+            data += self._piece(name, location, len(data), upto)
+            if len(data) < upto:
+                raise gguf_file.GGUFError(f"the Hub sent only {len(data)} of the first {upto} bytes")
+            try:
+                return gguf_file.from_bytes(bytes(data), PurePosixPath(name).name, nbytes)
+            except gguf_file.HeaderCut:
+                if upto in (nbytes, MAX_PREFIX_BYTES):
+                    raise
+            upto = min(2 * upto, nbytes, MAX_PREFIX_BYTES)
+
+    def _locate(self, name: str) -> tuple[str, dict[str, str]]:
+        of = self.listing
+        with hub.asking(f"looking for {neutral.plain(name)} of {of.repository}"):
+            return hub.locate(self.client, of.repository, name, of.commit)
+
+    def _piece(self, name: str, location: tuple[str, dict[str, str]], start: int, stop: int) -> bytes:
+        of = self.listing.repository
+        self.left -= stop - start
+        if self.left < 0:
+            raise ChoiceError(f"the headers of {of} exceed {MAX_BYTES >> 20} MiB: name the file with --file PATH")
+        with hub.asking(f"reading the header of {neutral.plain(name)} of {of}", receives=stop - start):
+            return b"".join(hub.download(*location, start, stop))

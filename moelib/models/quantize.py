@@ -1,0 +1,220 @@
+"""Quantise a source file: a verified file and its manifest.
+
+llama-quantize writes to its output path directly and returns 1 for every failure, so it is given a temporary name; the
+result is checked against the source's header, hashed and only then renamed. The manifest lists the tensor types that
+the file really holds, which a quant's label does not tell.
+"""
+
+import re
+import signal
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moelib.base import files
+from moelib.base.bar import tqdm
+from moelib.catalogue import params
+from moelib.catalogue.facts import Manifest
+from moelib.engine.engine import Engine
+from moelib.gguf import gguf_file
+from moelib.gguf.gguf_header import UNQUANTISED
+from moelib.machine import host, process
+from moelib.models import models, sources
+
+HEADER_S = 60.0  # limit for llama.cpp to read a header, which usually takes 0.02 s
+LOG_BYTES = 32 << 20  # limit of a tool's log: 65,536 tensors with a line each take 10 MB
+TAIL_BYTES = 1 << 14
+SUPER_BLOCK = 256  # k-quants work on rows of whole super-blocks
+READY_S = 600.0
+SLOWEST_BYTES_PER_S = 2e6  # of source; far slower than any machine measured (25e6 on one core), to end only a hang
+
+
+class QuantizeError(params.UserError):
+    """A file could not be made or is not valid; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A quantised file and its manifest."""
+
+    header: gguf_file.Header
+    sheet: dict[str, Any]
+    content: files.Hashed
+    """The hash of the file's present content; the manifest holds that of the file as it was made."""
+
+    @property
+    def path(self) -> Path:
+        return self.header.path
+
+
+def refuse_quantised(source: gguf_file.Header) -> None:
+    """Raise QuantizeError if the source's weights are already quantised."""
+    if source.is_quantised:
+        types = sorted(set(source.type_counts) - UNQUANTISED)
+        raise QuantizeError(
+            f"{source.path.name} is already quantised ({', '.join(types)}); quantising again adds error that no record "
+            "could separate, and llama-quantize refuses to: start from an F16 or BF16 file"
+        )
+
+
+def refuse_senseless(source: gguf_file.Header, placements: Iterable[str]) -> None:
+    """Raise QuantizeError if, by its header, the file could not be run at `placements`."""
+    if why := source.fault(placements):
+        raise QuantizeError(f"{source.path.name}: {why}")
+
+
+def fallbacks(header: gguf_file.Header, quant: str) -> list[dict[str, Any]]:
+    """Tensors that got another type than the k-quant's because their rows are not a multiple of a super-block."""
+    fell = [t for t in header.tensors if t.shape[0] % SUPER_BLOCK and t.type not in UNQUANTISED and "_K" in quant]
+    return [{"tensor": t.name, "columns": t.shape[0], "type": t.type} for t in fell]
+
+
+def predict_bytes(engine: Engine, source: gguf_file.Header, quant: str, scratch: Path) -> int | None:
+    """File size predicted by `llama-quantize --dry-run` and the source's header; None if the build has no dry run."""
+    args = [engine.tool("llama-quantize"), "--dry-run", str(source.path), quant]
+    _, output = _run(args, scratch / f"dry-run-{quant}.log", READY_S)
+    if unknown := re.search(r"unknown model architecture: '[^'\n]{0,100}'", output):
+        raise QuantizeError(f"{engine} cannot quantise {source.path.name}: {unknown[0]}; a newer build may know it")
+    m = re.search(r"quant size\s*=\s*(\d{1,12}(?:\.\d{1,9})?) MiB", output)
+    return round(float(m[1]) * 2**20) + source.file_bytes - source.tensor_bytes if m else None
+
+
+def refuse_unloadable(engine: Engine, source: gguf_file.Header, scratch: Path) -> None:
+    """Raise QuantizeError if the engine cannot load a model with the source's header and tensors.
+
+    Checked with llama-fit-params, which reads no weights and uses no device; skipped if the build lacks it.
+    """
+    tool = engine.folder / "llama-fit-params"
+    if not tool.is_file():
+        return
+    argv = [str(tool), "--device", "none", "-lv", "4", "--fit-print", "on", "-m", str(source.path)]
+    for attempt in range(3):  # the tool sometimes loses the last lines of its log
+        code, output = _run(argv, scratch / f"loads-{attempt}.log", HEADER_S)
+        why = re.search(r"error loading model: (.{1,300})|GGML_ASSERT\((.{1,200})\) failed", output)
+        if code and why:
+            raise QuantizeError(
+                f"{engine} cannot load {source.path.name}: {(why[1] or why[2]).strip()}; take another conversion of "
+                "the model, or another build of llama.cpp"
+            )
+        if not code:
+            return
+
+
+def _run(argv: list[str], log: Path, limit_s: float, tensors: int = 0) -> tuple[int | None, str]:
+    """Run a tool to its end; return its exit code and log. With `tensors`, its `[ 12/ 51]` lines move a progress bar.
+
+    Raises QuantizeError, and ends the tool, if it takes too long or writes too much.
+    """
+    deadline = time.monotonic() + limit_s
+    bar = tqdm(total=tensors, desc=log.stem, unit="tensor", disable=None if tensors else True, leave=False)
+    with process.Child(argv, log, process.environment(log.parent)) as child, bar:
+        while child.running():
+            if time.monotonic() > deadline:
+                raise QuantizeError(f"{child.name} did not end in {limit_s:.0f} s; its log ends:\n{_end(log)}")
+            if log.stat().st_size > LOG_BYTES:
+                limit = f"more than {LOG_BYTES >> 20} MiB"
+                raise QuantizeError(f"{child.name} wrote {limit} to its log; use another build. It ends:\n{_end(log)}")
+            if tensors and (done := re.findall(r"\[ *(\d{1,9})/ *\d+\]", _end(log))):
+                bar.update(int(done[-1]) - bar.n)
+            time.sleep(0.02)
+    with log.open("rb") as f:
+        return child.exit.code, f.read(LOG_BYTES).decode("utf-8", errors="replace")
+
+
+def _end(log: Path, lines: int = 8) -> str:
+    """The last lines of a log, however long it is."""
+    with log.open("rb") as f:
+        f.seek(max(0, f.seek(0, 2) - TAIL_BYTES))
+        return "\n".join(f.read(TAIL_BYTES).decode("utf-8", errors="replace").splitlines()[-lines:])[-2000:]
+
+
+def make(source: models.Source, quant: str, engine: Engine, scratch: Path) -> Quantised:
+    """The quantised file of `source`, made unless it exists with the hash in its note.
+
+    The tool's logs go to `scratch`. Raises QuantizeError, files.FileError or gguf_file.GGUFError.
+    """
+    params.quant(quant)
+    if source.path.exists():
+        refuse_quantised(source.header)
+    path = source.path.with_name(f"{source.model}-{quant}.gguf")
+    expected = {"model": source.model, "quant": quant, "source_sha256": source.sha256, "engine_build": engine.build}
+    content = files.Hashed(path)
+
+    def write() -> dict[str, Any]:
+        nonlocal content
+        sheet = expected | _make(source, quant, engine, scratch, path)
+        content = files.Hashed(path, sheet["sha256"])  # computed just now
+        return sheet
+
+    for _ in range(2):
+        sheet = models.once(path, expected, write)
+        if content.sha256() == sheet["sha256"]:
+            return Quantised(gguf_file.read_header(path), sheet, content)
+        models.forget(path)
+    raise QuantizeError(f"{path.name} reads back differently than written: check this machine's disk and memory")
+
+
+def made(path: Path) -> Quantised:
+    """The quantised file at `path` with its manifest. Raises QuantizeError if `make` has not made it, or it was changed
+    since."""
+    sheet, content = models.noted(path), files.Hashed(path)
+    if not path.is_file() or sheet is None or "quant" not in sheet or content.sha256() != sheet["sha256"]:
+        raise QuantizeError(
+            f"{path} is no file with a manifest that fits it: make it with `moelib quantize MODEL QUANT`, or in Python "
+            "with moelib.quantize(...)"
+        )
+    return Quantised(gguf_file.read_header(path), sheet, content)
+
+
+def place(sheet: Manifest) -> Path:
+    """The path of the file that a manifest describes."""
+    real, model = sheet.weights == "real", sheet.model
+    return (sources.folder(model) if real else models.twin_folder(model, sheet.scale)) / sheet.file_name
+
+
+def _make(source: models.Source, quant: str, engine: Engine, scratch: Path, path: Path) -> dict[str, Any]:
+    source = sources.whole(source)
+    refuse_quantised(source.header)
+    refuse_senseless(source.header, ())
+    refuse_unloadable(engine, source.header, scratch)
+    predicted = predict_bytes(engine, source.header, quant, scratch)
+    files.need_space(path.parent, predicted or source.header.file_bytes, f"quantising to {path.name}")
+    with files.replacing(path) as partial:
+        args, log = [str(source.path), str(partial), quant], scratch / f"{path.stem}.quantize.log"
+        limit_s = READY_S + source.header.file_bytes / SLOWEST_BYTES_PER_S
+        started = time.monotonic()
+        argv = [engine.tool("llama-quantize"), *args, str(host.usable_cpus())]
+        code, output = _run(argv, log, limit_s, len(source.header.tensors))
+        seconds = time.monotonic() - started
+        if "iostream error" in output or code == -signal.SIGXFSZ:  # from writing; it does not read with iostream
+            raise files.FileError(f"{path.name} cannot be written: {files.full(path.parent)}")
+        if code:
+            raise QuantizeError(f"llama-quantize ended with {code} on {path.name}; its log ends:\n{_end(log)}")
+        header = gguf_file.read_header(partial)
+        if {t.name: t.shape for t in source.header.tensors} != {t.name: t.shape for t in header.tensors}:
+            raise QuantizeError(f"the {quant} file does not hold the source's tensors: use another build of llama.cpp")
+        widest = max(header.tensors, key=lambda t: t.nbytes).type
+        if widest in UNQUANTISED:
+            raise QuantizeError(
+                f"the {quant} file is not quantised, its largest tensor is {widest}: use another build of llama.cpp"
+            )
+        sha256 = files.sha256(partial)
+    return {
+        "weights": source.weights,
+        "origin": source.origin,
+        "scale": source.scale,
+        "file_name": path.name,
+        "file_bytes": header.file_bytes,
+        "predicted_bytes": predicted,
+        "sha256": sha256,
+        "parameters": header.parameters,
+        "bits_per_weight": round(header.bits_per_weight, 4),
+        "tensor_types": header.type_counts,
+        "expert_types": header.expert_types,
+        "expert_bytes": header.moved_bytes("cpu-moe"),
+        "fallbacks": fallbacks(header, quant),
+        "engine_version": engine.version,
+        "quantize_s": round(seconds, 3),
+    }

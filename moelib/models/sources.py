@@ -1,0 +1,266 @@
+"""Provide source files: geometry twins, and real weights from the Hub, from a local file, or from safetensors.
+
+Real weights are stored in `models/MODEL/real/`. `source.json` there names the files and their origin; each file has a
+note with its SHA-256. A download is accepted only if it has the pinned hash.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from moelib.base import files
+from moelib.catalogue import params, pins
+from moelib.gguf import gguf_file
+from moelib.models import candidates, hub, models, weights
+from moelib.models.models import Source
+from moelib.models.weights import SourceError
+
+PINNED = re.compile(r"\S+/\S+@[0-9a-f]{40}")
+"""The origin of a source that can be downloaded from the Hub again."""
+LARGEST_HTTP_BYTES = 50_000_000_000
+"""Of a file that the Hub gives over plain HTTP; larger ones come by xet alone."""
+
+
+def obtain(model: str, weights: str, scale: str, needed: bool = True) -> Source:
+    """The source of a study's cell: the twin at `scale`, or the real weights, downloaded if they are missing.
+
+    With `needed` false, a file that once existed may be missing. Raises ParamsError, SourceError, HubError, FileError.
+    """
+    if weights == "twin":
+        return models.make_twin(model, scale, needed=needed)
+    chosen = _chosen(model)
+    return chosen if chosen and not needed else _restored(chosen) if chosen else fetch(model)
+
+
+def whole(source: Source) -> Source:
+    """`source`, with its files made or downloaded again if they are missing or changed."""
+    if source.weights == "twin":
+        return models.twin_whole(source)
+    return _restored(source)
+
+
+def _restored(source: Source) -> Source:
+    """`source`, downloaded again if its files are missing or changed. Raises SourceError if it was a local file."""
+    if _intact(source):
+        return source
+    if not PINNED.fullmatch(source.origin):
+        raise SourceError(
+            f"the weights of {source.model} are {source.origin}, which is missing or was changed: give it again with "
+            f"`moelib fetch {source.model} --from PATH`, or take the pinned ones with `moelib fetch {source.model}`"
+        )
+    return fetch(source.model)
+
+
+def folder(model: str) -> Path:
+    return models.folder() / model / "real"
+
+
+def _upstream(model: str) -> params.Upstream:
+    entry = params.model(model)
+    entry.at_scale("full")  # raises where the model is excluded
+    if entry.upstream is None:
+        raise SourceError(
+            f"params/models.yaml names no publisher of {model}; give a file: `moelib fetch {model} --from PATH`"
+        )
+    return entry.upstream
+
+
+@contextmanager
+def _keeping(where: Path) -> Iterator[None]:
+    """Turn an OSError about the folder `where` into a FileError with the next step."""
+    try:
+        yield
+    except OSError as err:
+        if err.errno in files.NO_SPACE:
+            raise files.FileError(f"{where.name} cannot be written: {files.full(where)}") from None
+        raise files.FileError(
+            f"{err.filename or where} cannot be read or written ({err.strerror or err}): correct its permissions, or "
+            "set MOELIB_MODELS to a folder of your own"
+        ) from None
+
+
+def fetch(model: str, endpoint: str | None = None) -> Source:
+    """Download the pinned files of `model`, resuming interrupted downloads, and check their hashes.
+
+    Raises SourceError if nothing is pinned or a hash differs, HubError, or FileError if the disk is too small.
+    """
+    upstream, pin = _upstream(model), pins.of(model)
+    if not pin:
+        raise SourceError(
+            f"no file of {model} is pinned in params/pins.yaml: `moelib fetch {model} --pin OWNER/NAME` pins the F16 "
+            f"files of a repository (the plan names the publisher {upstream.publisher}); or convert "
+            f"{upstream.original} yourself: `moelib fetch {model} --from FOLDER`"
+        )
+    client, place = hub.api(endpoint), folder(model)
+    with _keeping(place):
+        missing = sum(f.bytes - _arrived(_begun(place / Path(n).name, f)) for n, f in pin.files.items())
+        missing -= sum(f.bytes for n, f in pin.files.items() if (place / Path(n).name).exists())
+        files.need_space(place, max(0, missing), f"fetching {model}")
+        hashes = {}
+        for name, want in pin.files.items():
+            path = place / Path(name).name
+            by = _download_large if want.bytes > LARGEST_HTTP_BYTES else _download
+            get = partial(by, client, pin, name, want, path)
+            hashes[path] = models.once(path, want.model_dump(), get)["sha256"]
+        return _choose(model, hashes, f"{pin.repository}@{pin.revision}")
+
+
+def _begun(path: Path, want: params.SourceFile) -> Path:
+    return path.with_name(f".{path.name}.{want.sha256[:12]}.part")  # the hash keeps downloads of different pins apart
+
+
+def _arrived(begun: Path) -> int:
+    return begun.stat().st_size if begun.exists() else 0
+
+
+def _download(client: Any, pin: params.Pin, name: str, want: params.SourceFile, path: Path) -> dict[str, Any]:
+    """Download one file, resuming an earlier attempt."""
+    begun, operation = _begun(path, want), f"fetching {name} of {pin.repository}"
+    if _arrived(begun) > want.bytes:
+        begun.unlink()
+    with hub.asking(operation, receives=want.bytes), begun.open("ab") as f:
+        location = hub.locate(client, pin.repository, name, pin.revision)
+        f.writelines(hub.download(*location, f.tell(), want.bytes, path.name))
+    return _keep(begun, path, want, operation)
+
+
+def _download_large(client: Any, pin: params.Pin, name: str, want: params.SourceFile, path: Path) -> dict[str, Any]:
+    """Download one file that is too large for plain HTTP, by xet, which has its own cache for resuming."""
+    begun, operation = _begun(path, want), f"fetching {name} of {pin.repository}"
+    with hub.asking(operation, receives=want.bytes):
+        arrived = client.hf_hub_download(pin.repository, name, revision=pin.revision, local_dir=path.parent / ".hub")
+    os.replace(arrived, begun)
+    shutil.rmtree(path.parent / ".hub", ignore_errors=True)
+    return _keep(begun, path, want, operation)
+
+
+def _keep(begun: Path, path: Path, want: params.SourceFile, operation: str) -> dict[str, Any]:
+    """Rename a finished download to its final name, if its hash is the pinned one. Raises SourceError."""
+    sha256 = weights.digest(begun)
+    if sha256 != want.sha256:
+        begun.unlink()
+        raise SourceError(
+            f"{operation}: the download has SHA-256 {sha256[:12]}..., but {want.sha256[:12]}... is pinned; it was "
+            "deleted. Run again; if this repeats, the pin is of another file: pin again"
+        )
+    with files.replacing(path) as final:
+        os.replace(begun, final)
+    return want.model_dump()
+
+
+def adopt(model: str, given: Path) -> Source:
+    """Use local weights: an F16 GGUF, any file of it if it is split, or a folder of safetensors to convert.
+
+    The GGUF is not copied but linked to. A file that is not the model is refused before anything is replaced. Raises
+    SourceError, GGUFError, FileError.
+    """
+    upstream, place = _upstream(model), folder(model)
+    with _keeping(place):
+        if given.is_dir():
+            path = place / f"{model}-F16.gguf"
+            origin = f"{upstream.original}, converted by {weights.CONVERTER} from {given.resolve().name}"
+            facts = {"origin": origin, "of": weights.safetensors(given)}
+            note = models.once(path, facts, lambda: facts | {"sha256": weights.convert(model, given, path)})
+            return _choose(model, {path: note["sha256"]}, origin)
+        parts = _parts(given)
+        weights.require(model, gguf_file.read_header(parts[0]))
+        place.mkdir(parents=True, exist_ok=True)
+        before = [files.state(p) for p in parts]
+        digests = {part: weights.digest(part) for part in parts}
+        weights.require(model, gguf_file.read_header(parts[0]))  # it may have been replaced meanwhile
+        if [files.state(p) for p in parts] != before:
+            raise SourceError(f"{given.name} was changed while it was read: give it again when it is complete")
+        hashes = {}
+        for part, sha256 in digests.items():
+            path = place / part.name
+            if part.resolve() != path.resolve():
+                _link(path, part.resolve())
+            hashes[path] = models.once(path, {"sha256": sha256}, lambda s=sha256: {"sha256": s})["sha256"]
+        return _choose(model, hashes, f"local file {given.name}")
+
+
+def _parts(given: Path) -> list[Path]:
+    """All files of the model to which the file `given` belongs. Raises SourceError."""
+    if given.suffix != ".gguf":
+        raise SourceError(
+            f"the name of {given.name} does not end in .gguf: give a GGUF file or a folder of safetensors"
+        )
+    parts = gguf_file.split_paths(given)  # raises if the numbers in the name are impossible
+    if missing := [p.name for p in parts if not p.is_file()]:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise SourceError(
+            f"{', '.join(missing[:3])}{more} is not in {given.parent}: give a GGUF file with all its parts beside it, "
+            "or a folder of safetensors"
+        )
+    return parts
+
+
+def _link(path: Path, target: Path) -> None:
+    """Make `path` a link to `target`, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    link = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    link.unlink(missing_ok=True)
+    link.symlink_to(target)
+    os.replace(link, path)
+
+
+def _choose(model: str, hashes: dict[Path, str], origin: str) -> Source:
+    """Check the files and record them as the model's source. Raises SourceError."""
+    first = next(iter(hashes))
+    weights.require(model, gguf_file.read_header(first))
+    sha256 = _sum({p.name: h for p, h in hashes.items()})
+    chosen = {"file": first.name, "sha256": sha256, "origin": origin}
+    files.write_json(folder(model) / "source.json", chosen)
+    return _source(model, chosen)
+
+
+def _sum(hashes: dict[str, str]) -> str:
+    """The digest of a source: that of its only file, or one over the digests of its files."""
+    return next(iter(hashes.values())) if len(hashes) == 1 else files.digest(hashes)
+
+
+def _source(model: str, chosen: dict[str, str]) -> Source:
+    path = folder(model) / chosen["file"]
+    return Source(model, "real", "full", path, chosen["sha256"], chosen["origin"])
+
+
+def _chosen(model: str) -> Source | None:
+    """The source that was recorded last; None without one, or if the record is damaged."""
+    try:
+        chosen = json.loads((folder(model) / "source.json").read_text(encoding="utf-8"))
+        good = all(isinstance(chosen[k], str) for k in ("file", "sha256", "origin"))
+        return _source(model, chosen) if good and Path(chosen["file"]).name == chosen["file"] else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _intact(source: Source) -> bool:
+    """Whether every file of the source agrees with its note, and they are the recorded files."""
+    paths = gguf_file.split_paths(source.path)
+    return all(models.kept(p) for p in paths) and _sum({p.name: _noted(p) for p in paths}) == source.sha256
+
+
+def _noted(path: Path) -> str:
+    return json.loads(models.note(path).read_text(encoding="utf-8"))["facts"]["sha256"]
+
+
+def pin(
+    model: str, repository: str, revision: str = "main", endpoint: str | None = None, named: Sequence[str] = ()
+) -> params.Pin:
+    """Choose the unquantised files of `model` in `repository` on the Hub, or those `named`, and pin them in
+    params/pins.yaml.
+
+    Raises ChoiceError if there are none, or several equally good; HubError, PinsError.
+    """
+    _upstream(model)
+    pins.read()  # report a damaged file of pins before any request to the Hub
+    pinned = candidates.choose(model, repository, revision, hub.api(endpoint), named)
+    with _keeping(pins.path()):
+        pins.write(model, pinned)
+    return pinned

@@ -1,0 +1,1 @@
+"""Model cards, and their upload with the files."""

@@ -1,0 +1,76 @@
+"""Draw on matplotlib axes: each function takes data and `ax`, draws, and returns `ax`. No figure, no legend, no global
+state; placements keep colour, hatch and marker by their place in `names`."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+
+from moelib.audit.record import Record
+from moelib.study.frames import Comparison
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#4D4D4D")
+"""Of the placements in order: Okabe and Ito's, which colour-blind readers tell apart."""
+HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++", "ooo", "---")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+"""Beside the colour, so that placements differ in grey as well, and go on differing where colours come again."""
+
+
+def nth(of: Sequence[str], name: Any, names: Iterable[Any]) -> str:
+    """The one of `of` that belongs to `name`, by its place in `names`."""
+    return of[list(names).index(name) % len(of)]
+
+
+def bars(data: pd.DataFrame, *, hue: str, hue_order: Sequence[str], ax: Axes, **how: Any) -> Axes:
+    """seaborn's bars of means, each of `hue_order` in its own colour and hatch, and every single value as a dot."""
+    colours = [nth(COLOURS, name, hue_order) for name in hue_order]
+    style = {"errorbar": None, "alpha": 0.75, "saturation": 1, "edgecolor": "white"}
+    how |= {"hue": hue, "hue_order": hue_order, "ax": ax, "legend": False}
+    sns.barplot(data, palette=colours, **style, **how)
+    for container, name in zip(ax.containers, hue_order, strict=False):
+        for bar in container:
+            bar.set_hatch(nth(HATCHES, name, hue_order))
+    dots = {"palette": ["#222222"] * len(hue_order), "dodge": True, "size": 3.2, "alpha": 0.8, "jitter": False}
+    sns.stripplot(data, **dots, **how)
+    return ax
+
+
+def arrows(
+    across: Sequence[Comparison], up: Sequence[Comparison], *, names: Sequence[str], ax: Axes, unit: float = 1
+) -> Axes:
+    """An arrow from the baseline to each other placement: `across` (over `unit`) against `up`, which belong together.
+
+    names: `placement/load mode` in order.
+    """
+    for x, y in zip(across, up, strict=True):
+        start, end = (x.baseline.value / unit, y.baseline.value), (x.value.value / unit, y.value.value)
+        arrow = {"arrowstyle": "-|>", "color": "#999999", "shrinkA": 5, "shrinkB": 5}
+        ax.annotate("", xy=end, xytext=start, arrowprops=arrow)
+        for point, side in ((start, "/".join(x.against)), (end, "/".join(x.side))):
+            ax.plot(*point, nth(MARKERS, side, names), color=nth(COLOURS, side, names))
+        ax.annotate(x.quant, start, textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8)
+    ax.margins(0.15)
+    ax.set(xlim=(0, None), ylim=(0, None))
+    return ax
+
+
+def tokens_over_time(records: Iterable[Record], workload: str, *, colour: str, ax: Axes) -> Axes:
+    """Tokens generated against ms since the request was sent; a line for each request, dotted for a server's first."""
+    for r in records:
+        for q in r.observed.requests if r.observed else ():
+            if q.workload == workload and len(q.token_n) == len(q.token_s):
+                style = {"color": colour, "alpha": 0.8, "lw": 1, "ls": "-" if q.index else ":"}
+                ax.plot([t * 1000 for t in q.token_s], q.token_n, **style)
+    ax.set(xlabel="ms since the request", xlim=(0, None))
+    return ax
+
+
+def vram_over_time(records: Iterable[Record], *, names: Sequence[str], ax: Axes, unit: float = 1) -> Axes:
+    """VRAM (over `unit`) against s since the run's start, a line for each run. names: labels of placements in order."""
+    for r in records:
+        points = [(x.t_s, x.process_bytes / unit) for x in r.observed.memory.trace.during if x.process_bytes]
+        ax.plot(*zip(*points, strict=True), color=nth(COLOURS, r.spec.placed.label, names), alpha=0.8, lw=1)
+    ax.set(xlabel="s since the run's start", ylim=(0, None))
+    return ax

@@ -1,0 +1,289 @@
+"""The results of a study as tables and sentences, for `analysis.ipynb` and cards. Units and rounding are set here."""
+
+from collections.abc import Callable, Iterable
+
+from moelib.audit.record import Record
+from moelib.base import stats
+from moelib.base.neutral import markdown as neutral
+from moelib.base.stats import percent, size
+from moelib.report.table import Sources, Table, Text, cite, cite_overhead, merged
+from moelib.study import frames, overhead
+from moelib.study.frames import Comparison, Summary
+from moelib.study.study import Study
+
+WEIGHTS = {
+    "twin": "The weights are **geometry twins**: random numbers in the tensor shapes of the models named, at scale "
+    "{scale} ({parameters} parameters). VRAM, load time, tokens/s and time to first token (TTFT) depend on shapes and "
+    "types, so these numbers stand for files of the real models at this size. Text, quality and which experts are "
+    "chosen (here nearly evenly) depend on the values of the weights; nothing is said of them.",
+    "real": "The weights are the **published ones** ({parameters} parameters): {origins}. VRAM, load time, tokens/s "
+    "and time to first token (TTFT) are those of these files. Their text was not evaluated, and nothing is said of "
+    "quality.",
+}
+
+
+def headline(study: Study) -> Text:
+    """What was measured and on what machine: the first lines of the document."""
+    runs = study.done
+    parameters = " and ".join(f"{n / 1e6:,.0f} M" for n in sorted({s.parameters for s in study.manifests}))
+    origins = "; ".join(sorted({neutral(s.origin) for s in study.manifests if s.origin})) or "of unknown origin"
+    values = {"scale": neutral(study.parameters.scale), "parameters": parameters or "unknown", "origins": origins}
+    text = (
+        f"{WEIGHTS[study.parameters.weights].format(**values)}\n\nStudy **{neutral(study.name)}**: "
+        f"{neutral(study.parameters.title)}. {neutral(study.summary())}. Measured on "
+        f"{'; '.join(sorted({machine(r) for r in runs})) or 'no machine yet'}."
+    )
+    if any(r.device.kind == "loopback" for r in runs):
+        text += " VRAM here is the resident memory of the process that acts as the device."
+    if unmeasured := [name for name in study.statuses if name not in study.measured]:
+        text += f"\n\n**Not measured yet**, and in no table below: {', '.join(map(neutral, unmeasured))}."
+    if not study.measured:
+        text += "\n\n**Nothing is compared here**: no round is complete. The reasons are listed below."
+    return Text("headline", text, cite(runs))
+
+
+def machine(r: Record) -> str:
+    name = neutral(r.device.name or "")
+    if r.device.kind == "loopback":
+        return f"the *loopback* device ({name}): no GPU took part, and no number here is that of a GPU"
+    return name or f"no device ({neutral(r.host.cpu or 'CPU unknown')})"
+
+
+def answer(study: Study) -> Text:
+    """The study in a few sentences, from the same comparisons as the tables."""
+
+    def compare(column: str) -> list[Comparison]:
+        return [c for c in frames.comparisons(study.runs, column, frames.offloads) if c.ratio]
+
+    rates = [c for w in study.parameters.workloads for c in compare(f"tokens_per_s/{w}")]
+    memory = compare("vram_bytes")
+    if not rates or not memory:
+        text = (
+            "No complete round has a baseline and a CPU offload run with known VRAM and tokens/s: nothing can be "
+            "compared."
+        )
+        return Text("answer", text, cite(study.used))
+    saved = stats.span([1 - c.ratio.value for c in memory], percent)
+    kept = stats.span([c.ratio.value for c in rates], percent)
+    sentences = [f"CPU offload of the experts saved {saved} of VRAM."]
+    sentences.append(f"Decoding then ran at {kept} of the baseline's tokens/s.")
+    used = [*rates, *memory]
+    for workload in study.parameters.workloads:
+        comparisons = compare(f"ttft_warm_s/{workload}")
+        for mode in dict.fromkeys(arm.load_mode for arm in study.parameters.arms[1:]):
+            of_mode = [c for c in comparisons if c.side[1] == mode]
+            if of_mode:
+                times = stats.span([c.ratio.value for c in of_mode], stats.number)
+                what = f"TTFT of warm {neutral(workload)} requests"
+                sentences.append(f"{what} was then {times} times the baseline's (load mode {mode}).")
+                used += of_mode
+    rest = [s for s in frames.summaries(study.runs, "vram_rest_bytes") if s.value]
+    if rest:
+        more = stats.span([s.value.value for s in rest], size)
+        sentences.append(f"VRAM was {more} more than the sum of the engine's own buffers.")
+    sentences.append(
+        "Ranges are over models, quants, placements and load modes; the tables give the interval of each value."
+    )
+    sources = merged(c.sources for c in [*used, *rest])
+    if slowed := overhead.bias(study.overhead.values()):
+        sentences.append(slowed)
+        sources |= cite_overhead(study.overhead)
+    return Text("answer", "\n".join(f"- {s}" for s in sentences), sources)
+
+
+WHERE = ("model", "quant", "placement", "load mode")
+"""Columns that say what a row is about; the others are values."""
+Show = Callable[[Comparison], dict[str, str]]
+
+
+def _where(row: Comparison | Summary, study: Study) -> dict[str, str]:
+    """What a row is about; the load mode only where the study has several."""
+    placement, load_mode = row.side
+    modes = {"load mode": load_mode} if len({arm.load_mode for arm in study.parameters.arms}) > 1 else {}
+    return {"model": neutral(row.model), "quant": row.quant, "placement": placement} | modes
+
+
+def _compared(name: str, study: Study, column: str, show: Show, note: str, why_empty: str = "") -> Table:
+    comparisons = frames.comparisons(study.runs, column)
+    rows = [{**_where(c, study), **show(c), "rounds": c.difference.n if c.difference else 0} for c in comparisons]
+    return _table(name, rows, [c.sources for c in comparisons], note, why_empty)
+
+
+def _table(
+    name: str, rows: list[dict[str, str]], row_sources: Iterable[Sources], note: str, why_empty: str = ""
+) -> Table:
+    """A table of what each row is about, then its values; without any record it says why instead."""
+    sources = list(row_sources)
+    if why_empty and not any(sources):
+        rows, sources = [], []
+    values = tuple(k for k in rows[0] if k not in WHERE) if rows else ()
+    return Table(name, rows, sources, note, values, why_empty or "no round is complete.")
+
+
+def _absent(study: Study, *counters: str) -> str:
+    """Why the runs have no value of a counter."""
+    why = {r.observed.absent.get(c) for c in counters for r in study.done if r.observed} - {None}
+    return f"not measured: {'; '.join(sorted(map(neutral, why))) or 'no run has a value'}."
+
+
+def vram_table(study: Study) -> Table:
+    expert_bytes = {(s.model, s.quant): s.expert_bytes for s in study.manifests}
+
+    def show(c: Comparison) -> dict[str, str]:
+        return {
+            "baseline": stats.sizes(c.baseline),
+            "CPU offload": stats.sizes(c.value),
+            "saved": stats.sizes(c.difference),
+            "saved, share": percent(1 - c.ratio.value if c.ratio else None),
+            "experts in the file": size(expert_bytes.get((c.model, c.quant))),
+        }
+
+    note = "Peak VRAM of the run's processes, mean [95 % interval]; *saved* is paired within rounds."
+    return _compared("device-memory", study, "vram_bytes", show, note)
+
+
+def vram_parts_table(study: Study) -> Table:
+    """VRAM against the buffers that the engine reports."""
+    columns = ("vram_bytes", "vram_engine_bytes", "vram_rest_bytes", "vram_growth_bytes")
+    parts = zip(*(frames.summaries(study.runs, column) for column in columns), strict=True)
+    rows, sources = [], []
+    for whole, engine, rest, grown in parts:
+        contexts = set(whole.runs["empty_context_bytes"].dropna())
+        share = rest.value.value / whole.value.value if rest.value and whole.value else None
+        rows.append(
+            {
+                **_where(whole, study),
+                "VRAM": stats.sizes(whole.value),
+                "engine's buffers": stats.sizes(engine.value),
+                "rest": stats.sizes(rest.value),
+                "rest, share": percent(share),
+                "empty context, part of the rest": ", ".join(size(c) for c in sorted(contexts)) or stats.NONE,
+                "whole device": size(grown.value.value if grown.value else None),
+            }
+        )
+        sources.append(whole.sources)
+    note = (
+        "Mean [95 % interval]. *Rest* is the VRAM that a sum of the engine's log lines misses: context, workspaces, "
+        "pools, code. *Whole device* is how much memory in use on the whole device grew. It includes what the driver "
+        "charges to no process: the page tables of pinned host memory (load mode none) take 8 bytes for each 4 KiB."
+    )
+    return _table("memory-parts", rows, sources, note)
+
+
+def _rates(scale: float) -> Show:
+    return lambda c: {
+        "baseline": stats.estimate(c.baseline, scale),
+        "CPU offload": stats.estimate(c.value, scale),
+        "CPU offload / baseline": stats.estimate(c.ratio),
+    }
+
+
+def speed_table(study: Study, workload: str) -> Table:
+    note = "Decode rate in tokens/s, geometric mean [95 % interval]; ratios are paired within rounds."
+    return _compared(f"speed-{workload}", study, f"tokens_per_s/{workload}", _rates(1), note)
+
+
+def ttft_table(study: Study, workload: str, warm: bool) -> Table:
+    which = "warm" if warm else "first"
+    what = "**Warm requests**" if warm else "**The first request of a fresh server**"
+    note = f"{what}: TTFT in ms, from request sent to first token; geometric mean [95 % interval]."
+    return _compared(f"ttft-{which}-{workload}", study, f"ttft_{which}_s/{workload}", _rates(1000), note)
+
+
+def load_table(study: Study) -> Table:
+    note = "Load time in ms, from process start until the server accepts requests; geometric mean [95 % interval]."
+    return _compared("load", study, "load_s", _rates(1000), note)
+
+
+def load_mode_table(study: Study) -> Table:
+    """The same placement with its host weights copied to memory of their own, against mapped from the file."""
+    last = study.parameters.workloads[-1]
+    columns = {f"tokens/s, {neutral(w)}": f"tokens_per_s/{w}" for w in study.parameters.workloads}
+    columns[f"TTFT, {neutral(last)}, first request"] = f"ttft_first_s/{last}"
+    columns[f"TTFT, {neutral(last)}, warm"] = f"ttft_warm_s/{last}"
+    columns |= {"load time": "load_s", "VRAM": "vram_bytes", "host RSS": "host_rss_peak_bytes"}
+    compared = {name: frames.comparisons(study.runs, c, frames.load_modes) for name, c in columns.items()}
+    rows, sources = [], []
+    for cells in zip(*compared.values(), strict=True):
+        row = {"model": neutral(cells[0].model), "quant": cells[0].quant, "placement": cells[0].side[0]}
+        rows.append(row | {k: stats.estimate(c.ratio) for k, c in zip(compared, cells, strict=True)})
+        sources.append(merged(c.sources for c in cells))
+    note = (
+        "Load mode *none* / *mmap*, ratios [95 % interval] paired within rounds: above 1 is more tokens/s, time or "
+        "memory."
+    )
+    return _table("load-mode", rows, sources, note, "the study has no placement in both load modes.")
+
+
+def bound_table(study: Study, workload: str) -> Table:
+    """tokens/s against the upper bound set by reading the weights alone."""
+    columns = (f"bandwidth_share/{workload}", f"tokens_per_s/{workload}")
+    known = [
+        (share, rate)
+        for share, rate in zip(*(frames.summaries(study.runs, c) for c in columns), strict=True)
+        if share.value and rate.value
+    ]
+    rows = []
+    for share, rate in known:
+        from_vram, from_ram = (share.runs[c].iloc[0] for c in ("vram_read_bytes", "ram_read_bytes"))
+        tokens = rate.value.value
+        rows.append(
+            {
+                **_where(share, study),
+                "read from VRAM per token": size(from_vram),
+                "read from host RAM per token": size(from_ram),
+                "GB/s from VRAM": stats.number(tokens * from_vram / 1e9),
+                "GB/s from host RAM": stats.number(tokens * from_ram / 1e9),
+                "share of the bound": _percents(share.value),
+            }
+        )
+    speeds = {f"{n / 1e9:.0f}" for share, _ in known for n in share.runs["vram_bytes_per_s"]}
+    hosts = sorted(n / 1e9 for share, _ in known for n in share.runs["ram_bytes_per_s"])
+    note = (
+        "Weights read for one token, and tokens/s as a share of what reading them at full bandwidth would allow, mean "
+        f"[95 % interval]. Full bandwidth: {' or '.join(sorted(speeds)) or stats.NONE} GB/s of VRAM (clock and bus "
+        f"width by the driver), {stats.span(hosts, stats.number) if hosts else stats.NONE} GB/s of host RAM (measured)."
+    )
+    sources = [share.sources for share, _ in known]
+    return _table(f"bound-{workload}", rows, sources, note, "the bandwidth of the device's memory is not known.")
+
+
+def _percents(e: stats.Estimate) -> str:
+    return stats.estimate(e, 100) + " %"
+
+
+def energy_table(study: Study, workload: str) -> Table:
+    note = (
+        "Joules of the GPU board per generated token, prompt included, geometric mean [95 % interval]; the energy of "
+        "the CPU is not included."
+    )
+    why = _absent(study, "energy_joule")
+    return _compared(f"energy-{workload}", study, f"joule_per_token/{workload}", _rates(1), note, why)
+
+
+def host_table(study: Study) -> Table:
+    """Host memory, page faults, PCIe traffic, clock and power of a run."""
+    last = study.parameters.workloads[-1]
+    columns = {
+        "host RSS, peak": ("host_rss_peak_bytes", stats.sizes),
+        "major page faults": ("major_faults", stats.estimate),
+        f"PCIe traffic for a {neutral(last)} prompt": (f"bus_received_bytes/{last}", stats.sizes),
+        "GPU clock, MHz": ("gpu_clock_mhz", stats.estimate),
+        "board power, W": ("board_watt", stats.estimate),
+        "monitoring, of one CPU": ("monitor_cpu_share", _percents),
+    }
+    summaries = {name: frames.summaries(study.runs, column) for name, (column, _) in columns.items()}
+    rows, sources = [], []
+    for cells in zip(*summaries.values(), strict=True):
+        values = {name: columns[name][1](c.value) for name, c in zip(summaries, cells, strict=True)}
+        rows.append(_where(cells[0], study) | values)
+        sources.append(merged(c.sources for c in cells))
+    note = (
+        "Mean [95 % interval]. RSS and page faults are those of a whole run, load and all requests; mapped pages of "
+        "the file count as RSS. PCIe traffic is what the GPU received for one prompt, by its own counter, which wraps "
+        "at 4 GiB, in a request apart from the timed ones: n/a where a wrap may have been missed, or nothing was "
+        "read. The clock is the mean of a run's readings; board power is energy over the time of the requests. "
+        "*Monitoring* is the share of one CPU that this program's readings took; how much it slows a run is shown "
+        "under measurement overhead."
+    )
+    return _table("host", rows, sources, note)

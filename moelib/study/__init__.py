@@ -1,0 +1,1 @@
+"""Many runs: plan, evidence, status, data frames."""

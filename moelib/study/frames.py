@@ -1,0 +1,226 @@
+"""Records as data frames, one row a run or a request, and the comparisons that all tables and figures are made from.
+
+Units are in the names and SI: bytes, s, tokens per s. A value that was not measured is NaN, never 0. Values are
+compared within rounds: each is paired with the baseline of its own round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import pandas as pd
+
+from moelib.audit.record import Record
+from moelib.base import stats
+from moelib.base.schema import UserError, near
+from moelib.catalogue.placement import REFERENCE, Placement
+from moelib.study.columns import REQUESTS, SETUP, WHERE, columns
+
+
+class FrameError(UserError):
+    """The frame cannot answer the question; the message says what is missing or what differs."""
+
+
+def runs(records: Iterable[Record]) -> pd.DataFrame:
+    """One row for each record that holds an observation: WHERE, the measured columns, SETUP."""
+    observed = [r for r in records if r.observed]
+    workloads = dict.fromkeys(w for r in observed for w in r.spec.workloads)
+    values: dict[str, list] = {name: [get(r) for r in observed] for name, get in WHERE.items()}
+    for name, column in columns(workloads).items():
+        get = column.get(name.partition("/")[2]) if column.by_workload else column.get
+        values[name] = pd.array([get(r) for r in observed], dtype="Float64").to_numpy("float64", na_value=float("nan"))
+    values |= {name: [get(r) for r in observed] for name, get in SETUP.items()}
+    return pd.DataFrame(values)
+
+
+def requests(records: Iterable[Record]) -> pd.DataFrame:
+    """One row for each request of each record: WHERE, then REQUESTS."""
+    pairs = [(r, q) for r in records if r.observed for q in r.observed.requests]
+    values = {name: [get(r) for r, _ in pairs] for name, get in WHERE.items()}
+    return pd.DataFrame(values | {name: [getattr(q, k) for _, q in pairs] for name, k in REQUESTS.items()})
+
+
+CELL = ["study", "model", "quant"]
+Side = tuple[str, str]
+"""Placement and load mode."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A column of one placement and load mode against another of the same rounds; None where no round has both."""
+
+    study: str
+    model: str
+    quant: str
+    side: Side
+    against: Side
+    before: pd.DataFrame
+    """The runs that it is compared with, one a round."""
+    after: pd.DataFrame
+    """The runs of `side` in the same rounds."""
+    baseline: stats.Estimate | None = None
+    value: stats.Estimate | None = None
+    ratio: stats.Estimate | None = None
+    """value / baseline, paired within rounds; None where one of them is not above 0."""
+    difference: stats.Estimate | None = None
+    """baseline - value, paired within rounds."""
+
+    @property
+    def placement(self) -> Placement:
+        return Placement.parse(*self.side)
+
+    @property
+    def sources(self) -> dict[str, str]:
+        return sources(self.before) | sources(self.after)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A column of one placement and load mode; None where no run has it."""
+
+    study: str
+    model: str
+    quant: str
+    side: Side
+    runs: pd.DataFrame
+    """The runs that have it."""
+    value: stats.Estimate | None
+    """Arithmetic mean over them."""
+
+    @property
+    def sources(self) -> dict[str, str]:
+        return sources(self.runs)
+
+
+Pairs = Callable[[Sequence[Side]], Iterable[tuple[Side, Side]]]
+
+
+def sources(frame: pd.DataFrame) -> dict[str, str]:
+    """Run id -> digest of the records behind the rows of a frame."""
+    return dict(zip(frame["run_id"], frame["digest"], strict=True))
+
+
+def against(baseline: str) -> Pairs:
+    """Pairs (baseline, other) for every side that is not the baseline; in the first load mode that it has."""
+
+    def pairs(sides: Sequence[Side]) -> Iterator[tuple[Side, Side]]:
+        base = next((side for side in sides if side[0] == baseline), None)
+        if base:
+            yield from ((base, side) for side in sides if side != base)
+
+    return pairs
+
+
+EVERY = against(REFERENCE)
+
+
+def offloads(sides: Sequence[Side]) -> list[tuple[Side, Side]]:
+    """(baseline, other) for every side that keeps experts on the CPU."""
+    pairs = against(REFERENCE)(sides)
+    return [(base, side) for base, side in pairs if not Placement.parse(*side).is_baseline]
+
+
+def in_one_load_mode(sides: Sequence[Side]) -> list[tuple[Side, Side]]:
+    """Those of `offloads` in the baseline's load mode, llama.cpp's default; all of them, if none is in that."""
+    pairs = offloads(sides)
+    return [(base, side) for base, side in pairs if base[1] == side[1]] or pairs
+
+
+def load_modes(sides: Sequence[Side]) -> list[tuple[Side, Side]]:
+    """(mmap, none) for every placement that has both load modes."""
+    return [
+        tuple(sorted(pair, key=lambda side: side[1]))  # type: ignore[misc]
+        for pair in combinations(sides, 2)
+        if pair[0][0] == pair[1][0]
+    ]
+
+
+def _cells(frame: pd.DataFrame) -> Iterator[tuple[tuple[str, str, str], pd.DataFrame, dict[Side, pd.DataFrame]]]:
+    """(names, runs, runs of each side) of each cell, in the frame's order."""
+    for names, cell in frame.groupby(CELL, sort=False):
+        yield names, cell, dict(iter(cell.groupby(["placement", "load_mode"], sort=False)))  # type: ignore[misc]
+
+
+def comparisons(frame: pd.DataFrame, column: str, pairs: Pairs = EVERY) -> list[Comparison]:
+    """`column` of every pair of sides of every cell, in the frame's order; one for each, known or not."""
+    rows = []
+    for names, _, sides in _cells(frame):
+        for before, after in pairs(list(sides)):
+            first, second = (sides[side].set_index("round", drop=False) for side in (before, after))
+            first, second = first[first[column].notna()], second[second[column].notna()]
+            rounds = [n for n in first.index if n in second.index]
+            first, second = first.loc[rounds], second.loc[rounds]
+            values = list(zip(first[column], second[column], strict=True))
+            rows.append(Comparison(*names, after, before, first, second, *_estimates(values)))
+    return rows
+
+
+def _estimates(pairs: list[tuple[float, float]]) -> list[stats.Estimate | None]:
+    if not pairs:
+        return []
+    difference = stats.mean([a - b for a, b in pairs])
+    if not all(v > 0 for pair in pairs for v in pair):
+        return [*(stats.mean(side) for side in zip(*pairs, strict=True)), None, difference]
+    return [*map(stats.geometric_mean, zip(*pairs, strict=True)), stats.ratio(pairs), difference]
+
+
+def summaries(frame: pd.DataFrame, column: str) -> list[Summary]:
+    """`column` of every side of every cell, in the frame's order; one for each, known or not."""
+    rows = []
+    for names, _, sides in _cells(frame):
+        for side, its_runs in sides.items():
+            known = its_runs[its_runs[column].notna()]
+            rows.append(Summary(*names, side, known, stats.mean(list(known[column])) if len(known) else None))
+    return rows
+
+
+def compare(frame: pd.DataFrame, column: str, baseline: str = REFERENCE) -> pd.DataFrame:
+    """`column` of every placement and load mode against `baseline`, paired within rounds.
+
+    frame: as `runs` gives it. Returns one row for each study, model, quant, placement and load mode that has a value:
+    geometric means of both sides (`baseline`, `value`), `ratio` (value / baseline) with its 95 % interval `low` to
+    `high` (Student's t on logarithms; NaN where one round gives none), and `n`, the number of rounds. Where a value is
+    not above 0, means are arithmetic and there is no ratio. Raises FrameError for an unknown column, for runs that
+    cannot be compared (what differs is said), and where no round has both sides.
+    """
+    _known(frame, column)
+    for names, cell, sides in _cells(frame):
+        _comparable(names, cell)
+        for (placement, _), its_runs in sides.items():
+            if its_runs["round"].duplicated().any():
+                raise FrameError(f"{'/'.join(names)}: a round has two runs of {placement}: leave one of them out")
+    rows = []
+    for c in comparisons(frame, column, against(baseline)):
+        if c.baseline and c.value and c.difference:
+            ratio = (c.ratio.value, c.ratio.low, c.ratio.high) if c.ratio else (None, None, None)
+            rows.append((c.study, c.model, c.quant, *c.side, c.baseline.value, c.value.value, *ratio, c.difference.n))
+    if not rows:
+        raise FrameError(
+            f"no round has {column} of both {baseline!r} and another placement; the frame has "
+            f"{', '.join(sorted(frame['placement'].unique())) or 'no runs'}"
+        )
+    names = [*CELL, "placement", "load_mode", "baseline", "value", "ratio", "low", "high", "n"]
+    return pd.DataFrame(rows, columns=names).astype({"ratio": float, "low": float, "high": float})
+
+
+def _known(frame: pd.DataFrame, column: str) -> None:
+    """Raise FrameError if the frame lacks what comparing takes."""
+    if column not in frame.columns:
+        numbers = [c for c in frame.select_dtypes("number").columns if c != "round"]
+        raise FrameError(f"no column {column!r}{near(column, numbers)}")
+    if missing := {"placement", "load_mode", "round", *CELL} - set(frame.columns):
+        raise FrameError(
+            f"the frame lacks {', '.join(sorted(missing))}: take one that moelib made, with all its columns"
+        )
+
+
+def _comparable(names: Sequence[str], cell: pd.DataFrame) -> None:
+    """Raise FrameError if the runs of a cell differ in more than placement and round."""
+    for column in SETUP:
+        if column in cell.columns and len(values := cell[column].map(str).unique()) > 1:
+            raise FrameError(
+                f"{'/'.join(names)}: these runs cannot be compared, as they differ in {column}: {', '.join(values)}; "
+                f"take those of one {column}"
+            )

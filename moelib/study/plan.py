@@ -1,0 +1,113 @@
+"""A study's plan: its cells, their rounds and runs in seeded random order, and the plan's file.
+
+The plan is written before anything else of a study, and never changes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from moelib.audit import record
+from moelib.base import files
+from moelib.catalogue import params
+from moelib.measure import run
+
+
+class StudyError(params.UserError):
+    """The study cannot go on, or is not whole; the message says what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One (model, quant): what one executed notebook shows."""
+
+    model: str
+    quant: str
+    blocks: tuple[tuple[run.Spec, ...], ...]
+    """Its rounds, by the name that plans and records have for them."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}/{self.quant}"
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.model}-{self.quant}"
+
+    @property
+    def specs(self) -> list[run.Spec]:
+        return [s for block in self.blocks for s in block]
+
+
+class Plan(params.Strict):
+    """What `plan.json` holds."""
+
+    schema_version: int = record.SCHEMA_VERSION
+    study: params.Study
+    workloads: dict[str, params.Workload]
+    cells: list[Cell]
+
+    def asks_for_the_runs_of(self, other: Plan) -> bool:
+        """Whether both ask for the same runs; the number of the records' schema is not of the plan's own."""
+        return self.model_copy(update={"schema_version": other.schema_version}) == other
+
+
+def of(study: params.Study) -> Plan:
+    """The plan of a study: cells in seeded random order, and the runs of a round in seeded random order."""
+    names = {"weights", "scale", "workloads", "requests", "context", "device", "seed"}
+    same = {"study": study.name, **study.model_dump(include=names)}
+    cells = []
+    for model, quant in itertools.product(study.models, study.quants):
+        shuffled, blocks = random.Random(f"{study.seed}/{model}/{quant}"), []
+        for b in range(study.blocks):
+            arms = [arm.model_dump() for arm in study.arms]
+            shuffled.shuffle(arms)
+            common = {"model": model, "quant": quant, "block": b, **same}
+            blocks.append(tuple(run.Spec(order=i, **arm, **common) for i, arm in enumerate(arms)))
+        cells.append(Cell(model, quant, tuple(blocks)))
+    random.Random(study.seed).shuffle(cells)
+    return Plan(study=study, workloads={w: params.workload(w) for w in study.workloads}, cells=cells)
+
+
+def outputs() -> Path:
+    """Where studies are kept: $MOELIB_OUTPUTS or `outputs/`."""
+    return Path(os.environ.get("MOELIB_OUTPUTS") or params.root() / "outputs")
+
+
+def write(path: Path, plan: Plan) -> None:
+    """Write the plan to `path` with its digest, if there is none."""
+    if not path.exists():
+        data = plan.model_dump(mode="json")
+        files.write_json(path, {**data, "digest": files.digest(data)})
+
+
+def read(path: Path) -> Plan:
+    """The plan at `path`. Raises StudyError if it is not what was written."""
+    next_step = (
+        "delete it and run the study: the plan is made again from params/, and the records that belong to it stand"
+    )
+    try:
+        data = json.loads(path.read_bytes())
+        digest = data.pop("digest")
+        fits = digest == files.digest(data)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        fits = False
+    if not fits:
+        raise StudyError(f"{path} was changed or damaged: its digest does not fit; {next_step}")
+    try:
+        plan = Plan.model_validate(data)
+    except ValueError as err:
+        raise StudyError(
+            f"{path} is no plan of this moelib ({' '.join(str(err).split())[:200]}); {next_step}"
+        ) from None
+    planned = {f"{m}/{q}" for m, q in itertools.product(plan.study.models, plan.study.quants)}
+    if {c.name for c in plan.cells} != planned or plan.workloads.keys() != set(plan.study.workloads):
+        raise StudyError(
+            f"{path} does not hold together: its cells or workloads are not those of its study; {next_step}"
+        )
+    return plan
