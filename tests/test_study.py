@@ -408,17 +408,17 @@ def test_a_second_run_repeats_nothing(copy, models_folder):
 def test_the_document_is_rebuilt_from_records_alone_byte_by_byte(copy):
     out = copy / "outputs/smoke"
 
-    def document():
+    def written():
         return {k: v for k, v in tree(out).items() if k.startswith(("MOE", "figures/", "provenance"))}
 
-    before = document()
+    before = written()
     assert len(before) >= 6
     for gone in ("work", "figures"):
         shutil.rmtree(out / gone)
     for gone in ("MOE-TECHNICAL-VALIDATION.md", "provenance.json"):
         (out / gone).unlink()
     document.report("smoke", progress=False)
-    assert document() == before
+    assert written() == before
     text = (out / "MOE-TECHNICAL-VALIDATION.md").read_text(encoding="utf-8")
     assert str(copy) not in text
     assert "geometry twins" in text.split("## ")[1] or "geometry twins" in text.split("## ")[0]
