@@ -21,7 +21,7 @@ from moelib.base.schema import UserError
 try:
     import fcntl
 except ImportError:  # Windows: need_locks() reports it
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # a module elsewhere
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ class FileError(UserError):
 @dataclass_transform(frozen_default=True)
 def stored(cls: type[T]) -> type[T]:
     """A frozen dataclass that is stored on disk: when reading it, pydantic refuses unknown keys, NaN and infinity."""
-    cls.__pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}
+    cls.__pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # type: ignore[attr-defined]  # pydantic's own name
     return dataclass(frozen=True, slots=True)(cls)
 
 
@@ -80,7 +80,7 @@ class Hashed:
         self.path, self._sha256, self._state = path, known, state(path) if known else None
 
     def sha256(self) -> str:
-        if (now := state(self.path)) != self._state:
+        if (now := state(self.path)) != self._state or self._sha256 is None:
             self._sha256, self._state = sha256(self.path), now
         return self._sha256
 

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Collection
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 
 class UserError(Exception):
@@ -17,16 +17,6 @@ class ParamsError(UserError, ValueError):
 
 class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-def upto(most: int, least: int = 1) -> Any:
-    """Type of a whole number in [least, most].
-
-    Limits are far above any real model or study and far below what would exhaust memory: a larger value is a mistake.
-    """
-    if least == 1:
-        return Annotated[PositiveInt, Field(le=most)]
-    return Annotated[int, Field(ge=least, le=most)]
 
 
 T = TypeVar("T", bound=Strict)

@@ -86,7 +86,7 @@ def number(x: float | None, scale: float = 1.0) -> str:
 def _interval(e: Estimate | None, text: Callable[[float], str], unit: str = "") -> str:
     if e is None:
         return NONE
-    if e.low is None:
+    if e.low is None or e.high is None:
         return f"{text(e.value)}{unit} (n = {e.n})"
     return f"{text(e.value)} [{text(e.low)}, {text(e.high)}]{unit}"
 

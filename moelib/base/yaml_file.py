@@ -17,7 +17,7 @@ class YamlError(ValueError):
 class _Loader(yaml.SafeLoader):
     depth = 0
 
-    def compose_node(self, parent: Any, index: Any) -> yaml.Node:
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
         line = self.peek_event().start_mark.line + 1
         if self.check_event(yaml.AliasEvent):  # nine lines of them can stand for a thousand million values
             raise YamlError(f"line {line} has an alias: write out what it stands for")
@@ -26,7 +26,7 @@ class _Loader(yaml.SafeLoader):
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
-        if node.tag.endswith((":int", ":float")) and len(node.value) > MAX_DIGITS:
+        if isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")) and len(node.value) > MAX_DIGITS:
             raise YamlError(f"line {line} holds a number of more than {MAX_DIGITS} digits")
         return node
 

@@ -15,6 +15,7 @@ from moelib.catalogue.placement import Placement
 from moelib.engine import engine
 from moelib.machine import host, process
 from moelib.measure import device, run
+from moelib.measure.device import Device
 from moelib.measure.llama_server import LlamaServer
 from moelib.measure.runner import Runner
 from moelib.models import quantize
@@ -31,13 +32,13 @@ class Bench(NamedTuple):
 
     quantised: quantize.Quantised
     runner: Runner
-    where: device.Device
+    where: Device
     work: Path
     device: DeviceFacts
     host: HostFacts
 
     @classmethod
-    def ready(cls, quantised: quantize.Quantised, runner: Runner, where: device.Device, work: Path) -> "Bench":
+    def ready(cls, quantised: quantize.Quantised, runner: Runner, where: Device, work: Path) -> "Bench":
         """Measure what is measured once: an empty context of the device, the speed of the host's RAM."""
         where.calibrate(work)
         facts = HostFacts(**host.facts(), host_id=host.identity(), ram_read_bytes_per_s=host.read_bandwidth())

@@ -68,14 +68,16 @@ def measure(study: Study, cell: Cell) -> Iterator[record.Record]:
         bench = Bench.ready(quantised, LlamaServer(llama), where, work)
         evidence = study.evidence_now(cell, set_aside=True)
         _same_setup([r for r in evidence.records if r.done], bench)
-        last = Counter()
+        last: Counter[str] = Counter()
         for r in evidence.records:
             last[r.key] = max(last[r.key], r.attempt)
         for specs in cell.blocks:
             standing = gather.standing_for(specs, evidence.standing)
             problems = [evidence.why_not(r) for r in standing]
             for spec, existing, to_do in zip(specs, standing, _to_do(standing, problems, _machine(bench)), strict=True):
-                yield _performed(study, spec, 1 + last[record.spec_key(spec)], bench) if to_do else existing
+                if to_do or existing is None:
+                    existing = _performed(study, spec, 1 + last[record.spec_key(spec)], bench)
+                yield existing
 
 
 def device_note(study: Study) -> str | None:
@@ -114,9 +116,10 @@ def _to_do(
     what another device, host, driver or kernel ran; and runs that are valid one by one but do not fit together are all
     done again.
     """
-    if not any(problems) and not any(c.failed for c in audit.block(records)):
+    kept = [r for r in records if r is not None]
+    if not any(problems) and not any(c.failed for c in audit.block(kept)):
         return [False] * len(records)
-    to_do = [bool(w) or _machine(r) != machine for r, w in zip(records, problems, strict=True)]
+    to_do = [bool(w) or r is None or _machine(r) != machine for r, w in zip(records, problems, strict=True)]
     return to_do if any(to_do) else [True] * len(records)
 
 

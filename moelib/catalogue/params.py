@@ -7,24 +7,28 @@ import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from moelib.base import yaml_file
-from moelib.base.schema import ParamsError, Strict, T, build, upto
+from moelib.base.schema import ParamsError, Strict, T, build
 from moelib.base.schema import UserError as UserError
 from moelib.catalogue.placement import REFERENCE, Placement
 from moelib.catalogue.upstream import Pin as Pin
 from moelib.catalogue.upstream import Repository, Upstream
 from moelib.catalogue.upstream import SourceFile as SourceFile
 
-QUANTS = ("Q4_K_M", "Q2_K", "Q8_0")
+Quant = Literal["Q4_K_M", "Q2_K", "Q8_0"]
 """llama-quantize type names that a study may use."""
+QUANTS: tuple[str, ...] = get_args(Quant)
 
-
-Width, Heads, Experts = upto(1 << 20), upto(4096), upto(4096)
-Tokens = upto(1 << 24)
+# Limits are far above any real model or study and far below what would exhaust memory: a larger value is a mistake.
+Width = Annotated[PositiveInt, Field(le=1 << 20)]
+Heads = Annotated[PositiveInt, Field(le=4096)]
+Experts = Annotated[PositiveInt, Field(le=4096)]
+Blocks = Annotated[PositiveInt, Field(le=1000)]
+Tokens = Annotated[PositiveInt, Field(le=1 << 24)]
 MAX_RUNS = 200_000
 MAX_NAMES = 100  # models, arms or workloads of a study
 
@@ -33,18 +37,18 @@ class Geometry(Strict):
     """Shape of a model, in llama.cpp's GGUF terms (lengths in elements)."""
 
     architecture: Literal["phimoe", "deepseek"]
-    block_count: upto(1000)
-    leading_dense_block_count: upto(1000, 0) = 0
+    block_count: Blocks
+    leading_dense_block_count: Annotated[int, Field(ge=0, le=1000)] = 0
     """The first layers have one dense feed-forward network instead of experts."""
     embedding_length: Width
     feed_forward_length: Width
     expert_feed_forward_length: Width
     expert_count: Experts
     expert_used_count: Experts
-    expert_shared_count: upto(64, 0) = 0
+    expert_shared_count: Annotated[int, Field(ge=0, le=64)] = 0
     head_count: Heads
     head_count_kv: Heads
-    vocab_size: upto(1 << 22, 320)
+    vocab_size: Annotated[int, Field(ge=320, le=1 << 22)]
     """The minimum covers the special and byte tokens and the words of the plan's prompt."""
     context_length: Tokens
     original_context_length: Tokens | None = None
@@ -74,7 +78,7 @@ class Model(Strict):
         """The geometry at scale `full` or at one of `scales`. Raises ParamsError."""
         if self.geometry is None:
             raise ParamsError(f"{self.name} is excluded: {self.excluded}")
-        scales = {"full": {}, **self.scales}
+        scales: dict[str, dict[str, int]] = {"full": {}, **self.scales}
         _known("scale", scale, list(scales))
         return build(Geometry, f"scale {scale} of {self.name}", {**self.geometry.model_dump(), **scales[scale]})
 
@@ -84,7 +88,7 @@ class Workload(Strict):
     title: str
     text: str = Field(min_length=1)
     prompt_tokens: Tokens | None = None
-    generate_tokens: upto(1 << 20, 2)
+    generate_tokens: Annotated[int, Field(ge=2, le=1 << 20)]
 
 
 class Arm(Strict):
@@ -108,15 +112,15 @@ class Study(Strict):
     models: tuple[str, ...] = Field(min_length=1, max_length=MAX_NAMES)
     weights: Literal["twin", "real"]
     scale: str = "full"
-    quants: tuple[Literal[QUANTS], ...] = Field(min_length=1)
+    quants: tuple[Quant, ...] = Field(min_length=1)
     arms: tuple[Arm, ...] = Field(min_length=1, max_length=MAX_NAMES)
     workloads: tuple[str, ...] = Field(min_length=1, max_length=MAX_NAMES)
-    requests: upto(1000) = 2
+    requests: Annotated[PositiveInt, Field(le=1000)] = 2
     """Requests of each workload in a run, in order; records mark the first one."""
-    blocks: upto(10_000) = 5
+    blocks: Annotated[PositiveInt, Field(le=10_000)] = 5
     context: Tokens = 1024
     device: Literal["auto", "cuda", "loopback", "none"] = "auto"
-    seed: upto((1 << 63) - 1, 0)
+    seed: Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
 
     @model_validator(mode="after")
     def _unique(self) -> Self:

@@ -47,7 +47,7 @@ def of(model: str) -> Pin | None:
     if pin := read().get(model):
         return pin
     upstream = params.model(model).upstream
-    if upstream is None or not upstream.files:
+    if upstream is None or upstream.repository is None or upstream.revision is None:
         return None
     return Pin(repository=upstream.repository, revision=upstream.revision, files=upstream.files)
 

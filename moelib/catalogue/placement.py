@@ -10,6 +10,7 @@ import math
 from collections.abc import Collection, Container
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from moelib.base.schema import near
 
@@ -60,7 +61,7 @@ class Placement:
             if key in values:
                 raise PlacementError(f"{text!r} gives {key} twice")
             values[key] = _value(text, key, value)
-        known = {"ubatch": values.get("ubatch"), "kv": values.get("kv"), "threads": values.get("threads")}
+        known: dict[str, Any] = {key: values.get(key) for key in ("ubatch", "kv", "threads")}
         placement = cls(_cpu_layers(text, name), load_mode, op_offload="op-offload" not in values, **known)
         if str(placement) != text:
             raise PlacementError(f"{text!r}: write it as {placement}, so that one placement has one name")

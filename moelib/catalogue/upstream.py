@@ -4,9 +4,9 @@ import re
 from pathlib import PurePosixPath
 from typing import Annotated, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
-from moelib.base.schema import ParamsError, Strict, upto
+from moelib.base.schema import ParamsError, Strict
 
 NAMESPACE = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
 
@@ -31,7 +31,7 @@ def repository_name(name: str) -> str:
 
 
 class SourceFile(Strict):
-    bytes: upto(1 << 44)
+    bytes: Annotated[PositiveInt, Field(le=1 << 44)]
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 

@@ -135,7 +135,7 @@ def fitting() -> tuple[list[Archive], list[str]]:
             continue
         if not pin.files:
             passed_over += [f"{name} is not pinned in params/engine.yaml"] if needs else []
-        elif needs and needs > cuda:
+        elif needs and cuda and needs > cuda:
             passed_over.append(f"{backend} needs a newer driver: this one supports CUDA {'.'.join(map(str, cuda))}")
         elif where.startswith("linux") and (libc != "glibc" or _numbers(version) < _numbers(pin.glibc)):
             passed_over.append(
@@ -238,7 +238,7 @@ def fetch(archive: Archive) -> Path:
                 log.warning("%s is damaged; unpacking it again", folder)
             shutil.rmtree(folder, ignore_errors=True)
             files.need_space(cache(), 5 * archive.bytes, f"the release archive {archive}")
-            parts = [_download(archive.pin.build, name, want) for name, want in archive.pin.files.items()]
+            parts = [_download(archive, name, want) for name, want in archive.pin.files.items()]
             _unpack(parts, folder)
             for part in parts:
                 part.unlink()
@@ -254,9 +254,10 @@ def base_url() -> str:
     return url
 
 
-def _download(build: int, name: str, want: File) -> Path:
+def _download(archive: Archive, name: str, want: File) -> Path:
     """Download the file `name` of a release and check its size and hash against the pin."""
-    part, url = cache() / f".{name}.{want.sha256[:12]}.part", f"{base_url()}/b{build}/{name}"
+    part = cache() / f".{name}.{want.sha256[:12]}.part"
+    url = f"{base_url()}/b{archive.pin.build}/{name}"
     with release.client(url) as client:
         for _ in range(TRIES):
             had = release.size(part)
@@ -300,6 +301,8 @@ def _unpack(parts: list[Path], folder: Path) -> None:
 def _together(folder: Path) -> None:
     """Move the libraries of a separate runtime next to the tools, where the loader searches for them."""
     tools = _tools(folder)
-    for p in sorted(folder.rglob("lib*.so*")) if tools else ():
+    if tools is None:
+        return
+    for p in sorted(folder.rglob("lib*.so*")):
         if p.parent != tools and not (tools / p.name).exists():
             os.replace(p, tools / p.name)

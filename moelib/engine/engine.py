@@ -97,7 +97,8 @@ class Engine:
         Groups: the engine's files in llama-server, and in the device's process; the system's in llama-server. `since`:
         the wall clock before they started. Each file is read only once. Both raise ProcessError "engine-changed".
         """
-        folders, mappings, unlisted = {tool.resolve().parent for tool in self.tools.values()}, {}, {}
+        folders, unlisted = {tool.resolve().parent for tool in self.tools.values()}, {}
+        mappings: dict[str, tuple[mapped.Mapping, ...]] = {}
         for name, pid in (("engine_files", server), ("device_files", device)):
             try:
                 mappings |= {} if pid is None else {name: mapped.look(pid, since, folders)}
@@ -143,7 +144,7 @@ class Engine:
         return argv + device_args
 
 
-SIGNALS = {
+SIGNALS: dict[int, str] = {
     signal.SIGILL: "it was built for a CPU with instructions that this one lacks",
     signal.SIGBUS: "its files, or the disk that they are on, are damaged",
 }
@@ -262,8 +263,7 @@ def load(folder: Path, how: str) -> Engine:
     on_path = os.environ.get("PATH", "").split(os.pathsep) if how == "PATH" else []
     folders |= dict.fromkeys(Path(at) for at in on_path if at)
     places = {name: [at / s for at in folders for s in spellings] for name, spellings in TOOLS.items()}
-    tools = {name: next((p for p in tried if _is_tool(p)), None) for name, tried in places.items()}
-    tools = {name: place for name, place in tools.items() if place}
+    tools = {name: place for name, tried in places.items() if (place := next(filter(_is_tool, tried), None))}
     version, text = (_run([str(tools["llama-server"]), flag]) for flag in ("--version", "--help"))
     m = re.search(r"\(build (\d{1,9})", version) or re.search(r"version: (\d{1,9}) ", version)
     lines = [line[:200] for line in version.splitlines() if line.startswith(("version", "built"))][:4]

@@ -105,9 +105,9 @@ def parse_log(text: str) -> Report:
     unused = tuple(dict.fromkeys(_UNUSED.findall(text)))
     reported = any(b.kind == "model" for b in buffers) and len(unused) <= MAX_UNUSED
     layers, splits, built = _LAYERS.search(text), _SPLITS.findall(text), _BUILT.search(text)
-    on, of = map(int, layers.groups()) if layers else (None, None)
-    splits = tuple(int(s) for s in splits[-1] if s) if splits else ()
-    return Report(buffers, on, of, splits, built and built[1], unused if reported else None)
+    on, of = (int(layers[1]), int(layers[2])) if layers else (None, None)
+    last = tuple(int(s) for s in splits[-1] if s) if splits else ()
+    return Report(buffers, on, of, last, built and built[1], unused if reported else None)
 
 
 def unpack(packed: bytes, name: str) -> Log:
@@ -151,7 +151,9 @@ def _lines(text: bytes, words: Mapping[str, bytes]) -> Iterator[tuple[str, str]]
 
 def parse(text: bytes) -> Log:
     """Parse a log's text as the engine wrote it."""
-    report, tasks, types, facts = [], [], {}, {}
+    report, tasks = [], []
+    types: dict[str, int] = {}
+    facts: dict[str, str] = {}
     ready = launched = prompt = used = parameters = bits = None
     listening = text.find(_LOADING[_READY])
     head = text.find(b"\n", listening + 1) if listening >= 0 else len(text)
@@ -183,13 +185,13 @@ def parse(text: bytes) -> Log:
         elif m := _LEFT.search(line):
             used = (used or 0) + (int(m[1]) - int(m[2]) << 20)
     number = {key: int(value) for key, value in facts.items() if value.isdigit()}
-    experts = (number.get("n_expert"), number.get("n_expert_used"))
+    experts, used_experts = number.get("n_expert"), number.get("n_expert_used")
     return Log(
         report=parse_log("\n".join(report)),
         tasks=tuple(tasks),
         ready_s=ready,
         device_used_bytes=used,
-        experts=None if None in experts else experts,
+        experts=None if experts is None or used_experts is None else (experts, used_experts),
         parameters=parameters,
         bits_per_weight=bits,
         type_counts=types,

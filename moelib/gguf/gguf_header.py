@@ -90,7 +90,7 @@ class Header:
             return "vocabulary"
         if not isinstance(arch, str) or not arch:
             return "unknown"
-        blocks = {t.block for t in self.tensors} - {None}
+        blocks = {t.block for t in self.tensors if t.block is not None}
         head = self.layers is not None and blocks and min(blocks) >= self.layers  # a NextN layer, published separately
         return "draft" if arch in DRAFTS or head else "model"
 
@@ -177,7 +177,9 @@ class Header:
 
         Raises GGUFError if the file does not say how many experts are used.
         """
-        moved, device, host = set(self.moved(placement)), Counter(), Counter()
+        moved = set(self.moved(placement))
+        device: Counter[tuple[int, int]] = Counter()
+        host: Counter[tuple[int, int]] = Counter()
         for t in self.moved("cpu-moe"):
             (host if t in moved else device)[self._share(t)] += t.nbytes
         on_device, on_host = (sum(n * used // of for (used, of), n in share.items()) for share in (device, host))
@@ -213,5 +215,5 @@ class Header:
             return str(err).removeprefix(f"{self.path.name}: ")
         if self.layers is None:
             return "corrupt: it has no block_count; take another conversion of the model"
-        blocks = {t.block for t in experts}
+        blocks = {t.block for t in experts if t.block is not None}
         return next(filter(None, (Placement.of(p).fault(self.layers, blocks) for p in placements)), None)

@@ -8,6 +8,7 @@ Its text, quality and expert routing are meaningless. Tensors are cut from one p
 import hashlib
 import os
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -53,14 +54,15 @@ def tensors(g: Geometry) -> list[TensorPlan]:
     n, ff, fx, experts = g.embedding_length, g.feed_forward_length, g.expert_feed_forward_length, g.expert_count
     kv = n // g.head_count * g.head_count_kv
     shared = fx * g.expert_shared_count
+    attention: dict[str, tuple[int, ...]]
     attention = {"attn_norm": (n,), "attn_q": (n, n), "attn_k": (n, kv), "attn_v": (n, kv), "attn_output": (n, n)}
     attention["ffn_norm"] = (n,)
-    dense = {"ffn_gate": (n, ff), "ffn_down": (ff, n), "ffn_up": (n, ff)}
-    sparse = {"ffn_gate_inp": (n, experts)}
+    dense: dict[str, tuple[int, ...]] = {"ffn_gate": (n, ff), "ffn_down": (ff, n), "ffn_up": (n, ff)}
+    sparse: dict[str, tuple[int, ...]] = {"ffn_gate_inp": (n, experts)}
     sparse |= {"ffn_gate_exps": (n, fx, experts), "ffn_down_exps": (fx, n, experts), "ffn_up_exps": (n, fx, experts)}
     if shared:
         sparse |= {"ffn_gate_shexp": (n, shared), "ffn_down_shexp": (shared, n), "ffn_up_shexp": (n, shared)}
-    shapes = {"token_embd": (n, g.vocab_size)}
+    shapes: dict[str, tuple[int, ...]] = {"token_embd": (n, g.vocab_size)}
     for i in range(g.block_count):
         block = attention | (dense if i < g.leading_dense_block_count else sparse)
         shapes |= {f"blk.{i}.{name}": shape for name, shape in block.items()}
@@ -98,7 +100,7 @@ def _writer(path: Path, g: Geometry, title: str) -> GGUFWriter:
         return {k: getattr(g, k) for k in names.split()}
 
     tokens, scores, types = vocabulary(g.vocab_size)
-    facts = {
+    facts: dict[str, Any] = {
         "name": TWIN_NAME,  # without the model's name: for a name with "phi-3", llama.cpp uses another tokenizer
         "description": f"{DESCRIPTION} {title}; text and quality are meaningless",
         "file_type": LlamaFileType.MOSTLY_F16,
@@ -134,17 +136,17 @@ class _Pool:
         self._f32 = self._f16[: 1 << 20].astype(np.float32)
         self._seed = seed
 
-    def pieces(self, t: TensorPlan):
+    def pieces(self, t: TensorPlan) -> Iterator[memoryview]:
         """Yield buffers that add up to the tensor's data."""
         if t.name.endswith("norm.weight"):
-            yield memoryview(np.ones(t.shape, np.float32)).cast("B")
+            yield np.ones(t.shape, np.float32).data.cast("B")
             return
         left, k = t.nbytes, 0
         if t.name == "output.weight":  # zero logits: greedy sampling never picks a partial character
             zeros = UNSPOKEN * t.shape[0] * 2
             yield memoryview(bytes(zeros))
             left -= zeros
-        pool = memoryview(self._f32 if t.dtype is np.float32 else self._f16).cast("B")
+        pool = (self._f32 if t.dtype is np.float32 else self._f16).data.cast("B")
         while left:
             n = min(left, PIECE_BYTES, len(pool) // 2)
             key = hashlib.sha256(f"{self._seed}:{t.name}:{k}".encode()).digest()
@@ -171,14 +173,15 @@ def write(path: Path, g: Geometry, *, title: str = "a model", seed: int = 0) -> 
         # hashing releases the interpreter lock, so it runs in parallel with the write
         with partial.open("ab", buffering=0) as f, ThreadPoolExecutor(1) as hasher, bar:
 
-            def put(piece) -> None:
+            def put(piece: bytes | memoryview) -> None:
                 f.write(piece)
                 hasher.submit(sha.update, piece)  # a view of the pool, so waiting pieces take no memory
                 bar.update(len(piece))
 
             put(bytes(-f.seek(0, 2) % ALIGNMENT))
             for t in tensors(g):
-                for piece in (*pool.pieces(t), bytes(-t.nbytes % ALIGNMENT)):
+                for piece in pool.pieces(t):
                     put(piece)
+                put(bytes(-t.nbytes % ALIGNMENT))
             os.fsync(f.fileno())  # the disk works while the hash catches up
     return sha.hexdigest()

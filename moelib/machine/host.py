@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
@@ -27,6 +27,7 @@ READ_S = 0.5
 KEY = b"moelib: which host measured"  # fixed, so that a host has the same id in every study
 UNIDENTIFIED = "the system tells neither a boot's id nor a machine's"
 """The reason recorded for a host without identity."""
+N = TypeVar("N", int, float)
 
 
 @stored
@@ -65,7 +66,7 @@ class Watch:
         self._start = _clocks()
         self._busy, self._own = _measured(_busy_s), _measured(_cpu_s, os.getpid())
 
-    def stop(self, server_pid: int, device_pid: int | None) -> Use:
+    def stop(self, server_pid: int | None, device_pid: int | None) -> Use:
         """Call it while the processes are still running: their CPU times are lost when they end."""
         children = sum(_measured(_cpu_s, pid) for pid in (server_pid, device_pid) if pid is not None)
         own = _measured(_cpu_s, os.getpid()) - self._own + children
@@ -84,7 +85,7 @@ class Watch:
         )
 
 
-def _measured(read: Callable[..., float], *about: int) -> float:
+def _measured(read: Callable[..., N], *about: int) -> N:
     try:
         return read(*about)
     except (psutil.Error, OSError, ValueError) as err:
@@ -119,7 +120,7 @@ def _cpu_s(pid: int) -> float:
     return t.user + t.system
 
 
-def _faults(pid: int) -> tuple[int | None, int | None]:
+def _faults(pid: int | None) -> tuple[int | None, int | None]:
     """(minor, major) page faults of a process; None if the system does not report them (proc(5), stat: 10 and 12)."""
     fields = _text(f"/proc/{pid}/stat").rpartition(")")[2].split()
     return (int(fields[7]), int(fields[9])) if fields else (None, None)
@@ -133,7 +134,7 @@ def read_bandwidth() -> float:
     """
     import numpy as np
 
-    cpus, rates = usable_cpus(), []
+    cpus, rates = usable_cpus(), list[float]()
     parts = [np.ones(READ_BYTES // 8 // cpus, np.int64) for _ in range(cpus)]
     with ThreadPoolExecutor(cpus) as pool:
         first_started = time.perf_counter()

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from moelib.machine import process
 
@@ -19,7 +20,7 @@ ANSWER_BYTES = 4 << 20  # the longest help is 60 kB
 CHUNK_BYTES = 1 << 16
 WAIT_S = 0.05  # between checks of a tool without output
 MARK = "MOELIB_PROBE"  # in a tool's environment, to recognise its child processes
-WHY = {
+WHY: dict[int, str] = {
     errno.ENOEXEC: "it is a program for another processor or system",
     errno.EACCES: "it may not be executed: check its rights, or the disk's mount options",
     errno.ENOENT: "it, or the interpreter or loader that it names, does not exist",
@@ -46,7 +47,7 @@ def ask(argv: Sequence[str], timeout_s: float, cap_bytes: int = ANSWER_BYTES) ->
             env={**process.inherited(), MARK: (mark := secrets.token_hex(16))}, start_new_session=True,
         )  # fmt: skip
     except OSError as err:
-        raise ProbeError(f"cannot be run: {WHY.get(err.errno, err.strerror)}") from None
+        raise ProbeError(f"cannot be run: {WHY.get(err.errno or 0, err.strerror)}") from None
     alive = True
     try:
         outputs = _listen(tool, time.monotonic() + timeout_s, timeout_s, cap_bytes)
@@ -54,8 +55,8 @@ def ask(argv: Sequence[str], timeout_s: float, cap_bytes: int = ANSWER_BYTES) ->
     finally:
         process.end_group(tool, alive)
         _end_marked(mark)
-        tool.stdout.close()
-        tool.stderr.close()
+        for pipe in _pipes(tool):
+            pipe.close()
     return Answer(tool.returncode, *(part.decode("utf-8", "replace") for part in outputs))
 
 
@@ -67,22 +68,27 @@ def _end_marked(mark: str) -> None:
                 os.kill(int(path.split("/")[2]), signal.SIGKILL)
 
 
-def _listen(tool: subprocess.Popen, deadline: float, timeout_s: float, cap_bytes: int) -> list[bytes]:
+def _pipes(tool: subprocess.Popen) -> list[IO[bytes]]:
+    return [pipe for pipe in (tool.stdout, tool.stderr) if pipe is not None]
+
+
+def _listen(tool: subprocess.Popen, deadline: float, timeout_s: float, cap_bytes: int) -> list[bytearray]:
     """The tool's stdout and stderr until it ends."""
     outputs = [bytearray(), bytearray()]
     with selectors.DefaultSelector() as ready:
-        for i, pipe in enumerate((tool.stdout, tool.stderr)):
+        for pipe, output in zip(_pipes(tool), outputs, strict=True):
             os.set_blocking(pipe.fileno(), False)
-            ready.register(pipe, selectors.EVENT_READ, outputs[i])
+            ready.register(pipe, selectors.EVENT_READ, (pipe, output))
         while True:
             over = process.ended(tool) is not None  # checked before the last read, so that nothing is missed
             for key, _ in ready.select(0 if over else WAIT_S if ready.get_map() else process.POLL_S):
-                while chunk := key.fileobj.read(CHUNK_BYTES):
-                    key.data.extend(chunk)
+                pipe, output = key.data
+                while chunk := pipe.read(CHUNK_BYTES):
+                    output.extend(chunk)
                     if sum(map(len, outputs)) > cap_bytes:
                         raise ProbeError(f"wrote more than {cap_bytes >> 20} MiB and was ended")
                 if chunk == b"":
-                    ready.unregister(key.fileobj)
+                    ready.unregister(pipe)
             if over:
                 return outputs
             if time.monotonic() > deadline:

@@ -140,7 +140,8 @@ class Child(AbstractContextManager):
     def __init__(
         self, argv: list[str], log: Path, env: dict[str, str], cpus: Sequence[int] = (), log_bytes: int = LOG_BYTES
     ):
-        self.argv, self.log, self.exit, self._log = argv, log, None, Log(log, log_bytes)
+        self.argv, self.log, self._log = argv, log, Log(log, log_bytes)
+        self.exit: Exit | None = None
         log.parent.mkdir(parents=True, exist_ok=True)
         launch = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), ",".join(map(str, cpus)), *argv]
         self.started, self.started_wall = time.monotonic(), time.time()

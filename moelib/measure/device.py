@@ -6,8 +6,9 @@ GPU, its counters.
 
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -79,21 +80,23 @@ class Session:
             readings.append(self.read(None, 0.0))
         return tuple(readings)
 
-    def settled(self, idle: tuple[Reading, ...], server_pid: int, now: Callable[[], float]) -> tuple[Reading, ...]:
+    def settled(
+        self, idle: tuple[Reading, ...], server_pid: int | None, now: Callable[[], float]
+    ) -> tuple[Reading, ...]:
         """Readings after the run's end, until the memory in use is as before or SETTLE_S have passed."""
         readings, deadline = [], time.monotonic() + process.patience(SETTLE_S)
         while self.shared:
             readings.append(self.read(server_pid, now()))
             before, after = idle[-1].device_bytes, readings[-1].device_bytes
-            back = None in (before, after) or abs(after - before) <= SETTLED_BYTES
+            back = before is None or after is None or abs(after - before) <= SETTLED_BYTES
             if (back and not readings[-1].listed) or time.monotonic() > deadline:
                 break
             time.sleep(SAMPLE_S)
         return tuple(readings)
 
 
-class Device:
-    """Common to all kinds; each adds `session`, which holds the device for one run."""
+class Device(ABC):
+    """Common to all kinds."""
 
     kind = "none"
     name: str | None = None
@@ -117,12 +120,16 @@ class Device:
     def calibrate(self, work: Path) -> None:
         """Measure an empty context, while no run is in progress. Logs go to `work`."""
 
+    @abstractmethod
+    def session(self, engine: Engine | None, work: Path) -> AbstractContextManager[Session]:
+        """Hold the device for one run. Raises EngineError, DeviceError or ProcessError if it cannot be used."""
+
 
 class NoDevice(Device):
     """llama.cpp on the CPU alone: models run, but there is no device to offload from."""
 
     @contextmanager
-    def session(self, engine: Engine, work: Path) -> Iterator[Session]:
+    def session(self, engine: Engine | None, work: Path) -> Iterator[Session]:
         yield Session(["--device", "none"])
 
 
@@ -161,7 +168,9 @@ class Loopback(Device):
                 return
 
     @contextmanager
-    def session(self, engine: Engine, work: Path) -> Iterator[Session]:
+    def session(self, engine: Engine | None, work: Path) -> Iterator[Session]:
+        if engine is None:
+            raise EngineError("a loopback device is made of llama.cpp's tools, which this runner has none of")
         with self._serving(engine, work) as (child, address):
             rpc = [engine.need("--rpc"), address]
             names = [n for n, text in engine.devices(*rpc).items() if address in (n + text)]
@@ -192,7 +201,9 @@ class Family:
     """Reads the memory of a run's processes. Child processes are searched only when the driver lists an unknown one."""
 
     def __init__(self, gpu: Gpu) -> None:
-        self._gpu, self._ours, self._strangers = gpu, set(), set()
+        self._gpu = gpu
+        self._ours: set[int] = set()
+        self._strangers: set[int] = set()
 
     def read(self, server_pid: int | None, t_s: float) -> Reading:
         ours = set() if server_pid is None else {server_pid, *self._ours}
@@ -211,6 +222,7 @@ class Cuda(Device):
     """One NVIDIA GPU, addressed by its UUID and alone visible to the engine. Memory and counters by NVML."""
 
     kind = "cuda"
+    uuid: str
 
     def __init__(self) -> None:
         try:
@@ -235,12 +247,13 @@ class Cuda(Device):
                 reading = self.gpu.read({child.pid}, 0.0)
         except process.ProcessError:
             return  # memory is then checked against a wide bound, with the reason context-unmeasured
-        growth = None if None in (idle_bytes, reading.device_bytes) else reading.device_bytes - idle_bytes
+        held_bytes = reading.device_bytes
+        growth = None if idle_bytes is None or held_bytes is None else held_bytes - idle_bytes
         context = reading.process_bytes or growth  # the list counts this process alone, growth may include others
         self.context_bytes = context if context and context >= LEAST_CONTEXT_BYTES else None
 
     @contextmanager
-    def session(self, engine: Engine, work: Path) -> Iterator[Session]:
+    def session(self, engine: Engine | None, work: Path) -> Iterator[Session]:
         env = {"CUDA_VISIBLE_DEVICES": self.uuid}
         read, has_bus_counters = Family(self.gpu).read, not self.absent.keys() & {"pcie_rx_bytes", "pcie_tx_bytes"}
         traffic = self.gpu.traffic if has_bus_counters else None
@@ -269,7 +282,7 @@ def choose(kind: str, engine: Engine) -> Device:
                 raise
             why = passed_over(engine, err)
     if kind != "none" and "--rpc" in engine.help.flags and "rpc-server" in engine.tools:
-        device = Loopback()
+        device: Device = Loopback()
     elif kind == "loopback":
         raise DeviceError(f"{engine} has no RPC; run `make engine` or set MOELIB_LLAMA_CPP to one that has")
     else:

@@ -138,8 +138,8 @@ def check_ours(connection: httpx.Client, model: Path) -> str | None:
 def prepare(connection: httpx.Client, workloads: Sequence[Workload], context: int) -> list[Prompt]:
     """Every workload with its prompt. Raises RunError if one does not fit the context."""
     prompts = [Prompt(w, ids, len(ids)) for w in workloads for ids in (prompt_ids(connection, w),)]
-    for w, _, tokens in prompts:
-        if tokens + w.generate_tokens > context:
+    for w, ids, _ in prompts:
+        if (tokens := len(ids)) + w.generate_tokens > context:
             need = f"{w.name} needs {tokens} + {w.generate_tokens} tokens, the context is {context}"
             raise RunError("context-too-small", f"{need}: raise `context` in the study")
     return prompts

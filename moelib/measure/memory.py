@@ -131,6 +131,10 @@ class Memory:
         return self.value_bytes - self.engine_bytes
 
 
+def _known(values: Iterable[int | None]) -> list[int]:
+    return [n for n in values if n is not None]
+
+
 def _peak(values: Iterable[int | None]) -> int | None:
     return max((v for v in values if v), default=None)  # a reading of exactly 0 is a failed reading
 
@@ -162,11 +166,13 @@ def reconcile(
     empty context on this GPU, None where it could not be measured. peak_bytes: the loopback device's peak RSS as the
     system recorded it, None where the system records none.
     """
-    sizes = buffers.values()
-    engine = None if not sizes or None in sizes else sum(sizes)
-    accounts = {"engine_bytes": engine, "weights_bytes": weights_bytes, "context_bytes": context_bytes, "trace": trace}
+    sizes = _known(buffers.values())
+    engine = sum(sizes) if sizes and len(sizes) == len(buffers) else None
+    accounts = (engine, weights_bytes, context_bytes, trace)
+    floor: float
+    ceiling: float
     if kind == "none":
-        return Memory(None, "degraded", None, ("no-device",), None, None, **accounts)
+        return Memory(None, "degraded", None, ("no-device",), None, None, *accounts)
     if kind == "loopback":
         process, growth = _peak([peak_bytes]), None
         value, method, reasons = process, "rss-peak", []
@@ -197,7 +203,7 @@ def reconcile(
     ordered = tuple(r for r in REASONS if r in reasons)
     value = None if contradicted else value
     bound = math.ceil(max(value - floor, ceiling - value)) if method == "nvml-growth" and value is not None else None
-    return Memory(value, status, method, ordered, process, growth, **accounts, bound_bytes=bound)
+    return Memory(value, status, method, ordered, process, growth, *accounts, bound)
 
 
 def _resident(buffers: Mapping[str, int | None], trace: Trace, engine: int | None, method: str) -> float:
@@ -230,7 +236,7 @@ def _cuda(trace: Trace, tables: int) -> tuple[int | None, str, int | None, int |
     growth, doubts = _growth(trace, own_pid, explained, process, tables)
     reasons += doubts
     changed = any(o.keys() != others[0].keys() for o in others) or not all(
-        _still([o[pid] for o in others if o[pid] is not None]) for pid in others[0]
+        _still(_known(o[pid] for o in others)) for pid in others[0]
     )
     if changed and not explained:
         reasons.append("foreign-changed")
@@ -258,23 +264,25 @@ def _growth(
     trace: Trace, own_pid: int | None, explained: bool, process: int | None, tables: int
 ) -> tuple[int | None, list[str]]:
     """(growth of the device over its idle state, reasons to doubt it), less what the list gives to other processes."""
-    sums = (
-        {sum(o.values()) for o in _others((*trace.before, *trace.during, *trace.after), own_pid)} if explained else {0}
-    )
+    lists = _others((*trace.before, *trace.during, *trace.after), own_pid) if explained else [{}]
+    sums = {sum(_known(o.values())) for o in lists}
 
     def total(r: Reading) -> int | None:
         if not explained or (len(sums) == 1 and "list-unsupported" in r.errors):
             listed = next(iter(sums), 0)
+        elif "list-unsupported" in r.errors:
+            return None
         else:
-            listed = None if "list-unsupported" in r.errors else sum(n for pid, n in r.others if pid != own_pid)
-        return None if None in (r.device_bytes, listed) else r.device_bytes - listed
+            listed = sum(_known(n for pid, n in r.others if pid != own_pid))
+        return None if r.device_bytes is None else r.device_bytes - listed
 
-    idle, used, end = (list(map(total, part)) for part in (trace.before, trace.during, trace.after[-1:]))
+    totals = [list(map(total, part)) for part in (trace.before, trace.during, trace.after[-1:])]
+    idle, used, end = map(_known, totals)
     # the last reading of the run holds the peak, so it must exist; 0 with a process on the device is a failed reading
-    if not idle or None in [*idle, used[-1], *end] or trace.during[-1].device_bytes == 0:
+    if not idle or None in [*totals[0], totals[1][-1], *totals[2]] or trace.during[-1].device_bytes == 0:
         shared = any("memory-shared" in r.errors for r in trace.during)
         return None, ["memory-shared" if shared else "device-total-unknown"]
-    high, peak = max(idle), max(n for n in used if n is not None)
+    high, peak = max(idle), max(used)
     growth = peak - high if peak > high else None
     doubt = "unstable-baseline" if not _still(idle) else "not-returned" if not end or not _still([high, *end]) else None
     if doubt is None:  # if a process held memory, the device's memory must have grown
@@ -284,7 +292,7 @@ def _growth(
         return None, [doubt]
     if process is None:
         return growth, ["unseen-change"]
-    low, high = (f([*idle, *end]) for f in (min, max))
+    low, high = min([*idle, *end]), max([*idle, *end])
     # the idle state was somewhere between the two: the list's value must fit one of them
     fits = _agree(process, min(max(process, peak - high), peak - low), tables)
     return None, ["unseen-change" if fits else doubt]

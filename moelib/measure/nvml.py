@@ -7,6 +7,7 @@ why it is missing.
 import contextlib
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pynvml
@@ -84,9 +85,9 @@ class Gpu:
             raise lost[place]
         if isinstance(place, str):
             self.uuid, (self.handle, whole) = place, _instance(place)
-            place = next((i for i, c in enumerate(cards) if c.uuid == whole), None)
+            place = next((i for i, c in enumerate(cards) if c.uuid == whole), -1)
         else:
-            self.uuid, self.handle = cards[place].uuid, handles[place]
+            self.uuid, self.handle = str(cards[place].uuid), handles[place]
             self._refuse_divided()
         self._elsewhere = [h for i, h in enumerate(handles) if h is not None and i != place]
         self.name = _text(pynvml.nvmlDeviceGetName(self.handle))
@@ -130,14 +131,14 @@ class Gpu:
     def _link(self, which: str) -> tuple[int, int] | None:
         """(generation, lanes) of the link: `Max`, what card and board support; `Curr`, now (idle links slow down)."""
         generation, width = (
-            _ask(lambda part=part: getattr(pynvml, f"nvmlDeviceGet{which}PcieLink{part}")(self.handle))
+            _ask(partial(getattr(pynvml, f"nvmlDeviceGet{which}PcieLink{part}"), self.handle))
             for part in ("Generation", "Width")
         )
         return (int(generation), int(width)) if generation and width else None
 
     def _pcie(self) -> float | None:
         """The link's maximum rate one way in bytes per second; None for an unknown link."""
-        generation, width = self._link("Max") or (None, None)
+        generation, width = self._link("Max") or (0, 0)
         lane = LANE_BYTES_PER_S.get(generation)
         return lane * width if lane else None
 
@@ -170,12 +171,15 @@ class Gpu:
             with contextlib.suppress(pynvml.NVMLError):
                 elsewhere, _ = _processes(handle)
                 for pid in ours & elsewhere.keys():
-                    mine[pid] = None if None in (n := (mine.get(pid, 0), elsewhere[pid])) else sum(n)
-        known = bool(mine) and None not in mine.values()
-        memory = errors.add("memory-shared") if self.shared else ask(self._memory, "memory-unsupported")
+                    here, there = mine.get(pid, 0), elsewhere[pid]
+                    mine[pid] = None if here is None or there is None else here + there
+        sizes = [n for n in mine.values() if n is not None]
+        memory = None if self.shared else ask(self._memory, "memory-unsupported")
+        if self.shared:
+            errors.add("memory-shared")
         return Reading(
             t_s=t_s,
-            process_bytes=sum(mine.values()) if known else None,
+            process_bytes=sum(sizes) if mine and len(sizes) == len(mine) else None,
             device_bytes=int(memory.used) if memory else None,
             listed=bool(mine),
             others=tuple(sorted((pid, n) for pid, n in listed.items() if pid not in ours)),
@@ -231,8 +235,9 @@ class Traffic:
         """Why there is no total."""
 
     def look(self, t_s: float) -> None:
-        now = self._read()
-        if None in now:
+        readings = self._read()
+        now = [n for n in readings if n is not None]
+        if len(now) < len(readings):
             self.lost = self.lost or "the driver did not answer"
         elif self._last and (gap := t_s - self._last[0]) >= self.gap_s:
             self.lost = self.lost or (

@@ -3,19 +3,21 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 from moelib.base import files
 from moelib.base.files import stored
 from moelib.base.schema import Bytes, Count, Index, Seconds, Sha256
-from moelib.catalogue import params, placement
+from moelib.catalogue import params
+from moelib.catalogue import placement as placements
 from moelib.engine.buffers import Report
 from moelib.engine.client import Answer, Request, RunError
 from moelib.engine.engine import EngineError
 from moelib.machine import host, monitor, process
 from moelib.measure import device as devices
 from moelib.measure.memory import Memory, Trace, reconcile
-from moelib.measure.nvml import Counters
+from moelib.measure.nvml import Counters, Traffic
 from moelib.measure.runner import Job, Prompt, Runner, Server
 from moelib.models.quantize import Quantised
 
@@ -44,9 +46,9 @@ class Spec:
     seed: Count
 
     @property
-    def placed(self) -> placement.Placement:
+    def placed(self) -> placements.Placement:
         """Placement and load mode as a value."""
-        return placement.Placement.parse(self.placement, self.load_mode)
+        return placements.Placement.parse(self.placement, self.load_mode)
 
     @property
     def arm(self) -> str:
@@ -132,7 +134,7 @@ class Observation:
     @property
     def engine_digest(self) -> str | None:
         """One value for the engine's files, the device's process included; None in records of schema 2."""
-        return self.engine_files and files.digest([self.engine_files, self.device_files])
+        return None if self.engine_files is None else files.digest([self.engine_files, self.device_files])
 
     @property
     def engine_s(self) -> float:
@@ -203,6 +205,7 @@ def _observe(spec: Spec, quantised: Quantised, runner: Runner, device: devices.D
         sha256 = quantised.content.sha256()
     except OSError as err:
         raise RunError("file-gone", f"{quantised.path.name} went away while it ran: {err}") from None
+    mapped = digests()
     header = quantised.header.as_loaded(report.unused_tensors)
     moved = header.moved(spec.placed)
     header_bytes = (header.moved_bytes(spec.placed), header.device_bytes(spec.placed))
@@ -229,8 +232,10 @@ def _observe(spec: Spec, quantised: Quantised, runner: Runner, device: devices.D
         exit_code=ended.code,
         exit_killed=ended.killed,
         prompt_traffic=traffic,
-        watch_cpu_s=round(monitoring.cpu_s, 6),
-        **digests(),
+        watch_cpu_s=None if monitoring.cpu_s is None else round(monitoring.cpu_s, 6),
+        engine_files=mapped.get("engine_files"),
+        device_files=mapped.get("device_files"),
+        system_files=mapped.get("system_files"),
     )
 
 
@@ -253,15 +258,22 @@ def _request(server: Server, prompt: Prompt, index: int, started: float, energy:
     )
 
 
+def _look(bus: Traffic, now: Callable[[], float]) -> None:
+    bus.look(now())
+
+
 def _prompt_traffic(
     server: Server, prompts: list[Prompt], session: devices.Session, now: Callable[[], float]
 ) -> tuple[tuple[PromptTraffic, ...], dict[str, str]]:
     """Each prompt's traffic, and what is not known of it -> why."""
-    traffic, absent = [], {}
-    for prompt in prompts if session.traffic else ():
+    traffic: list[PromptTraffic] = []
+    absent: dict[str, str] = {}
+    if session.traffic is None:
+        return (), absent
+    for prompt in prompts:
         bus = session.traffic()
         bus.look(now())
-        with monitor.repeating(lambda bus=bus: bus.look(now()), devices.BUS_S):
+        with monitor.repeating(partial(_look, bus, now), devices.BUS_S):
             server.connect()
             server.read(server.ask(prompt.content, 1)[1], 1)
         if prompt.tokens is not None:

@@ -94,7 +94,7 @@ def _listing(client: "HfApi", repository: str, revision: str) -> Listing:
     with hub.asking(f"pinning {repository}"):
         info = client.model_info(repository, revision=revision, files_metadata=True)
         siblings: dict[str, Any] = {s.rfilename: s for s in info.siblings or ()}
-        if len(siblings) > hub.MAX_FILES or not re.fullmatch(r"[0-9a-f]{40}", info.sha or ""):
+        if len(siblings) > hub.MAX_FILES or not info.sha or not re.fullmatch(r"[0-9a-f]{40}", info.sha):
             raise TypeError(f"a commit {info.sha!r:.60} of {len(siblings)} files")
         listing = Listing(repository, info.sha, {}, [])
         for name in sorted(siblings):

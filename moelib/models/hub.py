@@ -10,7 +10,7 @@ import re
 import threading
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -87,7 +87,7 @@ def download(address: str, headers: dict[str, str], start: int, stop: int, name:
     """
     from httpx2 import TransportError
 
-    bar = {"initial": start, "total": stop, "desc": name, "unit": "B", "unit_scale": True}
+    bar: dict[str, Any] = {"initial": start, "total": stop, "desc": name, "unit": "B", "unit_scale": True}
     breaks = 0
     with tqdm(**bar, disable=None if name else True, leave=False) as progress:
         while start < stop:
@@ -261,7 +261,10 @@ def _limit_connections() -> None:
     default = get_session()  # its own class and hooks, which refuse requests where HF_HUB_OFFLINE is set
 
     def client() -> "Client":
-        hooks = {"request": [_asks, *default.event_hooks["request"]], "response": [_answers]}
+        hooks: dict[str, list[Callable[..., Any]]] = {
+            "request": [_asks, *default.event_hooks["request"]],
+            "response": [_answers],
+        }
         return type(default)(event_hooks=hooks, follow_redirects=True, max_redirects=REDIRECTS, timeout=WAIT_S)
 
     set_client_factory(client)

@@ -181,7 +181,7 @@ def adopt(model: str, given: Path) -> Source:
             path = place / part.name
             if part.resolve() != path.resolve():
                 _link(path, part.resolve())
-            hashes[path] = models.once(path, {"sha256": sha256}, lambda s=sha256: {"sha256": s})["sha256"]
+            hashes[path] = models.once(path, {"sha256": sha256}, partial(dict, sha256=sha256))["sha256"]
         return _choose(model, hashes, f"local file {given.name}")
 
 

@@ -39,7 +39,12 @@ def require(model: str, header: gguf_file.Header, name: str = "") -> None:
 def digest(path: Path) -> str:
     """SHA-256 of a large file, with a progress bar."""
     digest = hashlib.sha256()
-    bar = {"total": path.stat().st_size, "desc": f"checking {path.name}", "unit": "B", "unit_scale": True}
+    bar: dict[str, Any] = {
+        "total": path.stat().st_size,
+        "desc": f"checking {path.name}",
+        "unit": "B",
+        "unit_scale": True,
+    }
     with path.open("rb") as f, tqdm(**bar, disable=None, leave=False) as shown:
         while chunk := f.read(1 << 24):
             digest.update(chunk)
@@ -91,9 +96,9 @@ def _lacks(geometry: params.Geometry, header: gguf_file.Header) -> list[str]:
     for t in planned:
         if m := gguf_header.EXPERT_TENSOR.match(t.name):
             experts[int(m[1])] += prod(t.shape)
-    for t in header.tensors:
-        if t.is_expert and t.name.endswith(".weight"):
-            experts[t.block] -= prod(t.shape)
+    for tensor in header.tensors:
+        if tensor.is_expert and tensor.name.endswith(".weight"):
+            experts[tensor.block] -= prod(tensor.shape)
     if differing := [str(block) for block, n in sorted(experts.items(), key=str) if n]:
         layers = f"{len(differing)} layer(s), the first of them layer {differing[0]}"
         return [f"it is not whole: the expert tensors differ from the model's in {layers}"]
