@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import click
 
@@ -32,6 +33,7 @@ from moelib.catalogue import params
 from moelib.engine import client, engine
 from moelib.machine import host, process
 from moelib.measure import device, llama_server, run
+from moelib.measure.memory import Reading
 from moelib.models import models, quantize
 from moelib.study import overhead
 
@@ -46,11 +48,16 @@ TOGGLED_S = 20.0  # of generation in a round
 
 def rates(requests: tuple[client.Request, ...]) -> dict[str, list[float]]:
     """Tokens per second of each request, here and by the server, which counts the steps after the first token."""
-    server = [(r.predicted_n - 1) / r.engine_predicted_s for r in requests]
-    return {"client": [r.tps for r in requests], "server": server}
+    server = [(r.predicted_n - 1) / r.engine_predicted_s for r in requests if r.predicted_n and r.engine_predicted_s]
+    ours = [r.tps for r in requests if r.tps is not None]
+    if not len(server) == len(ours) == len(requests):
+        raise click.ClickException("the server told no counts or times of a request: take llama.cpp's own")
+    return {"client": ours, "server": server}
 
 
-def observe(spec: run.Spec, made: quantize.Quantised, llama: engine.Engine, where: device.Device, work: Path):
+def observe(
+    spec: run.Spec, made: quantize.Quantised, llama: engine.Engine, where: device.Device, work: Path
+) -> tuple[client.Request, ...]:
     """A run's requests."""
     outcome = run.execute(spec, made, llama_server.LlamaServer(llama), where, work)
     if outcome.observation is None:
@@ -69,7 +76,9 @@ def changed(owner: object, name: str, value: object) -> Iterator[None]:
         setattr(owner, name, before)
 
 
-def toggle(rate: float, spec: run.Spec, made: quantize.Quantised, llama: engine.Engine, where: device.Device, work):
+def toggle(
+    rate: float, spec: run.Spec, made: quantize.Quantised, llama: engine.Engine, where: device.Device, work: Path
+) -> list[tuple[float, float]]:
     """The slots of a generation at about `rate`, with the monitors on in one of each two of them."""
     number = math.ceil(rate * TOGGLED_S / (CONTEXT - 100))
     tokens = max(params.workload(WORKLOAD).generate_tokens, math.ceil(rate * TOGGLED_S / number))
@@ -78,11 +87,11 @@ def toggle(rate: float, spec: run.Spec, made: quantize.Quantised, llama: engine.
     session = where.session
 
     @contextmanager
-    def gated(*args) -> Iterator[device.Session]:
+    def gated(*args: Any) -> Iterator[device.Session]:
         with session(*args) as opened:
-            read, last = opened.read, []
+            read, last = opened.read, list[Reading]()
 
-            def now_and_then(server_pid: int | None, t_s: float):
+            def now_and_then(server_pid: int | None, t_s: float) -> Reading:
                 if server_pid is None or not last or overhead.watched(t_s):
                     last[:] = [read(server_pid, t_s)]
                 return last[0]
@@ -101,7 +110,9 @@ def in_one_piece(server: llama_server.Serving, prompt: list[int], tokens: int) -
     return time.monotonic(), [(0.0, b"data: " + answer.content)]
 
 
-def take(how: str, spec: run.Spec, made: quantize.Quantised, llama: engine.Engine, where: device.Device, work: Path):
+def take(
+    how: str, spec: run.Spec, made: quantize.Quantised, llama: engine.Engine, where: device.Device, work: Path
+) -> Any:
     """What one way of measuring gives."""
     if how == "bench":
         return bench(llama, where, made.path, spec.placement, params.workload(WORKLOAD).generate_tokens, work)
@@ -112,7 +123,9 @@ def take(how: str, spec: run.Spec, made: quantize.Quantised, llama: engine.Engin
         return rates(observe(spec, made, llama, where, work))
 
 
-def bench(llama: engine.Engine, where: device.Device, file: Path, placement: str, tokens: int, work: Path):
+def bench(
+    llama: engine.Engine, where: device.Device, file: Path, placement: str, tokens: int, work: Path
+) -> list[float]:
     """Tokens per second by llama-bench: decoding alone, without a server and without sampling."""
     tool = llama.folder / "llama-bench"
     if not tool.exists():
@@ -156,6 +169,7 @@ def main(
         return
     llama = engine.find()
     where = device.choose("auto", llama)
+    fields: dict[str, Any]
     fields = {"study": "benchmark", "model": model, "weights": "twin", "scale": scale, "quant": quant, "block": 0}
     fields |= {
         "order": 0,
@@ -169,6 +183,7 @@ def main(
         work = Path(scratch)
         made = quantize.make(models.make_twin(model, scale, needed=False), quant, llama, work)
         where.calibrate(work)
+        about: dict[str, Any]
         about = {"model": model, "scale": scale, "quant": quant, "weights": "twin", "file_sha256": made.sheet["sha256"]}
         about |= {"engine": str(llama), "device": where.identity(), "host": host.facts(), "workload": WORKLOAD}
         results = overhead.read(out) if out and out.exists() else None
@@ -187,7 +202,8 @@ def main(
                 measured.append({"placement": placement, "order": list(took), **took})
             print(f"round {number + 1} of {rounds}", flush=True)
             results = overhead.write(out or work / "harness.json", about, measured)
-    show(results)
+    if results:
+        show(results)
 
 
 if __name__ == "__main__":

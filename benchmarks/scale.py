@@ -14,7 +14,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 import yaml
@@ -22,6 +24,7 @@ import yaml
 from moelib.audit import record
 from moelib.base import files
 from moelib.catalogue import params
+from moelib.measure.run import Spec
 from moelib.study import study
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,7 +47,7 @@ def multiply(home: Path, blocks: int) -> Path:
     shutil.copytree(DEMO / "quants", folder.path / "quants")
     for kind in ("records", "raw"):
         (folder.path / kind).mkdir()
-    originals = {}
+    originals: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for path in sorted((DEMO / "records").glob("*.json")):
         data = json.loads(path.read_text(encoding="utf-8"))
         spec = data["spec"]
@@ -59,9 +62,9 @@ def multiply(home: Path, blocks: int) -> Path:
     return folder.path
 
 
-def _write(folder: Path, of: dict, spec: object, when: int, chance: random.Random) -> None:
+def _write(folder: Path, of: dict[str, Any], spec: Spec, when: int, chance: random.Random) -> None:
     name = record.run_id(spec, 1)
-    data = {**of, "run_id": name, "spec": json.loads(files.canonical(vars_of(spec)))}
+    data = {**of, "run_id": name, "spec": json.loads(files.canonical(asdict(spec)))}
     days, seconds = divmod(when, 86400)
     clock = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
     data["started_utc"] = f"{2026 + days // 336}-{1 + days // 28 % 12:02}-{1 + days % 28:02}T{clock}+00:00"
@@ -80,10 +83,6 @@ def _write(folder: Path, of: dict, spec: object, when: int, chance: random.Rando
     data["digest"] = files.digest({k: v for k, v in data.items() if k != "digest"})
     lines = [f" {json.dumps(k)}: {files.canonical(v).decode()}" for k, v in sorted(data.items())]
     (folder / "records" / f"{name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-
-
-def vars_of(spec: object) -> dict:
-    return {name: getattr(spec, name) for name in spec.__dataclass_fields__}
 
 
 def spent(home: Path, command: list[str]) -> tuple[float, float, int, str]:

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -50,7 +51,7 @@ def say_all(problems: list[str], err: bool = False) -> None:
 class Group(click.Group):
     """Turns errors into one message and an exit code; ends quietly if the reader of the output goes away."""
 
-    def main(self, *args: object, **kwargs: object) -> object:
+    def main(self, *args: Any, **kwargs: Any) -> Any:
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):  # a terminal that has no `→` shows a `?`
                 stream.reconfigure(errors="replace")
@@ -68,7 +69,7 @@ class Group(click.Group):
             if isinstance(err, Unprinted):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would try again at its end
             if not (isinstance(err, Unprinted) and err.errno == errno.EPIPE):
-                cure = CURES.get(err.errno, "fix that, and run the same command again")
+                cure = CURES.get(err.errno or 0, "fix that, and run the same command again")
                 say(f"moelib: {err.filename or type(err).__name__}: {err.strerror or err}; {cure}", err=True)
             sys.exit(FAILED)
         except Exception as err:
@@ -246,7 +247,7 @@ def audit(name: str, re_audit: bool) -> None:
     from moelib.study.study import Study
 
     for r in campaign.reaudit(Study.named(name)) if re_audit else ():
-        say(f"re-audited: {r.line}, from the readings of {r.judged.record}")
+        say(f"re-audited: {r.line}, from the readings of {r.judged and r.judged.record}")
     measured = Study.read(outputs() / name)
     say(appendix.audit_table(measured).text())
     say(measured.summary())

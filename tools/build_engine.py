@@ -53,8 +53,8 @@ def flags() -> list[str]:
     arguments = list(FLAGS)
     if has_cuda():
         arguments.append("-DGGML_CUDA=ON")
-    if platform.machine() == "x86_64":
-        probe = [compiler(), *NO_AMX.split(), "-E", "-x", "c++", "/dev/null"]
+    if platform.machine() == "x86_64" and (cxx := compiler()):
+        probe = [cxx, *NO_AMX.split(), "-E", "-x", "c++", "/dev/null"]
         if subprocess.run(probe, capture_output=True, timeout=60).returncode == 0:
             arguments += [f"-DCMAKE_C_FLAGS='{NO_AMX}'", f"-DCMAKE_CXX_FLAGS='{NO_AMX}'"]
     return arguments
@@ -164,8 +164,8 @@ def main() -> None:
     except EngineError:
         if any(folder for how, folder in candidates() if how not in MADE):
             raise
-    if llama := from_archive():
-        print(f"using {llama}")
+    if unpacked := from_archive():
+        print(f"using {unpacked}")
         return
     print("building llama.cpp's tools from source; about 7 minutes on 2 cores, once a machine", flush=True)
     print(f"built {build()}")

@@ -25,7 +25,7 @@ GLIBC = "2.39"  # of the newest Ubuntu that releases are made on: a machine with
 
 def download(build: int, assets: list[str], work: Path) -> dict[str, dict[str, int | str]]:
     """Name -> bytes and SHA-256 of each file. Raises ArchiveError where one cannot be had or they hold no tools."""
-    pinned = {}
+    pinned: dict[str, dict[str, int | str]] = {}
     for asset in assets:
         url, part = f"{archive.base_url()}/b{build}/{asset}", work / asset
         try:

@@ -53,11 +53,11 @@ def block_alike(runs: Sequence[Record]) -> Finding:
     """Nothing but the arm differs: one host, GPU, driver, kernel, engine and file, the same requests."""
 
     def common(r: Record) -> dict[str, Any]:
-        requests = [(q.workload, q.index, q.prompt_tokens, q.generate_tokens) for q in r.observed.requests]
+        requests = [(q.workload, q.index, q.prompt_tokens, q.generate_tokens) for q in r.observation.requests]
         host, device = r.host, r.device
         return {
             "file": r.sheet.sha256,
-            "engine": (r.engine.runner, r.engine.server_sha256, r.observed.engine_files, r.observed.device_files),
+            "engine": (r.engine.runner, r.engine.server_sha256, r.observation.engine_files, r.observation.device_files),
             "device": (device.kind, device.name, device.uuid, device.total_bytes, device.context_bytes),
             "driver": device.driver,
             "link and limits": [
@@ -67,26 +67,25 @@ def block_alike(runs: Sequence[Record]) -> Finding:
             "kernel": host.system,
             "context": r.spec.context,
             "prompts": requests,
-        } | ({} if r.spec.placed.threads else {"threads": r.observed.threads})
+        } | ({} if r.spec.placed.threads else {"threads": r.observation.threads})
 
     first = common(baseline(runs))
     differs = {k for r in runs for k, v in common(r).items() if v != first[k]}
     # a driver maps some of its libraries late, so only those that both have are compared
-    system = runs[0].observed.system_files or {}
+    system = runs[0].observation.system_files or {}
     for r in runs[1:]:
-        if any(system.get(name, sha256) != sha256 for name, sha256 in (r.observed.system_files or {}).items()):
+        if any(system.get(name, sha256) != sha256 for name, sha256 in (r.observation.system_files or {}).items()):
             differs.add("the system's libraries")
-    differs = sorted(differs)
-    return not differs, f"differ in {', '.join(differs)}" if differs else f"{len(runs)} runs alike"
+    return not differs, f"differ in {', '.join(sorted(differs))}" if differs else f"{len(runs)} runs alike"
 
 
 @holds("block", "0.1 % + 1 MiB, and more graph splits", needs="buffers")
 def block_placement(runs: Sequence[Record]) -> Finding:
     """What left the device between baseline and offload is what the header says the placement moves, and the graph
     was cut where the experts went: a flag that was accepted and ignored is caught here."""
-    base, failures = baseline(runs).observed, []
-    for r in (r for r in runs if r.spec.placement != REFERENCE and r.observed.device_kind != "none"):
-        observation = r.observed
+    base, failures = baseline(runs).observation, []
+    for r in (r for r in runs if r.spec.placement != REFERENCE and r.observation.device_kind != "none"):
+        observation = r.observation
         on, off = base.report.device_bytes("model"), observation.report.device_bytes("model")
         if on is None or off is None or not agrees(on - off, observation.placement.moved_bytes):
             failures.append(
@@ -103,9 +102,9 @@ def block_placement(runs: Sequence[Record]) -> Finding:
 @holds("block", f"relative spread above {SAME_SHARE:g}")
 def block_ttft_measured(runs: Sequence[Record]) -> Finding:
     """Time to first token is not a constant share of the total: then it was computed, not measured."""
-    requests = [q for r in runs for q in r.observed.requests if q.total_s]
+    requests = [(q, q.total_s) for r in runs for q in r.observation.requests if q.total_s]
     # an answer in one piece, of which nobody says how many tokens it has, shows no first token
-    shares = [q.token_s[0] / q.total_s for q in requests if q.token_n or len(q.token_s) > 1]
+    shares = [q.token_s[0] / total_s for q, total_s in requests if q.token_n or len(q.token_s) > 1]
     if not shares and (unknown := silence(_runs(runs), ["tokens"])):
         return None, unknown
     spread = (max(shares) - min(shares)) / max(shares) if shares else 0.0
@@ -154,15 +153,19 @@ def audited_again_from_a_record(study: Matrix) -> Finding:
         if r.judged is None:
             continue
         first = by_id.get(r.judged.record)
-        same = first is not None and (first.digest, first.key, first.raw) == (r.judged.digest, r.key, r.raw)
-        if not same or _readings(first) != _readings(r) or first.attempt >= r.attempt:
+        if (
+            first is None
+            or (first.digest, first.key, first.raw) != (r.judged.digest, r.key, r.raw)
+            or _readings(first) != _readings(r)
+            or first.attempt >= r.attempt
+        ):
             unmatched.append(r.run_id)
     return not unmatched, f"not so: {', '.join(unmatched[:3])}" if unmatched else "each names its first record"
 
 
 def _readings(r: Record) -> Any:
     """What was measured, without what rules make of it."""
-    observation = r.observed
+    observation = r.observation
     return observation and (
         observation.requests,
         observation.memory.trace,
@@ -177,9 +180,9 @@ def _readings(r: Record) -> Any:
 @holds("study", f"{CLOCK_SHARE:.0%} between readings of one card")
 def clocks_one_cards(study: Matrix) -> Finding:
     """While nothing slows a card, its clocks are its own: about the same in every run."""
-    clocks = defaultdict(list)
+    clocks: dict[str | None, list[int]] = defaultdict(list)
     for r in study.runs:
-        clocks[r.device.uuid] += [c.sm_clock_mhz for c in r.observed.counters if c.events == 0 and c.sm_clock_mhz]
+        clocks[r.device.uuid] += [c.sm_clock_mhz for c in r.observation.counters if c.events == 0 and c.sm_clock_mhz]
     apart = [
         f"{uuid}: {min(c)} to {max(c)} MHz" for uuid, c in clocks.items() if c and min(c) < max(c) * (1 - CLOCK_SHARE)
     ]
@@ -189,14 +192,16 @@ def clocks_one_cards(study: Matrix) -> Finding:
 @holds("study", f"equal facts of one device; RAM within {RAM_TIMES:g} times, idle power {IDLE_TIMES:g}")
 def machines_are_themselves(study: Matrix) -> Finding:
     """One device is as large and as fast in every run and idles alike in every cell; so is one host's RAM."""
-    devices, hosts, idle, failures = {}, defaultdict(list), defaultdict(dict), []
+    devices: dict[tuple[str | None, str | None], tuple[float | None, ...]] = {}
+    idle: dict[str | None, dict[str, float]] = defaultdict(dict)
+    hosts, failures = defaultdict(list), []
     for r in study.runs:
         specs = (r.device.total_bytes, r.device.bandwidth_bytes_per_s, r.device.pcie_bytes_per_s)
         if devices.setdefault((r.device.uuid, r.device.name), specs) != specs:
             failures.append(f"{r.device.name} in {r.run_id}")
-        if r.host.ram_read_bytes_per_s and r.device.kind == "cuda" and not strained(r.observed):
+        if r.host.ram_read_bytes_per_s and r.device.kind == "cuda" and not strained(r.observation):
             hosts[r.host.host_id, r.device.uuid, r.host.cpu].append(r.host.ram_read_bytes_per_s)
-        if r.observed.counters and (watts := r.observed.counters[0].power_watt):
+        if r.observation.counters and (watts := r.observation.counters[0].power_watt):
             cells = idle[r.device.uuid]
             cells[r.cell] = min(watts, cells.get(r.cell, watts))
     for cells in idle.values():
@@ -219,9 +224,9 @@ def libraries_one_size(study: Matrix) -> Finding:
     rests = defaultdict(list)
     for r in study.runs:
         weights, stay = bounds.weights_resident(measured(r))
-        if r.observed.host_rss_peak_bytes is not None and stay and not measured(r).lacks("buffers"):
+        if r.observation.host_rss_peak_bytes is not None and stay and not measured(r).lacks("buffers"):
             machine = r.device.kind, r.device.uuid, r.host.host_id, r.host.cpu, r.engine.server_sha256
-            rests[machine].append((r.observed.host_rss_peak_bytes - weights, r.run_id))
+            rests[machine].append((r.observation.host_rss_peak_bytes - weights, r.run_id))
     apart = [
         f"{min(sizes)[0]} in {min(sizes)[1]}, {max(sizes)[0]} in {max(sizes)[1]}"
         for (kind, *_), sizes in rests.items()
@@ -236,7 +241,7 @@ def pages_one_size(study: Matrix) -> Finding:
     page of resident memory, whatever the file. Of large pages their number says nothing."""
     rates = defaultdict(list)
     for r in study.runs:
-        faults, peak = r.observed.host.minor_faults, r.observed.host_rss_peak_bytes
+        faults, peak = r.observation.host.minor_faults, r.observation.host_rss_peak_bytes
         if r.spec.load_mode == "none" and r.device.kind == "cuda" and faults and peak:
             rates[r.device.uuid, r.host.host_id, r.host.cpu].append((faults / (peak / PAGE_BYTES), r.run_id))
     apart = [
@@ -253,33 +258,34 @@ def pages_one_size(study: Matrix) -> Finding:
 )
 def monitors_one_price(study: Matrix) -> Finding:
     """Monitors read one machine's instruments at one pace: that takes about as much of a CPU in every cell."""
-    arms = defaultdict(lambda: defaultdict(list))
+    arms: dict[tuple[str | None, ...], dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for r in study.runs:
-        spent, lasted = r.observed.watch_cpu_s, r.observed.host.elapsed_s
-        if spent and lasted > 0 and not strained(r.observed):
+        spent, lasted = r.observation.watch_cpu_s, r.observation.host.elapsed_s
+        if spent and lasted > 0 and not strained(r.observation):
             arm = r.device.kind, r.device.uuid, r.host.host_id, r.host.cpu, r.host.commit, r.spec.arm
             arms[arm][r.cell].append((spent / lasted, lasted))
     apart = []
-    for (*_, arm), cells_ in arms.items():
+    for (*_, name_of_arm), cells_ in arms.items():
         shares = {name: median(s for s, _ in runs) for name, runs in cells_.items() if len(runs) >= WATCHED}
         limits = {
             name: WATCH_TIMES * min(shares.values()) + WATCH_MORE + WATCH_LOOK_S / median(t for _, t in cells_[name])
             for name in shares
         }
         if any(shares[name] > limits[name] for name in shares):
-            apart.append(f"{arm}: {', '.join(f'{name} {share:.2%}' for name, share in shares.items())}")
+            apart.append(f"{name_of_arm}: {', '.join(f'{name} {share:.2%}' for name, share in shares.items())}")
     return not apart, "; ".join(apart[:3]) or f"{len(arms)} arms"
 
 
 @holds("study", f"{COUNTER_WATT:g} W at the most since the reading before")
 def counters_have_one_course(study: Matrix) -> Finding:
     """A board's energy counter only grows, by no more than a board draws, or begins anew when its driver is loaded."""
-    boards, failures = defaultdict(list), []
+    boards: dict[str | None, list[tuple[float, float, str]]] = defaultdict(list)
+    failures = []
     for r in study.runs:
-        known = [c for c in r.observed.counters if c.energy_joule is not None]
+        known = [(c.t_s, c.energy_joule) for c in r.observation.counters if c.energy_joule is not None]
         if known and r.judged is None:
             begun = datetime.fromisoformat(r.started_utc).timestamp()
-            boards[r.device.uuid] += [(begun + c.t_s, c.energy_joule, r.run_id) for c in (known[0], known[-1])]
+            boards[r.device.uuid] += [(begun + t, joules, r.run_id) for t, joules in (known[0], known[-1])]
     for readings in boards.values():
         readings.sort()
         for (t, before, _), (u, after, name) in itertools.pairwise(readings):
@@ -292,12 +298,13 @@ def counters_have_one_course(study: Matrix) -> Finding:
 @holds("study", f"equal parameters; experts over the bus within {SHARE_TIMES:g} times")
 def quants_of_one_model(study: Matrix) -> Finding:
     """Quantising changes no number of parameters, and of a prompt's experts about the same share crosses the bus."""
-    parameters, shares, failures = {}, defaultdict(list), []
+    parameters: dict[tuple[str, str], int] = {}
+    shares, failures = defaultdict(list), []
     for r in study.runs:
         if parameters.setdefault((r.spec.model, r.spec.scale), r.sheet.parameters) != r.sheet.parameters:
             failures.append(f"parameters of {r.cell}")
-        moved = r.observed.placement.moved_bytes
-        for t in r.observed.prompt_traffic:
+        moved = r.observation.placement.moved_bytes
+        for t in r.observation.prompt_traffic:
             if t.received_bytes is None or 0 < moved < SHARE_BYTES:
                 continue
             if t.received_bytes > SHARE_LEAST * moved:
@@ -342,7 +349,7 @@ def run(subject: Measured) -> tuple[Check, ...]:
 
 def measured(r: Record) -> Measured:
     """What a record that holds an observation gives its run's invariants to look at."""
-    return Measured(r.spec, r.observed, r.sheet, r.device, r.host, r.engine.runner)
+    return Measured(r.spec, r.observation, r.sheet, r.device, r.host, r.engine.runner)
 
 
 def verdict(checks: Sequence[Check]) -> tuple[str, tuple[str, ...]]:

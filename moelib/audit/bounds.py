@@ -61,8 +61,8 @@ def one_timeline(run: Measured) -> Finding:
             ("counters", [c.t_s for c in o.counters], 0.0, o.host.elapsed_s),
             ("readings after the end", after, during[-1] if during else 0.0, o.wall_s),
         ):
-            marks = [first, *times, last + TICK_S]
-            if any(not a <= b for a, b in itertools.pairwise(marks)):
+            order = [first, *times, last + TICK_S]
+            if any(not a <= b for a, b in itertools.pairwise(order)):
                 yield f"{name} not in order between {first:.2f} and {last:.2f} s"
         if during and o.host.elapsed_s - during[-1] > LAST_READING_S:
             yield f"nothing was read in the last {o.host.elapsed_s - during[-1]:.2f} s"
@@ -78,7 +78,7 @@ def memory_bound(run: Measured, rate: float) -> float | None:
     on_card = placement.device_read_bytes if run.observation.device_kind == "cuda" else 0
     if (on_card and not device) or (in_ram and not host):
         return None
-    return rate * ((on_card / device if on_card else 0.0) + (in_ram / host if in_ram else 0.0))
+    return rate * ((on_card / device if device else 0.0) + (in_ram / host if host else 0.0))
 
 
 @holds("run", f"{BOUND_SHARE:.0%} of the rate that reading the weights alone allows")
@@ -117,12 +117,13 @@ def energy_possible(run: Measured) -> Finding:
                 least = joules - watts * (lasted - r.total_s + COURSE_S)
                 if not least - 1 <= used <= joules + 1:
                     yield f"{name}, the counter moved by {joules:.0f} J in {lasted:.3f} s"
-        spent = [r.energy_joule for r in run.observation.requests]
-        if total and spent and None not in spent and sum(spent) > total[-1] - total[0] + 1:
+        spent = [r.energy_joule for r in run.observation.requests if r.energy_joule is not None]
+        known = bool(spent) and len(spent) == len(run.observation.requests)
+        if total and known and sum(spent) > total[-1] - total[0] + 1:
             yield f"{sum(spent):.0f} J in requests, the counter moved by {total[-1] - total[0]:.0f} J"
         drawn = [c.power_watt for c in counters if c.power_watt is not None]
         lasted = sum(r.total_s or 0.0 for r in run.observation.requests)
-        if drawn and spent and None not in spent and lasted > 1.0:
+        if drawn and known and lasted > 1.0:
             mean = sum(spent) / lasted
             if not min(drawn) / METER <= mean <= METER * max(drawn):
                 yield f"{mean:.0f} W by energy, {min(drawn):.0f} to {max(drawn):.0f} W by the board's own meter"
@@ -132,12 +133,12 @@ def energy_possible(run: Measured) -> Finding:
 
 def course(counters: Sequence[Counters], start_s: float, end_s: float) -> tuple[float, float] | None:
     """(joules, seconds) between two readings of the counter that enclose a time; None where there are none."""
-    known = [c for c in counters if c.energy_joule is not None]
-    before = [c for c in known if c.t_s <= start_s + TICK_S]
-    after = [c for c in known if c.t_s >= end_s - TICK_S]
-    if not before or not after or after[0].t_s <= before[-1].t_s:
+    known = [(c.t_s, c.energy_joule) for c in counters if c.energy_joule is not None]
+    before = [(t, joules) for t, joules in known if t <= start_s + TICK_S]
+    after = [(t, joules) for t, joules in known if t >= end_s - TICK_S]
+    if not before or not after or after[0][0] <= before[-1][0]:
         return None
-    return after[0].energy_joule - before[-1].energy_joule, after[0].t_s - before[-1].t_s
+    return after[0][1] - before[-1][1], after[0][0] - before[-1][0]
 
 
 def weights_resident(run: Measured) -> tuple[int, bool]:

@@ -72,8 +72,8 @@ def one_file_and_engine(cell: Cell) -> Finding:
     files = {k: s.model_copy(update={"quantize_s": 0.0, "origin": None}) for k, s in manifests.items()}
     same = {
         "file": lambda r: files[id(r.sheet)],
-        "engine": lambda r: (r.engine.runner, r.engine.server_sha256, r.engine.build, r.observed.report.built),
-        "engine's libraries": lambda r: r.observed.engine_digest,
+        "engine": lambda r: (r.engine.runner, r.engine.server_sha256, r.engine.build, r.observation.report.built),
+        "engine's libraries": lambda r: r.observation.engine_digest,
         "device": lambda r: (r.device.kind, r.device.name),
         "device memory's speed": lambda r: r.device.bandwidth_bytes_per_s,
         "device's size": lambda r: r.device.total_bytes,
@@ -87,17 +87,17 @@ def header_numbers_agree(cell: Cell) -> Finding:
 
     def failures() -> Iterator[str]:
         for arm, runs in by_arm(cell.runs).items():
-            yield from (f"{arm}: {text}" for text in _differ({"header": lambda r: r.observed.placement}, runs))
+            yield from (f"{arm}: {text}" for text in _differ({"header": lambda r: r.observation.placement}, runs))
         sums = {
-            "weights": lambda r: r.observed.placement.device_bytes + r.observed.placement.moved_bytes,
+            "weights": lambda r: r.observation.placement.device_bytes + r.observation.placement.moved_bytes,
             "experts": lambda r: r.sheet.expert_bytes,
         }
         yield from _differ(sums, cell.runs)
-        read = [(p.device_read_bytes + p.host_read_bytes) for p in (r.observed.placement for r in cell.runs)]
+        read = [(p.device_read_bytes + p.host_read_bytes) for p in (r.observation.placement for r in cell.runs)]
         if max(read) - min(read) > 1:  # the share of a part is rounded down
             yield f"a token reads {min(read)} to {max(read)} bytes"
         for r in cell.runs:
-            p, experts = r.observed.placement, r.sheet.expert_bytes
+            p, experts = r.observation.placement, r.sheet.expert_bytes
             whole = r.spec.placed.is_whole
             if p.moved_bytes > experts or (whole and p.moved_bytes != experts):
                 yield f"{r.run_id} moves {p.moved_bytes} of {experts} bytes"
@@ -110,22 +110,24 @@ def workloads_as_planned(cell: Cell) -> Finding:
     """Prompts and answers are as long as the plan has them, and a prompt has one length in all runs."""
 
     def failures() -> Iterator[str]:
-        lengths: dict[str, set[int]] = defaultdict(set)
+        lengths: dict[str, set[int | None]] = defaultdict(set)
         for r in cell.runs:
-            for q in r.observed.requests:
+            for q in r.observation.requests:
                 planned = cell.workloads.get(q.workload)
                 lengths[q.workload].add(q.prompt_tokens)
                 if planned is None or q.generate_tokens != planned.generate_tokens:
                     yield f"{r.run_id}: {q.workload} generates {q.generate_tokens}"
                 elif planned.prompt_tokens and q.prompt_tokens not in (None, planned.prompt_tokens):
                     yield f"{r.run_id}: {q.workload} has {q.prompt_tokens} prompt tokens"
-        yield from (f"{name}: prompts of {sorted(n)} tokens" for name, n in lengths.items() if len(n) > 1)
+        yield from (
+            f"{name}: prompts of {sorted(n, key=lambda k: k or 0)} tokens" for name, n in lengths.items() if len(n) > 1
+        )
 
     return finding(failures(), f"{len(cell.workloads)} workloads")
 
 
 def _requests(runs: Iterable[Record]) -> list[Request]:
-    return [q for r in runs for q in r.observed.requests]
+    return [q for r in runs for q in r.observation.requests]
 
 
 @holds(
@@ -138,24 +140,24 @@ def _requests(runs: Iterable[Record]) -> list[Request]:
 def arms_keep_the_engines_time(cell: Cell) -> Finding:
     """On a quiet host, what this side adds to the engine's own times is small over all of an arm's requests: a run may
     be delayed, not all of them by as much. The first token may wait where all CPUs decode; the last one does not."""
-    quiet = [r for r in cell.runs if not strained(r.observed)]
-    idle = {r.spec.arm for r in quiet if r.observed.device_kind == "cuda" and r.spec.placed.is_baseline}
+    quiet = [r for r in cell.runs if not strained(r.observation)]
+    idle = {r.spec.arm for r in quiet if r.observation.device_kind == "cuda" and r.spec.placed.is_baseline}
 
     def wrong() -> Iterator[str]:
         for r in quiet:
             after = [
                 q.token_s[-1] - q.engine_prompt_s - q.engine_predicted_s
-                for q in r.observed.requests
+                for q in r.observation.requests
                 if q.engine_prompt_s and q.engine_predicted_s is not None and q.whole
             ]
-            if after and not 0 <= median(after) <= ENDED_S.get(r.observed.device_kind, ENDED_SHARED_S):
+            if after and not 0 <= median(after) <= ENDED_S.get(r.observation.device_kind, ENDED_SHARED_S):
                 yield f"{r.run_id}: last tokens {median(after) * 1e3:.1f} ms after the engine's"
         for (arm, workload, _), requests in _by_workload(quiet).items():
-            late = [q.ttft_s - q.engine_prompt_s - LATENCY_SHARE * q.engine_prompt_s for q in requests]
+            late = [t.ttft_s - t.prompt_s - LATENCY_SHARE * t.prompt_s for t in requests]
             if median(late) > LATENCY_S:
                 yield f"{arm}: first tokens of {workload} {median(late) * 1e3:.1f} ms late"
             # an incomplete character at the end has no event: then the last token's time is not known
-            ours = [(q.token_s[-1] - q.token_s[0], q.engine_predicted_s) for q in requests if q.whole]
+            ours = [(t.request.token_s[-1] - t.request.token_s[0], t.decode_s) for t in requests if t.request.whole]
             least, share = (IDLE_S, IDLE_SHARE) if arm in idle else (DECODE_S, DECODE_SHARE)
             if len(ours) > 1 and (apart := median([abs(a - b) - share * b for a, b in ours])) > least:
                 yield f"{arm}: decoding {workload} {apart * 1e3:.1f} ms from the engine's time"
@@ -163,20 +165,30 @@ def arms_keep_the_engines_time(cell: Cell) -> Finding:
     return finding(wrong(), f"{len(_requests(cell.runs))} requests")
 
 
-def _by_workload(runs: Iterable[Record]) -> dict[tuple[str, str, bool], list[Request]]:
+class _Timed(NamedTuple):
+    """A request with all of its times: to the first token here, of the prompt and of decoding by the engine."""
+
+    request: Request
+    ttft_s: float
+    prompt_s: float
+    decode_s: float
+
+
+def _by_workload(runs: Iterable[Record]) -> dict[tuple[str, str, bool], list[_Timed]]:
     """Requests by arm, workload, and whether the server was warm."""
     groups = defaultdict(list)
     for r in runs:
-        for q in r.observed.requests:
+        for q in r.observation.requests:
             if q.ttft_s is not None and q.engine_prompt_s and q.engine_predicted_s is not None:
-                groups[r.spec.arm, q.workload, q.index > 0].append(q)
+                timed = _Timed(q, q.ttft_s, q.engine_prompt_s, q.engine_predicted_s)
+                groups[r.spec.arm, q.workload, q.index > 0].append(timed)
     return groups
 
 
 @holds("cell", f"{START_S * 1e3:g} ms, or {STARTS} times the cell's usual")
 def starts_alike(cell: Cell) -> Finding:
     """From the start of a process to its log's first instant passes about the same time in every run."""
-    quiet = [r for r in cell.runs if r.run_id in cell.starts and not strained(r.observed)]
+    quiet = [r for r in cell.runs if r.run_id in cell.starts and not strained(r.observation)]
     if not quiet:
         return True, "the logs have no times, or the host was not quiet"
     usual = median(cell.starts[r.run_id] for r in quiet)
@@ -192,7 +204,7 @@ def starts_alike(cell: Cell) -> Finding:
     return finding(failures(), f"{usual * 1e3:.0f} ms in the median")
 
 
-def _spread(name: str, values: Mapping[str, list[float]], least: float, share: float) -> Iterator[str]:
+def _spread(name: str, values: Mapping[str, Sequence[float]], least: float, share: float) -> Iterator[str]:
     for label, numbers in values.items():
         if numbers and max(numbers) - min(numbers) > max(least, share * max(numbers)):
             yield f"{name} of {label}: {min(numbers):.0f} to {max(numbers):.0f}"
@@ -208,9 +220,9 @@ def memory_steady(cell: Cell) -> Finding:
 
     def failures() -> Iterator[str]:
         device, host, bus, rests = (defaultdict(list) for _ in range(4))
-        loopback = any(r.observed.device_kind == "loopback" for r in cell.runs)
+        loopback = any(r.observation.device_kind == "loopback" for r in cell.runs)
         for r in cell.runs:
-            o, arm = r.observed, r.spec.arm
+            o, arm = r.observation, r.spec.arm
             if o.memory.value_bytes is not None:
                 device[arm].append(o.memory.value_bytes)
             if o.memory.residual_bytes is not None:
@@ -224,12 +236,12 @@ def memory_steady(cell: Cell) -> Finding:
         yield from _spread("device memory", device, least, share)
         yield from _spread("host memory", host, STEADY_BYTES, STEADY_SHARE)
         yield from _spread("bus traffic", bus, STEADY_BYTES, STEADY_SHARE)
-        alike = defaultdict(list)  # mapped or copied, the same experts cross the bus
+        alike: dict[str, list[int]] = defaultdict(list)  # mapped or copied, the same experts cross the bus
         for label, moved in bus.items():
             alike[f"{label.partition('/')[0]}, {label.partition(', ')[2]} in all load modes"] += moved
         yield from _spread("bus traffic", alike, STEADY_BYTES, STEADY_SHARE)
         middles = {arm: median(rest) for arm, rest in rests.items()}
-        largest = max((r.observed.memory.value_bytes or 0 for r in cell.runs), default=0)
+        largest = max((r.observation.memory.value_bytes or 0 for r in cell.runs), default=0)
         bound = max(REST_BYTES, REST_SHARE * largest) if loopback else max(AGREE_BYTES, AGREE_SHARE * largest)
         if middles and max(middles.values()) - min(middles.values()) > bound:
             yield f"beside the engine's buffers {', '.join(f'{arm} {n:.0f}' for arm, n in middles.items())} bytes"
@@ -245,7 +257,7 @@ def pages_steady(cell: Cell) -> Finding:
     def failures() -> Iterator[str]:
         sessions = defaultdict(list)
         for r in cell.runs:
-            use = r.observed.host
+            use = r.observation.host
             if use.minor_faults is not None and (use.major_faults or 0) < PAGING:
                 sessions[r.spec.arm, _session(r)].append(use.minor_faults)
         for (arm, _), faults in sessions.items():
@@ -261,7 +273,7 @@ def monitors_alike(cell: Cell) -> Finding:
 
     def failures() -> Iterator[str]:
         for arm, runs in by_arm(cell.runs).items():
-            known = {r.run_id: r.observed.watch_cpu_s for r in runs if r.observed.watch_cpu_s}
+            known = {r.run_id: r.observation.watch_cpu_s for r in runs if r.observation.watch_cpu_s}
             usual = median(known.values()) if known else 0.0
             for name, spent in known.items():
                 if not usual / MONITOR_TIMES - WATCH_ONCE_S <= spent <= usual * MONITOR_TIMES + WATCH_ONCE_S:
@@ -289,7 +301,7 @@ def _in_turn(runs: Iterable[Record]) -> Iterator[tuple[Record, Record, float]]:
     for begun in machines.values():
         begun.sort(key=lambda pair: (pair[0], pair[1].attempt))  # starts are kept to whole seconds
         for (a, first), (b, second) in itertools.pairwise(begun):
-            yield first, second, (b - a).total_seconds() - first.observed.wall_s
+            yield first, second, (b - a).total_seconds() - first.observation.wall_s
 
 
 @holds("cell", "each session's in one piece")
@@ -305,7 +317,7 @@ def one_session_at_a_time(cell: Cell) -> Finding:
                 ended_sessions.add(before)
             if after in ended_sessions:
                 yield f"what another process read is back in {second.run_id}"
-            ended, begun = first.observed.counters[-1:], second.observed.counters[:1]
+            ended, begun = first.observation.counters[-1:], second.observation.counters[:1]
             counted = [c.energy_joule for c in (*ended, *begun) if c.energy_joule is not None]
             if gap <= SESSION_S and len(counted) == 2 and counted[1] < counted[0] - 1:
                 yield f"the counter of {second.run_id} begins before the end of the one before"
@@ -319,7 +331,7 @@ def runs_in_turn(cell: Cell) -> Finding:
     early = (
         f"{second.run_id} began before {first.run_id} ended"
         for first, second, gap in _in_turn(cell.runs)
-        if gap < -TURN_S - abs(first.observed.host.clock_step_s)
+        if gap < -TURN_S - abs(first.observation.host.clock_step_s)
     )
     return finding(early, f"{len(cell.runs)} runs one after another")
 
@@ -332,7 +344,7 @@ def no_two_alike(cell: Cell) -> Finding:
     groups = defaultdict(list)
     for r in cell.runs:
         if r.judged is None:
-            for q in r.observed.requests:
+            for q in r.observation.requests:
                 if len(q.token_s) > ALIKE_STEPS:
                     groups[q.workload, len(q.token_s)].append((f"{r.run_id}[{q.index}]", q.token_s))
     copies = set()

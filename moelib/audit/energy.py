@@ -7,7 +7,6 @@ from moelib.audit.bounds import COURSE_S, TICK_S, course, finding
 from moelib.audit.cells import Cell, by_arm
 from moelib.audit.invariants import Finding, holds
 from moelib.audit.record import Record
-from moelib.engine.client import Request
 
 ENERGY_TIMES = 1.6  # a run's energy against the median of its arm: 1.48 seen
 METER_SHARE, METER_S = 0.06, 1.0  # median over a cell's requests longer than that: 1.00 within 0.03 of 40 seen
@@ -28,7 +27,7 @@ def energy_steady(cell: Cell) -> Finding:
             spent = {r.run_id: _spent(r) for r in runs if _known(r)}
             usual = median(spent.values()) if spent else 0.0
             # the counter moves every tenth of a second: of short requests it tells little
-            late = max((COURSE_S * w * len(r.observed.requests) for r in runs for w in _watts(r)), default=0.0)
+            late = max((COURSE_S * w * len(r.observation.requests) for r in runs for w in _watts(r)), default=0.0)
             for name, joules in spent.items():
                 if not usual / ENERGY_TIMES - late <= joules <= usual * ENERGY_TIMES + late:
                     yield f"{arm}: {joules:.0f} J in {name}, {usual:.0f} in the median"
@@ -41,11 +40,11 @@ def energy_as_metered(cell: Cell) -> Finding:
     """Requests take the power that the board's meter reads at their ends."""
 
     def failures() -> Iterator[str]:
-        long = [share for q, share in _meter_shares(cell.runs) if q.total_s > METER_S]
+        long = [share for lasted, share in _meter_shares(cell.runs) if lasted > METER_S]
         if long and abs(median(long) - 1) > METER_SHARE + METER_SPREAD / len(long) ** 0.5:
             yield f"long requests take {median(long):.2f} times the meter's power"
         for arm, runs in by_arm(cell.runs).items():
-            shares = [share for q, share in _meter_shares(runs) if q.total_s > COURSE_S]
+            shares = [share for lasted, share in _meter_shares(runs) if lasted > COURSE_S]
             if len(shares) >= ARM_REQUESTS and not ARM_SHARES[0] <= median(shares) <= ARM_SHARES[1]:
                 yield f"{arm}: requests take {median(shares):.2f} times the meter's power"
 
@@ -59,7 +58,7 @@ def energy_between_requests(cell: Cell) -> Finding:
     def failures() -> Iterator[str]:
         for arm, runs in by_arm(cell.runs).items():
             measured = [(r, moved) for r in runs if _known(r) and _watts(r) and (moved := _moved(r)) is not None]
-            lasted = [q.total_s for r, _ in measured for q in r.observed.requests]
+            lasted = [q.total_s or 0.0 for r, _ in measured for q in r.observation.requests]
             if not measured or sum(lasted) < GAP_REQUEST_S * len(lasted):
                 continue
             spent, requested_s = sum(_spent(r) for r, _ in measured), sum(lasted)
@@ -74,28 +73,30 @@ def energy_between_requests(cell: Cell) -> Finding:
 
 
 def _known(r: Record) -> bool:
-    requests = r.observed.requests
+    requests = r.observation.requests
     return bool(requests) and all(q.energy_joule is not None and q.total_s for q in requests)
 
 
 def _spent(r: Record) -> float:
-    return sum(q.energy_joule for q in r.observed.requests)
+    return sum(q.energy_joule or 0.0 for q in r.observation.requests)
 
 
 def _watts(r: Record) -> list[float]:
-    return [c.power_watt for c in r.observed.counters if c.power_watt is not None]
+    return [c.power_watt for c in r.observation.counters if c.power_watt is not None]
 
 
 def _moved(r: Record) -> tuple[float, float] | None:
     """(joules, seconds) by the board's counter from before the first request to after the last one."""
-    first, last = r.observed.requests[0], r.observed.requests[-1]
-    return course(r.observed.counters, first.started_s, last.started_s + last.total_s)
+    first, last = r.observation.requests[0], r.observation.requests[-1]
+    return course(r.observation.counters, first.started_s, last.started_s + (last.total_s or 0.0))
 
 
-def _meter_shares(runs: Iterable[Record]) -> Iterator[tuple[Request, float]]:
-    """Mean power of each request by its energy, over the meter's reading at its end."""
+def _meter_shares(runs: Iterable[Record]) -> Iterator[tuple[float, float]]:
+    """Of each request: its seconds; its mean power by its energy, over the meter's reading at its end."""
     for r in runs:
-        for q in r.observed.requests:
-            at_end = [c.power_watt for c in r.observed.counters if c.t_s >= q.started_s + (q.total_s or 0.0) - TICK_S]
+        for q in r.observation.requests:
+            at_end = [
+                c.power_watt for c in r.observation.counters if c.t_s >= q.started_s + (q.total_s or 0.0) - TICK_S
+            ]
             if q.energy_joule and q.total_s and at_end and at_end[0]:
-                yield q, q.energy_joule / q.total_s / at_end[0]
+                yield q.total_s, q.energy_joule / q.total_s / at_end[0]

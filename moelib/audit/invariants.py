@@ -184,7 +184,7 @@ def clocks_agree(run: Measured) -> Finding:
     """The decode lasted as long by the engine's clock as by ours: neither was stopped, and nothing was buffered."""
 
     def fault(r: Request) -> str | None:
-        if len(r.token_s) < 2 or not r.whole or r.predicted_n < 2:
+        if len(r.token_s) < 2 or not r.whole or r.predicted_n is None or r.predicted_n < 2:
             return None
         ours, engine = r.token_s[-1] - r.token_s[0], r.engine_predicted_s
         # engines count the first token's sampling in or out: a step more or less
@@ -259,7 +259,8 @@ def build_optimised(run: Measured) -> Finding:
 def output_alive(run: Measured) -> Finding:
     """Weights that are not numbers, or zero, serve happily: the likeliest next tokens' log-probabilities show it."""
     top = run.observation.top_logprobs
-    alive = len(top) > 1 and all(p is not None and math.isfinite(p) for p in top) and max(top) > min(top)
+    finite = [p for p in top if p is not None and math.isfinite(p)]
+    alive = len(top) > 1 and len(finite) == len(top) and max(finite) > min(finite)
     return alive, ", ".join(map(str, top)) or "nothing told"
 
 

@@ -93,6 +93,13 @@ class Record(params.Strict):
         return self.status in DONE
 
     @property
+    def observation(self) -> Observation:
+        """What the run showed, where it showed something. Raises RuntimeError for a run that failed before."""
+        if self.observed is None:
+            raise RuntimeError(f"{self.run_id} observed nothing: leave out runs whose `observed` is None")
+        return self.observed
+
+    @property
     def cell(self) -> str:
         return f"{self.spec.model}/{self.spec.quant}"
 

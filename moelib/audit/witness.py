@@ -36,6 +36,13 @@ class Witnessed(NamedTuple):
     problems: tuple[str, ...]
     """What is not as it was kept."""
 
+    @property
+    def engine_log(self) -> logs.Log:
+        """The log, where there is one: the first of these invariants is that, and the others follow it."""
+        if self.log is None:
+            raise RuntimeError(f"{self.record.run_id} has no log to be held against")
+        return self.log
+
 
 def call(folder: Path, record: Record) -> Witnessed:
     """Read the logs that `record` names, in the study's `folder`."""
@@ -66,14 +73,14 @@ def log_kept(run: Witnessed) -> Finding:
 
 
 def _tasks(run: Witnessed) -> list[tuple[str, Request, logs.Task]]:
-    requests = run.record.observed.requests
-    return [(f"{r.workload}[{r.index}]", r, t) for r, t in zip(requests, run.log.tasks, strict=False)]
+    requests = run.record.observation.requests
+    return [(f"{r.workload}[{r.index}]", r, t) for r, t in zip(requests, run.engine_log.tasks, strict=False)]
 
 
 @holds("log", "equal")
 def log_tells_the_load(run: Witnessed) -> Finding:
     """Buffers, layers, graph splits and build are those that the engine's log reports."""
-    logged, recorded = run.log.report, run.record.observed.report
+    logged, recorded = run.engine_log.report, run.record.observation.report
     differ = [name for name in REPORTED if getattr(logged, name) != getattr(recorded, name)]
     if recorded.unused_tensors is not None and logged.unused_tensors != recorded.unused_tensors:
         differ.append("unused_tensors")
@@ -83,7 +90,7 @@ def log_tells_the_load(run: Witnessed) -> Finding:
 @holds("log", "equal; the file's types, context, threads and load mode too")
 def log_tells_the_file(run: Witnessed) -> Finding:
     """The file that was loaded has the manifest's tensors, and was loaded as asked."""
-    log, spec, observation = run.log, run.record.spec, run.record.observed
+    log, spec, observation = run.engine_log, run.record.spec, run.record.observation
     expected = {
         "tensor types": (log.type_counts or None, {k.upper(): v for k, v in run.record.sheet.tensor_types.items()}),
         "context": (log.context, spec.context),
@@ -109,10 +116,10 @@ def log_tells_the_file(run: Witnessed) -> Finding:
 @holds("log", "exact")
 def log_tells_the_reads(run: Witnessed) -> Finding:
     """The weights that a token reads follow from the file's experts, and from how many of them the engine uses."""
-    placement, experts = run.record.observed.placement, run.record.sheet.expert_bytes
-    if run.log.experts is None:
+    placement, experts = run.record.observation.placement, run.record.sheet.expert_bytes
+    if run.engine_log.experts is None:
         return True, "this build does not print its experts"
-    count, used = run.log.experts
+    count, used = run.engine_log.experts
     dense = placement.device_bytes + placement.moved_bytes - experts
     share = [dense + (experts - placement.moved_bytes) * used // count, placement.moved_bytes * used // count]
     recorded = [placement.device_read_bytes, placement.host_read_bytes]
@@ -124,31 +131,33 @@ def log_tells_the_requests(run: Witnessed) -> Finding:
     """Each request's token counts and the engine's own times are those that its log prints."""
 
     def failures() -> Iterator[str]:
-        if len(run.log.tasks) < len(run.record.observed.requests):
-            yield f"{len(run.log.tasks)} requests in the log, {len(run.record.observed.requests)} in the record"
+        logged, recorded = len(run.engine_log.tasks), len(run.record.observation.requests)
+        if logged < recorded:
+            yield f"{logged} requests in the log, {recorded} in the record"
         for name, r, t in _tasks(run):
             if (r.prompt_n, r.predicted_n) != (t.prompt_n, t.predicted_n):
                 yield f"{name}: {t.prompt_n} and {t.predicted_n} tokens"
-            for phase, recorded, printed in (
+            for phase, seconds, printed in (
                 ("prompt", r.engine_prompt_s, t.prompt_s),
                 ("decode", r.engine_predicted_s, t.predicted_s),
             ):
-                if recorded is None or abs(recorded - printed) > PRINTED_S:
-                    yield f"{name}: {phase} {recorded} s, the log has {printed:.5f} s"
+                if seconds is None or abs(seconds - printed) > PRINTED_S:
+                    yield f"{name}: {phase} {seconds} s, the log has {printed:.5f} s"
 
-    return finding(failures(), f"{len(run.log.tasks)} requests")
+    return finding(failures(), f"{len(run.engine_log.tasks)} requests")
 
 
 @holds("log", f"{TAKEN_UP_S * 1000:g} ms; {ANSWERED_S * 1000:g} ms + {ANSWERED_SHARE:.1%}; load within {LAUNCH_S:g} s")
 def log_tells_the_times(run: Witnessed) -> Finding:
     """Load, the requests' beginnings and their ends lie as far apart in the engine's log as they do here."""
-    o = run.record.observed
+    o = run.record.observation
     patience = STRAINED if strained(o) else 1
 
     def failures() -> Iterator[str]:
-        if run.log.ready_s is not None and not -0.001 <= o.load_s - run.log.ready_s <= LAUNCH_S:
-            yield f"ready after {o.load_s} s, by the log {run.log.ready_s:.3f} s"
-        first = None
+        load, ready = o.load_s, run.engine_log.ready_s
+        if ready is not None and (load is None or not -0.001 <= load - ready <= LAUNCH_S):
+            yield f"ready after {load} s, by the log {ready:.3f} s"
+        first: float | None = None
         for name, r, t in _tasks(run):
             if t.launched_s is None or t.ended_s is None or r.total_s is None:
                 continue
@@ -159,18 +168,18 @@ def log_tells_the_times(run: Witnessed) -> Finding:
             took = t.ended_s - t.launched_s
             if abs(took - r.total_s) > (ANSWERED_S + ANSWERED_SHARE * took) * patience:
                 yield f"{name}: took {r.total_s:.4f} s, by the log {took:.4f} s"
-        if first is not None and run.log.tasks[-1].ended_s is not None:
-            after = o.host.elapsed_s - (run.log.tasks[-1].ended_s - first)
+        if first is not None and (ended := run.engine_log.tasks[-1].ended_s) is not None:
+            after = o.host.elapsed_s - (ended - first)
             if not -TAKEN_UP_S * patience <= after <= ENDED_S * patience:
                 yield f"watched until {after:+.3f} s after the last request's end"
 
-    return finding(failures(), f"{len(run.log.tasks)} requests")
+    return finding(failures(), f"{len(run.engine_log.tasks)} requests")
 
 
 @holds("log", f"{AGREE_BYTES >> 20} MiB or {AGREE_SHARE:.0%}")
 def log_tells_the_memory(run: Witnessed) -> Finding:
     """What the device had in use at the server's end is the same by the engine as by the driver."""
-    used, last = run.log.device_used_bytes, run.record.observed.memory.trace.during[-1:]
+    used, last = run.engine_log.device_used_bytes, run.record.observation.memory.trace.during[-1:]
     if used is None or not last or last[0].device_bytes is None:
         return True, "one of them did not tell"
     driver = last[0].device_bytes

@@ -5,7 +5,7 @@ Student's t on logarithms 94 to 96 %.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import fmean, stdev
@@ -22,6 +22,11 @@ class Estimate:
     low: float | None
     high: float | None
     n: int
+
+
+def values(estimates: Iterable[Estimate | None]) -> list[float]:
+    """The values of those that there are."""
+    return [e.value for e in estimates if e is not None]
 
 
 @cache

@@ -7,7 +7,7 @@ GPU, its counters.
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -80,9 +80,7 @@ class Session:
             readings.append(self.read(None, 0.0))
         return tuple(readings)
 
-    def settled(
-        self, idle: tuple[Reading, ...], server_pid: int | None, now: Callable[[], float]
-    ) -> tuple[Reading, ...]:
+    def settled(self, idle: Sequence[Reading], server_pid: int | None, now: Callable[[], float]) -> tuple[Reading, ...]:
         """Readings after the run's end, until the memory in use is as before or SETTLE_S have passed."""
         readings, deadline = [], time.monotonic() + process.patience(SETTLE_S)
         while self.shared:
@@ -117,7 +115,7 @@ class Device(ABC):
         """The device's facts for a record."""
         return {"kind": self.kind, "name": self.name, "uuid": self.uuid}
 
-    def calibrate(self, work: Path) -> None:
+    def calibrate(self, work: Path) -> None:  # noqa: B027  # most kinds have none
         """Measure an empty context, while no run is in progress. Logs go to `work`."""
 
     @abstractmethod

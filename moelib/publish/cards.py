@@ -14,6 +14,7 @@ import jinja2
 
 from moelib.base import files, neutral, stats
 from moelib.catalogue import params, upstream
+from moelib.catalogue.facts import Manifest
 from moelib.models import hub
 from moelib.report import advice, appendix, findings, table
 from moelib.report.table import Table
@@ -35,7 +36,7 @@ def part(study: Study, model: str, quant: str | None = None) -> Study:
     return study.part(model, (quant,) if quant else study.parameters.quants)
 
 
-def quants_of(study: Study, model: str) -> dict[str, dict[str, Any]]:
+def quants_of(study: Study, model: str) -> dict[str, Manifest]:
     """Quant -> manifest, of the quants of `model` with a complete round and a manifest, in the study's order."""
     manifests = {f"{s.model}/{s.quant}": s for s in study.manifests}
     names = {q: f"{model}/{q}" for q in study.parameters.quants}
@@ -150,7 +151,7 @@ def _argv(of: Study) -> str:
     _, side = advice.pairs(of)[0]
     wanted = (of.manifests[0].quant, *side)
     return next(
-        " ".join(r.observed.argv) for r in of.used if (r.spec.quant, r.spec.placement, r.spec.load_mode) == wanted
+        " ".join(r.observation.argv) for r in of.used if (r.spec.quant, r.spec.placement, r.spec.load_mode) == wanted
     )
 
 
@@ -177,8 +178,10 @@ def _render(template: str, context: dict[str, Any]) -> tuple[str, list[Any]]:
         shown.append(thing)
         return thing.markdown()
 
-    how = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), **how)
+    templates = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    environment = jinja2.Environment(
+        loader=templates, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters |= {"hub": f"{HUB}/{{}}".format, "without": _without, "linked": _linked, "show": show}
     environment.filters |= {"plain": neutral.markdown, "word": _word, "code": lambda text: neutral.code(text, 4000)}
     return re.sub(r"\n{3,}", "\n\n", environment.get_template(template).render(context)).strip(), shown
@@ -218,6 +221,7 @@ def _measured(of: Study, url: str) -> list[Any]:
     from huggingface_hub import EvalResult
 
     twin = "geometry twin, " if of.parameters.weights == "twin" else ""
+    quantities: list[tuple[str, str, str | None, str, float]]
     quantities = [("peak_vram_mib", "Peak VRAM, MiB", None, "vram_bytes", 2**-20)]
     for w in of.parameters.workloads:
         quantities.append(
@@ -229,7 +233,9 @@ def _measured(of: Study, url: str) -> list[Any]:
     for metric, name, workload, column, scale in quantities:
         compared = frames.comparisons(of.runs, column, frames.in_one_load_mode)
         sides = [(c.quant, *side) for c in compared for side in ((c.against, c.baseline), (c.side, c.value))]
-        for quant, side, e in (known for known in sides if known[2]):
+        for quant, side, e in sides:
+            if e is None:
+                continue
             interval = [float(stats.number(x, scale)) for x in (e.low, e.high) if x is not None]
             entries[name, quant, side] = EvalResult(
                 task_type="text-generation",

@@ -143,9 +143,11 @@ def _state(client: "HfApi", repository: str) -> str:
 
 
 def _listing(client: "HfApi", repository: str, revision: str) -> dict[str, str]:
+    from huggingface_hub.hf_api import RepoFile
+
     with hub.asking(f"listing {repository}"):
         entries = list(islice(client.list_repo_tree(repository, recursive=True, revision=revision), hub.MAX_FILES + 1))
-        files = {f.path: f.lfs.sha256 if f.lfs else f.blob_id for f in entries if hasattr(f, "blob_id")}
+        files = {f.path: f.lfs.sha256 if f.lfs else f.blob_id for f in entries if isinstance(f, RepoFile)}
         if len(entries) > hub.MAX_FILES or not all(isinstance(x, str) for pair in files.items() for x in pair):
             raise TypeError(f"a listing of {len(entries)} paths")
     files.pop(".gitattributes", None)  # the Hub's own
@@ -227,7 +229,7 @@ def _upload(client: "HfApi", p: Plan, say: Say) -> tuple[str, int | None] | None
                 create_pr=request,
             )
             if request:
-                number, revision = int(done.pr_num), str(done.pr_revision)
+                number, revision = int(str(done.pr_num)), str(done.pr_revision)
     return revision, number
 
 

@@ -183,12 +183,12 @@ def verdict(study: Study, model: str) -> Text:
     (base, *offloaded), used = _places(study), [*vram, *rate]
     away = " or ".join(offloaded)
     experts = [m.expert_bytes for q, m in _manifests(study, model).items() if q in {c.quant for c in vram}]
-    slower = all(c.ratio.value < 1 for c in rate)
+    slower = all(x < 1 for x in stats.values(c.ratio for c in rate))
     sentences = [
         f"**{'If the whole file fits in VRAM, keep it there' if slower else 'Speed'}**: {base}, decoding was "
-        f"{span([1 / c.ratio.value for c in rate], number)} times as fast as with {away}.",
-        f"**If not**: with {away}, {span([c.value.value for c in vram], size)} of VRAM was enough, instead of "
-        f"{span([c.baseline.value for c in vram], size)}. The experts, "
+        f"{span([1 / x for x in stats.values(c.ratio for c in rate)], number)} times as fast as with {away}.",
+        f"**If not**: with {away}, {span(stats.values(c.value for c in vram), size)} of VRAM was enough, instead of "
+        f"{span(stats.values(c.baseline for c in vram), size)}. The experts, "
         f"{span(experts, size) if experts else stats.NONE}, must then fit in host RAM.",
     ]
     modes = [
@@ -196,8 +196,8 @@ def verdict(study: Study, model: str) -> Text:
         for column in (f"ttft_warm_s/{workload}", "load_s")
     ]
     if all(modes):
-        ttft, load = (span([c.ratio.value for c in comparisons], number) for comparisons in modes)
-        sooner = all((c.ratio.high or 1) < 1 for c in modes[0])
+        ttft, load = (span(stats.values(c.ratio for c in comparisons), number) for comparisons in modes)
+        sooner = all(c.ratio and (c.ratio.high or 1) < 1 for c in modes[0])
         sentences.append(
             f"**{'For long prompts, copy' if sooner else 'Copying'} the experts** to memory of their own instead of "
             "mapping the file (`--load-mode none`; older builds `--no-mmap`): TTFT of warm "

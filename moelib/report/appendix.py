@@ -49,8 +49,8 @@ def ledger_table(blocks: Sequence[Sequence[Record]]) -> Table:
     """Placement proof of every round: expert bytes moved by the header, and VRAM saved by the engine's buffers."""
     rows, sources, several = [], [], _several_load_modes(r for b in blocks for r in b)
     for base, r in ((audit.baseline(b), r) for b in blocks for r in b if r.spec.placement != REFERENCE):
-        before, after = base.observed, r.observed
-        vram = [o.memory.value_bytes for o in (before, after)]
+        before, after = base.observation, r.observation
+        vram = [o.memory.value_bytes for o in (before, after) if o.memory.value_bytes is not None]
         weights = [o.report.device_bytes("model") or 0 for o in (before, after)]
         splits = [max(o.report.graph_splits, default=0) for o in (before, after)]
         hosts = {b.name for b in after.report.buffers if b.kind == "model" and b.place == "host"}
@@ -64,7 +64,7 @@ def ledger_table(blocks: Sequence[Sequence[Record]]) -> Table:
                 "expert tensors moved": f"{moved.moved_tensors} in {moved.moved_blocks} layers",
                 "by the header": size(moved.moved_bytes),
                 "saved by the engine's buffers": size(weights[0] - weights[1]),
-                "VRAM saved": size(None if None in vram else vram[0] - vram[1]),
+                "VRAM saved": size(vram[0] - vram[1] if len(vram) == 2 else None),
                 "weights on the host in": ", ".join(map(markdown, sorted(hosts))),
                 "graph splits": f"{splits[0]} -> {splits[1]}",
             }
@@ -146,7 +146,7 @@ def problems(study: Study) -> Text:
         if study.flags["watched-lightly"]:
             text += " `watched-lightly`: monitoring took more of a CPU than the rules allowed then."
     if again := [r for r in study.used if r.judged]:
-        rules = ", ".join(markdown(c) for c in sorted({r.judged.commit[:12] for r in again}))
+        rules = ", ".join(markdown(c) for c in sorted({r.judged.commit[:12] for r in again if r.judged}))
         text += (
             f"\n\n{len(again)} runs were *re-audited*: earlier rules refused the readings in their first record, the "
             f"rules of commit {rules} accept them. Both records are kept; nothing was measured again."
@@ -173,7 +173,7 @@ def environment_table(study: Study) -> Table:
             "RAM": size(host.ram_bytes),
             "system": f"{markdown(host.system)}, Python {markdown(host.python)}",
             "moelib": f"{markdown(host.moelib)}, commit {commit}",
-            "llama-server threads": str(r.observed.threads),
+            "llama-server threads": str(r.observation.threads),
         }
 
     def joined(values: dict[str, dict[str, None]]) -> str:
@@ -184,7 +184,7 @@ def environment_table(study: Study) -> Table:
     done, known = [r for r in study.done if r.observed], {}
     cells_by_value: dict[str, dict[str, dict[str, None]]] = defaultdict(lambda: defaultdict(dict))
     for r in done:
-        parts = (r.engine, r.device, r.host, r.observed.threads)  # records read for tables share these objects
+        parts = (r.engine, r.device, r.host, r.observation.threads)  # records read for tables share these objects
         if (of := (*map(id, parts), r.cell)) not in known:
             known[of] = parts
             for what, value in values_of(r).items():
@@ -256,17 +256,18 @@ def _card(block: Sequence[Record]) -> str | None:
 
 def _ram(blocks: Iterable[Iterable[Record]]) -> str:
     """The read bandwidth of host RAM before these runs, where all recorded it."""
-    speeds = [r.host.ram_read_bytes_per_s for b in blocks for r in b]
-    return "" if None in speeds or not speeds else f", RAM read at {stats.span([s / 1e9 for s in speeds], number)} GB/s"
+    runs = [r for b in blocks for r in b]
+    speeds = [r.host.ram_read_bytes_per_s / 1e9 for r in runs if r.host.ram_read_bytes_per_s is not None]
+    return f", RAM read at {stats.span(speeds, number)} GB/s" if speeds and len(speeds) == len(runs) else ""
 
 
 def workloads_table(study: Study) -> Table:
     rows, sources = [], []
     for name, w in study.workloads.items():
         runs = [r for r in study.done if name in r.spec.workloads]
-        lengths = {q.prompt_n for r in runs if r.observed for q in r.observed.requests if q.workload == name}
-        counts = {"prompt tokens": ", ".join(map(str, sorted(lengths))) or stats.NONE}
-        counts["tokens generated"] = w.generate_tokens
+        requests = [q for r in runs if r.observed for q in r.observed.requests if q.workload == name]
+        lengths = sorted({q.prompt_n for q in requests if q.prompt_n is not None})
+        counts = {"prompt tokens": ", ".join(map(str, lengths)) or stats.NONE, "tokens generated": w.generate_tokens}
         rows.append({"workload": markdown(name), "what": markdown(w.title), **counts})
         sources.append(cite(runs))
     return Table("workloads", rows, sources)

@@ -45,6 +45,8 @@ def arrows(
     names: `placement/load mode` in order.
     """
     for x, y in zip(across, up, strict=True):
+        if not (x.baseline and x.value and y.baseline and y.value):
+            continue
         start, end = (x.baseline.value / unit, y.baseline.value), (x.value.value / unit, y.value.value)
         arrow = {"arrowstyle": "-|>", "color": "#999999", "shrinkA": 5, "shrinkB": 5}
         ax.annotate("", xy=end, xytext=start, arrowprops=arrow)
@@ -61,7 +63,7 @@ def tokens_over_time(records: Iterable[Record], workload: str, *, colour: str, a
     for r in records:
         for q in r.observed.requests if r.observed else ():
             if q.workload == workload and len(q.token_n) == len(q.token_s):
-                style = {"color": colour, "alpha": 0.8, "lw": 1, "ls": "-" if q.index else ":"}
+                style: dict[str, Any] = {"color": colour, "alpha": 0.8, "lw": 1, "ls": "-" if q.index else ":"}
                 ax.plot([t * 1000 for t in q.token_s], q.token_n, **style)
     ax.set(xlabel="ms since the request", xlim=(0, None))
     return ax
@@ -70,7 +72,7 @@ def tokens_over_time(records: Iterable[Record], workload: str, *, colour: str, a
 def vram_over_time(records: Iterable[Record], *, names: Sequence[str], ax: Axes, unit: float = 1) -> Axes:
     """VRAM (over `unit`) against s since the run's start, a line for each run. names: labels of placements in order."""
     for r in records:
-        points = [(x.t_s, x.process_bytes / unit) for x in r.observed.memory.trace.during if x.process_bytes]
+        points = [(x.t_s, x.process_bytes / unit) for x in r.observation.memory.trace.during if x.process_bytes]
         ax.plot(*zip(*points, strict=True), color=nth(COLOURS, r.spec.placed.label, names), alpha=0.8, lw=1)
     ax.set(xlabel="s since the run's start", ylim=(0, None))
     return ax

@@ -1,6 +1,7 @@
 """The results of a study as tables and sentences, for `analysis.ipynb` and cards. Units and rounding are set here."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from moelib.audit.record import Record
 from moelib.base import stats
@@ -63,8 +64,8 @@ def answer(study: Study) -> Text:
             "compared."
         )
         return Text("answer", text, cite(study.used))
-    saved = stats.span([1 - c.ratio.value for c in memory], percent)
-    kept = stats.span([c.ratio.value for c in rates], percent)
+    saved = stats.span([1 - x for x in stats.values(c.ratio for c in memory)], percent)
+    kept = stats.span(stats.values(c.ratio for c in rates), percent)
     sentences = [f"CPU offload of the experts saved {saved} of VRAM."]
     sentences.append(f"Decoding then ran at {kept} of the baseline's tokens/s.")
     used = [*rates, *memory]
@@ -73,18 +74,18 @@ def answer(study: Study) -> Text:
         for mode in dict.fromkeys(arm.load_mode for arm in study.parameters.arms[1:]):
             of_mode = [c for c in comparisons if c.side[1] == mode]
             if of_mode:
-                times = stats.span([c.ratio.value for c in of_mode], stats.number)
+                times = stats.span(stats.values(c.ratio for c in of_mode), stats.number)
                 what = f"TTFT of warm {neutral(workload)} requests"
                 sentences.append(f"{what} was then {times} times the baseline's (load mode {mode}).")
                 used += of_mode
     rest = [s for s in frames.summaries(study.runs, "vram_rest_bytes") if s.value]
     if rest:
-        more = stats.span([s.value.value for s in rest], size)
+        more = stats.span(stats.values(s.value for s in rest), size)
         sentences.append(f"VRAM was {more} more than the sum of the engine's own buffers.")
     sentences.append(
         "Ranges are over models, quants, placements and load modes; the tables give the interval of each value."
     )
-    sources = merged(c.sources for c in [*used, *rest])
+    sources = merged([*(c.sources for c in used), *(s.sources for s in rest)])
     if slowed := overhead.bias(study.overhead.values()):
         sentences.append(slowed)
         sources |= cite_overhead(study.overhead)
@@ -110,7 +111,7 @@ def _compared(name: str, study: Study, column: str, show: Show, note: str, why_e
 
 
 def _table(
-    name: str, rows: list[dict[str, str]], row_sources: Iterable[Sources], note: str, why_empty: str = ""
+    name: str, rows: list[dict[str, Any]], row_sources: Iterable[Sources], note: str, why_empty: str = ""
 ) -> Table:
     """A table of what each row is about, then its values; without any record it says why instead."""
     sources = list(row_sources)

@@ -18,7 +18,7 @@ from matplotlib.patches import Patch
 
 from moelib.audit.record import Record
 from moelib.base import files, neutral
-from moelib.base.stats import byte_unit
+from moelib.base.stats import byte_unit, values
 from moelib.report import axes, table
 from moelib.report.axes import COLOURS, HATCHES, MARKERS, nth
 from moelib.study import frames
@@ -35,7 +35,8 @@ def _styled(draw: Callable[..., Any]) -> Callable[..., Any]:
     def styled(*args: Any, **kwargs: Any) -> Any:
         style = sns.plotting_context("notebook", font_scale=0.9)
         style |= sns.axes_style("whitegrid", rc={"axes.spines.top": False, "axes.spines.right": False})
-        style |= {"axes.prop_cycle": mpl.cycler(color=sns.color_palette("deep")), "font.family": "sans-serif"}
+        style |= {"axes.prop_cycle": mpl.cycler(color=sns.color_palette("deep"))}  # type: ignore[attr-defined]
+        style |= {"font.family": "sans-serif"}
         with mpl.style.context(style, after_reset=True):
             return draw(*args, **kwargs)
 
@@ -76,7 +77,7 @@ def _empty(why: str) -> Any:
 
 def _bar_handles(names: Sequence[str]) -> list[Any]:
     """Of a legend of bars."""
-    style = {"alpha": 0.75, "edgecolor": "white"}
+    style: dict[str, Any] = {"alpha": 0.75, "edgecolor": "white"}
     return [
         Patch(facecolor=nth(COLOURS, n, names), hatch=nth(HATCHES, n, names), label=neutral.label(n), **style)
         for n in names
@@ -123,7 +124,7 @@ def _facets(study: Study, frame: pd.DataFrame, y: str, label: str) -> Any:
     names = list(by_label.values())
     labels = [f"{p}/{mode}" for p, mode in zip(frame.placement, frame.load_mode, strict=True)]
     frame = frame.assign(name=[by_label[label] for label in labels])
-    how = {"x": "quant", "y": y, "hue": "name", "order": _by_bits(study), "hue_order": names}
+    how: dict[str, Any] = {"x": "quant", "y": y, "hue": "name", "order": _by_bits(study), "hue_order": names}
     models = [m for m in study.parameters.models if (frame.model == m).any()]
     if not models:
         return _empty(f"no complete round has {label}")
@@ -166,7 +167,7 @@ def trade(study: Study, workload: str) -> Any:
     """VRAM (across) against tokens/s (up): an arrow from the baseline to each placement with CPU offload."""
     memory, rate = (frames.comparisons(study.runs, c) for c in ("vram_bytes", f"tokens_per_s/{workload}"))
     known = [(m, r) for m, r in zip(memory, rate, strict=True) if m.baseline and r.baseline]
-    name, unit = byte_unit(max((m.baseline.value for m, _ in known), default=0))
+    name, unit = byte_unit(max(values(m.baseline for m, _ in known), default=0))
     models = [m for m in study.parameters.models if any(k.model == m for k, _ in known)]
     by_label = placements(study)
     if not models:
@@ -202,7 +203,7 @@ def vram_over_time(records: Sequence[Record]) -> Any:
         return _empty("no run of a complete round has readings of its VRAM")
     figure, (ax, other) = _panels(2, 3.0)
     figure.delaxes(other)
-    peak = max((x.process_bytes or 0 for r in known for x in r.observed.memory.trace.during), default=0)
+    peak = max((x.process_bytes or 0 for r in known for x in r.observation.memory.trace.during), default=0)
     name, unit = byte_unit(peak)
     names = sorted({r.spec.placed.label for r in known})
     axes.vram_over_time(known, names=names, ax=ax, unit=unit)

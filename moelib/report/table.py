@@ -1,5 +1,6 @@
 """Tables and sentences as Markdown, with the records that each of their numbers came from."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -45,7 +46,8 @@ def cited(every: Iterable[Sources]) -> tuple[list[list[str]], dict[str, Any]]:
     Many rows of many tables may be of all records: their names are written once.
     """
     known: dict[int, tuple[Sources, list[str]]] = {}
-    names, sets, digests = [], {}, {}
+    names, sets = [], {}
+    digests: Sources = {}
     for sources in every:
         if id(sources) not in known:
             by = sorted(sources)
@@ -83,8 +85,16 @@ def once(provenance: dict[str, Any]) -> dict[str, Any]:
     return provenance | new
 
 
-class _Shown:
+class _Shown(ABC):
     """What a notebook displays: Markdown, with its provenance as metadata of the output."""
+
+    name: str
+
+    @abstractmethod
+    def markdown(self) -> str: ...
+
+    @abstractmethod
+    def provenance(self) -> dict[str, Any]: ...
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, str], dict[str, Any]]:
         return {"text/markdown": self.markdown(), "text/plain": self.name}, {"moelib": once(self.provenance())}

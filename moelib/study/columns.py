@@ -39,22 +39,22 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 def tokens_per_s(workload: str) -> Quantity:
     """Decode rate: the mean of tokens/s over all requests of the workload in a run."""
-    return lambda r: _mean(q.tps for q in r.observed.requests if q.workload == workload)
+    return lambda r: _mean(q.tps for q in r.observation.requests if q.workload == workload)
 
 
 def ttft_first(workload: str) -> Quantity:
     """Time to first token of the server's first request of a workload, s."""
-    return lambda r: _mean(q.ttft_s for q in r.observed.requests if q.workload == workload and not q.index)
+    return lambda r: _mean(q.ttft_s for q in r.observation.requests if q.workload == workload and not q.index)
 
 
 def ttft_warm(workload: str) -> Quantity:
     """Time to first token, s: the mean of the later requests of a workload."""
-    return lambda r: _mean(q.ttft_s for q in r.observed.requests if q.workload == workload and q.index)
+    return lambda r: _mean(q.ttft_s for q in r.observation.requests if q.workload == workload and q.index)
 
 
 def vram_needed(r: Record) -> float | None:
     """VRAM that must be free for the run: how much use of the whole GPU grew, else the VRAM of the processes."""
-    memory = r.observed.memory
+    memory = r.observation.memory
     known = [n for n in (memory.value_bytes, memory.growth_bytes) if n is not None]
     return max(known) if memory.value_bytes is not None else None
 
@@ -64,10 +64,10 @@ def energy_per_token(workload: str) -> Quantity:
     run's requests are added up; None without a counter, or if it did not move."""
 
     def per_token(r: Record) -> float | None:
-        requests = [q for q in r.observed.requests if q.workload == workload]
-        joules = [q.energy_joule for q in requests]
-        tokens = [q.predicted_n for q in requests]
-        total = None if None in joules or None in tokens else sum(joules)
+        requests = [q for q in r.observation.requests if q.workload == workload]
+        joules = [q.energy_joule for q in requests if q.energy_joule is not None]
+        tokens = [q.predicted_n for q in requests if q.predicted_n is not None]
+        total = sum(joules) if len(joules) == len(tokens) == len(requests) else None
         return total / sum(tokens) if total else None
 
     return per_token
@@ -75,7 +75,7 @@ def energy_per_token(workload: str) -> Quantity:
 
 def power(r: Record) -> float | None:
     """Watts of the GPU's board during requests: their energy over their time."""
-    pairs = [(q.energy_joule, q.total_s) for q in r.observed.requests]
+    pairs = [(q.energy_joule, q.total_s) for q in r.observation.requests]
     if not pairs or None in itertools.chain(*pairs):
         return None
     joules, seconds = map(sum, zip(*pairs, strict=True))
@@ -89,7 +89,7 @@ def bandwidth_share(workload: str) -> Quantity:
 
     def share(r: Record) -> float | None:
         device, host = r.device.bandwidth_bytes_per_s, r.host.ram_read_bytes_per_s
-        placement, tokens = r.observed.placement, rate(r)
+        placement, tokens = r.observation.placement, rate(r)
         if not device or not host or tokens is None:
             return None
         return tokens * (placement.device_read_bytes / device + placement.host_read_bytes / host)
@@ -99,13 +99,13 @@ def bandwidth_share(workload: str) -> Quantity:
 
 def bus_received(workload: str) -> Quantity:
     """Bytes that the GPU receives over the bus while the warm server processes the workload's prompt."""
-    return lambda r: _mean(m.received_bytes for m in r.observed.prompt_traffic if m.workload == workload)
+    return lambda r: _mean(m.received_bytes for m in r.observation.prompt_traffic if m.workload == workload)
 
 
 def monitoring(r: Record) -> float | None:
     """Share of one CPU that monitoring the run took; None in records of earlier code."""
-    spent = r.observed.watch_cpu_s
-    return None if spent is None or not r.observed.host.elapsed_s else spent / r.observed.host.elapsed_s
+    spent = r.observation.watch_cpu_s
+    return None if spent is None or not r.observation.host.elapsed_s else spent / r.observation.host.elapsed_s
 
 
 WHERE: dict[str, Callable[[Record], object]] = {
@@ -212,7 +212,7 @@ COLUMNS = (
         "MHz",
         None,
         "mean of NVML's readings",
-        lambda r: _mean(c.sm_clock_mhz for c in r.observed.counters),
+        lambda r: _mean(c.sm_clock_mhz for c in r.observation.counters),
     ),
     Column("board_watt", "board power", "W", "less", "energy of the requests over their time", power),
     Column("monitor_cpu_share", "monitoring, of one CPU", "", "less", "CPU time of its thread", monitoring),

@@ -140,7 +140,7 @@ def load_modes(sides: Sequence[Side]) -> list[tuple[Side, Side]]:
 def _cells(frame: pd.DataFrame) -> Iterator[tuple[tuple[str, str, str], pd.DataFrame, dict[Side, pd.DataFrame]]]:
     """(names, runs, runs of each side) of each cell, in the frame's order."""
     for names, cell in frame.groupby(CELL, sort=False):
-        yield names, cell, dict(iter(cell.groupby(["placement", "load_mode"], sort=False)))  # type: ignore[misc]
+        yield names, cell, dict(iter(cell.groupby(["placement", "load_mode"], sort=False)))
 
 
 def comparisons(frame: pd.DataFrame, column: str, pairs: Pairs = EVERY) -> list[Comparison]:
@@ -201,8 +201,8 @@ def compare(frame: pd.DataFrame, column: str, baseline: str = REFERENCE) -> pd.D
             f"no round has {column} of both {baseline!r} and another placement; the frame has "
             f"{', '.join(sorted(frame['placement'].unique())) or 'no runs'}"
         )
-    names = [*CELL, "placement", "load_mode", "baseline", "value", "ratio", "low", "high", "n"]
-    return pd.DataFrame(rows, columns=names).astype({"ratio": float, "low": float, "high": float})
+    heads = [*CELL, "placement", "load_mode", "baseline", "value", "ratio", "low", "high", "n"]
+    return pd.DataFrame(rows, columns=heads).astype({"ratio": float, "low": float, "high": float})
 
 
 def _known(frame: pd.DataFrame, column: str) -> None:

@@ -114,7 +114,7 @@ def _watched(r: Round) -> Sequence[tuple[float, float]]:
     """Slots of one generation where there are some: a process differs from the next by more than watching costs."""
     if r.toggled:
         return [(unwatched, watched) for watched, unwatched in r.toggled]
-    return _pair(r.unwatched and r.unwatched.client, r.watched.client)
+    return _pair(r.unwatched.client if r.unwatched else None, r.watched.client)
 
 
 CLIENT = Ratio("client / server", "within 0.5 %", 0.995, 1.005, lambda r: _pair(r.watched.server, r.watched.client))
@@ -124,7 +124,7 @@ ON_DEVICE = Ratio(
     "within 3 %",
     0.97,
     1.03,
-    lambda r: _pair(r.bench, r.on_device and r.on_device.server),
+    lambda r: _pair(r.bench, r.on_device.server if r.on_device else None),
 )
 BARE = Ratio(
     "server, sampling on the device, not streaming / llama-bench",
@@ -160,8 +160,8 @@ def by_slots(requests: Iterable[Request]) -> Iterator[tuple[float, float]]:
                 slots[slot] = (tokens + m - n, took + b - a)
         whole = {s for s, (_, took) in slots.items() if took >= FILLED * SLOT_S}
         for slot in sorted(s for s in whole if s % 2 == 0 and s + 1 in whole):
-            rates = [slots[s][0] / slots[s][1] for s in (slot, slot + 1)]
-            yield tuple(rates if watched(slot * SLOT_S) else reversed(rates))
+            first, second = (slots[s][0] / slots[s][1] for s in (slot, slot + 1))
+            yield (first, second) if watched(slot * SLOT_S) else (second, first)
 
 
 def ratios(measurement: Overhead) -> Iterator[tuple[str, Ratio, stats.Estimate]]:
@@ -193,7 +193,7 @@ def write(path: Path, about: dict[str, Any], rounds: list[dict[str, Any]]) -> Ov
     data = {"about": about, "rounds": rounds}
     whole = {**data, "digest": files.digest(data)}
     files.write_json(path, whole)
-    return Overhead(**whole)
+    return Overhead.model_validate(whole)
 
 
 def read(path: Path) -> Overhead:

@@ -35,7 +35,10 @@ class Status:
 
     @classmethod
     def of(cls, cell: Cell, evidence: Evidence, workloads: Mapping[str, params.Workload]) -> Status:
-        rounds, problems, checks, tally = [], [], [], Counter()
+        rounds: list[tuple[record.Record, ...]] = []
+        problems: list[str] = []
+        checks: list[record.Check] = []
+        tally: Counter[str] = Counter()
         flagged: list[record.Record] = []
         for b, specs in enumerate(cell.blocks):
             runs = standing_for(specs, evidence.standing)
@@ -45,15 +48,16 @@ class Status:
                 for s, why in zip(specs, reasons, strict=True)
                 if why
             ]
+            usable = [r for r, why in zip(runs, reasons, strict=True) if r and not why]
             if faults:  # those that are valid one by one count where their round is not whole
-                flagged += [r for r, why in zip(runs, reasons, strict=True) if r and not why]
+                flagged += usable
             else:
-                round_checks = audit.block(runs)
+                round_checks = audit.block(usable)
                 checks += round_checks
                 faults = [f"{cell.name} round {b + 1}: {c.id}: {c.measured}" for c in round_checks if c.failed]
-                reasons = [why or bool(faults) for why in reasons]
+                reasons = ["; ".join(faults)] * len(runs)
                 if not faults:
-                    rounds.append(tuple(runs))
+                    rounds.append(tuple(usable))
             problems += faults
             tally.update(
                 "missing" if not r else "invalid" if why else r.status for r, why in zip(runs, reasons, strict=True)
