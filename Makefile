@@ -49,8 +49,9 @@ forgeries: setup ## the forging campaign: audit 2,000 falsified records of the c
 hubfaults: engine ## the fault campaign of publishing: every request fails in every way, about half an hour
 	@$(BIN)/python tests/publishing.py $(ARGS)
 
-lint: setup ## ruff, and notebooks without outputs
+lint: setup ## ruff, types, and notebooks without outputs
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
+	@$(BIN)/mypy --no-error-summary
 	@$(BIN)/nbstripout --verify --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
 
 docs: setup ## rebuild the document of STUDY from its records alone

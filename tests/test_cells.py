@@ -112,6 +112,9 @@ def test_requests_are_as_long_as_the_plan_has_them():
     assert flagged(runs, exact) == {"workloads-as-planned"}
     other = tuple(replace(q, prompt_tokens=9, prompt_n=9) for q in runs[0].observed.requests)
     assert flagged(changed(runs, 0, requests=other)) == {"workloads-as-planned"}
+    uncounted = changed(runs, 0, requests=tuple(replace(q, prompt_tokens=None) for q in runs[0].observed.requests))
+    _, finding = cells.workloads_as_planned(cells.Cell(uncounted, LONG, {}))
+    assert finding == "plan-short: prompts of [None, 8] tokens"
 
 
 def test_an_arm_cannot_be_late_as_a_whole():

@@ -22,6 +22,11 @@ def session(*readings):
     return Session([], lambda pid, t_s: ahead.pop(0) if len(ahead) > 1 else ahead[0], shared=True)
 
 
+def test_a_runner_without_llama_cpps_tools_has_no_loopback_device(tmp_path):
+    with pytest.raises(engine.EngineError, match="made of llama.cpp's tools"):
+        device.Loopback().session(None, tmp_path).__enter__()
+
+
 def idle(nbytes, listed=False):
     return Reading(0.0, None, nbytes, listed)
 

@@ -24,6 +24,12 @@ def test_a_record_is_never_overwritten(tmp_path):
         record.write(tmp_path, made())
 
 
+def test_only_a_run_that_showed_something_has_an_observation():
+    assert (run := made()).observation is run.observed
+    with pytest.raises(RuntimeError, match=r"_a1 observed nothing: leave out"):
+        made(status="failed").observation  # noqa: B018
+
+
 @pytest.fixture
 def written(tmp_path):
     r = record.write(tmp_path, made())

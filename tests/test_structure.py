@@ -98,7 +98,7 @@ def test_a_bar_starts_no_process():
     assert out.stdout.strip() == "[]", out.stderr
 
 
-CONDA_NAMES = {"matplotlib": "matplotlib-base", "seaborn": "seaborn-base"}
+CONDA_NAMES = {"matplotlib": "matplotlib-base", "seaborn": "seaborn-base", "types-PyYAML": "types-pyyaml"}
 
 
 def _pyproject():

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import REPO, SMOKE, furnish
@@ -627,3 +628,13 @@ def test_a_cell_can_be_chosen_alone(home):
     assert campaign.done(folder, cells) == 0
     with pytest.raises(params.ParamsError):
         campaign.select("demo", "phi-3.5-moe")
+
+
+def test_a_prompts_length_that_one_runs_server_does_not_tell_leaves_the_others():
+    requests = observation().requests
+    silent = made(
+        dataclasses.replace(observation(), requests=[dataclasses.replace(q, prompt_n=None) for q in requests])
+    )
+    for runs, lengths in (([made(), silent], "8"), ([silent], "n/a")):
+        table = evidences.workloads_table(SimpleNamespace(workloads=WORKLOADS, done=runs))
+        assert table.rows[0]["prompt tokens"] == lengths

@@ -85,6 +85,7 @@ FORGED = {
     "log-tells-the-times": [
         observed_with(load_s=2.2),
         observed_with(load_s=0.049),
+        observed_with(load_s=None),
         asked(started_s=0.06),
         asked(token_s=SHIFTED),
         observed_with(host=replace(observation().host, elapsed_s=0.9)),

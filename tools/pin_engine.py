@@ -11,6 +11,7 @@ import io
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import httpx
 from ruamel.yaml import YAML
@@ -56,7 +57,7 @@ def pin(name: str, build: int, assets: list[str], glibc: str | None) -> archive.
     return pins.pins[name]
 
 
-def _entry(build: int, glibc: str, entries: dict) -> dict:
+def _entry(build: int, glibc: str, entries: dict[str, Any]) -> dict[str, Any]:
     return {"build": build, "glibc": glibc, "files": entries}
 
 

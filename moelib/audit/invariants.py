@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from moelib.catalogue.facts import LLAMA_SERVER, DeviceFacts, HostFacts, Manifest
 from moelib.engine.client import Request
@@ -89,15 +89,16 @@ class Invariant:
     """Quantities that a part of it rests on: without one it may still fail, but not pass."""
 
 
+Find = TypeVar("Find", bound=Callable[..., Finding])
 INVARIANTS: dict[str, Invariant] = {}
 KINDS = ("run", "log", "block", "cell", "study")
 """What an invariant is of, from the smallest to the whole."""
 
 
-def holds(scope: str, limit: str, degrades: bool = False, needs: str = "", partly: str = "") -> Callable:
+def holds(scope: str, limit: str, degrades: bool = False, needs: str = "", partly: str = "") -> Callable[[Find], Find]:
     """Register the function below as an invariant of a run, its log, a block, a cell or a study."""
 
-    def register(find: Callable[..., Finding]) -> Callable[..., Finding]:
+    def register(find: Find) -> Find:
         name = find.__name__.replace("_", "-")
         reason = " ".join((find.__doc__ or "").split())
         INVARIANTS[name] = Invariant(name, scope, limit, reason, find, degrades, needs.split(), partly.split())

@@ -21,7 +21,7 @@ from moelib.base.schema import UserError
 try:
     import fcntl
 except ImportError:  # Windows: need_locks() reports it
-    fcntl = None  # type: ignore[assignment]  # a module elsewhere
+    fcntl = None  # type: ignore[assignment]  # elsewhere it is a module
 
 T = TypeVar("T")
 

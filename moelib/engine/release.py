@@ -154,7 +154,7 @@ def extract(part: Path, folder: Path) -> None:
         raise ArchiveError("unpacking an archive safely needs Python 3.11.4 or newer: update Python")
     most, total = RATIO * part.stat().st_size + ROOM, 0
     try:
-        with part.open("rb") as raw, tarfile.open(fileobj=_Metered(raw, part.name, most), mode="r|") as tar:  # type: ignore[call-overload]
+        with part.open("rb") as raw, tarfile.open(fileobj=_Metered(raw, part.name, most), mode="r|") as tar:  # type: ignore[call-overload]  # it only reads
             for count, member in enumerate(tar):
                 total += member.size  # of a sparse file more than the stream holds
                 if count >= MEMBERS or total > most:

@@ -68,11 +68,11 @@ def _end_marked(mark: str) -> None:
                 os.kill(int(path.split("/")[2]), signal.SIGKILL)
 
 
-def _pipes(tool: subprocess.Popen) -> list[IO[bytes]]:
+def _pipes(tool: subprocess.Popen[bytes]) -> list[IO[bytes]]:
     return [pipe for pipe in (tool.stdout, tool.stderr) if pipe is not None]
 
 
-def _listen(tool: subprocess.Popen, deadline: float, timeout_s: float, cap_bytes: int) -> list[bytearray]:
+def _listen(tool: subprocess.Popen[bytes], deadline: float, timeout_s: float, cap_bytes: int) -> list[bytearray]:
     """The tool's stdout and stderr until it ends."""
     outputs = [bytearray(), bytearray()]
     with selectors.DefaultSelector() as ready:

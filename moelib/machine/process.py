@@ -131,7 +131,7 @@ class Log:
         return look
 
 
-class Child(AbstractContextManager):
+class Child(AbstractContextManager["Child"]):
     """A running tool. Use it as a context manager: leaving it ends the tool and its child processes.
 
     `cpus`: the CPUs that it may use. A tool whose log grows beyond `log_bytes` is ended.
@@ -252,7 +252,7 @@ class Child(AbstractContextManager):
         return self.exit
 
 
-def ended(child: subprocess.Popen) -> int | None:
+def ended(child: subprocess.Popen[bytes]) -> int | None:
     """A child's exit code, negative for a signal; None while it runs.
 
     If the system allows it, the child is not reaped: until it is, no other process can get its id or its group's.
@@ -263,7 +263,7 @@ def ended(child: subprocess.Popen) -> int | None:
     return child.poll()
 
 
-def end_group(leader: subprocess.Popen, alive: bool) -> None:
+def end_group(leader: subprocess.Popen[bytes], alive: bool) -> None:
     """Kill the session of `leader`, and if it is alive its children in other sessions; then reap it."""
     if leader.returncode is not None:  # reaped: its id may belong to another process by now
         return

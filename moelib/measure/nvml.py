@@ -171,8 +171,8 @@ class Gpu:
             with contextlib.suppress(pynvml.NVMLError):
                 elsewhere, _ = _processes(handle)
                 for pid in ours & elsewhere.keys():
-                    here, there = mine.get(pid, 0), elsewhere[pid]
-                    mine[pid] = None if here is None or there is None else here + there
+                    before, more = mine.get(pid, 0), elsewhere[pid]
+                    mine[pid] = None if before is None or more is None else before + more
         sizes = [n for n in mine.values() if n is not None]
         memory = None if self.shared else ask(self._memory, "memory-unsupported")
         if self.shared:

@@ -261,10 +261,8 @@ def _limit_connections() -> None:
     default = get_session()  # its own class and hooks, which refuse requests where HF_HUB_OFFLINE is set
 
     def client() -> "Client":
-        hooks: dict[str, list[Callable[..., Any]]] = {
-            "request": [_asks, *default.event_hooks["request"]],
-            "response": [_answers],
-        }
+        asks: list[Callable[..., Any]] = [_asks, *default.event_hooks["request"]]
+        hooks = {"request": asks, "response": [_answers]}
         return type(default)(event_hooks=hooks, follow_redirects=True, max_redirects=REDIRECTS, timeout=WAIT_S)
 
     set_client_factory(client)

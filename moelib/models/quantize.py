@@ -120,7 +120,7 @@ def _run(argv: list[str], log: Path, limit_s: float, tensors: int = 0) -> tuple[
                 bar.update(int(done[-1]) - bar.n)
             time.sleep(0.02)
     with log.open("rb") as f:
-        return child.exit.code, f.read(LOG_BYTES).decode("utf-8", errors="replace")
+        return child.stop().code, f.read(LOG_BYTES).decode("utf-8", errors="replace")
 
 
 def _end(log: Path, lines: int = 8) -> str:

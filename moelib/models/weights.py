@@ -39,12 +39,8 @@ def require(model: str, header: gguf_file.Header, name: str = "") -> None:
 def digest(path: Path) -> str:
     """SHA-256 of a large file, with a progress bar."""
     digest = hashlib.sha256()
-    bar: dict[str, Any] = {
-        "total": path.stat().st_size,
-        "desc": f"checking {path.name}",
-        "unit": "B",
-        "unit_scale": True,
-    }
+    bar: dict[str, Any] = {"total": path.stat().st_size, "desc": f"checking {path.name}"}
+    bar |= {"unit": "B", "unit_scale": True}
     with path.open("rb") as f, tqdm(**bar, disable=None, leave=False) as shown:
         while chunk := f.read(1 << 24):
             digest.update(chunk)
@@ -154,7 +150,7 @@ def convert(model: str, given: Path, path: Path) -> str:
         with process.Child(argv, Path(scratch) / "convert.log", process.environment(Path(scratch))) as child:
             child.wait_end(limit_s)
             log_tail = child.tail()
-        if child.exit.code or not partial.exists():
-            raise SourceError(f"{CONVERTER} ended with {child.exit.code} on {given.name}; its log ends:\n{log_tail}")
+        if (code := child.stop().code) or not partial.exists():
+            raise SourceError(f"{CONVERTER} ended with {code} on {given.name}; its log ends:\n{log_tail}")
         require(model, gguf_file.read_header(partial), f"the GGUF converted from {given.name}")
         return digest(partial)

@@ -229,7 +229,7 @@ def _measured(of: Study, url: str) -> list[Any]:
         )
         name = f"TTFT, {neutral.plain(w)}, warm, ms"
         quantities.append(("warm_ttft_ms", name, w, f"ttft_warm_s/{w}", 1000))
-    entries: dict[tuple, EvalResult] = {}
+    entries: dict[tuple[str, str, frames.Side], EvalResult] = {}
     for metric, name, workload, column, scale in quantities:
         compared = frames.comparisons(of.runs, column, frames.in_one_load_mode)
         sides = [(c.quant, *side) for c in compared for side in ((c.against, c.baseline), (c.side, c.value))]

@@ -35,7 +35,7 @@ def _styled(draw: Callable[..., Any]) -> Callable[..., Any]:
     def styled(*args: Any, **kwargs: Any) -> Any:
         style = sns.plotting_context("notebook", font_scale=0.9)
         style |= sns.axes_style("whitegrid", rc={"axes.spines.top": False, "axes.spines.right": False})
-        style |= {"axes.prop_cycle": mpl.cycler(color=sns.color_palette("deep"))}  # type: ignore[attr-defined]
+        style |= {"axes.prop_cycle": mpl.cycler(color=sns.color_palette("deep"))}  # type: ignore[attr-defined]  # its stubs lack it
         style |= {"font.family": "sans-serif"}
         with mpl.style.context(style, after_reset=True):
             return draw(*args, **kwargs)

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Literal
+from typing import Any, Literal
 
 from moelib.audit.record import Record
 
@@ -28,7 +28,7 @@ class Column:
     """Whether more or less of it is better; None where neither is."""
     source: str
     """Where the value comes from."""
-    get: Callable
+    get: Callable[..., Any]
     by_workload: bool = False
 
 

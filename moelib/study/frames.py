@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import pandas as pd
 
@@ -27,7 +28,7 @@ def runs(records: Iterable[Record]) -> pd.DataFrame:
     """One row for each record that holds an observation: WHERE, the measured columns, SETUP."""
     observed = [r for r in records if r.observed]
     workloads = dict.fromkeys(w for r in observed for w in r.spec.workloads)
-    values: dict[str, list] = {name: [get(r) for r in observed] for name, get in WHERE.items()}
+    values: dict[str, Any] = {name: [get(r) for r in observed] for name, get in WHERE.items()}
     for name, column in columns(workloads).items():
         get = column.get(name.partition("/")[2]) if column.by_workload else column.get
         values[name] = pd.array([get(r) for r in observed], dtype="Float64").to_numpy("float64", na_value=float("nan"))
