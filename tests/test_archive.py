@@ -16,6 +16,7 @@ import time
 from types import SimpleNamespace
 
 import build_engine
+import httpx
 import pin_engine
 import pytest
 import yaml
@@ -628,3 +629,9 @@ def test_a_release_that_cannot_be_pinned_changes_nothing(machine, site, key, ass
     with pytest.raises(params.UserError, match=words):
         pin_engine.pin(key, 1, [asset], None)
     assert path.read_bytes() == before
+
+
+def test_an_error_without_words_is_named_by_its_kind():
+    assert (
+        str(release.unreachable("https://a.example/x", httpx.ReadError(""))) == "a.example cannot be reached: ReadError"
+    )

@@ -32,7 +32,7 @@ class Unreachable(ArchiveError):
 
 
 def unreachable(url: str, err: Exception) -> Unreachable:
-    return Unreachable(f"{httpx.URL(url).host} cannot be reached: {err or type(err).__name__}")
+    return Unreachable(f"{httpx.URL(url).host} cannot be reached: {str(err) or type(err).__name__}")
 
 
 def size(path: Path) -> int:
