@@ -10,6 +10,7 @@ import pandas as pd
 import papermill
 import pytest
 from conftest import REPO
+from factory import SHARED
 
 import moelib
 from moelib.catalogue import params
@@ -26,7 +27,7 @@ def study():
 
 
 def test_the_face_is_what_completion_shows():
-    assert dir(moelib) == ["Record", "__version__", "compare", "frame", "header", "load", "studies"]
+    assert dir(moelib) == ["Record", "__version__", "compare", "frame", "header", "load", "quantize", "run", "studies"]
     assert all(getattr(moelib, name).__doc__ for name in moelib.__all__)
     with pytest.raises(AttributeError, match="no attribute 'lod'"):
         moelib.lod  # noqa: B018
@@ -169,3 +170,30 @@ def test_a_header_is_read_without_its_weights(tmp_path):
     )
     with pytest.raises(params.UserError):
         moelib.header(REPO / "README.md")
+
+
+@pytest.mark.engine
+def test_one_run_without_a_study_is_measured_and_audited_and_written_nowhere(home, models_folder):
+    before = sorted(p for p in home.rglob("*") if p.is_file())
+    file = moelib.quantize("deepseek-moe-16b", "Q8_0", scale="nano")
+    assert moelib.quantize("deepseek-moe-16b", "Q8_0", scale="nano") == file
+    short = {"workloads": ["smoke"], "context": 256, "device": "loopback"}
+    sweep = [moelib.run(file, placement, **short) for placement in ("baseline", "cpu-moe")]
+    assert {r.status for r in sweep} <= {"valid", "degraded"}
+    assert {reason for r in sweep for reason in r.reasons} <= SHARED
+    assert all(len(r.audit) > 30 and len(r.digest) == 64 for r in sweep)
+    frame = moelib.frame(sweep)
+    assert frame["placement"].tolist() == ["baseline", "cpu-moe"]
+    assert frame["moved_bytes"].tolist() == [0, moelib.header(file).moved_bytes("cpu-moe")]
+    assert moelib.compare(frame, "vram_bytes")["ratio"].iloc[0] < 1
+    assert sorted(p for p in home.rglob("*") if p.is_file()) == before
+
+
+def test_a_run_that_cannot_be_is_refused_in_a_sentence(tmp_path):
+    own = ggufs.write_nextn(tmp_path / "own.gguf")
+    with pytest.raises(params.UserError, match=r"no file with a manifest .* moelib\.quantize"):
+        moelib.run(own)
+    with pytest.raises(ValueError, match="did you mean 'ubatch'"):
+        moelib.run(own, "cpu-moe,ubath=64")
+    with pytest.raises(params.ParamsError, match="unknown workload"):
+        moelib.run(own, workloads=["nothing"])
