@@ -11,8 +11,11 @@ from moelib.gguf import twin
     [
         (lambda: params.model("phi"), "unknown model 'phi'; allowed: .*phi-3.5-moe"),
         (lambda: params.quant("q2_k"), "unknown quant 'q2_k'; allowed: Q4_K_M, Q2_K, Q8_0"),
-        (lambda: params.study("dmeo"), "unknown study 'dmeo'; allowed: demo"),
-        (lambda: params.workload("short"), "unknown workload 'short'; allowed: .*plan-short"),
+        (lambda: params.study("dmeo"), "unknown study 'dmeo'; did you mean 'demo'.; allowed: demo"),
+        (
+            lambda: params.workload("short"),
+            "unknown workload 'short'; did you mean 'plan-short'.; allowed: .*plan-short",
+        ),
         (lambda: params.card("gpt-oss-20b"), "unknown model with a card 'gpt-oss-20b'; allowed: .*phi-3.5-moe"),
         (lambda: params.model("phi-3.5-moe").at_scale("0.25"), "unknown scale '0.25'; allowed: full, tiny, nano"),
         (lambda: params.model("gpt-oss-20b").at_scale("full"), "gpt-oss-20b is excluded: .*MXFP4"),

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from moelib.base import yaml_file
-from moelib.base.schema import ParamsError, Strict, T, build, upto
+from moelib.base.schema import ParamsError, Strict, T, build, closest, upto
 from moelib.base.schema import UserError as UserError
 from moelib.catalogue.placement import REFERENCE, Placement
 from moelib.catalogue.upstream import Pin as Pin
@@ -169,7 +169,7 @@ def root() -> Path:
 
 def _known(kind: str, name: str, allowed: Sequence[str]) -> str:
     if name not in allowed:
-        raise ParamsError(f"unknown {kind} {name!r}; allowed: {', '.join(allowed)}")
+        raise ParamsError(f"unknown {kind} {name!r}{closest(name, allowed)}; allowed: {', '.join(allowed)}")
     return name
 
 
