@@ -73,8 +73,8 @@ mutation: engine ## mutation testing of the code that decides whether a number i
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[test,mutation]'
 	@$(BIN)/python tools/mutation.py --sample $(SAMPLE)
 
-lab: setup ## open JupyterLab on the notebooks
-	@$(BIN)/jupyter lab --notebook-dir notebooks
+lab: setup ## open JupyterLab at an index of the notebooks (ARGS="--no-browser --port 9999" passes flags on)
+	@$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS) notebooks/index.ipynb
 
 doctor: setup ## show what is installed, what is missing, and how to fix it
 	@$(BIN)/moelib doctor
