@@ -53,15 +53,16 @@ def test_from_nothing_to_a_plot_in_four_lines(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_playground_runs_from_top_to_bottom(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["index", "explore"])
+def test_a_playground_runs_from_top_to_bottom(tmp_path, monkeypatch, name):
     monkeypatch.setenv("MOELIB_OUTPUTS", str(REPO / "docs/example"))
     monkeypatch.setenv("MOELIB_HOME", str(REPO))
-    out = tmp_path / "explore.ipynb"
-    papermill.execute_notebook(REPO / "notebooks/explore.ipynb", out, {"study": "demo"}, progress_bar=False)
+    out = tmp_path / f"{name}.ipynb"
+    papermill.execute_notebook(REPO / f"notebooks/{name}.ipynb", out, {"study": "demo"}, progress_bar=False)
     cells = [c for c in nbformat.read(out, 4).cells if c.cell_type == "code"]
     assert all(c.execution_count for c in cells)
     assert any("image/png" in o.get("data", {}) for c in cells for o in c.outputs)
-    assert [p.name for p in tmp_path.iterdir()] == ["explore.ipynb"]
+    assert [p.name for p in tmp_path.iterdir()] == [f"{name}.ipynb"]
 
 
 def test_studies_lists_what_can_be_loaded(study):
