@@ -74,7 +74,7 @@ mutation: engine ## mutation testing of the code that decides whether a number i
 	@$(BIN)/python tools/mutation.py --sample $(SAMPLE)
 
 lab: setup ## open JupyterLab at an index of the notebooks (ARGS="--no-browser --port 9999" passes flags on)
-	@$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS) notebooks/index.ipynb
+	@$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.default_url=/lab/tree/notebooks/index.ipynb $(ARGS)
 
 doctor: setup ## show what is installed, what is missing, and how to fix it
 	@$(BIN)/moelib doctor

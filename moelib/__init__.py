@@ -9,6 +9,7 @@ sweep = [moelib.run(file, placement) for placement in ("baseline", "cpu-moe")]
 moelib.frame(sweep)[["placement", "status", "vram_bytes"]]
 """
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -29,3 +30,9 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*__all__, "__version__"]
+
+
+if "IPython" in sys.modules and (shell := sys.modules["IPython"].get_ipython()):
+    from moelib import lab
+
+    lab.install(shell)

@@ -13,6 +13,7 @@ from conftest import REPO
 from factory import SHARED
 
 import moelib
+from moelib import lab
 from moelib.catalogue import params
 from moelib.face import UnknownName
 from moelib.study import frames
@@ -198,3 +199,21 @@ def test_a_run_that_cannot_be_is_refused_in_a_sentence(tmp_path):
         moelib.run(own, "cpu-moe,ubath=64")
     with pytest.raises(params.ParamsError, match="unknown workload"):
         moelib.run(own, workloads=["nothing"])
+
+
+def test_a_notebook_completes_studies_and_columns(study):
+    """As the kernel answers the tab key."""
+    from IPython.core.completer import provisionalcompleter
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell = InteractiveShell(user_ns={"moelib": moelib, "runs": study.runs})
+    lab.install(shell)
+
+    def offered(line):
+        with provisionalcompleter():
+            return {c.text for c in shell.Completer.completions(line, len(line))}
+
+    assert offered('moelib.load("de') == {"demo"}
+    assert offered("x = moelib.load('nothing") == set()
+    assert {"load", "studies", "run"} <= {text.lstrip(".") for text in offered("moelib.")}
+    assert 'vram_bytes"]' in {f'{text}"]' for text in offered('runs["vram_b')}
