@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, Field, model_validator
 
 from moelib.base import yaml_file
 from moelib.base.schema import ParamsError, Strict, T, build, closest, upto
@@ -109,11 +109,15 @@ class Study(Strict):
     weights: Literal["twin", "real"]
     scale: str = "full"
     quants: tuple[Literal[QUANTS], ...] = Field(min_length=1)
-    arms: tuple[Arm, ...] = Field(min_length=1, max_length=MAX_NAMES)
+    arms: tuple[Arm, ...] = Field(
+        min_length=1, max_length=MAX_NAMES, validation_alias=AliasChoices("placements", "arms")
+    )
+    """Placements with their load modes; people write `placements`, committed plans have `arms`."""
     workloads: tuple[str, ...] = Field(min_length=1, max_length=MAX_NAMES)
     requests: upto(1000) = 2
     """Requests of each workload in a run, in order; records mark the first one."""
-    blocks: upto(10_000) = 5
+    blocks: Annotated[upto(10_000), Field(validation_alias=AliasChoices("rounds", "blocks"))] = 5
+    """Rounds; people write `rounds`, committed plans have `blocks`."""
     context: Tokens = 1024
     device: Literal["auto", "cuda", "loopback", "none"] = "auto"
     seed: upto((1 << 63) - 1, 0)
@@ -123,14 +127,18 @@ class Study(Strict):
         for field in ("models", "quants", "workloads", "arms"):
             values = getattr(self, field)
             if len(set(values)) != len(values):
-                raise ValueError(f"{field} names something twice")
+                raise ValueError(f"{'placements' if field == 'arms' else field} names something twice")
         if [a.placement == REFERENCE for a in self.arms] != [True] + [False] * max(1, len(self.arms) - 1):
-            raise ValueError("the first of the arms, and no other, must be a baseline, and at least one must follow it")
+            raise ValueError(
+                "the first of the placements, and no other, must be a baseline, and at least one must follow it"
+            )
         if self.weights == "real" and self.scale != "full":
             raise ValueError("real weights have only the scale full")
         runs = len(self.models) * len(self.quants) * len(self.arms) * self.blocks
         if runs > MAX_RUNS:
-            raise ValueError(f"models x quants x arms x blocks is {runs} runs, more than {MAX_RUNS}: make two studies")
+            raise ValueError(
+                f"models x quants x placements x rounds is {runs} runs, more than {MAX_RUNS}: make two studies"
+            )
         return self
 
 
