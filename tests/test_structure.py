@@ -25,6 +25,11 @@ def test_the_packages_are_those_of_the_flow():
     assert {name for name in MODULES if "." not in name} == TOP
 
 
+def test_the_readmes_tree_is_the_flow():
+    tree = (REPO / "README.md").read_text(encoding="utf-8").split("moelib/\n")[1].split("notebooks/")[0]
+    assert re.findall(r"^  (\w+)/ +\S", tree, re.M) == PACKAGES
+
+
 @pytest.mark.parametrize("name", PACKAGES)
 def test_imports_go_one_way(name):
     below = {*PACKAGES[: PACKAGES.index(name) + 1]}
