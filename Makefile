@@ -7,7 +7,7 @@ SAMPLE ?= 0
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engine demo test quick faults forgeries hubfaults lint docs validation cards rehearsal mutation lab doctor bench scale clean
+.PHONY: help setup engine demo test quick faults forgeries hubfaults lint docs validation cards rehearsal mutation lab layers doctor bench scale clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -74,8 +74,12 @@ mutation: engine ## mutation testing of the code that decides whether a number i
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[test,mutation]'
 	@$(BIN)/python tools/mutation.py --sample $(SAMPLE)
 
-lab: setup ## open JupyterLab on the notebooks
-	@$(BIN)/jupyter lab --notebook-dir notebooks
+lab: setup ## open JupyterLab at an index of the notebooks (ARGS="--no-browser --port 9999" passes flags on)
+	@$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.default_url=/lab/tree/notebooks/index.ipynb $(ARGS)
+
+layers: setup ## draw moelib's packages and modules on their floors: layers.png, packages.png
+	@$(BIN)/python tools/layers.py --out layers.png
+	@$(BIN)/python tools/layers.py --packages --out packages.png
 
 doctor: setup ## show what is installed, what is missing, and how to fix it
 	@$(BIN)/moelib doctor

@@ -3,15 +3,20 @@
 study = moelib.load("h100-twins")
 study.runs.plot.scatter("vram_bytes", "tokens_per_s/long-512")
 moelib.compare(study.runs, "tokens_per_s/long-512")
+
+file = moelib.quantize("deepseek-moe-16b", "Q2_K", scale="tiny")
+sweep = [moelib.run(file, placement) for placement in ("baseline", "cpu-moe")]
+moelib.frame(sweep)[["placement", "status", "vram_bytes"]]
 """
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Record", "compare", "frame", "header", "load", "studies"]
+__all__ = ["Record", "compare", "frame", "header", "load", "quantize", "run", "studies"]
 
 if TYPE_CHECKING:
-    from moelib.face import Record, compare, frame, header, load, studies
+    from moelib.face import Record, compare, frame, header, load, quantize, run, studies
 
 
 def __getattr__(name: str) -> Any:
@@ -25,3 +30,9 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*__all__, "__version__"]
+
+
+if "IPython" in sys.modules and (shell := sys.modules["IPython"].get_ipython()):
+    from moelib import lab
+
+    lab.install(shell)

@@ -1,94 +1,16 @@
 """`moelib`: the commands, without logic of their own. Each imports what it needs: `--help` is quick."""
 
-import errno
 import logging
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import click
 
 from moelib import __version__
 from moelib.base import neutral
-
-FAILED = 1
-"""Exit code when something was wrong; 2 is click's for a wrong call, 130 for Ctrl-C."""
-PLACES = "MOELIB_OUTPUTS (studies) or MOELIB_MODELS (model files)"
-CURES = {
-    **dict.fromkeys(
-        (errno.EACCES, errno.EPERM, errno.EROFS),
-        f"give this user permission, or set {PLACES} to a folder that it may write",
-    ),
-    **dict.fromkeys(
-        (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP),
-        f"a file is where a folder belongs, or the other way round: move it, or set {PLACES} to another folder",
-    ),
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), f"free some space, or set {PLACES} to another disk"),
-}
-"""What to do when the system refuses a file."""
-
-
-class Unprinted(OSError):
-    """The reader of what is printed went away, or its disk is full."""
-
-
-def say(text: object, err: bool = False) -> None:
-    """Print lines that may hold what somebody else wrote, without what a terminal would obey."""
-    try:
-        click.echo(neutral.lines(text), err=err)
-    except OSError as error:
-        raise Unprinted(error.errno, error.strerror, "standard output") from None
-
-
-def say_all(problems: list[str], err: bool = False) -> None:
-    """Print each on a line of its own."""
-    for p in problems:
-        say(f"  {neutral.plain(p, None)}", err)
-
-
-class Group(click.Group):
-    """Turns errors into one message and an exit code; ends quietly if the reader of the output goes away."""
-
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):  # a terminal that has no `→` shows a `?`
-                stream.reconfigure(errors="replace")
-        return super().main(*args, **kwargs)
-
-    def invoke(self, ctx: click.Context) -> object:
-        try:
-            return super().invoke(ctx)
-        except (click.ClickException, click.Abort, click.exceptions.Exit):
-            raise
-        except KeyboardInterrupt:
-            say("\nmoelib: interrupted; what is finished is kept, run the same command to go on", err=True)
-            sys.exit(130)
-        except OSError as err:
-            if isinstance(err, Unprinted):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would try again at its end
-            if not (isinstance(err, Unprinted) and err.errno == errno.EPIPE):
-                cure = CURES.get(err.errno or 0, "fix that, and run the same command again")
-                say(f"moelib: {err.filename or type(err).__name__}: {err.strerror or err}; {cure}", err=True)
-            sys.exit(FAILED)
-        except Exception as err:
-            from moelib.base.schema import UserError
-
-            if isinstance(err, UserError):
-                say(f"moelib: {err}", err=True)
-            else:
-                logging.getLogger(__name__).info("where it went wrong", exc_info=err)
-                what = neutral.plain(f"{type(err).__name__}: {err}")
-                say(f"moelib: {what}; this is a bug in moelib: report it with the output of `moelib -v`", err=True)
-            sys.exit(FAILED)
-
-
-class Formatter(logging.Formatter):
-    """Neutralises log messages: they may contain text from outside."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return neutral.lines(super().format(record))
+from moelib.terminal import CELLS, FAILED, MEASURED, MODELS, QUANTS, STUDIES, Formatter, Group, say, say_all
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -109,6 +31,8 @@ def doctor(engine_path: str | None) -> None:
     from moelib import doctor as doctors  # scipy takes its time
 
     findings = list(doctors.examine(engine_path))
+    missing = [name for name, _, cure in findings if cure]
+    say(f"{len(missing)} to fix: {', '.join(missing)}" if missing else "all that a study needs is here")
     width = max(len(what) for what, _, _ in findings)
     for what, value, cure in findings:
         say(f"{'!!' if cure else 'ok'} {what:<{width}}  {value}")
@@ -118,7 +42,7 @@ def doctor(engine_path: str | None) -> None:
 
 
 @main.command()
-@click.argument("model")
+@click.argument("model", shell_complete=MODELS)
 @click.option("--scale", default="full", show_default=True, help="full, or one that models.yaml names: tiny, nano.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Default: under models/.")
@@ -131,7 +55,7 @@ def twin(model: str, scale: str, seed: int, out: Path | None) -> None:
 
 
 @main.command()
-@click.argument("model")
+@click.argument("model", shell_complete=MODELS)
 @click.option("--pin", metavar="OWNER/NAME", help="Look up this repository's F16 files on the Hub and pin them.")
 @click.option("--revision", default="main", show_default=True, help="With --pin: branch, tag or commit.")
 @click.option("--file", "named", multiple=True, metavar="PATH", help="With --pin: this file, or the first part.")
@@ -158,8 +82,8 @@ def fetch(model: str, pin: str | None, revision: str, named: tuple[str, ...], gi
 
 
 @main.command()
-@click.argument("model")
-@click.argument("quant")
+@click.argument("model", shell_complete=MODELS)
+@click.argument("quant", shell_complete=QUANTS)
 @click.option("--scale", default="full", show_default=True, help="Scale of the twin to quantise.")
 @click.option("--real", is_flag=True, help="The real weights, not a twin.")
 def quantize(model: str, quant: str, scale: str, real: bool) -> None:
@@ -179,14 +103,14 @@ def quantize(model: str, quant: str, scale: str, real: bool) -> None:
     say(f"{made.path}\n{files.canonical(made.sheet).decode()}")
 
 
-@main.group()
+@main.group(cls=Group)
 def study() -> None:
     """Run a study, or show its progress."""
 
 
 @study.command("run")
-@click.argument("name")
-@click.option("--cell", help="Only MODEL/QUANT.")
+@click.argument("name", shell_complete=STUDIES)
+@click.option("--cell", shell_complete=CELLS, help="Only MODEL/QUANT.")
 def study_run(name: str, cell: str | None) -> None:
     """Do the runs of study NAME that are not done, then write its document."""
     from moelib.base.bar import tqdm
@@ -224,12 +148,13 @@ def study_run(name: str, cell: str | None) -> None:
 
 
 @study.command("status")
-@click.argument("name")
+@click.argument("name", shell_complete=STUDIES)
 def study_status(name: str) -> None:
     """Show which runs of study NAME are usable, and why the rest are not; writes nothing."""
     from moelib.study.study import Study
 
     measured = Study.named(name)
+    say(measured.summary())
     for cell, status in measured.statuses.items():
         say(f"{neutral.plain(cell)}: {status.summary()}")
     say_all(measured.problems)
@@ -237,7 +162,7 @@ def study_status(name: str) -> None:
 
 
 @main.command()
-@click.argument("name")
+@click.argument("name", shell_complete=MEASURED)
 @click.option("--re-audit", is_flag=True, help="First re-audit runs without a valid result by the current rules.")
 def audit(name: str, re_audit: bool) -> None:
     """Check every record of study NAME against every invariant again, and show the result."""
@@ -249,14 +174,14 @@ def audit(name: str, re_audit: bool) -> None:
     for r in campaign.reaudit(Study.named(name)) if re_audit else ():
         say(f"re-audited: {r.line}, from the readings of {r.judged and r.judged.record}")
     measured = Study.read(outputs() / name)
-    say(appendix.audit_table(measured).text())
     say(measured.summary())
     say_all(measured.problems)
+    say(appendix.audit_table(measured).text())
     sys.exit(FAILED if measured.problems else 0)
 
 
 @main.command()
-@click.argument("name")
+@click.argument("name", shell_complete=MEASURED)
 @click.option("--into", type=click.Path(file_okay=False, path_type=Path), help="Folder; default: the study's.")
 def report(name: str, into: Path | None) -> None:
     """Rebuild the document of study NAME from its records alone.
@@ -277,7 +202,7 @@ def report(name: str, into: Path | None) -> None:
 
 
 @main.command()
-@click.argument("name")
+@click.argument("name", shell_complete=MEASURED)
 @click.option("--namespace", required=True, help="User or organisation on the Hub that the cards are for.")
 @click.option("--into", type=click.Path(file_okay=False, path_type=Path), help="Folder; default: cards/ of the study.")
 def card(name: str, namespace: str, into: Path | None) -> None:
@@ -300,7 +225,7 @@ def card(name: str, namespace: str, into: Path | None) -> None:
 
 
 @main.command()
-@click.argument("name")
+@click.argument("name", shell_complete=MEASURED)
 @click.option("--to", "namespace", required=True, help="User or organisation on the Hub.")
 @click.option("--yes", is_flag=True, help="Upload; without this, only the plan is shown.")
 @click.option("--public/--private", default=None, help="Public in the end; default: real weights are, twins are not.")

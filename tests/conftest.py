@@ -25,12 +25,12 @@ models: [deepseek-moe-16b]
 weights: twin
 scale: nano
 quants: [Q8_0]
-arms:
+placements:
   - {placement: baseline, load_mode: mmap}
   - {placement: cpu-moe, load_mode: mmap}
 workloads: [smoke]
 requests: 2
-blocks: 2
+rounds: 2
 context: 256
 device: loopback
 seed: 1

@@ -865,7 +865,7 @@ def _(lab, chance, rounds):
 # kills at random moments of a whole study, notebooks and all
 def interrupted(folder: Path, chance: random.Random, rounds: int, stop: Callable) -> str:
     """`rounds` times: the study from the command line, stopped at a random moment; then to its end."""
-    home = furnish(folder / "home", SMOKE if rounds > 1 else SMOKE.replace("blocks: 2", "blocks: 1"))
+    home = furnish(folder / "home", SMOKE if rounds > 1 else SMOKE.replace("rounds: 2", "rounds: 1"))
     env = {"MOELIB_HOME": str(home), "MOELIB_MODELS": str(folder / "models")}
     with mock.patch.dict(os.environ, env):
         os.environ.pop("MOELIB_OUTPUTS", None)

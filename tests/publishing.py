@@ -34,12 +34,12 @@ models: [{models}]
 weights: twin
 scale: nano
 quants: [{quants}]
-arms:
+placements:
   - {{placement: baseline, load_mode: mmap}}
   - {{placement: cpu-moe, load_mode: mmap}}
 workloads: [smoke]
 requests: 2
-blocks: 2
+rounds: 2
 context: 256
 device: loopback
 seed: 7

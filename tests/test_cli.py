@@ -4,6 +4,7 @@ import ast
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import REPO
 
-from moelib import cli
+from moelib import cli, terminal
 from moelib.audit import record
 from moelib.base import files
 from moelib.catalogue import params
@@ -194,3 +195,50 @@ def test_what_nobody_thought_of_is_one_line_too(monkeypatch):
     assert "moelib: ZeroDivisionError: made up" in done.output
     assert "this is a bug in moelib" in done.output
     assert "\x1b" not in done.output
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["stduy"], "did you mean 'study'"),
+        (["study", "rn"], "did you mean 'run'"),
+        (["xyz"], "there are audit, card, doctor"),
+        (["study", "status", "demmo"], "unknown study 'demmo'; did you mean 'demo'?; allowed: demo, full"),
+        (["twin", "phi-3-moe"], "did you mean 'phi-3.5-moe'"),
+        (["quantize", "phi-3.5-moe", "Q4_K"], "did you mean 'Q4_K_M'"),
+    ],
+)
+def test_a_misspelt_name_gets_the_nearest_one_or_the_list(argv, says):
+    done = call(*argv)
+    assert done.exit_code
+    assert says in " ".join(done.output.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("moelib st", {"study"}),
+        ("moelib study run d", {"demo"}),
+        ("moelib study run demo --cell phi-3.5-moe/Q2", {"phi-3.5-moe/Q2_K"}),
+        ("moelib quantize deep", {"deepseek-moe-16b"}),
+        ("moelib quantize phi-3.5-moe ", {"Q4_K_M", "Q2_K", "Q8_0"}),
+        ("moelib audit h", {"h100-twins", "h200-twins"}),
+    ],
+)
+def test_a_shell_completes_names(words, offered):
+    env = {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" ")), "_MOELIB_COMPLETE": "bash_complete"}
+    argv = [sys.executable, "-c", "from moelib.cli import main; main(prog_name='moelib')"]
+    done = subprocess.run(argv, env={**os.environ, **env}, capture_output=True, text=True, encoding="utf-8", cwd=REPO)
+    assert {line.partition(",")[2] for line in done.stdout.split()} == offered
+
+
+def test_a_name_that_cannot_be_completed_is_no_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("MOELIB_HOME", str(tmp_path))
+    assert terminal.STUDIES(None, None, "") == terminal.CELLS(None, None, "") == []
+
+
+def test_the_answer_comes_first(monkeypatch):
+    monkeypatch.setenv("MOELIB_OUTPUTS", str(REPO / "docs/example"))
+    for argv in (["study", "status", "demo"], ["audit", "demo"]):
+        assert call(*argv).output.startswith("36 of 36 runs usable: 36 valid, 0 degraded\n")
+    assert re.match(r"all that a study needs is here|\d+ to fix: ", call("doctor").output)

@@ -10,8 +10,10 @@ import pandas as pd
 import papermill
 import pytest
 from conftest import REPO
+from factory import SHARED
 
 import moelib
+from moelib import lab
 from moelib.catalogue import params
 from moelib.face import UnknownName
 from moelib.study import frames
@@ -26,7 +28,7 @@ def study():
 
 
 def test_the_face_is_what_completion_shows():
-    assert dir(moelib) == ["Record", "__version__", "compare", "frame", "header", "load", "studies"]
+    assert dir(moelib) == ["Record", "__version__", "compare", "frame", "header", "load", "quantize", "run", "studies"]
     assert all(getattr(moelib, name).__doc__ for name in moelib.__all__)
     with pytest.raises(AttributeError, match="no attribute 'lod'"):
         moelib.lod  # noqa: B018
@@ -52,15 +54,16 @@ def test_from_nothing_to_a_plot_in_four_lines(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_playground_runs_from_top_to_bottom(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["index", "explore"])
+def test_a_playground_runs_from_top_to_bottom(tmp_path, monkeypatch, name):
     monkeypatch.setenv("MOELIB_OUTPUTS", str(REPO / "docs/example"))
     monkeypatch.setenv("MOELIB_HOME", str(REPO))
-    out = tmp_path / "explore.ipynb"
-    papermill.execute_notebook(REPO / "notebooks/explore.ipynb", out, {"study": "demo"}, progress_bar=False)
+    out = tmp_path / f"{name}.ipynb"
+    papermill.execute_notebook(REPO / f"notebooks/{name}.ipynb", out, {"study": "demo"}, progress_bar=False)
     cells = [c for c in nbformat.read(out, 4).cells if c.cell_type == "code"]
     assert all(c.execution_count for c in cells)
     assert any("image/png" in o.get("data", {}) for c in cells for o in c.outputs)
-    assert [p.name for p in tmp_path.iterdir()] == ["explore.ipynb"]
+    assert [p.name for p in tmp_path.iterdir()] == [f"{name}.ipynb"]
 
 
 def test_studies_lists_what_can_be_loaded(study):
@@ -169,3 +172,48 @@ def test_a_header_is_read_without_its_weights(tmp_path):
     )
     with pytest.raises(params.UserError):
         moelib.header(REPO / "README.md")
+
+
+@pytest.mark.engine
+def test_one_run_without_a_study_is_measured_and_audited_and_written_nowhere(home, models_folder):
+    before = sorted(p for p in home.rglob("*") if p.is_file())
+    file = moelib.quantize("deepseek-moe-16b", "Q8_0", scale="nano")
+    assert moelib.quantize("deepseek-moe-16b", "Q8_0", scale="nano") == file
+    short = {"workloads": ["smoke"], "context": 256, "device": "loopback"}
+    sweep = [moelib.run(file, placement, **short) for placement in ("baseline", "cpu-moe")]
+    assert {r.status for r in sweep} <= {"valid", "degraded"}
+    assert {reason for r in sweep for reason in r.reasons} <= SHARED
+    assert all(len(r.audit) > 30 and len(r.digest) == 64 for r in sweep)
+    frame = moelib.frame(sweep)
+    assert frame["placement"].tolist() == ["baseline", "cpu-moe"]
+    assert frame["moved_bytes"].tolist() == [0, moelib.header(file).moved_bytes("cpu-moe")]
+    assert moelib.compare(frame, "vram_bytes")["ratio"].iloc[0] < 1
+    assert sorted(p for p in home.rglob("*") if p.is_file()) == before
+
+
+def test_a_run_that_cannot_be_is_refused_in_a_sentence(tmp_path):
+    own = ggufs.write_nextn(tmp_path / "own.gguf")
+    with pytest.raises(params.UserError, match=r"no file with a manifest .* moelib\.quantize"):
+        moelib.run(own)
+    with pytest.raises(ValueError, match="did you mean 'ubatch'"):
+        moelib.run(own, "cpu-moe,ubath=64")
+    with pytest.raises(params.ParamsError, match="unknown workload"):
+        moelib.run(own, workloads=["nothing"])
+
+
+def test_a_notebook_completes_studies_and_columns(study):
+    """As the kernel answers the tab key."""
+    from IPython.core.completer import provisionalcompleter
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell = InteractiveShell(user_ns={"moelib": moelib, "runs": study.runs})
+    lab.install(shell)
+
+    def offered(line):
+        with provisionalcompleter():
+            return {c.text for c in shell.Completer.completions(line, len(line))}
+
+    assert offered('moelib.load("de') == {"demo"}
+    assert offered("x = moelib.load('nothing") == set()
+    assert {"load", "studies", "run"} <= {text.lstrip(".") for text in offered("moelib.")}
+    assert 'vram_bytes"]' in {f'{text}"]' for text in offered('runs["vram_b')}

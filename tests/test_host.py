@@ -1,5 +1,6 @@
 """The host's identity, facts and use; a value that cannot be read is never 0."""
 
+import json
 import os
 import re
 import signal
@@ -106,10 +107,21 @@ def test_a_clone_is_dirty_by_what_measures_and_not_by_what_was_measured(tmp_path
         who = ["-c", "user.name=n", "-c", "user.email=e"]
         return subprocess.check_output(["git", *who, *args], cwd=tmp_path, text=True, encoding="utf-8")
 
+    def notebook(code, outputs=()):
+        cell = {
+            "cell_type": "code",
+            "source": [code],
+            "outputs": list(outputs),
+            "execution_count": len(outputs) or None,
+        }
+        text = json.dumps({"cells": [{"cell_type": "markdown", "source": "text"}, cell], "metadata": {}})
+        (tmp_path / "notebooks/run.ipynb").write_text(text, encoding="utf-8")
+
     assert facts() == (None, None)
-    for name in ("params/a", "outputs/b", "docs/c"):
+    for name in ("params/a", "outputs/b", "docs/c", "notebooks/run.ipynb"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text("as committed", encoding="utf-8")
+    notebook("measure()")
     git("init", "-q")
     git("add", ".")
     git("commit", "-qm", "all")
@@ -118,6 +130,13 @@ def test_a_clone_is_dirty_by_what_measures_and_not_by_what_was_measured(tmp_path
     (tmp_path / "new").write_text("not tracked", encoding="utf-8")
     (tmp_path / "outputs/b").write_text("a product made again", encoding="utf-8")
     (tmp_path / "docs/c").unlink()
+    assert facts() == (commit, False)
+    notebook("measure()", ["opened and saved by somebody who looked"])
+    assert facts() == (commit, False)
+    for harm in (lambda: notebook("measure(); measure()"), (tmp_path / "notebooks/run.ipynb").unlink):
+        harm()
+        assert facts() == (commit, True)
+    git("checkout", "notebooks")
     assert facts() == (commit, False)
     (tmp_path / "params/a").write_text("changed", encoding="utf-8")
     assert facts() == (commit, True)

@@ -26,7 +26,7 @@ MOELIB = [sys.executable, "-m", "moelib.cli"]
 
 @pytest.mark.engine
 def test_kill_9_at_random_moments_loses_nothing(tmp_path, monkeypatch, models_folder):
-    furnish(tmp_path, SMOKE.replace("blocks: 2", "blocks: 3"))
+    furnish(tmp_path, SMOKE.replace("rounds: 2", "rounds: 3"))
     monkeypatch.setenv("MOELIB_HOME", str(tmp_path))
     monkeypatch.setenv("MOELIB_MODELS", str(tmp_path / "models"))
     monkeypatch.delenv("MOELIB_OUTPUTS", raising=False)

@@ -11,8 +11,11 @@ from moelib.gguf import twin
     [
         (lambda: params.model("phi"), "unknown model 'phi'; allowed: .*phi-3.5-moe"),
         (lambda: params.quant("q2_k"), "unknown quant 'q2_k'; allowed: Q4_K_M, Q2_K, Q8_0"),
-        (lambda: params.study("dmeo"), "unknown study 'dmeo'; allowed: demo"),
-        (lambda: params.workload("short"), "unknown workload 'short'; allowed: .*plan-short"),
+        (lambda: params.study("dmeo"), "unknown study 'dmeo'; did you mean 'demo'.; allowed: demo"),
+        (
+            lambda: params.workload("short"),
+            "unknown workload 'short'; did you mean 'plan-short'.; allowed: .*plan-short",
+        ),
         (lambda: params.card("gpt-oss-20b"), "unknown model with a card 'gpt-oss-20b'; allowed: .*phi-3.5-moe"),
         (lambda: params.model("phi-3.5-moe").at_scale("0.25"), "unknown scale '0.25'; allowed: full, tiny, nano"),
         (lambda: params.model("gpt-oss-20b").at_scale("full"), "gpt-oss-20b is excluded: .*MXFP4"),
@@ -54,13 +57,13 @@ MISTAKES = [
     ("workloads: [nothing]", "unknown workload"),
     ("scale: huge", "unknown scale"),
     ("weights: real", "real weights have only the scale full"),
-    ("arms: [{placement: cpu-moe}]", "must be a baseline"),
-    ("arms: [{placement: baseline}]", "at least one must follow it"),
-    ("arms: [{placement: baseline}, {placement: baseline, load_mode: none}]", "and no other, must be a baseline"),
-    ("arms: [{placement: baseline}, {placement: n-cpu-moe=0}]", "arms.1.placement: .*N from 1 to 9999"),
-    ("arms: [{placement: baseline}, {placement: 'cpu-moe,ubatsh=9'}]", r"did you mean 'ubatch'\?"),
-    ("blocks: 0", "blocks: Input should be greater than 0"),
-    ("blocks: 10001", "blocks: Input should be less than or equal to 10000"),
+    ("placements: [{placement: cpu-moe}]", "must be a baseline"),
+    ("placements: [{placement: baseline}]", "at least one must follow it"),
+    ("placements: [{placement: baseline}, {placement: baseline, load_mode: none}]", "and no other, must be a baseline"),
+    ("placements: [{placement: baseline}, {placement: n-cpu-moe=0}]", "placements.1.placement: .*N from 1 to 9999"),
+    ("placements: [{placement: baseline}, {placement: 'cpu-moe,ubatsh=9'}]", r"did you mean 'ubatch'\?"),
+    ("rounds: 0", "rounds: Input should be greater than 0"),
+    ("rounds: 10001", "rounds: Input should be less than or equal to 10000"),
     ("requests: 1001", "requests: Input should be less than or equal to 1000"),
     ("requests: .inf", "requests: Input should be a finite number"),
     ("requests: 1.5", "requests: Input should be a valid integer"),
@@ -70,7 +73,7 @@ MISTAKES = [
     ("seed: -1", "seed: Input should be greater than or equal to 0"),
     (hundred("models")[:-1] + ", y]", "models: Tuple should have at most 100 items"),
     (hundred("workloads")[:-1] + ", y]", "workloads: Tuple should have at most 100 items"),
-    (hundred("models") + "\nquants: [Q4_K_M, Q2_K, Q8_0]\nblocks: 1000", "is 600000 runs, more than 200000"),
+    (hundred("models") + "\nquants: [Q4_K_M, Q2_K, Q8_0]\nrounds: 1000", "is 600000 runs, more than 200000"),
 ]
 
 
@@ -84,7 +87,7 @@ def test_a_study_with_a_mistake_is_refused_with_the_field_and_its_limit(home, ch
 
 def test_the_largest_numbers_that_are_allowed_are_allowed(home):
     path = home / "params/studies/smoke.yaml"
-    largest = "requests: 1000\nblocks: 10000\ncontext: 16777216\nseed: 9223372036854775807\n"
+    largest = "requests: 1000\nrounds: 10000\ncontext: 16777216\nseed: 9223372036854775807\n"
     path.write_text(path.read_text(encoding="utf-8") + largest, encoding="utf-8")
     assert params.study("smoke").blocks == 10_000
 

@@ -14,7 +14,7 @@ from conftest import REPO, SLOW
 
 # Each package may import those before it, never those after; the rooms of one never import in a circle.
 PACKAGES = "base catalogue machine gguf engine models measure audit study campaign report publish".split()
-TOP = {"face", "doctor", "cli"}
+TOP = {"face", "lab", "doctor", "terminal", "cli"}
 """Modules that stand on all packages, and that none of these imports."""
 MODULES = layers.rooms(REPO / "moelib")
 
@@ -23,6 +23,11 @@ def test_the_packages_are_those_of_the_flow():
     rooms = {p.parent.name for p in (REPO / "moelib").glob("*/__init__.py")}
     assert rooms == set(PACKAGES)
     assert {name for name in MODULES if "." not in name} == TOP
+
+
+def test_the_readmes_tree_is_the_flow():
+    tree = (REPO / "README.md").read_text(encoding="utf-8").split("moelib/\n")[1].split("notebooks/")[0]
+    assert re.findall(r"^  (\w+)/ +\S", tree, re.M) == PACKAGES
 
 
 @pytest.mark.parametrize("name", PACKAGES)

@@ -54,7 +54,7 @@ def test_the_plan_is_written_first_and_another_one_is_refused(home):
     assert len(plan["cells"]) == 1
     Study.named("smoke")
     path = home / "params/studies/smoke.yaml"
-    path.write_text(SMOKE.replace("blocks: 2", "blocks: 3"), encoding="utf-8")
+    path.write_text(SMOKE.replace("rounds: 2", "rounds: 3"), encoding="utf-8")
     params._yaml.cache_clear()
     with pytest.raises(StudyError, match="another name"):
         Study.named("smoke")
@@ -499,7 +499,7 @@ def test_a_damaged_record_is_set_aside_and_its_run_alone_done_again(copy, models
 def test_a_failed_cell_leaves_the_rest_running_and_the_exit_code_says_so(home, models_folder):
     """One quant's tool fails; the other quant's runs are all there."""
     path = home / "params/studies/smoke.yaml"
-    path.write_text(SMOKE.replace("[Q8_0]", "[Q2_K, Q8_0]").replace("blocks: 2", "blocks: 1"), encoding="utf-8")
+    path.write_text(SMOKE.replace("[Q8_0]", "[Q2_K, Q8_0]").replace("rounds: 2", "rounds: 1"), encoding="utf-8")
     from moelib.engine import engine
 
     real = engine.find()

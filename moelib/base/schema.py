@@ -33,11 +33,15 @@ def build(cls: type[T], where: str, data: Any, **more: Any) -> T:
         raise ParamsError(f"{where}: " + "; ".join(lines[:20])) from None
 
 
+def closest(name: str, names: Collection[str]) -> str:
+    """What follows a name that is not known in a message: the nearest one; empty where none is near."""
+    close = difflib.get_close_matches(name, names, 1, 0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
 def near(name: str, names: Collection[str]) -> str:
-    """What follows the name in a message: the nearest one that there is, or all."""
-    if close := difflib.get_close_matches(name, names, 1, 0.6):
-        return f"; did you mean {close[0]!r}?"
-    return f"; there are {', '.join(names)}" if names else ""
+    """`closest`, or, where none is near, all that there are."""
+    return closest(name, names) or (f"; there are {', '.join(names)}" if names else "")
 
 
 # Stored numbers, each with a range, so that impossible values are refused on reading: far wider than anything that

@@ -9,10 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import AfterValidator, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, AliasChoices, Field, PositiveInt, model_validator
 
 from moelib.base import yaml_file
-from moelib.base.schema import ParamsError, Strict, T, build
+from moelib.base.schema import ParamsError, Strict, T, build, closest
 from moelib.base.schema import UserError as UserError
 from moelib.catalogue.placement import REFERENCE, Placement
 from moelib.catalogue.upstream import Pin as Pin
@@ -113,11 +113,15 @@ class Study(Strict):
     weights: Literal["twin", "real"]
     scale: str = "full"
     quants: tuple[Quant, ...] = Field(min_length=1)
-    arms: tuple[Arm, ...] = Field(min_length=1, max_length=MAX_NAMES)
+    arms: tuple[Arm, ...] = Field(
+        min_length=1, max_length=MAX_NAMES, validation_alias=AliasChoices("placements", "arms")
+    )
+    """Placements with their load modes; people write `placements`, committed plans have `arms`."""
     workloads: tuple[str, ...] = Field(min_length=1, max_length=MAX_NAMES)
     requests: Annotated[PositiveInt, Field(le=1000)] = 2
     """Requests of each workload in a run, in order; records mark the first one."""
-    blocks: Annotated[PositiveInt, Field(le=10_000)] = 5
+    blocks: Annotated[PositiveInt, Field(le=10_000, validation_alias=AliasChoices("rounds", "blocks"))] = 5
+    """Rounds; people write `rounds`, committed plans have `blocks`."""
     context: Tokens = 1024
     device: Literal["auto", "cuda", "loopback", "none"] = "auto"
     seed: Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
@@ -127,14 +131,18 @@ class Study(Strict):
         for field in ("models", "quants", "workloads", "arms"):
             values = getattr(self, field)
             if len(set(values)) != len(values):
-                raise ValueError(f"{field} names something twice")
+                raise ValueError(f"{'placements' if field == 'arms' else field} names something twice")
         if [a.placement == REFERENCE for a in self.arms] != [True] + [False] * max(1, len(self.arms) - 1):
-            raise ValueError("the first of the arms, and no other, must be a baseline, and at least one must follow it")
+            raise ValueError(
+                "the first of the placements, and no other, must be a baseline, and at least one must follow it"
+            )
         if self.weights == "real" and self.scale != "full":
             raise ValueError("real weights have only the scale full")
         runs = len(self.models) * len(self.quants) * len(self.arms) * self.blocks
         if runs > MAX_RUNS:
-            raise ValueError(f"models x quants x arms x blocks is {runs} runs, more than {MAX_RUNS}: make two studies")
+            raise ValueError(
+                f"models x quants x placements x rounds is {runs} runs, more than {MAX_RUNS}: make two studies"
+            )
         return self
 
 
@@ -173,7 +181,7 @@ def root() -> Path:
 
 def _known(kind: str, name: str, allowed: Sequence[str]) -> str:
     if name not in allowed:
-        raise ParamsError(f"unknown {kind} {name!r}; allowed: {', '.join(allowed)}")
+        raise ParamsError(f"unknown {kind} {name!r}{closest(name, allowed)}; allowed: {', '.join(allowed)}")
     return name
 
 

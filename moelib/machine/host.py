@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import hmac
+import json
 import os
 import platform
 import re
@@ -220,15 +221,37 @@ PRODUCTS = ("outputs", "docs")
 """Folders of the clone that hold results; changes in them do not make the measuring code differ from its commit."""
 
 
+def _code(notebook: str | None) -> list[str] | None:
+    """The sources of a notebook's code cells; None if it is none."""
+    try:
+        cells = json.loads(notebook or "")["cells"]
+        return ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _differs(git: tuple[str, ...]) -> bool | None:
+    """Whether tracked files, except results, differ from the commit; of a notebook its code alone counts, as opening
+    and saving one changes the rest. None outside a git clone."""
+    products = (f":!{folder}" for folder in PRODUCTS)
+    names = _output(*git, "diff", "HEAD", "--name-only", "-z", "--relative", "--no-renames", "--", ".", *products)
+    for name in filter(None, (names or "").split("\0")):
+        path = params.root() / name
+        before = _code(_output(*git, "show", f"HEAD:./{name}")) if path.suffix == ".ipynb" else None
+        if before is None or not path.is_file() or before != _code(_text(str(path))):
+            return True
+    return None if names is None else False
+
+
 @functools.cache
 def facts() -> dict[str, Any]:
     """CPU, RAM, system and moelib's commit.
 
-    `dirty`: whether tracked files, except results, differ from `commit`. Both are None outside a git clone.
+    `dirty`: whether tracked files, except results, differ from `commit`; notebooks by their code. Both are None outside
+    a git clone.
     """
     git = ("git", "-C", str(params.root()))
     commit = _output(*git, "rev-parse", "HEAD")
-    differ = _output(*git, "status", "--porcelain", "--untracked-files=no", "--", ".", *(f":!{p}" for p in PRODUCTS))
     return {
         "cpu": cpu_name(),
         "cpus": usable_cpus(),
@@ -237,5 +260,5 @@ def facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "moelib": __version__,
         "commit": commit,
-        "dirty": None if differ is None else bool(differ),
+        "dirty": _differs(git),
     }

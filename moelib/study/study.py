@@ -18,7 +18,7 @@ from moelib.audit import audit
 from moelib.audit.record import Check, Record, each, spec_key
 from moelib.audit.record import read as read_record
 from moelib.base import files, neutral
-from moelib.base.schema import near
+from moelib.base.schema import closest, near
 from moelib.catalogue import params
 from moelib.catalogue.facts import Manifest
 from moelib.study import plan as plans
@@ -343,7 +343,8 @@ def require_results(path: Path) -> None:
 
 def _plan_in(path: Path) -> Plan:
     if not (path / "plan.json").exists():
-        raise StudyError(f"{path} holds no plan; {_first(path)}")
+        others = sorted(p.parent.name for p in path.parent.glob("*/plan.json"))
+        raise StudyError(f"{path} holds no plan{closest(path.name, others)}; {_first(path)}")
     return plans.read(path / "plan.json")
 
 
