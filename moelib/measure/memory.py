@@ -169,8 +169,7 @@ def reconcile(
     sizes = _known(buffers.values())
     engine = sum(sizes) if sizes and len(sizes) == len(buffers) else None
     accounts = (engine, weights_bytes, context_bytes, trace)
-    floor: float
-    ceiling: float
+    floor, ceiling = 0.0, math.inf
     if kind == "none":
         return Memory(None, "degraded", None, ("no-device",), None, None, *accounts)
     if kind == "loopback":

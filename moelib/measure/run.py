@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 
 from moelib.base import files
@@ -17,7 +16,7 @@ from moelib.engine.engine import EngineError
 from moelib.machine import host, monitor, process
 from moelib.measure import device as devices
 from moelib.measure.memory import Memory, Trace, reconcile
-from moelib.measure.nvml import Counters, Traffic
+from moelib.measure.nvml import Counters
 from moelib.measure.runner import Job, Prompt, Runner, Server
 from moelib.models.quantize import Quantised
 
@@ -258,10 +257,6 @@ def _request(server: Server, prompt: Prompt, index: int, started: float, energy:
     )
 
 
-def _look(bus: Traffic, now: Callable[[], float]) -> None:
-    bus.look(now())
-
-
 def _prompt_traffic(
     server: Server, prompts: list[Prompt], session: devices.Session, now: Callable[[], float]
 ) -> tuple[tuple[PromptTraffic, ...], dict[str, str]]:
@@ -273,7 +268,7 @@ def _prompt_traffic(
     for prompt in prompts:
         bus = session.traffic()
         bus.look(now())
-        with monitor.repeating(partial(_look, bus, now), devices.BUS_S):
+        with monitor.repeating(lambda: bus.look(now()), devices.BUS_S):  # noqa: B023  # it ends with the block
             server.connect()
             server.read(server.ask(prompt.content, 1)[1], 1)
         if prompt.tokens is not None:
