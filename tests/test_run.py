@@ -172,7 +172,7 @@ def test_a_dense_model_makes_cpu_moe_invalid(engine, home, loopback, tmp_path):
     dense = geometry.model_copy(update={"leading_dense_block_count": geometry.block_count})
     path = tmp_path / "dense-F16.gguf"
     sha256 = twin.write(path, dense)
-    source = models.Source("dense", "twin", "nano", path, sha256, "written by this test")
+    source = models.Source("dense", "real", "full", path, sha256, "written by this test")
     made = quantize.make(source, "Q8_0", engine, tmp_path / "q")
     base, checks = execute(engine, made, loopback, tmp_path, workloads=("smoke",))
     assert failed(checks) == set()
