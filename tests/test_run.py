@@ -171,7 +171,7 @@ def test_a_dense_model_makes_cpu_moe_invalid(engine, home, loopback, tmp_path):
     geometry = params.model("deepseek-moe-16b").at_scale("nano")
     dense = geometry.model_copy(update={"leading_dense_block_count": geometry.block_count})
     path = tmp_path / "dense-F16.gguf"
-    sha256 = twin.write(path, dense)
+    sha256 = models.once(path, {}, lambda: {"sha256": twin.write(path, dense)})["sha256"]
     source = models.Source("dense", "real", "full", path, sha256, "written by this test")
     made = quantize.make(source, "Q8_0", engine, tmp_path / "q")
     base, checks = execute(engine, made, loopback, tmp_path, workloads=("smoke",))
