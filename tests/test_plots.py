@@ -6,7 +6,7 @@ from statistics import fmean
 
 import pytest
 from conftest import REPO
-from factory import made
+from factory import record_of
 from matplotlib.colors import to_hex
 
 from moelib.catalogue.params import Arm
@@ -108,7 +108,7 @@ def test_a_figure_without_data_says_why(name):
 
 
 def test_a_run_without_records_has_figures_that_say_so():
-    failed = [made(status="failed")]
+    failed = [record_of(status="failed")]
     for figure in (plots.vram_over_time([]), plots.tokens_over_time([], "x"), plots.vram_over_time(failed)):
         assert figure.axes[0].texts[0].get_text().startswith("no data: ")
     assert [axis.get_title() for axis in plots.tokens_over_time(failed, "x").axes] == ["baseline, mmap"]

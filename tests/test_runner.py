@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import openai_stub
 import pytest
-from factory import DEVICE, HOST, MANIFEST, block, keep, log_of, made, measured, observation, request, spec
+from factory import DEVICE, HOST, MANIFEST, block, keep, log_of, measured, observation, record_of, request, spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai_stub import NAME, Attached, Stub
@@ -220,25 +220,25 @@ def test_a_block_of_two_runners_is_none():
 
 def test_llama_server_has_to_tell_everything():
     assert runner.untold(LLAMA_SERVER) == frozenset()
-    assert "runner" not in made().engine.model_fields_set, "a record that names none is of llama-server"
-    assert status(made()) == "valid"
-    assert status(without(made())) == "invalid"
+    assert "runner" not in record_of().engine.model_fields_set, "a record that names none is of llama-server"
+    assert status(record_of()) == "valid"
+    assert status(without(record_of())) == "invalid"
 
 
 def test_a_runner_that_nobody_knows_has_to_tell_everything():
-    assert status(without(made(), name="openai-stab")) == "invalid"
+    assert status(without(record_of(), name="openai-stab")) == "invalid"
 
 
 def test_what_a_runner_does_not_tell_is_judged_where_it_is_there_all_the_same():
     """A record of llama-server under another runner's name gains nothing for what it still holds."""
-    late = made(observed=observation(requests=(request(0, engine_prompt_s=0.03), request(1))))
+    late = record_of(observed=observation(requests=(request(0, engine_prompt_s=0.03), request(1))))
     assert status(without(late, (), (), NAME)) == "invalid"
     half = replace(late.observed, requests=(late.observed.requests[0], replace(request(1), engine_prompt_s=None)))
     assert status(without(late.model_copy(update={"observed": half}), (), (), NAME)) == "invalid"
 
 
 def test_a_log_of_llama_server_is_called_under_any_name(tmp_path):
-    r = keep(tmp_path, made())
+    r = keep(tmp_path, record_of())
     renamed = r.model_copy(update={"engine": r.engine.model_copy(update={"runner": NAME})})
     assert [c.id for c in audit.log(witness.call(tmp_path, renamed))] == [
         i.id for i in INVARIANTS.values() if i.scope == "log"
@@ -246,7 +246,7 @@ def test_a_log_of_llama_server_is_called_under_any_name(tmp_path):
 
 
 def test_no_record_excuses_a_failure_by_saying_that_it_cannot_be_told():
-    broken = made(observed=observation(requests=(request(0, cache_n=3), request(1))))
+    broken = record_of(observed=observation(requests=(request(0, cache_n=3), request(1))))
     checks = tuple(replace(c, passed=None) if c.failed else c for c in broken.audit)
     said, reasons = audit.verdict(checks)
     assert (said, reasons) == ("degraded", ("cache-not-hit",))
@@ -284,8 +284,8 @@ def test_taking_a_value_out_of_a_record_of_llama_server_never_improves_its_verdi
     wrong, killed, of_requests, taken, called
 ):
     o = observation(requests=(request(0, **WRONG[wrong]), request(1)), **({"exit_code": -9} if killed else {}))
-    r = made(observed=o)
-    log = log_of(made()).encode() if called else None
+    r = record_of(observed=o)
+    log = log_of(record_of()).encode() if called else None
     assert RANK.index(status(without(r, of_requests, taken), log)) >= RANK.index(status(r, log))
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from factory import block, made, observation, spec, study_of
+from factory import block, observation, record_of, spec, study_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -51,13 +51,13 @@ def results(*rounds):
 
 
 def flagged(**change):
-    return made(observation(change.get("placement", "baseline"), exit_code=9, exit_killed=True), **change)
+    return record_of(observation(change.get("placement", "baseline"), exit_code=9, exit_killed=True), **change)
 
 
 def test_flags_are_those_of_the_runs_that_are_counted_as_usable():
     base, moe = block(block=1)
     noisy = flagged(placement="cpu-moe", order=1)
-    study = results((made(), noisy), (base, None))
+    study = results((record_of(), noisy), (base, None))
     assert study.flags == study.statuses["deepseek-moe-16b/Q4_K_M"].flags == {"clean-end": 1}
     assert study.summary().startswith("3 of 4 runs usable: 2 valid, 1 degraded (clean-end in 1); 1 missing")
     # alone in its block it is usable all the same; with one that does not fit it is not

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 from conftest import REPO, SMOKE, furnish
-from factory import WORKLOADS, block, evidence, keep, made, observation, spec, study_of
+from factory import WORKLOADS, block, evidence, keep, observation, record_of, spec, study_of
 
 from moelib.audit import record
 from moelib.base import files
@@ -136,7 +136,7 @@ def refused(home, monkeypatch):
         if s.placement == "baseline":
             old = {"status": "invalid", "value_bytes": None, "reasons": ("accounts-disagree",)}
             observed = dataclasses.replace(observed, memory=dataclasses.replace(observed.memory, **old))
-        keep(folder.path, made(observed, **dataclasses.asdict(s)))
+        keep(folder.path, record_of(observed, **dataclasses.asdict(s)))
     return folder
 
 
@@ -194,8 +194,8 @@ def test_a_document_says_what_was_judged_again(refused):
 
 
 def test_the_record_that_stands_is_the_last_done_one_else_the_last():
-    bad1, bad2 = (made(status="failed", attempt=n) for n in (1, 3))
-    good = made(attempt=2)
+    bad1, bad2 = (record_of(status="failed", attempt=n) for n in (1, 3))
+    good = record_of(attempt=2)
     assert gather.standing([bad1, bad2]) == {bad1.key: bad2}
     assert gather.standing([bad2, good, bad1]) == {good.key: good}
     assert gather.standing([]) == {}
@@ -215,7 +215,7 @@ def test_status_lists_every_run_that_is_missing_or_wrong():
         "deepseek-moe-16b/Q4_K_M baseline, mmap, round 1: not run",
         "deepseek-moe-16b/Q4_K_M cpu-moe, mmap, round 1: not run",
     )
-    bad = made(status="failed", placement="cpu-moe", order=1)
+    bad = record_of(status="failed", placement="cpu-moe", order=1)
     assert status(base, bad).problems[0].endswith("round 1: failed (engine-ended)")
     changed = {"sheet": moe.sheet.model_copy(update={"sha256": "c" * 64})}
     changed["observed"] = dataclasses.replace(moe.observed, file_sha256="c" * 64)
@@ -282,7 +282,7 @@ def test_a_study_without_records_is_an_error(home):
 
 def test_a_record_with_the_right_status_for_other_reasons_does_not_stand():
     """A flag that was exchanged for another hides what is known against the run."""
-    flagged = made(observation(exit_code=9, exit_killed=True))
+    flagged = record_of(observation(exit_code=9, exit_killed=True))
     assert (flagged.status, flagged.reasons) == ("degraded", ("clean-end",))
     assert gather.why_not(flagged) is None
     other = flagged.model_copy(update={"reasons": ("host-quiet",)})
@@ -606,7 +606,7 @@ def test_what_is_done_of_a_block():
         return campaign._to_do(records, [None if r and r.done else "not done" for r in records], here)
 
     base, moe = block()
-    bad = made(status="failed", placement="cpu-moe", order=1)
+    bad = record_of(status="failed", placement="cpu-moe", order=1)
     assert to_do(ran("A", base, moe), "A") == [False, False]
     assert to_do(ran("A", base, moe), "B") == [False, False]
     assert to_do(ran("A", base, None), "A") == [False, True]
