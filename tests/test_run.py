@@ -11,7 +11,6 @@ from factory import SHARED, measured, spec
 from moelib.audit import audit
 from moelib.catalogue import params
 from moelib.catalogue.facts import Manifest
-from moelib.engine import client
 from moelib.gguf import twin
 from moelib.measure import device, run
 from moelib.measure.llama_server import LlamaServer, Serving, read_stream
@@ -181,64 +180,6 @@ def test_a_dense_model_makes_cpu_moe_invalid(engine, home, loopback, tmp_path):
     assert moe.report.device_bytes("model") == base.report.device_bytes("model")
 
 
-def wrapped(engine, tmp_path, script):
-    """The real tools with llama-server behind a shell script; REAL in it becomes the real one."""
-    path = tmp_path / "llama-server"
-    path.write_text("#!/bin/sh\n" + script.replace("REAL", engine.tool("llama-server")), encoding="utf-8")
-    path.chmod(0o755)
-    return replace(engine, tools={**engine.tools, "llama-server": path})
-
-
-IGNORES = 'for a; do shift; [ "$a" = --cpu-moe ] || set -- "$@" "$a"; done; exec REAL "$@"'
-
-
-def test_a_server_that_ignores_the_flag_is_caught(engine, quantised, loopback, tmp_path):
-    deaf = wrapped(engine, tmp_path, IGNORES)
-    observed, checks = execute(deaf, quantised, loopback, tmp_path, placement="cpu-moe", workloads=("smoke",))
-    assert verdict(checks) == ("invalid", ("placement-on-device",))
-    assert "--cpu-moe" in observed.argv  # it was told
-
-
-@pytest.mark.parametrize(
-    ("script", "reason", "words"),
-    [
-        ("echo out of luck; exit 7", "engine-ended", "out of luck"),
-        ('case "$*" in *--list-devices*) exec REAL "$@";; esac; kill -9 $$', "engine-killed", "ended with -9"),
-        (
-            'case "$*" in *--list-devices*) exec REAL "$@";; esac; exec REAL -m /nowhere/x.gguf',
-            "engine-ended",
-            "x.gguf",
-        ),
-    ],
-)
-def test_a_server_that_does_not_start_is_a_failed_run_with_its_words(
-    engine, quantised, loopback, tmp_path, script, reason, words
-):
-    if "list-devices" not in script:
-        script = f'case "$*" in *--list-devices*) exec REAL "$@";; esac; {script}'
-    outcome = run.execute(
-        wanted(), quantised, LlamaServer(wrapped(engine, tmp_path, script)), loopback, tmp_path / "work"
-    )
-    assert (outcome.observation, outcome.reason) == (None, reason)
-    assert words in outcome.message
-
-
-def test_a_server_that_hangs_at_load_is_ended_at_the_deadline(engine, quantised, loopback, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "LOAD_S", 0.5)
-    monkeypatch.setattr(run, "LOAD_BYTES_PER_S", 1e12)
-    script = 'case "$*" in *--list-devices*) exec REAL "$@";; esac; exec sleep 300'
-    outcome = run.execute(
-        wanted(), quantised, LlamaServer(wrapped(engine, tmp_path, script)), loopback, tmp_path / "work"
-    )
-    assert outcome.reason == "engine-timeout"
-
-
-def test_a_prompt_that_does_not_fit_is_said(engine, quantised, loopback, tmp_path):
-    outcome = run.execute(wanted(context=256), quantised, LlamaServer(engine), loopback, tmp_path / "work")
-    assert outcome.reason == "context-too-small"
-    assert "512 + 100 tokens" in outcome.message
-
-
 def test_no_key_on_the_command_line_or_in_a_log(engine, quantised, loopback, tmp_path, monkeypatch):
     monkeypatch.setattr(run.process, "new_key", lambda: "sesame-open-0123456789")
     observed, _ = execute(engine, quantised, loopback, tmp_path, workloads=("smoke",))
@@ -273,11 +214,6 @@ def test_a_stream_is_read_by_the_engines_counts_not_by_events():
     assert (r.engine_prompt_s, r.engine_predicted_s) == (0.09, None)
     cut = read_stream(lines[:3], workload.generate_tokens)
     assert (cut.finished, cut.prompt_n, cut.predicted_n) == (False, None, None)
-
-
-def test_an_error_in_the_stream_is_an_error():
-    with pytest.raises(client.RunError, match="slot"):
-        read_stream([(0.1, b'data: {"error": {"message": "no slot"}}')], 3)
 
 
 def test_choose_takes_loopback_where_there_is_no_gpu_and_says_what_is_missing(engine, tmp_path, monkeypatch):

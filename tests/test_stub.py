@@ -2,7 +2,6 @@
 
 import json
 import socket
-from contextlib import contextmanager
 
 import httpx
 import pytest
@@ -11,8 +10,6 @@ from factory import SHARED, measured, spec
 
 from moelib.audit import audit
 from moelib.catalogue.facts import Manifest
-from moelib.catalogue.placement import Placement
-from moelib.engine import engine as engines
 from moelib.engine.logs import parse_log
 from moelib.machine import process
 from moelib.measure import device, run
@@ -38,15 +35,8 @@ def stub(engine, tmp_path):
     return stub_server.install(tmp_path / "tools", engine)
 
 
-@contextmanager
 def serving(llama, quantised, work, placement="baseline", load_mode="mmap", where=None):
-    """(port, server) of a run of `llama`, as moelib starts it."""
-    with (where or device.Loopback()).session(llama, work) as session:
-        argv = llama.server_argv(quantised.path, Placement.parse(placement, load_mode), 256, 1, session.args)
-        env = process.environment(work, {"LLAMA_API_KEY": KEY})
-        with process.Child(argv, work / "server.log", env) as server:
-            port = next(filter(None, server.wait_for(engines.LISTENING, 30).groups()))
-            yield int(port), server
+    return stub_server.serving(llama, quantised.path, work, where or device.Loopback(), KEY, placement, load_mode)
 
 
 def shape(value):
