@@ -111,10 +111,10 @@ def scaled(value: Any, by: float) -> Any:
     return value if value is None or isinstance(value, bool) else type(value)(value * by)
 
 
-def put(what: Any, path: str, change: Callable[[Any], Any]) -> None:
+def put(record_part: Any, path: str, change: Callable[[Any], Any]) -> None:
     """Change what lies at `a/b/*/c`; `*` is every item of a list or every value of a mapping."""
     *way, last = path.split("/")
-    places = [what]
+    places = [record_part]
     for step in way:
         nxt: list[Any] = []
         for place in places:
@@ -468,10 +468,10 @@ def main(number: int, seed: int, name: str) -> None:
                 raise click.ClickException(f"the honest records of {cell} are not accepted")
         rows = campaign(court, number, seed)
     click.echo(f"{name}, seed {seed}\n\n| family | made | moved a number | accepted |\n| --- | ---: | ---: | ---: |")
-    for what, row in rows.items():
-        click.echo(f"| {what} | {row[0]} | {row[1]} | {row[2]} |")
-    made, changed, accepted = (sum(row[i] for row in rows.values()) for i in range(3))
-    click.echo(f"| **all** | {made} | {changed} | {accepted} ({accepted / max(1, changed):.1%}) |")
+    for label, row in rows.items():
+        click.echo(f"| {label} | {row[0]} | {row[1]} | {row[2]} |")
+    forged, changed, accepted = (sum(row[i] for row in rows.values()) for i in range(3))
+    click.echo(f"| **all** | {forged} | {changed} | {accepted} ({accepted / max(1, changed):.1%}) |")
 
 
 if __name__ == "__main__":

@@ -74,8 +74,8 @@ def test_what_must_be_free_is_known_only_where_the_memory_is():
     memory = observation().memory
 
     def of(value, growth):
-        seen = replace(memory, value_bytes=value, growth_bytes=growth)
-        return columns.vram_needed(record_of(replace(observation(requests=(request(),)), memory=seen)))
+        account = replace(memory, value_bytes=value, growth_bytes=growth)
+        return columns.vram_needed(record_of(replace(observation(requests=(request(),)), memory=account)))
 
     assert of(100, None) == of(100, 90) == 100
     assert of(100, 120) == 120

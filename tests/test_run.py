@@ -31,15 +31,15 @@ def quantised(home, engine, tmp_path):
     return quantize.make(source, "Q4_K_M", engine, tmp_path / "q")
 
 
-def wanted(**change):
+def spec_of(**change):
     return spec(**{"workloads": ("plan-short", "long-512"), **change})
 
 
 def execute(engine, quantised, where, tmp_path, **change):
-    asked = wanted(**change)
-    outcome = run.execute(asked, quantised, LlamaServer(engine), where, tmp_path / "work")
+    run_spec = spec_of(**change)
+    outcome = run.execute(run_spec, quantised, LlamaServer(engine), where, tmp_path / "work")
     assert outcome.reason is None, outcome.message
-    return outcome.observation, audit.run(measured(asked, outcome.observation, Manifest(**quantised.sheet)))
+    return outcome.observation, audit.run(measured(run_spec, outcome.observation, Manifest(**quantised.sheet)))
 
 
 def failed(checks):
@@ -108,9 +108,9 @@ def test_the_bus_is_watched_through_each_prompt_or_the_record_says_why_not(engin
         @contextmanager
         def session(self, *args):
             received, sent = itertools.count(2**32 - 5000, 1000), itertools.count(7, 10)
-            with super().session(*args) as made:
-                made.traffic = lambda: Traffic(self.link, lambda: [next(received) % 2**32, next(sent)])
-                yield made
+            with super().session(*args) as session:
+                session.traffic = lambda: Traffic(self.link, lambda: [next(received) % 2**32, next(sent)])
+                yield session
 
     where = WithBus()
     where.link = 2**32 / 60  # a turn takes a minute
@@ -132,9 +132,9 @@ def test_clocks_and_power_are_asked_for_between_requests(engine, quantised, tmp_
     class WithCounters(device.Loopback):
         @contextmanager
         def session(self, *args):
-            with super().session(*args) as made:
-                made.counters = lambda t_s: Counters(t_s, events=0)
-                yield made
+            with super().session(*args) as session:
+                session.counters = lambda t_s: Counters(t_s, events=0)
+                yield session
 
     observed, _ = execute(engine, quantised, WithCounters(), tmp_path, workloads=("plan-short",))
     first, *after = [c.t_s for c in observed.counters]
@@ -147,11 +147,11 @@ def test_clocks_and_power_are_asked_for_between_requests(engine, quantised, tmp_
 
 
 def test_without_a_bus_no_prompt_is_asked_again(engine, quantised, loopback, tmp_path, monkeypatch):
-    asked, ask = [], Serving.ask
-    monkeypatch.setattr(Serving, "ask", lambda server, content, n: asked.append(n) or ask(server, content, n))
+    lengths, ask = [], Serving.ask
+    monkeypatch.setattr(Serving, "ask", lambda server, content, n: lengths.append(n) or ask(server, content, n))
     observed, _ = execute(engine, quantised, loopback, tmp_path, workloads=("smoke",))
     assert observed.prompt_traffic == ()
-    assert asked == [r.generate_tokens for r in observed.requests]
+    assert lengths == [r.generate_tokens for r in observed.requests]
     assert 0 < observed.watch_cpu_s < observed.wall_s
 
 
@@ -172,10 +172,10 @@ def test_a_dense_model_makes_cpu_moe_invalid(engine, home, loopback, tmp_path):
     path = tmp_path / "dense-F16.gguf"
     sha256 = twin.write(path, dense)
     source = models.Source("dense", "twin", "nano", path, sha256, "written by this test")
-    made = quantize.make(source, "Q8_0", engine, tmp_path / "q")
-    base, checks = execute(engine, made, loopback, tmp_path, workloads=("smoke",))
+    file = quantize.make(source, "Q8_0", engine, tmp_path / "q")
+    base, checks = execute(engine, file, loopback, tmp_path, workloads=("smoke",))
     assert failed(checks) == set()
-    moe, checks = execute(engine, made, loopback, tmp_path, placement="cpu-moe", workloads=("smoke",))
+    moe, checks = execute(engine, file, loopback, tmp_path, placement="cpu-moe", workloads=("smoke",))
     assert verdict(checks) == ("invalid", ("placement-moves",))
     assert moe.report.device_bytes("model") == base.report.device_bytes("model")
 

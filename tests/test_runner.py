@@ -21,9 +21,9 @@ from moelib.measure import device, run, runner
 from moelib.models import quantize
 from moelib.study import gather
 
-ASKED = {"workloads": ("smoke",), "requests": 2, "context": 256, "device": "none"}
+SMOKE_RUN = {"workloads": ("smoke",), "requests": 2, "context": 256, "device": "none"}
 SHARED = {"watched-lightly", "clock-steady", "not-slowed"}  # of a machine that tests share
-UNTOLD = {
+UNKNOWN = {
     "counts-exact",
     "cache-not-hit",
     "times-ordered",
@@ -60,20 +60,20 @@ def quantised(tmp_path_factory):
 
 def execute(quantised, work, how=lambda t: t, **of_stub):
     with Stub(**of_stub) as server:
-        return run.execute(spec(**ASKED), quantised, Attached(server.port, how), device.NoDevice(), work)
+        return run.execute(spec(**SMOKE_RUN), quantised, Attached(server.port, how), device.NoDevice(), work)
 
 
 def recorded(folder, quantised, outcome):
     """The record of a run of the stub, as `measure` writes it."""
     assert outcome.reason is None, outcome.message
-    asked, attached = spec(**ASKED), Attached(0)
+    run_spec, attached = spec(**SMOKE_RUN), Attached(0)
     r = record.Record(
-        run_id=record.run_id(asked, 1),
+        run_id=record.run_id(run_spec, 1),
         attempt=1,
         status="failed",
         reasons=(),
         message=None,
-        spec=asked,
+        spec=run_spec,
         sheet=quantised.sheet,
         engine=attached.facts(),
         device=DEVICE.model_copy(update={"kind": "none"}),
@@ -81,7 +81,7 @@ def recorded(folder, quantised, outcome):
         started_utc="2026-01-01T00:00:00+00:00",
         observed=outcome.observation,
         audit=(),
-        raw=record.keep_logs(folder, record.run_id(asked, 1), outcome.logs, ()),
+        raw=record.keep_logs(folder, record.run_id(run_spec, 1), outcome.logs, ()),
     )
     checks = gather.audit_today(r, witness.call(folder, r))
     status, reasons = audit.verdict(checks)
@@ -95,7 +95,7 @@ def of(r, passed):
 def test_a_server_that_streams_well_is_degraded_by_what_it_does_not_tell(quantised, tmp_path):
     r = recorded(tmp_path, quantised, execute(quantised, tmp_path / "work"))
     assert r.status == "degraded"
-    assert set(of(r, None)) == UNTOLD
+    assert set(of(r, None)) == UNKNOWN
     assert set(of(r, False)) - SHARED == {"memory-undoubted"}  # without a device there is no VRAM
     assert set(r.reasons) == set(of(r, None)) | set(of(r, False))
     assert of(r, None)["clocks-agree"] == f"{NAME} does not tell how long prompt and generation took by its own clock"
@@ -116,7 +116,7 @@ def test_without_usage_there_is_no_rate_and_the_first_token_is_still_timed(quant
     monkeypatch.setitem(runner.TELLS, NAME, frozenset())
     r = recorded(tmp_path, quantised, outcome)
     assert r.status == "degraded"
-    assert set(of(r, None)) == UNTOLD | {"below-memory-bound"}
+    assert set(of(r, None)) == UNKNOWN | {"below-memory-bound"}
     assert {(q.ttft_s is None, q.tps) for q in r.observed.requests} == {(False, None)}
 
 
@@ -162,7 +162,7 @@ DELETED = {
     "tokens": {"token_n": ()},
     "ids": {"tokens": ()},
 }
-TAKEN = {
+EMPTY = {
     "report": Report((), None, None, ()),
     "top_logprobs": (),
     "argv": (),
@@ -172,10 +172,10 @@ TAKEN = {
 }
 
 
-def without(r, of_requests=tuple(DELETED), taken=tuple(TAKEN), name=LLAMA_SERVER):
+def without(r, of_requests=tuple(DELETED), emptied=tuple(EMPTY), name=LLAMA_SERVER):
     """The record without what its engine told, as one of the runner `name`."""
     o, gone = r.observed, {k: v for q in of_requests for k, v in DELETED[q].items()}
-    o = replace(o, requests=tuple(replace(q, **gone) for q in o.requests), **{k: TAKEN[k] for k in taken})
+    o = replace(o, requests=tuple(replace(q, **gone) for q in o.requests), **{k: EMPTY[k] for k in emptied})
     return r.model_copy(update={"observed": o, "engine": r.engine.model_copy(update={"runner": name})})
 
 
@@ -187,8 +187,8 @@ def status(r, log=None):
 
 def test_what_a_block_a_cell_and_a_study_rest_on_is_not_told_either():
     runs = [without(r, name=NAME) for r in block()]
-    found = {c.id: c.passed for c in audit.block(runs)}
-    assert found == {
+    passed = {c.id: c.passed for c in audit.block(runs)}
+    assert passed == {
         "block-complete": True,
         "block-alike": True,
         "block-placement": None,
@@ -277,22 +277,22 @@ RANK = ("valid", "degraded", "invalid")
     st.sampled_from(sorted(WRONG)),
     st.booleans(),
     st.sets(st.sampled_from(sorted(DELETED))),
-    st.sets(st.sampled_from(sorted(TAKEN))),
+    st.sets(st.sampled_from(sorted(EMPTY))),
     st.booleans(),
 )
 def test_taking_a_value_out_of_a_record_of_llama_server_never_improves_its_verdict(
-    wrong, killed, of_requests, taken, called
+    defect, killed, of_requests, emptied, called
 ):
-    o = observation(requests=(request(0, **WRONG[wrong]), request(1)), **({"exit_code": -9} if killed else {}))
+    o = observation(requests=(request(0, **WRONG[defect]), request(1)), **({"exit_code": -9} if killed else {}))
     r = record_of(observed=o)
     log = log_of(record_of()).encode() if called else None
-    assert RANK.index(status(without(r, of_requests, taken), log)) >= RANK.index(status(r, log))
+    assert RANK.index(status(without(r, of_requests, emptied), log)) >= RANK.index(status(r, log))
 
 
 def test_whatever_is_taken_out_of_a_block_it_is_no_better():
     base, moe = block()
-    for taken in TAKEN:
-        assert {c.id for c in audit.block([base, without(moe, (), (taken,))]) if c.passed is None} == set()
+    for emptied in EMPTY:
+        assert {c.id for c in audit.block([base, without(moe, (), (emptied,))]) if c.passed is None} == set()
     silent = [without(r, (), ("report",)) for r in (base, moe)]
     assert {c.id for c in audit.block(silent) if c.failed} == {"block-placement"}
     assert measured(base.spec, base.observed).runner == LLAMA_SERVER

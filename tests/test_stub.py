@@ -52,7 +52,7 @@ def answers(port):
     """Status, content type and shape of every kind of request that moelib sends or may send by mistake."""
     right, wrong = ({"Authorization": f"Bearer {k}"} for k in (KEY, "other"))
     probs = {"prompt": PROMPT, "n_predict": 1, "n_probs": 5, "temperature": 0, "cache_prompt": False}
-    asked = {
+    queries = {
         "health": ("GET", "/health", {}, None),
         "props": ("GET", "/props", right, None),
         "props without a key": ("GET", "/props", {}, None),
@@ -64,15 +64,15 @@ def answers(port):
         "too long": ("POST", "/completion", right, {**STREAM, "prompt": [1] * 300}),
         "likeliest tokens": ("POST", "/completion", right, probs),
     }
-    found = {}
+    results = {}
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as c:
-        for name, (method, path, headers, body) in asked.items():
+        for name, (method, path, headers, body) in queries.items():
             a = c.request(method, path, headers=headers, json=body)
             kind = shape(a.json())
             if name == "props":  # the real one says much more
                 kind = {k: kind[k] for k in ("model_path", "build_info", "total_slots")}
-            found[name] = (a.status_code, a.headers["content-type"], kind)
-    return found
+            results[name] = (a.status_code, a.headers["content-type"], kind)
+    return results
 
 
 def streamed(port):
@@ -99,11 +99,11 @@ def order(events):
 
 
 def test_it_answers_as_the_real_one(engine, stub, quantised, tmp_path):
-    seen = []
+    servers = []
     for name, llama in (("real", engine), ("stub", stub)):
         with serving(llama, quantised, tmp_path / name) as (port, server):
-            seen.append((answers(port), *streamed(port), server.stop()))
-    (real, real_head, real_events, real_end), (ours, head, events, end) = seen
+            servers.append((answers(port), *streamed(port), server.stop()))
+    (real, real_head, real_events, real_end), (ours, head, events, end) = servers
     assert ours == real
     assert head == real_head
     assert [shape(e) for e in events] == [shape(e) for e in real_events]
@@ -149,8 +149,8 @@ def test_without_a_device_both_keep_everything_on_the_host(engine, stub, quantis
 
 @pytest.mark.parametrize("placement", ["baseline", "cpu-moe"])
 def test_a_run_of_it_is_valid(stub, quantised, tmp_path, placement):
-    asked = spec(workloads=("smoke",), context=256, placement=placement)
-    outcome = run.execute(asked, quantised, LlamaServer(stub), stub_server.loopback(), tmp_path / "work")
+    run_spec = spec(workloads=("smoke",), context=256, placement=placement)
+    outcome = run.execute(run_spec, quantised, LlamaServer(stub), stub_server.loopback(), tmp_path / "work")
     assert outcome.reason is None, outcome.message
-    checks = audit.run(measured(asked, outcome.observation, Manifest(**quantised.sheet)))
+    checks = audit.run(measured(run_spec, outcome.observation, Manifest(**quantised.sheet)))
     assert {c.id for c in checks if not c.passed} - SHARED == set()

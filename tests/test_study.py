@@ -126,8 +126,8 @@ def refused(home, monkeypatch):
     params._yaml.cache_clear()
     folder = Study.named("smoke")
     folder.begin()
-    asked = [s for b in folder.cells[0].blocks for s in b]
-    for s in asked:
+    specs = [s for b in folder.cells[0].blocks for s in b]
+    for s in specs:
         observed = observation(s.placement)
         if s.placement == "baseline":
             old = {"status": "invalid", "value_bytes": None, "reasons": ("accounts-disagree",)}
@@ -416,11 +416,11 @@ def test_a_failed_run_is_recorded_and_tried_again_next_time(home, monkeypatch):
     real = run.execute
     calls = []
 
-    def flaky(asked, *rest):
-        calls.append(asked)
+    def flaky(run_spec, *rest):
+        calls.append(run_spec)
         if len(calls) == 2:
             return run.Outcome(None, "engine-ended", "made up for this test", ())
-        return real(asked, *rest)
+        return real(run_spec, *rest)
 
     monkeypatch.setattr(run, "execute", flaky)
     assert [r.done for r in campaign.measure(folder, cell)] == [True, False, True, True]
