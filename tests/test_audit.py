@@ -173,7 +173,7 @@ RUN = {
         account(value_bytes=BASE + 13 * MIB),
         "55574528, its readings give 54525952",
     ),
-    "memory-undoubted": ("all taken", measured(spec(), reconciled(observation(), 0)), "sampled-peak"),
+    "memory-undoubted": ("all accounts taken", measured(spec(), reconciled(observation(), 0)), "sampled-peak"),
     "not-slowed": ("0 readings", broken(counters=(Counters(0.1, events=nvml.SLOWED["hw-thermal"]),)), "hw-thermal"),
     "host-quiet": ("0.0% by others", host(busy_s=0.71), "11.0% by others"),
     "watched-lightly": ("None CPU seconds of 0.50 s", broken(watch_cpu_s=0.126), "0.126 CPU seconds of 0.50 s"),
@@ -372,7 +372,7 @@ def test_nothing_is_not_valid_and_nothing_is_made_up_for_it():
         "layers-offloaded": "None of None",
         "device-is-the-one": "none",
         "placement-on-device": "engine None, header 41943040 bytes",
-        "build-optimised": "the engine told no build",
+        "build-optimised": "the engine's log names no build",
         "memory-undoubted": "engine-silent",
     }
     empty = measured(spec(workloads=()), observation(requests=(), env=(), top_logprobs=()))
@@ -381,7 +381,7 @@ def test_nothing_is_not_valid_and_nothing_is_made_up_for_it():
         **dict.fromkeys(per_request, "0 requests"),
         "requests-complete": "0 of 0 requests",
         "environment-clean": "0 allowed",
-        "output-alive": "nothing told",
+        "output-alive": "no log-probabilities",
     }
 
 

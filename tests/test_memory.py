@@ -29,20 +29,20 @@ def at(device, process=None, others=(), *errors, listed=None, drawing=()):
 
 
 IDLE, RUN = at(0), at(USED, PEAK)
-TOLD, TOLD_RPC = engine_report(), engine_report(40 * MIB, 2 * MIB, "RPC0")
+REPORT, REPORT_RPC = engine_report(), engine_report(40 * MIB, 2 * MIB, "RPC0")
 
 
 def graph(compute) -> Report:
-    return replace(TOLD_RPC, buffers=(*TOLD_RPC.buffers, Buffer("RPC0", "compute", compute)))
+    return replace(REPORT_RPC, buffers=(*REPORT_RPC.buffers, Buffer("RPC0", "compute", compute)))
 
 
 def cuda(
-    *during, before=(IDLE, IDLE), after=(IDLE,), report=TOLD, weights=WEIGHTS, context: int | None = CONTEXT
+    *during, before=(IDLE, IDLE), after=(IDLE,), report=REPORT, weights=WEIGHTS, context: int | None = CONTEXT
 ) -> Memory:
     return reconcile("cuda", Trace(before, during, after), report.device_by_kind, report.pinned_bytes, weights, context)
 
 
-def loopback(peak, *samples, report=TOLD_RPC, weights=40 * MIB) -> Memory:
+def loopback(peak, *samples, report=REPORT_RPC, weights=40 * MIB) -> Memory:
     trace = Trace((at(None, 8 * MIB),), tuple(at(None, n) for n in samples))
     return reconcile("loopback", trace, report.device_by_kind, report.pinned_bytes, weights, None, peak)
 
@@ -273,7 +273,7 @@ def test_page_tables_of_pinned_memory_are_charged_to_no_process():
     ],
 )
 def test_page_tables_explain_growth_and_nothing_else(pinned, apart, right):
-    report = replace(TOLD, buffers=(*TOLD.buffers, Buffer("CUDA_Host", "model", pinned)))
+    report = replace(REPORT, buffers=(*REPORT.buffers, Buffer("CUDA_Host", "model", pinned)))
     m = cuda(at(PEAK + apart, PEAK), report=report)
     assert (m.reasons == ()) is right
     assert (m.value_bytes == PEAK) is right
@@ -281,7 +281,7 @@ def test_page_tables_explain_growth_and_nothing_else(pinned, apart, right):
 
 def test_growth_alone_is_no_value_where_page_tables_may_be_in_it():
     for pinned, value in ((24 * GIB, USED), (24 * GIB + 2048, None)):
-        report = replace(TOLD, buffers=(*TOLD.buffers, Buffer("CUDA_Host", "model", pinned)))
+        report = replace(REPORT, buffers=(*REPORT.buffers, Buffer("CUDA_Host", "model", pinned)))
         m = cuda(at(USED, listed=True), report=report)
         assert (m.value_bytes, m.reasons) == (value, ("bytes-not-listed",))
 
@@ -458,7 +458,7 @@ ANY = st.builds(
 def measure(world: World) -> Memory:
     buffers = (*engine_report(world.engine, 0).buffers, Buffer("CUDA_Host", "model", world.pinned))
     report, context = (
-        SILENT if world.silent else replace(TOLD, buffers=buffers),
+        SILENT if world.silent else replace(REPORT, buffers=buffers),
         world.context if world.measured else None,
     )
     return reconcile(

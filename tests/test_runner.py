@@ -98,8 +98,8 @@ def test_a_server_that_streams_well_is_degraded_by_what_it_does_not_tell(quantis
     assert set(of(r, None)) == UNKNOWN
     assert set(of(r, False)) - SHARED == {"memory-undoubted"}  # without a device there is no VRAM
     assert set(r.reasons) == set(of(r, None)) | set(of(r, False))
-    assert of(r, None)["clocks-agree"] == f"{NAME} does not tell how long prompt and generation took by its own clock"
-    assert of(r, None)["file-is-its-sheet"].startswith(f"{NAME} does not tell which file it has loaded; as far as")
+    assert of(r, None)["clocks-agree"] == f"{NAME} does not report how long prompt and generation took by its own clock"
+    assert of(r, None)["file-is-its-sheet"].startswith(f"{NAME} does not report which file it has loaded; what can")
     for q in r.observed.requests:
         assert 0 < q.ttft_s < q.total_s
         assert q.tps == pytest.approx(7 / (q.total_s - q.ttft_s))

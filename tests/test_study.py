@@ -221,7 +221,7 @@ def test_status_lists_every_run_that_is_missing_or_wrong():
     assert "block-alike" in mixed.problems[0]
     dead = dataclasses.replace(moe.observed, top_logprobs=())
     vouching = status(base, moe.model_copy(update={"observed": dead}))
-    assert vouching.problems[0].endswith("valid, but its audit says invalid: output-alive: nothing told")
+    assert vouching.problems[0].endswith("valid, but its audit says invalid: output-alive: no log-probabilities")
 
 
 def test_what_was_measured_on_several_machines_is_said(home):
