@@ -19,6 +19,7 @@ from moelib.models import models, quantize
 pytestmark = pytest.mark.engine
 
 KEY = "contract"
+LOOPBACK = device.Loopback()
 PROMPT = [1, 292, 294, 296, 269]
 STREAM = {"temperature": 0, "samplers": ["top_k"], "top_k": 1, "ignore_eos": True, "cache_prompt": False}
 STREAM |= {"return_tokens": True, "timings_per_token": True, "stream": True, "prompt": PROMPT, "n_predict": 4}
@@ -35,8 +36,8 @@ def stub(engine, tmp_path):
     return stub_server.install(tmp_path / "tools", engine)
 
 
-def serving(llama, quantised, work, placement="baseline", load_mode="mmap", where=None):
-    return stub_server.serving(llama, quantised.path, work, where or device.Loopback(), KEY, placement, load_mode)
+def serving(llama, quantised, work, placement="baseline", load_mode="mmap", where=LOOPBACK):
+    return stub_server.serving(llama, quantised.path, work, where, KEY, placement, load_mode)
 
 
 def shape(value):
@@ -114,17 +115,24 @@ def test_it_answers_as_the_real_one(engine, stub, quantised, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("placement", "load_mode"), [("baseline", "mmap"), ("cpu-moe", "mmap"), ("n-cpu-moe=2", "none")]
+    ("placement", "load_mode", "where"),
+    [
+        ("baseline", "mmap", LOOPBACK),
+        ("cpu-moe", "mmap", LOOPBACK),
+        ("n-cpu-moe=2", "none", LOOPBACK),
+        ("baseline", "mmap", device.NoDevice()),
+    ],
 )
-def test_it_logs_as_the_real_one(engine, stub, quantised, tmp_path, placement, load_mode):
+def test_it_logs_as_the_real_one(engine, stub, quantised, tmp_path, placement, load_mode, where):
     reports = []
     for name, llama in (("real", engine), ("stub", stub)):
-        with serving(llama, quantised, tmp_path / name, placement, load_mode) as (_, server):
+        with serving(llama, quantised, tmp_path / name, placement, load_mode, where) as (_, server):
             reports.append(parse_log(server.text()))
     real, ours = reports
     assert ours.built == real.built
     assert (ours.offloaded_layers, ours.total_layers) == (real.offloaded_layers, real.total_layers)
     assert names(ours) == names(real)
+    assert {any(b.on_device for b in r.buffers) for r in reports} == {where.kind != "none"}
     for kind in ("model", "KV"):
         assert audit.agrees(ours.device_bytes(kind), real.device_bytes(kind))
     assert len(ours.graph_splits) == len(real.graph_splits)
@@ -134,17 +142,6 @@ def test_it_logs_as_the_real_one(engine, stub, quantised, tmp_path, placement, l
 def names(report):
     """Kinds of buffers by the names that they have; the RPC port differs."""
     return {(b.name.split("[")[0], b.kind) for b in report.buffers}
-
-
-def test_without_a_device_both_keep_everything_on_the_host(engine, stub, quantised, tmp_path):
-    reports = []
-    for name, llama in (("real", engine), ("stub", stub)):
-        with serving(llama, quantised, tmp_path / name, where=device.NoDevice()) as (_, server):
-            reports.append(parse_log(server.text()))
-    real, ours = reports
-    assert names(ours) == names(real)
-    assert not any(b.on_device for r in reports for b in r.buffers)
-    assert (ours.offloaded_layers, ours.total_layers) == (real.offloaded_layers, real.total_layers)
 
 
 @pytest.mark.parametrize("placement", ["baseline", "cpu-moe"])
