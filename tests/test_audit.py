@@ -426,7 +426,7 @@ def shares(r, *parts):
     return with_observed(
         r,
         requests=tuple(
-            replace(q, token_s=(round(part * q.token_s[-1], 6), *q.token_s[1:]))
+            replace(q, token_s=(part * q.token_s[-1], *q.token_s[1:]))
             for q, part in zip(r.observed.requests, parts, strict=True)
         ),
     )
@@ -479,7 +479,8 @@ ROUNDS = [
     ("block-complete", [SMALL, MOE]),
     # a first token that is a share of the total was not measured
     ("block-ttft-measured", [shares(BASELINE, 0.1, 0.1), shares(MOE, 0.1, 0.1)]),
-    ("", [shares(BASELINE, 0.1, 0.1), shares(MOE, 0.1, 0.101)]),
+    ("block-ttft-measured", [shares(BASELINE, 0.1, 0.1), shares(MOE, 0.1, 0.100009)]),
+    ("", [shares(BASELINE, 0.1, 0.1), shares(MOE, 0.1, 0.100012)]),
 ]
 
 
