@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from factory import observation, record_of, request, study_of
+from factory import observation, record_of, request, study_of, with_facts
 
 from moelib.catalogue import params
 from moelib.catalogue.params import Arm
@@ -47,12 +47,7 @@ def test_the_bound_is_the_time_to_read_each_tokens_weights_once():
     place = replace(observation().placement, device_read_bytes=10, host_read_bytes=30)
     r = record_of(replace(observation(requests=(slow,)), placement=place))
     assert columns.bandwidth_share("plan-short")(r) is None  # the memories' speeds are not known
-    known = r.model_copy(
-        update={
-            "device": r.device.model_copy(update={"bandwidth_bytes_per_s": 10.0}),
-            "host": r.host.model_copy(update={"ram_read_bytes_per_s": 20.0}),
-        }
-    )
+    known = with_facts(with_facts(r, "device", bandwidth_bytes_per_s=10.0), "host", ram_read_bytes_per_s=20.0)
     assert columns.bandwidth_share("plan-short")(known) == pytest.approx(0.5)
     assert columns.bandwidth_share("long-512")(known) is None
 

@@ -6,7 +6,7 @@ from statistics import fmean
 
 import pytest
 from conftest import REPO
-from factory import record_of
+from factory import record_of, with_spec
 from matplotlib.colors import to_hex
 
 from moelib.catalogue.params import Arm
@@ -121,9 +121,7 @@ def test_more_placements_than_colours_are_all_in_the_legend():
     many = changed(results)
     many.plan = results.plan.model_copy(update={"study": parameters})
     block = results.rounds[0]
-    runs = [
-        block[0].model_copy(update={"spec": dataclasses.replace(block[0].spec, placement=a.placement)}) for a in arms
-    ]
+    runs = [with_spec(block[0], placement=a.placement) for a in arms]
     cell = next(iter(results.statuses))
     many.__dict__["statuses"] = {cell: dataclasses.replace(results.statuses[cell], rounds=(tuple(runs),))}
     for draw in FIGURES.values():

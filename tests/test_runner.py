@@ -4,7 +4,21 @@ from dataclasses import replace
 
 import openai_stub
 import pytest
-from factory import DEVICE, HOST, MANIFEST, block, keep, log_of, measured, observation, record_of, request, spec
+from factory import (
+    DEVICE,
+    HOST,
+    MANIFEST,
+    block,
+    keep,
+    log_of,
+    measured,
+    observation,
+    record_of,
+    request,
+    spec,
+    with_facts,
+    with_observed,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai_stub import NAME, Attached, Stub
@@ -176,7 +190,7 @@ def without(r, of_requests=tuple(DELETED), emptied=tuple(EMPTY), name=LLAMA_SERV
     """The record without what its engine told, as one of the runner `name`."""
     o, gone = r.observed, {k: v for q in of_requests for k, v in DELETED[q].items()}
     o = replace(o, requests=tuple(replace(q, **gone) for q in o.requests), **{k: EMPTY[k] for k in emptied})
-    return r.model_copy(update={"observed": o, "engine": r.engine.model_copy(update={"runner": name})})
+    return with_facts(r.model_copy(update={"observed": o}), "engine", runner=name)
 
 
 def status(r, log=None):
@@ -205,7 +219,7 @@ def test_what_a_block_a_cell_and_a_study_rest_on_is_not_told_either():
 def test_answers_in_one_piece_show_no_first_token_to_a_block():
     def in_one_piece(r):
         requests = tuple(replace(q, token_s=q.token_s[-1:]) for q in r.observed.requests)
-        return r.model_copy(update={"observed": replace(r.observed, requests=requests)})
+        return with_observed(r, requests=requests)
 
     for name, passed in ((NAME, None), (LLAMA_SERVER, False)):
         runs = [in_one_piece(without(r, name=name)) for r in block()]
@@ -214,7 +228,7 @@ def test_answers_in_one_piece_show_no_first_token_to_a_block():
 
 def test_a_block_of_two_runners_is_none():
     base, moe = block()
-    other = moe.model_copy(update={"engine": moe.engine.model_copy(update={"runner": NAME})})
+    other = with_facts(moe, "engine", runner=NAME)
     assert "block-alike" in {c.id for c in audit.block([base, other]) if c.failed}
 
 
@@ -233,13 +247,13 @@ def test_what_a_runner_does_not_tell_is_judged_where_it_is_there_all_the_same():
     """A record of llama-server under another runner's name gains nothing for what it still holds."""
     late = record_of(observed=observation(requests=(request(0, engine_prompt_s=0.03), request(1))))
     assert status(without(late, (), (), NAME)) == "invalid"
-    half = replace(late.observed, requests=(late.observed.requests[0], replace(request(1), engine_prompt_s=None)))
-    assert status(without(late.model_copy(update={"observed": half}), (), (), NAME)) == "invalid"
+    half = with_observed(late, requests=(late.observed.requests[0], request(1, engine_prompt_s=None)))
+    assert status(without(half, (), (), NAME)) == "invalid"
 
 
 def test_a_log_of_llama_server_is_called_under_any_name(tmp_path):
     r = keep(tmp_path, record_of())
-    renamed = r.model_copy(update={"engine": r.engine.model_copy(update={"runner": NAME})})
+    renamed = with_facts(r, "engine", runner=NAME)
     assert [c.id for c in audit.log(witness.call(tmp_path, renamed))] == [
         i.id for i in INVARIANTS.values() if i.scope == "log"
     ]
@@ -248,9 +262,9 @@ def test_a_log_of_llama_server_is_called_under_any_name(tmp_path):
 def test_no_record_excuses_a_failure_by_saying_that_it_cannot_be_told():
     broken = record_of(observed=observation(requests=(request(0, cache_n=3), request(1))))
     checks = tuple(replace(c, passed=None) if c.failed else c for c in broken.audit)
-    said, reasons = audit.verdict(checks)
-    assert (said, reasons) == ("degraded", ("cache-not-hit",))
-    claimed = broken.model_copy(update={"status": said, "reasons": reasons, "audit": checks})
+    verdict, reasons = audit.verdict(checks)
+    assert (verdict, reasons) == ("degraded", ("cache-not-hit",))
+    claimed = broken.model_copy(update={"status": verdict, "reasons": reasons, "audit": checks})
     assert gather.why_not(claimed) == "degraded, but its audit says invalid: cache-not-hit: plan-short[0]: cache_n 3"
 
 

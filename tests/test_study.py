@@ -11,7 +11,19 @@ import sys
 
 import pytest
 from conftest import REPO, SMOKE, furnish
-from factory import WORKLOADS, block, evidence, keep, observation, record_of, spec, study_of
+from factory import (
+    WORKLOADS,
+    block,
+    evidence,
+    keep,
+    observation,
+    record_of,
+    spec,
+    study_of,
+    with_facts,
+    with_observed,
+    with_spec,
+)
 
 from moelib.audit import record
 from moelib.base import files
@@ -71,6 +83,14 @@ def test_a_cell_that_is_whole_is_read_without_engine_or_device_and_nothing_is_wr
     assert [r.spec for r in records] == folder.cells[0].specs
     assert all(r.done for r in records)
     assert tree(folder.path) == before
+
+
+def rewrite(folder, change):
+    """Put a changed record in the place of each."""
+    for path in list((folder / "records").glob("*.json")):
+        r = record.read(path)
+        path.unlink()
+        record.write(folder, change(r))
 
 
 def resigned(path, **change):
@@ -168,10 +188,7 @@ def test_the_first_good_attempt_is_the_one_that_is_judged_again(refused):
 
 
 def test_what_is_wrong_for_another_reason_stays_so(refused):
-    for path in (refused.path / "records").iterdir():
-        r = record.read(path)
-        path.unlink()
-        record.write(refused.path, r.model_copy(update={"observed": dataclasses.replace(r.observed, top_logprobs=())}))
+    rewrite(refused.path, lambda r: with_observed(r, top_logprobs=()))
     assert campaign.reaudit(refused) == []
 
 
@@ -213,14 +230,11 @@ def test_status_lists_every_run_that_is_missing_or_wrong():
     )
     bad = record_of(status="failed", placement="cpu-moe", order=1)
     assert status(base, bad).problems[0].endswith("round 1: failed (engine-ended)")
-    changed = {"sheet": moe.sheet.model_copy(update={"sha256": "c" * 64})}
-    changed["observed"] = dataclasses.replace(moe.observed, file_sha256="c" * 64)
-    other = moe.model_copy(update=changed)
+    other = with_observed(with_facts(moe, "sheet", sha256="c" * 64), file_sha256="c" * 64)
     mixed = status(base, other)
     assert mixed.rounds == ()
     assert "block-alike" in mixed.problems[0]
-    dead = dataclasses.replace(moe.observed, top_logprobs=())
-    vouching = status(base, moe.model_copy(update={"observed": dead}))
+    vouching = status(base, with_observed(moe, top_logprobs=()))
     assert vouching.problems[0].endswith("valid, but its audit says invalid: output-alive: no log-probabilities")
 
 
@@ -238,10 +252,8 @@ def test_what_was_measured_on_several_machines_is_said(home):
             for b, uuid in enumerate(cards):
                 for r in block(block=b):
                     speed = 50e9 if uuid == "A" else 100e9
-                    changes = {"device": r.device.model_copy(update={"uuid": uuid})}
-                    changes["host"] = r.host.model_copy(update={"cpu": uuid, "ram_read_bytes_per_s": speed})
-                    changes["spec"] = dataclasses.replace(r.spec, quant=quant)
-                    runs.append(r.model_copy(update=changes | {"run_id": f"{quant} {r.run_id}"}))
+                    moved = with_facts(with_facts(r, "device", uuid=uuid), "host", cpu=uuid, ram_read_bytes_per_s=speed)
+                    runs.append(with_spec(moved, quant=quant).model_copy(update={"run_id": f"{quant} {r.run_id}"}))
         demo = params.study("demo").model_copy(update={"models": [model], "quants": list(uuids)})
         return study_of(demo, cells, runs)
 
@@ -350,8 +362,7 @@ def test_the_audit_counts_every_planned_run_and_fails_where_one_is_missing(copy,
     first.unlink()
     broken = record.read(second)
     second.unlink()
-    dead = dataclasses.replace(broken.observed, top_logprobs=())
-    record.write(records.parent, broken.model_copy(update={"observed": dead}))
+    record.write(records.parent, with_observed(broken, top_logprobs=()))
     done = command(copy, models_folder, "audit", "smoke")
     assert done.returncode == 1
     assert "2 of 4 runs usable" in done.stdout
@@ -439,18 +450,10 @@ def test_a_failed_run_is_recorded_and_tried_again_next_time(home, monkeypatch):
 def test_runs_of_another_engine_are_not_mixed_in(copy):
     folder = Study.named("smoke")
     cell = folder.cells[0]
-    path = sorted((folder.path / "records").glob("*.json"))[0]
-    old = record.read(path)
-    path.unlink()
-    for r in record.read_all(folder.path)[0]:
-        p = folder.path / "records" / f"{r.run_id}.json"
-        p.unlink()
-        record.write(
-            folder.path, r.model_copy(update={"engine": r.engine.model_copy(update={"server_sha256": "0" * 64})})
-        )
+    sorted((folder.path / "records").glob("*.json"))[0].unlink()
+    rewrite(folder.path, lambda r: with_facts(r, "engine", server_sha256="0" * 64))
     with pytest.raises(StudyError, match="another engine"):
         list(campaign.measure(folder, cell))
-    assert old.done
 
 
 @pytest.mark.engine
@@ -458,12 +461,9 @@ def test_a_block_that_another_gpu_began_is_done_on_this_one_alone(copy):
     """Runs of a block are compared with each other; a whole block of another GPU stands."""
     folder = Study.named("smoke")
     cell = folder.cells[0]
-    for r in record.read_all(folder.path)[0]:
-        path = folder.path / "records" / f"{r.run_id}.json"
-        path.unlink()
-        if (r.spec.block, r.spec.placement) != (0, "cpu-moe"):
-            away = r.device.model_copy(update={"uuid": "GPU-of-another-day"})
-            record.write(folder.path, r.model_copy(update={"device": away}))
+    (missing,) = (folder.path / "records").glob("*cpu-moe*_b0_*")
+    missing.unlink()
+    rewrite(folder.path, lambda r: with_facts(r, "device", uuid="GPU-of-another-day"))
     before = {r.run_id for r in record.read_all(folder.path)[0]}
     records = list(campaign.measure(folder, cell))
     assert [(r.spec.block, r.device.uuid) for r in records] == [(0, None)] * 2 + [(1, "GPU-of-another-day")] * 2
@@ -475,7 +475,7 @@ def test_a_block_that_another_gpu_began_is_done_on_this_one_alone(copy):
 
 def test_what_is_done_of_a_block():
     def ran(uuid, *runs):
-        return [r and r.model_copy(update={"device": r.device.model_copy(update={"uuid": uuid})}) for r in runs]
+        return [r and with_facts(r, "device", uuid=uuid) for r in runs]
 
     def to_do(records, uuid):
         here = (uuid, None, "d" * 32, "Linux test")
@@ -489,10 +489,10 @@ def test_what_is_done_of_a_block():
     assert to_do(ran("A", base, bad), "A") == [False, True]
     assert to_do(ran("A", base, None), "B") == [True, True]
     assert to_do([*ran("A", base), *ran("B", moe)], "B") == [True, False]
-    newer = base.model_copy(update={"host": base.host.model_copy(update={"system": "Linux newer"})})
+    newer = with_facts(base, "host", system="Linux newer")
     assert to_do([*ran("A", newer), None], "A") == [True, True]
     # on one GPU, and still not to be compared
-    other = moe.model_copy(update={"observed": dataclasses.replace(moe.observed, threads=7)})
+    other = with_observed(moe, threads=7)
     assert to_do(ran("A", base, other), "A") == [True, True]
     assert to_do([], "A") == []
 
