@@ -195,7 +195,8 @@ def test_on_a_gpu_the_accounts_decide(memory, value, reasons):
         (loopback(50 * MIB, report=graph(58 * MIB)), 50 * MIB, "rss-peak", ()),  # not all of it was touched
         (loopback(50 * MIB, report=graph(59 * MIB)), None, "rss-peak", ("below-engine-buffers",)),
         (loopback(50 * MIB, report=UNKNOWN), None, "rss-peak", ("buffers-unknown",)),
-        (loopback(107 * MIB), None, "rss-peak", ("above-ceiling",)),
+        (loopback(106 * MIB), 106 * MIB, "rss-peak", ()),  # the engine's buffers and 64 MiB
+        (loopback(106 * MIB + 1), None, "rss-peak", ("above-ceiling",)),
         (loopback(50 * MIB, report=SILENT), None, "rss-peak", ("engine-silent",)),
         (loopback(50 * MIB, weights=60 * MIB), None, "rss-peak", ("below-header-weights",)),
     ],
