@@ -352,27 +352,6 @@ def test_a_study_leaves_its_evidence(whole):
 
 
 @pytest.mark.engine
-def test_the_audit_counts_every_planned_run_and_fails_where_one_is_missing(copy, models_folder):
-    done = command(copy, models_folder, "audit", "smoke")
-    assert done.returncode == 0, done.stderr
-    assert "4 of 4 runs usable" in done.stdout
-    assert done.stdout.count("\n| ") >= 30
-    records = copy / "outputs/smoke/records"
-    first, second, *_ = sorted(records.glob("*.json"))
-    first.unlink()
-    broken = record.read(second)
-    second.unlink()
-    record.write(records.parent, with_observed(broken, top_logprobs=()))
-    done = command(copy, models_folder, "audit", "smoke")
-    assert done.returncode == 1
-    assert "2 of 4 runs usable" in done.stdout
-    assert "but its audit says invalid" in done.stdout
-    # and both are run when the study is
-    again = command(copy, models_folder, "study", "run", "smoke")
-    assert "4 of 4 runs usable" in again.stdout, again.stderr
-
-
-@pytest.mark.engine
 def test_a_second_run_repeats_nothing(copy, models_folder):
     out = copy / "outputs/smoke"
     before = {k: v for k, v in tree(out).items() if not k.startswith("notebooks/analysis")}
