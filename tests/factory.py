@@ -30,7 +30,7 @@ STARTED_S = 0.05  # of the engine's log, after the process
 
 
 def spec(**change) -> run.Spec:
-    made = run.Spec(
+    usual = run.Spec(
         study="s",
         model="deepseek-moe-16b",
         weights="twin",
@@ -46,12 +46,12 @@ def spec(**change) -> run.Spec:
         device="loopback",
         seed=1,
     )
-    return replace(made, **change)
+    return replace(usual, **change)
 
 
 def request(index=0, n=5, step=0.01, first=0.02, **change) -> client.Request:
     first += 0.001 * index  # nothing measured is twice the same
-    made = client.Request(
+    usual = client.Request(
         workload="plan-short",
         index=index,
         prompt_tokens=8,
@@ -68,7 +68,7 @@ def request(index=0, n=5, step=0.01, first=0.02, **change) -> client.Request:
         started_s=round(0.12 + 0.15 * index, 6),
         energy_joule=None,
     )
-    return replace(made, **change)
+    return replace(usual, **change)
 
 
 def argv(placement="baseline", context=1024, load_mode="mmap"):
@@ -97,7 +97,7 @@ def observation(placement="baseline", **change) -> run.Observation:
         before=(Reading(0.0, 8 * MIB, None),),
         during=(Reading(0.1, on_device, None), Reading(0.2, on_device + 12 * MIB, None)),
     )
-    made = run.Observation(
+    usual = run.Observation(
         load_s=0.1,
         wall_s=0.5,
         argv=argv(placement),
@@ -122,7 +122,7 @@ def observation(placement="baseline", **change) -> run.Observation:
         exit_code=0,
         exit_killed=False,
     )
-    return replace(made, **change)
+    return replace(usual, **change)
 
 
 MANIFEST = Manifest(
@@ -161,29 +161,29 @@ HOST = HostFacts(
 )
 
 
-def measured(asked, observed, sheet=MANIFEST, device=DEVICE, host=HOST):
-    return Measured(asked, observed, sheet, device, host)
+def measured(run_spec, observed, sheet=MANIFEST, device=DEVICE, host=HOST):
+    return Measured(run_spec, observed, sheet, device, host)
 
 
-def made(observed=None, attempt=1, status=None, reasons=None, **of_spec) -> record.Record:
+def record_of(observed=None, attempt=1, status=None, reasons=None, **of_spec) -> record.Record:
     """A record of a run of `spec(**of_spec)`; its status follows from the audit unless given."""
-    asked = spec(**of_spec)
+    run_spec = spec(**of_spec)
     if observed is None and status != "failed":
-        observed = observation(asked.placement)
-    checks = audit.run(measured(asked, observed)) if observed else ()
+        observed = observation(run_spec.placement)
+    checks = audit.run(measured(run_spec, observed)) if observed else ()
     verdict = audit.verdict(checks) if observed else ("failed", ("engine-ended",))
     return record.Record(
-        run_id=record.run_id(asked, attempt),
+        run_id=record.run_id(run_spec, attempt),
         attempt=attempt,
         status=status or verdict[0],
         reasons=verdict[1] if reasons is None else reasons,
         message=None,
-        spec=asked,
+        spec=run_spec,
         sheet=MANIFEST,
         engine=ENGINE,
         device=DEVICE,
         host=HOST,
-        started_utc=f"2026-01-01T00:{asked.block:02}:{10 * asked.order:02}+00:00",
+        started_utc=f"2026-01-01T00:{run_spec.block:02}:{10 * run_spec.order:02}+00:00",
         observed=observed,
         audit=checks,
         raw={},
@@ -192,7 +192,21 @@ def made(observed=None, attempt=1, status=None, reasons=None, **of_spec) -> reco
 
 def block(**change) -> list[record.Record]:
     """A valid block: baseline and cpu-moe."""
-    return [made(placement="baseline", **change), made(placement="cpu-moe", order=1, **change)]
+    return [record_of(placement="baseline", **change), record_of(placement="cpu-moe", order=1, **change)]
+
+
+def with_observed(r: record.Record, **change) -> record.Record:
+    """`r` with these parts of its observation changed."""
+    return r.model_copy(update={"observed": replace(r.observed, **change)})
+
+
+def with_spec(r: record.Record, **change) -> record.Record:
+    return r.model_copy(update={"spec": replace(r.spec, **change)})
+
+
+def with_facts(r: record.Record, part: str, **change) -> record.Record:
+    """`r` with its sheet, engine, device or host changed: `part` says which."""
+    return r.model_copy(update={part: getattr(r, part).model_copy(update=change)})
 
 
 def log_of(r: record.Record) -> str:

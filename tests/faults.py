@@ -1,6 +1,6 @@
 """The fault campaign: what can go wrong is made to go wrong, and must be survived.
 
-Survived: the right reason is told, within seconds; every record that was valid is still there and equal; no process
+Survived: the right reason is reported, within seconds; every record that was valid is still there and equal; no process
 and no partial file is left; and without the fault the same study then completes.
 
     python tests/faults.py --seed 7 --rounds 10
@@ -27,7 +27,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,8 +37,9 @@ import numpy as np
 import psutil
 import stub_server
 from conftest import SMOKE, copy_of, furnish, library_of
-from factory import SHARED, measured, spec
-from test_kill import MOELIB, complete, kill, no_orphans
+from factory import SHARED, measured
+from fault_lab import BANDWIDTH, MIB, RUN, FakeGpu, Lab, complete, patience
+from streams import Replay, parsed, recorded, sse, streamed, timeless
 
 from moelib.audit import audit
 from moelib.audit import record as records
@@ -46,153 +47,19 @@ from moelib.base import files
 from moelib.campaign import campaign
 from moelib.catalogue import params
 from moelib.catalogue.facts import Manifest
-from moelib.catalogue.placement import Placement
 from moelib.engine import client, engine
 from moelib.gguf import gguf_file
-from moelib.machine import host, process
+from moelib.machine import process
 from moelib.measure import device, llama_server
 from moelib.measure import run as runs
 from moelib.measure.memory import Reading
-from moelib.measure.nvml import Counters
 from moelib.models import models, quantize
 from moelib.study.plan import StudyError
 from moelib.study.study import Study
 
-MIB = 1 << 20
-KEY = "faults"
-TOKENS = 3  # of a recorded stream
-LONG = """
-long:
-  title: long enough to be interrupted
-  text: Explain quantum computing in simple terms.
-  generate_tokens: 240
-"""
+MOELIB = [sys.executable, "-m", "moelib.cli"]
 TRIES = 5  # for a lab's first study
 SAMPLE = 60  # bytes that the short form cuts and splits at through a socket
-LOOK_S = 3e-4  # of CPU, as a look at a real card takes
-BANDWIDTH = mock.patch.object(host, "read_bandwidth", return_value=1e9)  # measured once a cell, and slow
-
-
-class FakeGpu(device.Device):
-    """A GPU by its readings alone; the stub plays the engine on it. `during` changes a reading of the run."""
-
-    kind, name, context_bytes = "cuda", "fake GPU", 512 * MIB
-
-    def __init__(self, uuid: str = "GPU-fake"):
-        self.uuid = uuid
-        self.change: Callable[[int, Reading], Reading] = lambda _, reading: reading
-
-    @contextmanager
-    def session(self, engine, work):
-        taken = iter(range(10**9))
-
-        def read(server_pid, t_s):
-            began = time.thread_time()
-            while time.thread_time() - began < LOOK_S:
-                pass
-            ours = 560 * MIB if server_pid and psutil.pid_exists(server_pid) else None
-            plain = Reading(t_s, ours, 1024 * MIB + (ours or 0), bool(ours), ())
-            return self.change(next(taken) - device.IDLE_READINGS, plain)
-
-        yield device.Session(["--device", "CUDA0"], read, lambda t_s: Counters(t_s, events=0), shared=True)
-
-
-class Lab:
-    """A home with a study of two blocks and the stub in front of llama-server."""
-
-    def __init__(self, home: Path, llama: engine.Engine, where: device.Device, real: bool = False):
-        self.home, self.where, self.real = home, where, real
-        smoke = SMOKE.replace("[smoke]", "[long]").replace("requests: 2", "requests: 1") if real else SMOKE
-        furnish(home, smoke)
-        with (home / "params/workloads.yaml").open("a", encoding="utf-8") as f:
-            f.write(LONG)
-        self.stub = stub_server.install(home / "tools", llama)
-        self.models = home.parent / "models"
-
-    def prepare(self):
-        """Have the study whole, to be copied by `reset`."""
-        with self:
-            self.script()
-            assert self.measure() == "valid"
-            complete(self.folder.path)
-            shutil.copytree(self.folder.path, self.home / "whole")
-        return self
-
-    def __enter__(self):
-        self.environ = mock.patch.dict(os.environ, MOELIB_HOME=str(self.home), MOELIB_MODELS=str(self.models))
-        self.environ.start()
-        os.environ.pop("MOELIB_OUTPUTS", None)
-        params._yaml.cache_clear()
-        return self
-
-    def __exit__(self, *_):
-        self.environ.stop()
-        params._yaml.cache_clear()
-
-    def reset(self):
-        """The study with its first block done."""
-        out = self.home / "outputs/smoke"
-        shutil.rmtree(out, ignore_errors=True)
-        shutil.copytree(self.home / "whole", out)
-        for path in (out / "records").glob("*_b1_*"):
-            path.unlink()
-        self.script()
-
-    def script(self, **what):
-        stub_server.script(self.stub, **({"real": True} if self.real else {}) | what)
-
-    @property
-    def folder(self):
-        return Study.named("smoke")
-
-    @property
-    def server_log(self):
-        return self.folder.work / str(os.getpid()) / "server.log"
-
-    def measure(self, within=contextlib.nullcontext):
-        """Do what is not done; what was wrong with the runs that were done now, or `valid`."""
-        folder = self.folder
-        before = {r.run_id for r in records.read_all(folder.path)[0]}
-        with mock.patch.object(engine, "find", return_value=self.stub), within():
-            with mock.patch.object(device, "choose", return_value=self.where), BANDWIDTH:
-                list(campaign.measure(folder, folder.cells[0]))
-        new = [r for r in records.read_all(folder.path)[0] if r.run_id not in before]
-        wrong = {reason for r in new for reason in r.reasons if reason not in SHARED}
-        self.messages = " ".join(r.message for r in new if r.message)
-        return ", ".join(sorted(wrong)) or "valid"
-
-    def valid(self):
-        """Files of the valid records, with their bytes."""
-        paths = sorted((self.home / "outputs/smoke/records").glob("*.json"))
-        return {p.name: p.read_bytes() for p in paths if _done(p)}
-
-    def left_behind(self):
-        """Processes, partial files, notes and scratch that should be gone."""
-        out = [f"process {p.pid} {p.name()}" for p in psutil.Process().children(recursive=True) if _alive(p)]
-        for base in (self.home / "outputs", self.models):
-            out += [str(p) for kind in ("*.partial", "*.child.json") for p in base.rglob(kind)]
-        work = self.home / "outputs/smoke/work"
-        return out + ([str(p) for p in work.iterdir()] if work.exists() else [])
-
-
-def _done(path: Path) -> bool:
-    try:
-        return records.read(path).done
-    except records.RecordError:
-        return False
-
-
-def _alive(p: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return p.status() != psutil.STATUS_ZOMBIE
-    return False
-
-
-@contextmanager
-def patience(factor: float) -> Iterator[None]:
-    """Limits of waits, made short."""
-    with mock.patch.dict(os.environ, MOELIB_PATIENCE=str(factor)):
-        yield
 
 
 @dataclass(frozen=True)
@@ -201,12 +68,12 @@ class Fault:
     how: str
     """stub, real server, files, GPU readings, kill, parser."""
     expect: str
-    """What must be told: reasons as `Lab.measure` lists them, or words of the error."""
+    """What must be reported: reasons as `Lab.measure` lists them, or words of the error."""
     within_s: float
     lab: str
     """loopback, gpu or real; empty for one that brings its own."""
     act: Callable[..., str]
-    """Injects the fault; returns what was told."""
+    """Injects the fault; returns what was reported."""
 
 
 FAULTS: dict[str, Fault] = {}
@@ -221,12 +88,12 @@ def fault(name: str, how: str, expect: str, within_s: float = 10.0, lab: str = "
     return register
 
 
-def scripted(name, expect, within_s=5.0, factor=1.0, words="", lab="loopback", **what):
+def scripted(name, expect, within_s=5.0, factor=1.0, words="", lab="loopback", **defect):
     """A fault of the stub in one run of the study."""
 
     @fault(name, "real server" if lab == "real" else "stub", expect, within_s, lab)
     def act(lab, chance, rounds):
-        lab.script(times=1, **{k: v(chance) if callable(v) else v for k, v in what.items()})
+        lab.script(times=1, **{k: v(chance) if callable(v) else v for k, v in defect.items()})
         with patience(factor):
             findings = lab.measure()
         assert words in lab.messages, lab.messages
@@ -284,8 +151,8 @@ scripted("no tokens", "tokenizer", at="/tokenize", answers={"tokens": []})
 scripted("answers in another format", "answer-unreadable", at="/tokenize", answers="<html>")
 scripted("counts that are no numbers", "answer-unreadable", timings={"predicted_n": "many"})
 scripted("times that are NaN", "answer-unreadable", timings={"prompt_ms": float("nan")})
-scripted("NaN told as null", "output-alive", logprob=None)
-scripted("NaN told as NaN", "output-alive", logprob=float("nan"))
+scripted("NaN sent as null", "output-alive", logprob=None)
+scripted("NaN sent as NaN", "output-alive", logprob=float("nan"))
 scripted("all tokens alike", "output-alive", logprob=-3.0)
 
 # without measure
@@ -304,7 +171,7 @@ for path in ("/props", "/tokenize", "/completion"):
 DEEP = "[" * 100_000
 scripted("an answer nested without measure", "answer-unreadable", at="/tokenize", answers=DEEP)
 
-# what it does with what it was told
+# what it does with its flags
 scripted("flag ignored", "placement-on-device", load="deaf", only="cpu-moe")
 scripted("the real one without the flag", "placement-on-device", lab="real", drop=["--cpu-moe"], only="cpu-moe")
 CPU = "device-is-the-one, layers-offloaded, placement-on-device"
@@ -314,7 +181,6 @@ scripted(
     "the real one on the CPU", "device-is-the-one, placement-on-device", 20, lab="real",
     add=["--device", "none"],
 )  # fmt: skip
-SILENT = "build-optimised"
 scripted("a log without what is looked for", "device-is-the-one, layers-offloaded", load="silent")
 
 # at its end
@@ -365,41 +231,27 @@ def _signal(name, number):
             p.send_signal(number)
 
 
-def _struck(lab, chance, tool, sign):
-    """A run during which the tool's process is sent the signal, at a random moment of the stream."""
-    act = functools.partial(_signal, tool, sign)
-    return lab.measure(_when_streaming(lab, act, chance.uniform(0, 0.05)))
+def struck(name, tool, sign, expect, factor=1.0, within_s=10.0):
+    """The process of a tool is sent a signal, at a random moment of the stream."""
+
+    @fault(name, "kill", expect, within_s, "real")
+    def act(lab, chance, rounds):
+        send = functools.partial(_signal, tool, sign)
+        with patience(factor):
+            return lab.measure(_when_streaming(lab, send, chance.uniform(0, 0.05)))
 
 
-@fault("the real one killed mid-stream", "kill", "engine-killed", lab="real")
-def _(lab, chance, rounds):
-    return _struck(lab, chance, "llama-server", signal.SIGKILL)
-
-
-@fault("the real one stalls", "kill", "engine-stalled", lab="real")
-def _(lab, chance, rounds):
-    with patience(0.01):
-        return _struck(lab, chance, "llama-server", signal.SIGSTOP)
-
-
-@fault("the device's process killed mid-stream", "kill", "engine-crashed", lab="real")
-def _(lab, chance, rounds):
-    return _struck(lab, chance, "ggml-rpc-server", signal.SIGKILL)
-
-
-@fault("the device's process stalls", "kill", "engine-stalled", lab="real", within_s=30)
-def _(lab, chance, rounds):
-    with patience(0.01):
-        return _struck(lab, chance, "ggml-rpc-server", signal.SIGSTOP)
+struck("the real one killed mid-stream", "llama-server", signal.SIGKILL, "engine-killed")
+struck("the real one stalls", "llama-server", signal.SIGSTOP, "engine-stalled", 0.01)
+struck("the device's process killed mid-stream", "ggml-rpc-server", signal.SIGKILL, "engine-crashed")
+struck("the device's process stalls", "ggml-rpc-server", signal.SIGSTOP, "engine-stalled", 0.01, 30)
 
 
 @fault("a library exchanged while it runs", "files", "engine-changed", 20, "real")
 def _(lab, chance, rounds):
     """Another build is installed over the running one: what it computed from then on is nobody's."""
-    llama = copy_of(engine.find(), lab.home / "build")
-    made = quantize.make(models.make_twin("deepseek-moe-16b", "nano"), "Q8_0", llama, lab.home / "q")
-    asked, likeliest = spec(workloads=("smoke",), context=256), llama_server.Serving.likeliest
-    library = library_of(llama)
+    llama, likeliest = copy_of(engine.find(), lab.home / "build"), llama_server.Serving.likeliest
+    file, library = lab.nano(llama), library_of(llama)
 
     def exchanged(*args):  # after the last timed request
         new = library.with_name("new")
@@ -407,20 +259,18 @@ def _(lab, chance, rounds):
         os.replace(new, library)
         return likeliest(*args)
 
-    runner = llama_server.LlamaServer(llama)
     with mock.patch.object(llama_server.Serving, "likeliest", exchanged):
-        outcome = runs.execute(asked, made, runner, lab.where, lab.home / "run")
+        outcome = lab.execute(file, llama)
     assert library.name in outcome.message
-    again = runs.execute(asked, made, runner, lab.where, lab.home / "run")
+    again = lab.execute(file, llama)
     assert again.reason is None, again.message
-    shutil.rmtree(lab.home / "run")
     return outcome.reason
 
 
 @fault("NaN weights, the real server", "real server", "output-alive", lab="real")
 def _(lab, chance, rounds):
     """Norms that are not numbers: the server serves them, and says null where asked how likely its tokens are."""
-    good = quantize.make(models.make_twin("deepseek-moe-16b", "nano"), "Q8_0", lab.stub, lab.home / "q")
+    good = lab.nano()
     path = lab.home / good.path.name
     shutil.copy(good.path, path)
     with path.open("r+b") as f:
@@ -430,14 +280,12 @@ def _(lab, chance, rounds):
                 f.write(np.full(t.shape, np.nan, np.float32).tobytes())
     content = files.Hashed(path)
     dead = quantize.Quantised(gguf_file.read_header(path), {**good.sheet, "sha256": content.sha256()}, content)
-    asked = spec(workloads=("smoke",), context=256)
     verdicts = []
     for file in (dead, good):
-        outcome = runs.execute(asked, file, llama_server.LlamaServer(lab.stub), lab.where, lab.home / "nan")
+        outcome = lab.execute(file)
         assert outcome.observation, outcome.message
-        checks = audit.run(measured(asked, outcome.observation, Manifest(**file.sheet)))
+        checks = audit.run(measured(RUN, outcome.observation, Manifest(**file.sheet)))
         verdicts.append(", ".join(i for i in audit.verdict(checks)[1] if i not in SHARED))
-    shutil.rmtree(lab.home / "nan")
     assert verdicts[1] == ""
     return verdicts[0]
 
@@ -597,32 +445,25 @@ def _(lab, chance, rounds):
     return errors.pop() if len(errors) == 1 else f"{len(errors)} reasons"
 
 
-@fault("quantised file truncated while it runs", "files", "file-is-its-sheet", lab="loopback")
-def _(lab, chance, rounds):
-    """The engine may have read it all by then; the record must not stand."""
-    real, path = llama_server.check_ours, lab.models / f"{NANO}-Q8_0.gguf"
-    calls = []
+def while_it_runs(name: str, expect: str, harm: Callable[[Path, random.Random], object]) -> None:
+    """The quantised file is harmed once its server has it open; the engine may have read it all by then."""
 
-    def cut(*args):
-        calls.append(1)
-        if len(calls) == 1:
-            truncate(path, chance)
-        return real(*args)
+    @fault(f"quantised file {name} while it runs", "files", expect, lab="loopback")
+    def act(lab, chance, rounds):
+        check_ours, runs_begun = llama_server.check_ours, []
 
-    with mock.patch.object(llama_server, "check_ours", cut):
-        return lab.measure()
+        def harmed(*args):
+            runs_begun.append(args)
+            if len(runs_begun) == 1:
+                harm(lab.models / f"{NANO}-Q8_0.gguf", chance)
+            return check_ours(*args)
+
+        with mock.patch.object(llama_server, "check_ours", harmed):
+            return lab.measure()
 
 
-@fault("quantised file deleted while it runs", "files", "file-gone", lab="loopback")
-def _(lab, chance, rounds):
-    real, path = llama_server.check_ours, lab.models / f"{NANO}-Q8_0.gguf"
-
-    def gone(*args):
-        path.unlink(missing_ok=True)
-        return real(*args)
-
-    with mock.patch.object(llama_server, "check_ours", gone):
-        return lab.measure()
+while_it_runs("truncated", "file-is-its-sheet", truncate)
+while_it_runs("deleted", "file-gone", lambda path, chance: path.unlink())
 
 
 class Disk:
@@ -650,13 +491,13 @@ FULL = ("a twin", "a quant", "the plan", "a record", "before a run")
 
 
 def full_disk(folder: Path) -> None:
-    """In a process of its own: what each write to a full disk tells, a line of JSON each; then the study completes."""
+    """In a process of its own: a line of JSON for each write to a full disk; then the study completes."""
     disk = Disk(folder)
     lab = Lab(folder / "home", engine.find(), stub_server.loopback())
     lab.__enter__()
     kept, roomy = {}, mock.patch.object(files, "need_space")
 
-    def full(what, act, leave, patched=roomy):
+    def full(step, act, leave, patched=roomy):
         disk.fill(leave)
         started, error = time.monotonic(), "nothing"
         try:
@@ -666,7 +507,7 @@ def full_disk(folder: Path) -> None:
             error = f"{type(err).__name__}: {err}"
         disk.empty()
         left = [p.name for p in folder.rglob("*.partial")] + [p.name for p in folder.rglob("*.child.json")]
-        print(json.dumps([what, error, round(time.monotonic() - started, 2), left, disk.mounted]), flush=True)
+        print(json.dumps([step, error, round(time.monotonic() - started, 2), left, disk.mounted]), flush=True)
 
     twin = functools.partial(models.make_twin, "deepseek-moe-16b", "nano")
     full("a twin", twin, MIB)
@@ -707,102 +548,20 @@ def _(folder, chance, rounds):
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    for what, error, seconds, left, _ in lines:
-        assert error.startswith("FileError: "), (what, error)
+    for step, error, seconds, left, _ in lines:
+        assert error.startswith("FileError: "), (step, error)
         assert "free some space" in error
         assert str(folder / "disk") in error or "GiB are free" in error, error
-        assert not left, (what, left)
-        assert seconds < 10, what
-    return ", ".join(what for what, *_ in lines)
+        assert not left, (step, left)
+        assert seconds < 10, step
+    return ", ".join(step for step, *_ in lines)
 
 
 # streams, cut and split at every byte
-def recorded(llama: engine.Engine, where: device.Device, folder: Path) -> bytes:
-    """The bytes of a real answer with a stream of three tokens."""
-    source = models.make_twin("deepseek-moe-16b", "nano")
-    made = quantize.make(source, "Q8_0", llama, folder)
-    body = {"temperature": 0, "samplers": ["top_k"], "top_k": 1, "ignore_eos": True, "cache_prompt": False}
-    body |= {"return_tokens": True, "timings_per_token": True, "stream": True, "prompt": [1, 292, 294], "n_predict": 3}
-    data = json.dumps(body).encode()
-    head = f"POST /completion HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(data)}\r\n\r\n"
-    with where.session(llama, folder) as session:
-        argv = llama.server_argv(made.path, Placement.parse("baseline", "mmap"), 256, 1, session.args)
-        env = process.environment(folder, {"LLAMA_API_KEY": KEY})
-        with process.Child(argv, folder / "server.log", env) as server:
-            port = int(next(filter(None, server.wait_for(engine.LISTENING, 30).groups())))
-            with socket.create_connection(("127.0.0.1", port)) as c:
-                c.sendall(head.encode() + data)
-                whole = b""
-                while more := c.recv(65536):
-                    whole += more
-    return whole
-
-
-class Replay(contextlib.AbstractContextManager):
-    """A server that answers /health and then plays back `pieces` of an answer, and closes the connection."""
-
-    def __init__(self):
-        self.pieces = []
-        self.socket = socket.create_server(("127.0.0.1", 0))
-        self.port = self.socket.getsockname()[1]
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def __exit__(self, *_):
-        self.socket.close()
-
-    def _serve(self):
-        with contextlib.suppress(OSError):
-            while True:
-                threading.Thread(target=self._connection, args=(self.socket.accept()[0],), daemon=True).start()
-
-    def _connection(self, c):
-        c.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        with contextlib.suppress(OSError), c, c.makefile("rb") as lines:
-            while head := lines.readline():
-                length = 0
-                while line := lines.readline().strip():
-                    if line.lower().startswith(b"content-length:"):
-                        length = int(line.split(b":")[1])
-                lines.read(length)
-                if head.startswith(b"GET"):
-                    c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
-                    continue
-                for piece in self.pieces:
-                    c.sendall(piece)
-                    time.sleep(0.0005)  # a packet of its own
-                return
-
-
-def asked(port: int) -> client.Answer:
-    body = {**llama_server.SAMPLING, "stream": True, "prompt": [1, 292, 294], "n_predict": TOKENS}
-    with client.connect(port, KEY) as c:
-        llama_server.connect(c)
-        return llama_server.read_stream(client.stream(c, "/completion", body, TOKENS)[1], TOKENS)
-
-
-def timeless(answer: client.Answer) -> client.Answer:
-    return replace(answer, token_s=())
-
-
-def sse(answer: bytes) -> bytes:
-    """The stream in an answer, without the frames of its chunks."""
-    rest, out = answer.partition(b"\r\n\r\n")[2], b""
-    while rest:
-        size, _, rest = rest.partition(b"\r\n")
-        out, rest = out + rest[: int(size, 16)], rest[int(size, 16) + 2 :]
-    return out
-
-
-def parsed(chunks: list[bytes]) -> client.Answer:
-    lines = client.arrivals(chunks, iter(range(1, 10**6)).__next__, 1e9)
-    return llama_server.read_stream(list(lines), TOKENS)
-
-
 @fault("stream cut at every byte", "parser", "never finished", 60, "real")
 def _(lab, chance, rounds):
     """Through the line reader at every byte; through the socket too, in the short form at some of them."""
-    answer = recorded(lab.stub, lab.where, lab.home / "stream")
-    shutil.rmtree(lab.home / "stream")
+    answer = recorded(lab)
     stream = sse(answer)
     assert parsed([stream]).finished
     end = stream.rindex(b"\n\n") + 1  # the end of the final event's line; from there on nothing is missing
@@ -817,7 +576,7 @@ def _(lab, chance, rounds):
         for at in whole if rounds > 1 else chance.sample(whole, SAMPLE):
             server.pieces = [answer[:at]]
             try:
-                outcome = f"finished: {asked(server.port).finished}"
+                outcome = f"finished: {streamed(server.port).finished}"
             except client.RunError as err:
                 outcome = err.reason
             assert outcome == "connection-lost", f"cut at {at}: {outcome}"
@@ -826,8 +585,7 @@ def _(lab, chance, rounds):
 
 @fault("stream split at every byte, through the reader", "parser", "nothing but times", 60, "real")
 def _(lab, chance, rounds):
-    answer = recorded(lab.stub, lab.where, lab.home / "stream")
-    shutil.rmtree(lab.home / "stream")
+    answer = recorded(lab)
     stream = sse(answer)
     want = timeless(parsed([stream]))
     assert want.finished
@@ -839,7 +597,7 @@ def _(lab, chance, rounds):
     with Replay() as server:
         for at in spots if rounds > 1 else chance.sample(spots, SAMPLE):
             server.pieces = [answer[:at], answer[at:]]
-            assert timeless(asked(server.port)) == want, f"split at {at}"
+            assert timeless(streamed(server.port)) == want, f"split at {at}"
     return "nothing but times"
 
 
@@ -863,43 +621,46 @@ def _(lab, chance, rounds):
 
 
 # kills at random moments of a whole study, notebooks and all
-def interrupted(folder: Path, chance: random.Random, rounds: int, stop: Callable) -> str:
-    """`rounds` times: the study from the command line, stopped at a random moment; then to its end."""
-    home = furnish(folder / "home", SMOKE if rounds > 1 else SMOKE.replace("rounds: 2", "rounds: 1"))
+def interrupted(folder: Path, chance: random.Random, times: int, stop: Callable) -> str:
+    """The study from the command line, stopped so often at a random moment; then to its end."""
+    home = furnish(folder / "home", SMOKE if times > 1 else SMOKE.replace("rounds: 2", "rounds: 1"))
+    out, digests, stopped, completed = home / "outputs/smoke", {}, 0, 0
     env = {"MOELIB_HOME": str(home), "MOELIB_MODELS": str(folder / "models")}
     with mock.patch.dict(os.environ, env):
         os.environ.pop("MOELIB_OUTPUTS", None)
         params._yaml.cache_clear()
-        out, digests = home / "outputs/smoke", {}
-        for i in range(rounds):
+        while stopped < times:
             started_by_it = []
             run = subprocess.Popen(
                 [*MOELIB, "study", "run", "smoke"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                start_new_session=True,
-                encoding="utf-8",
+                start_new_session=True, encoding="utf-8",
             )  # fmt: skip
             try:
                 run.wait(chance.uniform(0.3, 7))
             except subprocess.TimeoutExpired:
                 started_by_it = psutil.Process(run.pid).children(recursive=True)
-                stop(run)
-            started = time.monotonic()
-            _, said = run.communicate(timeout=30)
+                stop(run, chance)
+                stopped += 1
+            started, now = time.monotonic(), f"stop {stopped}"
+            _, errors = run.communicate(timeout=30)
             took = time.monotonic() - started
-            assert took < 15, f"round {i}: it took {took:.1f} s to end"
+            assert took < 15, f"{now}: it took {took:.1f} s to end"
             left = psutil.wait_procs(started_by_it, timeout=15)[1]
-            assert not left, f"round {i}: left {left}"
-            listed, wrong = records.read_all(out) if out.exists() else ([], [])
-            assert not wrong
-            now = {r.run_id: r.digest for r in listed if r.done}
-            assert digests.items() <= now.items(), f"round {i}: a valid record was lost or changed"
-            digests = now
+            assert not left, f"{now}: left {left}"
+            listed, damaged = records.read_all(out) if out.exists() else ([], [])
+            assert not damaged, now
+            valid = {r.run_id: r.digest for r in listed if r.done}
+            assert digests.items() <= valid.items(), f"{now}: a valid record was lost or changed"
+            digests = valid
             if run.returncode == 0:
                 complete(out)
+                completed += 1
                 shutil.rmtree(out)
                 digests = {}
+                if completed % 2 == 0:  # every other time the files are made again too
+                    shutil.rmtree(folder / "models")
             elif stop is ctrl_c:
-                assert run.returncode in (130, -signal.SIGINT), f"round {i}: {run.returncode}\n{said[-2000:]}"
+                assert run.returncode in (130, -signal.SIGINT), f"{now}: {run.returncode}\n{errors[-2000:]}"
         assert no_orphans(), "an engine outlived its study"
         for _ in range(2):  # what a kernel left may still hold the device for a moment
             done = subprocess.run(
@@ -914,19 +675,36 @@ def interrupted(folder: Path, chance: random.Random, rounds: int, stop: Callable
     return "nothing lost"
 
 
-def ctrl_c(run: subprocess.Popen) -> None:
+def kill(run: subprocess.Popen, chance: random.Random) -> None:
+    """Kill the runner, whose kernel must then end by itself, or its kernel, whose death the runner must notice."""
+    try:
+        children = psutil.Process(run.pid).children()
+    except psutil.NoSuchProcess:
+        children = []
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(chance.choice([run.pid, *(c.pid for c in children)]), signal.SIGKILL)
+
+
+def ctrl_c(run: subprocess.Popen, chance: random.Random) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(run.pid, signal.SIGINT)  # as a terminal does: the whole foreground group
 
 
-@fault("kill -9 at random moments", "kill", "nothing lost", 120)
-def _(folder, chance, rounds):
-    return interrupted(folder, chance, rounds, lambda run: kill(run, chance))
+def no_orphans(within_s: float = 15) -> bool:
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        listed = psutil.process_iter(["name", "cmdline"])
+        if not any("nano" in " ".join(p.info["cmdline"] or []) and "llama" in (p.info["name"] or "") for p in listed):
+            return True
+        time.sleep(0.2)
+    return False
 
 
-@fault("Ctrl-C at random moments", "kill", "nothing lost", 120)
-def _(folder, chance, rounds):
-    return interrupted(folder, chance, rounds, ctrl_c)
+for _name, _stop in (("kill -9", kill), ("Ctrl-C", ctrl_c)):
+
+    @fault(f"{_name} at random moments", "kill", "nothing lost", 120)
+    def _(folder, chance, rounds, stop=_stop):
+        return interrupted(folder, chance, rounds, stop)
 
 
 class Campaign:
@@ -949,15 +727,15 @@ class Campaign:
         return self.labs[kind]
 
     def inject(self, f: Fault, seed: int, rounds: int = 1, turn: int = 0) -> tuple[str, float, bool]:
-        """(what was told, seconds until it was, whether another turn would be another fault). Raises AssertionError if
-        the fault was not survived."""
+        """(what was reported, seconds until then, whether another turn would be another fault). Raises AssertionError
+        where the fault was not survived."""
         chance = random.Random(f"{seed}/{f.name}/{turn}")
         untouched = chance.getstate()
         if not f.lab:
             place = Path(tempfile.mkdtemp(dir=self.folder))
             started = time.monotonic()
             reason = f.act(place, chance, rounds)
-            assert f.expect in reason, f"told {reason!r}"
+            assert f.expect in reason, f"reported {reason!r}"
             return reason, time.monotonic() - started, False
         with self.lab(f.lab) as lab:
             lab.reset()
@@ -966,7 +744,7 @@ class Campaign:
             started = time.monotonic()
             reason = f.act(lab, chance, rounds)
             took = time.monotonic() - started
-            assert f.expect in reason, f"told {reason!r}, {getattr(lab, 'messages', '')}"
+            assert f.expect in reason, f"reported {reason!r}, {getattr(lab, 'messages', '')}"
             assert took <= f.within_s * (rounds if f.how == "parser" else 1), f"took {took:.1f} s"
             now = lab.valid()
             lost = [n for n in before if now.get(n) != before[n]]

@@ -40,38 +40,38 @@ def published(runs: Runs) -> dict[str, float | None]:
         o, arm = r["observed"], f"{r['spec']['placement']}/{r['spec']['load_mode']}"
         m, host, p = o["memory"], o["host"], o["placement"]
 
-        def tell(name: str, value: float | None, arm: str = arm) -> None:
+        def add(name: str, value: float | None, arm: str = arm) -> None:
             values[f"{arm} {name}"].append(value)
 
-        tell("device memory", m["value_bytes"])
-        tell("engine's buffers", m["engine_bytes"])
-        tell("rest", m["value_bytes"] - m["engine_bytes"])
-        tell("device in all", m["growth_bytes"])
-        tell("load", o["load_s"])
-        tell("host RSS", o["host_rss_peak_bytes"])
-        tell("major page faults", host["major_faults"])
-        tell("moved", p["moved_bytes"])
-        tell("read on the device", p["device_read_bytes"])
-        tell("read on the host", p["host_read_bytes"])
-        tell("monitors", o["watch_cpu_s"] / host["elapsed_s"] if o["watch_cpu_s"] and host["elapsed_s"] else 0.0)
+        add("device memory", m["value_bytes"])
+        add("engine's buffers", m["engine_bytes"])
+        add("rest", m["value_bytes"] - m["engine_bytes"])
+        add("device in all", m["growth_bytes"])
+        add("load", o["load_s"])
+        add("host RSS", o["host_rss_peak_bytes"])
+        add("major page faults", host["major_faults"])
+        add("moved", p["moved_bytes"])
+        add("read on the device", p["device_read_bytes"])
+        add("read on the host", p["host_read_bytes"])
+        add("monitors", o["watch_cpu_s"] / host["elapsed_s"] if o["watch_cpu_s"] and host["elapsed_s"] else 0.0)
         clocks = [c["sm_clock_mhz"] for c in o["counters"] if c["sm_clock_mhz"] is not None]
-        tell("clock", fmean(clocks) if clocks else None)
+        add("clock", fmean(clocks) if clocks else None)
         for t in o["prompt_traffic"]:
-            tell(f"bus {t['workload']}", t["received_bytes"])
+            add(f"bus {t['workload']}", t["received_bytes"])
         spent = [(q["energy_joule"], q["token_s"][-1]) for q in o["requests"]]
         if all(joules is not None for joules, _ in spent):
-            tell("watts", sum(j for j, _ in spent) / max(1e-9, sum(s for _, s in spent)))
+            add("watts", sum(j for j, _ in spent) / max(1e-9, sum(s for _, s in spent)))
         for q in o["requests"]:
             which = f"{q['workload']} {'warm' if q['index'] else 'first'}"
             lasted = q["token_s"][-1] - q["token_s"][0]
             rate = (q["token_n"][-1] - q["token_n"][0]) / lasted if lasted else None
-            tell(f"first token {which}", q["token_s"][0])
-            tell(f"rate {q['workload']}", rate)
+            add(f"first token {which}", q["token_s"][0])
+            add(f"rate {q['workload']}", rate)
             device, ram = r["device"].get("bandwidth_bytes_per_s"), r["host"].get("ram_read_bytes_per_s")
             if rate and device and ram:
-                tell(f"bound {q['workload']}", rate * (p["device_read_bytes"] / device + p["host_read_bytes"] / ram))
+                add(f"bound {q['workload']}", rate * (p["device_read_bytes"] / device + p["host_read_bytes"] / ram))
             if q["energy_joule"] is not None and q["predicted_n"]:
-                tell(f"energy {q['workload']}", q["energy_joule"] / q["predicted_n"])
+                add(f"energy {q['workload']}", q["energy_joule"] / q["predicted_n"])
         for name in ("file_bytes", "bits_per_weight", "expert_bytes", "parameters"):
             values[f"file {name}"].append(r["sheet"][name])
     return {k: fmean(v) if v and None not in v else None for k, v in values.items()}
@@ -111,10 +111,10 @@ def scaled(value: Any, by: float) -> Any:
     return value if value is None or isinstance(value, bool) else type(value)(value * by)
 
 
-def put(what: Any, path: str, change: Callable[[Any], Any]) -> None:
+def put(record_part: Any, path: str, change: Callable[[Any], Any]) -> None:
     """Change what lies at `a/b/*/c`; `*` is every item of a list or every value of a mapping."""
     *way, last = path.split("/")
-    places = [what]
+    places = [record_part]
     for step in way:
         nxt: list[Any] = []
         for place in places:
@@ -195,27 +195,29 @@ for _name, _paths in FIELDS.items():
     _field(_name, _paths)
 
 
-@family("token times scaled")
-def _(chance, runs, logs):
-    by = chance.choice(FACTORS)
-    for r in some(chance, runs):
-        for q in r["observed"]["requests"]:
-            first = q["token_s"][0]
-            q["token_s"] = [round(first + (t - first) * by, 6) for t in q["token_s"]]
+TIMES: dict[str, Callable[[list[float], float], list[float]]] = {
+    "token times scaled": lambda times, by: [times[0] + (t - times[0]) * by for t in times],
+    "first token moved": lambda times, by: [t + times[0] * (by - 1) for t in times],
+    "first token alone": lambda times, by: [min(times[0] * by, times[1]), *times[1:]],
+}
 
 
-@family("first token moved")
-def _(chance, runs, logs):
-    by = chance.choice(FACTORS)
-    for r in some(chance, runs):
-        for q in r["observed"]["requests"]:
-            more = q["token_s"][0] * (by - 1)
-            q["token_s"] = [round(t + more, 6) for t in q["token_s"]]
+def _times(name: str, move: Callable[[list[float], float], list[float]]) -> None:
+    @family(name)
+    def change(chance: random.Random, runs: Runs, logs: dict[str, bytes | None]) -> None:
+        by = chance.choice(FACTORS)
+        for r in some(chance, runs):
+            for q in r["observed"]["requests"]:
+                q["token_s"] = [round(t, 6) for t in move(q["token_s"], by)]
+
+
+for _name, _move in TIMES.items():
+    _times(_name, _move)
 
 
 @family("another runner's times")
 def _(chance, runs, logs):
-    """What the engine told is taken out, as of a runner that does not tell it; then any time will do."""
+    """What the engine reported is taken out, as of a runner that reports less; then any time will do."""
     by, name = chance.choice(FACTORS), chance.choice(["llama-server", "another-server"])
     for r in some(chance, runs):
         r["engine"]["runner"] = name
@@ -223,14 +225,6 @@ def _(chance, runs, logs):
         for q in r["observed"]["requests"]:
             q |= dict.fromkeys(("prompt_n", "cache_n", "predicted_n", "engine_prompt_s", "engine_predicted_s"))
             q["token_s"] = [round(t * by, 6) for t in q["token_s"]]
-
-
-@family("first token alone")
-def _(chance, runs, logs):
-    by = chance.choice(FACTORS)
-    for r in some(chance, runs):
-        for q in r["observed"]["requests"]:
-            q["token_s"][0] = round(min(q["token_s"][0] * by, q["token_s"][1]), 6)
 
 
 @family("half the tokens")
@@ -321,19 +315,16 @@ def _(chance, runs, logs):
         )
 
 
-@family("logs of zeros")
-def _(chance, runs, logs):
-    for r in some(chance, runs):
-        for name in r["raw"]:
-            logs[name] = b"\0" * 5000
-        put(r, "observed/load_s", lambda v: v * 1.1)
+def _logs(name: str, content: bytes | None) -> None:
+    @family(name)
+    def change(chance: random.Random, runs: Runs, logs: dict[str, bytes | None]) -> None:
+        for r in some(chance, runs):
+            logs |= dict.fromkeys(r["raw"], content)
+            put(r, "observed/load_s", lambda v: v * 1.1)
 
 
-@family("logs gone")
-def _(chance, runs, logs):
-    for r in some(chance, runs):
-        logs |= dict.fromkeys(r["raw"])
-        put(r, "observed/load_s", lambda v: v * 1.1)
+_logs("logs of zeros", b"\0" * 5000)
+_logs("logs gone", None)
 
 
 @family("no log named")
@@ -468,10 +459,10 @@ def main(number: int, seed: int, name: str) -> None:
                 raise click.ClickException(f"the honest records of {cell} are not accepted")
         rows = campaign(court, number, seed)
     click.echo(f"{name}, seed {seed}\n\n| family | made | moved a number | accepted |\n| --- | ---: | ---: | ---: |")
-    for what, row in rows.items():
-        click.echo(f"| {what} | {row[0]} | {row[1]} | {row[2]} |")
-    made, changed, accepted = (sum(row[i] for row in rows.values()) for i in range(3))
-    click.echo(f"| **all** | {made} | {changed} | {accepted} ({accepted / max(1, changed):.1%}) |")
+    for label, row in rows.items():
+        click.echo(f"| {label} | {row[0]} | {row[1]} | {row[2]} |")
+    forged, changed, accepted = (sum(row[i] for row in rows.values()) for i in range(3))
+    click.echo(f"| **all** | {forged} | {changed} | {accepted} ({accepted / max(1, changed):.1%}) |")
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ class Stub:
             else:
                 self._stream(connection, json.loads(lines.read(length)))
 
-    def _stream(self, connection, asked):
+    def _stream(self, connection, fields):
         head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"
         connection.sendall((head + "Connection: close\r\n\r\n").encode())
 
@@ -73,7 +73,7 @@ class Stub:
             data = f"data: {event if isinstance(event, str) else json.dumps(event)}\r\n\r\n".encode()
             connection.sendall(f"{len(data):x}\r\n".encode() + data + b"\r\n")
 
-        n = asked["max_tokens"]
+        n = fields["max_tokens"]
         token = {"object": "text_completion", "choices": [{"index": 0, "text": " t", "finish_reason": None}]}
         for i in range(n + (self.defect == "more")):
             time.sleep(STEP_S)
@@ -84,7 +84,7 @@ class Stub:
                 return
         send({**token, "choices": [{"index": 0, "text": "", "finish_reason": "length"}]})
         if self.usage:
-            used = {"prompt_tokens": len(asked["prompt"].split()), "completion_tokens": n, "total_tokens": 0}
+            used = {"prompt_tokens": len(fields["prompt"].split()), "completion_tokens": n, "total_tokens": 0}
             send({**token, "choices": [], "usage": used})
         if self.defect != "ends":
             send(DONE)

@@ -1,6 +1,6 @@
 """A scripted stand-in for llama-server that misbehaves on demand; the standard library alone.
 
-`install` puts a copy of this file as `llama-server` into a folder of tools; `script` writes beside it what goes wrong
+`install` puts a copy of this file as `llama-server` into a folder of tools; `script` writes beside it defect goes wrong
 in the next runs. Children get an allow-listed environment, so nothing can be passed that way. What is asked about the
 build (--version, --help, --list-devices) goes to the real server, and so does a run whose script says `real`.
 tests/test_stub.py holds it to the real one.
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 HERE = Path(sys.argv[0]).resolve().parent
@@ -47,8 +48,6 @@ def install(folder, engine):
 
 def loopback():
     """The loopback device of a stub, which loads nothing: its process counts as holding what the stub says is there."""
-    from contextlib import contextmanager
-
     from moelib.machine import process
     from moelib.measure import device
 
@@ -57,35 +56,49 @@ def loopback():
         def session(self, llama, work):
             note = llama.folder / "held"
             note.unlink(missing_ok=True)
-            with super().session(llama, work) as made:
+            with super().session(llama, work) as held:
                 held_bytes = lambda: int(note.read_text(encoding="utf-8")) if note.exists() else 0  # noqa: E731
-                made.peak_bytes = lambda: process.peak_rss(made.pid) + held_bytes()
-                yield made
+                held.peak_bytes = lambda: process.peak_rss(held.pid) + held_bytes()
+                yield held
 
     return Held()
 
 
-def script(engine, times=None, **what):
-    """Let the next `times` runs (all, without it) do `what`; nothing to do again with neither."""
+@contextmanager
+def serving(llama, model, work, where, key, placement="baseline", load_mode="mmap"):
+    """(port, server) of a llama-server, the stub or the real one, as moelib starts it."""
+    from moelib.catalogue.placement import Placement
+    from moelib.engine import engine
+    from moelib.machine import process
+
+    with where.session(llama, work) as session:
+        argv = llama.server_argv(model, Placement.parse(placement, load_mode), 256, 1, session.args)
+        env = process.environment(work, {"LLAMA_API_KEY": key})
+        with process.Child(argv, work / "server.log", env) as server:
+            yield int(next(filter(None, server.wait_for(engine.LISTENING, 30).groups()))), server
+
+
+def script(engine, times=None, **defect):
+    """Let the next `times` runs (all, without it) have this `defect`; nothing to do again with neither."""
     path = engine.folder / "script.json"
-    path.write_text(json.dumps({"times": times, **what}), encoding="utf-8")
+    path.write_text(json.dumps({"times": times, **defect}), encoding="utf-8")
 
 
 def _script():
     """What is to be done now, with how often it still is; a script that is used up is all well."""
     path = HERE / "script.json"
-    what = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return {"real": what.get("real", False)} if what.get("times") == 0 else what
+    defect = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {"real": defect.get("real", False)} if defect.get("times") == 0 else defect
 
 
 def _take(argv):
     """What this run is to do, which is then done once more. A script for another placement is all well."""
-    what = _script()
-    if "only" in what and f"--{what['only']}" not in argv:
-        return {"real": what.get("real", False)}
-    if what.get("times"):
-        (HERE / "script.json").write_text(json.dumps({**what, "times": what["times"] - 1}), encoding="utf-8")
-    return what
+    defect = _script()
+    if "only" in defect and f"--{defect['only']}" not in argv:
+        return {"real": defect.get("real", False)}
+    if defect.get("times"):
+        (HERE / "script.json").write_text(json.dumps({**defect, "times": defect["times"] - 1}), encoding="utf-8")
+    return defect
 
 
 def main():
@@ -96,37 +109,37 @@ def main():
         _end(_take(argv))
     if set(argv) & {"--version", "--help", "--list-devices"}:
         os.execv(facts["real"], [facts["real"], *argv])
-    what = _take(argv)
-    if what.get("real"):
-        _real(facts["real"], argv, what)
-    if what.get("at") == "start":
-        _end(what)
-    Server(facts, argv, what).serve()
+    defect = _take(argv)
+    if defect.get("real"):
+        _real(facts["real"], argv, defect)
+    if defect.get("at") == "start":
+        _end(defect)
+    Server(facts, argv, defect).serve()
 
 
-def _real(tool, argv, what):
+def _real(tool, argv, defect):
     """Become the real server: without the words in `drop`, with those in `add`, within `address_space` bytes."""
-    if what.get("stopped"):
+    if defect.get("stopped"):
         os.kill(os.getpid(), signal.SIGSTOP)
-    argv = [a for a in argv if a not in what.get("drop", ())] + what.get("add", [])
-    if "address_space" in what:
-        resource.setrlimit(resource.RLIMIT_AS, (what["address_space"],) * 2)
+    argv = [a for a in argv if a not in defect.get("drop", ())] + defect.get("add", [])
+    if "address_space" in defect:
+        resource.setrlimit(resource.RLIMIT_AS, (defect["address_space"],) * 2)
     os.execv(tool, [tool, *argv])
 
 
-def _end(what):
+def _end(defect):
     """End as `how` says: by a signal, by an exit code, or not at all."""
-    how = what["how"]
-    if "says" in what:
-        print(what["says"], flush=True)
+    how = defect["how"]
+    if "says" in defect:
+        print(defect["says"], flush=True)
     if how == "hang":
         time.sleep(600)
-    elif how == "hang on":  # whatever it is told, and what it started too
+    elif how == "hang on":  # and what it started too, whatever they are sent
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         os.execv("/bin/sh", ["sh", "-c", "trap '' TERM; sleep 600 & wait; sleep 600"])
     elif how == "flood":
         while True:
-            sys.stdout.buffer.write(what.get("with", "plausible output\n").encode() * 4096)
+            sys.stdout.buffer.write(defect.get("with", "plausible output\n").encode() * 4096)
     elif how.startswith("signal "):
         os.kill(os.getpid(), int(how.split()[1]))
         time.sleep(10)
@@ -159,8 +172,8 @@ def _read(facts, path, part):
 
 
 class Server:
-    def __init__(self, facts, argv, what):
-        self.facts, self.what, self.sent, self.task, self.started = facts, what, 0, 0, time.monotonic()
+    def __init__(self, facts, argv, defect):
+        self.facts, self.defect, self.sent, self.task, self.started = facts, defect, 0, 0, time.monotonic()
         self.commit = re.search(r"(?:commit |\()(\w+)\)", facts["said"])[1]  # b11434; Debian in Debian's build
         after = dict(zip(argv, [*argv[1:], ""], strict=True))
         self.model, self.context = Path(after["-m"]), int(after["-c"])
@@ -181,15 +194,15 @@ class Server:
         h = _header(self.facts, self.model)
         number, with_ = self.facts["build"], re.search(r"built (with .*?)(;|$)", self.facts["said"])[1]
         self.log("cmn  common_param", f"common_params_print_info: build {number} ({self.commit}) {with_}")
-        if self.what.get("load") == "silent":
+        if self.defect.get("load") == "silent":
             return
-        placement = "baseline" if self.what.get("load") == "deaf" else self.placement
-        device = "none" if self.what.get("load") == "cpu" else self.device
+        placement = "baseline" if self.defect.get("load") == "deaf" else self.placement
+        device = "none" if self.defect.get("load") == "cpu" else self.device
         layers = h["block_count"] + 1
         on = h["device"][placement] if device != "none" else 0
         host = "CPU_Mapped" if self.mapped else "CPU"
         name = f"RPC0[{self.rpc}]" if device.startswith("RPC") else device
-        if self.what.get("load") == "cpu":  # as a build without a GPU: it warns and serves
+        if self.defect.get("load") == "cpu":  # as a build without a GPU: it warns and serves
             print("warning: no usable GPU found, --gpu-layers option will be ignored", flush=True)
         else:
             self.log("load_tensors", f"offloaded {layers}/{layers} layers to GPU")
@@ -213,8 +226,8 @@ class Server:
     def serve(self):
         self.load()
         signal.signal(signal.SIGTERM, self._on_sigterm)
-        if self.what.get("at") == "load":
-            _end(self.what)
+        if self.defect.get("at") == "load":
+            _end(self.defect)
         with socket.create_server(("127.0.0.1", 0)) as s:
             self.log("srv  llama_server", "model loaded")
             self.log("srv  llama_server", f"listening on http://127.0.0.1:{s.getsockname()[1]}")
@@ -222,8 +235,8 @@ class Server:
                 threading.Thread(target=self._connection, args=(s.accept()[0],), daemon=True).start()
 
     def _on_sigterm(self, *_):
-        if self.what.get("at") == "end":
-            _end(self.what)
+        if self.defect.get("at") == "end":
+            _end(self.defect)
         os._exit(0)
 
     def _connection(self, c):
@@ -249,15 +262,15 @@ class Server:
         path, keep = head[1].decode(), headers.get("connection") != "close"
         if path != "/health" and headers.get("authorization") != f"Bearer {self.key}":
             return self._json(c, 401, _error(401, "Invalid API Key", "authentication_error"), keep)
-        if self.what.get("at") == path:
-            if "body" in self.what:  # without an end
+        if self.defect.get("at") == path:
+            if "body" in self.defect:  # without an end
                 c.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
                 while True:
-                    c.sendall(self.what["body"].encode() * 1000)
-            if "answers" not in self.what:
-                _end(self.what)
-            return self._json(c, self.what.get("status", 200), self.what["answers"], keep)
-        asked = json.loads(body) if body else {}
+                    c.sendall(self.defect["body"].encode() * 1000)
+            if "answers" not in self.defect:
+                _end(self.defect)
+            return self._json(c, self.defect.get("status", 200), self.defect["answers"], keep)
+        fields = json.loads(body) if body else {}
         if path == "/health":
             return self._json(c, 200, {"status": "ok"}, keep)
         if path == "/props":
@@ -265,11 +278,11 @@ class Server:
             properties = {"model_path": str(self.model), "build_info": f"b{number}-{self.commit}", "total_slots": 1}
             return self._json(c, 200, properties, keep)
         if path == "/tokenize":
-            words = re.findall(r"\w+|[^\w\s]", asked["content"])
+            words = re.findall(r"\w+|[^\w\s]", fields["content"])
             ids = [259 + sum(map(ord, w)) % 200 for w in words]
-            return self._json(c, 200, {"tokens": ([1] if asked.get("add_special") else []) + ids}, keep)
+            return self._json(c, 200, {"tokens": ([1] if fields.get("add_special") else []) + ids}, keep)
         if path == "/completion":
-            return self._completion(c, asked, arrived, keep)
+            return self._completion(c, fields, arrived, keep)
         return self._json(c, 404, _error(404, "File Not Found", "not_found_error"), keep)
 
     def _json(self, c, status, data, keep):
@@ -280,15 +293,15 @@ class Server:
         c.sendall(("\r\n".join(head) + "\r\n\r\n" + body).encode())
         return keep
 
-    def _completion(self, c, asked, arrived, keep):
-        prompt, n = asked["prompt"], asked["n_predict"]
+    def _completion(self, c, fields, arrived, keep):
+        prompt, n = fields["prompt"], fields["n_predict"]
         if len(prompt) > self.context:
             says = f"request ({len(prompt)} tokens) exceeds the available context size ({self.context} tokens)"
             wrong = _error(400, f"{says}, try increasing it", "exceed_context_size_error")
             wrong["error"] |= {"n_prompt_tokens": len(prompt), "n_ctx": self.context}
             return self._json(c, 400, wrong, keep)
-        n += self.what.get("more", 0)
-        cached = self.what.get("cached", 0)
+        n += self.defect.get("more", 0)
+        cached = self.defect.get("cached", 0)
         self.task += 1
         self.log("slot launch_slot_", f"id  0 | task {self.task} | processing task, is_child = 0")
         time.sleep(STEP_S)
@@ -299,7 +312,7 @@ class Server:
             t = {"cache_n": cached, "prompt_n": len(prompt) - cached, "prompt_ms": prompt_ms * 1e3}
             t |= {"prompt_per_token_ms": prompt_ms * 1e3 / len(prompt), "prompt_per_second": len(prompt) / prompt_ms}
             t |= {"predicted_n": done, "predicted_ms": spent, "predicted_per_token_ms": spent / max(1, done - 1)}
-            return {**t, "predicted_per_second": 1e3 * (done - 1) / spent, **self.what.get("timings", {})}
+            return {**t, "predicted_per_second": 1e3 * (done - 1) / spent, **self.defect.get("timings", {})}
 
         def event(done):
             i = (sum(prompt) + done * 7) % ALPHABET
@@ -311,38 +324,38 @@ class Server:
             e |= {"tokens_predicted": done, "tokens_evaluated": len(prompt), "generation_settings": {}, "prompt": ""}
             e |= {"has_new_line": False, "truncated": False, "stop_type": "limit", "stopping_word": ""}
             t = timings(done)
-            for what, ms, tokens in (
+            for phase, ms, tokens in (
                 ("prompt eval time", t["prompt_ms"], t["prompt_n"]),
                 ("       eval time", t["predicted_ms"], t["predicted_n"]),
             ):
-                spent = f"{what} = {ms:10.2f} ms / {tokens:5} tokens ("
+                spent = f"{phase} = {ms:10.2f} ms / {tokens:5} tokens ("
                 self.log("slot print_timing", f"id  0 | task {self.task} | {spent}")
             return e | {"tokens_cached": len(prompt) + done - 1, "timings": t}
 
-        if not asked.get("stream"):
-            top = [{"id": i, "token": f" t{i}", "bytes": [32]} for i in range(asked.get("n_probs", 0))]
-            top = [{**t, "logprob": self.what.get("logprob", -5.0 - t["id"] / 10)} for t in top]
+        if not fields.get("stream"):
+            top = [{"id": i, "token": f" t{i}", "bytes": [32]} for i in range(fields.get("n_probs", 0))]
+            top = [{**t, "logprob": self.defect.get("logprob", -5.0 - t["id"] / 10)} for t in top]
             probabilities = [{**top[0], "top_logprobs": top}] if top else []
             more = {"completion_probabilities": probabilities} if top else {}
             return self._json(c, 200, {**final(n), "content": " t0", **more}, keep)
         head = ["HTTP/1.1 200 OK", "Server: llama.cpp", "Content-Type: text/event-stream"]
         head += ["Transfer-Encoding: chunked", "Connection: close"]
-        out = Pieces(c, self.what)
+        out = Pieces(c, self.defect)
         out.send(("\r\n".join(head) + "\r\n\r\n").encode())
         for done in range(1, n + 1):
             if done > 1:
                 time.sleep(STEP_S)
-            if self.what.get("at") == "token" and self.what["token"] == done:
-                while self.what.get("how") == "trickle":  # bytes, and never a line
+            if self.defect.get("at") == "token" and self.defect["token"] == done:
+                while self.defect.get("how") == "trickle":  # bytes, and never a line
                     out.chunk("x")
                     time.sleep(0.02)
-                while self.what.get("how") == "endless":
-                    out.chunk(self.what["event"] * 1000)
-                if "event" not in self.what:
-                    _end(self.what)
-                out.chunk(self.what["event"] + "\n\n")
+                while self.defect.get("how") == "endless":
+                    out.chunk(self.defect["event"] * 1000)
+                if "event" not in self.defect:
+                    _end(self.defect)
+                out.chunk(self.defect["event"] + "\n\n")
             out.event(event(done))
-        if not self.what.get("endless"):
+        if not self.defect.get("endless"):
             out.event(final(n))
         out.send(b"0\r\n\r\n")
         return False
@@ -351,8 +364,8 @@ class Server:
 class Pieces:
     """A stream's way out: whole, in `pieces` of so many bytes, or only the first `cut` bytes."""
 
-    def __init__(self, c, what):
-        self.c, self.cut, self.pieces = c, what.get("cut"), what.get("pieces")
+    def __init__(self, c, defect):
+        self.c, self.cut, self.pieces = c, defect.get("cut"), defect.get("pieces")
         self.sent = 0
 
     def event(self, data):

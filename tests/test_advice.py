@@ -58,13 +58,13 @@ def test_a_file_fits_to_the_byte_and_the_faster_of_equal_bits_is_taken():
 
 def test_which_file_says_it_gpu_by_gpu(full, monkeypatch):
     away = "experts on the CPU"
-    made = [
+    listed = [
         choice("Q8_0", 18 * GB, 8.5, 290),
         choice("Q2_K", 7 * GB, 3.3, 320),
         choice("Q8_0", 5 * GB, 8.5, 30, away),
         choice("Q2_K", 5 * GB - 1, 3.3, 40.04, away),
     ]
-    monkeypatch.setattr(advice, "choices", lambda results, model: made)
+    monkeypatch.setattr(advice, "choices", lambda results, model: listed)
     table = advice.which_file(full, MODEL)
     first, second = f"Q2_K {away}, 40.0 tokens/s", f"Q8_0 {away}, 30.0 tokens/s"
     assert [tuple(row.values()) for row in table.rows] == [

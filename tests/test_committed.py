@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from statistics import fmean
@@ -15,7 +16,7 @@ from moelib.audit import record
 from moelib.catalogue import params
 from moelib.publish import cards
 from moelib.report import document
-from moelib.report.table import cite, cite_manifest, cite_overhead
+from moelib.report.table import cite, cite_manifest, cite_overhead, resolved
 from moelib.study import study
 
 
@@ -86,8 +87,7 @@ def test_the_cards_are_rebuilt_byte_by_byte_and_have_no_fault(name):
 
 
 @pytest.mark.parametrize("harm", ["deleted", "changed"])
-def test_a_cited_record_that_is_gone_or_changed_shows(name, copy, tmp_path, harm):
-    provenance = json.loads((COMMITTED[name].document / "provenance.json").read_text(encoding="utf-8"))
+def test_a_cited_record_that_is_gone_or_changed_shows(name, copy, tmp_path, harm, provenance):
     path = sorted((copy / "records").glob("*.json"))[-1]
     assert path.stem in provenance["sources"]
     if harm == "deleted":
@@ -99,13 +99,41 @@ def test_a_cited_record_that_is_gone_or_changed_shows(name, copy, tmp_path, harm
     assert (f"damaged: {path.name}" in text) == (harm == "changed")
 
 
-def test_all_of_a_studys_evidence_is_cited(name):
-    provenance = json.loads((COMMITTED[name].document / "provenance.json").read_text(encoding="utf-8"))["sources"]
+@pytest.fixture
+def provenance(name):
+    return json.loads((COMMITTED[name].document / "provenance.json").read_text(encoding="utf-8"))
+
+
+def test_all_of_a_studys_evidence_is_cited_with_its_digest(name, provenance):
     results = study.Study.read(COMMITTED[name].study)
     evidence = cite(results.records) | cite_overhead(results.overhead)
     for manifest in results.manifests:
         evidence |= cite_manifest(manifest)
-    assert evidence.items() <= provenance.items()
+    assert evidence.items() <= provenance["sources"].items()
+    tables = provenance["tables"]
+    assert {"device-memory", "ttft-warm-long-512", "load", "placement", "environment"} <= set(tables)
+    used = {r.run_id for r in results.used}
+    assert {k for row in tables["device-memory"]["rows"] for k in resolved(row["from"], provenance)} == used
+    rows = [row for table in tables.values() for row in table["rows"]]
+    assert all(row["from"] for row in rows if row["cells"].get("missing", "0") == "0"), "what was not run has none"
+    assert {k for row in rows for k in resolved(row["from"], provenance)} <= set(provenance["sources"])
+
+
+def test_every_line_with_a_number_is_in_the_provenance_or_the_notebooks_prose(name, provenance):
+    cells = json.loads((REPO / "notebooks/analysis.ipynb").read_text(encoding="utf-8"))["cells"]
+    known = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    known += "\n".join(t["text"] for t in provenance["texts"].values())
+    known += "\n".join(t["note"] for t in provenance["tables"].values())
+    rows = [row["cells"] for t in provenance["tables"].values() for row in t["rows"]]
+    known_rows = {tuple(sorted(cells)) for row in rows for cells in (row.values(), row.keys())}
+    text = (COMMITTED[name].document / document.DOCUMENT).read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if re.search(r"\d", line)]
+    assert len(lines) > 40
+    for line in lines:
+        if line.startswith("| "):
+            assert tuple(sorted(c.strip() for c in line.strip("|").split(" | "))) in known_rows, line
+        elif not line.startswith(("![", "*Table `")):
+            assert line in known, line
 
 
 def test_the_study_of_the_document_is_whole():

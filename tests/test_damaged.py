@@ -188,6 +188,12 @@ HARMS = {
         True,
         5,
     ),
+    "valid with a dead output": Harm(
+        lambda f: resign(records(f)[0], lambda d: d["observed"].update(top_logprobs=[])),
+        "but its audit says invalid: output-alive",
+        True,
+        5,
+    ),
     "no sheet": Harm(lambda f: remove(sheet(f)), "6 of 6 runs usable|could be made|no card"),
     "sheet a list": Harm(lambda f: write(sheet(f), "[]"), "not the manifest of its records"),
     "sheet of bytes": Harm(lambda f: write(sheet(f), b"\xff\xfe"), "not the manifest of its records"),
@@ -240,6 +246,8 @@ def test_a_damaged_study_is_a_sentence_or_a_document(folder, tmp_path, harm):
         if how == "card":  # says of what it was made
             continue
         assert re.search(case.words, output), (how, output)
+        if harm == "nothing":
+            assert done.exit_code == 0, (how, output)
         if case.usable < 6:
             # runs that were not done yet are no fault of a document
             assert done.exit_code == 1 or (how == "report" and "missing" in output), (how, output)

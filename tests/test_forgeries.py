@@ -36,7 +36,7 @@ def test_what_is_published_here_is_what_the_tables_are_made_of(court):
 def test_one_of_every_family_and_little_is_accepted(court):
     """Two of a family are few to count by: the campaign's figure is that of `make forgeries`."""
     rows = campaign(court, 2 * len(FAMILIES), seed=3)
-    assert all(made == 2 for made, _, _ in rows.values())
+    assert all(forged == 2 for forged, _, _ in rows.values())
     changed, accepted = (sum(row[i] for row in rows.values()) for i in (1, 2))
     assert changed > len(FAMILIES)
     assert accepted <= changed / (10 if court.folder.name == "h100-twins" else 5)

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from factory import made, observation, request, study_of
+from factory import observation, record_of, request, study_of, with_facts
 
 from moelib.catalogue import params
 from moelib.catalogue.params import Arm
@@ -16,7 +16,7 @@ from moelib.study.status import Status
 
 
 def run_of(*requests, **change):
-    return made(observation(requests=requests, **change))
+    return record_of(observation(requests=requests, **change))
 
 
 def test_energy_is_of_all_requests_of_the_workload_together():
@@ -45,14 +45,9 @@ def test_the_bound_is_the_time_to_read_each_tokens_weights_once():
     """10 bytes at 10 bytes a second, and 30 at 20: 2.5 s a token at the very best."""
     slow = request(n=5, step=5.0)  # 0.2 tokens a second
     place = replace(observation().placement, device_read_bytes=10, host_read_bytes=30)
-    r = made(replace(observation(requests=(slow,)), placement=place))
+    r = record_of(replace(observation(requests=(slow,)), placement=place))
     assert columns.bandwidth_share("plan-short")(r) is None  # the memories' speeds are not known
-    known = r.model_copy(
-        update={
-            "device": r.device.model_copy(update={"bandwidth_bytes_per_s": 10.0}),
-            "host": r.host.model_copy(update={"ram_read_bytes_per_s": 20.0}),
-        }
-    )
+    known = with_facts(with_facts(r, "device", bandwidth_bytes_per_s=10.0), "host", ram_read_bytes_per_s=20.0)
     assert columns.bandwidth_share("plan-short")(known) == pytest.approx(0.5)
     assert columns.bandwidth_share("long-512")(known) is None
 
@@ -74,8 +69,8 @@ def test_what_must_be_free_is_known_only_where_the_memory_is():
     memory = observation().memory
 
     def of(value, growth):
-        seen = replace(memory, value_bytes=value, growth_bytes=growth)
-        return columns.vram_needed(made(replace(observation(requests=(request(),)), memory=seen)))
+        account = replace(memory, value_bytes=value, growth_bytes=growth)
+        return columns.vram_needed(record_of(replace(observation(requests=(request(),)), memory=account)))
 
     assert of(100, None) == of(100, 90) == 100
     assert of(100, 120) == 120
@@ -105,7 +100,7 @@ def measured(*values, arms=("baseline/mmap", "cpu-moe/mmap")):
             if load is None:
                 observed = replace(observed, memory=replace(observed.memory, value_bytes=None))
             where = {"placement": arm.placement, "load_mode": arm.load_mode, "workloads": TWO}
-            runs.append(made(observed, block=b, **where))
+            runs.append(record_of(observed, block=b, **where))
         rounds.append(tuple(runs))
     of_one = study_of(parameters, [], [r for runs in rounds for r in runs])
     of_one.__dict__["statuses"] = {CELL: Status(tuple(rounds), (), Counter())}
@@ -114,12 +109,12 @@ def measured(*values, arms=("baseline/mmap", "cpu-moe/mmap")):
 
 def test_runs_and_requests_are_tidy_frames():
     study = measured((1.0, 2.0))
-    runs = frames.runs([*study.records, made(status="failed")])
+    runs = frames.runs([*study.records, record_of(status="failed")])
     assert runs.placement.tolist() == ["baseline", "cpu-moe"]
     assert runs.load_s.tolist() == [1.0, 2.0]
     assert runs.vram_bytes.tolist() == [r.observed.memory.value_bytes for r in study.records]
     assert frames.sources(runs) == {r.run_id: r.digest for r in study.records}
-    requests = frames.requests([*study.records, made(status="failed")])
+    requests = frames.requests([*study.records, record_of(status="failed")])
     assert len(requests) == 8
     assert requests.workload.tolist() == ["plan-short", "plan-short", "long-512", "long-512"] * 2
     assert requests.request.tolist() == [0, 1] * 4

@@ -31,13 +31,13 @@ def test_run_works_by_itself_and_from_a_file_of_parameters(home, models_folder):
     assert done.returncode == 0, done.stderr
     notebooks.require_whole(home / "out.ipynb")
     cells = json.loads((home / "out.ipynb").read_text(encoding="utf-8"))["cells"]
-    shown = [o for c in cells if c["cell_type"] == "code" for o in c["outputs"]]
-    assert sum("image/png" in o.get("data", {}) for o in shown) == 2
-    told = [o["metadata"]["moelib"] for o in shown if "moelib" in o.get("metadata", {})]
-    assert {t["name"] for t in told if t["kind"] == "table"} == {"sheet", "placement", "runs"}
-    assert {t["name"] for t in told if t["kind"] == "figure"} == {"memory", "tokens-smoke"}
-    assert all(row["from"] for t in told for row in t.get("rows", [t]))
-    assert table.collect(told)["sources"]
+    outputs = [o for c in cells if c["cell_type"] == "code" for o in c["outputs"]]
+    assert sum("image/png" in o.get("data", {}) for o in outputs) == 2
+    provenance = [o["metadata"]["moelib"] for o in outputs if "moelib" in o.get("metadata", {})]
+    assert {t["name"] for t in provenance if t["kind"] == "table"} == {"sheet", "placement", "runs"}
+    assert {t["name"] for t in provenance if t["kind"] == "figure"} == {"memory", "tokens-smoke"}
+    assert all(row["from"] for t in provenance for row in t.get("rows", [t]))
+    assert table.collect(provenance)["sources"]
     assert len(list((home / "outputs/smoke/records").glob("*.json"))) == 4
     # again with -p: nothing is done twice
     args = ["-p", "study", "smoke", "-p", "model", "deepseek-moe-16b", "-p", "quant", "Q8_0"]
@@ -103,7 +103,7 @@ def test_a_notebook_that_is_not_whole_is_not_believed(tmp_path, cells, words):
     assert not notebooks.is_whole(tmp_path / "missing.ipynb")
 
 
-def shown(metadata, text="42"):
+def outputs(metadata, text="42"):
     """An executed notebook of one cell with one output."""
     out = {"output_type": "display_data", "data": {"text/markdown": text, "text/plain": text}, "metadata": metadata}
     return {"cells": [{**cell(outputs=[out]), "metadata": {}}], "metadata": {}, "nbformat": 4, "nbformat_minor": 4}
@@ -111,15 +111,15 @@ def shown(metadata, text="42"):
 
 def test_a_number_that_does_not_say_where_it_came_from_is_not_shown(tmp_path):
     path = tmp_path / "n.ipynb"
-    path.write_text(json.dumps(shown({})), encoding="utf-8")
+    path.write_text(json.dumps(outputs({})), encoding="utf-8")
     with pytest.raises(notebooks.NotebookError, match="shows '42' without its source"):
         document.render(path, tmp_path)
-    told = {"kind": "text", "name": "answer", "text": "42", "from": ["a run"], "sets": {}}
-    path.write_text(json.dumps(shown({"moelib": told | {"sources": {}}})), encoding="utf-8")
+    provenance = {"kind": "text", "name": "answer", "text": "42", "from": ["a run"], "sets": {}}
+    path.write_text(json.dumps(outputs({"moelib": provenance | {"sources": {}}})), encoding="utf-8")
     with pytest.raises(notebooks.NotebookError, match="a run is cited and not defined; run the notebook from"):
         document.render(path, tmp_path)
-    told["sources"] = {"a run": "its digest"}
-    path.write_text(json.dumps(shown({"moelib": told})), encoding="utf-8")
+    provenance["sources"] = {"a run": "its digest"}
+    path.write_text(json.dumps(outputs({"moelib": provenance})), encoding="utf-8")
     assert document.render(path, tmp_path).read_text(encoding="utf-8") == "42\n"
     provenance = json.loads((tmp_path / "provenance.json").read_text(encoding="utf-8"))
     assert provenance["texts"] == {"answer": {"text": "42", "from": ["a run"]}}
@@ -145,14 +145,14 @@ def test_a_document_made_elsewhere_leaves_the_studys_folder_alone(home, tmp_path
 
     def execute(name, out, parameters, progress):
         out.parent.mkdir(parents=True, exist_ok=True)
-        told = {"moelib": {"kind": "text", "name": "answer", "text": "42", "from": [], "sets": {}, "sources": {}}}
-        out.write_text(json.dumps(shown(told | {"moelib-verdict": verdict})), encoding="utf-8")
+        provenance = {"moelib": {"kind": "text", "name": "answer", "text": "42", "from": [], "sets": {}, "sources": {}}}
+        out.write_text(json.dumps(outputs(provenance | {"moelib-verdict": verdict})), encoding="utf-8")
         executed.append(out)
 
     verdict = {"summary": "1 of 2 runs usable", "problems": ["one"], "rounds": 0}
     monkeypatch.setattr(document.notebooks, "execute", execute)
-    made = document.document("smoke", tmp_path / "into")
-    assert made == (tmp_path / "into" / document.DOCUMENT, *verdict.values())
+    reported = document.document("smoke", tmp_path / "into")
+    assert reported == (tmp_path / "into" / document.DOCUMENT, *verdict.values())
     assert not (home / "outputs").exists()
     assert not executed[0].exists(), "its working copy is gone"
     document.document("smoke")
@@ -165,17 +165,17 @@ def test_a_document_made_elsewhere_leaves_the_studys_folder_alone(home, tmp_path
 
 def test_what_an_output_has_told_no_later_one_of_the_notebook_repeats():
     every = {f"run {i}": "a digest" for i in range(9)}
-    shown = [table.Text("one", "1", every), table.facts("two", {"a": "1", "b": "2"}, every), table.Text("three", "3")]
+    outputs = [table.Text("one", "1", every), table.facts("two", {"a": "1", "b": "2"}, every), table.Text("three", "3")]
     for _ in range(2):
         table.begin()
-        parts = [s._repr_mimebundle_()[1]["moelib"] for s in shown]
+        parts = [s._repr_mimebundle_()[1]["moelib"] for s in outputs]
         assert [(len(p["sets"]), len(p["sources"])) for p in parts] == [(1, 9), (0, 0), (0, 0)]
-        assert table.collect(parts) == table.collect(s.provenance() for s in shown)
-    found = table.collect(parts)
-    (name,) = found["sets"]
+        assert table.collect(parts) == table.collect(s.provenance() for s in outputs)
+    whole = table.collect(parts)
+    (name,) = whole["sets"]
     assert name == f"set {files.digest(every)[:12]}"
-    assert found["tables"]["two"]["rows"][1] == {"cells": {"what": "b", "value": "2"}, "from": [name]}
-    assert table.resolved([name], found) == every
+    assert whole["tables"]["two"]["rows"][1] == {"cells": {"what": "b", "value": "2"}, "from": [name]}
+    assert table.resolved([name], whole) == every
     with pytest.raises(ValueError, match="is cited and not defined"):
         table.collect(parts[1:])
 

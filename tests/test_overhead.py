@@ -46,8 +46,8 @@ def rounds(unwatched=100.0, client=100.0, bench=100.0, placement="cpu-moe", n=3)
 NAME = f"{overhead.FOLDER}/a-file.json"
 
 
-def kept(tmp_path, *made):
-    return overhead.write(tmp_path / NAME, ABOUT, [r for some in made for r in some])
+def kept(tmp_path, *parts):
+    return overhead.write(tmp_path / NAME, ABOUT, [r for some in parts for r in some])
 
 
 def test_ratios_have_known_values_and_their_aims(tmp_path):

@@ -6,7 +6,7 @@ from statistics import fmean
 
 import pytest
 from conftest import REPO
-from factory import made
+from factory import record_of, with_spec
 from matplotlib.colors import to_hex
 
 from moelib.catalogue.params import Arm
@@ -108,7 +108,7 @@ def test_a_figure_without_data_says_why(name):
 
 
 def test_a_run_without_records_has_figures_that_say_so():
-    failed = [made(status="failed")]
+    failed = [record_of(status="failed")]
     for figure in (plots.vram_over_time([]), plots.tokens_over_time([], "x"), plots.vram_over_time(failed)):
         assert figure.axes[0].texts[0].get_text().startswith("no data: ")
     assert [axis.get_title() for axis in plots.tokens_over_time(failed, "x").axes] == ["baseline, mmap"]
@@ -121,9 +121,7 @@ def test_more_placements_than_colours_are_all_in_the_legend():
     many = changed(results)
     many.plan = results.plan.model_copy(update={"study": parameters})
     block = results.rounds[0]
-    runs = [
-        block[0].model_copy(update={"spec": dataclasses.replace(block[0].spec, placement=a.placement)}) for a in arms
-    ]
+    runs = [with_spec(block[0], placement=a.placement) for a in arms]
     cell = next(iter(results.statuses))
     many.__dict__["statuses"] = {cell: dataclasses.replace(results.statuses[cell], rounds=(tuple(runs),))}
     for draw in FIGURES.values():

@@ -3,7 +3,7 @@ import json
 
 import pytest
 from conftest import FIXTURES
-from factory import made, spec
+from factory import record_of, spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,26 +13,26 @@ from moelib.catalogue import facts
 
 
 def test_a_record_comes_back_as_it_was(tmp_path):
-    written = record.write(tmp_path, made())
+    written = record.write(tmp_path, record_of())
     assert record.read(tmp_path / "records" / f"{written.run_id}.json") == written
     assert written.digest
 
 
 def test_a_record_is_never_overwritten(tmp_path):
-    record.write(tmp_path, made())
+    record.write(tmp_path, record_of())
     with pytest.raises(record.RecordError, match="never overwritten"):
-        record.write(tmp_path, made())
+        record.write(tmp_path, record_of())
 
 
 def test_only_a_run_that_showed_something_has_an_observation():
-    assert (run := made()).observation is run.observed
+    assert (run := record_of()).observation is run.observed
     with pytest.raises(RuntimeError, match=r"_a1 observed nothing: leave out"):
-        made(status="failed").observation  # noqa: B018
+        record_of(status="failed").observation  # noqa: B018
 
 
 @pytest.fixture
 def written(tmp_path):
-    r = record.write(tmp_path, made())
+    r = record.write(tmp_path, record_of())
     return tmp_path / "records" / f"{r.run_id}.json"
 
 
@@ -40,7 +40,7 @@ def written(tmp_path):
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_a_truncated_record_is_seen(tmp_path_factory, share):
     folder = tmp_path_factory.mktemp("r")
-    r = record.write(folder, made())
+    r = record.write(folder, record_of())
     path = folder / "records" / f"{r.run_id}.json"
     data = path.read_bytes().rstrip()
     path.write_bytes(data[: int(len(data) * share)])
@@ -102,7 +102,7 @@ def test_what_the_schema_does_not_know_is_refused(written, change):
 
 
 def test_damaged_records_are_set_aside_and_the_others_read(tmp_path):
-    good = record.write(tmp_path, made())
+    good = record.write(tmp_path, record_of())
     bad = tmp_path / "records" / "bad.json"
     for n in range(2):
         bad.write_text("{", encoding="utf-8")
@@ -121,16 +121,16 @@ def test_reading_without_setting_aside_touches_nothing(tmp_path):
 
 
 def test_a_failed_run_is_a_record_too(tmp_path):
-    failed = record.write(tmp_path, made(status="failed"))
+    failed = record.write(tmp_path, record_of(status="failed"))
     again = record.read_all(tmp_path)[0]
     assert again == [failed]
     assert (failed.observed, failed.done) == (None, False)
 
 
 def test_ids_name_the_run_and_the_attempt():
-    one, two = made(attempt=1), made(attempt=2)
+    one, two = record_of(attempt=1), record_of(attempt=2)
     assert one.run_id != two.run_id
-    assert one.key == two.key != made(block=1).key
+    assert one.key == two.key != record_of(block=1).key
     assert one.run_id.endswith("_a1")
     assert record.spec_key(spec()) == one.key
 
@@ -154,7 +154,7 @@ def test_logs_are_kept_compressed_the_same_each_time_without_this_machines_folde
 def test_no_part_of_a_record_can_be_another_kind_of_thing(tmp_path_factory, data):
     """Any number of it put into words, or any part taken away, and it is no record."""
     folder = tmp_path_factory.mktemp("r")
-    path = folder / "records" / f"{record.write(folder, made()).run_id}.json"
+    path = folder / "records" / f"{record.write(folder, record_of()).run_id}.json"
 
     def leaves(part):
         items = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ()
@@ -197,7 +197,7 @@ def test_the_digest_is_of_the_content_however_it_is_laid_out(written):
 
 
 def test_what_this_code_could_not_read_is_not_written(tmp_path):
-    broken = made().model_copy(update={"started_utc": "yesterday"})
+    broken = record_of().model_copy(update={"started_utc": "yesterday"})
     with pytest.raises(record.RecordError, match="started_utc"):
         record.write(tmp_path, broken)
     assert not list(tmp_path.rglob("*.json"))
@@ -225,7 +225,7 @@ def test_a_record_of_an_older_schema_is_migrated_without_a_change_of_what_it_say
 
 
 def test_a_light_record_keeps_what_tables_need(tmp_path):
-    path = tmp_path / "records" / f"{record.write(tmp_path, made()).run_id}.json"
+    path = tmp_path / "records" / f"{record.write(tmp_path, record_of()).run_id}.json"
     whole, lighten = record.read(path), record.Lightener()
     light, other = lighten(record.read(path)), lighten(record.read(path))
     assert light.sheet is other.sheet

@@ -4,7 +4,21 @@ from dataclasses import replace
 
 import openai_stub
 import pytest
-from factory import DEVICE, HOST, MANIFEST, block, keep, log_of, made, measured, observation, request, spec
+from factory import (
+    DEVICE,
+    HOST,
+    MANIFEST,
+    block,
+    keep,
+    log_of,
+    measured,
+    observation,
+    record_of,
+    request,
+    spec,
+    with_facts,
+    with_observed,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai_stub import NAME, Attached, Stub
@@ -21,9 +35,9 @@ from moelib.measure import device, run, runner
 from moelib.models import quantize
 from moelib.study import gather
 
-ASKED = {"workloads": ("smoke",), "requests": 2, "context": 256, "device": "none"}
+SMOKE_RUN = {"workloads": ("smoke",), "requests": 2, "context": 256, "device": "none"}
 SHARED = {"watched-lightly", "clock-steady", "not-slowed"}  # of a machine that tests share
-UNTOLD = {
+UNKNOWN = {
     "counts-exact",
     "cache-not-hit",
     "times-ordered",
@@ -60,20 +74,20 @@ def quantised(tmp_path_factory):
 
 def execute(quantised, work, how=lambda t: t, **of_stub):
     with Stub(**of_stub) as server:
-        return run.execute(spec(**ASKED), quantised, Attached(server.port, how), device.NoDevice(), work)
+        return run.execute(spec(**SMOKE_RUN), quantised, Attached(server.port, how), device.NoDevice(), work)
 
 
 def recorded(folder, quantised, outcome):
     """The record of a run of the stub, as `measure` writes it."""
     assert outcome.reason is None, outcome.message
-    asked, attached = spec(**ASKED), Attached(0)
+    run_spec, attached = spec(**SMOKE_RUN), Attached(0)
     r = record.Record(
-        run_id=record.run_id(asked, 1),
+        run_id=record.run_id(run_spec, 1),
         attempt=1,
         status="failed",
         reasons=(),
         message=None,
-        spec=asked,
+        spec=run_spec,
         sheet=quantised.sheet,
         engine=attached.facts(),
         device=DEVICE.model_copy(update={"kind": "none"}),
@@ -81,7 +95,7 @@ def recorded(folder, quantised, outcome):
         started_utc="2026-01-01T00:00:00+00:00",
         observed=outcome.observation,
         audit=(),
-        raw=record.keep_logs(folder, record.run_id(asked, 1), outcome.logs, ()),
+        raw=record.keep_logs(folder, record.run_id(run_spec, 1), outcome.logs, ()),
     )
     checks = gather.audit_today(r, witness.call(folder, r))
     status, reasons = audit.verdict(checks)
@@ -95,11 +109,11 @@ def of(r, passed):
 def test_a_server_that_streams_well_is_degraded_by_what_it_does_not_tell(quantised, tmp_path):
     r = recorded(tmp_path, quantised, execute(quantised, tmp_path / "work"))
     assert r.status == "degraded"
-    assert set(of(r, None)) == UNTOLD
+    assert set(of(r, None)) == UNKNOWN
     assert set(of(r, False)) - SHARED == {"memory-undoubted"}  # without a device there is no VRAM
     assert set(r.reasons) == set(of(r, None)) | set(of(r, False))
-    assert of(r, None)["clocks-agree"] == f"{NAME} does not tell how long prompt and generation took by its own clock"
-    assert of(r, None)["file-is-its-sheet"].startswith(f"{NAME} does not tell which file it has loaded; as far as")
+    assert of(r, None)["clocks-agree"] == f"{NAME} does not report how long prompt and generation took by its own clock"
+    assert of(r, None)["file-is-its-sheet"].startswith(f"{NAME} does not report which file it has loaded; what can")
     for q in r.observed.requests:
         assert 0 < q.ttft_s < q.total_s
         assert q.tps == pytest.approx(7 / (q.total_s - q.ttft_s))
@@ -116,7 +130,7 @@ def test_without_usage_there_is_no_rate_and_the_first_token_is_still_timed(quant
     monkeypatch.setitem(runner.TELLS, NAME, frozenset())
     r = recorded(tmp_path, quantised, outcome)
     assert r.status == "degraded"
-    assert set(of(r, None)) == UNTOLD | {"below-memory-bound"}
+    assert set(of(r, None)) == UNKNOWN | {"below-memory-bound"}
     assert {(q.ttft_s is None, q.tps) for q in r.observed.requests} == {(False, None)}
 
 
@@ -162,7 +176,7 @@ DELETED = {
     "tokens": {"token_n": ()},
     "ids": {"tokens": ()},
 }
-TAKEN = {
+EMPTY = {
     "report": Report((), None, None, ()),
     "top_logprobs": (),
     "argv": (),
@@ -172,11 +186,11 @@ TAKEN = {
 }
 
 
-def without(r, of_requests=tuple(DELETED), taken=tuple(TAKEN), name=LLAMA_SERVER):
+def without(r, of_requests=tuple(DELETED), emptied=tuple(EMPTY), name=LLAMA_SERVER):
     """The record without what its engine told, as one of the runner `name`."""
     o, gone = r.observed, {k: v for q in of_requests for k, v in DELETED[q].items()}
-    o = replace(o, requests=tuple(replace(q, **gone) for q in o.requests), **{k: TAKEN[k] for k in taken})
-    return r.model_copy(update={"observed": o, "engine": r.engine.model_copy(update={"runner": name})})
+    o = replace(o, requests=tuple(replace(q, **gone) for q in o.requests), **{k: EMPTY[k] for k in emptied})
+    return with_facts(r.model_copy(update={"observed": o}), "engine", runner=name)
 
 
 def status(r, log=None):
@@ -187,8 +201,8 @@ def status(r, log=None):
 
 def test_what_a_block_a_cell_and_a_study_rest_on_is_not_told_either():
     runs = [without(r, name=NAME) for r in block()]
-    found = {c.id: c.passed for c in audit.block(runs)}
-    assert found == {
+    passed = {c.id: c.passed for c in audit.block(runs)}
+    assert passed == {
         "block-complete": True,
         "block-alike": True,
         "block-placement": None,
@@ -205,7 +219,7 @@ def test_what_a_block_a_cell_and_a_study_rest_on_is_not_told_either():
 def test_answers_in_one_piece_show_no_first_token_to_a_block():
     def in_one_piece(r):
         requests = tuple(replace(q, token_s=q.token_s[-1:]) for q in r.observed.requests)
-        return r.model_copy(update={"observed": replace(r.observed, requests=requests)})
+        return with_observed(r, requests=requests)
 
     for name, passed in ((NAME, None), (LLAMA_SERVER, False)):
         runs = [in_one_piece(without(r, name=name)) for r in block()]
@@ -214,43 +228,43 @@ def test_answers_in_one_piece_show_no_first_token_to_a_block():
 
 def test_a_block_of_two_runners_is_none():
     base, moe = block()
-    other = moe.model_copy(update={"engine": moe.engine.model_copy(update={"runner": NAME})})
+    other = with_facts(moe, "engine", runner=NAME)
     assert "block-alike" in {c.id for c in audit.block([base, other]) if c.failed}
 
 
 def test_llama_server_has_to_tell_everything():
     assert runner.untold(LLAMA_SERVER) == frozenset()
-    assert "runner" not in made().engine.model_fields_set, "a record that names none is of llama-server"
-    assert status(made()) == "valid"
-    assert status(without(made())) == "invalid"
+    assert "runner" not in record_of().engine.model_fields_set, "a record that names none is of llama-server"
+    assert status(record_of()) == "valid"
+    assert status(without(record_of())) == "invalid"
 
 
 def test_a_runner_that_nobody_knows_has_to_tell_everything():
-    assert status(without(made(), name="openai-stab")) == "invalid"
+    assert status(without(record_of(), name="openai-stab")) == "invalid"
 
 
 def test_what_a_runner_does_not_tell_is_judged_where_it_is_there_all_the_same():
     """A record of llama-server under another runner's name gains nothing for what it still holds."""
-    late = made(observed=observation(requests=(request(0, engine_prompt_s=0.03), request(1))))
+    late = record_of(observed=observation(requests=(request(0, engine_prompt_s=0.03), request(1))))
     assert status(without(late, (), (), NAME)) == "invalid"
-    half = replace(late.observed, requests=(late.observed.requests[0], replace(request(1), engine_prompt_s=None)))
-    assert status(without(late.model_copy(update={"observed": half}), (), (), NAME)) == "invalid"
+    half = with_observed(late, requests=(late.observed.requests[0], request(1, engine_prompt_s=None)))
+    assert status(without(half, (), (), NAME)) == "invalid"
 
 
 def test_a_log_of_llama_server_is_called_under_any_name(tmp_path):
-    r = keep(tmp_path, made())
-    renamed = r.model_copy(update={"engine": r.engine.model_copy(update={"runner": NAME})})
+    r = keep(tmp_path, record_of())
+    renamed = with_facts(r, "engine", runner=NAME)
     assert [c.id for c in audit.log(witness.call(tmp_path, renamed))] == [
         i.id for i in INVARIANTS.values() if i.scope == "log"
     ]
 
 
 def test_no_record_excuses_a_failure_by_saying_that_it_cannot_be_told():
-    broken = made(observed=observation(requests=(request(0, cache_n=3), request(1))))
+    broken = record_of(observed=observation(requests=(request(0, cache_n=3), request(1))))
     checks = tuple(replace(c, passed=None) if c.failed else c for c in broken.audit)
-    said, reasons = audit.verdict(checks)
-    assert (said, reasons) == ("degraded", ("cache-not-hit",))
-    claimed = broken.model_copy(update={"status": said, "reasons": reasons, "audit": checks})
+    verdict, reasons = audit.verdict(checks)
+    assert (verdict, reasons) == ("degraded", ("cache-not-hit",))
+    claimed = broken.model_copy(update={"status": verdict, "reasons": reasons, "audit": checks})
     assert gather.why_not(claimed) == "degraded, but its audit says invalid: cache-not-hit: plan-short[0]: cache_n 3"
 
 
@@ -277,22 +291,22 @@ RANK = ("valid", "degraded", "invalid")
     st.sampled_from(sorted(WRONG)),
     st.booleans(),
     st.sets(st.sampled_from(sorted(DELETED))),
-    st.sets(st.sampled_from(sorted(TAKEN))),
+    st.sets(st.sampled_from(sorted(EMPTY))),
     st.booleans(),
 )
 def test_taking_a_value_out_of_a_record_of_llama_server_never_improves_its_verdict(
-    wrong, killed, of_requests, taken, called
+    defect, killed, of_requests, emptied, called
 ):
-    o = observation(requests=(request(0, **WRONG[wrong]), request(1)), **({"exit_code": -9} if killed else {}))
-    r = made(observed=o)
-    log = log_of(made()).encode() if called else None
-    assert RANK.index(status(without(r, of_requests, taken), log)) >= RANK.index(status(r, log))
+    o = observation(requests=(request(0, **WRONG[defect]), request(1)), **({"exit_code": -9} if killed else {}))
+    r = record_of(observed=o)
+    log = log_of(record_of()).encode() if called else None
+    assert RANK.index(status(without(r, of_requests, emptied), log)) >= RANK.index(status(r, log))
 
 
 def test_whatever_is_taken_out_of_a_block_it_is_no_better():
     base, moe = block()
-    for taken in TAKEN:
-        assert {c.id for c in audit.block([base, without(moe, (), (taken,))]) if c.passed is None} == set()
+    for emptied in EMPTY:
+        assert {c.id for c in audit.block([base, without(moe, (), (emptied,))]) if c.passed is None} == set()
     silent = [without(r, (), ("report",)) for r in (base, moe)]
     assert {c.id for c in audit.block(silent) if c.failed} == {"block-placement"}
     assert measured(base.spec, base.observed).runner == LLAMA_SERVER

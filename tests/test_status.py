@@ -1,9 +1,7 @@
 """How many runs there are to use: the same words everywhere, and counts that add up."""
 
-import dataclasses
-
 import pytest
-from factory import block, made, observation, spec, study_of
+from factory import block, observation, record_of, spec, study_of, with_facts, with_observed
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -51,19 +49,19 @@ def results(*rounds):
 
 
 def flagged(**change):
-    return made(observation(change.get("placement", "baseline"), exit_code=9, exit_killed=True), **change)
+    return record_of(observation(change.get("placement", "baseline"), exit_code=9, exit_killed=True), **change)
 
 
 def test_flags_are_those_of_the_runs_that_are_counted_as_usable():
-    base, moe = block(block=1)
+    base, _ = block(block=1)
     noisy = flagged(placement="cpu-moe", order=1)
-    study = results((made(), noisy), (base, None))
+    study = results((record_of(), noisy), (base, None))
     assert study.flags == study.statuses["deepseek-moe-16b/Q4_K_M"].flags == {"clean-end": 1}
     assert study.summary().startswith("3 of 4 runs usable: 2 valid, 1 degraded (clean-end in 1); 1 missing")
     # alone in its block it is usable all the same; with one that does not fit it is not
     assert results((flagged(), None)).flags == {"clean-end": 1}
-    other = noisy.model_copy(update={"observed": dataclasses.replace(noisy.observed, threads=1, file_sha256="c" * 64)})
-    apart = results((flagged(), other.model_copy(update={"sheet": moe.sheet.model_copy(update={"sha256": "c" * 64})})))
+    other = with_observed(with_facts(noisy, "sheet", sha256="c" * 64), file_sha256="c" * 64)
+    apart = results((flagged(), other))
     assert apart.tally["invalid"] == 2
     assert apart.flags == {}
     assert apart.summary() == "0 of 2 runs usable; 2 invalid"

@@ -2,7 +2,6 @@
 
 import json
 import socket
-from contextlib import contextmanager
 
 import httpx
 import pytest
@@ -11,8 +10,6 @@ from factory import SHARED, measured, spec
 
 from moelib.audit import audit
 from moelib.catalogue.facts import Manifest
-from moelib.catalogue.placement import Placement
-from moelib.engine import engine as engines
 from moelib.engine.logs import parse_log
 from moelib.machine import process
 from moelib.measure import device, run
@@ -22,6 +19,7 @@ from moelib.models import models, quantize
 pytestmark = pytest.mark.engine
 
 KEY = "contract"
+LOOPBACK = device.Loopback()
 PROMPT = [1, 292, 294, 296, 269]
 STREAM = {"temperature": 0, "samplers": ["top_k"], "top_k": 1, "ignore_eos": True, "cache_prompt": False}
 STREAM |= {"return_tokens": True, "timings_per_token": True, "stream": True, "prompt": PROMPT, "n_predict": 4}
@@ -38,15 +36,8 @@ def stub(engine, tmp_path):
     return stub_server.install(tmp_path / "tools", engine)
 
 
-@contextmanager
-def serving(llama, quantised, work, placement="baseline", load_mode="mmap", where=None):
-    """(port, server) of a run of `llama`, as moelib starts it."""
-    with (where or device.Loopback()).session(llama, work) as session:
-        argv = llama.server_argv(quantised.path, Placement.parse(placement, load_mode), 256, 1, session.args)
-        env = process.environment(work, {"LLAMA_API_KEY": KEY})
-        with process.Child(argv, work / "server.log", env) as server:
-            port = next(filter(None, server.wait_for(engines.LISTENING, 30).groups()))
-            yield int(port), server
+def serving(llama, quantised, work, placement="baseline", load_mode="mmap", where=LOOPBACK):
+    return stub_server.serving(llama, quantised.path, work, where, KEY, placement, load_mode)
 
 
 def shape(value):
@@ -62,7 +53,7 @@ def answers(port):
     """Status, content type and shape of every kind of request that moelib sends or may send by mistake."""
     right, wrong = ({"Authorization": f"Bearer {k}"} for k in (KEY, "other"))
     probs = {"prompt": PROMPT, "n_predict": 1, "n_probs": 5, "temperature": 0, "cache_prompt": False}
-    asked = {
+    queries = {
         "health": ("GET", "/health", {}, None),
         "props": ("GET", "/props", right, None),
         "props without a key": ("GET", "/props", {}, None),
@@ -74,15 +65,15 @@ def answers(port):
         "too long": ("POST", "/completion", right, {**STREAM, "prompt": [1] * 300}),
         "likeliest tokens": ("POST", "/completion", right, probs),
     }
-    found = {}
+    results = {}
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as c:
-        for name, (method, path, headers, body) in asked.items():
+        for name, (method, path, headers, body) in queries.items():
             a = c.request(method, path, headers=headers, json=body)
             kind = shape(a.json())
             if name == "props":  # the real one says much more
                 kind = {k: kind[k] for k in ("model_path", "build_info", "total_slots")}
-            found[name] = (a.status_code, a.headers["content-type"], kind)
-    return found
+            results[name] = (a.status_code, a.headers["content-type"], kind)
+    return results
 
 
 def streamed(port):
@@ -109,11 +100,11 @@ def order(events):
 
 
 def test_it_answers_as_the_real_one(engine, stub, quantised, tmp_path):
-    seen = []
+    servers = []
     for name, llama in (("real", engine), ("stub", stub)):
         with serving(llama, quantised, tmp_path / name) as (port, server):
-            seen.append((answers(port), *streamed(port), server.stop()))
-    (real, real_head, real_events, real_end), (ours, head, events, end) = seen
+            servers.append((answers(port), *streamed(port), server.stop()))
+    (real, real_head, real_events, real_end), (ours, head, events, end) = servers
     assert ours == real
     assert head == real_head
     assert [shape(e) for e in events] == [shape(e) for e in real_events]
@@ -124,17 +115,24 @@ def test_it_answers_as_the_real_one(engine, stub, quantised, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("placement", "load_mode"), [("baseline", "mmap"), ("cpu-moe", "mmap"), ("n-cpu-moe=2", "none")]
+    ("placement", "load_mode", "where"),
+    [
+        ("baseline", "mmap", LOOPBACK),
+        ("cpu-moe", "mmap", LOOPBACK),
+        ("n-cpu-moe=2", "none", LOOPBACK),
+        ("baseline", "mmap", device.NoDevice()),
+    ],
 )
-def test_it_logs_as_the_real_one(engine, stub, quantised, tmp_path, placement, load_mode):
+def test_it_logs_as_the_real_one(engine, stub, quantised, tmp_path, placement, load_mode, where):
     reports = []
     for name, llama in (("real", engine), ("stub", stub)):
-        with serving(llama, quantised, tmp_path / name, placement, load_mode) as (_, server):
+        with serving(llama, quantised, tmp_path / name, placement, load_mode, where) as (_, server):
             reports.append(parse_log(server.text()))
     real, ours = reports
     assert ours.built == real.built
     assert (ours.offloaded_layers, ours.total_layers) == (real.offloaded_layers, real.total_layers)
     assert names(ours) == names(real)
+    assert {any(b.on_device for b in r.buffers) for r in reports} == {where.kind != "none"}
     for kind in ("model", "KV"):
         assert audit.agrees(ours.device_bytes(kind), real.device_bytes(kind))
     assert len(ours.graph_splits) == len(real.graph_splits)
@@ -146,21 +144,10 @@ def names(report):
     return {(b.name.split("[")[0], b.kind) for b in report.buffers}
 
 
-def test_without_a_device_both_keep_everything_on_the_host(engine, stub, quantised, tmp_path):
-    reports = []
-    for name, llama in (("real", engine), ("stub", stub)):
-        with serving(llama, quantised, tmp_path / name, where=device.NoDevice()) as (_, server):
-            reports.append(parse_log(server.text()))
-    real, ours = reports
-    assert names(ours) == names(real)
-    assert not any(b.on_device for r in reports for b in r.buffers)
-    assert (ours.offloaded_layers, ours.total_layers) == (real.offloaded_layers, real.total_layers)
-
-
 @pytest.mark.parametrize("placement", ["baseline", "cpu-moe"])
 def test_a_run_of_it_is_valid(stub, quantised, tmp_path, placement):
-    asked = spec(workloads=("smoke",), context=256, placement=placement)
-    outcome = run.execute(asked, quantised, LlamaServer(stub), stub_server.loopback(), tmp_path / "work")
+    run_spec = spec(workloads=("smoke",), context=256, placement=placement)
+    outcome = run.execute(run_spec, quantised, LlamaServer(stub), stub_server.loopback(), tmp_path / "work")
     assert outcome.reason is None, outcome.message
-    checks = audit.run(measured(asked, outcome.observation, Manifest(**quantised.sheet)))
+    checks = audit.run(measured(run_spec, outcome.observation, Manifest(**quantised.sheet)))
     assert {c.id for c in checks if not c.passed} - SHARED == set()

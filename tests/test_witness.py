@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 from conftest import FIXTURES
-from factory import MIB, block, keep, log_of, made, observation, request, spec
+from factory import MIB, block, keep, log_of, observation, record_of, request, spec, with_facts, with_observed
 
 from moelib.audit import audit, record, witness
 from moelib.audit.invariants import INVARIANTS
@@ -22,20 +22,20 @@ def flagged(folder, r, log=None):
 
 @pytest.mark.parametrize("placement", ["baseline", "cpu-moe"])
 def test_a_record_and_its_log_agree(tmp_path, placement):
-    checks = audit.log(witness.call(tmp_path, keep(tmp_path, made(placement=placement))))
+    checks = audit.log(witness.call(tmp_path, keep(tmp_path, record_of(placement=placement))))
     assert {c.id for c in checks} == {i.id for i in INVARIANTS.values() if i.scope == "log"}
     assert all(c.passed for c in checks)
 
 
 def observed_with(**change):
-    return made(replace(observation(), **change))
+    return with_observed(record_of(), **change)
 
 
-def made_of(**change):
-    return made().model_copy(update={"sheet": made().sheet.model_copy(update=change)})
+def with_manifest(**change):
+    return with_facts(record_of(), "sheet", **change)
 
 
-def asked(**change):
+def first_request(**change):
     return observed_with(requests=(request(0, **change), request(1)))
 
 
@@ -62,32 +62,32 @@ FORGED = {
     ],
     "log-tells-the-file": [
         observed_with(threads=2),
-        made(context=2048),
-        made(load_mode="none"),
-        made_of(parameters=66_000_000, bits_per_weight=5.0),
-        made_of(parameters=54_000_000, bits_per_weight=6.1),
-        made_of(bits_per_weight=5.6),
-        made_of(file_bytes=44 * MIB),
-        made_of(file_bytes=39 * MIB),
-        made_of(tensor_types={"F32": 12, "Q5_K": 39}),
+        record_of(context=2048),
+        record_of(load_mode="none"),
+        with_manifest(parameters=66_000_000, bits_per_weight=5.0),
+        with_manifest(parameters=54_000_000, bits_per_weight=6.1),
+        with_manifest(bits_per_weight=5.6),
+        with_manifest(file_bytes=44 * MIB),
+        with_manifest(file_bytes=39 * MIB),
+        with_manifest(tensor_types={"F32": 12, "Q5_K": 39}),
     ],
     "log-tells-the-reads": [
         placed(device_read_bytes=2 * observation().placement.device_read_bytes),
         placed(host_read_bytes=1),
     ],
     "log-tells-the-requests": [
-        asked(engine_prompt_s=0.01802),
-        asked(engine_predicted_s=0.0402),
-        asked(prompt_n=9),
-        asked(predicted_n=4),
-        asked(engine_prompt_s=None),
+        first_request(engine_prompt_s=0.01802),
+        first_request(engine_predicted_s=0.0402),
+        first_request(prompt_n=9),
+        first_request(predicted_n=4),
+        first_request(engine_prompt_s=None),
     ],
     "log-tells-the-times": [
         observed_with(load_s=2.2),
         observed_with(load_s=0.049),
         observed_with(load_s=None),
-        asked(started_s=0.06),
-        asked(token_s=SHIFTED),
+        first_request(started_s=0.06),
+        first_request(token_s=SHIFTED),
         observed_with(host=replace(observation().host, elapsed_s=0.9)),
     ],
 }
@@ -95,7 +95,7 @@ FORGED = {
 
 @pytest.mark.parametrize(("check", "r"), [(check, r) for check, records in FORGED.items() for r in records])
 def test_what_was_changed_in_the_record_alone_is_seen(tmp_path, check, r):
-    honest = made(placement=r.spec.placement)
+    honest = record_of(placement=r.spec.placement)
     assert check in flagged(tmp_path, r, log_of(honest))
 
 
@@ -105,7 +105,7 @@ def test_every_check_has_a_forgery():
 
 
 def test_a_log_that_is_gone_changed_or_empty_is_missed(tmp_path):
-    kept = keep(tmp_path, made())
+    kept = keep(tmp_path, record_of())
     (path,) = (tmp_path / "raw").iterdir()
     good = path.read_bytes()
     for harm in (
@@ -125,33 +125,33 @@ def test_a_log_that_is_gone_changed_or_empty_is_missed(tmp_path):
 
 
 def test_a_record_that_names_no_log_has_no_witness(tmp_path):
-    (check,) = audit.log(witness.call(tmp_path, made()))
+    (check,) = audit.log(witness.call(tmp_path, record_of()))
     assert (check.passed, check.measured) == (False, "the record names no log of llama-server")
     # a run that failed may have left none
-    assert [c.passed for c in audit.log(witness.call(tmp_path, made(status="failed")))] == [True]
+    assert [c.passed for c in audit.log(witness.call(tmp_path, record_of(status="failed")))] == [True]
 
 
 def test_a_log_that_was_emptied_with_a_digest_that_fits_says_nothing(tmp_path):
-    assert flagged(tmp_path, made(), "0" * 1000) >= {"log-tells-the-load", "log-tells-the-requests"}
+    assert flagged(tmp_path, record_of(), "0" * 1000) >= {"log-tells-the-load", "log-tells-the-requests"}
 
 
 def test_a_flood_is_no_log(tmp_path, monkeypatch):
     monkeypatch.setattr(logs, "MAX_BYTES", 1000)
-    assert flagged(tmp_path, made()) == {"log-kept"}
+    assert flagged(tmp_path, record_of()) == {"log-kept"}
 
 
 def test_the_device_had_as_much_in_use_for_the_engine_as_for_the_driver(tmp_path):
     def used(mib):
         total = f"81079 = {81079 - mib} + (1 = 1 + 0 + 0) + 0"
         line = f"0.00.400.000 I common_memory_breakdown_print: |   - CUDA0 (H100 80GB HBM3) | {total} |"
-        return log_of(made()) + line + "\n"
+        return log_of(record_of()) + line + "\n"
 
     o = observation()
     during = tuple(replace(x, device_bytes=2000 * MIB) for x in o.memory.trace.during)
     r = observed_with(memory=replace(o.memory, trace=replace(o.memory.trace, during=during)))
     for n, (mib, right) in enumerate(((2000, True), (2064, True), (1936, True), (2065, False), (1000, False))):
         assert (flagged(tmp_path / str(n), r, used(mib)) == set()) == right
-    assert flagged(tmp_path / "loopback", made(), used(2000)) == set()  # no driver told
+    assert flagged(tmp_path / "loopback", record_of(), used(2000)) == set()  # no driver told
 
 
 def test_a_study_whose_logs_are_gone_has_no_usable_run(tmp_path):
@@ -197,8 +197,8 @@ def test_a_log_of_an_old_build_has_no_times():
 
 
 def test_requests_of_a_log_come_with_their_times():
-    log = logs.parse(log_of(made()).encode())
+    log = logs.parse(log_of(record_of()).encode())
     assert [t.launched_s for t in log.tasks] == pytest.approx([0.0703, 0.2203], abs=1e-6)
     assert [t.ended_s for t in log.tasks] == pytest.approx([0.1303, 0.2813], abs=1e-6)
     assert log.ready_s == pytest.approx(0.05)
-    assert record.spec_key(spec()) == made().key
+    assert record.spec_key(spec()) == record_of().key

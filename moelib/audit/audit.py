@@ -1,6 +1,6 @@
 """The audit: every invariant of runs, logs, blocks, cells and studies, and the verdicts that follow.
 
-A block's or a cell's invariant that fails makes all of its runs invalid; a study's is told with the study.
+A block's or a cell's invariant that fails makes all of its runs invalid; a study's is listed with its problems.
 """
 
 import itertools
@@ -160,7 +160,9 @@ def audited_again_from_a_record(study: Matrix) -> Finding:
             or first.attempt >= r.attempt
         ):
             unmatched.append(r.run_id)
-    return not unmatched, f"not so: {', '.join(unmatched[:3])}" if unmatched else "each names its first record"
+    if unmatched:
+        return False, f"no first record with that digest and those readings: {', '.join(unmatched[:3])}"
+    return True, "each names its first record"
 
 
 def _readings(r: Record) -> Any:
@@ -331,7 +333,7 @@ def _judged(i: Invariant, subject: Any) -> Check:
         # numbers that no run has: what cannot be computed of them has not been shown to hold
         return Check(i.id, False, f"it cannot be computed: {type(err).__name__}: {err}")
     if passed and (unknown := silence(runs, i.partly)):
-        return Check(i.id, None, f"{unknown}; as far as can be told: {finding}")
+        return Check(i.id, None, f"{unknown}; what can be checked holds: {finding}")
     return Check(i.id, passed, finding)
 
 
@@ -354,7 +356,7 @@ def measured(r: Record) -> Measured:
 
 def verdict(checks: Sequence[Check]) -> tuple[str, tuple[str, ...]]:
     """(valid, degraded or invalid; the ids of the checks that do not hold). No checks at all is invalid, and so is one
-    that is not known here. What cannot be told degrades."""
+    that is not known here. What cannot be checked degrades."""
     flags = tuple(c.id for c in checks if not c.passed)
     if not checks:
         return "invalid", ("nothing-checked",)

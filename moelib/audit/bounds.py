@@ -15,7 +15,7 @@ LAST_READING_S = 1.0  # before the end of the watched time: the thread wakes eve
 BOUND_SHARE = 1.0  # of the rate that reading the weights alone allows: 0.94 at most seen
 CACHED_BYTES = 1 << 30  # weights below this may come from the CPU's caches, which are faster than RAM
 ENERGY_S = 0.25  # the board's counter moves every 0.1 s or so
-COURSE_S = 0.35  # of power that the counter may tell later than it was drawn: 0.21 s seen
+COURSE_S = 0.35  # of power that the counter may count later than it was drawn: 0.21 s seen
 METER = 2.5  # a request's mean power against readings at the ends of requests: 0.73 to 2.3 of their mean seen
 POWER_SHARE = 1.10  # a board steps over its limit for moments
 LINK_SHARE, LINK_BYTES = 1.05, 64 << 20  # page tables and commands go over the bus too
@@ -34,7 +34,7 @@ BUS_BITS = (32, 16384)  # of a memory bus, at two transfers a clock
 
 
 def finding(failures: Iterator[str], summary: str) -> Finding:
-    """Whether nothing is wrong, and what is; `fine` where nothing is."""
+    """Whether nothing is wrong, and what is; `summary` where nothing is."""
     messages = list(failures)
     return not messages, "; ".join(messages[:4]) or summary
 
@@ -86,7 +86,7 @@ def below_memory_bound(run: Measured) -> Finding:
     """No token comes sooner than the weights that it needs can be read from where they lie."""
     shares = [(r, memory_bound(run, r.tps)) for r in run.observation.requests if r.tps]
     if not shares and run.lacks("tokens") and run.lacks("usage"):
-        return None, f"no rate is known: {run.runner} does not tell how many tokens came"
+        return None, f"no rate is known: {run.runner} does not report how many tokens came"
     known = [(r, share) for r, share in shares if share is not None]
     over = (f"{r.workload}[{r.index}]: {share:.0%}" for r, share in known if share > BOUND_SHARE)
     return finding(over, f"{max((s for _, s in known), default=0.0):.0%} at most")

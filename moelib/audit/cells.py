@@ -67,7 +67,7 @@ def _differ(getters: Mapping[str, Callable[[Record], Any]], runs: Sequence[Recor
 
 @holds("cell", "equal")
 def one_file_and_engine(cell: Cell) -> Finding:
-    """Every run of a cell is of one file, one engine and one kind of device, or its blocks tell of different things."""
+    """Every run of a cell is of one file, one engine and one kind of device."""
     manifests = {id(r.sheet): r.sheet for r in cell.runs}  # runs share them
     files = {k: s.model_copy(update={"quantize_s": 0.0, "origin": None}) for k, s in manifests.items()}
     same = {

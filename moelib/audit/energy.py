@@ -1,4 +1,4 @@
-"""Invariants of a cell's energy: requests, the board's counter and its meter tell of one course of power."""
+"""Invariants of a cell's energy: requests, the board's counter and its meter show one course of power."""
 
 from collections.abc import Iterable, Iterator
 from statistics import median
@@ -26,7 +26,7 @@ def energy_steady(cell: Cell) -> Finding:
         for arm, runs in by_arm(cell.runs).items():
             spent = {r.run_id: _spent(r) for r in runs if _known(r)}
             usual = median(spent.values()) if spent else 0.0
-            # the counter moves every tenth of a second: of short requests it tells little
+            # the counter moves every tenth of a second: of short requests it says little
             late = max((COURSE_S * w * len(r.observation.requests) for r in runs for w in _watts(r)), default=0.0)
             for name, joules in spent.items():
                 if not usual / ENERGY_TIMES - late <= joules <= usual * ENERGY_TIMES + late:

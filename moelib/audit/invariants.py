@@ -1,7 +1,7 @@
 """Invariants of a run: what must hold for its numbers to be believed.
 
 Each is a small pure function with an id, a limit and, as its docstring, the reason. One that fails makes its run
-invalid, or only degraded where it says so; one that cannot be told makes it degraded.
+invalid, or only degraded where it says so; one that cannot be checked makes it degraded.
 """
 
 import math
@@ -22,7 +22,7 @@ RATE_SHARE, RATE_S = 0.01, 0.020  # client against engine over a whole decode: 0
 ROUNDING = 1e-4  # times are kept to microseconds
 CLOCK_S = 0.1  # a slewed clock moves by 10 ms in 20 s, a stepped one by anything
 FOREIGN_SHARE = 0.10  # of the host's CPU time
-# Of one CPU. At 1.3 % no effect could be told from none (0.993 [0.979, 1.006] of the rate, on an H100's host), and
+# Of one CPU. At 1.3 % no effect could be shown (0.993 [0.979, 1.006] of the rate, on an H100's host), and
 # within cells the rate does not follow the share. Where all CPUs decode, a percent may cost two at the very most: below
 # this limit that is less than machines of one kind differ by.
 WATCH_SHARE = 0.05
@@ -66,11 +66,11 @@ def lacks(runner: str, observation: Observation, quantity: str) -> bool:
 def silence(runs: Sequence[tuple[str, Observation]], quantities: Sequence[str]) -> str:
     """Which quantities are lacking and whose they are, as a reason; empty where none is."""
     silent = {(runner, q): None for q in quantities for runner, observation in runs if lacks(runner, observation, q)}
-    return "; ".join(f"{runner} does not tell {QUANTITIES[q]}" for runner, q in silent)
+    return "; ".join(f"{runner} does not report {QUANTITIES[q]}" for runner, q in silent)
 
 
 Finding = tuple[bool | None, str]
-"""Whether it holds, None where that cannot be told; and what was found, or why not."""
+"""Whether it holds, None where that cannot be checked; and the evidence, or why there is none."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def ttft_bounded(run: Measured) -> Finding:
     def fault(r: Request) -> str | None:
         first, prompt = r.token_s[0] if r.token_s else None, r.engine_prompt_s
         if first is None or prompt is None:
-            return None if first is None else "the engine told no prompt time"
+            return None if first is None else "the engine reported no prompt time"
         fits = prompt * (1 - ROUNDING) <= first <= prompt * (1 + TTFT_SHARE) + TTFT_S
         return None if fits else f"first token after {first:.4f} s, the prompt took {prompt:.4f} s"
 
@@ -253,7 +253,7 @@ def environment_clean(run: Measured) -> Finding:
 def build_optimised(run: Measured) -> Finding:
     """A debug build runs many times slower."""
     built = run.observation.report.built
-    return built is not None and "(debug)" not in built, built or "the engine told no build"
+    return built is not None and "(debug)" not in built, built or "the engine's log names no build"
 
 
 @holds("run", "finite, and not all equal", needs="likeliest")
@@ -262,7 +262,7 @@ def output_alive(run: Measured) -> Finding:
     top = run.observation.top_logprobs
     finite = [p for p in top if p is not None and math.isfinite(p)]
     alive = len(top) > 1 and len(finite) == len(top) and max(finite) > min(finite)
-    return alive, ", ".join(map(str, top)) or "nothing told"
+    return alive, ", ".join(map(str, top)) or "no log-probabilities"
 
 
 @holds("run", "SHA-256", partly="file")
@@ -299,7 +299,8 @@ def memory_follows(run: Measured) -> Finding:
 def memory_undoubted(run: Measured) -> Finding:
     """All accounts of device memory could be taken."""
     doubts = [r for r in run.observation.memory.reasons if r not in memory.INVALID]
-    return not doubts and run.observation.memory.status in ("valid", "invalid"), ", ".join(doubts) or "all taken"
+    undoubted = not doubts and run.observation.memory.status in ("valid", "invalid")
+    return undoubted, ", ".join(doubts) or "all accounts taken"
 
 
 @holds("run", "no thermal, power-brake or hardware slowdown", degrades=True)
@@ -307,9 +308,8 @@ def not_slowed(run: Measured) -> Finding:
     """The GPU's clocks were its own while it worked, by what its driver says."""
     readings = [c.events for c in run.observation.counters if c.events is not None]
     slowdowns = sorted({name for events in readings for name in nvml.slowed(events)})
-    return not slowdowns and bool(readings or run.observation.device_kind != "cuda"), ", ".join(
-        slowdowns
-    ) or f"{len(readings)} readings"
+    unslowed = not slowdowns and bool(readings or run.observation.device_kind != "cuda")
+    return unslowed, ", ".join(slowdowns) or f"{len(readings)} readings"
 
 
 def strained(observation: Observation) -> bool:
@@ -325,7 +325,7 @@ def host_quiet(run: Measured) -> Finding:
 
 @holds("run", f"{WATCH_SHARE:.0%} of one CPU + {WATCH_ONCE_S * 1000:g} ms", degrades=True)
 def watched_lightly(run: Measured) -> Finding:
-    """Watching took no time from experts that are computed on all CPUs. Records of earlier code do not tell."""
+    """Watching took no time from experts that are computed on all CPUs. Records of earlier code do not say."""
     spent, lasted = run.observation.watch_cpu_s, run.observation.host.elapsed_s
     return spent is None or spent <= WATCH_SHARE * lasted + WATCH_ONCE_S, f"{spent} CPU seconds of {lasted:.2f} s"
 
@@ -339,7 +339,7 @@ def clock_steady(run: Measured) -> Finding:
 
 @holds("run", "exit 0 within the grace time", degrades=True, needs="process")
 def clean_end(run: Measured) -> Finding:
-    """The server ended by itself when told to."""
+    """The server ended by itself when it was asked to end."""
     return run.observation.exit_code == 0 and not run.observation.exit_killed, f"exit {run.observation.exit_code}"
 
 
@@ -365,7 +365,7 @@ def _flags(argv: Sequence[str]) -> dict[str, str | None] | None:
 
 @holds("run", "these flags and no others", needs="command")
 def command_as_asked(run: Measured) -> Finding:
-    """The engine was told the placement of this run, and nothing that moves, fits, caches or splits by itself."""
+    """The command line has the placement of this run, and nothing that moves, fits, caches or splits by itself."""
     flags, spec, device = _flags(run.observation.argv), run.spec, run.observation.device_kind
     if flags is None:
         return False, "not a list of flags, each once"

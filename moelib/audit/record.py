@@ -39,9 +39,9 @@ class Check:
 
     id: str
     passed: bool | None
-    """None: it cannot be told, as the runner does not tell what it rests on."""
+    """None: it cannot be checked, as the runner does not report what it rests on."""
     measured: str
-    """What was found, with what it was held against; or why it cannot be told."""
+    """The finding, with its limit or the other account; or why it cannot be checked."""
 
     @property
     def failed(self) -> bool:
@@ -69,7 +69,7 @@ class Record(params.Strict):
     attempt: Annotated[int, Field(ge=1, le=10_000)]
     status: Literal["valid", "degraded", "invalid", "failed"]
     reasons: tuple[str, ...]
-    """Ids of the checks that failed or could not be told, or the code of what ended a failed run."""
+    """Ids of the checks that failed or could not be made, or the code of what ended a failed run."""
     message: str | None
     """What the engine or the harness said of a failure."""
     spec: Spec

@@ -68,7 +68,7 @@ def call(folder: Path, record: Record) -> Witnessed:
 def log_kept(run: Witnessed) -> Finding:
     """The logs that the record names are there, unchanged and readable: evidence that is not looked at is none."""
     if run.record.observed and not run.log and not run.problems:
-        return None, f"{run.record.engine.runner} does not tell {QUANTITIES['log']}"
+        return None, f"{run.record.engine.runner} does not report {QUANTITIES['log']}"
     return not run.problems, "; ".join(run.problems) or f"{len(run.record.raw)} logs"
 
 
@@ -181,6 +181,6 @@ def log_tells_the_memory(run: Witnessed) -> Finding:
     """What the device had in use at the server's end is the same by the engine as by the driver."""
     used, last = run.engine_log.device_used_bytes, run.record.observation.memory.trace.during[-1:]
     if used is None or not last or last[0].device_bytes is None:
-        return True, "one of them did not tell"
+        return True, "the log or the driver reports no memory in use"
     driver = last[0].device_bytes
     return abs(used - driver) <= max(AGREE_BYTES, AGREE_SHARE * driver), f"driver {driver}, engine {used} bytes"
