@@ -27,6 +27,7 @@ from statistics import fmean
 from typing import Any
 
 import click
+import slots
 
 from moelib.base import stats
 from moelib.catalogue import params
@@ -92,7 +93,7 @@ def toggle(
             read, last = opened.read, list[Reading]()
 
             def now_and_then(server_pid: int | None, t_s: float) -> Reading:
-                if server_pid is None or not last or overhead.watched(t_s):
+                if server_pid is None or not last or slots.watched(t_s):
                     last[:] = [read(server_pid, t_s)]
                 return last[0]
 
@@ -100,7 +101,7 @@ def toggle(
             yield opened
 
     with changed(params, "workload", lambda name: long), changed(where, "session", gated):
-        return list(overhead.by_slots(observe(asked, made, llama, where, work)))
+        return list(slots.by_slots(observe(asked, made, llama, where, work)))
 
 
 def in_one_piece(server: llama_server.Serving, prompt: list[int], tokens: int) -> tuple[float, client.Lines]:

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import slots
 from conftest import REPO
 from factory import HOST, request
 
@@ -75,17 +76,17 @@ def test_ratios_have_known_values_and_their_aims(tmp_path):
 def test_slots_of_one_generation_are_compared_with_their_neighbours(tmp_path):
     """A stream that takes 20 ms a token while it is watched and 10 ms else, and has been slowing down all the time."""
     t, arrived, drift = 0.0, [], 1.0
-    while t < 60 * overhead.SLOT_S:
+    while t < 60 * slots.SLOT_S:
         arrived.append(t)
-        t += (0.02 if overhead.watched(t) else 0.01) * drift
+        t += (0.02 if slots.watched(t) else 0.01) * drift
         drift *= 1.0002
     n = len(arrived)
     stream = request(n=n, token_s=tuple(arrived), started_s=0.0)
-    pairs = list(overhead.by_slots([stream, stream]))
+    pairs = list(slots.by_slots([stream, stream]))
     assert len(pairs) == 60
     assert pairs[:30] == pairs[30:]
     assert all(0.48 < a / b < 0.52 for a, b in pairs)
-    assert {overhead.watched(p * 2 * overhead.SLOT_S) for p in range(30)} == {
+    assert {slots.watched(p * 2 * slots.SLOT_S) for p in range(30)} == {
         True,
         False,
     }  # which comes first is by lot
@@ -95,14 +96,14 @@ def test_slots_of_one_generation_are_compared_with_their_neighbours(tmp_path):
     assert (e.value, e.n) == (pytest.approx(0.5, rel=0.02), 65)
     assert overhead.WATCHED.met(e) == "no"
     assert "Monitoring slowed" in overhead.bias([measurement])
-    assert list(overhead.by_slots([request(n=5)])) == []  # too short for two slots
+    assert list(slots.by_slots([request(n=5)])) == []  # too short for two slots
 
 
-@pytest.mark.parametrize(("slots", "pairs"), [(1.6, 0), (1.8, 1), (2.6, 1), (3.6, 1), (3.8, 2)])
-def test_a_slot_counts_where_a_generation_fills_most_of_it(slots, pairs):
-    n = round(slots * overhead.SLOT_S / 0.01)
+@pytest.mark.parametrize(("lasted", "pairs"), [(1.6, 0), (1.8, 1), (2.6, 1), (3.6, 1), (3.8, 2)])
+def test_a_slot_counts_where_a_generation_fills_most_of_it(lasted, pairs):
+    n = round(lasted * slots.SLOT_S / 0.01)
     stream = request(n=n, token_s=tuple(i * 0.01 for i in range(n)), started_s=0.0)
-    assert len(list(overhead.by_slots([stream]))) == pairs
+    assert len(list(slots.by_slots([stream]))) == pairs
 
 
 def test_faster_than_unwatched_is_no_fault(tmp_path):
