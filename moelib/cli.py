@@ -88,18 +88,10 @@ def fetch(model: str, pin: str | None, revision: str, named: tuple[str, ...], gi
 @click.option("--real", is_flag=True, help="The real weights, not a twin.")
 def quantize(model: str, quant: str, scale: str, real: bool) -> None:
     """Quantise MODEL's twin, or its real weights, to QUANT and print the file's manifest."""
-    from tempfile import TemporaryDirectory
-
     from moelib.base import files
-    from moelib.catalogue import params
-    from moelib.engine import engine as engines
     from moelib.models import quantize as quants
-    from moelib.models import sources
 
-    params.quant(quant)
-    with TemporaryDirectory() as scratch:
-        source = sources.obtain(model, "real" if real else "twin", scale, needed=False)
-        made = quants.make(source, quant, engines.find(), Path(scratch))
+    made = quants.from_source(model, quant, scale, "real" if real else "twin")
     say(f"{made.path}\n{files.canonical(made.sheet).decode()}")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pandas as pd
 
@@ -13,10 +12,8 @@ from moelib.base.schema import near
 from moelib.campaign import bench
 from moelib.catalogue import params
 from moelib.catalogue.placement import REFERENCE
-from moelib.engine import engine
 from moelib.gguf import gguf_file
 from moelib.models import quantize as quantize_file
-from moelib.models import sources
 from moelib.study import frames, plan
 from moelib.study.study import Study, UnknownName
 
@@ -71,9 +68,7 @@ def quantize(model: str, quant: str, scale: str = "full", weights: str = "twin")
     weights: `twin` (random weights in the model's shape, at `scale`) or `real` (what `moelib fetch` brought). A file of
     full size takes minutes and tens of GiB. Raises ParamsError, SourceError, QuantizeError, FileError, EngineError.
     """
-    source = sources.obtain(model, weights, scale, needed=False)
-    with TemporaryDirectory(prefix="moelib-quantize-") as scratch:
-        return quantize_file.make(source, quant, engine.find(), Path(scratch)).path
+    return quantize_file.from_source(model, quant, scale, weights).path
 
 
 def run(

@@ -11,12 +11,14 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from moelib.base import files
 from moelib.base.bar import tqdm
 from moelib.catalogue import params
 from moelib.catalogue.facts import Manifest
+from moelib.engine import engine
 from moelib.engine.engine import Engine
 from moelib.gguf import gguf_file
 from moelib.gguf.gguf_header import UNQUANTISED
@@ -154,6 +156,18 @@ def make(source: models.Source, quant: str, engine: Engine, scratch: Path) -> Qu
             return Quantised(gguf_file.read_header(path), sheet, content)
         models.forget(path)
     raise QuantizeError(f"{path.name} reads back differently than written: check this machine's disk and memory")
+
+
+def from_source(model: str, quant: str, scale: str, weights: str) -> Quantised:
+    """The file of a model at `quant`, with the engine that is found here; its source is obtained first.
+
+    weights: twin or real. Raises ParamsError before anything is written, and what `sources.obtain`, `engine.find` and
+    `make` raise.
+    """
+    params.quant(quant)
+    with TemporaryDirectory(prefix="moelib-quantize-") as scratch:
+        source = sources.obtain(model, weights, scale, needed=False)
+        return make(source, quant, engine.find(), Path(scratch))
 
 
 def made(path: Path) -> Quantised:

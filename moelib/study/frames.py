@@ -119,8 +119,7 @@ EVERY = against(REFERENCE)
 
 def offloads(sides: Sequence[Side]) -> list[tuple[Side, Side]]:
     """(baseline, other) for every side that keeps experts on the CPU."""
-    pairs = against(REFERENCE)(sides)
-    return [(base, side) for base, side in pairs if not Placement.parse(*side).is_baseline]
+    return [(base, side) for base, side in EVERY(sides) if not Placement.parse(*side).is_baseline]
 
 
 def in_one_load_mode(sides: Sequence[Side]) -> list[tuple[Side, Side]]:
