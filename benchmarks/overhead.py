@@ -185,7 +185,13 @@ def main(
         made = quantize.make(models.make_twin(model, scale, needed=False), quant, llama, work)
         where.calibrate(work)
         about: dict[str, Any]
-        about = {"model": model, "scale": scale, "quant": quant, "weights": "twin", "file_sha256": made.sheet["sha256"]}
+        about = {
+            "model": model,
+            "scale": scale,
+            "quant": quant,
+            "weights": "twin",
+            "file_sha256": made.manifest["sha256"],
+        }
         about |= {"engine": str(llama), "device": where.identity(), "host": host.facts(), "workload": WORKLOAD}
         results = overhead.read(out) if out and out.exists() else None
         if results and results.about != overhead.About(**about):

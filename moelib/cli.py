@@ -92,7 +92,7 @@ def quantize(model: str, quant: str, scale: str, real: bool) -> None:
     from moelib.models import quantize as quants
 
     made = quants.from_source(model, quant, scale, "real" if real else "twin")
-    say(f"{made.path}\n{files.canonical(made.sheet).decode()}")
+    say(f"{made.path}\n{files.canonical(made.manifest).decode()}")
 
 
 @main.group(cls=Group)

@@ -205,7 +205,7 @@ def with_spec(r: record.Record, **change) -> record.Record:
 
 
 def with_facts(r: record.Record, part: str, **change) -> record.Record:
-    """`r` with its sheet, engine, device or host changed: `part` says which."""
+    """`r` with its manifest, engine, device or host changed: `part` says which."""
     return r.model_copy(update={part: getattr(r, part).model_copy(update=change)})
 
 

@@ -36,7 +36,7 @@ long:
   generate_tokens: 240
 """
 # What a cell of a test may be flagged with: its runs are few and short, and others hold them up.
-HELD_UP = {"arms-keep-the-engines-time", "starts-alike", "monitors-alike"}
+HELD_UP = {"placements-keep-the-engines-time", "starts-alike", "monitors-alike"}
 LOOK_S = 3e-4  # of CPU, as a look at a real card takes
 BANDWIDTH = mock.patch.object(host, "read_bandwidth", return_value=1e9)  # measured once a cell, and slow
 

@@ -279,12 +279,12 @@ def _(lab, chance, rounds):
                 f.seek(t.offset)
                 f.write(np.full(t.shape, np.nan, np.float32).tobytes())
     content = files.Hashed(path)
-    dead = quantize.Quantised(gguf_file.read_header(path), {**good.sheet, "sha256": content.sha256()}, content)
+    dead = quantize.Quantised(gguf_file.read_header(path), {**good.manifest, "sha256": content.sha256()}, content)
     verdicts = []
     for file in (dead, good):
         outcome = lab.execute(file)
         assert outcome.observation, outcome.message
-        checks = audit.run(measured(RUN, outcome.observation, Manifest(**file.sheet)))
+        checks = audit.run(measured(RUN, outcome.observation, Manifest(**file.manifest)))
         verdicts.append(", ".join(i for i in audit.verdict(checks)[1] if i not in SHARED))
     assert verdicts[1] == ""
     return verdicts[0]
@@ -721,7 +721,7 @@ class Campaign:
             lab = Lab(Path(tempfile.mkdtemp(dir=self.folder)) / kind, engine.find(), where, kind == "real")
             try:
                 self.labs[kind] = lab.prepare()
-            except AssertionError:  # others on the machine held up a whole arm: a study of nothing to be lost is none
+            except AssertionError:  # others on the machine held up a whole placement: there is nothing to lose
                 if not left:
                     raise
         return self.labs[kind]

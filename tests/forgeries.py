@@ -2,9 +2,9 @@
 
     python tests/forgeries.py --number 2000 [--seed N] [--study h100-twins]
 
-Each forgery is one family's way of changing one run, one arm or one cell, by an amount drawn by lot. It counts where it
-moves a number that the document publishes by more than 5 %; it is accepted where the study has as many usable runs as
-before and no problem that it had not. Numbers are taken from the records' JSON by this file's own arithmetic.
+Each forgery is one family's way of changing one run, one placement or one cell, by an amount drawn by lot. It counts
+where it moves a number that the document publishes by more than 5 %; it is accepted where the study has as many usable
+runs as before and no problem that it had not. Numbers are taken from the records' JSON by this file's own arithmetic.
 """
 
 import copy
@@ -34,14 +34,14 @@ Runs = list[dict[str, Any]]
 
 
 def published(runs: Runs) -> dict[str, float | None]:
-    """Every mean over blocks that tables of the document show of a cell, by arm."""
+    """Every mean over blocks that tables of the document show of a cell, by placement."""
     values: dict[str, list[float | None]] = defaultdict(list)
     for r in runs:
-        o, arm = r["observed"], f"{r['spec']['placement']}/{r['spec']['load_mode']}"
+        o, label = r["observed"], f"{r['spec']['placement']}/{r['spec']['load_mode']}"
         m, host, p = o["memory"], o["host"], o["placement"]
 
-        def add(name: str, value: float | None, arm: str = arm) -> None:
-            values[f"{arm} {name}"].append(value)
+        def add(name: str, value: float | None, label: str = label) -> None:
+            values[f"{label} {name}"].append(value)
 
         add("device memory", m["value_bytes"])
         add("engine's buffers", m["engine_bytes"])
@@ -98,9 +98,9 @@ def family(name: str) -> Callable:
 
 
 def some(chance: random.Random, runs: Runs) -> Runs:
-    """One run, the runs of one arm, or all."""
-    arm = chance.choice(sorted({key(r) for r in runs}))
-    return chance.choice([[chance.choice(runs)], [r for r in runs if key(r) == arm], runs])
+    """One run, the runs of one placement, or all."""
+    label = chance.choice(sorted({key(r) for r in runs}))
+    return chance.choice([[chance.choice(runs)], [r for r in runs if key(r) == label], runs])
 
 
 def key(r: dict[str, Any]) -> str:
@@ -242,11 +242,11 @@ def _(chance, runs, logs):
 
 def _swap(path: str) -> Callable:
     def change(chance: random.Random, runs: Runs, logs: dict[str, bytes | None]) -> None:
-        arms = sorted({key(r) for r in runs})
-        one, other = chance.sample(arms, 2)
+        labels = sorted({key(r) for r in runs})
+        one, other = chance.sample(labels, 2)
         blocks = {r["spec"]["block"] for r in runs}
         for block in chance.choice([blocks, {chance.choice(sorted(blocks))}]):
-            pair = [next(r for r in runs if key(r) == arm and r["spec"]["block"] == block) for arm in (one, other)]
+            pair = [next(r for r in runs if key(r) == label and r["spec"]["block"] == block) for label in (one, other)]
             (a, b), (*way, last) = pair, path.split("/")
             for step in way:
                 a, b = a[step], b[step]
@@ -256,7 +256,7 @@ def _swap(path: str) -> Callable:
 
 
 for _path in ("requests", "load_s", "host_rss_peak_bytes", "memory", "prompt_traffic", "host"):
-    FAMILIES[f"swapped between arms: {_path}"] = _swap(f"observed/{_path}")
+    FAMILIES[f"swapped between placements: {_path}"] = _swap(f"observed/{_path}")
 
 
 @family("a block copied and shifted")

@@ -109,8 +109,8 @@ def account(**change):
 
 def commanded(line, placement="baseline", load_mode="mmap"):
     """A run with this command line."""
-    arm = "baseline" if placement == "baseline" else "cpu-moe"
-    return measured(spec(placement=placement, load_mode=load_mode), observation(arm, argv=tuple(line)))
+    kind = "baseline" if placement == "baseline" else "cpu-moe"
+    return measured(spec(placement=placement, load_mode=load_mode), observation(kind, argv=tuple(line)))
 
 
 def without_device(placement):
@@ -708,7 +708,7 @@ def test_findings_of_a_study():
         "machines-are-themselves": "0 hosts",
         "libraries-one-size": "1 machines",
         "pages-one-size": "0 machines",
-        "monitors-one-price": "0 arms",
+        "monitors-one-price": "0 placements",
         "counters-have-one-course": "0 boards",
         "quants-of-one-model": "1 models",
     }

@@ -143,7 +143,7 @@ def test_the_metadata_is_what_the_hub_understands(pages, full):
     assert {r.source_url for r in results.values()} == {
         f"https://huggingface.co/acme/{DEEPSEEK}/blob/main/{q}.md" for q in quants
     }
-    runs = [r for b in full.statuses["deepseek-moe-16b/Q2_K"].rounds for r in b if r.spec.arm == "cpu-moe/mmap"]
+    runs = [r for b in full.statuses["deepseek-moe-16b/Q2_K"].rounds for r in b if r.spec.label == "cpu-moe/mmap"]
     memory = stats.geometric_mean([r.observed.memory.value_bytes / 2**20 for r in runs]).value
     vram = results["Q2_K, experts on the CPU", "Peak VRAM, MiB"]
     assert vram.metric_value == float(stats.number(memory))

@@ -68,7 +68,7 @@ def every(runs=RUNS, **change):
     return [with_observed(r, **change) for r in runs]
 
 
-def arm(placement, change, runs=RUNS):
+def placed(placement, change, runs=RUNS):
     """The cell with every run of one placement changed, by what `change` makes of its observation."""
     return [with_observed(r, **change(r.observed)) if r.spec.placement == placement else r for r in runs]
 
@@ -83,11 +83,11 @@ def header(n, **change):
 
 def offloads(**change):
     """The cell whose offload runs have another header."""
-    return arm("cpu-moe", lambda o: {"placement": replace(o.placement, **change)})
+    return placed("cpu-moe", lambda o: {"placement": replace(o.placement, **change)})
 
 
 BUSY = {"busy_s": 0.8}  # others work on the host
-TIMES = "arms-keep-the-engines-time"
+TIMES = "placements-keep-the-engines-time"
 
 
 def late(by, room=0.012):
@@ -199,12 +199,12 @@ CELLS = [
     ("header-numbers-agree", offloads(host_read_bytes=2 * RUNS[1].observed.placement.host_read_bytes)),
     ("header-numbers-agree", offloads(moved_bytes=EXPERTS // 2)),
     ("workloads-as-planned", longer_prompts(0)),
-    ("", arm("baseline", late(0.0))),
-    ("", arm("baseline", late(0.012))),
-    (TIMES, arm("baseline", late(0.014))),
+    ("", placed("baseline", late(0.0))),
+    ("", placed("baseline", late(0.012))),
+    (TIMES, placed("baseline", late(0.014))),
     ("", changed(0, **late(0.014)(RUNS[0].observed))),  # one run may be
-    ("", arm("baseline", late(0.014), arm("baseline", lambda o: {"host": host(**BUSY)}))),  # and all, if others work
-    (TIMES, arm("cpu-moe", decoding(-0.014))),
+    ("", placed("baseline", late(0.014), placed("baseline", lambda o: {"host": host(**BUSY)}))),  # all, if others work
+    (TIMES, placed("cpu-moe", decoding(-0.014))),
     ("", shifted(2, 0.0079)),
     (TIMES, shifted(2, 0.0081)),
     ("", shifted(2, -0.0019)),
@@ -221,8 +221,8 @@ CELLS = [
     ("", value(64 * MIB, "cuda")),
     ("memory-steady", value(65 * MIB, "cuda")),
     # what the engine's buffers leave unexplained is about the same in every placement
-    ("memory-steady", arm("baseline", lambda o: memory(o, -9 * MIB))),
-    ("", arm("baseline", lambda o: memory(o, -7 * MIB))),
+    ("memory-steady", placed("baseline", lambda o: memory(o, -9 * MIB))),
+    ("", placed("baseline", lambda o: memory(o, -7 * MIB))),
     ("", changed(0, host_rss_peak_bytes=58 * MIB)),
     ("memory-steady", changed(0, host_rss_peak_bytes=59 * MIB)),
     ("", changed(0, host_rss_peak_bytes=20 * MIB, host=host(major_faults=100))),
@@ -310,8 +310,8 @@ def test_a_gpus_idle_baseline_decodes_as_long_as_the_engine_says():
         return lambda o: {"device_kind": "cuda", **late(by, room=0.0)(o)}
 
     for by, right in ((0.0010, True), (0.0013, False)):
-        assert (TIMES not in flagged(arm("baseline", on_gpu(by)))) == right
-    assert TIMES not in flagged(arm("cpu-moe", on_gpu(0.0013)))
+        assert (TIMES not in flagged(placed("baseline", on_gpu(by)))) == right
+    assert TIMES not in flagged(placed("cpu-moe", on_gpu(0.0013)))
 
 
 def test_no_run_on_a_gpu_ends_its_requests_long_after_the_engine():

@@ -32,7 +32,7 @@ READERS = {
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A home whose study is one cell of the committed demo: six runs, their logs and their sheet."""
+    """A home whose study is one cell of the committed demo: six runs, their logs and their manifest."""
     home = furnish(tmp_path_factory.mktemp("small"))
     path = home / "params/studies/demo.yaml"
     text = re.sub(r"models: .*", "models: [deepseek-moe-16b]", path.read_text(encoding="utf-8"))
@@ -131,7 +131,7 @@ class Harm:
     """Runs that are left to use."""
 
 
-def sheet(folder: Path) -> Path:
+def manifest(folder: Path) -> Path:
     return folder / "quants" / f"{CELL}.json"
 
 
@@ -194,15 +194,15 @@ HARMS = {
         True,
         5,
     ),
-    "no sheet": Harm(lambda f: remove(sheet(f)), "6 of 6 runs usable|could be made|no card"),
-    "sheet a list": Harm(lambda f: write(sheet(f), "[]"), "not the manifest of its records"),
-    "sheet of bytes": Harm(lambda f: write(sheet(f), b"\xff\xfe"), "not the manifest of its records"),
-    "sheet deep": Harm(lambda f: write(sheet(f), DEEP), "not the manifest of its records"),
-    "sheet without its keys": Harm(lambda f: write(sheet(f), "{}"), "not the manifest of its records"),
-    "sheet of words": Harm(lambda f: edit(sheet(f), file_bytes="big"), "not the manifest of its records"),
-    "sheet a folder": Harm(lambda f: (remove(sheet(f)), sheet(f).mkdir()), "not the manifest of its records"),
-    "sheet of no cell": Harm(
-        lambda f: write(f / "quants/other.json", json.dumps(json.loads(sheet(f).read_bytes()) | {"model": "other"})),
+    "no manifest": Harm(lambda f: remove(manifest(f)), "6 of 6 runs usable|could be made|no card"),
+    "manifest a list": Harm(lambda f: write(manifest(f), "[]"), "not the manifest of its records"),
+    "manifest of bytes": Harm(lambda f: write(manifest(f), b"\xff\xfe"), "not the manifest of its records"),
+    "manifest deep": Harm(lambda f: write(manifest(f), DEEP), "not the manifest of its records"),
+    "manifest without its keys": Harm(lambda f: write(manifest(f), "{}"), "not the manifest of its records"),
+    "manifest of words": Harm(lambda f: edit(manifest(f), file_bytes="big"), "not the manifest of its records"),
+    "manifest a folder": Harm(lambda f: (remove(manifest(f)), manifest(f).mkdir()), "not the manifest of its records"),
+    "manifest of no cell": Harm(
+        lambda f: write(f / "quants/other.json", json.dumps(json.loads(manifest(f).read_bytes()) | {"model": "other"})),
         "6 of 6 runs usable",
     ),
     "harness of words": Harm(lambda f: write(f / "harness/x.json", "none"), "harness/x.json: not what was written"),

@@ -60,8 +60,8 @@ def board(r, joules, meter=100.0, between=10.0, seconds=0.4):
 @pytest.mark.parametrize(
     ("meter", "right"), [(100.0, True), (81.0, True), (79.0, False), (117.0, True), (119.0, False)]
 )
-def test_an_arms_requests_take_the_meters_power(meter, right):
-    """Requests of 0.4 s, 6 an arm: too short for a reading to be of them alone, but not in the median of all."""
+def test_a_placements_requests_take_the_meters_power(meter, right):
+    """Requests of 0.4 s, 6 a placement: too short for a reading to be of them alone, but not in the median of all."""
     runs = [board(r, 40.0, meter, between=5.0) for r in RUNS]
     assert ("energy-as-metered" not in flagged(runs)) == right
 
@@ -78,6 +78,6 @@ def test_an_arms_requests_take_the_meters_power(meter, right):
     ],
 )
 def test_a_board_that_waits_draws_less_than_in_a_request_and_more_than_nothing(joules, between, seconds, right):
-    """6 requests an arm, 0.25 s a run between them and 100 W in them: -7 to 123 J, as 37 J may come late."""
+    """6 requests a placement, 0.25 s a run between them and 100 W in them: -7 to 123 J, as 37 J may come late."""
     runs = [board(r, joules, between=between, seconds=seconds) for r in RUNS]
     assert ("energy-between-requests" not in flagged(runs)) == right

@@ -7,7 +7,7 @@ import pytest
 from factory import observation, record_of, request, study_of, with_facts
 
 from moelib.catalogue import params
-from moelib.catalogue.params import Arm
+from moelib.catalogue.params import PlacementMode
 from moelib.catalogue.placement import Placement
 from moelib.measure.nvml import Counters
 from moelib.measure.run import PromptTraffic
@@ -82,24 +82,24 @@ CELL = "deepseek-moe-16b/Q4_K_M"
 TWO = ("plan-short", "long-512")
 
 
-def measured(*values, arms=("baseline/mmap", "cpu-moe/mmap")):
-    """A study of one cell; `values` are load times by round and arm, s; None where a run has no known VRAM."""
-    named = [Arm(placement=a.split("/")[0], load_mode=a.split("/")[1]) for a in arms]
+def measured(*values, modes=("baseline/mmap", "cpu-moe/mmap")):
+    """A study of one cell; `values` are load times by round and placement, s; None where a run has no known VRAM."""
+    named = [PlacementMode(placement=a.split("/")[0], load_mode=a.split("/")[1]) for a in modes]
     change = {"models": ("deepseek-moe-16b",), "quants": ("Q4_K_M",), "arms": tuple(named), "workloads": TWO}
     parameters = params.study("demo").model_copy(update=change)
     rounds = []
     for b, loads in enumerate(values):
         runs = []
-        for arm, load in zip(named, loads, strict=True):
+        for mode, load in zip(named, loads, strict=True):
             requests = [
                 replace(request(i, first=0.02 + 0.001 * k, step=0.01 * (k + 1)), workload=w)
                 for k, w in enumerate(TWO)
                 for i in range(2)
             ]
-            observed = observation(arm.placement, requests=tuple(requests), load_s=load or 1.0)
+            observed = observation(mode.placement, requests=tuple(requests), load_s=load or 1.0)
             if load is None:
                 observed = replace(observed, memory=replace(observed.memory, value_bytes=None))
-            where = {"placement": arm.placement, "load_mode": arm.load_mode, "workloads": TWO}
+            where = {"placement": mode.placement, "load_mode": mode.load_mode, "workloads": TWO}
             runs.append(record_of(observed, block=b, **where))
         rounds.append(tuple(runs))
     of_one = study_of(parameters, [], [r for runs in rounds for r in runs])
@@ -195,7 +195,7 @@ def test_where_the_baselines_load_mode_has_no_offload_any_other_is_taken():
 
 def test_the_runs_of_a_study_come_in_its_order_of_placements():
     """However they were shuffled within their rounds: tables and legends keep one order."""
-    study = measured((1.0, 2.0, 3.0), arms=("baseline/mmap", "cpu-moe/mmap", "cpu-moe/none"))
+    study = measured((1.0, 2.0, 3.0), modes=("baseline/mmap", "cpu-moe/mmap", "cpu-moe/none"))
     (status,) = study.statuses.values()
     study.__dict__["statuses"] = {CELL: replace(status, rounds=(status.rounds[0][::-1],))}
     assert list(zip(study.runs.placement, study.runs.load_mode, strict=True)) == [BASE, MAPPED, COPIED]

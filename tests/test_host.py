@@ -55,14 +55,14 @@ def test_an_id_that_is_not_set_yet_is_none(tmp_path, text, value):
 
 
 def test_the_hosts_use_has_its_cpus_and_this_processs_time():
-    use = host.Watch().stop(os.getpid(), None)
+    use = host.Stopwatch().stop(os.getpid(), None)
     assert 0 <= use.elapsed_s < 60
     assert use.cpus == psutil.cpu_count()
     assert use.own_s > 0
 
 
 def test_a_time_that_cannot_be_read_fails_the_run_and_is_not_0(monkeypatch):
-    watch = host.Watch()
+    watch = host.Stopwatch()
     gone = next(pid for pid in range(2**21, 2**22) if not psutil.pid_exists(pid))
     for pids in ((gone, None), (os.getpid(), gone)):
         with pytest.raises(process.ProcessError, match=f"the CPU time of process {gone} could not be read") as caught:
@@ -73,7 +73,7 @@ def test_a_time_that_cannot_be_read_fails_the_run_and_is_not_0(monkeypatch):
         watch.stop(os.getpid(), None)
     monkeypatch.setattr(host.psutil, "cpu_times", lambda: (_ for _ in ()).throw(OSError("no /proc/stat")))
     with pytest.raises(process.ProcessError, match="the host's CPU time could not be read .no /proc/stat"):
-        host.Watch()
+        host.Stopwatch()
 
 
 def test_a_tree_has_the_children_of_a_process_and_theirs():

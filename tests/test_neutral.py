@@ -118,7 +118,7 @@ def strings(annotation: Any) -> bool:
 
 
 class Poison:
-    """Replaces every string of a record or sheet that may be any string; `taken` says where there were some."""
+    """Replaces every string of a record or manifest that may be any string; `taken` says where there were some."""
 
     def __init__(self, models: bool):
         self.models = models

@@ -28,7 +28,7 @@ def observed(engine, quantised, work, placement):
     plan = spec(placement=placement, workloads=("smoke",), requests=1)
     outcome = run.execute(plan, quantised, LlamaServer(engine), device.Loopback(), work)
     assert outcome.reason is None, outcome.message
-    checks = audit.run(measured(plan, outcome.observation, Manifest(**quantised.sheet)))
+    checks = audit.run(measured(plan, outcome.observation, Manifest(**quantised.manifest)))
     assert [c for c in checks if not c.passed and c.id in OF_PLACEMENT] == []
     assert {c.id for c in checks} >= OF_PLACEMENT
     return outcome.observation

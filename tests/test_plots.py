@@ -9,7 +9,7 @@ from conftest import REPO
 from factory import record_of, with_spec
 from matplotlib.colors import to_hex
 
-from moelib.catalogue.params import Arm
+from moelib.catalogue.params import PlacementMode
 from moelib.report import axes, plots
 from moelib.study import frames, study
 
@@ -60,7 +60,7 @@ def test_a_bar_in_a_placements_colour_is_the_mean_of_its_requests():
     for colour, label in zip(axes.COLOURS, plots.placements(results), strict=False):
         bars = [p for p in axis.patches if to_hex(p.get_facecolor()).upper() == colour and p.get_height()]
         for quant, bar in zip(("Q2_K", "Q4_K_M", "Q8_0"), sorted(bars, key=lambda p: p.get_x()), strict=True):
-            runs = [r for b in results.measured[f"deepseek-moe-16b/{quant}"].rounds for r in b if r.spec.arm == label]
+            runs = [r for b in results.measured[f"deepseek-moe-16b/{quant}"].rounds for r in b if r.spec.label == label]
             requests = [q for r in runs for q in r.observed.requests if q.index and q.workload == "long-512"]
             assert bar.get_height() == pytest.approx(1000 * fmean(q.ttft_s for q in requests))
 
@@ -116,18 +116,18 @@ def test_a_run_without_records_has_figures_that_say_so():
 
 def test_more_placements_than_colours_are_all_in_the_legend():
     results = study.Study.read(REPO / "docs/example/demo")
-    arms = [Arm(placement="baseline")] + [Arm(placement=f"n-cpu-moe={n}") for n in range(1, 10)]
-    parameters = results.parameters.model_copy(update={"arms": tuple(arms)})
+    modes = [PlacementMode(placement="baseline")] + [PlacementMode(placement=f"n-cpu-moe={n}") for n in range(1, 10)]
+    parameters = results.parameters.model_copy(update={"arms": tuple(modes)})
     many = changed(results)
     many.plan = results.plan.model_copy(update={"study": parameters})
     block = results.rounds[0]
-    runs = [with_spec(block[0], placement=a.placement) for a in arms]
+    runs = [with_spec(block[0], placement=a.placement) for a in modes]
     cell = next(iter(results.statuses))
     many.__dict__["statuses"] = {cell: dataclasses.replace(results.statuses[cell], rounds=(tuple(runs),))}
     for draw in FIGURES.values():
         figure = draw(many)
         (legend,) = figure.legends
-        assert [t.get_text() for t in legend.texts] == [a.placement for a in arms]
+        assert [t.get_text() for t in legend.texts] == [a.placement for a in modes]
         figure.draw_without_rendering()
         box = legend.get_window_extent()
         width, height = figure.get_size_inches() * figure.dpi
@@ -159,7 +159,7 @@ def test_each_draws_on_the_axes_it_is_given_and_on_no_other():
 
     results = study.Study.read(REPO / "docs/example/demo")
     runs, records = results.runs, results.used[:2]
-    sides = [arm.label for arm in results.parameters.arms]
+    sides = [mode.label for mode in results.parameters.arms]
     memory, rate = (frames.comparisons(runs, c) for c in ("vram_bytes", "tokens_per_s/plan-short"))
     draw = [
         lambda ax: axes.bars(runs, x="quant", y="load_s", hue="placement", hue_order=["baseline", "cpu-moe"], ax=ax),

@@ -46,10 +46,10 @@ def writes(requests):
 def test_a_plan_says_everything_and_touches_nothing(results, server):
     (plan,) = upload.plan(results, SPACE, None, server.url)
     text = plan.text()
-    (sheet,) = results.manifests
+    (manifest,) = results.manifests
     assert f"{REPO} (new, to stay private)" in text
-    assert f"{sheet.file_bytes:,}  {sheet.sha256}  {sheet.file_name}" in text
-    assert [i.name for i in plan.items] == [sheet.file_name, "README.md", "Q8_0.md", "SHA256SUMS", "provenance.json"]
+    assert f"{manifest.file_bytes:,}  {manifest.sha256}  {manifest.file_name}" in text
+    assert [i.name for i in plan.items] == [manifest.file_name, "README.md", "Q8_0.md", "SHA256SUMS", "provenance.json"]
     assert "2 commits, 5 files" in text
     assert "1. Add deepseek-moe-16b-Q8_0.gguf" in text
     assert "2. Cards: README.md" in text
@@ -134,9 +134,9 @@ def test_what_the_hub_gives_back_wrong_is_never_public(results, server):
 
 
 def test_a_file_that_was_not_measured_is_not_published(results, server, tmp_path, monkeypatch):
-    (sheet,) = results.manifests
-    content = quantize.place(sheet).read_bytes()
-    changed = tmp_path / "m" / sheet.model / f"twin-{sheet.scale}" / sheet.file_name
+    (manifest,) = results.manifests
+    content = quantize.place(manifest).read_bytes()
+    changed = tmp_path / "m" / manifest.model / f"twin-{manifest.scale}" / manifest.file_name
     changed.parent.mkdir(parents=True)
     changed.write_bytes(wrong(content))
     monkeypatch.setenv("MOELIB_MODELS", str(tmp_path / "m"))
@@ -261,8 +261,8 @@ def test_the_campaign_finds_a_repository_that_is_public_too_soon(results, tmp_pa
 
 def test_the_rehearsal_sends_every_byte_once(results, tmp_path):
     text, sent = rehearsal.rehearse("files", tmp_path, stop_at=1)
-    (sheet,) = results.manifests
-    assert sent == (0, sheet.file_bytes, 0)
+    (manifest,) = results.manifests
+    assert sent == (0, manifest.file_bytes, 0)
     assert "nothing was changed; add --yes to upload" in text
     assert "interrupted; what is finished is kept, run the same command to go on" in text
     assert f"{REPO}: public, 5 files verified" in text

@@ -40,13 +40,13 @@ FALLBACK = {"Q4_K_M": {"Q5_0", "Q8_0"}, "Q2_K": {"Q4_0"}, "Q8_0": set()}  # in b
 @pytest.mark.parametrize("quant", FALLBACK)
 def test_the_manifest_holds_what_is_really_in_the_file(source, engine, tmp_path, quant):
     quantised = quantize.make(source, quant, engine, tmp_path)
-    sheet, header = quantised.sheet, gguf_file.read_header(quantised.path)
-    assert sheet["sha256"] == files.sha256(quantised.path)
-    assert sheet["file_bytes"] == quantised.path.stat().st_size == header.file_bytes
-    assert sheet["tensor_types"] == header.type_counts
-    assert sheet["predicted_bytes"] == pytest.approx(header.file_bytes, rel=0.01)
-    assert sheet["expert_bytes"] == sum(t.nbytes for t in header.tensors if t.is_expert)
-    fallbacks = sheet["fallbacks"]
+    manifest, header = quantised.manifest, gguf_file.read_header(quantised.path)
+    assert manifest["sha256"] == files.sha256(quantised.path)
+    assert manifest["file_bytes"] == quantised.path.stat().st_size == header.file_bytes
+    assert manifest["tensor_types"] == header.type_counts
+    assert manifest["predicted_bytes"] == pytest.approx(header.file_bytes, rel=0.01)
+    assert manifest["expert_bytes"] == sum(t.nbytes for t in header.tensors if t.is_expert)
+    fallbacks = manifest["fallbacks"]
     assert {f["type"] for f in fallbacks} == FALLBACK[quant]
     if fallbacks:  # a width of 352 or 1376 columns, as the real model's 1408 and 10944
         assert {f["columns"] for f in fallbacks} == {352, 704, 1376}
@@ -55,7 +55,7 @@ def test_the_manifest_holds_what_is_really_in_the_file(source, engine, tmp_path,
 
 def test_phi_has_no_fallback_and_keeps_its_biases(home, engine, tmp_path):
     quantised = quantize.make(models.make_twin("phi-3.5-moe", "tiny"), "Q2_K", engine, tmp_path)
-    assert quantised.sheet["fallbacks"] == []
+    assert quantised.manifest["fallbacks"] == []
     assert {t.type for t in quantised.header.tensors if t.name.endswith(".bias")} == {"F32"}
 
 
@@ -63,7 +63,7 @@ def test_a_file_is_made_once_and_again_only_if_it_changed(own_source, engine, tm
     first = quantize.make(own_source, "Q8_0", engine, tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(quantize, "_make", lambda *_: pytest.fail("made again"))
-        assert quantize.make(own_source, "Q8_0", engine, tmp_path).sheet == first.sheet
+        assert quantize.make(own_source, "Q8_0", engine, tmp_path).manifest == first.manifest
     for times_changed in (True, False):
         with first.path.open("r+b") as f:
             f.seek(-100, 2)
@@ -72,7 +72,7 @@ def test_a_file_is_made_once_and_again_only_if_it_changed(own_source, engine, tm
             note = json.loads(models.note(first.path).read_bytes())
             files.write_json(models.note(first.path), note | {"file": files.state(first.path)})
         again = quantize.make(own_source, "Q8_0", engine, tmp_path)
-        assert files.sha256(again.path) == again.sheet["sha256"] == first.sheet["sha256"]
+        assert files.sha256(again.path) == again.manifest["sha256"] == first.manifest["sha256"]
 
 
 def test_a_quantised_source_is_refused_with_the_reason(own_source, engine, tmp_path):
@@ -145,12 +145,12 @@ def test_a_source_that_was_deleted_is_not_needed_for_quants_that_exist(own_sourc
     own_source.path.unlink()
     known = models.make_twin("deepseek-moe-16b", "nano", needed=False)
     assert (known, known.path.exists()) == (own_source, False)
-    assert quantize.make(known, "Q8_0", engine, tmp_path).sheet == first.sheet
+    assert quantize.make(known, "Q8_0", engine, tmp_path).manifest == first.manifest
     assert not known.path.exists()
     # for another quant it is made again, the same
     other = quantize.make(known, "Q4_K_M", engine, tmp_path)
     assert known.path.exists()
-    assert other.sheet["source_sha256"] == own_source.sha256
+    assert other.manifest["source_sha256"] == own_source.sha256
 
 
 def test_a_source_that_was_never_made_is_made_even_where_it_is_not_needed(home, tmp_path, monkeypatch):

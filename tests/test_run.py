@@ -39,7 +39,7 @@ def execute(engine, quantised, where, tmp_path, **change):
     run_spec = spec_of(**change)
     outcome = run.execute(run_spec, quantised, LlamaServer(engine), where, tmp_path / "work")
     assert outcome.reason is None, outcome.message
-    return outcome.observation, audit.run(measured(run_spec, outcome.observation, Manifest(**quantised.sheet)))
+    return outcome.observation, audit.run(measured(run_spec, outcome.observation, Manifest(**quantised.manifest)))
 
 
 def failed(checks):
@@ -57,7 +57,7 @@ def test_a_block_is_valid_and_memory_falls_by_the_experts(engine, quantised, loo
     moe, checks = execute(engine, quantised, loopback, tmp_path, placement="cpu-moe")
     assert failed(checks) == set()
     saved = base.memory.value_bytes - moe.memory.value_bytes
-    assert saved >= moe.placement.moved_bytes == quantised.sheet["expert_bytes"]
+    assert saved >= moe.placement.moved_bytes == quantised.manifest["expert_bytes"]
     assert max(moe.report.graph_splits) > max(base.report.graph_splits)
     assert {b.name.partition("[")[0] for b in base.report.buffers if b.on_device} <= {"RPC0", "RPC"}
     for observed in (base, moe):

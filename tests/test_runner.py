@@ -68,8 +68,8 @@ def known(monkeypatch):
 def quantised(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "x.gguf"
     sha256 = twin.write(path, params.model("deepseek-moe-16b").at_scale("nano"))
-    sheet = MANIFEST.model_copy(update={"sha256": sha256, "file_bytes": path.stat().st_size})
-    return quantize.Quantised(gguf_file.read_header(path), sheet.model_dump(), files.Hashed(path, sha256))
+    manifest = MANIFEST.model_copy(update={"sha256": sha256, "file_bytes": path.stat().st_size})
+    return quantize.Quantised(gguf_file.read_header(path), manifest.model_dump(), files.Hashed(path, sha256))
 
 
 def execute(quantised, work, how=lambda t: t, **of_stub):
@@ -88,7 +88,7 @@ def recorded(folder, quantised, outcome):
         reasons=(),
         message=None,
         spec=run_spec,
-        sheet=quantised.sheet,
+        sheet=quantised.manifest,
         engine=attached.facts(),
         device=DEVICE.model_copy(update={"kind": "none"}),
         host=HOST,
@@ -210,7 +210,10 @@ def test_what_a_block_a_cell_and_a_study_rest_on_is_not_told_either():
     }
     workloads = {"plan-short": params.Workload(name="plan-short", title="t", text="x", generate_tokens=5)}
     cell = {c.id: c.passed for c in audit.cell(audit.Cell(runs, workloads, {}))}
-    assert {k for k, passed in cell.items() if passed is None} == {"workloads-as-planned", "arms-keep-the-engines-time"}
+    assert {k for k, passed in cell.items() if passed is None} == {
+        "workloads-as-planned",
+        "placements-keep-the-engines-time",
+    }
     assert not {k for k, passed in cell.items() if passed is False}
     whole = {c.id: c.passed for c in audit.study(audit.Matrix([r.key for r in runs], runs, runs))}
     assert {k for k, passed in whole.items() if passed is not True} == {"libraries-one-size"}

@@ -508,9 +508,9 @@ def test_a_split_model_is_one_model(split, tmp_path, engine, lfs_hub):
     assert source.sha256 == files.digest({p.name: files.sha256(p) for p in split})
     quantised = quantize.make(source, "Q8_0", engine, tmp_path)
     one = quantize.make(sources.adopt("toy", tmp_path / "toy.gguf"), "Q8_0", engine, tmp_path)
-    assert (quantised.sheet["weights"], quantised.sheet["origin"]) == ("real", f"{REPO}@{pin.revision}")
-    assert quantised.sheet["tensor_types"] == one.sheet["tensor_types"]
-    assert one.sheet["origin"] == "local file toy.gguf"
+    assert (quantised.manifest["weights"], quantised.manifest["origin"]) == ("real", f"{REPO}@{pin.revision}")
+    assert quantised.manifest["tensor_types"] == one.manifest["tensor_types"]
+    assert one.manifest["origin"] == "local file toy.gguf"
     split[1].unlink()
     (sources.folder("toy") / split[1].name).unlink()
     with pytest.raises(gguf_file.GGUFError, match=rf"{split[1].name} cannot be found"):

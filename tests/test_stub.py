@@ -149,5 +149,5 @@ def test_a_run_of_it_is_valid(stub, quantised, tmp_path, placement):
     run_spec = spec(workloads=("smoke",), context=256, placement=placement)
     outcome = run.execute(run_spec, quantised, LlamaServer(stub), stub_server.loopback(), tmp_path / "work")
     assert outcome.reason is None, outcome.message
-    checks = audit.run(measured(run_spec, outcome.observation, Manifest(**quantised.sheet)))
+    checks = audit.run(measured(run_spec, outcome.observation, Manifest(**quantised.manifest)))
     assert {c.id for c in checks if not c.passed} - SHARED == set()

@@ -27,7 +27,7 @@ LIBRARY_BYTES = {"cuda": 512 << 20}  # of what a server's memory holds beside we
 LIBRARY_SMALL_BYTES = 32 << 20  # with no GPU's libraries in it: 22 MiB seen
 PAGE_BYTES, PAGE_SHARE, SMALL_PAGES = 4096, 0.05, 0.5  # faults for each page of resident memory: 0.977 to 0.997 seen
 WATCH_LOOK_S = 0.06  # of the look that waits for the driver, in the median
-WATCH_TIMES, WATCH_MORE, WATCHED = 1.5, 5e-4, 3  # share of a CPU, medians of so many runs of an arm: 1.3 times seen
+WATCH_TIMES, WATCH_MORE, WATCHED = 1.5, 5e-4, 3  # share of a CPU, medians of so many runs alike: 1.3 times seen
 SHARE_TIMES, SHARE_LEAST = 1.1, 0.2  # 1.014 seen; a short prompt's experts are computed where they are
 SHARE_BYTES = 1 << 30  # of experts moved: beside less, what else crosses the bus counts
 CLOCK_SHARE = 0.08  # boost moves by steps of 15 MHz, and not at all on the cards seen
@@ -42,15 +42,15 @@ def baseline(runs: Sequence[Record]) -> Record:
 @holds("block", "one baseline and at least one more, each placement and load mode once")
 def block_complete(runs: Sequence[Record]) -> Finding:
     """There is something to compare, and nothing twice."""
-    arms = [r.spec.arm for r in runs]
+    labels = [r.spec.label for r in runs]
     bases = [r for r in runs if r.spec.placement == REFERENCE]
-    whole = len(bases) == 1 < len(runs) and len(set(arms)) == len(arms) and all(r.observed for r in runs)
-    return whole, ", ".join(arms) or "no runs"
+    whole = len(bases) == 1 < len(runs) and len(set(labels)) == len(labels) and all(r.observed for r in runs)
+    return whole, ", ".join(labels) or "no runs"
 
 
 @holds("block", "equal")
 def block_alike(runs: Sequence[Record]) -> Finding:
-    """Nothing but the arm differs: one host, GPU, driver, kernel, engine and file, the same requests."""
+    """Nothing but the placement differs: one host, GPU, driver, kernel, engine and file, the same requests."""
 
     def common(r: Record) -> dict[str, Any]:
         requests = [(q.workload, q.index, q.prompt_tokens, q.generate_tokens) for q in r.observation.requests]
@@ -89,12 +89,12 @@ def block_placement(runs: Sequence[Record]) -> Finding:
         on, off = base.report.device_bytes("model"), observation.report.device_bytes("model")
         if on is None or off is None or not agrees(on - off, observation.placement.moved_bytes):
             failures.append(
-                f"{r.spec.arm}: device weights {on} -> {off}, header moves {observation.placement.moved_bytes}"
+                f"{r.spec.label}: device weights {on} -> {off}, header moves {observation.placement.moved_bytes}"
             )
         more_splits = max(observation.report.graph_splits, default=0) > max(base.report.graph_splits, default=0)
         if not more_splits and not r.spec.placed.is_baseline:
             failures.append(
-                f"{r.spec.arm}: graph splits {base.report.graph_splits} -> {observation.report.graph_splits}"
+                f"{r.spec.label}: graph splits {base.report.graph_splits} -> {observation.report.graph_splits}"
             )
     return not failures, "; ".join(failures) or "header and engine agree"
 
@@ -260,22 +260,22 @@ def pages_one_size(study: Matrix) -> Finding:
 )
 def monitors_one_price(study: Matrix) -> Finding:
     """Monitors read one machine's instruments at one pace: that takes about as much of a CPU in every cell."""
-    arms: dict[tuple[str | None, ...], dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    costs: dict[tuple[str | None, ...], dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for r in study.runs:
         spent, lasted = r.observation.watch_cpu_s, r.observation.host.elapsed_s
         if spent and lasted > 0 and not strained(r.observation):
-            arm = r.device.kind, r.device.uuid, r.host.host_id, r.host.cpu, r.host.commit, r.spec.arm
-            arms[arm][r.cell].append((spent / lasted, lasted))
+            key = r.device.kind, r.device.uuid, r.host.host_id, r.host.cpu, r.host.commit, r.spec.label
+            costs[key][r.cell].append((spent / lasted, lasted))
     apart = []
-    for (*_, name_of_arm), cells_ in arms.items():
+    for (*_, label), cells_ in costs.items():
         shares = {name: median(s for s, _ in runs) for name, runs in cells_.items() if len(runs) >= WATCHED}
         limits = {
             name: WATCH_TIMES * min(shares.values()) + WATCH_MORE + WATCH_LOOK_S / median(t for _, t in cells_[name])
             for name in shares
         }
         if any(shares[name] > limits[name] for name in shares):
-            apart.append(f"{name_of_arm}: {', '.join(f'{name} {share:.2%}' for name, share in shares.items())}")
-    return not apart, "; ".join(apart[:3]) or f"{len(arms)} arms"
+            apart.append(f"{label}: {', '.join(f'{name} {share:.2%}' for name, share in shares.items())}")
+    return not apart, "; ".join(apart[:3]) or f"{len(costs)} placements"
 
 
 @holds("study", f"{COUNTER_WATT:g} W at the most since the reading before")

@@ -19,18 +19,18 @@ from moelib.catalogue.params import Workload
 from moelib.engine.client import Request
 from moelib.measure.memory import AGREE_BYTES, AGREE_SHARE
 
-LATENCY_S, LATENCY_SHARE = 0.015, 0.005  # medians of an arm: 2.0 ms on an idle host, 10.7 ms where all CPUs decode
+LATENCY_S, LATENCY_SHARE = 0.015, 0.005  # medians of a placement: 2.0 ms on an idle host, 10.7 ms where all CPUs decode
 IDLE_S, IDLE_SHARE = 0.001, 0.001  # the same of a GPU's baseline, whose CPUs are idle: 0.46 ms seen
 ENDED_S = {"cuda": 0.005}  # medians of a run, of the last token after the engine's own times: 0.6 to 1.9 ms seen
 ENDED_SHARED_S = 0.010  # where the device takes the host's own CPUs: 0.7 to 1.1 ms seen on an idle one
-DECODE_S, DECODE_SHARE = 0.012, 0.005  # medians of an arm: 0.1 to 7.5 ms seen
+DECODE_S, DECODE_SHARE = 0.012, 0.005  # medians of a placement: 0.1 to 7.5 ms seen
 START_S, STARTS = 0.25, 5  # a cold start of the engine, and times the cell's usual one
-ARM_START_S = 0.015  # between medians of an arm and of its cell, beside a factor of two: 10 ms seen
+PLACEMENT_START_S = 0.015  # between medians of a placement and of its cell, beside a factor of two: 10 ms seen
 STEADY_SHARE, STEADY_BYTES = 0.02, 8 << 20  # host memory, bus traffic: 0.01 % seen on a GPU's host, 0.8 % on loopback
 LOOPBACK_BYTES, LOOPBACK_SHARE = 4 << 20, 0.02  # RSS of a loopback device: 0.15 MiB apart seen
 REST_BYTES, REST_SHARE = 8 << 20, 0.05  # what the engine's buffers do not explain, between placements: 2.3 MiB seen
 MONITOR_TIMES = 1.6  # a run's CPU seconds for monitors, the same, beside the look that waits: 1.37 seen
-FAULT_SHARE, FAULTS = 0.02, 1 << 13  # page faults of an arm's runs: 0.6 % apart with a GPU, 5,200 on loopback
+FAULT_SHARE, FAULTS = 0.02, 1 << 13  # page faults of a placement's runs: 0.6 % apart with a GPU, 5,200 on loopback
 SESSION_S = 2.0  # between runs of one process: no driver is loaded anew meanwhile
 TURN_S = 2.0  # starts are kept to whole seconds
 ALIKE_S, ALIKE_SHARE = 8e-6, 0.01  # two runs' steps differ by 22 us, and by 0.7 to 3 %, at the least that was seen
@@ -49,12 +49,12 @@ class Cell(NamedTuple):
     """Run -> seconds from the start of its process to the log's first instant, where the log has times."""
 
 
-def by_arm(runs: Iterable[Record]) -> dict[str, list[Record]]:
-    """Arm -> its runs, in their order."""
-    arms = defaultdict(list)
+def by_placement(runs: Iterable[Record]) -> dict[str, list[Record]]:
+    """Placement and load mode -> its runs, in their order."""
+    placements = defaultdict(list)
     for r in runs:
-        arms[r.spec.arm].append(r)
-    return arms
+        placements[r.spec.label].append(r)
+    return placements
 
 
 def _differ(getters: Mapping[str, Callable[[Record], Any]], runs: Sequence[Record]) -> Iterator[str]:
@@ -86,8 +86,8 @@ def header_numbers_agree(cell: Cell) -> Finding:
     """What the file's header says of a placement is the same in every run, and no placement changes the file's sum."""
 
     def failures() -> Iterator[str]:
-        for arm, runs in by_arm(cell.runs).items():
-            yield from (f"{arm}: {text}" for text in _differ({"header": lambda r: r.observation.placement}, runs))
+        for label, runs in by_placement(cell.runs).items():
+            yield from (f"{label}: {text}" for text in _differ({"header": lambda r: r.observation.placement}, runs))
         sums = {
             "weights": lambda r: r.observation.placement.device_bytes + r.observation.placement.moved_bytes,
             "experts": lambda r: r.sheet.expert_bytes,
@@ -137,11 +137,11 @@ def _requests(runs: Iterable[Record]) -> list[Request]:
     f"{ENDED_S['cuda'] * 1e3:g} ms ({ENDED_SHARED_S * 1e3:g} on loopback)",
     needs="timings",
 )
-def arms_keep_the_engines_time(cell: Cell) -> Finding:
-    """On a quiet host, what this side adds to the engine's own times is small over all of an arm's requests: a run may
-    be delayed, not all of them by as much. The first token may wait where all CPUs decode; the last one does not."""
+def placements_keep_the_engines_time(cell: Cell) -> Finding:
+    """On a quiet host, what this side adds to the engine's own times is small over a placement's requests: one run may
+    be delayed, not all by as much. The first token may wait where all CPUs decode; the last one does not."""
     quiet = [r for r in cell.runs if not strained(r.observation)]
-    idle = {r.spec.arm for r in quiet if r.observation.device_kind == "cuda" and r.spec.placed.is_baseline}
+    idle = {r.spec.label for r in quiet if r.observation.device_kind == "cuda" and r.spec.placed.is_baseline}
 
     def wrong() -> Iterator[str]:
         for r in quiet:
@@ -152,15 +152,15 @@ def arms_keep_the_engines_time(cell: Cell) -> Finding:
             ]
             if after and not 0 <= median(after) <= ENDED_S.get(r.observation.device_kind, ENDED_SHARED_S):
                 yield f"{r.run_id}: last tokens {median(after) * 1e3:.1f} ms after the engine's"
-        for (arm, workload, _), requests in _by_workload(quiet).items():
+        for (label, workload, _), requests in _by_workload(quiet).items():
             late = [t.ttft_s - t.prompt_s - LATENCY_SHARE * t.prompt_s for t in requests]
             if median(late) > LATENCY_S:
-                yield f"{arm}: first tokens of {workload} {median(late) * 1e3:.1f} ms late"
+                yield f"{label}: first tokens of {workload} {median(late) * 1e3:.1f} ms late"
             # an incomplete character at the end has no event: then the last token's time is not known
             ours = [(t.request.token_s[-1] - t.request.token_s[0], t.decode_s) for t in requests if t.request.whole]
-            least, share = (IDLE_S, IDLE_SHARE) if arm in idle else (DECODE_S, DECODE_SHARE)
+            least, share = (IDLE_S, IDLE_SHARE) if label in idle else (DECODE_S, DECODE_SHARE)
             if len(ours) > 1 and (apart := median([abs(a - b) - share * b for a, b in ours])) > least:
-                yield f"{arm}: decoding {workload} {apart * 1e3:.1f} ms from the engine's time"
+                yield f"{label}: decoding {workload} {apart * 1e3:.1f} ms from the engine's time"
 
     return finding(wrong(), f"{len(_requests(cell.runs))} requests")
 
@@ -175,13 +175,13 @@ class _Timed(NamedTuple):
 
 
 def _by_workload(runs: Iterable[Record]) -> dict[tuple[str, str, bool], list[_Timed]]:
-    """Requests by arm, workload, and whether the server was warm."""
+    """Requests by placement, workload, and whether the server was warm."""
     groups = defaultdict(list)
     for r in runs:
         for q in r.observation.requests:
             if q.ttft_s is not None and q.engine_prompt_s and q.engine_predicted_s is not None:
                 timed = _Timed(q, q.ttft_s, q.engine_prompt_s, q.engine_predicted_s)
-                groups[r.spec.arm, q.workload, q.index > 0].append(timed)
+                groups[r.spec.label, q.workload, q.index > 0].append(timed)
     return groups
 
 
@@ -196,10 +196,10 @@ def starts_alike(cell: Cell) -> Finding:
     def failures() -> Iterator[str]:
         starts = ((r.run_id, cell.starts[r.run_id]) for r in quiet)
         yield from (f"{name}: {s:.2f} s" for name, s in starts if s > max(START_S, STARTS * usual))
-        for arm, runs in by_arm(quiet).items():
+        for label, runs in by_placement(quiet).items():
             known = [cell.starts[r.run_id] for r in runs]
-            if known and not usual / 2 - ARM_START_S <= median(known) <= 2 * usual + ARM_START_S:
-                yield f"{arm}: {median(known) * 1e3:.0f} ms in the median, all {usual * 1e3:.0f} ms"
+            if known and not usual / 2 - PLACEMENT_START_S <= median(known) <= 2 * usual + PLACEMENT_START_S:
+                yield f"{label}: {median(known) * 1e3:.0f} ms in the median, all {usual * 1e3:.0f} ms"
 
     return finding(failures(), f"{usual * 1e3:.0f} ms in the median")
 
@@ -222,16 +222,16 @@ def memory_steady(cell: Cell) -> Finding:
         device, host, bus, rests = (defaultdict(list) for _ in range(4))
         loopback = any(r.observation.device_kind == "loopback" for r in cell.runs)
         for r in cell.runs:
-            o, arm = r.observation, r.spec.arm
+            o, label = r.observation, r.spec.label
             if o.memory.value_bytes is not None:
-                device[arm].append(o.memory.value_bytes)
+                device[label].append(o.memory.value_bytes)
             if o.memory.residual_bytes is not None:
-                rests[arm].append(o.memory.residual_bytes)
+                rests[label].append(o.memory.residual_bytes)
             if o.host_rss_peak_bytes is not None and (o.host.major_faults or 0) < PAGING:
-                host[arm].append(o.host_rss_peak_bytes)
+                host[label].append(o.host_rss_peak_bytes)
             for m in o.prompt_traffic:
                 if m.received_bytes is not None:
-                    bus[f"{arm}, {m.workload}"].append(m.received_bytes)
+                    bus[f"{label}, {m.workload}"].append(m.received_bytes)
         least, share = (LOOPBACK_BYTES, LOOPBACK_SHARE) if loopback else (AGREE_BYTES, AGREE_SHARE)
         yield from _spread("device memory", device, least, share)
         yield from _spread("host memory", host, STEADY_BYTES, STEADY_SHARE)
@@ -240,13 +240,13 @@ def memory_steady(cell: Cell) -> Finding:
         for label, moved in bus.items():
             alike[f"{label.partition('/')[0]}, {label.partition(', ')[2]} in all load modes"] += moved
         yield from _spread("bus traffic", alike, STEADY_BYTES, STEADY_SHARE)
-        middles = {arm: median(rest) for arm, rest in rests.items()}
+        middles = {label: median(rest) for label, rest in rests.items()}
         largest = max((r.observation.memory.value_bytes or 0 for r in cell.runs), default=0)
         bound = max(REST_BYTES, REST_SHARE * largest) if loopback else max(AGREE_BYTES, AGREE_SHARE * largest)
         if middles and max(middles.values()) - min(middles.values()) > bound:
-            yield f"beside the engine's buffers {', '.join(f'{arm} {n:.0f}' for arm, n in middles.items())} bytes"
+            yield f"beside the engine's buffers {', '.join(f'{label} {n:.0f}' for label, n in middles.items())} bytes"
 
-    return finding(failures(), f"{len(by_arm(cell.runs))} arms steady")
+    return finding(failures(), f"{len(by_placement(cell.runs))} placements steady")
 
 
 @holds("cell", f"{FAULT_SHARE:.0%} or {FAULTS} faults apart")
@@ -259,10 +259,10 @@ def pages_steady(cell: Cell) -> Finding:
         for r in cell.runs:
             use = r.observation.host
             if use.minor_faults is not None and (use.major_faults or 0) < PAGING:
-                sessions[r.spec.arm, _session(r)].append(use.minor_faults)
-        for (arm, _), faults in sessions.items():
+                sessions[r.spec.label, _session(r)].append(use.minor_faults)
+        for (label, _), faults in sessions.items():
             if max(faults) - min(faults) > max(FAULTS, FAULT_SHARE * max(faults)):
-                yield f"{arm}: {min(faults)} to {max(faults)} page faults"
+                yield f"{label}: {min(faults)} to {max(faults)} page faults"
 
     return finding(failures(), f"{len(cell.runs)} runs")
 
@@ -272,12 +272,12 @@ def monitors_alike(cell: Cell) -> Finding:
     """Watching the same work takes about as much of a CPU in every block."""
 
     def failures() -> Iterator[str]:
-        for arm, runs in by_arm(cell.runs).items():
+        for label, runs in by_placement(cell.runs).items():
             known = {r.run_id: r.observation.watch_cpu_s for r in runs if r.observation.watch_cpu_s}
             usual = median(known.values()) if known else 0.0
             for name, spent in known.items():
                 if not usual / MONITOR_TIMES - WATCH_ONCE_S <= spent <= usual * MONITOR_TIMES + WATCH_ONCE_S:
-                    yield f"{arm}: {spent:.3f} CPU seconds in {name}, {usual:.3f} in the median"
+                    yield f"{label}: {spent:.3f} CPU seconds in {name}, {usual:.3f} in the median"
 
     return finding(failures(), "alike")
 

@@ -4,15 +4,15 @@ from collections.abc import Iterable, Iterator
 from statistics import median
 
 from moelib.audit.bounds import COURSE_S, TICK_S, course, finding
-from moelib.audit.cells import Cell, by_arm
+from moelib.audit.cells import Cell, by_placement
 from moelib.audit.invariants import Finding, holds
 from moelib.audit.record import Record
 
-ENERGY_TIMES = 1.6  # a run's energy against the median of its arm: 1.48 seen
+ENERGY_TIMES = 1.6  # a run's energy against the median of its placement: 1.48 seen
 METER_SHARE, METER_S = 0.06, 1.0  # median over a cell's requests longer than that: 1.00 within 0.03 of 40 seen
 METER_SPREAD = 0.2  # beside it, by the root of their number: single ones are 0.78 to 1.12
-ARM_SHARES = (0.85, 1.25)  # an arm's requests against the meter, which lags: medians of 0.88 to 1.17 seen
-ARM_REQUESTS = 5  # fewer have no such median
+METER_TIMES = (0.85, 1.25)  # a placement's requests against the meter, which lags: medians of 0.88 to 1.17 seen
+METER_REQUESTS = 5  # fewer have no such median
 GAP_SHARES = (0.4, 1.15)  # between requests: of the lowest reading of the meter, and of the power in requests
 GAP_S = 0.15  # of power, by the root of the number of requests: the counter moves every 0.1 s
 GAP_REQUEST_S = 0.25  # of shorter requests, in the mean, the counter says nothing
@@ -23,19 +23,21 @@ def energy_steady(cell: Cell) -> Finding:
     """The same work takes about the same energy in every block."""
 
     def failures() -> Iterator[str]:
-        for arm, runs in by_arm(cell.runs).items():
+        for label, runs in by_placement(cell.runs).items():
             spent = {r.run_id: _spent(r) for r in runs if _known(r)}
             usual = median(spent.values()) if spent else 0.0
             # the counter moves every tenth of a second: of short requests it says little
             late = max((COURSE_S * w * len(r.observation.requests) for r in runs for w in _watts(r)), default=0.0)
             for name, joules in spent.items():
                 if not usual / ENERGY_TIMES - late <= joules <= usual * ENERGY_TIMES + late:
-                    yield f"{arm}: {joules:.0f} J in {name}, {usual:.0f} in the median"
+                    yield f"{label}: {joules:.0f} J in {name}, {usual:.0f} in the median"
 
     return finding(failures(), "steady")
 
 
-@holds("cell", f"{METER_SHARE:.0%} of long requests' power, {ARM_SHARES[0]:g} to {ARM_SHARES[1]:g} times per placement")
+@holds(
+    "cell", f"{METER_SHARE:.0%} of long requests' power, {METER_TIMES[0]:g} to {METER_TIMES[1]:g} times per placement"
+)
 def energy_as_metered(cell: Cell) -> Finding:
     """Requests take the power that the board's meter reads at their ends."""
 
@@ -43,10 +45,10 @@ def energy_as_metered(cell: Cell) -> Finding:
         long = [share for lasted, share in _meter_shares(cell.runs) if lasted > METER_S]
         if long and abs(median(long) - 1) > METER_SHARE + METER_SPREAD / len(long) ** 0.5:
             yield f"long requests take {median(long):.2f} times the meter's power"
-        for arm, runs in by_arm(cell.runs).items():
+        for label, runs in by_placement(cell.runs).items():
             shares = [share for lasted, share in _meter_shares(runs) if lasted > COURSE_S]
-            if len(shares) >= ARM_REQUESTS and not ARM_SHARES[0] <= median(shares) <= ARM_SHARES[1]:
-                yield f"{arm}: requests take {median(shares):.2f} times the meter's power"
+            if len(shares) >= METER_REQUESTS and not METER_TIMES[0] <= median(shares) <= METER_TIMES[1]:
+                yield f"{label}: requests take {median(shares):.2f} times the meter's power"
 
     return finding(failures(), "as the meter reads")
 
@@ -56,7 +58,7 @@ def energy_between_requests(cell: Cell) -> Finding:
     """What the board's counter moves by and no request took was drawn between them: by a board that waits."""
 
     def failures() -> Iterator[str]:
-        for arm, runs in by_arm(cell.runs).items():
+        for label, runs in by_placement(cell.runs).items():
             measured = [(r, moved) for r in runs if _known(r) and _watts(r) and (moved := _moved(r)) is not None]
             lasted = [q.total_s or 0.0 for r, _ in measured for q in r.observation.requests]
             if not measured or sum(lasted) < GAP_REQUEST_S * len(lasted):
@@ -67,7 +69,7 @@ def energy_between_requests(cell: Cell) -> Finding:
             slack = GAP_S * max(busy, idle) * len(lasted) ** 0.5
             least, most = GAP_SHARES[0] * idle * waited - slack, GAP_SHARES[1] * busy * waited + slack
             if not least <= between <= most:
-                yield f"{arm}: {between:.0f} J in {waited:.2f} s between requests, {least:.0f} to {most:.0f} possible"
+                yield f"{label}: {between:.0f} J in {waited:.2f} s between requests, {least:.0f} to {most:.0f} possible"
 
     return finding(failures(), "a board that waits")
 

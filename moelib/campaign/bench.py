@@ -60,7 +60,7 @@ class Bench(NamedTuple):
             reasons=(outcome.reason,) if outcome.reason else (),
             message=outcome.message,
             spec=spec,
-            sheet=Manifest.model_validate(self.quantised.sheet),
+            sheet=Manifest.model_validate(self.quantised.manifest),
             engine=self.runner.facts(),
             device=self.device,
             host=self.host,
@@ -107,7 +107,7 @@ def one(
     quantize.refuse_senseless(quantised.header, [placement])
     llama = engine.find()
     where = device.choose(device_kind, llama)
-    of = {k: quantised.sheet[k] for k in ("model", "quant", "weights", "scale")}
+    of = {k: quantised.manifest[k] for k in ("model", "quant", "weights", "scale")}
     spec = run.Spec(
         study=ALONE,
         placement=placement,

@@ -63,8 +63,8 @@ def measure(study: Study, cell: Cell) -> Iterator[record.Record]:
         if source.path.exists():
             quantize.refuse_senseless(source.header, placements)
         quantised = quantize.make(source, cell.quant, llama, work)
-        if study.manifest(cell) != Manifest.model_validate(quantised.sheet):
-            files.write_json(study.manifest_path(cell), quantised.sheet)
+        if study.manifest(cell) != Manifest.model_validate(quantised.manifest):
+            files.write_json(study.manifest_path(cell), quantised.manifest)
         bench = Bench.ready(quantised, LlamaServer(llama), where, work)
         evidence = study.evidence_now(cell, set_aside=True)
         _same_setup([r for r in evidence.records if r.done], bench)
@@ -102,8 +102,8 @@ def refuse_senseless(parameters: params.Study) -> None:
     for name in parameters.models:
         g = params.model(name).at_scale(parameters.scale)
         blocks = range(g.leading_dense_block_count, g.block_count)
-        for arm in parameters.arms:
-            if fault := arm.placed.fault(g.block_count, blocks):
+        for mode in parameters.arms:
+            if fault := mode.placed.fault(g.block_count, blocks):
                 raise StudyError(f"params/studies/{parameters.name}.yaml: {name}: {fault}")
 
 
@@ -149,7 +149,7 @@ def reaudit(study: Study) -> list[record.Record]:
     """
     records, rules = record.read_all(study.path)[0], host.facts()
     if rules["dirty"] or not rules["commit"]:
-        raise StudyError("the rules must be a commit's: commit what you changed, then judge again")
+        raise StudyError("the rules must be a commit's: commit what you changed, then re-audit")
     reaudited, standing = [], gather.standing(records)
     for r in sorted(records, key=lambda r: r.attempt):
         if r.observed is None or standing[r.key].done:
@@ -168,7 +168,7 @@ def reaudit(study: Study) -> list[record.Record]:
 def _same_setup(done: list[record.Record], bench: Bench) -> None:
     """Refuse to add runs to those of another engine, device or file: they could not be compared."""
     engine_facts = bench.runner.facts()
-    expected = ((engine_facts.runner, engine_facts.server_sha256), bench.where.name, bench.quantised.sheet["sha256"])
+    expected = ((engine_facts.runner, engine_facts.server_sha256), bench.where.name, bench.quantised.manifest["sha256"])
     for r in done:
         recorded = ((r.engine.runner, r.engine.server_sha256), r.device.name, r.sheet.sha256)
         if recorded != expected:
@@ -204,7 +204,7 @@ def done(study: Study, cells: list[Cell]) -> int:
 
 
 def _whole(study: Study, cell: Cell, status: Status) -> bool:
-    """Every run is valid, and the cell's sheet is the one that they name."""
+    """Every run is valid, and the cell's manifest is the one that they name."""
     return status.complete and same_manifest(study.manifest(cell), status.rounds[0][0].sheet)
 
 

@@ -30,7 +30,7 @@ Experts = Annotated[PositiveInt, Field(le=4096)]
 Blocks = Annotated[PositiveInt, Field(le=1000)]
 Tokens = Annotated[PositiveInt, Field(le=1 << 24)]
 MAX_RUNS = 200_000
-MAX_NAMES = 100  # models, arms or workloads of a study
+MAX_NAMES = 100  # models, placements or workloads of a study
 
 
 class Geometry(Strict):
@@ -91,7 +91,7 @@ class Workload(Strict):
     generate_tokens: Annotated[int, Field(ge=2, le=1 << 20)]
 
 
-class Arm(Strict):
+class PlacementMode(Strict):
     """A placement and a load mode; each round of a study runs every one of them once."""
 
     placement: Annotated[str, AfterValidator(lambda text: str(Placement.parse(text)))]
@@ -113,7 +113,7 @@ class Study(Strict):
     weights: Literal["twin", "real"]
     scale: str = "full"
     quants: tuple[Quant, ...] = Field(min_length=1)
-    arms: tuple[Arm, ...] = Field(
+    arms: tuple[PlacementMode, ...] = Field(
         min_length=1, max_length=MAX_NAMES, validation_alias=AliasChoices("placements", "arms")
     )
     """Placements with their load modes; people write `placements`, committed plans have `arms`."""

@@ -57,7 +57,7 @@ class Use:
         return max(0.0, self.busy_s - self.own_s) / (self.elapsed_s * self.cpus)
 
 
-class Watch:
+class Stopwatch:
     """Measures clocks and CPU times from its construction to `stop`.
 
     Both raise ProcessError (monitor-failed) if the system does not report a time; a missing time is never taken as 0.

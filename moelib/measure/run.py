@@ -50,7 +50,7 @@ class Spec:
         return placements.Placement.parse(self.placement, self.load_mode)
 
     @property
-    def arm(self) -> str:
+    def label(self) -> str:
         return f"{self.placement}/{self.load_mode}"
 
 
@@ -164,7 +164,7 @@ def execute(spec: Spec, quantised: Quantised, runner: Runner, device: devices.De
 
 
 def _observe(spec: Spec, quantised: Quantised, runner: Runner, device: devices.Device, work: Path) -> Observation:
-    started, monitor_host = time.monotonic(), host.Watch()
+    started, monitor_host = time.monotonic(), host.Stopwatch()
     since = time.time()
 
     def now() -> float:

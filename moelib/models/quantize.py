@@ -42,7 +42,7 @@ class Quantised:
     """A quantised file and its manifest."""
 
     header: gguf_file.Header
-    sheet: dict[str, Any]
+    manifest: dict[str, Any]
     content: files.Hashed
     """The hash of the file's present content; the manifest holds that of the file as it was made."""
 
@@ -146,14 +146,14 @@ def make(source: models.Source, quant: str, engine: Engine, scratch: Path) -> Qu
 
     def write() -> dict[str, Any]:
         nonlocal content
-        sheet = expected | _make(source, quant, engine, scratch, path)
-        content = files.Hashed(path, sheet["sha256"])  # computed just now
-        return sheet
+        manifest = expected | _make(source, quant, engine, scratch, path)
+        content = files.Hashed(path, manifest["sha256"])  # computed just now
+        return manifest
 
     for _ in range(2):
-        sheet = models.once(path, expected, write)
-        if content.sha256() == sheet["sha256"]:
-            return Quantised(gguf_file.read_header(path), sheet, content)
+        manifest = models.once(path, expected, write)
+        if content.sha256() == manifest["sha256"]:
+            return Quantised(gguf_file.read_header(path), manifest, content)
         models.forget(path)
     raise QuantizeError(f"{path.name} reads back differently than written: check this machine's disk and memory")
 
@@ -173,19 +173,19 @@ def from_source(model: str, quant: str, scale: str, weights: str) -> Quantised:
 def made(path: Path) -> Quantised:
     """The quantised file at `path` with its manifest. Raises QuantizeError if `make` has not made it, or it was changed
     since."""
-    sheet, content = models.noted(path), files.Hashed(path)
-    if not path.is_file() or sheet is None or "quant" not in sheet or content.sha256() != sheet["sha256"]:
+    manifest, content = models.noted(path), files.Hashed(path)
+    if not path.is_file() or manifest is None or "quant" not in manifest or content.sha256() != manifest["sha256"]:
         raise QuantizeError(
             f"{path} is no file with a manifest that fits it: make it with `moelib quantize MODEL QUANT`, or in Python "
             "with moelib.quantize(...)"
         )
-    return Quantised(gguf_file.read_header(path), sheet, content)
+    return Quantised(gguf_file.read_header(path), manifest, content)
 
 
-def place(sheet: Manifest) -> Path:
+def place(manifest: Manifest) -> Path:
     """The path of the file that a manifest describes."""
-    real, model = sheet.weights == "real", sheet.model
-    return (sources.folder(model) if real else models.twin_folder(model, sheet.scale)) / sheet.file_name
+    real, model = manifest.weights == "real", manifest.model
+    return (sources.folder(model) if real else models.twin_folder(model, manifest.scale)) / manifest.file_name
 
 
 def _make(source: models.Source, quant: str, engine: Engine, scratch: Path, path: Path) -> dict[str, Any]:

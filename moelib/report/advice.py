@@ -82,7 +82,7 @@ def _places(study: Study) -> list[str]:
 
 def pairs(study: Study) -> list[tuple[Side, Side]]:
     """(baseline, other) that the advice is about."""
-    return frames.in_one_load_mode([(arm.placement, arm.load_mode) for arm in study.parameters.arms])
+    return frames.in_one_load_mode([(mode.placement, mode.load_mode) for mode in study.parameters.arms])
 
 
 def _compare(study: Study, model: str, column: str, pairs: Pairs = frames.in_one_load_mode) -> list[Comparison]:

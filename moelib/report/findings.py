@@ -71,7 +71,7 @@ def answer(study: Study) -> Text:
     used = [*rates, *memory]
     for workload in study.parameters.workloads:
         comparisons = compare(f"ttft_warm_s/{workload}")
-        for mode in dict.fromkeys(arm.load_mode for arm in study.parameters.arms[1:]):
+        for mode in dict.fromkeys(m.load_mode for m in study.parameters.arms[1:]):
             of_mode = [c for c in comparisons if c.side[1] == mode]
             if of_mode:
                 times = stats.span(stats.values(c.ratio for c in of_mode), stats.number)
@@ -100,7 +100,7 @@ Show = Callable[[Comparison], dict[str, str]]
 def _where(row: Comparison | Summary, study: Study) -> dict[str, str]:
     """What a row is about; the load mode only where the study has several."""
     placement, load_mode = row.side
-    modes = {"load mode": load_mode} if len({arm.load_mode for arm in study.parameters.arms}) > 1 else {}
+    modes = {"load mode": load_mode} if len({mode.load_mode for mode in study.parameters.arms}) > 1 else {}
     return {"model": neutral(row.model), "quant": row.quant, "placement": placement} | modes
 
 

@@ -30,9 +30,10 @@ def merged(every: Iterable[Sources]) -> Sources:
     return {name: digest for sources in every for name, digest in sources.items()}
 
 
-def cite_manifest(sheet: Manifest) -> Sources:
+def cite_manifest(manifest: Manifest) -> Sources:
     # as it was written: what a manifest of older code lacks is not in its digest
-    return {f"quants/{sheet.model}-{sheet.quant}.json": files.digest(sheet.model_dump(mode="json", exclude_unset=True))}
+    written = manifest.model_dump(mode="json", exclude_unset=True)
+    return {f"quants/{manifest.model}-{manifest.quant}.json": files.digest(written)}
 
 
 def cite_overhead(overhead: dict[str, Overhead]) -> Sources:

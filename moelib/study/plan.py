@@ -65,10 +65,10 @@ def of(study: params.Study) -> Plan:
     for model, quant in itertools.product(study.models, study.quants):
         shuffled, blocks = random.Random(f"{study.seed}/{model}/{quant}"), []
         for b in range(study.blocks):
-            arms = [arm.model_dump() for arm in study.arms]
-            shuffled.shuffle(arms)
+            modes = [mode.model_dump() for mode in study.arms]
+            shuffled.shuffle(modes)
             common = {"model": model, "quant": quant, "block": b, **same}
-            blocks.append(tuple(run.Spec(order=i, **arm, **common) for i, arm in enumerate(arms)))
+            blocks.append(tuple(run.Spec(order=i, **mode, **common) for i, mode in enumerate(modes)))
         cells.append(Cell(model, quant, tuple(blocks)))
     random.Random(study.seed).shuffle(cells)
     return Plan(study=study, workloads={w: params.workload(w) for w in study.workloads}, cells=cells)

@@ -240,8 +240,8 @@ class Study:
     @cached_property
     def used(self) -> list[Record]:
         """The runs of these rounds: cell by cell, and the placements of a round in the study's order."""
-        order = {arm.label: i for i, arm in enumerate(self.parameters.arms)}
-        return [r for runs in self.rounds for r in sorted(runs, key=lambda r: order.get(r.spec.arm, len(order)))]
+        order = {mode.label: i for i, mode in enumerate(self.parameters.arms)}
+        return [r for runs in self.rounds for r in sorted(runs, key=lambda r: order.get(r.spec.label, len(order)))]
 
     @cached_property
     def runs(self) -> pd.DataFrame:
