@@ -8,7 +8,7 @@ import time
 import pytest
 from test_process import sleeping
 
-from moelib.machine import probe
+from moelib.machine import probe, process
 
 
 def shell(script):
@@ -16,11 +16,10 @@ def shell(script):
 
 
 def test_an_answer_has_both_outputs_and_the_code():
-    answer = probe.ask(shell("echo out; echo err >&2; exit 3"), 30)
-    assert answer == probe.Answer(3, "out\n", "err\n")
+    assert probe.ask(shell("echo out; echo err >&2; exit 3"), 30) == (3, "out\nerr\n")
     assert probe.ask(shell("kill -11 $$"), 30).code == -11
-    assert probe.ask(shell("printf '\\377'"), 30).out == "\ufffd"
-    assert len(probe.ask(shell("head -c 3000000 /dev/zero; head -c 1000000 /dev/zero >&2"), 30).out) == 3_000_000
+    assert probe.ask(shell("printf '\\377'"), 30).text == "\ufffd"
+    assert len(probe.ask(shell("head -c 3000000 /dev/zero; head -c 1000000 /dev/zero >&2"), 30).text) == 4_000_000
 
 
 @pytest.mark.parametrize("where", ["", " >&2"])
@@ -52,7 +51,7 @@ def test_a_tool_that_hangs_is_ended_with_all_that_it_started(script, seconds):
 )
 def test_processes_that_a_tool_leaves_behind_are_ended_and_not_waited_for(script, seconds):
     started = time.monotonic()
-    assert probe.ask(shell(script), 30).out == "hi\n"
+    assert probe.ask(shell(script), 30).text == "hi\n"
     assert time.monotonic() - started < 10
     assert sleeping(seconds) == []
 
@@ -61,7 +60,7 @@ def test_ctrl_c_ends_the_tool(monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(probe, "_listen", interrupted)
+    monkeypatch.setattr(process, "ended", interrupted)
     with pytest.raises(KeyboardInterrupt):
         probe.ask(shell("sleep 1008; :"), 30)
     assert sleeping(1008) == []
