@@ -21,6 +21,7 @@ from factory import (
     with_observed,
     with_spec,
 )
+from pynvml import nvmlClocksEventReasonSwPowerCap as POWER_CAP
 
 from moelib.audit import audit, bounds, record
 from moelib.audit.invariants import INVARIANTS, agrees
@@ -313,7 +314,7 @@ EDGES = [
     ("not-slowed", False, broken(device_kind="cuda", counters=())),
     ("not-slowed", False, broken(device_kind="cuda", counters=(Counters(0.1),))),
     ("not-slowed", True, broken(device_kind="cuda", counters=(Counters(0.1, events=0),))),
-    ("not-slowed", True, broken(counters=(Counters(0.1, events=nvml.POWER_CAP), Counters(0.2)))),
+    ("not-slowed", True, broken(counters=(Counters(0.1, events=POWER_CAP), Counters(0.2)))),
     ("host-quiet", True, host(busy_s=0.7)),  # 0.1 of 2 x 0.5 CPU seconds
     ("host-quiet", True, host(busy_s=0.0)),  # the counters' ticks are coarse
     ("clock-steady", True, host(clock_step_s=0.1)),

@@ -302,6 +302,8 @@ def test_without_rpc_the_note_says_that_nothing_is_offloaded(machine):
     machine(NO_DRIVER)
     where = device.choose("auto", Build(rpc=False))
     assert where.note == "measures on the CPU alone, with nothing to offload from, because there is no GPU here"
+    with pytest.raises(device.DeviceError, match="has no RPC; run `make engine`"):
+        device.choose("loopback", Build(rpc=False))
 
 
 def test_the_note_is_that_of_a_study_on_auto_with_an_engine(monkeypatch, machine):

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 from pydantic import TypeAdapter
+from pynvml import nvmlClocksEventReasonSwPowerCap as POWER_CAP
 
 from moelib.measure.memory import Reading
-from moelib.measure.nvml import NO_GPU, POWER_CAP, Counters, Gpu, Traffic, slowed
+from moelib.measure.nvml import NO_GPU, Counters, Gpu, Traffic, slowed
 
 MIB, GIB = 1 << 20, 1 << 30
 TOTAL, RESERVED = 80 * GIB, 615 * MIB

@@ -61,21 +61,13 @@ def present() -> list[DetectedGpu]:
 
 
 def _pci(path: Path) -> DetectedGpu | None:
-    vendor = VENDORS.get(_text(path / "vendor"))
-    if vendor is None or not _text(path / "class").startswith(DISPLAYS):
+    vendor = VENDORS.get(process.system_text(path / "vendor"))
+    if vendor is None or not process.system_text(path / "class").startswith(DISPLAYS):
         return None
-    own = _text(path / "mem_info_vram_total")  # amdgpu's
+    own = process.system_text(path / "mem_info_vram_total")  # amdgpu's
     small = vendor == "AMD" and own.isdigit() and int(own) < SMALL_BYTES
     address = path.resolve().name
     return DetectedGpu(vendor, f"PCI {address}", small or (vendor == "Intel" and address == INTEL_INTEGRATED))
-
-
-def _text(path: Path) -> str:
-    """The text of a system file; empty where it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""
 
 
 def others(devices: Mapping[str, str]) -> dict[str, str]:

@@ -23,7 +23,6 @@ SLOWED = {
     "sw-thermal": pynvml.nvmlClocksEventReasonSwThermalSlowdown,
 }
 """Clock-event reasons that mean a throttled card. A power cap is not one of them: cards are built to reach it."""
-POWER_CAP = pynvml.nvmlClocksEventReasonSwPowerCap
 
 TURN_BYTES = 1 << 32
 # Transfers per second times the line code's efficiency: 8 of 10 bits, then 128 of 130, then 242 of a FLIT's 256 bytes
