@@ -68,8 +68,6 @@ def test_a_device_that_never_settles_is_not_waited_for_without_end():
 class Memory:
     """A GPU whose memory is read from a list: before, and with an empty context."""
 
-    shared = False
-
     def __init__(self, *readings):
         self.readings = list(readings)
 
@@ -105,13 +103,6 @@ def test_an_empty_context_is_measured(tmp_path, monkeypatch, with_context, conte
 
 def test_the_size_of_a_context_that_cannot_be_made_is_unknown(tmp_path, monkeypatch):
     assert calibrated(monkeypatch, tmp_path, None, "context 100 0").context_bytes is None  # cuInit found no device
-
-
-@pytest.mark.parametrize(("line", "shared"), [("shared 1", True), ("shared 0", False), ("shared -1", False)])
-def test_a_device_whose_memory_is_the_hosts_is_recognised(tmp_path, monkeypatch, line, shared):
-    reading = Reading(0.0, 500 * MIB, None)
-    card = calibrated(monkeypatch, tmp_path, reading, f"device 0 0 GPU-1 {line}", "context 0 0")
-    assert card.gpu.shared is shared
 
 
 class Listing:

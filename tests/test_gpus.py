@@ -31,21 +31,23 @@ def test_where_cuda_shows_none_a_sentence_says_what_to_write(monkeypatch, value,
 
 
 @pytest.mark.parametrize(
-    ("line", "first_uuid"),
+    ("line", "shown"),
     [
-        (f"device 0 0 {A} shared 0", A),
+        (f"device 0 0 {A} shared 0", gpus.Shown(A, False)),
+        (f"device 0 0 {A} shared 1", gpus.Shown(A, True)),
+        (f"device 0 0 {A} shared -1", gpus.Shown(A, False)),  # CUDA did not say
         ("device 100 101 00000000-0000-0000-0000-000000000000 shared -1", None),  # cuInit finds no device
         ("", None),
     ],
 )
-def test_the_device_that_cuda_counts_first_is_read_from_its_answer(monkeypatch, line, first_uuid):
+def test_the_device_that_cuda_counts_first_is_read_from_its_answer(monkeypatch, line, shown):
     monkeypatch.setattr(gpus, "FIRST", [sys.executable, "-c", f"print({line!r})"])
-    assert gpus.first_id() == first_uuid
+    assert gpus.first() == shown
 
 
 def test_the_query_itself_runs_with_and_without_cuda():
-    first_uuid = gpus.first_id()
-    assert first_uuid is None or len(first_uuid) == len(A)
+    shown = gpus.first()
+    assert shown is None or len(shown.id) == len(A)
 
 
 @pytest.mark.parametrize(

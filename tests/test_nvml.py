@@ -18,6 +18,7 @@ import pytest
 from pydantic import TypeAdapter
 from pynvml import nvmlClocksEventReasonSwPowerCap as POWER_CAP
 
+from moelib.machine.gpus import Shown
 from moelib.measure.memory import Reading
 from moelib.measure.nvml import NO_GPU, Counters, Gpu, Traffic, slowed
 
@@ -194,13 +195,12 @@ STARTS = {
 def play(world: Path) -> dict:
     """Play everything against the library that pynvml finds; `world` is the file that it reads."""
 
-    def start(text: str, first: str | None) -> Gpu:
+    def start(text: str, first: str | None, shared: bool = False) -> Gpu:
         world.write_text(text, encoding="utf-8")
-        return Gpu(lambda: first and first.partition("-")[2])
+        return Gpu(lambda: first and Shown(first.partition("-")[2], shared))
 
     def scenario(s: Scenario) -> dict:
-        gpu = start(s.start, s.first)
-        gpu.shared = s.shared
+        gpu = start(s.start, s.first, s.shared)
         world.write_text(s.world, encoding="utf-8")
         return asdict(gpu.read(set(s.ours), 0.5))
 

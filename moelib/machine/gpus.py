@@ -30,8 +30,6 @@ SOFTWARE = re.compile("llvmpipe|lavapipe|swiftshader", re.I)  # Vulkan on the CP
 NO_GPU = re.compile(r"CUDA|RPC|BLAS|CPU", re.I)  # devices of the engine that are no other kind's GPU
 
 ANSWER_S = 30.0  # a driver may have to be loaded first
-SHARED = "shared 1"
-"""Printed by the process for a device whose memory is the host's RAM."""
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
 
@@ -93,16 +91,24 @@ HOLD = [sys.executable, "-c", _ASK + _HOLD]
 """Holds an empty context on the first visible device until it is ended."""
 
 
-def first_id() -> str | None:
-    """The id, without `GPU-` or `MIG-`, of the device that CUDA counts first with the present environment: of a card,
-    or of an instance of MIG. None where CUDA shows none."""
+class Shown(NamedTuple):
+    """The device that CUDA counts first: a card, or an instance of MIG."""
+
+    id: str
+    """Without `GPU-` or `MIG-`."""
+    shared: bool
+    """Whether its memory is the host's RAM, whose total says nothing about the device."""
+
+
+def first() -> Shown | None:
+    """The device that CUDA counts first with the present environment; None where it shows none."""
     limit = process.patience(ANSWER_S)
     try:
         done = subprocess.run(FIRST, env=process.inherited(), capture_output=True, timeout=limit, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    m = re.search(r"device 0 0 (\S+)", done.stdout.decode("utf-8", "replace"))
-    return m[1] if m else None
+    m = re.search(r"device 0 0 (\S+) shared (\S+)", done.stdout.decode("utf-8", "replace"))
+    return Shown(m[1], m[2] == "1") if m else None
 
 
 def driver_cuda() -> tuple[int, int] | None:

@@ -240,7 +240,6 @@ class Cuda(Device):
         try:
             with process.Child(gpus.HOLD, work / "context.log", env) as child:
                 child.wait_for(r"context 0 0", process.patience(gpus.ANSWER_S))
-                self.gpu.shared = gpus.SHARED in child.text()
                 reading = self.gpu.read({child.pid}, 0.0)
         except process.ProcessError:
             return  # memory is then checked against a wide bound, with the reason context-unmeasured

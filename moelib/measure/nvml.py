@@ -62,8 +62,8 @@ class Gpu:
     errors = (pynvml.NVMLError, gpus.NotVisible)
     no_driver = (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded)
 
-    def __init__(self, first: Callable[[], str | None] = gpus.first_id) -> None:
-        """first: the id of the device that CUDA counts first. Raises pynvml.NVMLError or gpus.NotVisible."""
+    def __init__(self, first: Callable[[], gpus.Shown | None] = gpus.first) -> None:
+        """first: asks for the device that CUDA counts first. Raises pynvml.NVMLError or gpus.NotVisible."""
         pynvml.nvmlInit()
         handles = {}
         for i in range(pynvml.nvmlDeviceGetCount()):
@@ -72,16 +72,15 @@ class Gpu:
                 handles[_text(pynvml.nvmlDeviceGetUUID(handle))] = handle
         if (shown := first()) is None:
             raise gpus.none_visible(handles)
-        if (whole := f"GPU-{shown}") in handles:
+        if (whole := f"GPU-{shown.id}") in handles:
             self.uuid, self.handle = whole, handles[whole]
             self._refuse_divided()
         else:
-            self.uuid = f"MIG-{shown}"
+            self.uuid = f"MIG-{shown.id}"
             self.handle, whole = _instance(self.uuid)
         self._elsewhere = [handle for uuid, handle in handles.items() if uuid != whole]
         self.name = _text(pynvml.nvmlDeviceGetName(self.handle))
-        self.shared = False
-        """Whether the device's memory is the host's RAM, whose total says nothing about the device."""
+        self.shared = shown.shared
         self.questions, self.absent = self._questions(), {}
         for name, ask_it in self.questions.items():
             try:
