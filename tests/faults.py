@@ -39,7 +39,7 @@ import stub_server
 from conftest import SMOKE, copy_of, furnish, library_of
 from factory import SHARED, measured
 from fault_lab import BANDWIDTH, MIB, RUN, FakeGpu, Lab, complete, patience
-from streams import Replay, parsed, recorded, sse, streamed, timeless
+from streams import parsed, recorded, replaying, sse, streamed, timeless
 
 from moelib.audit import audit
 from moelib.audit import record as records
@@ -572,11 +572,11 @@ def _(lab, chance, rounds):
             continue
         assert not cut.finished, f"cut at {at}"
     whole = range(len(answer) - 1)
-    with Replay() as server:
+    with replaying() as server:
         for at in whole if rounds > 1 else chance.sample(whole, SAMPLE):
             server.pieces = [answer[:at]]
             try:
-                outcome = f"finished: {streamed(server.port).finished}"
+                outcome = f"finished: {streamed(server.server_port).finished}"
             except client.RunError as err:
                 outcome = err.reason
             assert outcome == "connection-lost", f"cut at {at}: {outcome}"
@@ -594,10 +594,10 @@ def _(lab, chance, rounds):
         assert timeless(parsed([stream[:at], stream[at:]])) == want, f"split at {at}"
     assert timeless(parsed([bytes([b]) for b in stream])) == want
     spots = range(1, len(answer))
-    with Replay() as server:
+    with replaying() as server:
         for at in spots if rounds > 1 else chance.sample(spots, SAMPLE):
             server.pieces = [answer[:at], answer[at:]]
-            assert timeless(streamed(server.port)) == want, f"split at {at}"
+            assert timeless(streamed(server.server_port)) == want, f"split at {at}"
     return "nothing but times"
 
 

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import stub_server
 from fault_lab import Lab
@@ -37,39 +38,31 @@ def recorded(lab: Lab) -> bytes:
     return whole
 
 
-class Replay(contextlib.AbstractContextManager):
-    """A server that answers /health and then plays back `pieces` of an answer, and closes the connection."""
+class Pieces(BaseHTTPRequestHandler):
+    protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
 
-    def __init__(self):
-        self.pieces = []
-        self.socket = socket.create_server(("127.0.0.1", 0))
-        self.port = self.socket.getsockname()[1]
-        threading.Thread(target=self._serve, daemon=True).start()
+    def log_message(self, *_):
+        pass
 
-    def __exit__(self, *_):
-        self.socket.close()
+    def do_GET(self):
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
 
-    def _serve(self):
+    def do_POST(self):
+        self.rfile.read(int(self.headers["content-length"]))
+        self.close_connection = True
         with contextlib.suppress(OSError):
-            while True:
-                threading.Thread(target=self._connection, args=(self.socket.accept()[0],), daemon=True).start()
+            for piece in self.server.pieces:
+                self.wfile.write(piece)
+                time.sleep(0.0005)  # a packet of its own
 
-    def _connection(self, c):
-        c.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        with contextlib.suppress(OSError), c, c.makefile("rb") as lines:
-            while head := lines.readline():
-                length = 0
-                while line := lines.readline().strip():
-                    if line.lower().startswith(b"content-length:"):
-                        length = int(line.split(b":")[1])
-                lines.read(length)
-                if head.startswith(b"GET"):
-                    c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
-                    continue
-                for piece in self.pieces:
-                    c.sendall(piece)
-                    time.sleep(0.0005)  # a packet of its own
-                return
+
+@contextlib.contextmanager
+def replaying():
+    """A server that answers /health and then plays back its `pieces` of an answer, and closes the connection."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Pieces) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
 
 
 def streamed(port: int) -> client.Answer:
