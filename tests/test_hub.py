@@ -1,15 +1,11 @@
-"""The contract: what tests/hub.py answers is what the official clients, in Python and in JavaScript, ask and take; and
-the faults that it can have."""
+"""The contract: what tests/hub.py answers is what the official client asks and takes; and its faults."""
 
 import hashlib
 import json
 import os
 import re
-import shutil
-import subprocess
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -21,7 +17,6 @@ CARD = b"---\nlicense: mit\nbase_model: a/b\n---\n# A model\n"
 SMALL, LARGE = (b"GGUF\0\0" + os.urandom(n) for n in (100_000, 3_000_000))
 FILES = {"README.md": CARD, "m-Q2_K.gguf": SMALL, "sub/m-Q4_K_M.gguf": LARGE}
 M = "alice/m"
-HUB_JS = "@huggingface/hub@2.17.5"
 
 
 def api(hub, token="hf_write"):
@@ -230,38 +225,6 @@ def test_whatever_was_public_at_any_time_is_known(hub):
         {"refs/heads/main": [".gitattributes", "a.txt"], "refs/pr/1": [".gitattributes", "a.txt", "m.gguf"]},
         {},
     ]
-
-
-@pytest.fixture(scope="session")
-def js_folder(request):
-    """A folder with the client in its node_modules: MOELIB_HUB_JS, or one in pytest's cache that npm fills."""
-    if not shutil.which("node"):
-        pytest.skip("no node: the JavaScript client of the Hub is not tried")
-    folder = Path(os.environ.get("MOELIB_HUB_JS") or request.config.cache.mkdir("hub-js"))
-    package = folder / "node_modules/@huggingface/hub/package.json"
-    if not package.exists() and (npm := shutil.which("npm")):
-        install = [npm, "install", "--prefix", folder, "--ignore-scripts", "--no-audit", "--fetch-retries=0", HUB_JS]
-        with suppress(subprocess.TimeoutExpired):
-            subprocess.run(install, capture_output=True, timeout=60)
-    if not package.exists():
-        pytest.skip(f"npm could not install {HUB_JS}: the JavaScript client of the Hub is not tried")
-    return folder
-
-
-def test_the_javascript_client_gets_along(lfs_hub, tmp_path, js_folder):
-    for name, content in FILES.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(content)
-    script = Path(__file__).with_name("hub_client.mjs").read_text(encoding="utf-8")  # so that it looks in `js_folder`
-    run = ["node", "--input-type=module", "-e", script, lfs_hub.url, str(tmp_path)]
-    done = subprocess.run(run, cwd=js_folder, capture_output=True, text=True, timeout=60, encoding="utf-8")
-    assert done.returncode == 0, done.stderr
-    out = json.loads(done.stdout)
-    assert (out["who"], out["private"], out["same"]) == ("alice", True, [True] * 3)
-    files = {p: [len(c), None if p == "README.md" else sha(c)] for p, c in FILES.items()}
-    assert files.items() < out["listed"].items()
-    assert out["pull"] == f"{lfs_hub.url}/alice/js/discussions/1"
-    assert out["codes"] == [409, 401, 403]
 
 
 # faults
