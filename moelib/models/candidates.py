@@ -206,18 +206,7 @@ class _Reader:
 
     def header(self, one: Candidate) -> gguf_file.Header:
         """The combined header of all files of a candidate. Raises GGUFError, ChoiceError, HubError."""
-        parts = [self._part(n, f.bytes) for n, f in zip(one.names, one.files, strict=True)]
-        first, tensors = parts[0], tuple(t for p in parts for t in p.tensors)
-        positions = [(p.metadata.get("split.count", 0), p.metadata.get("split.no", 0)) for p in parts]
-        count, first_position = positions[0]
-        whole = len(parts) == 1 and count in (0, 1)
-        if positions != [(len(parts), i) for i in range(len(parts))] and not whole:
-            raise gguf_file.GGUFError(
-                f"its headers number the files wrongly: file {first_position + 1} of {count} first"
-            )
-        if len({t.name for t in tensors}) < len(tensors):
-            raise gguf_file.GGUFError("two of its files hold the same tensor")
-        return gguf_file.Header(first.path, one.nbytes, first.metadata, tensors)
+        return gguf_file.joined([self._part(n, f.bytes) for n, f in zip(one.names, one.files, strict=True)])
 
     def _part(self, name: str, nbytes: int) -> gguf_file.Header:
         """The header of one file, reading only as much of the file as needed."""

@@ -168,7 +168,9 @@ def adopt(model: str, given: Path) -> Source:
             facts = {"origin": origin, "of": weights.safetensors(given)}
             note = models.once(path, facts, lambda: facts | {"sha256": weights.convert(model, given, path)})
             return _choose(model, {path: note["sha256"]}, origin)
-        parts = _parts(given)
+        if given.suffix != ".gguf":
+            raise SourceError(f"{given.name} does not end in .gguf: give a GGUF file or a folder of safetensors")
+        parts = gguf_file.split_paths(given)
         weights.require(model, gguf_file.read_header(parts[0]))
         place.mkdir(parents=True, exist_ok=True)
         before = [files.state(p) for p in parts]
@@ -183,22 +185,6 @@ def adopt(model: str, given: Path) -> Source:
                 _link(path, part.resolve())
             hashes[path] = models.once(path, {"sha256": sha256}, partial(dict, sha256=sha256))["sha256"]
         return _choose(model, hashes, f"local file {given.name}")
-
-
-def _parts(given: Path) -> list[Path]:
-    """All files of the model to which the file `given` belongs. Raises SourceError."""
-    if given.suffix != ".gguf":
-        raise SourceError(
-            f"the name of {given.name} does not end in .gguf: give a GGUF file or a folder of safetensors"
-        )
-    parts = gguf_file.split_paths(given)  # raises if the numbers in the name are impossible
-    if missing := [p.name for p in parts if not p.is_file()]:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise SourceError(
-            f"{', '.join(missing[:3])}{more} is not in {given.parent}: give a GGUF file with all its parts beside it, "
-            "or a folder of safetensors"
-        )
-    return parts
 
 
 def _link(path: Path, target: Path) -> None:
