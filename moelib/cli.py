@@ -59,7 +59,7 @@ def twin(model: str, scale: str, seed: int, out: Path | None) -> None:
 @click.option("--pin", metavar="OWNER/NAME", help="Look up this repository's F16 files on the Hub and pin them.")
 @click.option("--revision", default="main", show_default=True, help="With --pin: branch, tag or commit.")
 @click.option("--file", "named", multiple=True, metavar="PATH", help="With --pin: this file, or the first part.")
-@click.option("--from", "given", type=click.Path(exists=True, path_type=Path), help="An F16 GGUF, or safetensors.")
+@click.option("--from", "given", type=click.Path(exists=True, path_type=Path), help="A local F16 GGUF.")
 def fetch(model: str, pin: str | None, revision: str, named: tuple[str, ...], given: Path | None) -> None:
     """Get MODEL's real weights: the files pinned in params/pins.yaml, or what --from names."""
     if named and not pin:

@@ -1,4 +1,4 @@
-"""Provide source files: geometry twins, and real weights from the Hub, from a local file, or from safetensors.
+"""Provide source files: geometry twins, and real weights from the Hub or from a local file.
 
 Real weights are stored in `models/MODEL/real/`. `source.json` there names the files and their origin; each file has a
 note with its SHA-256. A download is accepted only if it has the pinned hash.
@@ -95,7 +95,7 @@ def fetch(model: str, endpoint: str | None = None) -> Source:
         raise SourceError(
             f"no file of {model} is pinned in params/pins.yaml: `moelib fetch {model} --pin OWNER/NAME` pins the F16 "
             f"files of a repository (the plan names the publisher {upstream.publisher}); or convert "
-            f"{upstream.original} yourself: `moelib fetch {model} --from FOLDER`"
+            f"{upstream.original} with llama.cpp's `{weights.CONVERT}`, and `moelib fetch {model} --from FILE`"
         )
     client, place = hub.api(endpoint), folder(model)
     with _keeping(place):
@@ -155,21 +155,18 @@ def _keep(begun: Path, path: Path, want: params.SourceFile, operation: str) -> d
 
 
 def adopt(model: str, given: Path) -> Source:
-    """Use local weights: an F16 GGUF, any file of it if it is split, or a folder of safetensors to convert.
+    """Use local weights: an F16 GGUF, any file of it if it is split.
 
     The GGUF is not copied but linked to. A file that is not the model is refused before anything is replaced. Raises
     SourceError, GGUFError, FileError.
     """
-    upstream, place = _upstream(model), folder(model)
+    _upstream(model)
+    place = folder(model)
     with _keeping(place):
-        if given.is_dir():
-            path = place / f"{model}-F16.gguf"
-            origin = f"{upstream.original}, converted by {weights.CONVERTER} from {given.resolve().name}"
-            facts = {"origin": origin, "of": weights.safetensors(given)}
-            note = models.once(path, facts, lambda: facts | {"sha256": weights.convert(model, given, path)})
-            return _choose(model, {path: note["sha256"]}, origin)
-        if given.suffix != ".gguf":
-            raise SourceError(f"{given.name} does not end in .gguf: give a GGUF file or a folder of safetensors")
+        if given.suffix != ".gguf" or given.is_dir():
+            raise SourceError(
+                f"{given.name} is no GGUF file: give one; safetensors are converted by llama.cpp's `{weights.CONVERT}`"
+            )
         parts = gguf_file.split_paths(given)
         weights.require(model, gguf_file.read_header(parts[0]))
         place.mkdir(parents=True, exist_ok=True)
