@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 from hub import Hub, official_client
-from huggingface_hub import CommitOperationAdd, HfApi, errors, get_hf_file_metadata, hf_hub_url
+from huggingface_hub import CommitOperationAdd, HfApi, errors
 
 CARD = b"---\nlicense: mit\nbase_model: a/b\n---\n# A model\n"
 SMALL, LARGE = (b"GGUF\0\0" + os.urandom(n) for n in (100_000, 3_000_000))
@@ -82,15 +82,6 @@ def test_how_files_come_shows_in_the_requests(hub):
     assert sum(r.received for r in stored) == (0 if hub.cas else len(SMALL) + len(LARGE))
 
 
-def test_what_storage_has_is_not_sent_again_and_what_has_not_changed_is_not_committed_again(lfs_hub):
-    lfs_hub.put(M, {"m.gguf": SMALL})
-    for _ in range(2):
-        commit(api(lfs_hub), {"other.gguf": SMALL, "a.txt": b"a"})
-    assert not [line for line in lines(lfs_hub) if "/storage" in line or "verify" in line]
-    assert lfs_hub.read(M, "other.gguf") == SMALL
-    assert sum("/commit/" in line for line in lines(lfs_hub)) == 1
-
-
 def test_a_pull_request_is_filled_and_merged(hub):
     hub.put(M, {"x.gguf": LARGE})
     owner = api(hub)
@@ -112,23 +103,6 @@ def test_a_pull_request_against_what_has_changed_is_refused(lfs_hub):
     lfs_hub.put(M, {"a.txt": b"3"})
     with pytest.raises(errors.HfHubHTTPError, match="409"):
         api(lfs_hub).merge_pull_request(M, 1)
-
-
-def test_what_a_head_says_and_what_a_range_gets(hub):
-    head_commit = hub.put(M, {"README.md": CARD, "m.gguf": LARGE})
-    urls = {name: hf_hub_url(M, name, endpoint=hub.url) for name in ("README.md", "m.gguf")}
-    heads = {n: get_hf_file_metadata(url, token="hf_write", endpoint=hub.url) for n, url in urls.items()}
-    card, file = heads.values()
-    assert (file.etag, file.size, card.size) == (sha(LARGE), len(LARGE), len(CARD))
-    assert card.commit_hash == file.commit_hash == head_commit
-    assert (card.location.startswith(hub.url), file.location.startswith(hub.storage)) == (True, True)
-    with httpx.Client(trust_env=False) as c:
-        ranges = ("0-0", f"{len(LARGE)}-")
-        ends = [c.get(file.location, headers={"Range": f"bytes={r}"}) for r in ranges]
-    assert [(a.status_code, a.headers["Content-Range"], a.content) for a in ends] == [
-        (206, f"bytes 0-0/{len(LARGE)}", LARGE[:1]),
-        (416, f"bytes */{len(LARGE)}", b""),
-    ]
 
 
 NOT_FOUND, GATED = errors.RepositoryNotFoundError, errors.GatedRepoError

@@ -8,7 +8,8 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -68,7 +69,9 @@ def once(
     With `needed` false, the file itself may be missing.
     """
     place = note(path)
-    _writable(path.parent)
+    with keeping(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
     with files.lock(path.with_suffix(".lock"), path.name, wait_s=3600):
         try:
             noted = _read_note(path)
@@ -102,18 +105,17 @@ def noted(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _writable(folder: Path) -> None:
-    """Raise files.FileError unless files can be made in `folder`."""
+@contextmanager
+def keeping(where: Path) -> Iterator[None]:
+    """Turn an OSError about the folder `where` into a FileError with the next step."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        yield
     except OSError as err:
         if err.errno in files.NO_SPACE:
-            raise files.FileError(f"no file can be made in {folder}: {files.full(folder)}") from None
+            raise files.FileError(f"{where.name} cannot be written: {files.full(where)}") from None
         raise files.FileError(
-            f"model files cannot be stored in {folder}: {err.strerror}; let this user write there, or set "
-            "MOELIB_MODELS to a folder that it may write to"
+            f"{err.filename or where} cannot be read or written ({err.strerror or err}): correct its permissions, or "
+            "set MOELIB_MODELS to a folder of your own"
         ) from None
 
 
@@ -139,11 +141,6 @@ def forget(path: Path) -> None:
     """Delete the note on the file at `path`, so that the file is made again when it is next needed."""
     log.warning("%s is not the file that was made (its SHA-256 differs); making it again", path.name)
     note(path).unlink(missing_ok=True)
-
-
-def twin_whole(source: Source) -> Source:
-    """`source`, its file made again if it is missing or its hash differs."""
-    return make_twin(source.model, source.scale, out=source.path)
 
 
 def make_twin(model: str, scale: str, seed: int = 0, out: Path | None = None, needed: bool = True) -> Source:

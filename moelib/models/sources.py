@@ -8,8 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ def obtain(model: str, weights: str, scale: str, needed: bool = True) -> Source:
 def whole(source: Source) -> Source:
     """`source`, with its files made or downloaded again if they are missing or changed."""
     if source.weights == "twin":
-        return models.twin_whole(source)
+        return models.make_twin(source.model, source.scale, out=source.path)
     return _restored(source)
 
 
@@ -71,20 +70,6 @@ def _upstream(model: str) -> params.Upstream:
     return entry.upstream
 
 
-@contextmanager
-def _keeping(where: Path) -> Iterator[None]:
-    """Turn an OSError about the folder `where` into a FileError with the next step."""
-    try:
-        yield
-    except OSError as err:
-        if err.errno in files.NO_SPACE:
-            raise files.FileError(f"{where.name} cannot be written: {files.full(where)}") from None
-        raise files.FileError(
-            f"{err.filename or where} cannot be read or written ({err.strerror or err}): correct its permissions, or "
-            "set MOELIB_MODELS to a folder of your own"
-        ) from None
-
-
 def fetch(model: str, endpoint: str | None = None) -> Source:
     """Download the pinned files of `model`, resuming interrupted downloads, and check their hashes.
 
@@ -98,7 +83,7 @@ def fetch(model: str, endpoint: str | None = None) -> Source:
             f"{upstream.original} with llama.cpp's `{weights.CONVERT}`, and `moelib fetch {model} --from FILE`"
         )
     client, place = hub.api(endpoint), folder(model)
-    with _keeping(place):
+    with models.keeping(place):
         missing = sum(f.bytes - _arrived(_begun(place / Path(n).name, f)) for n, f in pin.files.items())
         missing -= sum(f.bytes for n, f in pin.files.items() if (place / Path(n).name).exists())
         files.need_space(place, max(0, missing), f"fetching {model}")
@@ -162,7 +147,7 @@ def adopt(model: str, given: Path) -> Source:
     """
     _upstream(model)
     place = folder(model)
-    with _keeping(place):
+    with models.keeping(place):
         if given.suffix != ".gguf" or given.is_dir():
             raise SourceError(
                 f"{given.name} is no GGUF file: give one; safetensors are converted by llama.cpp's `{weights.CONVERT}`"
@@ -225,12 +210,9 @@ def _chosen(model: str) -> Source | None:
 
 def _intact(source: Source) -> bool:
     """Whether every file of the source agrees with its note, and they are the recorded files."""
-    paths = gguf_file.split_paths(source.path)
-    return all(models.kept(p) for p in paths) and _sum({p.name: _noted(p) for p in paths}) == source.sha256
-
-
-def _noted(path: Path) -> str:
-    return json.loads(models.note(path).read_text(encoding="utf-8"))["facts"]["sha256"]
+    noted = {p: models.noted(p) for p in gguf_file.split_paths(source.path)}
+    hashes = {p.name: facts["sha256"] for p, facts in noted.items() if facts and models.kept(p)}
+    return len(hashes) == len(noted) and _sum(hashes) == source.sha256
 
 
 def pin(
@@ -244,6 +226,6 @@ def pin(
     _upstream(model)
     pins.read()  # report a damaged file of pins before any request to the Hub
     pinned = candidates.choose(model, repository, revision, hub.api(endpoint), named)
-    with _keeping(pins.path()):
+    with models.keeping(pins.path()):
         pins.write(model, pinned)
     return pinned
