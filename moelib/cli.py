@@ -44,13 +44,11 @@ def doctor(engine_path: str | None) -> None:
 @main.command()
 @click.argument("model", shell_complete=MODELS)
 @click.option("--scale", default="full", show_default=True, help="full, or one that models.yaml names: tiny, nano.")
-@click.option("--seed", default=0, show_default=True)
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Default: under models/.")
-def twin(model: str, scale: str, seed: int, out: Path | None) -> None:
+def twin(model: str, scale: str) -> None:
     """Write a geometry twin of MODEL: its shapes, random weights."""
     from moelib.models import models
 
-    source = models.make_twin(model, scale, seed, out)
+    source = models.make_twin(model, scale)
     say(f"{source.path}  {source.header.file_bytes} bytes  sha256 {source.sha256}")
 
 

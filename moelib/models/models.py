@@ -21,6 +21,7 @@ from moelib.gguf import gguf_file, twin
 
 log = logging.getLogger(__name__)
 
+SEED = 0  # of twins
 NOTE_BYTES = 1 << 24  # the largest, for a file of 65,536 tensors that all fell back, has 7 MB
 NO_NOTE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """Errors when reading a note that is missing, damaged, not JSON or of another form; it then counts as missing."""
@@ -143,18 +144,18 @@ def forget(path: Path) -> None:
     note(path).unlink(missing_ok=True)
 
 
-def make_twin(model: str, scale: str, seed: int = 0, out: Path | None = None, needed: bool = True) -> Source:
+def make_twin(model: str, scale: str, needed: bool = True) -> Source:
     """The twin of a catalogued model at `scale`, written unless it exists, or once existed and is not `needed`.
 
     Raises params.ParamsError for an unknown or excluded model, files.FileError if the disk is too small.
     """
     entry = params.model(model)
     geometry = entry.at_scale(scale)
-    path = out or twin_folder(model, scale) / f"{model}-F16.gguf"
-    facts = {"model": model, "title": entry.title, "seed": seed, "geometry": geometry.model_dump(), "weights": "twin"}
+    path = twin_folder(model, scale) / f"{model}-F16.gguf"
+    facts = {"model": model, "title": entry.title, "seed": SEED, "geometry": geometry.model_dump(), "weights": "twin"}
 
     def make() -> dict[str, Any]:
-        return {**facts, "sha256": twin.write(path, geometry, title=entry.title, seed=seed)}
+        return {**facts, "sha256": twin.write(path, geometry, title=entry.title, seed=SEED)}
 
     sha256 = once(path, facts, make, needed)["sha256"]
-    return Source(model, "twin", scale, path, sha256, f"geometry twin written by moelib, seed {seed}")
+    return Source(model, "twin", scale, path, sha256, f"geometry twin written by moelib, seed {SEED}")

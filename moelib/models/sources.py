@@ -40,7 +40,7 @@ def obtain(model: str, weights: str, scale: str, needed: bool = True) -> Source:
 def whole(source: Source) -> Source:
     """`source`, with its files made or downloaded again if they are missing or changed."""
     if source.weights == "twin":
-        return models.make_twin(source.model, source.scale, out=source.path)
+        return models.make_twin(source.model, source.scale)
     return _restored(source)
 
 
