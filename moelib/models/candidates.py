@@ -5,7 +5,6 @@ have F16 in its name, and the model may not. Names and sizes only determine the 
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import log
 from pathlib import PurePosixPath
@@ -59,8 +58,9 @@ class Listing:
     """GGUF -> why it cannot be pinned."""
 
 
-def choose(model: str, repository: str, revision: str, client: "HfApi", named: Sequence[str] = ()) -> Pin:
-    """The unquantised weights of `model` in `repository`, preferring F16, then BF16, then F32; or the files `named`.
+def choose(model: str, repository: str, revision: str, client: "HfApi", named: str | None = None) -> Pin:
+    """The unquantised weights of `model` in `repository`, preferring F16, then BF16, then F32; or the one with the
+    file `named`.
 
     Raises ChoiceError, HubError.
     """
@@ -82,7 +82,7 @@ def choose(model: str, repository: str, revision: str, client: "HfApi", named: S
             fit.setdefault(weights.kind(header), []).append(one)
     best = next((fit[k] for k in weights.UNQUANTISED if k in fit), [])
     if len(best) != 1:
-        raise ChoiceError(_none(model, listing, best, named))
+        raise ChoiceError(_none(model, listing, best, looked_at[0].names[0] if named else None))
     (one,) = best
     files = {n: f.model_dump() for n, f in zip(one.names, one.files, strict=True)}
     return build(
@@ -149,21 +149,13 @@ def _likely(model: str, listing: Listing, models: list[Candidate]) -> list[Candi
     return sorted(large, key=lambda c: (not HINT.search(c.names[0]), abs(log(c.nbytes / (2 * least))), c.names))
 
 
-def _named(listing: Listing, models: list[Candidate], named: Sequence[str]) -> Candidate:
-    for name in named:
-        if name not in listing.files:
-            why = (
-                listing.unfit.get(name)
-                or f"it is not a GGUF file of the repository, which has {_some(sorted(listing.files))}"
-            )
-            raise ChoiceError(f"{neutral.plain(name)} of {listing.repository} cannot be pinned: {why}")
+def _named(listing: Listing, models: list[Candidate], name: str) -> Candidate:
+    """The model that the file `name` belongs to. Raises ChoiceError."""
     for one in models:
-        if set(named) <= set(one.names):
+        if name in one.names:
             return one
-    why = next((listing.unfit[n] for n in named if n in listing.unfit), "they are not the files of one model")
-    raise ChoiceError(
-        f"{_some(list(named))} of {listing.repository} cannot be pinned: {why}; check the names on the Hub"
-    )
+    why = listing.unfit.get(name, f"it is no file of a whole model there; it has {_some(sorted(listing.files))}")
+    raise ChoiceError(f"{neutral.plain(name)} of {listing.repository} cannot be pinned: {why}")
 
 
 def _some(names: list[str], most: int = 12) -> str:
@@ -171,7 +163,7 @@ def _some(names: list[str], most: int = 12) -> str:
     return ", ".join(map(neutral.plain, names[:most])) + more if names else "none"
 
 
-def _none(model: str, listing: Listing, best: list[Candidate], named: Sequence[str]) -> str:
+def _none(model: str, listing: Listing, best: list[Candidate], named: str | None) -> str:
     """Why nothing was chosen, with the reason for each file, and the next step."""
     if best:
         several = _some([one.names[0] for one in best])
@@ -179,8 +171,8 @@ def _none(model: str, listing: Listing, best: list[Candidate], named: Sequence[s
             f"{listing.repository} has {model} unquantised {len(best)} times, in {several}: name one with --file PATH"
         )
     if named:
-        why = listing.unfit[next(n for n in listing.unfit if n in listing.files)]
-        return f"{neutral.plain(named[0])} of {listing.repository} is not {model} unquantised: {neutral.plain(why)}"
+        why = neutral.plain(listing.unfit[named])
+        return f"{neutral.plain(named)} of {listing.repository} is not {model} unquantised: {why}"
     steps = f"pin another repository, or give local files: `moelib fetch {model} --from PATH`"
     if pieces := [n for n in listing.others if PIECE.search(n)]:
         steps = (

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -153,11 +152,10 @@ def adopt(model: str, given: Path) -> Source:
                 f"{given.name} is no GGUF file: give one; safetensors are converted by llama.cpp's `{weights.CONVERT}`"
             )
         parts = gguf_file.split_paths(given)
+        before = [files.state(p) for p in parts if p.exists()]
         weights.require(model, gguf_file.read_header(parts[0]))
         place.mkdir(parents=True, exist_ok=True)
-        before = [files.state(p) for p in parts]
         digests = {part: weights.digest(part) for part in parts}
-        weights.require(model, gguf_file.read_header(parts[0]))  # it may have been replaced meanwhile
         if [files.state(p) for p in parts] != before:
             raise SourceError(f"{given.name} was changed while it was read: give it again when it is complete")
         hashes = {}
@@ -216,9 +214,9 @@ def _intact(source: Source) -> bool:
 
 
 def pin(
-    model: str, repository: str, revision: str = "main", endpoint: str | None = None, named: Sequence[str] = ()
+    model: str, repository: str, revision: str = "main", endpoint: str | None = None, named: str | None = None
 ) -> params.Pin:
-    """Choose the unquantised files of `model` in `repository` on the Hub, or those `named`, and pin them in
+    """Choose the unquantised files of `model` in `repository` on the Hub, or the one `named`, and pin them in
     params/pins.yaml.
 
     Raises ChoiceError if there are none, or several equally good; HubError, PinsError.
