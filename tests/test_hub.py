@@ -82,21 +82,6 @@ def test_how_files_come_shows_in_the_requests(hub):
     assert sum(r.received for r in stored) == (0 if hub.cas else len(SMALL) + len(LARGE))
 
 
-def test_a_pull_request_is_filled_and_merged(hub):
-    hub.put(M, {"x.gguf": LARGE})
-    owner = api(hub)
-    assert commit(owner, {"README.md": CARD}, create_pr=True).pr_revision == "refs/pr/1"
-    commit(owner, {"n.gguf": SMALL}, revision="refs/pr/1")
-    assert "n.gguf" not in owner.list_repo_files(M)
-    assert "n.gguf" in owner.list_repo_files(M, revision="refs/pr/1")
-    (pull,) = owner.get_repo_discussions(M, author="alice", discussion_type="pull_request")
-    assert (pull.num, pull.title, pull.status, pull.is_pull_request) == (1, "x", "open", True)
-    hub.put(M, {"new.txt": b"meanwhile"})
-    owner.merge_pull_request(M, 1)
-    assert [pull.status for pull in owner.get_repo_discussions(M)] == ["merged"]
-    assert {"new.txt", "n.gguf", "x.gguf", "README.md"} < set(owner.list_repo_files(M))
-
-
 def test_a_pull_request_against_what_has_changed_is_refused(lfs_hub):
     lfs_hub.put(M, {"a.txt": b"1"})
     commit(api(lfs_hub), {"a.txt": b"2"}, create_pr=True)
@@ -255,18 +240,6 @@ def test_an_upload_that_is_cut_leaves_nothing(lfs_hub, after):
     assert fault.struck == 6, "the client's own tries"
     assert {r.received for r in lfs_hub.requests if r.fault} == {len(SMALL) // 2 if after is None else after}
     assert not lfs_hub.repos[M].objects
-
-
-def test_storage_that_keeps_wrong_bytes_shows_by_reading_back_alone(hub, tmp_path):
-    hub.put(M, {})
-    hub.fail("corrupt", match="/commit/" if hub.cas else "PUT /storage", times=None)
-    commit(api(hub), {"m.gguf": SMALL, "x.gguf": LARGE})
-    listed = {e.path: e for e in api(hub).list_repo_tree(M)}
-    for path, content in (("m.gguf", SMALL), ("x.gguf", LARGE)):
-        assert listed[path].lfs.sha256 == sha(content), "nothing shows from outside"
-        received = Path(api(hub).hf_hub_download(M, path, cache_dir=tmp_path)).read_bytes()
-        assert len(received) == len(content)
-        assert received != content
 
 
 def test_silence_ends_with_the_hub(tmp_path):

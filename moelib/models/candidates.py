@@ -1,12 +1,11 @@
 """Choose the files of a Hub repository that hold a model's unquantised weights, from their headers.
 
 Headers are read with range requests. Names are not reliable: a vision projector, a draft head or a quantised file may
-have F16 in its name, and the model may not. Names and sizes only determine the order, and which files are too small.
+have F16 in its name, and the model may not. Sizes only tell which files are too small.
 """
 
 import re
 from dataclasses import dataclass, field
-from math import log
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,6 @@ PREFIX_BYTES, MAX_PREFIX_BYTES = 1 << 20, 64 << 20  # read of a file for its hea
 MAX_BYTES = 1 << 30  # read for all headers together
 MAX_LOOKED_AT = 40  # models whose headers are read
 MAX_PARTS = 500  # files of one model
-HINT = re.compile(r"(?i)(?<![a-z0-9])(fp?16|float16|bf16)(?![a-z0-9])")
 PIECE = re.compile(r"(?i)\.(gguf\.\S*part\S*|gguf-split-\w+|part\d\S*)$")
 
 
@@ -67,7 +65,7 @@ def choose(model: str, repository: str, revision: str, client: "HfApi", named: s
     repository_name(repository)
     listing = _listing(client, repository, revision)
     models = _candidates(listing)
-    looked_at = [_named(listing, models, named)] if named else _likely(model, listing, models)
+    looked_at = [_named(listing, models, named)] if named else _large_enough(model, listing, models)
     fit: dict[str, list[Candidate]] = {}
     reader = _Reader(client, listing)
     for one in tqdm(looked_at, desc="reading headers", disable=None, leave=False):
@@ -134,8 +132,8 @@ def _candidates(listing: Listing) -> list[Candidate]:
     return [Candidate(tuple(names), tuple(listing.files[n] for n in names)) for names in whole]
 
 
-def _likely(model: str, listing: Listing, models: list[Candidate]) -> list[Candidate]:
-    """The candidates that may be the model, most likely first. Raises ChoiceError if there are too many to read."""
+def _large_enough(model: str, listing: Listing, models: list[Candidate]) -> list[Candidate]:
+    """The candidates that are large enough to be the model. Raises ChoiceError if there are too many to read."""
     least = weights.least_bytes(model)
     for one in models:
         if one.nbytes < least:
@@ -146,7 +144,7 @@ def _likely(model: str, listing: Listing, models: list[Candidate]) -> list[Candi
             f"{listing.repository} has {len(large)} models that may be {model}, too many to read: name its file with "
             "--file PATH"
         )
-    return sorted(large, key=lambda c: (not HINT.search(c.names[0]), abs(log(c.nbytes / (2 * least))), c.names))
+    return large
 
 
 def _named(listing: Listing, models: list[Candidate], name: str) -> Candidate:

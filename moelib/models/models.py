@@ -22,7 +22,6 @@ from moelib.gguf import gguf_file, twin
 log = logging.getLogger(__name__)
 
 SEED = 0  # of twins
-NOTE_BYTES = 1 << 24  # the largest, for a file of 65,536 tensors that all fell back, has 7 MB
 NO_NOTE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """Errors when reading a note that is missing, damaged, not JSON or of another form; it then counts as missing."""
 
@@ -92,8 +91,7 @@ def once(
 
 def _read_note(path: Path) -> dict[str, Any]:
     """The note on the file at `path`. Raises one of NO_NOTE if it cannot be read."""
-    with note(path).open("rb") as f:
-        noted = json.loads(f.read(NOTE_BYTES).decode("utf-8"))
+    noted = json.loads(note(path).read_text(encoding="utf-8"))
     return noted if isinstance(noted, dict) and isinstance(noted["facts"], dict) else {}
 
 
