@@ -44,13 +44,11 @@ def doctor(engine_path: str | None) -> None:
 @main.command()
 @click.argument("model", shell_complete=MODELS)
 @click.option("--scale", default="full", show_default=True, help="full, or one that models.yaml names: tiny, nano.")
-@click.option("--seed", default=0, show_default=True)
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Default: under models/.")
-def twin(model: str, scale: str, seed: int, out: Path | None) -> None:
+def twin(model: str, scale: str) -> None:
     """Write a geometry twin of MODEL: its shapes, random weights."""
     from moelib.models import models
 
-    source = models.make_twin(model, scale, seed, out)
+    source = models.make_twin(model, scale)
     say(f"{source.path}  {source.header.file_bytes} bytes  sha256 {source.sha256}")
 
 
@@ -58,9 +56,9 @@ def twin(model: str, scale: str, seed: int, out: Path | None) -> None:
 @click.argument("model", shell_complete=MODELS)
 @click.option("--pin", metavar="OWNER/NAME", help="Look up this repository's F16 files on the Hub and pin them.")
 @click.option("--revision", default="main", show_default=True, help="With --pin: branch, tag or commit.")
-@click.option("--file", "named", multiple=True, metavar="PATH", help="With --pin: this file, or the first part.")
-@click.option("--from", "given", type=click.Path(exists=True, path_type=Path), help="An F16 GGUF, or safetensors.")
-def fetch(model: str, pin: str | None, revision: str, named: tuple[str, ...], given: Path | None) -> None:
+@click.option("--file", "named", metavar="PATH", help="With --pin: this file, or a part of a split model.")
+@click.option("--from", "given", type=click.Path(exists=True, path_type=Path), help="A local F16 GGUF.")
+def fetch(model: str, pin: str | None, revision: str, named: str | None, given: Path | None) -> None:
     """Get MODEL's real weights: the files pinned in params/pins.yaml, or what --from names."""
     if named and not pin:
         raise click.UsageError("--file names a file of the repository that --pin names: give both")

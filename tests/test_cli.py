@@ -21,6 +21,7 @@ from moelib.base import files
 from moelib.catalogue import params
 from moelib.engine import engine
 from moelib.gguf import gguf_file
+from moelib.models import models
 
 
 def call(*args):
@@ -55,9 +56,9 @@ def test_a_wrong_name_is_one_line_and_an_exit_code(home):
 @pytest.mark.engine
 def test_twin_and_quantize_make_files_that_are_what_they_say(home, tmp_path, monkeypatch):
     monkeypatch.setenv("MOELIB_MODELS", str(tmp_path / "m"))
-    result = call("twin", "deepseek-moe-16b", "--scale", "nano", "--out", str(tmp_path / "t.gguf"))
+    result = call("twin", "deepseek-moe-16b", "--scale", "nano")
     assert result.exit_code == 0, result.output
-    assert files.sha256(tmp_path / "t.gguf") in result.output
+    assert files.sha256(models.twin_folder("deepseek-moe-16b", "nano") / "deepseek-moe-16b-F16.gguf") in result.output
     result = call("quantize", "deepseek-moe-16b", "Q2_K", "--scale", "nano")
     assert result.exit_code == 0, result.output
     path, manifest = result.output.splitlines()

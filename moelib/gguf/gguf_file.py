@@ -56,10 +56,10 @@ def split_paths(path: Path) -> list[Path]:
     return [path.with_name(f"{path.name[: m.start()]}-{i + 1:05}-of-{m[2]}.gguf") for i in range(of)]
 
 
-def read_header(path: str | Path, any_kind: bool = False) -> Header:
-    """Read and check the header of `path`, or of all files of a split model, given any of them.
+def read_header(path: str | Path) -> Header:
+    """Read and check the header of the model in `path`, or in all files of a split model, given any of them.
 
-    `any_kind`: accept files that are not models; see `Header.kind`. Raises GGUFError.
+    Raises GGUFError, also for a file that is not a model; see `Header.kind`.
     """
     paths = split_paths(Path(path))
     if len(paths) > 1 and (missing := [p.name for p in paths if not p.exists()]):
@@ -73,15 +73,20 @@ def read_header(path: str | Path, any_kind: bool = False) -> Header:
             parts.append(_read(p))
             total += len(parts[-1].tensors)
             refuse(total > gguf_reader.MAX_TENSORS, f"corrupt: more than {gguf_reader.MAX_TENSORS} tensors")
+    header = joined(parts)
+    if header.kind != "model":
+        kind, step = NOT_MODELS[header.kind]
+        raise GGUFError(f"{header.path.name} is {kind}; {step}")
+    return header
+
+
+def joined(parts: list[Header]) -> Header:
+    """The header of a model from those of its files, in order. Raises GGUFError unless they are one model's."""
     _belong(parts)
     first, tensors = parts[0], tuple(t for p in parts for t in p.tensors)
     twice = len({t.name for t in tensors}) != len(tensors)
     refuse(twice, f"{first.path.name}: corrupt: two of its files hold the same tensor", "fetch all of them again")
-    header = Header(first.path, sum(p.file_bytes for p in parts), first.metadata, tensors)
-    if not any_kind and header.kind != "model":
-        kind, step = NOT_MODELS[header.kind]
-        raise GGUFError(f"{first.path.name} is {kind}; {step}")
-    return header
+    return Header(first.path, sum(p.file_bytes for p in parts), first.metadata, tensors)
 
 
 def from_bytes(first: bytes, name: str, file_bytes: int) -> Header:
