@@ -119,8 +119,9 @@ def test_a_number_that_does_not_say_where_it_came_from_is_not_shown(tmp_path):
     with pytest.raises(notebooks.NotebookError, match="a run is cited and not defined; run the notebook from"):
         document.render(path, tmp_path)
     provenance["sources"] = {"a run": "its digest"}
-    path.write_text(json.dumps(outputs({"moelib": provenance})), encoding="utf-8")
-    assert document.render(path, tmp_path).read_text(encoding="utf-8") == "42\n"
+    verdict = {"summary": "1 of 1 runs usable", "problems": [], "rounds": 1}
+    path.write_text(json.dumps(outputs({"moelib": provenance, "moelib-verdict": verdict})), encoding="utf-8")
+    assert document.render(path, tmp_path).path.read_text(encoding="utf-8") == "42\n"
     provenance = json.loads((tmp_path / "provenance.json").read_text(encoding="utf-8"))
     assert provenance["texts"] == {"answer": {"text": "42", "from": ["a run"]}}
     assert provenance["sources"] == {"a run": "its digest"}
