@@ -59,12 +59,6 @@ def test_modules_stay_small():
     assert not long
 
 
-def test_importing_moelib_is_cheap():
-    code = "import sys, moelib; print(sorted(set(sys.modules) & {'pandas', 'numpy', 'seaborn', 'papermill', 'yaml'}))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, encoding="utf-8")
-    assert out.stdout.strip() == "[]"
-
-
 WATCHED_IMPORT = """
 import importlib, os, sys
 HOME, opened = sys.argv[1], []
