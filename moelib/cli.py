@@ -107,14 +107,12 @@ def study_run(name: str, cell: str | None) -> None:
     """Do the runs of study NAME that are not done, then write its document."""
     from moelib.base.bar import tqdm
     from moelib.campaign import campaign
-    from moelib.catalogue import params
     from moelib.machine import monitor
     from moelib.report import document
 
-    campaign.refuse_senseless(params.study(name))  # before anything is looked for or written
     asked, cells = campaign.select(name, cell)
     planned = sum(len(c.specs) for c in cells)
-    before = campaign.done(asked, cells)
+    before = sum(asked.statuses[c.name].usable for c in cells)
     if before < planned and (note := campaign.device_note(asked)):
         say(f"{name} {note}")
     say(f"{name}: {len(cells)} notebooks, {planned} runs, {before} of them done")

@@ -57,9 +57,6 @@ def measure(study: Study, cell: Cell) -> Iterator[record.Record]:
     with held(where), _scratch(study) as work:
         process.sweep(study.work)
         source = sources.obtain(cell.model, study.parameters.weights, study.parameters.scale, needed=False)
-        placements = [a.placement for a in study.parameters.arms]
-        if source.path.exists():
-            quantize.refuse_senseless(source.header, placements)
         quantised = quantize.make(source, cell.quant, llama, work)
         if study.manifest(cell) != Manifest.model_validate(quantised.manifest):
             files.write_json(study.manifest_path(cell), quantised.manifest)
@@ -167,14 +164,6 @@ def select(name: str, cell: str | None = None) -> tuple[Study, list[Cell]]:
         return study, study.cells
     model, _, quant = cell.partition("/")
     return study, [study.cell(model, quant)]
-
-
-def done(study: Study, cells: list[Cell]) -> int:
-    """How many of the cells' runs have a valid record."""
-    names = {c.name for c in cells}
-    # their number alone: who runs or shows them audits them
-    records, _ = record.read_all(study.path, each=record.Lightener())
-    return sum(r.done and r.cell in names for r in gather.standing(records).values())
 
 
 def _whole(study: Study, cell: Cell, status: Status) -> bool:
