@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -11,7 +12,6 @@ import numpy as np
 from moelib.gguf import gguf_file, twin
 
 U32, F32, BOOL, STRING, ARRAY, I64 = 4, 6, 7, 8, 9, 11
-TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8}
 
 
 def text(value: str | bytes) -> bytes:
@@ -32,18 +32,21 @@ def _value(value: object) -> tuple[int, bytes]:
     return ARRAY, struct.pack("<IQ", items[0][0] if items else U32, len(items)) + b"".join(raw for _, raw in items)
 
 
-def build(metadata: dict[str, object], tensors: dict[str, tuple[int, ...]], kind: str = "F16") -> bytes:
-    """A GGUF whose tensors are zeros of type `kind`; a shape's fastest dimension comes first."""
+def build(metadata: dict, tensors: dict[str, tuple[int, ...]], kind: str | Callable = "F16", filling: int = 0) -> bytes:
+    """A GGUF whose tensors are of type `kind`, or of what that says of a name and shape, and whose bytes are all the
+    same; a shape's fastest dimension comes first."""
     out = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata))]
     for key, value in metadata.items():
         of, raw = _value(value)
         out += [text(key), struct.pack("<I", of), raw]
     at = 0
     for name, shape in tensors.items():
-        out += [text(name), struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, TYPES[kind], at)]
-        at += -(-gguf_file.tensor_bytes(shape, kind) // 32) * 32
+        of = kind if isinstance(kind, str) else kind(name, shape)
+        number = gguf.GGMLQuantizationType[of].value
+        out += [text(name), struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, number, at)]
+        at += -(-gguf_file.tensor_bytes(shape, of) // 32) * 32
     head = b"".join(out)
-    return head + bytes(-len(head) % 32) + bytes(at)
+    return head + bytes(-len(head) % 32) + bytes([filling]) * at
 
 
 def moe(arch: str = "qwen3moe", layers: int = 3, dense: int = 0, nextn: int = 0, experts: int = 4, **change: object):
