@@ -130,7 +130,7 @@ def study_run(name: str, cell: str | None) -> None:
         say(measured.summary())
     say_all(problems, err=True)
     if not cell and measured.done:
-        say(f"document: {os.path.relpath(document.document(name, progress=False).path)}")
+        say(f"document: {os.path.relpath(document.report(name, progress=False).path)}")
     elif not cell:
         say("no document: no run has a result", err=True)
     if problems:

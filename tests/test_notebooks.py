@@ -152,16 +152,17 @@ def test_a_document_made_elsewhere_leaves_the_studys_folder_alone(home, tmp_path
 
     verdict = {"summary": "1 of 2 runs usable", "problems": ["one"], "rounds": 0}
     monkeypatch.setattr(document.notebooks, "execute", execute)
-    reported = document.document("smoke", tmp_path / "into")
+    monkeypatch.setattr(document.study, "require_results", lambda _: None)
+    reported = document.report("smoke", tmp_path / "into")
     assert reported == (tmp_path / "into" / document.DOCUMENT, *verdict.values())
     assert not (home / "outputs").exists()
     assert not executed[0].exists(), "its working copy is gone"
-    document.document("smoke")
+    document.report("smoke")
     assert executed[1] == home / "outputs/smoke/notebooks/analysis.ipynb"
     assert executed[1].exists()
     verdict.clear()
     with pytest.raises(notebooks.NotebookError, match="it must show `evidence.problems`"):
-        document.document("smoke")
+        document.report("smoke")
 
 
 def test_what_an_output_has_told_no_later_one_of_the_notebook_repeats():

@@ -22,7 +22,7 @@ from moelib.catalogue import params
 from moelib.catalogue.facts import Manifest
 from moelib.engine import engine
 from moelib.machine import process
-from moelib.measure import device, run
+from moelib.measure import device
 from moelib.measure.llama_server import LlamaServer
 from moelib.models import quantize, sources
 from moelib.study import gather
@@ -71,7 +71,8 @@ def measure(study: Study, cell: Cell) -> Iterator[record.Record]:
             problems = [evidence.why_not(r) for r in standing]
             for spec, existing, to_do in zip(specs, standing, _to_do(standing, problems, _machine(bench)), strict=True):
                 if to_do or existing is None:
-                    existing = _performed(study, spec, 1 + last[record.spec_key(spec)], bench)
+                    attempt = 1 + last[record.spec_key(spec)]
+                    existing = record.write(study.path, bench.perform(study.path, spec, attempt))
                 yield existing
 
 
@@ -130,10 +131,6 @@ def _scratch(study: Study) -> Iterator[Path]:
         yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def _performed(study: Study, spec: run.Spec, attempt: int, bench: Bench) -> record.Record:
-    return record.write(study.path, bench.perform(study.path, spec, attempt))
 
 
 def _same_setup(done: list[record.Record], bench: Bench) -> None:

@@ -102,13 +102,8 @@ def report(name: str, into: Path | None = None, progress: bool = True) -> Report
 
     Raises StudyError if there are none.
     """
-    study.require_results(outputs() / name)
-    return document(name, into, progress)
-
-
-def document(name: str, into: Path | None = None, progress: bool = True) -> Reported:
-    """`report` of a study that is known to have records."""
     path = outputs() / name
+    study.require_results(path)
     with tempfile.TemporaryDirectory() as scratch:
         executed = (Path(scratch) if into else path / "notebooks") / "analysis.ipynb"
         notebooks.execute("analysis", executed, {"study": name}, progress)
