@@ -85,22 +85,26 @@ def cell(count=1, outputs=(), source="x"):
     return {"cell_type": "code", "source": [source], "execution_count": count, "outputs": list(outputs)}
 
 
+FORMS = ({}, [], {"cells": 1}, {"cells": [1]}, {"cells": [{"cell_type": "code"}]}, b"{", b"\xff\xfe", b"[" * 100_000)
+
+
 @pytest.mark.parametrize(
-    ("cells", "words"),
+    ("content", "words"),
     [
-        ([], "no code cells"),
-        ([cell(), cell(None)], "code cell 2 was not executed"),
-        ([cell(outputs=[{"output_type": "error", "evalue": "boom"}])], "code cell 1 failed: boom"),
+        ({"cells": []}, "no code cells"),
+        ({"cells": [cell(), cell(None)]}, "code cell 2 was not executed"),
+        ({"cells": [cell(outputs=[{"output_type": "error", "evalue": "boom"}])]}, "code cell 1 failed: boom"),
+        *((form, "n.ipynb cannot be read") for form in FORMS),
+        (None, "n.ipynb cannot be read"),
     ],
 )
-def test_a_notebook_that_is_not_whole_is_not_believed(tmp_path, cells, words):
+def test_a_notebook_that_is_not_whole_is_one_sentence(tmp_path, content, words):
     path = tmp_path / "n.ipynb"
-    path.write_text(json.dumps({"cells": cells}), encoding="utf-8")
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     with pytest.raises(notebooks.NotebookError, match=words):
         notebooks.require_whole(path)
-    path.write_text("{", encoding="utf-8")
     assert not notebooks.is_whole(path)
-    assert not notebooks.is_whole(tmp_path / "missing.ipynb")
 
 
 def outputs(metadata, text="42"):
@@ -193,17 +197,6 @@ def test_a_whole_cells_notebook_shows_on_a_machine_without_engine_or_device(monk
     assert len(re.findall(r"\| cpu-moe +\| none +\|", text)) == 10  # of placement and runs, five blocks each
     assert "![VRAM of each run over time](memory.png)" in text
     assert "Tokens generated over time, long-512" in text
-
-
-@pytest.mark.parametrize(
-    "content", ["{}", "[]", '{"cells": 1}', '{"cells": [1]}', '{"cells": [{"cell_type": "code"}]}']
-)
-def test_a_notebook_of_another_form_is_one_sentence(tmp_path, content):
-    path = tmp_path / "n.ipynb"
-    for text in (content.encode(), b"\xff\xfe", b"[" * 100_000):
-        path.write_bytes(text)
-        with pytest.raises(notebooks.NotebookError, match="n.ipynb cannot be read|no code cells"):
-            notebooks.require_whole(path)
 
 
 @pytest.mark.parametrize("harm", ["gone", "damaged", "deep"])
