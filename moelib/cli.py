@@ -105,14 +105,12 @@ def study_run(name: str, cell: str | None) -> None:
     """Do the runs of study NAME that are not done, then write its document."""
     from moelib.base.bar import tqdm
     from moelib.campaign import campaign
-    from moelib.catalogue import params
     from moelib.machine import monitor
     from moelib.report import document
 
-    campaign.refuse_senseless(params.study(name))  # before anything is looked for or written
     asked, cells = campaign.select(name, cell)
     planned = sum(len(c.specs) for c in cells)
-    before = campaign.done(asked, cells)
+    before = sum(asked.statuses[c.name].usable for c in cells)
     if before < planned and (note := campaign.device_note(asked)):
         say(f"{name} {note}")
     say(f"{name}: {len(cells)} notebooks, {planned} runs, {before} of them done")
@@ -130,7 +128,7 @@ def study_run(name: str, cell: str | None) -> None:
         say(measured.summary())
     say_all(problems, err=True)
     if not cell and measured.done:
-        say(f"document: {os.path.relpath(document.document(name, progress=False).path)}")
+        say(f"document: {os.path.relpath(document.report(name, progress=False).path)}")
     elif not cell:
         say("no document: no run has a result", err=True)
     if problems:
@@ -153,16 +151,12 @@ def study_status(name: str) -> None:
 
 @main.command()
 @click.argument("name", shell_complete=MEASURED)
-@click.option("--re-audit", is_flag=True, help="First re-audit runs without a valid result by the current rules.")
-def audit(name: str, re_audit: bool) -> None:
+def audit(name: str) -> None:
     """Check every record of study NAME against every invariant again, and show the result."""
-    from moelib.campaign import campaign
     from moelib.report import appendix
     from moelib.study.plan import outputs
     from moelib.study.study import Study
 
-    for r in campaign.reaudit(Study.named(name)) if re_audit else ():
-        say(f"re-audited: {r.line}, from the readings of {r.judged and r.judged.record}")
     measured = Study.read(outputs() / name)
     say(measured.summary())
     say_all(measured.problems)

@@ -21,7 +21,7 @@ def catalogued(home, title="T", publisher="a", original="a/t"):
 
 
 def gguf(geometry, kind="F16", arch=None, keep=lambda name: True, filling=1, general=None, **keys):
-    """The bytes of a GGUF of `geometry` with matrices of type `kind`, whose values are all the same.
+    """The bytes of a GGUF of `geometry` with matrices of type `kind`, whose bytes are all the same.
 
     `keep`: which tensors there are. `general`, `keys`: metadata instead of what there would be, the latter below the
     architecture's name; None leaves one out.
@@ -47,7 +47,7 @@ def twin_as_a_model(path, geometry):
 
 def split(geometry, count, kind="F16", filling=1):
     """The bytes of a model's files, the first without tensors, as llama.cpp's tool cuts it."""
-    tensors = twin.tensors(geometry)
+    tensors, arch = twin.tensors(geometry), geometry.architecture
     parts = [[], *(tensors[i :: count - 1] for i in range(count - 1))]
     arch = geometry.architecture
     metadata = {"general.architecture": arch, **{f"{arch}.{k}": getattr(geometry, k) for k in LLAMA_KEYS}}

@@ -9,22 +9,20 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from moelib.audit import audit, record
-from moelib.audit.invariants import reconciled
 from moelib.base import files
 from moelib.campaign import notebooks
-from moelib.campaign.bench import Bench, audited, held
+from moelib.campaign.bench import Bench, held
 from moelib.catalogue import params
 from moelib.catalogue.facts import Manifest
 from moelib.engine import engine
-from moelib.machine import host, process
-from moelib.measure import device, run
+from moelib.machine import process
+from moelib.measure import device
 from moelib.measure.llama_server import LlamaServer
 from moelib.models import quantize, sources
 from moelib.study import gather
@@ -59,9 +57,6 @@ def measure(study: Study, cell: Cell) -> Iterator[record.Record]:
     with held(where), _scratch(study) as work:
         process.sweep(study.work)
         source = sources.obtain(cell.model, study.parameters.weights, study.parameters.scale, needed=False)
-        placements = [a.placement for a in study.parameters.arms]
-        if source.path.exists():
-            quantize.refuse_senseless(source.header, placements)
         quantised = quantize.make(source, cell.quant, llama, work)
         if study.manifest(cell) != Manifest.model_validate(quantised.manifest):
             files.write_json(study.manifest_path(cell), quantised.manifest)
@@ -76,7 +71,8 @@ def measure(study: Study, cell: Cell) -> Iterator[record.Record]:
             problems = [evidence.why_not(r) for r in standing]
             for spec, existing, to_do in zip(specs, standing, _to_do(standing, problems, _machine(bench)), strict=True):
                 if to_do or existing is None:
-                    existing = _performed(study, spec, 1 + last[record.spec_key(spec)], bench)
+                    attempt = 1 + last[record.spec_key(spec)]
+                    existing = record.write(study.path, bench.perform(study.path, spec, attempt))
                 yield existing
 
 
@@ -137,34 +133,6 @@ def _scratch(study: Study) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _performed(study: Study, spec: run.Spec, attempt: int, bench: Bench) -> record.Record:
-    return record.write(study.path, bench.perform(study.path, spec, attempt))
-
-
-def reaudit(study: Study) -> list[record.Record]:
-    """Judge runs without a valid result by the present rules, from the readings that their records kept.
-
-    Of each run the first attempt that is valid by now becomes a record of its own, which names the first one; nothing
-    is measured, and nothing overwritten. Raises StudyError in a clone with changes: the rules must be a commit's.
-    """
-    records, rules = record.read_all(study.path)[0], host.facts()
-    if rules["dirty"] or not rules["commit"]:
-        raise StudyError("the rules must be a commit's: commit what you changed, then re-audit")
-    reaudited, standing = [], gather.standing(records)
-    for r in sorted(records, key=lambda r: r.attempt):
-        if r.observed is None or standing[r.key].done:
-            continue
-        observation = replace(r.observed, memory=reconciled(r.observed))
-        candidate = audited(study.path, r.model_copy(update={"observed": observation}))
-        if candidate.done:
-            attempt = 1 + max(other.attempt for other in records if other.key == r.key)
-            first = record.Reaudit(record=r.run_id, digest=r.digest, commit=rules["commit"])
-            changes = {"attempt": attempt, "run_id": record.run_id(r.spec, attempt), "judged": first}
-            standing[r.key] = record.write(study.path, candidate.model_copy(update=changes))
-            reaudited.append(standing[r.key])
-    return reaudited
-
-
 def _same_setup(done: list[record.Record], bench: Bench) -> None:
     """Refuse to add runs to those of another engine, device or file: they could not be compared."""
     engine_facts = bench.runner.facts()
@@ -193,14 +161,6 @@ def select(name: str, cell: str | None = None) -> tuple[Study, list[Cell]]:
         return study, study.cells
     model, _, quant = cell.partition("/")
     return study, [study.cell(model, quant)]
-
-
-def done(study: Study, cells: list[Cell]) -> int:
-    """How many of the cells' runs have a valid record."""
-    names = {c.name for c in cells}
-    # their number alone: who runs or shows them audits them
-    records, _ = record.read_all(study.path, each=record.Lightener())
-    return sum(r.done and r.cell in names for r in gather.standing(records).values())
 
 
 def _whole(study: Study, cell: Cell, status: Status) -> bool:
