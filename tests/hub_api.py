@@ -47,6 +47,9 @@ def whoami(hub, ask):
     if not ask.token:
         raise Refused(*ANONYMOUS)
     user, token = ask.token.user, {"displayName": "of a test", "role": ask.token.role}
+    if ask.token.role == "fineGrained":
+        scopes = ask.token.scopes.items()
+        token["fineGrained"] = {"scoped": [{"entity": {"name": s}, "permissions": list(p)} for s, p in scopes]}
     orgs = [{"type": "org", "name": o, "roleInOrg": roles[user]} for o, roles in hub.orgs.items() if user in roles]
     return {"type": "user", "name": user, "orgs": orgs, "auth": {"type": "access_token", "accessToken": token}}
 

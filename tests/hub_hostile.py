@@ -4,10 +4,11 @@
 ends when the client goes.
 """
 
-import gzip
 import json
 import time
+import zlib
 
+UNPACKED = 4 << 30  # bytes that a bomb stands for
 JSON = "Content-Type: application/json"
 
 
@@ -27,6 +28,16 @@ def endless(first, piece, wait_s=0.0):
         yield piece
 
 
+def bomb(_):
+    """4 MB that unpack to 4 GB."""
+    yield head(JSON, "Content-Encoding: gzip")
+    packer = zlib.compressobj(9, wbits=31)
+    yield packer.compress(b" " * (1 << 20)) + packer.flush(zlib.Z_FULL_FLUSH)
+    block = packer.compress(b" " * (1 << 20)) + packer.flush(zlib.Z_FULL_FLUSH)
+    for _ in range(UNPACKED >> 20):
+        yield block
+
+
 def redirect(to):
     return [whole(b"", f"Location: {to}", status="302 Found")]
 
@@ -34,7 +45,8 @@ def redirect(to):
 WRONG_TYPES = {"siblings": 7, "sha": 5, "private": {}, "name": [], "orgs": 3, "auth": "x", "id": None, "files": {}}
 MANY = [{"rfilename": f"{i}.gguf", "size": 1 << 40, "blobId": "0" * 40} for i in range(100_000)]
 ANSWERS = {
-    "packed": whole(gzip.compress(bytes(1 << 20)), JSON, "Content-Encoding: gzip"),  # which nobody asked for
+    "packed": whole(b"abcd", "Content-Encoding: br"),  # which nobody asked for
+    "rubble": whole(b"abcd", "Content-Encoding: gzip"),  # it says that it is packed, and is not
     "heads": head(*(f"X-{i}: {'x' * 1000}" for i in range(10_000))),
     "later": whole(b"{}", "Retry-After: 999999999", status="429 No"),
     "much_later": whole(b"{}", f"Retry-After: {'9' * 5000}", status="503 No"),
@@ -50,6 +62,7 @@ ANSWERS = {
     "no_text": whole(b'{"error": "\x1b[2J\xff\xfe\x07\x9b1m"}', "X-Error-Message: \x1b[2J\x07", status="404 No"),
 }
 WAYS = {name: lambda _, answer=answer: [answer] for name, answer in ANSWERS.items()} | {
+    "bomb": bomb,
     "flood": lambda _: endless(head(JSON), b" " * (1 << 20)),  # JSON may begin with white space
     "drip": lambda _: endless(head(JSON), b" ", 0.02),
     "drip_head": lambda _: endless(b"HTTP/1.1 200 OK\r\nX-Slow: ", b"x", 0.02),

@@ -29,15 +29,18 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Token:
-    """Of whom, and what it may: `write` or `read`."""
+    """Of whom, and what it may: `write`, `read`, or `fineGrained` with permissions by namespace or repository."""
 
     user: str
     role: str
+    scopes: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 TOKENS = {
     "hf_write": Token("alice", "write"),
     "hf_read": Token("alice", "read"),
+    "hf_fine": Token("alice", "fineGrained", {"alice": (READ, WRITE, DISCUSS)}),
+    "hf_narrow": Token("alice", "fineGrained", {"alice": (READ,)}),
     "hf_other": Token("bob", "write"),
 }
 ORGS = {"lab": {"alice": "admin", "bob": "read"}}  # who is what in them
@@ -165,7 +168,10 @@ class State:
         """Whether the token gives a right on a repository, which need not exist."""
         if token is None or (token.role == "read" and right != READ):
             return False
-        role = self.role(token.user, repo_id.split("/")[0])
+        namespace = repo_id.split("/")[0]
+        if token.role == "fineGrained" and not any(right in token.scopes.get(s, ()) for s in (namespace, repo_id)):
+            return False
+        role = self.role(token.user, namespace)
         is_public = repo_id in self.repos and not self.repos[repo_id].private
         return role in ("admin", "write") if right == WRITE else role is not None or (right == DISCUSS and is_public)
 

@@ -117,7 +117,9 @@ def test_who_may_not_read_is_refused_as_by_the_real_one(lfs_hub, tmp_path, case)
 
 WRITES = {  # token -> statuses of creating, committing, a pull request, publishing
     "hf_write": (200, 200, 200, 200),
+    "hf_fine": (200, 200, 200, 200),
     "hf_read": (403, 403, 403, 403),
+    "hf_narrow": (403, 403, 403, 403),
     "hf_other": (403, 403, 200, 403),
     False: (401, 401, 401, 401),
 }

@@ -1,6 +1,7 @@
 """Whatever a server sends in the Hub's place: one sentence, soon, in little memory, and nothing good is lost."""
 
 import copy
+import gzip
 import itertools
 import os
 import random
@@ -73,7 +74,7 @@ DOORS = {
     "reading a header": ("/storage", lambda server: sources.pin("toy", REPO, endpoint=server.url)),
     "finding a file": ("HEAD /alice", lambda server: sources.fetch("toy", server.url)),
     "fetching a file": ("/storage", lambda server: sources.fetch("toy", server.url)),
-    "whose token": ("whoami", lambda server: upload.require_own(hub.api(server.url), {"alice"})),
+    "whose token": ("whoami", lambda server: upload.require_rights(hub.api(server.url), {"alice"})),
     "a state": ("/api/models", lambda server: upload._state(hub.api(server.url), REPO)),
     "a listing": ("/tree", lambda server: upload._listing(hub.api(server.url), REPO, "main")),
     "requests": ("discussions", lambda server: upload._open_request(hub.api(server.url), plan())),
@@ -112,7 +113,9 @@ def test_harm_ends_in_a_sentence_soon_and_in_little_memory(pinned, lfs_hub, way,
     ("way", "why"),
     [
         ("flood", "more than 33,554,432 bytes were sent, too many for this answer"),
-        ("packed", "compressed as 'gzip', which was not requested: check the network's proxy"),
+        ("bomb", "more than 33,554,432 bytes were sent"),
+        ("packed", "compressed as 'br', which was not requested: check the network's proxy"),
+        ("rubble", "cannot be decompressed"),
         ("drip", "answers too slowly: check the network"),
         ("drip_head", "answers too slowly: check the network"),
         ("circle", "TooManyRedirects"),
@@ -136,6 +139,16 @@ def test_no_message_has_a_token_or_a_signature(monkeypatch):
     with pytest.raises(HubError) as caught, hub.asking("looking"):
         raise ValueError("of-another-form and hf_abc123 for https://x/y?Signature=5e1f&Expires=9 refused\nmore")
     assert str(caught.value).endswith("(ValueError: hf_... and hf_... for https://x/y?... refused)")
+
+
+def test_an_answer_that_is_packed_after_all_is_read(toy, lfs_hub, monkeypatch):
+    """Some proxies pack whatever passes: what is small unpacked is read."""
+    body = gzip.compress(b'{"name": "alice", "auth": {"accessToken": {"role": "write"}}}')
+    answer = hub_hostile.whole(body, "Content-Encoding: gzip")
+    monkeypatch.setitem(hub_hostile.WAYS, "packing", lambda _: [answer])
+    lfs_hub.fail("packing", match="whoami")
+    upload.require_rights(hub.api(lfs_hub.url), {"alice"})
+    assert lfs_hub.requests[-1].fault == "packing"
 
 
 def test_another_range_than_requested_is_refused(pinned, lfs_hub):

@@ -163,23 +163,26 @@ def test_a_file_that_changes_meanwhile_is_not_sent(results, server, tmp_path, mo
 @pytest.mark.parametrize(
     ("token", "space", "why"),
     [
-        ("hf_read", "alice", "the token may not do this: use one with the right to write to that namespace"),
-        ("hf_other", "lab", "the token may not do this"),
-        ("hf_other", "alice", "the token is bob's, who may not write to alice"),
+        ("hf_read", "alice", "reads only"),
+        ("hf_other", "alice", "is bob's, who may not write to alice"),
+        ("hf_other", "lab", "is bob's, who may not write to lab"),
+        ("hf_narrow", "alice", "has no right to write to repositories of alice"),
         ("hf_write", "nobody", "may not write to nobody"),
     ],
 )
-def test_a_token_without_the_right_is_told_and_changes_nothing(results, server, monkeypatch, token, space, why):
+def test_a_token_without_the_right_is_told_before_anything(results, server, monkeypatch, token, space, why):
     monkeypatch.setenv("HF_TOKEN", token)
-    with pytest.raises((PublishError, HubError), match=why) as caught:
+    with pytest.raises(PublishError, match=why) as caught:
         upload.publish(upload.plan(results, space, True, server.url), print, server.url)
     assert token not in str(caught.value)
-    assert server.repos == {}
+    assert writes(server.requests) == []
 
 
-def test_an_organisation_may(results, server):
-    upload.publish(upload.plan(results, "lab", True, server.url), print, server.url)
-    assert not server.repos[REPO.replace(SPACE, "lab")].private
+@pytest.mark.parametrize(("token", "space"), [("hf_fine", "alice"), ("hf_write", "lab")])
+def test_a_fine_token_and_an_organisation_may(results, server, monkeypatch, token, space):
+    monkeypatch.setenv("HF_TOKEN", token)
+    upload.publish(upload.plan(results, space, True, server.url), print, server.url)
+    assert not server.repos[REPO.replace(SPACE, space)].private
 
 
 def test_no_token_says_how_to_log_in(results, server, monkeypatch):

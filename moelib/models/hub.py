@@ -1,7 +1,7 @@
 """Access to the Hugging Face Hub: limits on time and size, and every error as one message with the next step.
 
 The token is the Hub's own login (`hf auth login`, HF_TOKEN) and appears in no message. The official client itself has
-no limits: it waits for ever, follows any `Retry-After`, and unpacks and keeps whatever is sent. So each operation
+no limits: it waits for ever, follows any `Retry-After`, and decompresses and keeps whatever is sent. So each operation
 runs inside a `Budget`, which limits all its requests, retries and pages together.
 """
 
@@ -9,7 +9,8 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -283,20 +284,18 @@ def _answers(response: "Response") -> None:
             raise TooMuchError(f"the Hub asks to wait {match[1][:9]} s: run the same command again then")
     if not Budget.open:
         return
-    encoding = response.headers.get("Content-Encoding", "").strip().lower()
+    encoding = response.headers.pop("Content-Encoding", "identity").strip().lower()
     if encoding not in ("identity", ""):
-        raise TooMuchError(
-            f"the answer is compressed as {encoding[:40]!r}, which was not requested: check the network's proxy"
-        )
-    response.stream = _counted(response.stream, Budget.open[-1])
+        response.headers.pop("Content-Length", None)
+    response.stream = _stream(response.stream, encoding, Budget.open[-1])
 
 
-def _counted(raw: Any, budget: Budget) -> Any:
+def _stream(raw: Any, encoding: str, budget: Budget) -> Any:
     from httpx2 import SyncByteStream
 
     class Counted(SyncByteStream):
         def __iter__(self) -> Iterator[bytes]:
-            for piece in raw:
+            for piece in _unpacked(raw, encoding):
                 budget.count(len(piece))
                 yield piece
 
@@ -304,3 +303,23 @@ def _counted(raw: Any, budget: Budget) -> Any:
             raw.close()
 
     return Counted()
+
+
+def _unpacked(raw: Iterable[bytes], encoding: str) -> Iterator[bytes]:
+    """The decompressed body, a piece at a time: 1 kB may expand to 1 MB."""
+    if encoding in ("identity", ""):
+        yield from raw
+        return
+    if encoding not in ("gzip", "x-gzip", "deflate"):
+        raise TooMuchError(
+            f"the answer is compressed as {encoding[:40]!r}, which was not requested: check the network's proxy"
+        )
+    packed = zlib.decompressobj(wbits=47)  # gzip or zlib, by its header
+    try:
+        for piece in raw:
+            while piece:
+                yield packed.decompress(piece, PIECE)
+                piece = packed.unconsumed_tail
+        yield packed.flush()
+    except zlib.error as err:
+        raise TooMuchError(f"the answer cannot be decompressed ({err}): check the network's proxy") from None

@@ -164,7 +164,7 @@ def publish(plans: list[Plan], say: Say, endpoint: str | None = None) -> None:
     Hub gives back is not what was sent; nothing of it has become public then.
     """
     client = hub.api(endpoint)
-    require_own(client, {p.repository.split("/")[0] for p in plans})
+    require_rights(client, {p.repository.split("/")[0] for p in plans})
     ready = [(p, *sent) for p in plans if (sent := _upload(client, p, say))]
     for p, revision, _ in ready:
         _read_back(client, p, revision, say)
@@ -172,16 +172,23 @@ def publish(plans: list[Plan], say: Say, endpoint: str | None = None) -> None:
         _show(client, p, revision, number, say)
 
 
-def require_own(client: "HfApi", namespaces: set[str]) -> None:
-    """Raise PublishError for a namespace that is not the token's user's: what it may do there, the Hub says."""
+def require_rights(client: "HfApi", namespaces: set[str]) -> None:
+    """Raise PublishError unless the token may write to every namespace."""
     with hub.asking("asking whose token this is"):
         who = client.whoami()
-        own = {str(who["name"]), *(str(o["name"]) for o in who.get("orgs", ()))}
-    if others := sorted(namespaces - own):
-        raise PublishError(
-            f"the token is {neutral.plain(who['name'])}'s, who may not write to {', '.join(others)}: `hf auth login` "
-            "with one that may, or set HF_TOKEN"
-        )
+        user, role = str(who["name"]), (access := who.get("auth", {}).get("accessToken", {})).get("role")
+        orgs = {o["name"]: o.get("roleInOrg") for o in who.get("orgs", ())}
+        scoped = access.get("fineGrained", {}).get("scoped", ())
+        fine = {s["entity"]["name"]: tuple(s["permissions"]) for s in scoped}
+    for name in sorted(namespaces):
+        own = name == user or orgs.get(name) in ("admin", "write", "contributor")
+        if role == "read" or not own:
+            why = "reads only" if own else f"is {neutral.plain(user)}'s, who may not write to {name}"
+        elif role == "fineGrained" and "repo.write" not in fine.get(name, ()):
+            why = f"has no right to write to repositories of {name}"
+        else:
+            continue
+        raise PublishError(f"the token {why}: `hf auth login` with one that may, or set HF_TOKEN")
 
 
 def _upload(client: "HfApi", p: Plan, say: Say) -> tuple[str, int | None] | None:
