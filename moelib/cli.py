@@ -151,12 +151,16 @@ def study_status(name: str) -> None:
 
 @main.command()
 @click.argument("name", shell_complete=MEASURED)
-def audit(name: str) -> None:
+@click.option("--re-audit", is_flag=True, help="First re-audit runs without a valid result by the current rules.")
+def audit(name: str, re_audit: bool) -> None:
     """Check every record of study NAME against every invariant again, and show the result."""
+    from moelib.campaign import campaign
     from moelib.report import appendix
     from moelib.study.plan import outputs
     from moelib.study.study import Study
 
+    for r in campaign.reaudit(Study.named(name)) if re_audit else ():
+        say(f"re-audited: {r.line}, from the readings of {r.judged and r.judged.record}")
     measured = Study.read(outputs() / name)
     say(measured.summary())
     say_all(measured.problems)

@@ -1,6 +1,7 @@
 """Plans, standing, resume; whole studies through papermill and the real engine on the loopback device."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from factory import (
     WORKLOADS,
     block,
     evidence,
+    keep,
     observation,
     record_of,
     spec,
@@ -106,6 +108,80 @@ def test_an_unknown_cell_names_the_known_ones(home):
         Study.named("smoke").cell("phi-3.5-moe", "Q8_0")
     with pytest.raises(params.ParamsError, match="allowed: Q4_K_M"):
         Study.named("smoke").cell("deepseek-moe-16b", "Q8")
+
+
+@pytest.fixture
+def refused(home, monkeypatch):
+    """A study whose baselines were refused by memory rules that are no longer: their readings are good."""
+    monkeypatch.setattr(campaign.host, "facts", lambda: {"commit": "c" * 40, "dirty": False})
+    as_made = (("nano", "tiny"), ("Q8_0", "Q4_K_M"), ("[smoke]", "[plan-short]"), ("256", "1024"))
+    path = home / "params/studies/smoke.yaml"
+    path.write_text(functools.reduce(lambda text, change: text.replace(*change), as_made, SMOKE), encoding="utf-8")
+    workloads = home / "params/workloads.yaml"
+    workloads.write_text(
+        workloads.read_text(encoding="utf-8").replace("generate_tokens: 100", "generate_tokens: 5", 1), encoding="utf-8"
+    )
+    params._yaml.cache_clear()
+    folder = Study.named("smoke")
+    folder.begin()
+    specs = [s for b in folder.cells[0].blocks for s in b]
+    for s in specs:
+        observed = observation(s.placement)
+        if s.placement == "baseline":
+            old = {"status": "invalid", "value_bytes": None, "reasons": ("accounts-disagree",)}
+            observed = dataclasses.replace(observed, memory=dataclasses.replace(observed.memory, **old))
+        keep(folder.path, record_of(observed, **dataclasses.asdict(s)))
+    return folder
+
+
+def test_readings_that_are_good_by_later_rules_are_judged_again_beside_the_first_judgement(refused):
+    before = {p.name: p.read_bytes() for p in (refused.path / "records").iterdir()}
+    first = {r.key: r for r in record.read_all(refused.path)[0] if not r.done}
+    assert {r.spec.placement for r in first.values()} == {"baseline"}
+    assert all("memory-known" in r.reasons for r in first.values())
+    again = campaign.reaudit(refused)
+    assert {r.key for r in again} == first.keys()
+    for r in again:
+        old = first[r.key]
+        assert r.judged == record.Reaudit(record=old.run_id, digest=old.digest, commit="c" * 40)
+        assert (r.status, r.reasons) == ("valid", ())
+        assert r.observed.memory.value_bytes is not None
+        assert r.observed.memory.trace == old.observed.memory.trace
+        assert r.observed.requests == old.observed.requests
+        assert (r.attempt, r.host, r.started_utc, r.raw) == (2, old.host, old.started_utc, old.raw)
+        assert gather.why_not(r) is None
+    after = {p.name: p.read_bytes() for p in (refused.path / "records").iterdir()}
+    assert before.items() <= after.items()
+    assert len(after) == len(before) + len(again)
+    assert campaign.reaudit(refused) == []
+
+
+def test_the_first_good_attempt_is_the_one_that_is_judged_again(refused):
+    (one, *_) = [r for r in record.read_all(refused.path)[0] if not r.done]
+    later = one.model_copy(update={"attempt": 2, "run_id": record.run_id(one.spec, 2)})
+    record.write(refused.path, later)
+    again = {r.key: r for r in campaign.reaudit(refused)}
+    assert again[one.key].judged.record == one.run_id
+    assert again[one.key].attempt == 3
+
+
+def test_what_is_wrong_for_another_reason_stays_so(refused):
+    rewrite(refused.path, lambda r: with_observed(r, top_logprobs=()))
+    assert campaign.reaudit(refused) == []
+
+
+def test_rules_that_no_commit_has_judge_nothing(refused, monkeypatch):
+    for facts in ({"commit": "c" * 40, "dirty": True}, {"commit": None, "dirty": None}):
+        monkeypatch.setattr(campaign.host, "facts", lambda facts=facts: facts)
+        with pytest.raises(StudyError, match="commit what you changed"):
+            campaign.reaudit(refused)
+
+
+def test_a_document_says_what_was_judged_again(refused):
+    campaign.reaudit(refused)
+    text = evidences.problems(study.Study.read(refused.path)).markdown()
+    assert "2 runs were *re-audited*: earlier rules refused the readings in their first record" in text
+    assert "cccccccccccc" in text
 
 
 def test_the_record_that_stands_is_the_last_done_one_else_the_last():

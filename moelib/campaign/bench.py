@@ -69,11 +69,14 @@ class Bench(NamedTuple):
             audit=(),
             raw=record.keep_logs(folder, name, outcome.logs, private),
         )
-        if result.observed is None:
-            return result
-        checks = gather.audit_today(result, witness.call(folder, result))  # its log is its witness
-        status, reasons = audit.verdict(checks)
-        return result.model_copy(update={"status": status, "reasons": reasons, "audit": checks})
+        return result if result.observed is None else audited(folder, result)
+
+
+def audited(folder: Path, r: record.Record) -> record.Record:
+    """The record with what the present rules say of it, its log in `folder`/raw being its witness."""
+    checks = gather.audit_today(r, witness.call(folder, r))
+    status, reasons = audit.verdict(checks)
+    return r.model_copy(update={"status": status, "reasons": reasons, "audit": checks})
 
 
 @contextmanager

@@ -9,19 +9,21 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from moelib.audit import audit, record
+from moelib.audit.invariants import reconciled
 from moelib.base import files
 from moelib.campaign import notebooks
-from moelib.campaign.bench import Bench, held
+from moelib.campaign.bench import Bench, audited, held
 from moelib.catalogue import params
 from moelib.catalogue.facts import Manifest
 from moelib.engine import engine
-from moelib.machine import process
+from moelib.machine import host, process
 from moelib.measure import device
 from moelib.measure.llama_server import LlamaServer
 from moelib.models import quantize, sources
@@ -131,6 +133,30 @@ def _scratch(study: Study) -> Iterator[Path]:
         yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def reaudit(study: Study) -> list[record.Record]:
+    """Judge runs without a valid result by the present rules, from the readings that their records kept.
+
+    Of each run the first attempt that is valid by now becomes a record of its own, which names the first one; nothing
+    is measured, and nothing overwritten. Raises StudyError in a clone with changes: the rules must be a commit's.
+    """
+    records, rules = record.read_all(study.path)[0], host.facts()
+    if rules["dirty"] or not rules["commit"]:
+        raise StudyError("the rules must be a commit's: commit what you changed, then re-audit")
+    reaudited, standing = [], gather.standing(records)
+    for r in sorted(records, key=lambda r: r.attempt):
+        if r.observed is None or standing[r.key].done:
+            continue
+        observation = replace(r.observed, memory=reconciled(r.observed))
+        candidate = audited(study.path, r.model_copy(update={"observed": observation}))
+        if candidate.done:
+            attempt = 1 + max(other.attempt for other in records if other.key == r.key)
+            first = record.Reaudit(record=r.run_id, digest=r.digest, commit=rules["commit"])
+            changes = {"attempt": attempt, "run_id": record.run_id(r.spec, attempt), "judged": first}
+            standing[r.key] = record.write(study.path, candidate.model_copy(update=changes))
+            reaudited.append(standing[r.key])
+    return reaudited
 
 
 def _same_setup(done: list[record.Record], bench: Bench) -> None:
