@@ -57,7 +57,7 @@ def twin(model: str, scale: str) -> None:
 @click.option("--pin", metavar="OWNER/NAME", help="Look up this repository's F16 files on the Hub and pin them.")
 @click.option("--revision", default="main", show_default=True, help="With --pin: branch, tag or commit.")
 @click.option("--file", "named", metavar="PATH", help="With --pin: this file, or a part of a split model.")
-@click.option("--from", "given", type=click.Path(exists=True, path_type=Path), help="A local F16 GGUF.")
+@click.option("--from", "given", type=click.Path(exists=True, path_type=Path), help="An F16 GGUF, or safetensors.")
 def fetch(model: str, pin: str | None, revision: str, named: str | None, given: Path | None) -> None:
     """Get MODEL's real weights: the files pinned in params/pins.yaml, or what --from names."""
     if named and not pin:

@@ -47,7 +47,7 @@ def twin_as_a_model(path, geometry):
 
 def split(geometry, count, kind="F16", filling=1):
     """The bytes of a model's files, the first without tensors, as llama.cpp's tool cuts it."""
-    tensors, arch = twin.tensors(geometry), geometry.architecture
+    tensors = twin.tensors(geometry)
     parts = [[], *(tensors[i :: count - 1] for i in range(count - 1))]
     arch = geometry.architecture
     metadata = {"general.architecture": arch, **{f"{arch}.{k}": getattr(geometry, k) for k in LLAMA_KEYS}}

@@ -92,7 +92,7 @@ def test_each_layout_of_a_publisher_is_understood(shape, make, lfs_hub):
         ({"a-00000-of-00001.gguf": bytes(9)}, "its name says file 0 of 1"),
         ({"a-00001-of-99999.gguf": bytes(9)}, "its name says file 1 of 99999"),
         ({"toy.f16.gguf.part1of2": bytes(9000)}, "toy.f16.gguf.part1of2 are pieces of one file.*join them with `cat`"),
-        ({"model-1.safetensors": bytes(9000)}, "it holds safetensors: run `hf download alice/toy-GGUF.*--from FILE"),
+        ({"model-1.safetensors": bytes(9000)}, "it holds safetensors: run `hf download alice/toy-GGUF.*--from FOLDER"),
     ],
 )
 def test_what_cannot_be_pinned_is_explained(shape, lfs_hub, files, why):

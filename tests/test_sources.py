@@ -280,8 +280,6 @@ def test_another_model_is_refused(toy, home, tmp_path):
     twin.write(tmp_path / "phi.gguf", params.model("phi-3.5-moe").at_scale("nano"), title="Phi")
     with pytest.raises(SourceError, match=r"phi.gguf is not toy: architecture phimoe, not deepseek. Give"):
         sources.adopt("toy", tmp_path / "phi.gguf")
-    with pytest.raises(SourceError, match="is no GGUF file: .*convert_hf_to_gguf.py FOLDER"):
-        sources.adopt("toy", tmp_path)  # as safetensors come
     assert sources._chosen("toy") is None
 
 
@@ -383,7 +381,7 @@ def test_a_damaged_note_of_the_choice_is_no_choice(toy, note):
     [
         ("a-00002-of-00001.gguf", "says file 2 of 1 of a split model, which is impossible"),
         ("a-00003-of-00400.gguf", "and 396 more cannot be found; fetch all files"),
-        ("a.bin", "a.bin is no GGUF file: give one; safetensors are converted by"),
+        ("a.bin", "does not end in .gguf"),
         ("a-00001-of-00002.gguf", "00002-of-00002.gguf cannot be found"),
     ],
 )
@@ -412,6 +410,74 @@ def test_a_models_folder_that_cannot_be_written_is_one_sentence(toy, tmp_path, m
     for use in (lambda: sources.adopt("toy", tmp_path / "toy.gguf"), lambda: sources.fetch("toy", lfs_hub.url)):
         with pytest.raises(files.FileError, match=r"cannot be read or written.*set MOELIB_MODELS"):
             use()
+
+
+CONVERT = """
+import argparse, shutil
+p = argparse.ArgumentParser()
+p.add_argument("model"); p.add_argument("--outfile"); p.add_argument("--outtype", choices=["f16"])
+a = p.parse_args()
+shutil.copy(a.model + "/weights.gguf", a.outfile)
+"""
+
+
+@pytest.fixture
+def safetensors(toy, tmp_path, monkeypatch):
+    """A model's folder as the Hub publishes it, and a script in the converter's place."""
+    place = tmp_path / "toy-chat"
+    place.mkdir()
+    (place / "config.json").write_text("{}", encoding="utf-8")
+    (place / "model-00001-of-00001.safetensors").write_bytes(b"weights")
+    (place / "weights.gguf").write_bytes(toy)
+    (tmp_path / "convert.py").write_text(CONVERT, encoding="utf-8")
+    monkeypatch.setenv("MOELIB_CONVERTER", str(tmp_path / "convert.py"))
+    return place
+
+
+def test_safetensors_are_converted_once(safetensors, toy):
+    source = sources.adopt("toy", safetensors)
+    assert source.path.read_bytes() == toy
+    assert source.origin == "al/t, converted by convert_hf_to_gguf.py from toy-chat"
+    (safetensors / "weights.gguf").unlink()
+    assert sources.adopt("toy", safetensors) == source
+
+
+def test_safetensors_that_changed_are_converted_again(safetensors, toy):
+    before = sources.adopt("toy", safetensors)
+    (safetensors / "weights.gguf").write_bytes(toy_file())
+    (safetensors / "model-00001-of-00001.safetensors").write_bytes(b"other weights")
+    assert sources.adopt("toy", safetensors).sha256 != before.sha256
+    for how in ({"kind": "Q8_0"}, {"block_count": 3}):  # what the converter writes is judged before it is kept
+        existing = state_of(sources.folder("toy"))
+        (safetensors / "weights.gguf").write_bytes(toy_file(**how))
+        (safetensors / "config.json").write_text(str(how), encoding="utf-8")
+        with pytest.raises(SourceError, match="the GGUF converted from toy-chat is not toy: "):
+            sources.adopt("toy", safetensors)
+        assert state_of(sources.folder("toy")) == existing
+
+
+@pytest.mark.parametrize(
+    ("setting", "why"),
+    [
+        ("'unclosed", "MOELIB_CONVERTER is .*which is not a command"),
+        ("/nowhere/python {}", "names /nowhere/python, which is not a program"),
+        ("/nowhere/convert.py", "not found at /nowhere/convert.py.*MOELIB_CONVERTER"),
+    ],
+)
+def test_a_wrong_converter_is_one_sentence(safetensors, monkeypatch, setting, why):
+    monkeypatch.setenv("MOELIB_CONVERTER", setting)
+    with pytest.raises(SourceError, match=why):
+        sources.adopt("toy", safetensors)
+
+
+def test_a_conversion_that_fails_says_why(safetensors):
+    (safetensors / "weights.gguf").unlink()
+    with pytest.raises(SourceError, match=r"ended with 1 on toy-chat; its log ends:[\s\S]*FileNotFoundError"):
+        sources.adopt("toy", safetensors)
+    assert not list(sources.folder("toy").glob("*.gguf"))
+    (safetensors / "config.json").unlink()
+    with pytest.raises(SourceError, match="lacks config.json"):
+        sources.adopt("toy", safetensors)
 
 
 # with the real llama.cpp

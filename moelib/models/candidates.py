@@ -179,8 +179,8 @@ def _none(model: str, listing: Listing, best: list[Candidate], named: str | None
         )
     elif any(n.endswith(".safetensors") for n in listing.others):
         steps = (
-            f"it holds safetensors: run `hf download {listing.repository} --local-dir FOLDER`, convert them with "
-            f"llama.cpp's `{weights.CONVERT}`, and give the result: `moelib fetch {model} --from FILE`"
+            f"it holds safetensors: run `hf download {listing.repository} --local-dir FOLDER`, then convert them with "
+            f"`moelib fetch {model} --from FOLDER`"
         )
     reasons = [f"{neutral.plain(n)}: {neutral.plain(why)}" for n, why in sorted(listing.unfit.items())]
     more = f"; and {len(reasons) - 12} more" if len(reasons) > 12 else ""

@@ -1,4 +1,4 @@
-"""Provide source files: geometry twins, and real weights from the Hub or from a local file.
+"""Provide source files: geometry twins, and real weights from the Hub, from a local file, or from safetensors.
 
 Real weights are stored in `models/MODEL/real/`. `source.json` there names the files and their origin; each file has a
 note with its SHA-256. A download is accepted only if it has the pinned hash.
@@ -79,7 +79,7 @@ def fetch(model: str, endpoint: str | None = None) -> Source:
         raise SourceError(
             f"no file of {model} is pinned in params/pins.yaml: `moelib fetch {model} --pin OWNER/NAME` pins the F16 "
             f"files of a repository (the plan names the publisher {upstream.publisher}); or convert "
-            f"{upstream.original} with llama.cpp's `{weights.CONVERT}`, and `moelib fetch {model} --from FILE`"
+            f"{upstream.original} yourself: `moelib fetch {model} --from FOLDER`"
         )
     client, place = hub.api(endpoint), folder(model)
     with models.keeping(place):
@@ -139,18 +139,21 @@ def _keep(begun: Path, path: Path, want: params.SourceFile, operation: str) -> d
 
 
 def adopt(model: str, given: Path) -> Source:
-    """Use local weights: an F16 GGUF, any file of it if it is split.
+    """Use local weights: an F16 GGUF, any file of it if it is split, or a folder of safetensors to convert.
 
     The GGUF is not copied but linked to. A file that is not the model is refused before anything is replaced. Raises
     SourceError, GGUFError, FileError.
     """
-    _upstream(model)
-    place = folder(model)
+    upstream, place = _upstream(model), folder(model)
     with models.keeping(place):
-        if given.suffix != ".gguf" or given.is_dir():
-            raise SourceError(
-                f"{given.name} is no GGUF file: give one; safetensors are converted by llama.cpp's `{weights.CONVERT}`"
-            )
+        if given.is_dir():
+            path = place / f"{model}-F16.gguf"
+            origin = f"{upstream.original}, converted by {weights.CONVERTER} from {given.resolve().name}"
+            facts = {"origin": origin, "of": weights.safetensors(given)}
+            note = models.once(path, facts, lambda: facts | {"sha256": weights.convert(model, given, path)})
+            return _choose(model, {path: note["sha256"]}, origin)
+        if given.suffix != ".gguf":
+            raise SourceError(f"{given.name} does not end in .gguf: give a GGUF file or a folder of safetensors")
         parts = gguf_file.split_paths(given)
         before = [files.state(p) for p in parts if p.exists()]
         weights.require(model, gguf_file.read_header(parts[0]))
