@@ -8,6 +8,7 @@ and placement repeat, so that three in a row stand for any number.
 from __future__ import annotations
 
 from itertools import groupby
+from math import prod
 
 from moelib.catalogue.placement import Placement
 from moelib.gguf import gguf_header
@@ -37,6 +38,8 @@ class Graph:
         self._position, self._rows = self._input(4), self._input(4, outputs)
         self._keys, self._values = self._input(8), self._input(8)
         self._masks: dict[int, Tensor] = {}
+        self._turns: dict[str, Tensor] = {}
+        self._quantised_cache = placement.kv is not None and cache.row_bytes(1 << 10, placement.kv) < 2 << 10
         self._build(tokens)
 
     def _input(self, item: int, *shape: int) -> Tensor:
@@ -159,11 +162,23 @@ class Graph:
             if part != "v":
                 parts[part] = self._norm(parts[part], f"attn_{part}_norm")
                 parts[part] = self._op("rope", parts[part].shape, parts[part], self._position)
+            parts[part] = self._turned(parts[part], "v" if part == "v" else "k", width)
         self._store(parts["k"], self._keys)
         self._store(parts["v"], self._values)
         q = self._view(self._view(parts["q"], parts["q"].shape), parts["q"].shape)
-        out = self._op("flash_attn", (value, heads, n), q, self._mask(layer))
+        out = self._turned(self._op("flash_attn", (value, heads, n), q, self._mask(layer)), "v", value)
         return self._project(self._view(out, (value * heads, n)), "attn_output")
+
+    def _turned(self, x: Tensor, part: str, width: int) -> Tensor:
+        """Rows of a quantised cache are turned by a Hadamard matrix first, where a head's width is a multiple of 64."""
+        if not self._quantised_cache or width % 64:
+            return x
+        if part not in self._turns:
+            side = 64 if part == "v" else width & -width
+            self._turns[part] = self._input(4, side, side)
+        side = self._turns[part].shape[0]
+        flat = self._view(x, (side, prod(x.shape) // side))
+        return self._view(self._op("mul_mat", flat.shape, self._turns[part], flat), x.shape)
 
     def _latent(self, x: Tensor, layer: int) -> Tensor:
         """Multi-head latent attention: keys and values are parts of one compressed row."""
