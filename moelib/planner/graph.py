@@ -36,8 +36,7 @@ class Graph:
         self._windowed = any(c.window for c in self._caches)
         self._tensors: dict[str, gguf_header.Tensor] = {}
         self._position, self._rows = self._input(4), self._input(4, outputs)
-        self._keys, self._values = self._input(8), self._input(8)
-        self._masks: dict[int, Tensor] = {}
+        self._asked: dict[int | None, tuple[Tensor, Tensor, Tensor]] = {}
         self._turns: dict[str, Tensor] = {}
         self._quantised_cache = placement.kv is not None and cache.row_bytes(1 << 10, placement.kv) < 2 << 10
         self._build(tokens)
@@ -136,12 +135,13 @@ class Graph:
         few = header.number("attention.head_count_kv", layer) or heads
         return heads, few, kept.key // few, kept.value // few
 
-    def _mask(self, layer: int) -> Tensor:
+    def _of_cache(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs of attention in a layer: where keys and values go in its cache, and what each token may see of it."""
         window = self._caches[layer].window
-        seen = self._seen if window is None else min(self._seen, cache.padded(window + self._tokens))
-        if seen not in self._masks:
-            self._masks[seen] = self._input(2, seen, self._tokens)
-        return self._masks[seen]
+        if window not in self._asked:
+            seen = self._seen if window is None else min(self._seen, cache.padded(window + self._tokens))
+            self._asked[window] = self._input(8), self._input(8), self._input(2, seen, self._tokens)
+        return self._asked[window]
 
     def _store(self, x: Tensor, where: Tensor) -> None:
         flat = self._view(x, (x.shape[0] * x.shape[1], x.shape[2]))
@@ -163,10 +163,11 @@ class Graph:
                 parts[part] = self._norm(parts[part], f"attn_{part}_norm")
                 parts[part] = self._op("rope", parts[part].shape, parts[part], self._position)
             parts[part] = self._turned(parts[part], "v" if part == "v" else "k", width)
-        self._store(parts["k"], self._keys)
-        self._store(parts["v"], self._values)
+        keys, values, mask = self._of_cache(layer)
+        self._store(parts["k"], keys)
+        self._store(parts["v"], values)
         q = self._view(self._view(parts["q"], parts["q"].shape), parts["q"].shape)
-        out = self._turned(self._op("flash_attn", (value, heads, n), q, self._mask(layer)), "v", value)
+        out = self._turned(self._op("flash_attn", (value, heads, n), q, mask), "v", value)
         return self._project(self._view(out, (value * heads, n)), "attn_output")
 
     def _turned(self, x: Tensor, part: str, width: int) -> Tensor:
@@ -201,8 +202,9 @@ class Graph:
         absorbed = self._op("mul_mat", (rank, n, heads), self._weight(), self._view(plain, (width - turned, n, heads)))
         q = self._op("concat", (rank + turned, heads, n), turn, self._view(absorbed, (rank, heads, n)))
         k = self._op("concat", (rank + turned, 1, n), key_turn, self._view(packed, (rank, 1, n)))
-        self._store(k, self._keys)
-        out = self._op("flash_attn", (rank, heads, n), self._view(q, (rank + turned, n, heads)), self._mask(layer))
+        keys, _, mask = self._of_cache(layer)
+        self._store(k, keys)
+        out = self._op("flash_attn", (rank, heads, n), self._view(q, (rank + turned, n, heads)), mask)
         value = header.number("attention.value_length_mla") or 0
         out = self._op("mul_mat", (value, n, heads), self._weight(), self._view(out, (rank, n, heads)))
         out = self._op("cont", (value, heads, n), self._view(out, (value, heads, n)))
