@@ -7,16 +7,18 @@ moelib.compare(study.runs, "tokens_per_s/long-512")
 file = moelib.quantize("deepseek-moe-16b", "Q2_K", scale="tiny")
 sweep = [moelib.run(file, placement) for placement in ("baseline", "cpu-moe")]
 moelib.frame(sweep)[["placement", "status", "vram_bytes"]]
+
+moelib.plan("mixtral-Q4_K_M.gguf", "12GiB").command  # the fewest layers' experts on the CPU that fit the card
 """
 
 import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Record", "compare", "frame", "header", "load", "quantize", "run", "studies"]
+__all__ = ["Record", "compare", "frame", "header", "load", "plan", "quantize", "run", "studies"]
 
 if TYPE_CHECKING:
-    from moelib.face import Record, compare, frame, header, load, quantize, run, studies
+    from moelib.face import Record, compare, frame, header, load, plan, quantize, run, studies
 
 
 def __getattr__(name: str) -> Any:

@@ -93,6 +93,28 @@ def quantize(model: str, quant: str, scale: str, real: bool) -> None:
     say(f"{made.path}\n{files.canonical(made.manifest).decode()}")
 
 
+@main.command()
+@click.argument("model", metavar="FILE")
+@click.option("--vram", metavar="SIZE", help="Of the card, such as 12GiB; default: that of the GPU here.")
+@click.option("--ram", metavar="SIZE", help="That weights may take; default: as much as it needs.")
+@click.option("--context", type=int, help="Tokens of prompt and answer; default: 8192, or the model's.")
+@click.option("--ubatch", type=int, help="Tokens of a prompt computed at once; default: 512.")
+@click.option("--kv", help="Type of the KV cache: f16 (default), q8_0, q4_0, ...")
+def plan(
+    model: str, vram: str | None, ram: str | None, context: int | None, ubatch: int | None, kv: str | None
+) -> None:
+    """Tell from FILE's header which --n-cpu-moe fits a card, and what it needs; nothing is run."""
+    from moelib.catalogue import sizes
+    from moelib.gguf import gguf_file
+    from moelib.measure import device
+    from moelib.planner import budget
+
+    vram_bytes = sizes.parse(vram) if vram else device.card_bytes()
+    ram_bytes = sizes.parse(ram) if ram else None
+    for line in budget.plan(gguf_file.read_header(model), vram_bytes, ram_bytes, context, ubatch, kv).lines():
+        say(line)
+
+
 @main.group(cls=Group)
 def study() -> None:
     """Run a study, or show its progress."""

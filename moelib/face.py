@@ -10,17 +10,19 @@ import pandas as pd
 from moelib.audit.record import Record as Record
 from moelib.base.schema import near
 from moelib.campaign import bench
-from moelib.catalogue import params
+from moelib.catalogue import params, sizes
 from moelib.catalogue.placement import REFERENCE
 from moelib.gguf import gguf_file
 from moelib.models import quantize as quantize_file
-from moelib.study import frames, plan
+from moelib.planner import budget
+from moelib.study import frames
+from moelib.study import plan as plans
 from moelib.study.study import Study, UnknownName
 
 
 def _folders() -> dict[str, Path]:
     """Name -> folder of every study that has a plan: in outputs/ (or $MOELIB_OUTPUTS), then the committed example."""
-    places = (plan.outputs(), params.root() / "docs" / "example")
+    places = (plans.outputs(), params.root() / "docs" / "example")
     folders = [p.parent for place in places for p in sorted(place.glob("*/plan.json"))]
     return {folder.name: folder for folder in reversed(folders)}
 
@@ -29,7 +31,7 @@ def studies() -> pd.DataFrame:
     """Every study that can be loaded, by name: its title, weights, models, quants, records and folder."""
     rows = {}
     for name, folder in sorted(_folders().items()):
-        parameters = plan.read(folder / "plan.json").study
+        parameters = plans.read(folder / "plan.json").study
         rows[name] = {
             "title": parameters.title,
             "weights": parameters.weights,
@@ -90,6 +92,25 @@ def run(
     measures on the device.
     """
     return bench.one(Path(file), placement, load_mode, workloads, requests, context, device)
+
+
+def plan(
+    file: str | Path,
+    vram: str,
+    *,
+    ram: str | None = None,
+    context: int | None = None,
+    ubatch: int | None = None,
+    kv: str | None = None,
+) -> budget.Plan:
+    """Which placement of a GGUF fits a card, told from its header in a fraction of a second; nothing is run.
+
+    vram, ram: sizes such as `12GiB`. context: tokens of prompt and answer, 8,192 or the model's by default. ubatch, kv:
+    settings of llama.cpp. The plan has `.chosen` (bytes by term), `.command`, and `.frame`, a row for each number of
+    layers. Raises PlanError where nothing fits, with what would; GGUFError, ParamsError.
+    """
+    ram_bytes = None if ram is None else sizes.parse(ram)
+    return budget.plan(gguf_file.read_header(file), sizes.parse(vram), ram_bytes, context, ubatch, kv)
 
 
 def header(path: str | Path) -> gguf_file.Header:

@@ -131,25 +131,40 @@ class Header:
     def bits_per_weight(self) -> float:
         return 8 * self.tensor_bytes / self.parameters
 
-    def _number(self, key: str, block: int | None = None) -> int | None:
+    @property
+    def architecture(self) -> str:
+        return str(self.metadata.get("general.architecture"))
+
+    def number(self, key: str, block: int | None = None) -> int | None:
         """A count in the architecture's metadata, of layer `block` if the file lists one per layer; None if missing."""
-        value = self.metadata.get(f"{self.metadata.get('general.architecture')}.{key}")
+        value = self.metadata.get(f"{self.architecture}.{key}")
         if isinstance(value, list):
             value = value[block] if block is not None and block < len(value) else None
-        return value
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+    @cached_property
+    def _by_layer(self) -> dict[int | None, dict[str, Tensor]]:
+        layers: dict[int | None, dict[str, Tensor]] = {}
+        for t in self.loaded:
+            layers.setdefault(t.block, {})[t.name if t.block is None else t.name.split(".", 2)[2]] = t
+        return layers
+
+    def of_layer(self, layer: int | None) -> dict[str, Tensor]:
+        """The loaded tensors of a layer by their names in it, such as `attn_q.weight`; None: those of no layer."""
+        return self._by_layer.get(layer, {})
 
     @property
     def layers(self) -> int | None:
         """Layers of the model itself, without those that only predict further tokens (NextN, MTP)."""
-        count = self._number("block_count")
-        return None if count is None else count - (self._number("nextn_predict_layers") or 0)
+        count = self.number("block_count")
+        return None if count is None else count - (self.number("nextn_predict_layers") or 0)
 
     @cached_property
     def loaded(self) -> tuple[Tensor, ...]:
         """Tensors that the engine loads."""
         if self.unused is not None:
             return tuple(t for t in self.tensors if t.name not in self.unused)
-        if not self._number("nextn_predict_layers") or self.layers is None:
+        if not self.number("nextn_predict_layers") or self.layers is None:
             return self.tensors
         return tuple(t for t in self.tensors if t.block is None or t.block < self.layers)
 
@@ -190,7 +205,7 @@ class Header:
 
         Raises GGUFError if the metadata disagrees.
         """
-        used, count, of = self._number("expert_used_count", t.block), self._number("expert_count", t.block), t.shape[-1]
+        used, count, of = self.number("expert_used_count", t.block), self.number("expert_count", t.block), t.shape[-1]
         if "_chexps" in t.name:  # chunks that several experts share
             used, count = used and min(used, of), of
         holds = f"{t.name} has {of} experts; take another conversion of the model"

@@ -316,3 +316,14 @@ def passed_over(engine: Engine, err: DeviceError) -> str:
     if unmeasured := of_other_kinds(engine):
         return f"{ALONE}, and the engine lists {', '.join(unmeasured)}"
     return f"{ALONE}, and here is {', '.join(map(str, listed))}" if listed else "there is no GPU here"
+
+
+def card_bytes() -> int:
+    """Memory of the NVIDIA GPU that a run here would use. Raises DeviceError, with what to give instead."""
+    try:
+        total = Cuda().identity()["total_bytes"]
+    except DeviceError as err:
+        raise DeviceError(f"{err}; or say what card it is for: --vram 12GiB") from None
+    if total is None:
+        raise DeviceError("the driver does not say how much memory the GPU has; say it: --vram 12GiB")
+    return int(total)
