@@ -113,13 +113,9 @@ def peaks(nodes: Sequence[Tensor], inputs: Sequence[Tensor] = ()) -> dict[str, i
             return
         done.add(t)
         for parent in t.sources if t.op in IN_PLACE else ():
-            owner = parent.view_of or parent
             alike = parent.shape == t.shape and parent.item == t.item and parent.place == t.place
-            last = uses[parent] == 1 and not views[parent]
-            if parent is not owner:
-                last = uses[parent] == 1 and views[owner] == 1 and not uses[owner]
-            if alike and last and owner in held:
-                at, size = held.pop(owner)
+            if alike and uses[parent] == 1 and not views[parent] and parent in held:  # a view is never in `held`
+                at, size = held.pop(parent)
                 need = -(-t.nbytes // ALIGNMENT) * ALIGNMENT
                 if size > need:
                     free[t.place].give(at + need, size - need)

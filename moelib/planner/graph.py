@@ -18,8 +18,14 @@ from moelib.planner.allocate import DEVICE, HOST, Tensor
 
 OFFLOADED_TOKENS = 32
 """From so many tokens on, the device computes with weights that lie on the host, copied for it (op-offload)."""
+FUSED_CHOICES = {*(1 << i for i in range(10)), 288, 576}
+"""Numbers of experts among which CUDA chooses and weighs in one operation."""
 FUSED_EXPERTS = 15
 """CUDA weighs and adds up the results of up to so many experts at once."""
+UNNORMED = {"deepseek", "olmoe", "qwen2moe"}
+"""Architectures whose experts' weights are not made to add up to one, unless the file says so."""
+WEIGHTS_LAST = {"gpt-oss"}
+"""Architectures that choose experts first, and weigh those chosen."""
 ROW_PAD = 512
 """The device's rows of quantised weights end on a multiple of so many elements."""
 
@@ -28,7 +34,7 @@ class Graph:
     """Nodes in the order in which the engine computes them.
 
     cuda: with what CUDA's backend does of its own: it computes large batches with the host's weights (op-offload), has
-    room for a quantised cache in F16 beside attention's result, and holds what its fused operations read until they end.
+    room for a quantised cache in F16 beside attention's result, and holds what fused operations read until they end.
     """
 
     def __init__(self, header: Header, placement: Placement, context: int, ubatch: int, cuda: bool = True):
@@ -205,18 +211,16 @@ class Graph:
         if "attn_q_a.weight" in names:
             q = self._norm(self._project(x, "attn_q_a"), "attn_q_a_norm")
         q = self._project(q, "attn_q_b" if "attn_q_b.weight" in names else "attn_q")
-        width = q.shape[0] // heads
-        plain = self._view(q, (width - turned, heads, n))
-        turn = self._view(q, (turned, heads, n))
-        row = self._project(x, "attn_kv_a_mqa")
-        turn = self._op("rope", turn.shape, turn, self._position)
-        key_turn = self._op("rope", (turned, 1, n), self._view(row, (turned, 1, n)), self._position)
-        packed = self._norm(self._view(row, (rank, n)), "attn_kv_a_norm")
         if "attn_k_b.weight" not in names:
             raise cache.UnknownCache(f"{header.architecture}: an old conversion, whose keys are not stored compressed")
-        absorbed = self._op("mul_mat", (rank, n, heads), self._weight(), self._view(plain, (width - turned, n, heads)))
-        q = self._op("concat", (rank + turned, heads, n), turn, self._view(absorbed, (rank, heads, n)))
-        k = self._op("concat", (rank + turned, 1, n), key_turn, self._view(packed, (rank, 1, n)))
+        plain = self._view(q, (q.shape[0] // heads - turned, n, heads))
+        absorbed = self._op("mul_mat", (rank, n, heads), self._weight(), plain)
+        turn = self._op("rope", (turned, heads, n), self._view(q, (turned, heads, n)), self._position)
+        q = self._op("concat", (rank + turned, heads, n), self._view(absorbed, (rank, heads, n)), turn)
+        row = self._project(x, "attn_kv_a_mqa")
+        packed = self._norm(self._view(row, (rank, n)), "attn_kv_a_norm")
+        turn = self._op("rope", (turned, 1, n), self._view(row, (turned, 1, n)), self._position)
+        k = self._op("concat", (rank + turned, 1, n), self._view(packed, (rank, 1, n)), turn)
         keys, _, mask = self._of_cache(layer)
         self._store(k, keys)
         out = self._flash_attention((rank, heads, n), self._view(q, (rank + turned, n, heads)), mask, rank + turned)
@@ -257,6 +261,30 @@ class Graph:
         padding = rest * t.nbytes // max(1, t.shape[0] * t.shape[1] * t.shape[2])
         return self._weight(t.nbytes + padding, HOST)
 
+    def _routed(self, x: Tensor, used: int) -> tuple[Tensor, Tensor]:
+        """(ids, weights) of the experts that each token uses."""
+        header, n = self._header, x.shape[1]
+        logits = self._project(x, "ffn_gate_inp")
+        experts, late = logits.shape[0], header.architecture in WEIGHTS_LAST
+        scores = logits if late else self._op("soft_max", logits.shape, logits)
+        flat = self._view(scores, (1, experts, n))
+        biased = "exp_probs_b.bias" in self._tensors
+        chosen = self._op("add", scores.shape, scores, self._weight()) if biased else scores
+        order = self._op("argsort", chosen.shape, chosen)
+        ids = self._view(order, (used, n))
+        picked = self._op("get_rows", (1, used, n), flat, ids)
+        steps, weights = [logits, scores, chosen, order, picked], self._view(picked, (used, n))
+        if late:
+            weights = self._op("soft_max", weights.shape, weights)
+        elif header.metadata.get(f"{header.architecture}.expert_weights_norm", header.architecture not in UNNORMED):
+            whole = self._op("sum_rows", (1, n), weights)
+            least = self._op("clamp", (1, n), whole)
+            weights = self._op("div", (used, n), weights, least)
+            steps += [whole, least]
+        if self._cuda and not late and experts in FUSED_CHOICES:
+            self.nodes.append(Tensor((), "held", tuple(dict.fromkeys(steps)), external=True))  # one fused operation
+        return ids, self._view(weights, (1, used, n))
+
     def _experts(self, x: Tensor, layer: int) -> Tensor:
         header, names, e = self._header, self._tensors, self._embedding
         used, n = header.number("expert_used_count", layer) or 1, x.shape[1]
@@ -264,17 +292,7 @@ class Graph:
         on_host = self._placement.moves(layer) and not offloaded
         place = HOST if on_host else DEVICE
 
-        logits = self._project(x, "ffn_gate_inp")
-        probabilities = self._op("soft_max", logits.shape, logits)
-        chosen = probabilities
-        if "exp_probs_b.bias" in names:
-            chosen = self._op("add", logits.shape, probabilities, self._weight())
-        ids = self._view(self._op("argsort", chosen.shape, chosen), (used, n))
-        weights = self._op("get_rows", (1, used, n), self._view(probabilities, (1, logits.shape[0], n)), ids)
-        if header.metadata.get(f"{header.architecture}.expert_weights_norm", True):
-            flat = self._view(weights, (used, n))
-            whole = self._op("clamp", (1, n), self._op("sum_rows", (1, n), flat))
-            weights = self._view(self._op("div", (used, n), flat, whole), (1, used, n))
+        ids, weights = self._routed(x, used)
 
         def expert(source: Tensor, name: str) -> Tensor:
             wide = names[f"{name}.weight"].shape[1]

@@ -58,7 +58,8 @@ def need(
 ) -> Need:
     """What `placement` of the file needs for one sequence of `context` tokens.
 
-    cuda: on a GPU with CUDA; else on a device without its peculiarities, such as the loopback one. Raises UnknownCache where the header does not tell how large the cache is.
+    cuda: on a GPU with CUDA; else on a device without its peculiarities, such as the loopback one. Raises UnknownCache
+    where the header does not tell how large the cache is.
     """
     placed = Placement.of(placement)
     ubatch = placed.ubatch or UBATCH
