@@ -78,10 +78,16 @@ def read_header(path: str | Path, any_kind: bool = False) -> Header:
     twice = len({t.name for t in tensors}) != len(tensors)
     refuse(twice, f"{first.path.name}: corrupt: two of its files hold the same tensor", "fetch all of them again")
     header = Header(first.path, sum(p.file_bytes for p in parts), first.metadata, tensors)
-    if not any_kind and header.kind != "model":
-        kind, step = NOT_MODELS[header.kind]
-        raise GGUFError(f"{first.path.name} is {kind}; {step}")
+    if not any_kind:
+        refuse_other(header)
     return header
+
+
+def refuse_other(header: Header) -> None:
+    """Raise GGUFError, which says what it is, if a file is not a model."""
+    if header.kind != "model":
+        kind, step = NOT_MODELS[header.kind]
+        raise GGUFError(f"{header.path.name} is {kind}; {step}")
 
 
 def from_bytes(first: bytes, name: str, file_bytes: int) -> Header:
