@@ -38,7 +38,7 @@ class Blocks:
     """Blocks of every type that the ggml in `library` (libggml-base) makes."""
 
     def __init__(self, library: Path, seed: int = 0):
-        self._seed, self._base = seed, _ggml(library)
+        self._seed, self._library, self._base = seed, library, _ggml(library)
         raw = np.random.Philox(seed).random_raw(WEIGHTS // 4).view(np.int16)
         self._weights = raw.astype(np.float32) * np.float32(twin.WEIGHT_RANGE / 32768)
         self._pools: dict[str, memoryview] = {}

@@ -18,6 +18,7 @@ from typing import BinaryIO, NamedTuple
 
 from gguf.constants import GGMLQuantizationType
 
+from moelib.base import neutral
 from moelib.catalogue.params import Geometry
 from moelib.gguf import gguf_file, gguf_reader, twin
 from moelib.gguf.gguf_header import TWIN_NAME, Header
@@ -101,7 +102,7 @@ class Outline:
         again = named == TWIN_NAME and said.startswith(twin.DESCRIPTION)
         says = {
             "general.name": _string(TWIN_NAME),
-            "general.description": _string(said if again else twin.describe(named or self.name)),
+            "general.description": _string(said if again else twin.describe(neutral.plain(named or self.name))),
         }
         kept = {f"general.{k}" for k in KEPT_GENERAL} | says.keys()
         true = {k: v for k, v in self.keys.items() if not k.startswith("general.") or k in kept}

@@ -1,4 +1,4 @@
-"""Quantise a source file: a verified file and its manifest.
+"""Quantise a source file, or write the twin of a header as if it had been quantised: a verified file and its manifest.
 
 llama-quantize writes to its output path directly and returns 1 for every failure, so it is given a temporary name; the
 result is checked against the source's header, hashed and only then renamed. The manifest lists the tensor types that
@@ -191,8 +191,8 @@ def made(path: Path) -> Quantised:
     manifest, content = models.noted(path), files.Hashed(path)
     if not path.is_file() or manifest is None or "quant" not in manifest or content.sha256() != manifest["sha256"]:
         raise QuantizeError(
-            f"{path} is no file with a manifest that fits it: make it with `moelib quantize MODEL QUANT`, or in Python "
-            "with moelib.quantize(...)"
+            f"{path} is no file with a manifest that fits it: make it with `moelib quantize MODEL QUANT` or `moelib "
+            "twin`, or in Python with moelib.quantize(...) or moelib.twin(...)"
         )
     return Quantised(gguf_file.read_header(path), manifest, content)
 
