@@ -42,12 +42,20 @@ def doctor(engine_path: str | None) -> None:
 
 
 @main.command()
-@click.argument("model", shell_complete=MODELS)
+@click.argument("model", metavar="MODEL|FILE.gguf", shell_complete=MODELS)
+@click.option("--quant", shell_complete=QUANTS, help="Types that llama-quantize would give. Default: the header's own.")
+@click.option("--layers", type=int, help="Only the first so many layers.")
 @click.option("--scale", default="full", show_default=True, help="full, or one that models.yaml names: tiny, nano.")
-def twin(model: str, scale: str) -> None:
-    """Write a geometry twin of MODEL: its shapes, random weights."""
-    from moelib.models import models
+@click.option("--seed", default=0, show_default=True)
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Default: under models/.")
+def twin(model: str, quant: str | None, layers: int | None, scale: str, seed: int, out: Path | None) -> None:
+    """Write a geometry twin of MODEL, or of the header of FILE.gguf: its tensors and types, random weights."""
+    from moelib.models import models, quantize
 
+    if quant or layers is not None or seed or out or model.endswith(".gguf"):
+        made = quantize.twin(*quantize.outline_of(model, scale), quant, layers, scale, seed, out)
+        say(f"{made.path}  {made.header.file_bytes} bytes  sha256 {made.manifest['sha256']}")
+        return
     source = models.make_twin(model, scale)
     say(f"{source.path}  {source.header.file_bytes} bytes  sha256 {source.sha256}")
 

@@ -73,6 +73,16 @@ def quantize(model: str, quant: str, scale: str = "full", weights: str = "twin")
     return quantize_file.from_source(model, quant, scale, weights).path
 
 
+def twin(model: str, quant: str | None = None, layers: int | None = None, scale: str = "full", seed: int = 0) -> Path:
+    """The geometry twin of a catalogued model, or of the header of a local GGUF (split or not), with its manifest.
+
+    It has the header's metadata, tokenizer, tensors and types, and random weights; nothing is quantised, so it takes
+    what the disk takes. quant: the types that llama-quantize would give (default: the header's own). layers: only the
+    first so many. Raises ParamsError, GGUFError, QuantizeError, FileError, EngineError.
+    """
+    return quantize_file.twin(*quantize_file.outline_of(model, scale), quant, layers, scale, seed).path
+
+
 def run(
     file: str | Path,
     placement: str = REFERENCE,
@@ -83,7 +93,9 @@ def run(
     context: int = 1024,
     device: str = "auto",
 ) -> Record:
-    """One run of a file that `quantize` made, in one placement: measured and audited as in a study, written nowhere.
+    """One run of a file that `quantize` or `twin` made, in one placement: measured and audited as in a study.
+
+    Nothing of it is kept on disk.
 
     placement: `baseline`, `cpu-moe`, `n-cpu-moe=12`, with settings after commas. context: tokens. requests: of each
     workload; the first one is a fresh server's. device: auto, cuda or loopback. A run that fails is a record too, with

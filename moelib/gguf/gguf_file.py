@@ -74,9 +74,7 @@ def read_header(path: str | Path) -> Header:
             total += len(parts[-1].tensors)
             refuse(total > gguf_reader.MAX_TENSORS, f"corrupt: more than {gguf_reader.MAX_TENSORS} tensors")
     header = joined(parts)
-    if header.kind != "model":
-        kind, step = NOT_MODELS[header.kind]
-        raise GGUFError(f"{header.path.name} is {kind}; {step}")
+    refuse_other(header)
     return header
 
 
@@ -87,6 +85,13 @@ def joined(parts: list[Header]) -> Header:
     twice = len({t.name for t in tensors}) != len(tensors)
     refuse(twice, f"{first.path.name}: corrupt: two of its files hold the same tensor", "fetch all of them again")
     return Header(first.path, sum(p.file_bytes for p in parts), first.metadata, tensors)
+
+
+def refuse_other(header: Header) -> None:
+    """Raise GGUFError, which says what it is, if a file is not a model."""
+    if header.kind != "model":
+        kind, step = NOT_MODELS[header.kind]
+        raise GGUFError(f"{header.path.name} is {kind}; {step}")
 
 
 def from_bytes(first: bytes, name: str, file_bytes: int) -> Header:
