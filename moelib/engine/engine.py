@@ -83,7 +83,7 @@ class Engine:
                 return found[0]
         if linker := shutil.which("ldd"):  # a distribution keeps them elsewhere
             with contextlib.suppress(probe.ProbeError):
-                listed = probe.ask([linker, str(tool)], process.patience(60)).out
+                listed = probe.ask([linker, str(tool)], process.patience(60)).text
                 if m := re.search(rf"^\s*{re.escape(name)}\.\S+ => (/\S+)", listed, re.M):
                     return Path(m[1])
         raise EngineError(f"{self} has no library {name} beside its tools; {OTHER}")
