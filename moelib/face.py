@@ -14,6 +14,7 @@ from moelib.catalogue import params, sizes
 from moelib.catalogue.placement import REFERENCE
 from moelib.gguf import gguf_file
 from moelib.models import quantize as quantize_file
+from moelib.models import remote
 from moelib.planner import budget
 from moelib.study import frames
 from moelib.study import plan as plans
@@ -114,8 +115,11 @@ def plan(
 
 
 def header(path: str | Path) -> gguf_file.Header:
-    """The header of a GGUF file (of all its parts, given the first): metadata, tensors, experts' and other bytes.
+    """The header of a GGUF (of all its parts, given any of them): metadata, tensors, experts' and other bytes.
 
-    Weights are not read. Raises GGUFError for what is no whole GGUF of a model.
+    path: a file, or hf:OWNER/REPO/PATH[@REVISION], of which only the header is downloaded, a few MB.
+    Raises GGUFError for what is no whole GGUF of a model; HubError.
     """
+    if remote.is_address(str(path)):
+        return remote.header(str(path)).header
     return gguf_file.read_header(path)

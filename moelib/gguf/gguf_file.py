@@ -73,14 +73,24 @@ def read_header(path: str | Path, any_kind: bool = False) -> Header:
             parts.append(_read(p))
             total += len(parts[-1].tensors)
             refuse(total > gguf_reader.MAX_TENSORS, f"corrupt: more than {gguf_reader.MAX_TENSORS} tensors")
+    header = joined(parts)
+    return header if any_kind else model(header)
+
+
+def joined(parts: list[Header]) -> Header:
+    """The header of a model from those of its files, in order. Raises GGUFError unless they are one model's."""
     _belong(parts)
     first, tensors = parts[0], tuple(t for p in parts for t in p.tensors)
     twice = len({t.name for t in tensors}) != len(tensors)
     refuse(twice, f"{first.path.name}: corrupt: two of its files hold the same tensor", "fetch all of them again")
-    header = Header(first.path, sum(p.file_bytes for p in parts), first.metadata, tensors)
-    if not any_kind and header.kind != "model":
+    return Header(first.path, sum(p.file_bytes for p in parts), first.metadata, tensors)
+
+
+def model(header: Header) -> Header:
+    """`header`, if it is that of a model. Raises GGUFError that says what else the file is."""
+    if header.kind != "model":
         kind, step = NOT_MODELS[header.kind]
-        raise GGUFError(f"{first.path.name} is {kind}; {step}")
+        raise GGUFError(f"{header.path.name} is {kind}; {step}")
     return header
 
 
