@@ -42,6 +42,27 @@ def doctor(engine_path: str | None) -> None:
 
 
 @main.command()
+@click.argument("file", type=click.Path(), metavar="FILE|hf:OWNER/REPO/PATH[@REVISION]")
+@click.option("--json", "as_json", is_flag=True, help="All facts as JSON; sizes in bytes.")
+def header(file: str, as_json: bool) -> None:
+    """Show what a GGUF is, how much of it can be offloaded, and what each N moves.
+
+    Only the header is read, also on the Hub: a few MB. Of a split model, name any file.
+    """
+    import json
+
+    from moelib.gguf import gguf_file
+    from moelib.models import remote
+    from moelib.planner.describe import describe
+
+    far = remote.header(file) if remote.is_address(file) else None
+    described = describe(far.header if far else gguf_file.read_header(file))
+    say(neutral.escaped(json.dumps(described.facts(), indent=2)) if as_json else described.text())
+    if far:
+        say(far, err=True)
+
+
+@main.command()
 @click.argument("model", shell_complete=MODELS)
 @click.option("--scale", default="full", show_default=True, help="full, or one that models.yaml names: tiny, nano.")
 @click.option("--seed", default=0, show_default=True)

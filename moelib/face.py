@@ -117,8 +117,8 @@ def plan(
 def header(path: str | Path) -> gguf_file.Header:
     """The header of a GGUF (of all its parts, given any of them): metadata, tensors, experts' and other bytes.
 
-    path: a file, or hf:OWNER/REPO/PATH[@REVISION], of which only the header is downloaded, a few MB.
-    Raises GGUFError for what is no whole GGUF of a model; HubError.
+    path: a file, or hf:OWNER/REPO/PATH[@REVISION], of which only the header is downloaded, a few MB. In JupyterLab it
+    shows what `moelib header` prints. Raises GGUFError for what is no whole GGUF of a model; HubError.
     """
     if remote.is_address(str(path)):
         return remote.header(str(path)).header

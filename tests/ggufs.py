@@ -32,16 +32,23 @@ def _value(value: object) -> tuple[int, bytes]:
     return ARRAY, struct.pack("<IQ", items[0][0] if items else U32, len(items)) + b"".join(raw for _, raw in items)
 
 
-def build(metadata: dict[str, object], tensors: dict[str, tuple[int, ...]], kind: str = "F16") -> bytes:
-    """A GGUF whose tensors are zeros of type `kind`; a shape's fastest dimension comes first."""
+def build(
+    metadata: dict[str, object],
+    tensors: dict[str, tuple[int, ...]],
+    kind: str = "F16",
+    kinds: dict[str, str] | None = None,
+) -> bytes:
+    """A GGUF whose tensors are zeros of type `kind`, or that of `kinds` by name; a shape's fastest dimension comes
+    first."""
+    of_tensor = dict.fromkeys(tensors, kind) | (kinds or {})
     out = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata))]
     for key, value in metadata.items():
         of, raw = _value(value)
         out += [text(key), struct.pack("<I", of), raw]
     at = 0
     for name, shape in tensors.items():
-        out += [text(name), struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, TYPES[kind], at)]
-        at += -(-gguf_file.tensor_bytes(shape, kind) // 32) * 32
+        out += [text(name), struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, TYPES[of_tensor[name]], at)]
+        at += -(-gguf_file.tensor_bytes(shape, of_tensor[name]) // 32) * 32
     head = b"".join(out)
     return head + bytes(-len(head) % 32) + bytes(at)
 

@@ -1,12 +1,15 @@
 """Headers of files on the Hub: little is read, all parts of a split model, and each wrong address gets a sentence."""
 
+import json
 import re
 
 import ggufs
 import pytest
+from click.testing import CliRunner
 from test_gguf_file import split
 
 import moelib
+from moelib import cli
 from moelib.base.schema import UserError
 from moelib.gguf import gguf_file
 from moelib.models import hub as client
@@ -168,7 +171,7 @@ def test_a_connection_that_breaks_is_continued(hub):
     assert "server error: run the command again later" in refused(f"hf:{REPO}/m.gguf")
 
 
-def test_a_file_without_a_size_or_another_name_than_ggufs_is_refused(hub):
+def test_a_file_without_a_size_is_refused(hub):
     hub.put(REPO, {"m.gguf": large()})
     hub.twist = lambda status, body, headers: (status, _without_sizes(body), headers)
     assert "m.gguf of alice/toy-GGUF has no size in the Hub's listing" in refused(f"hf:{REPO}/m.gguf")
@@ -176,3 +179,15 @@ def test_a_file_without_a_size_or_another_name_than_ggufs_is_refused(hub):
 
 def _without_sizes(body):
     return body | {"siblings": [{"rfilename": "m.gguf"}]} if isinstance(body, dict) and "siblings" in body else body
+
+
+def test_the_command_answers_and_says_what_it_read(hub):
+    hub.put(REPO, {"m.gguf": large()})
+    done = CliRunner().invoke(cli.main, ["header", f"hf:{REPO}/m.gguf"])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith("m.gguf, 8.02 MiB: a mixture-of-experts model (qwen3moe, 3 layers)")
+    assert done.stderr.startswith("read 1.00 MiB of 8.02 MiB: the header alone")
+    assert json.loads(CliRunner().invoke(cli.main, ["header", "--json", f"hf:{REPO}/m.gguf"]).stdout)["layers"] == 3
+    wrong = CliRunner().invoke(cli.main, ["header", f"hf:{REPO}/n.gguf"])
+    assert wrong.exit_code == 1
+    assert wrong.stderr == f"moelib: there is no GGUF file n.gguf of {REPO}; did you mean m.gguf?\n"
