@@ -117,7 +117,7 @@ def quantize(model: str, quant: str, scale: str, real: bool) -> None:
 
 
 @main.command()
-@click.argument("model", metavar="FILE")
+@click.argument("model", type=click.Path(), metavar="FILE|hf:OWNER/REPO/PATH[@REVISION]")
 @click.option("--vram", metavar="SIZE", help="Of the card, such as 12GiB; default: that of the GPU here.")
 @click.option("--ram", metavar="SIZE", help="That weights may take; default: as much as it needs.")
 @click.option("--context", type=int, help="Tokens of prompt and answer; default: 8192, or the model's.")
@@ -128,13 +128,13 @@ def plan(
 ) -> None:
     """Tell from FILE's header which --n-cpu-moe fits a card, and what it needs; nothing is run."""
     from moelib.catalogue import sizes
-    from moelib.gguf import gguf_file
     from moelib.measure import device
+    from moelib.models import remote
     from moelib.planner import budget
 
     vram_bytes = sizes.parse(vram) if vram else device.card_bytes()
     ram_bytes = sizes.parse(ram) if ram else None
-    for line in budget.plan(gguf_file.read_header(model), vram_bytes, ram_bytes, context, ubatch, kv).lines():
+    for line in budget.plan(remote.any_header(model), vram_bytes, ram_bytes, context, ubatch, kv).lines():
         say(line)
 
 

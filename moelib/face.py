@@ -106,12 +106,13 @@ def plan(
 ) -> budget.Plan:
     """Which placement of a GGUF fits a card, told from its header in a fraction of a second; nothing is run.
 
-    vram, ram: sizes such as `12GiB`. context: tokens of prompt and answer, 8,192 or the model's by default. ubatch, kv:
-    settings of llama.cpp. The plan has `.chosen` (bytes by term), `.command`, and `.frame`, a row for each number of
-    layers. Raises PlanError where nothing fits, with what would; GGUFError, ParamsError.
+    file: a path, or hf:OWNER/REPO/PATH on the Hub. vram, ram: sizes such as `12GiB`. context: tokens of prompt and
+    answer, 8,192 or the model's by default. ubatch, kv: settings of llama.cpp. The plan has `.chosen` (bytes by term),
+    `.command`, and `.frame`, a row for each number of layers. Raises PlanError where nothing fits, with what would;
+    GGUFError, HubError, ParamsError.
     """
     ram_bytes = None if ram is None else sizes.parse(ram)
-    return budget.plan(gguf_file.read_header(file), sizes.parse(vram), ram_bytes, context, ubatch, kv)
+    return budget.plan(remote.any_header(file), sizes.parse(vram), ram_bytes, context, ubatch, kv)
 
 
 def header(path: str | Path) -> gguf_file.Header:
@@ -120,6 +121,4 @@ def header(path: str | Path) -> gguf_file.Header:
     path: a file, or hf:OWNER/REPO/PATH[@REVISION], of which only the header is downloaded, a few MB. In JupyterLab it
     shows what `moelib header` prints. Raises GGUFError for what is no whole GGUF of a model; HubError.
     """
-    if remote.is_address(str(path)):
-        return remote.header(str(path)).header
-    return gguf_file.read_header(path)
+    return remote.any_header(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -11,7 +12,6 @@ import numpy as np
 from moelib.gguf import gguf_file, twin
 
 U32, F32, BOOL, STRING, ARRAY, I64 = 4, 6, 7, 8, 9, 11
-TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8}
 
 
 def text(value: str | bytes) -> bytes:
@@ -35,22 +35,25 @@ def _value(value: object) -> tuple[int, bytes]:
 def build(
     metadata: dict[str, object],
     tensors: dict[str, tuple[int, ...]],
-    kind: str = "F16",
-    kinds: dict[str, str] | None = None,
+    kind: str | Callable[[str, tuple[int, ...]], str] = "F16",
+    filling: int = 0,
 ) -> bytes:
-    """A GGUF whose tensors are zeros of type `kind`, or that of `kinds` by name; a shape's fastest dimension comes
-    first."""
-    of_tensor = dict.fromkeys(tensors, kind) | (kinds or {})
+    """A GGUF whose tensors are of type `kind`, or of what it says of a name and shape; every byte of them is `filling`.
+
+    A shape's fastest dimension comes first.
+    """
     out = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata))]
     for key, value in metadata.items():
         of, raw = _value(value)
         out += [text(key), struct.pack("<I", of), raw]
     at = 0
     for name, shape in tensors.items():
-        out += [text(name), struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, TYPES[of_tensor[name]], at)]
-        at += -(-gguf_file.tensor_bytes(shape, of_tensor[name]) // 32) * 32
+        its = kind if isinstance(kind, str) else kind(name, shape)
+        number = gguf.GGMLQuantizationType[its]
+        out += [text(name), struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, number, at)]
+        at += -(-gguf_file.tensor_bytes(shape, its) // 32) * 32
     head = b"".join(out)
-    return head + bytes(-len(head) % 32) + bytes(at)
+    return head + bytes(-len(head) % 32) + bytes([filling]) * at
 
 
 def moe(arch: str = "qwen3moe", layers: int = 3, dense: int = 0, nextn: int = 0, experts: int = 4, **change: object):

@@ -17,8 +17,8 @@ ATTENTION = {"attention.head_count": 4, "attention.head_count_kv": 2, "context_l
 ATTENTION |= {"attention.key_length": 16, "attention.value_length": 8, "embedding_length": 64}
 
 
-def header_of(metadata, tensors, kinds=None):
-    data = ggufs.build(metadata, tensors, kinds=kinds)
+def header_of(metadata, tensors, kind="F16"):
+    data = ggufs.build(metadata, tensors, kind)
     return gguf_file.from_bytes(data, "m.gguf", len(data))
 
 
@@ -124,7 +124,8 @@ def test_layers_and_experts_are_counted():
 
 
 def test_it_is_told_in_words():
-    told = describe(header_of(*mla(), kinds={"blk.1.ffn_up_exps.weight": "Q8_0", "output_norm.weight": "F32"}))
+    kinds = {"blk.1.ffn_up_exps.weight": "Q8_0", "output_norm.weight": "F32"}
+    told = describe(header_of(*mla(), kind=lambda name, shape: kinds.get(name, "F16")))
     assert told.answer == (
         "m.gguf, 0.02 MiB: a mixture-of-experts model (deepseek2, 3 layers), of which 0.01 MiB (56.4 %) can be "
         "offloaded; with --cpu-moe, 0.01 MiB of weights stay on the GPU"

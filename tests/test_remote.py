@@ -191,3 +191,14 @@ def test_the_command_answers_and_says_what_it_read(hub):
     wrong = CliRunner().invoke(cli.main, ["header", f"hf:{REPO}/n.gguf"])
     assert wrong.exit_code == 1
     assert wrong.stderr == f"moelib: there is no GGUF file n.gguf of {REPO}; did you mean m.gguf?\n"
+
+
+def test_a_plan_is_made_from_a_header_on_the_hub(hub, tmp_path):
+    path = ggufs.write_nextn(tmp_path / "small.gguf")
+    hub.put(REPO, {"small.gguf": path.read_bytes()})
+    far, here = (
+        CliRunner().invoke(cli.main, ["plan", f, "--vram", "4GiB"]) for f in (f"hf:{REPO}/small.gguf", str(path))
+    )
+    assert far.exit_code == 0, far.output
+    assert far.stdout.splitlines()[0] == here.stdout.splitlines()[0]
+    assert moelib.plan(f"hf:{REPO}/small.gguf", "4GiB").chosen == moelib.plan(path, "4GiB").chosen

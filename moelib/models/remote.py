@@ -58,6 +58,11 @@ def is_address(given: str) -> bool:
     return given.lower().startswith((SCHEME, *ELSEWHERE))
 
 
+def any_header(given: str | Path) -> gguf_file.Header:
+    """The header of a model's file, here or at its address on the Hub. Raises GGUFError, HubError."""
+    return header(str(given)).header if is_address(str(given)) else gguf_file.read_header(given)
+
+
 def header(address: str, endpoint: str | None = None) -> Remote:
     """The header of the model at `address`, hf:OWNER/REPO/PATH[@REVISION]: of all its files, given any of them.
 
