@@ -10,7 +10,7 @@
 python benchmarks/overhead.py --model deepseek-moe-16b --scale tiny --quant Q8_0 --rounds 5
 
 Every rate goes to the file named by `--out`, with what it was measured on, after each round; given again, it goes on
-there. `--show FILE` makes the ratios of it again, and a study's document those of the files in its `harness` folder.
+there. A study's document shows the ratios of the files in its `harness` folder.
 """
 
 import json
@@ -161,13 +161,7 @@ def show(kept: overhead.Overhead) -> None:
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(2))
 @click.option("--way", "ways", multiple=True, type=click.Choice(WAYS), default=WAYS, help="Beside a study's own way.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Keep every rate in this file.")
-@click.option("--show", "kept", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Measure nothing.")
-def main(
-    model: str, scale: str, quant: str, rounds: int, ways: tuple[str, ...], out: Path | None, kept: Path | None
-) -> None:
-    if kept:
-        show(overhead.read(kept))
-        return
+def main(model: str, scale: str, quant: str, rounds: int, ways: tuple[str, ...], out: Path | None) -> None:
     llama = engine.find()
     where = device.choose("auto", llama)
     fields: dict[str, Any]

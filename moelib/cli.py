@@ -65,13 +65,11 @@ def header(file: str, as_json: bool) -> None:
 @main.command()
 @click.argument("model", shell_complete=MODELS)
 @click.option("--scale", default="full", show_default=True, help="full, or one that models.yaml names: tiny, nano.")
-@click.option("--seed", default=0, show_default=True)
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Default: under models/.")
-def twin(model: str, scale: str, seed: int, out: Path | None) -> None:
+def twin(model: str, scale: str) -> None:
     """Write a geometry twin of MODEL: its shapes, random weights."""
     from moelib.models import models
 
-    source = models.make_twin(model, scale, seed, out)
+    source = models.make_twin(model, scale)
     say(f"{source.path}  {source.header.file_bytes} bytes  sha256 {source.sha256}")
 
 
@@ -79,9 +77,9 @@ def twin(model: str, scale: str, seed: int, out: Path | None) -> None:
 @click.argument("model", shell_complete=MODELS)
 @click.option("--pin", metavar="OWNER/NAME", help="Look up this repository's F16 files on the Hub and pin them.")
 @click.option("--revision", default="main", show_default=True, help="With --pin: branch, tag or commit.")
-@click.option("--file", "named", multiple=True, metavar="PATH", help="With --pin: this file, or the first part.")
+@click.option("--file", "named", metavar="PATH", help="With --pin: this file, or a part of a split model.")
 @click.option("--from", "given", type=click.Path(exists=True, path_type=Path), help="An F16 GGUF, or safetensors.")
-def fetch(model: str, pin: str | None, revision: str, named: tuple[str, ...], given: Path | None) -> None:
+def fetch(model: str, pin: str | None, revision: str, named: str | None, given: Path | None) -> None:
     """Get MODEL's real weights: the files pinned in params/pins.yaml, or what --from names."""
     if named and not pin:
         raise click.UsageError("--file names a file of the repository that --pin names: give both")
@@ -150,14 +148,12 @@ def study_run(name: str, cell: str | None) -> None:
     """Do the runs of study NAME that are not done, then write its document."""
     from moelib.base.bar import tqdm
     from moelib.campaign import campaign
-    from moelib.catalogue import params
     from moelib.machine import monitor
     from moelib.report import document
 
-    campaign.refuse_senseless(params.study(name))  # before anything is looked for or written
     asked, cells = campaign.select(name, cell)
     planned = sum(len(c.specs) for c in cells)
-    before = campaign.done(asked, cells)
+    before = sum(asked.statuses[c.name].usable for c in cells)
     if before < planned and (note := campaign.device_note(asked)):
         say(f"{name} {note}")
     say(f"{name}: {len(cells)} notebooks, {planned} runs, {before} of them done")
@@ -175,7 +171,7 @@ def study_run(name: str, cell: str | None) -> None:
         say(measured.summary())
     say_all(problems, err=True)
     if not cell and measured.done:
-        say(f"document: {os.path.relpath(document.document(name, progress=False).path)}")
+        say(f"document: {os.path.relpath(document.report(name, progress=False).path)}")
     elif not cell:
         say("no document: no run has a result", err=True)
     if problems:

@@ -69,7 +69,6 @@ SLOW = {
     "test_hub_limits",
     "test_hub",
     "test_gguf_reader::test_hostile_headers_end_in_an_error_or_a_header",
-    "test_yaml_file::test_harm_is_one_sentence_at_once_and_in_little_memory",
     "test_memory::test_a_value_is_the_truth_whatever_the_driver_shows",
     "test_archive",
     "test_pins",

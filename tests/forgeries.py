@@ -9,7 +9,6 @@ runs as before and no problem that it had not. Numbers are taken from the record
 
 import copy
 import json
-import os
 import random
 import tempfile
 from collections import defaultdict
@@ -440,10 +439,6 @@ def campaign(court: Court, number: int, seed: int) -> dict[str, list[int]]:
             rows[name][1] += 1
             if court.accepts(cell, runs, logs):
                 rows[name][2] += 1
-                if os.environ.get("FORGERIES_TELL"):
-                    was, now = published(court.runs[cell]), published(runs)
-                    changes = "; ".join(f"{k} {was.get(k)} -> {now.get(k)}" for k in sorted(numbers)[:6])
-                    click.echo(f"accepted: {name} in {cell}: {changes}", err=True)
     return rows
 
 

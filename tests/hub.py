@@ -3,8 +3,7 @@
     with Hub(tmp_path) as hub:
         api = HfApi(endpoint=hub.url, token="hf_write")
 
-It speaks what huggingface_hub 2.4 sends for moelib about model repositories; tests/test_hub.py holds it to that, and to
-the official client in JavaScript.
+It speaks what huggingface_hub 2.4 sends for moelib about model repositories; tests/test_hub.py holds it to that.
 With `xet=True` it also gives xet tokens: the official code then keeps the chunks in a folder (`local://`), and only the
 commit comes here. Storage is another origin (another port), as the real one is, and takes no tokens. hub_state.py is
 what it knows; hub_api.py is what it answers.

@@ -4,10 +4,10 @@ It tells what that interface does and no more: no timings, no token ids, no buff
 """
 
 import json
-import socket
 import threading
 import time
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 
@@ -34,63 +34,60 @@ class Stub:
         self.usage, self.defect = usage, defect
 
     def __enter__(self):
-        self.listening = socket.create_server(("127.0.0.1", 0))
-        self.port = self.listening.getsockname()[1]
-        threading.Thread(target=self._serve, daemon=True).start()
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+        self.server.stub, self.port = self, self.server.server_port
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
     def __exit__(self, *_):
-        self.listening.shutdown(socket.SHUT_RDWR)  # ends accept
-        self.listening.close()
+        self.server.shutdown()
+        self.server.server_close()
 
-    def _serve(self):
-        while True:
-            try:
-                connection, _ = self.listening.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
 
-    def _answer(self, connection):
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        with connection, connection.makefile("rb") as lines:
-            path, length = lines.readline().split()[1], 0
-            while line := lines.readline().strip():
-                if line.lower().startswith(b"content-length:"):
-                    length = int(line.partition(b":")[2])
-            if path == b"/v1/models":
-                body = json.dumps({"object": "list", "data": [{"id": "m", "object": "model"}]}).encode()
-                head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-                connection.sendall(head.encode() + body)
-            else:
-                self._stream(connection, json.loads(lines.read(length)))
+class Answers(BaseHTTPRequestHandler):
+    protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
 
-    def _stream(self, connection, fields):
-        head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"
-        connection.sendall((head + "Connection: close\r\n\r\n").encode())
+    def log_message(self, *_):
+        pass
+
+    def _head(self, **headers):
+        self.send_response(200)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Connection", "close")
+        self.end_headers()
+
+    def do_GET(self):
+        body = json.dumps({"object": "list", "data": [{"id": "m", "object": "model"}]}).encode()
+        self._head(Content_Length=len(body))
+        self.wfile.write(body)
+
+    def do_POST(self):
+        fields, defect = json.loads(self.rfile.read(int(self.headers["content-length"]))), self.server.stub.defect
+        self._head(Content_Type="text/event-stream", Transfer_Encoding="chunked")
 
         def send(event):
             data = f"data: {event if isinstance(event, str) else json.dumps(event)}\r\n\r\n".encode()
-            connection.sendall(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+            self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
 
         n = fields["max_tokens"]
         token = {"object": "text_completion", "choices": [{"index": 0, "text": " t", "finish_reason": None}]}
-        for i in range(n + (self.defect == "more")):
+        for i in range(n + (defect == "more")):
             time.sleep(STEP_S)
             send(token)
-            if self.defect == "error" and i:
+            if defect == "error" and i:
                 send({"error": {"message": "no slot is free"}})
-            if self.defect == "cut" and i == n // 2:
+            if defect == "cut" and i == n // 2:
                 return
         send({**token, "choices": [{"index": 0, "text": "", "finish_reason": "length"}]})
-        if self.usage:
+        if self.server.stub.usage:
             used = {"prompt_tokens": len(fields["prompt"].split()), "completion_tokens": n, "total_tokens": 0}
             send({**token, "choices": [], "usage": used})
-        if self.defect != "ends":
+        if defect != "ends":
             send(DONE)
-        if self.defect == "late":
+        if defect == "late":
             send(token)
-        connection.sendall(b"0\r\n\r\n")
+        self.wfile.write(b"0\r\n\r\n")
 
 
 class Attached(runner.Runner):

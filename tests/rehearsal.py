@@ -42,7 +42,10 @@ class Stage:
         env = os.environ | {"HF_ENDPOINT": self.server.url, "HF_TOKEN": TOKEN} | off
         # a shell starts what it puts into the background with Ctrl-C ignored, and children inherit that
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        with tempfile.TemporaryFile("w+") as out, subprocess.Popen(argv, env=env, stdout=out, stderr=out) as child:
+        with (
+            tempfile.TemporaryFile("w+", encoding="utf-8") as out,
+            subprocess.Popen(argv, env=env, stdout=out, stderr=out) as child,
+        ):
             deadline = time.monotonic() + WAIT_S
             try:
                 while child.poll() is None and time.monotonic() < deadline:

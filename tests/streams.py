@@ -1,13 +1,8 @@
-"""A recorded stream of the server, and a server that plays it back in pieces."""
+"""A recorded stream of the server, and what the line reader makes of it in pieces."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import shutil
-import socket
-import threading
-import time
 from dataclasses import replace
 
 import stub_server
@@ -21,77 +16,20 @@ TOKENS = 3  # of a recorded stream
 
 
 def recorded(lab: Lab) -> bytes:
-    """The bytes of a real answer with a stream of three tokens."""
+    """A real stream of three tokens."""
     folder = lab.home / "stream"
-    body = {"temperature": 0, "samplers": ["top_k"], "top_k": 1, "ignore_eos": True, "cache_prompt": False}
-    body |= {"return_tokens": True, "timings_per_token": True, "stream": True, "prompt": [1, 292, 294], "n_predict": 3}
-    data = json.dumps(body).encode()
-    head = f"POST /completion HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(data)}\r\n\r\n"
-    with stub_server.serving(lab.stub, lab.nano().path, folder, lab.where, KEY) as (port, _):
-        with socket.create_connection(("127.0.0.1", port)) as c:
-            c.sendall(head.encode() + data)
-            whole = b""
-            while more := c.recv(65536):
-                whole += more
-    shutil.rmtree(folder)
-    return whole
-
-
-class Replay(contextlib.AbstractContextManager):
-    """A server that answers /health and then plays back `pieces` of an answer, and closes the connection."""
-
-    def __init__(self):
-        self.pieces = []
-        self.socket = socket.create_server(("127.0.0.1", 0))
-        self.port = self.socket.getsockname()[1]
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def __exit__(self, *_):
-        self.socket.close()
-
-    def _serve(self):
-        with contextlib.suppress(OSError):
-            while True:
-                threading.Thread(target=self._connection, args=(self.socket.accept()[0],), daemon=True).start()
-
-    def _connection(self, c):
-        c.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        with contextlib.suppress(OSError), c, c.makefile("rb") as lines:
-            while head := lines.readline():
-                length = 0
-                while line := lines.readline().strip():
-                    if line.lower().startswith(b"content-length:"):
-                        length = int(line.split(b":")[1])
-                lines.read(length)
-                if head.startswith(b"GET"):
-                    c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
-                    continue
-                for piece in self.pieces:
-                    c.sendall(piece)
-                    time.sleep(0.0005)  # a packet of its own
-                return
-
-
-def streamed(port: int) -> client.Answer:
     body = {**llama_server.SAMPLING, "stream": True, "prompt": [1, 292, 294], "n_predict": TOKENS}
-    with client.connect(port, KEY) as c:
-        llama_server.connect(c)
-        return llama_server.read_stream(client.stream(c, "/completion", body, TOKENS)[1], TOKENS)
-
-
-def timeless(answer: client.Answer) -> client.Answer:
-    return replace(answer, token_s=())
-
-
-def sse(answer: bytes) -> bytes:
-    """The stream in an answer, without the frames of its chunks."""
-    rest, out = answer.partition(b"\r\n\r\n")[2], b""
-    while rest:
-        size, _, rest = rest.partition(b"\r\n")
-        out, rest = out + rest[: int(size, 16)], rest[int(size, 16) + 2 :]
-    return out
+    with stub_server.serving(lab.stub, lab.nano().path, folder, lab.where, KEY) as (port, _):
+        with client.connect(port, KEY) as c:
+            stream = c.post("/completion", json=body).content
+    shutil.rmtree(folder)
+    return stream
 
 
 def parsed(chunks: list[bytes]) -> client.Answer:
     lines = client.arrivals(chunks, iter(range(1, 10**6)).__next__, 1e9)
     return llama_server.read_stream(list(lines), TOKENS)
+
+
+def timeless(answer: client.Answer) -> client.Answer:
+    return replace(answer, token_s=())

@@ -1,4 +1,4 @@
-"""`make engine` and release archives: downloaded from a release site on loopback, verified, unpacked, tried and pinned.
+"""`make engine` and release archives: downloaded from a release site on loopback, verified, unpacked and tried.
 
 The build from source itself takes minutes and is not run here.
 """
@@ -16,8 +16,6 @@ import time
 from types import SimpleNamespace
 
 import build_engine
-import httpx
-import pin_engine
 import pytest
 import yaml
 from conftest import REPO
@@ -40,7 +38,7 @@ BUILT = "llama.cpp b1 (built)"
 
 
 class Site(http.server.ThreadingHTTPServer):
-    """A release site: serves `files` by path, a text as a redirection. `requests`: the range of each, None without one.
+    """A release site: serves `files` by path, a text as a redirection. `requests`: their paths.
 
     `cut`: how many bytes each of the next answers sends before the connection closes.
     """
@@ -48,16 +46,16 @@ class Site(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self):
-        self.files, self.requests, self.cut, self.ranges, self.lengths, self.delay_s = {}, [], [], True, True, 0
+        self.files, self.requests, self.cut, self.delay_s = {}, [], [], 0
         super().__init__(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        site, data, wanted = self.server, self.server.files.get(self.path), self.headers.get("Range")
+        site, data = self.server, self.server.files.get(self.path)
         assert self.headers["Accept-Encoding"] == "identity"
-        site.requests.append(wanted)
+        site.requests.append(self.path)
         time.sleep(site.delay_s)
         if data is None:
             return self.send_error(404)
@@ -65,14 +63,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_response(302)
             self.send_header("Location", data)
             return self.end_headers()
-        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and site.ranges else 0
-        self.send_response(206 if start else 200)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-        if site.lengths:
-            self.send_header("Content-Length", str(len(data) - start))
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data[start:][: site.cut.pop(0)] if site.cut else data[start:])
+        self.wfile.write(data[: site.cut.pop(0)] if site.cut else data)
 
     def log_message(self, *_):
         pass
@@ -163,27 +157,28 @@ def cached(machine):
 
 
 # pins
-def test_the_repository_pins_the_cpu_archive_and_no_cuda_archive_yet():
-    pins = archive.check(yaml.safe_load((REPO / "params/engine.yaml").read_text(encoding="utf-8"))).pins
-    assert (pins[CPU].build, pins[CPU].glibc, list(pins[CPU].files)) == (BUILD, "2.35", [NAME])
-    assert {name for name, pin in pins.items() if not pin.files} == {f"linux-x86_64/cuda-{v}" for v in ("12.8", "13.4")}
+def test_the_repository_pins_the_cpu_archive(machine):
+    (pin,) = archive.read().pins.values()
+    assert (pin.build, pin.glibc, list(pin.files)) == (BUILD, "2.35", [NAME])
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"build": None}, "must be given together"),
-        ({"files": {}}, "must be given together"),
+        ({"build": None}, "valid integer"),
+        ({"files": {}}, "at least 1 item"),
         ({"files": {"../x.tar.gz": {"bytes": 1, "sha256": "0" * 64}}}, "pattern"),
         ({"files": {"x.tar.gz": {"bytes": 0, "sha256": "0" * 64}}}, "greater than 0"),
         ({"files": {"x.tar.gz": {"bytes": 1, "sha256": "0"}}}, "pattern"),
         ({"more": 1}, "not permitted"),
     ],
 )
-def test_a_pin_that_is_not_whole_is_refused(change, words):
+def test_a_pin_that_is_not_whole_is_refused(machine, change, words):
     pin = {"build": 1, "glibc": "2.35", "files": {"x.tar.gz": {"bytes": 1, "sha256": "0" * 64}}, **change}
-    with pytest.raises(params.ParamsError, match=words):
-        archive.check({"url": "https://x", "pins": {CPU: pin}})
+    book = yaml.safe_dump({"url": "https://x", "pins": {CPU: pin}})
+    (machine / "home/params/engine.yaml").write_text(book, encoding="utf-8")
+    with pytest.raises(params.ParamsError, match=f"params/engine.yaml: .*{words}"):
+        archive.read()
 
 
 # download
@@ -195,7 +190,7 @@ def test_a_good_archive_is_downloaded_once_unpacked_and_kept(machine, site):
     assert cached(machine) == [pin.folder.name]
     assert str(BUILD) in pin.folder.name
     assert archive.fetch(pin) == tools
-    assert site.requests == [None]
+    assert len(site.requests) == 1
 
 
 def test_another_hash_or_file_name_is_another_folder(machine):
@@ -204,49 +199,30 @@ def test_another_hash_or_file_name_is_another_folder(machine):
 
 
 @pytest.mark.parametrize(
-    ("change", "lengths", "words"),
+    ("change", "words"),
     [
-        ({"sha256": "0" * 64}, True, r"has SHA-256 .*, but 000000000000\.\.\. is pinned; it was deleted"),
-        *(({"bytes": len(GOOD) + by}, True, f"has {len(GOOD)} bytes at the release site, not") for by in (-1, 1)),
-        (
-            {"bytes": 1000},
-            False,
-            "longer than 1000 bytes; it was deleted",
-        ),  # a site that announces no size
+        ({"sha256": "0" * 64}, r"has SHA-256 .*, but 000000000000\.\.\. is pinned; it was deleted"),
+        ({"bytes": 1000}, "longer than the 1000 bytes that are pinned; it was deleted"),
     ],
 )
-def test_a_file_of_another_hash_or_size_is_deleted(machine, site, change, lengths, words):
-    site.lengths = lengths
+def test_a_file_of_another_hash_or_size_is_deleted(machine, site, change, words):
     with pytest.raises(ArchiveError, match=words):
         archive.fetch(offered(site, machine, GOOD, **change))
     assert cached(machine) == []
 
 
-@pytest.mark.parametrize(
-    ("kept", "cut", "ranges", "requests"),
-    [
-        (0, [1000, 50_000], True, [None, "bytes=1000-", "bytes=51000-"]),
-        (777, [], True, ["bytes=777-"]),  # kept from an earlier process
-        (0, [1000], False, [None, "bytes=1000-"]),  # this site sends all of it again
-    ],
-)
-def test_an_interrupted_download_goes_on_where_it_was(machine, site, kept, cut, ranges, requests):
-    pin = offered(site, machine, GOOD)
-    if kept:
-        part = machine / f"cache/moelib/.{NAME}.{hashlib.sha256(GOOD).hexdigest()[:12]}.part"
-        (part.parent / f".{pin.folder.name}.unpacking/llama-b{BUILD}").mkdir(parents=True)
-        part.write_bytes(GOOD[:kept])
-    site.cut, site.ranges = cut, ranges
+def test_an_interrupted_download_is_tried_again_whatever_an_earlier_process_left(machine, site):
+    pin, site.cut = offered(site, machine, GOOD), [1000, 50_000]
+    (machine / f"cache/moelib/.{pin.folder.name}.unpacking/llama-b{BUILD}").mkdir(parents=True)
     archive.fetch(pin)
-    assert site.requests == requests
-    assert cached(machine) == [pin.folder.name]
+    assert (len(site.requests), cached(machine)) == (3, [pin.folder.name])
 
 
-def test_a_site_that_sends_nothing_more_is_given_up_and_the_part_kept(machine, site):
-    site.cut = [1000, 0]
-    with pytest.raises(Unreachable, match="closed"):
+def test_a_site_that_breaks_off_again_and_again_is_given_up(machine, site):
+    site.cut = [1000] * release.TRIES
+    with pytest.raises(Unreachable, match="127.0.0.1 cannot be reached: .*closed"):
         archive.fetch(offered(site, machine, GOOD))
-    assert len(cached(machine)) == 1
+    assert cached(machine) == []
 
 
 def test_a_missing_file_is_named(machine):
@@ -275,28 +251,18 @@ def test_a_redirection_may_not_lead_off_https(machine, site):
     ("members", "words"),
     [
         ([("../out", b"xx")], "outside"),
-        ([("a/../../out", b"xx")], "outside"),
-        ([link("a", "../../out")], "outside"),
         ([link("a", "/etc")], "absolute path"),
         ([link("a", ".."), ("a/out", b"xx")], "outside"),
-        ([link("a", "../../out", tarfile.LNKTYPE)], "outside"),
-        ([link("pipe", "", tarfile.FIFOTYPE)], "special file"),
         ([link("dev", "", tarfile.CHRTYPE)], "special file"),
-        ([("x", b"x")] * 11, "unpacks to too m"),
-        ([("zeros", bytes(50 << 20))], "unpacks to too m"),
-        ([("n" * (80 << 20), b"x")], "unpacks to too m"),  # the name is read before the member can be checked
     ],
 )
-def test_members_that_no_release_has_are_refused(tmp_path, monkeypatch, members, words):
-    monkeypatch.setattr(release, "MEMBERS", 10)
-    monkeypatch.setattr(release, "ROOM", 1 << 20)
+def test_members_that_no_release_has_are_refused(tmp_path, members, words):
     path = tmp_path / "x.tar.gz"
     path.write_bytes(packed(*members))
     (tmp_path / "in").mkdir()
     with pytest.raises(ArchiveError, match=words):
         release.extract(path, tmp_path / "in")
     assert {p.name for p in tmp_path.iterdir()} == {"x.tar.gz", "in"}
-    assert not [p for p in (tmp_path / "in").rglob("*") if p.is_file() and p.stat().st_size > 1]
 
 
 def test_an_absolute_name_is_unpacked_inside_the_folder(tmp_path):
@@ -362,7 +328,7 @@ def test_several_processes_at_once_download_once(machine, site):
         for _ in range(3)
     ]
     assert {run.communicate(timeout=60)[0] for run in runs} == {f"{pin.tools()}\n"}
-    assert site.requests == [None]
+    assert len(site.requests) == 1
 
 
 def test_without_a_cache_the_message_is_one_sentence_with_the_next_step(machine, monkeypatch):
@@ -420,30 +386,10 @@ def test_offline_it_is_built_from_source_within_seconds_and_one_line_says_why(ma
     assert lines[-1] == f"built {BUILT}"
 
 
-def test_a_name_that_does_not_resolve_is_given_up_within_seconds(machine, make_engine, monkeypatch):
-    over = threading.Event()
-    monkeypatch.setenv("MOELIB_ENGINE_URL", "https://release.invalid")
-    for name in [n for n in os.environ if n.lower().endswith("_proxy")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setattr(release, "CONNECT_S", 0.2)
-    monkeypatch.setattr(release.socket, "getaddrinfo", lambda *_: over.wait(30))
-    pinned(machine, {NAME: b"x"})
-    assert "release.invalid cannot be reached: its name did not resolve in time" in make_engine()
-    over.set()
-
-
-@pytest.mark.parametrize(
-    ("system", "cuda", "words"),
-    [
-        ("darwin-arm64", None, "none is pinned for darwin-arm64"),
-        ("linux-x86_64", (12, 8), "linux-x86_64/cuda-12.8 is not pinned in params/engine.yaml"),
-    ],
-)
-def test_a_machine_without_a_pinned_archive_builds_from_source(make_engine, monkeypatch, system, cuda, words):
-    monkeypatch.setattr(archive, "system", lambda: system)
-    monkeypatch.setattr(gpus, "driver_cuda", lambda: cuda)
+def test_a_machine_without_a_pinned_archive_builds_from_source(make_engine, monkeypatch):
+    monkeypatch.setattr(archive, "system", lambda: "darwin-arm64")
     output = make_engine()
-    assert words in output
+    assert "none is pinned for darwin-arm64" in output
     assert output.endswith(f"built {BUILT}\n")
 
 
@@ -453,8 +399,6 @@ def test_a_machine_without_a_pinned_archive_builds_from_source(make_engine, monk
         (SERVER, f"{NAME} is not used: llama.cpp b11194 (release archive) has no llama-quantize"),
         ("#!/bin/sh\nkill -4 $$\n", "built for a CPU with instructions that this one lacks"),
         ("#!/bin/sh\necho \"libc.so.6: version 'GLIBC_2.99' not found\" >&2; exit 1\n", "GLIBC_2.99"),
-        ("\x7fELF\x02\x01\x01" + "\0" * 9 + "\x02\0\xb7\0" + "\0" * 44, "program for another processor"),
-        ("#!/nowhere/ld.so\n", "the interpreter or loader that it names, does not exist"),
     ],
 )
 def test_an_archive_that_fails_its_trial_is_not_used_and_says_why(machine, site, make_engine, server, words):
@@ -594,44 +538,3 @@ def test_a_build_starts_no_more_compilers_than_the_machine_can_hold(tmp_path, mo
 
 def test_every_build_has_rpc_and_its_number():
     assert {"-DGGML_RPC=ON", f"-DLLAMA_BUILD_NUMBER={build_engine.BUILD}"} <= set(build_engine.flags())
-
-
-# the command that pins
-def test_a_release_is_pinned_by_the_files_that_arrive(machine, site, capsys, monkeypatch):
-    path, key = machine / "home/params/engine.yaml", "linux-x86_64/cuda-12.8"
-    site.files["/b12000/tools.tar.gz"] = GOOD
-    before = path.read_text(encoding="utf-8")
-    monkeypatch.setattr(sys, "argv", ["x", key, "--build", "12000", "tools.tar.gz"])
-    pin_engine.main()
-    sha256 = hashlib.sha256(GOOD).hexdigest()
-    assert f"tools.tar.gz: {len(GOOD)} bytes, SHA-256 {sha256}" in capsys.readouterr().out
-    file = archive.File(bytes=len(GOOD), sha256=sha256)
-    assert archive.read().pins[key] == archive.Pin(build=12000, glibc="2.39", files={"tools.tar.gz": file})
-    kept = [line for line in before.splitlines() if line.startswith(("#", "  #")) or "527c09" in line]
-    assert set(kept) <= set(path.read_text(encoding="utf-8").splitlines())
-
-
-@pytest.mark.parametrize(
-    ("key", "asset", "data", "words"),
-    [
-        (CPU, "x.tar.gz", None, "answers 404"),
-        (CPU, "x.tar.gz", b"<html>", "cannot be unpacked"),
-        (CPU, "x.tar.gz", packed(("x", b"x")), "no llama-server"),
-        (CPU, "../x.tar.gz", b"", "pattern"),
-        ("nonsense", "x.tar.gz", b"", "pattern"),
-    ],
-)
-def test_a_release_that_cannot_be_pinned_changes_nothing(machine, site, key, asset, data, words):
-    path = machine / "home/params/engine.yaml"
-    before = path.read_bytes()
-    if data is not None:
-        site.files[f"/b1/{asset}"] = data
-    with pytest.raises(params.UserError, match=words):
-        pin_engine.pin(key, 1, [asset], None)
-    assert path.read_bytes() == before
-
-
-def test_an_error_without_words_is_named_by_its_kind():
-    assert (
-        str(release.unreachable("https://a.example/x", httpx.ReadError(""))) == "a.example cannot be reached: ReadError"
-    )

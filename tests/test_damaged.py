@@ -58,12 +58,13 @@ def folder(small, tmp_path, monkeypatch):
     monkeypatch.setenv("MOELIB_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("MOELIB_OUTPUTS", raising=False)
 
-    def without_a_kernel(name: str, into: Path | None = None, progress: bool = True) -> document.Reported:
-        path = (into or plan.outputs() / name) / document.DOCUMENT
-        files.write_bytes(path, shown.document(name).encode())
-        return document.Reported(path, **appendix.problems(study.Study.read(plan.outputs() / name)).verdict)
+    def without_a_kernel(_: Path, into: Path) -> document.Reported:
+        files.write_bytes(into / document.DOCUMENT, shown.document("demo").encode())
+        verdict = appendix.problems(study.Study.read(plan.outputs() / "demo")).verdict
+        return document.Reported(into / document.DOCUMENT, **verdict)
 
-    monkeypatch.setattr(document, "document", without_a_kernel)
+    monkeypatch.setattr(document.notebooks, "execute", lambda *_: None)
+    monkeypatch.setattr(document, "render", without_a_kernel)
     params._yaml.cache_clear()
     yield tmp_path / "home/outputs/demo"
     params._yaml.cache_clear()
@@ -152,7 +153,7 @@ HARMS = {
         lambda f: resign(f / "plan.json", lambda d: d.update(cells="x")), "no plan of this moelib", False, 0
     ),
     "plan without cells": Harm(
-        lambda f: resign(f / "plan.json", lambda d: d.update(cells=[])), "does not hold together", False, 0
+        lambda f: resign(f / "plan.json", lambda d: d.update(cells=[])), "are not those of its study", False, 0
     ),
     "no record": Harm(lambda f: remove(*records(f)), "no valid record|0 of 6 runs usable; 6 missing", False, 0),
     "no folder of records": Harm(

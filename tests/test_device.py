@@ -1,7 +1,9 @@
 """Devices: their memory before, in and after a run, an empty context, and why no GPU is used."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -66,8 +68,6 @@ def test_a_device_that_never_settles_is_not_waited_for_without_end():
 class Memory:
     """A GPU whose memory is read from a list: before, and with an empty context."""
 
-    shared = False
-
     def __init__(self, *readings):
         self.readings = list(readings)
 
@@ -103,13 +103,6 @@ def test_an_empty_context_is_measured(tmp_path, monkeypatch, with_context, conte
 
 def test_the_size_of_a_context_that_cannot_be_made_is_unknown(tmp_path, monkeypatch):
     assert calibrated(monkeypatch, tmp_path, None, "context 100 0").context_bytes is None  # cuInit found no device
-
-
-@pytest.mark.parametrize(("line", "shared"), [("shared 1", True), ("shared 0", False), ("shared -1", False)])
-def test_a_device_whose_memory_is_the_hosts_is_recognised(tmp_path, monkeypatch, line, shared):
-    reading = Reading(0.0, 500 * MIB, None)
-    card = calibrated(monkeypatch, tmp_path, reading, f"device 0 0 GPU-1 {line}", "context 0 0")
-    assert card.gpu.shared is shared
 
 
 class Listing:
@@ -150,7 +143,7 @@ def test_a_runs_processes_are_searched_only_when_an_unknown_one_is_listed(monkey
 NO_DRIVER = device.NoDriver(
     "no NVIDIA GPU can be used: NVML Shared Library Not Found; check the driver with nvidia-smi"
 )
-HIDDEN = device.DeviceError("no NVIDIA GPU can be used: CUDA_VISIBLE_DEVICES='' hides every GPU")
+HIDDEN = device.DeviceError("no NVIDIA GPU can be used: CUDA_VISIBLE_DEVICES='' shows CUDA no GPU")
 
 
 class Build:
@@ -208,75 +201,57 @@ OTHER = "moelib measures NVIDIA GPUs alone, and "
 SILENT = "the driver of the NVIDIA GPU ({}) does not answer: " + str(NO_DRIVER)
 DRM = [("sys/class/drm/card0/device/vendor", "0x1002"), ("sys/class/drm/card0/device/class", "0x030000")]
 OWN = gpus.INTEL_INTEGRATED
+
+
+class Machine(NamedTuple):
+    because: str
+    """The reason in the note."""
+    faulty: str | None = None
+    """The item that doctor cures."""
+    files: Sequence[tuple[str, str]] = ()
+    """The system's, by which GPUs are known."""
+    build: Build = Build()
+    cuda: object = NO_DRIVER
+    """The GPU, or what its driver answers."""
+
+
+HERE = f"{OTHER}here is"
 MACHINES = {
-    "no GPU": (NO_DRIVER, [], Build(), "there is no GPU here", None),
-    "display of a server and of a virtual machine": (
-        NO_DRIVER,
-        [*pci("0x1a03"), *pci("0x1af4", "0000:00:03.0")],
-        Build(),
-        "there is no GPU here",
-        None,
+    "no GPU": Machine("there is no GPU here"),
+    "display of a server and of a virtual machine": Machine(
+        "there is no GPU here", files=[*pci("0x1a03"), *pci("0x1af4", "0000:00:03.0")]
     ),
-    "engine without CUDA": (Nvidia(), [], Build("Vulkan0"), NO_CUDA, "GPU"),
-    "GPU without its driver": (
-        NO_DRIVER,
-        pci("0x10de", kind="0x030200"),
-        Build(),
-        SILENT.format("PCI 0000:01:00.0"),
-        "GPU",
+    "engine without CUDA": Machine(NO_CUDA, "GPU", build=Build("Vulkan0"), cuda=Nvidia()),
+    "GPU without its driver": Machine(SILENT.format("PCI 0000:01:00.0"), "GPU", pci("0x10de", kind="0x030200")),
+    "driver that does not answer": Machine(SILENT.format("/proc/driver/nvidia"), "GPU", [("proc/driver/nvidia", "")]),
+    "container without the library": Machine(SILENT.format("/dev/nvidia0"), "GPU", [("dev/nvidia0", "")]),
+    "hidden GPU": Machine(str(HIDDEN), "GPU", build=Build("CUDA0"), cuda=HIDDEN),
+    "AMD": Machine(f"{HERE} AMD GPU (PCI 0000:01:00.0)", "other GPU", pci("0x1002", mem_info_vram_total=str(24 << 30))),
+    "AMD, listed by the engine": Machine(
+        f"{OTHER}the engine lists ROCm0: a ROCm0 device", "other GPU", pci("0x1002"), Build("ROCm0")
     ),
-    "driver that does not answer": (
-        NO_DRIVER,
-        [("proc/driver/nvidia", "")],
-        Build(),
-        SILENT.format("/proc/driver/nvidia"),
-        "GPU",
-    ),
-    "container without the library": (NO_DRIVER, [("dev/nvidia0", "")], Build(), SILENT.format("/dev/nvidia0"), "GPU"),
-    "hidden GPU": (HIDDEN, [], Build("CUDA0"), str(HIDDEN), "GPU"),
-    "AMD": (
-        NO_DRIVER,
-        pci("0x1002", mem_info_vram_total=str(24 << 30)),
-        Build(),
-        f"{OTHER}here is AMD GPU (PCI 0000:01:00.0)",
+    "Apple": Machine(f"{OTHER}the engine lists MTL0: a MTL0 device", "other GPU", build=Build("MTL0", "BLAS")),
+    "Intel, beside an integrated GPU": Machine(
+        f"{HERE} Intel GPU (PCI {OWN}), Intel GPU (PCI 0000:03:00.0)",
         "other GPU",
-    ),
-    "AMD, listed by the engine": (
-        NO_DRIVER,
-        pci("0x1002"),
-        Build("ROCm0"),
-        f"{OTHER}the engine lists ROCm0: a ROCm0 device",
-        "other GPU",
-    ),
-    "Apple": (NO_DRIVER, [], Build("MTL0", "BLAS"), f"{OTHER}the engine lists MTL0: a MTL0 device", "other GPU"),
-    "Intel, beside an integrated GPU": (
-        NO_DRIVER,
         [*pci("0x8086", OWN), *pci("0x8086", "0000:03:00.0", "0x038000")],
-        Build(),
-        f"{OTHER}here is Intel GPU (PCI {OWN}), Intel GPU (PCI 0000:03:00.0)",
-        "other GPU",
     ),
-    "integrated Intel": (NO_DRIVER, pci("0x8086", OWN), Build(), f"{OTHER}here is Intel GPU (PCI {OWN})", None),
-    "integrated AMD": (
-        NO_DRIVER,
-        pci("0x1002", mem_info_vram_total=str(512 << 20)),
-        Build(),
-        f"{OTHER}here is AMD GPU (PCI 0000:01:00.0)",
-        None,
+    "integrated Intel": Machine(f"{HERE} Intel GPU (PCI {OWN})", files=pci("0x8086", OWN)),
+    "integrated AMD": Machine(
+        f"{HERE} AMD GPU (PCI 0000:01:00.0)", files=pci("0x1002", mem_info_vram_total=str(512 << 20))
     ),
-    "GPU that no PCI bus shows": (NO_DRIVER, DRM, Build(), f"{OTHER}here is AMD GPU (PCI device)", "other GPU"),
+    "GPU that no PCI bus shows": Machine(f"{HERE} AMD GPU (PCI device)", "other GPU", DRM),
 }
-"""Name -> the driver's answer, the system's files, the engine, the reason in the note, the item that doctor cures."""
 
 
 @pytest.mark.parametrize("name", MACHINES)
 def test_a_gpu_is_never_passed_over_in_silence(machine, name):
-    cuda, files, build, because, faulty = MACHINES[name]
-    machine(cuda, *files)
-    where = device.choose("auto", build)
-    assert (where.kind, where.note) == ("loopback", LOOPBACK + because)
-    rows = list(doctor._gpus(build))
-    assert [item for item, _, cure in rows if cure] == ([faulty] if faulty else [])
+    this = MACHINES[name]
+    machine(this.cuda, *this.files)
+    where = device.choose("auto", this.build)
+    assert (where.kind, where.note) == ("loopback", LOOPBACK + this.because)
+    rows = list(doctor._gpus(this.build))
+    assert [item for item, _, cure in rows if cure] == ([this.faulty] if this.faulty else [])
     assert all(cure is None or "\n" not in cure for _, _, cure in rows)
 
 
@@ -302,6 +277,8 @@ def test_without_rpc_the_note_says_that_nothing_is_offloaded(machine):
     machine(NO_DRIVER)
     where = device.choose("auto", Build(rpc=False))
     assert where.note == "measures on the CPU alone, with nothing to offload from, because there is no GPU here"
+    with pytest.raises(device.DeviceError, match="has no RPC; run `make engine`"):
+        device.choose("loopback", Build(rpc=False))
 
 
 def test_the_note_is_that_of_a_study_on_auto_with_an_engine(monkeypatch, machine):
@@ -320,26 +297,17 @@ def test_the_note_is_that_of_a_study_on_auto_with_an_engine(monkeypatch, machine
     assert campaign.device_note(Auto) is None
 
 
-@pytest.mark.parametrize("text", ["", "-1", "nope"])
-def test_a_variable_that_names_no_gpu_is_not_a_missing_driver(monkeypatch, text):
-    monkeypatch.setenv(gpus.VARIABLE, text)
-    monkeypatch.setattr(device, "Gpu", Fails(text))
-    with pytest.raises(device.DeviceError, match="no NVIDIA GPU can be used: CUDA_VISIBLE_DEVICES=") as caught:
+def test_a_variable_that_names_no_gpu_is_not_a_missing_driver(monkeypatch):
+    class Hidden:
+        errors = ()
+
+        def __init__(self):
+            raise gpus.none_visible(["GPU-1"])
+
+    monkeypatch.setattr(device, "Gpu", Hidden)
+    with pytest.raises(device.DeviceError, match="no NVIDIA GPU can be used: CUDA gives none of GPU-1") as caught:
         Cuda()
     assert not isinstance(caught.value, device.NoDriver)
-
-
-class Fails:
-    """A driver with one card."""
-
-    errors = (gpus.NotVisible,)
-
-    def __init__(self, expected):
-        self.expected = expected
-
-    def __call__(self, which, ask):
-        assert which == self.expected
-        gpus.first_visible(which, [gpus.Card("GPU-1", "H100")], None, ask)
 
 
 def test_threads_are_counted_when_a_device_is_made(monkeypatch):

@@ -85,22 +85,26 @@ def cell(count=1, outputs=(), source="x"):
     return {"cell_type": "code", "source": [source], "execution_count": count, "outputs": list(outputs)}
 
 
+FORMS = ({}, [], {"cells": 1}, {"cells": [1]}, {"cells": [{"cell_type": "code"}]}, b"{", b"\xff\xfe", b"[" * 100_000)
+
+
 @pytest.mark.parametrize(
-    ("cells", "words"),
+    ("content", "words"),
     [
-        ([], "no code cells"),
-        ([cell(), cell(None)], "code cell 2 was not executed"),
-        ([cell(outputs=[{"output_type": "error", "evalue": "boom"}])], "code cell 1 failed: boom"),
+        ({"cells": []}, "no code cells"),
+        ({"cells": [cell(), cell(None)]}, "code cell 2 was not executed"),
+        ({"cells": [cell(outputs=[{"output_type": "error", "evalue": "boom"}])]}, "code cell 1 failed: boom"),
+        *((form, "n.ipynb cannot be read") for form in FORMS),
+        (None, "n.ipynb cannot be read"),
     ],
 )
-def test_a_notebook_that_is_not_whole_is_not_believed(tmp_path, cells, words):
+def test_a_notebook_that_is_not_whole_is_one_sentence(tmp_path, content, words):
     path = tmp_path / "n.ipynb"
-    path.write_text(json.dumps({"cells": cells}), encoding="utf-8")
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     with pytest.raises(notebooks.NotebookError, match=words):
         notebooks.require_whole(path)
-    path.write_text("{", encoding="utf-8")
     assert not notebooks.is_whole(path)
-    assert not notebooks.is_whole(tmp_path / "missing.ipynb")
 
 
 def outputs(metadata, text="42"):
@@ -119,8 +123,9 @@ def test_a_number_that_does_not_say_where_it_came_from_is_not_shown(tmp_path):
     with pytest.raises(notebooks.NotebookError, match="a run is cited and not defined; run the notebook from"):
         document.render(path, tmp_path)
     provenance["sources"] = {"a run": "its digest"}
-    path.write_text(json.dumps(outputs({"moelib": provenance})), encoding="utf-8")
-    assert document.render(path, tmp_path).read_text(encoding="utf-8") == "42\n"
+    verdict = {"summary": "1 of 1 runs usable", "problems": [], "rounds": 1}
+    path.write_text(json.dumps(outputs({"moelib": provenance, "moelib-verdict": verdict})), encoding="utf-8")
+    assert document.render(path, tmp_path).path.read_text(encoding="utf-8") == "42\n"
     provenance = json.loads((tmp_path / "provenance.json").read_text(encoding="utf-8"))
     assert provenance["texts"] == {"answer": {"text": "42", "from": ["a run"]}}
     assert provenance["sources"] == {"a run": "its digest"}
@@ -151,16 +156,17 @@ def test_a_document_made_elsewhere_leaves_the_studys_folder_alone(home, tmp_path
 
     verdict = {"summary": "1 of 2 runs usable", "problems": ["one"], "rounds": 0}
     monkeypatch.setattr(document.notebooks, "execute", execute)
-    reported = document.document("smoke", tmp_path / "into")
+    monkeypatch.setattr(document.study, "require_results", lambda _: None)
+    reported = document.report("smoke", tmp_path / "into")
     assert reported == (tmp_path / "into" / document.DOCUMENT, *verdict.values())
     assert not (home / "outputs").exists()
     assert not executed[0].exists(), "its working copy is gone"
-    document.document("smoke")
+    document.report("smoke")
     assert executed[1] == home / "outputs/smoke/notebooks/analysis.ipynb"
     assert executed[1].exists()
     verdict.clear()
     with pytest.raises(notebooks.NotebookError, match="it must show `evidence.problems`"):
-        document.document("smoke")
+        document.report("smoke")
 
 
 def test_what_an_output_has_told_no_later_one_of_the_notebook_repeats():
@@ -191,17 +197,6 @@ def test_a_whole_cells_notebook_shows_on_a_machine_without_engine_or_device(monk
     assert len(re.findall(r"\| cpu-moe +\| none +\|", text)) == 10  # of placement and runs, five blocks each
     assert "![VRAM of each run over time](memory.png)" in text
     assert "Tokens generated over time, long-512" in text
-
-
-@pytest.mark.parametrize(
-    "content", ["{}", "[]", '{"cells": 1}', '{"cells": [1]}', '{"cells": [{"cell_type": "code"}]}']
-)
-def test_a_notebook_of_another_form_is_one_sentence(tmp_path, content):
-    path = tmp_path / "n.ipynb"
-    for text in (content.encode(), b"\xff\xfe", b"[" * 100_000):
-        path.write_bytes(text)
-        with pytest.raises(notebooks.NotebookError, match="n.ipynb cannot be read|no code cells"):
-            notebooks.require_whole(path)
 
 
 @pytest.mark.parametrize("harm", ["gone", "damaged", "deep"])

@@ -16,9 +16,11 @@ from pathlib import Path
 
 import pytest
 from pydantic import TypeAdapter
+from pynvml import nvmlClocksEventReasonSwPowerCap as POWER_CAP
 
+from moelib.machine.gpus import Shown
 from moelib.measure.memory import Reading
-from moelib.measure.nvml import NO_GPU, POWER_CAP, Counters, Gpu, Traffic, slowed
+from moelib.measure.nvml import NO_GPU, Counters, Gpu, Traffic, slowed
 
 MIB, GIB = 1 << 20, 1 << 30
 TOTAL, RESERVED = 80 * GIB, 615 * MIB
@@ -79,7 +81,8 @@ class Scenario:
     start: str = IDLE
     """The world in which the GPU is opened."""
     ours: tuple[int, ...] = (SERVER,)
-    which: str = "0"
+    first: str | None = UUIDS[0]
+    """The device that CUDA counts first."""
     shared: bool = False
 
 
@@ -110,11 +113,9 @@ SCENARIOS = {
         full(OURS) + card(0, f"handle error {GPU_IS_LOST}", gpu=1), reading(PEAK), IDLE_BOTH
     ),
     "another GPU lost from the start": Scenario(
-        LOST + full(OURS, gpu=1), reading(PEAK), start=LOST + card(gpu=1), which="1"
+        LOST + full(OURS, gpu=1), reading(PEAK), start=LOST + card(gpu=1), first=UUIDS[1]
     ),
-    "the second GPU by the start of its id": Scenario(
-        IDLE + full(OURS, gpu=1), reading(PEAK), start=IDLE_BOTH, which="GPU-9999"
-    ),
+    "the second GPU": Scenario(IDLE + full(OURS, gpu=1), reading(PEAK), start=IDLE_BOTH, first=UUIDS[1]),
     # the two lists
     "in the compute and the graphics list": Scenario(
         full(OURS, lines=listing((SERVER, PEAK - MIB), kind="graphics")), reading(PEAK)
@@ -163,7 +164,7 @@ SCENARIOS = {
     "the host's RAM as the device's": Scenario(full(OURS), unread(PEAK, "memory-shared"), shared=True),
     "GPU lost": Scenario(LOST + full(OURS), unread(None, "gpu-lost", listed=False)),
     # the card's list has the process too, and it is not counted again
-    "an instance of MIG": Scenario(instance(OURS), reading(PEAK), start=instance(), which=MIG),
+    "an instance of MIG": Scenario(instance(OURS), reading(PEAK), start=instance(), first=MIG),
 }
 """Name -> world and reading. `0 handle error` stands before everything else of its GPU."""
 
@@ -173,43 +174,39 @@ COUNTERS = (
     f"events {0x8 | 0x40 | POWER_CAP}",
 )
 STARTS = {
-    "all counters": (card(0, *COUNTERS), "0"),
-    "few counters": (card(0, "power 350500", f"energy error {FUNCTION_NOT_FOUND}"), "0"),
-    "older memory struct": (card(0, "old-memory on"), "0"),
-    "unknown id": (IDLE, "GPU-00000000"),
-    "unknown index": (IDLE, "2"),
-    "hidden from CUDA": (IDLE, ""),
-    "lost": (card(0, f"handle error {GPU_IS_LOST}"), "0"),
-    "no GPU": ("", "0"),
-    "divided by MIG": (card(0, "mig 1"), "0"),
+    "all counters": (card(0, *COUNTERS), UUIDS[0]),
+    "few counters": (card(0, "power 350500", f"energy error {FUNCTION_NOT_FOUND}"), UUIDS[0]),
+    "older memory struct": (card(0, "old-memory on"), UUIDS[0]),
+    "hidden from CUDA": (IDLE, None),
+    "no GPU": ("", None),
+    "divided by MIG": (card(0, "mig 1"), UUIDS[0]),
     "unknown instance": (IDLE, MIG),
     **{
         f"link {generation} x{width}": (
             card(0, f"maxgen {generation}", f"maxwidth {width}", "nowgen 1", "nowwidth 8"),
-            "0",
+            UUIDS[0],
         )
         for generation, width in (*((g, 16) for g in range(9)), (4, 8))
     },
 }
-"""Name -> the world in which a GPU is opened, and which one."""
+"""Name -> the world in which a GPU is opened, and the device that CUDA counts first."""
 
 
 def play(world: Path) -> dict:
     """Play everything against the library that pynvml finds; `world` is the file that it reads."""
 
-    def start(text: str, which: str) -> Gpu:
+    def start(text: str, first: str | None, shared: bool = False) -> Gpu:
         world.write_text(text, encoding="utf-8")
-        return Gpu(which)
+        return Gpu(lambda: first and Shown(first.partition("-")[2], shared))
 
     def scenario(s: Scenario) -> dict:
-        gpu = start(s.start, s.which)
-        gpu.shared = s.shared
+        gpu = start(s.start, s.first, s.shared)
         world.write_text(s.world, encoding="utf-8")
         return asdict(gpu.read(set(s.ours), 0.5))
 
-    def started(text: str, which: str) -> dict:
+    def started(text: str, first: str | None) -> dict:
         try:
-            gpu = start(text, which)
+            gpu = start(text, first)
         except Gpu.errors as err:
             return {"error": str(err)}
         values = {name: getattr(gpu, name) for name in ("uuid", "name", "absent")}
@@ -233,7 +230,7 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> dict:
         pytest.fail("no C or C++ compiler (cc, c++, g++): the fake driver cannot be built; apt-get install g++")
     source, library = Path(__file__).with_name("fake_nvml.c"), folder / "libnvidia-ml.so.1"
     subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", library, source], check=True)
-    env = {**os.environ, "LD_LIBRARY_PATH": str(folder), "FAKE_NVML": str(folder / "world")}
+    env = {**os.environ, "LD_LIBRARY_PATH": str(folder), "FAKE_NVML": str(folder / "world"), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, __file__], env=env, capture_output=True, text=True, timeout=60, encoding="utf-8"
     )
@@ -316,13 +313,10 @@ def test_a_link_carries_what_its_line_code_leaves(played, link, gigabytes_per_s)
 @pytest.mark.parametrize(
     ("name", "error"),
     [
-        ("unknown id", f"CUDA_VISIBLE_DEVICES='GPU-00000000': GPU-00000000 is the id of none (here are 0: {UUIDS[0]})"),
-        ("unknown index", f"CUDA_VISIBLE_DEVICES='2': there is no GPU 2; here are 0: {UUIDS[0]}"),
         (
             "hidden from CUDA",
-            f"CUDA_VISIBLE_DEVICES='' hides every GPU (here are 0: {UUIDS[0]}); unset it, or name one",
+            f"CUDA_VISIBLE_DEVICES='' shows CUDA no GPU (here are {UUIDS[0]}); unset it, or name one by its id",
         ),
-        ("lost", "GPU is lost"),
         ("no GPU", "the driver lists no GPU"),
         (
             "divided by MIG",

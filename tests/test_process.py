@@ -192,7 +192,7 @@ def test_nothing_needs_a_locale_that_is_utf_8(tmp_path):
         "import sys, pathlib; from moelib.machine import host, probe, process; folder = pathlib.Path(sys.argv[1])\n"
         "argv = ['/bin/sh', '-c', \"printf '\\\\303\\\\274ber\\\\377'\"]\n"
         "with process.Child(argv, folder / 'x.log', process.environment(folder)) as c: c.wait_end(30)\n"
-        "assert c.text() == '\\xfcber\\ufffd' == probe.ask(argv, 30).out, ascii(c.text())\n"
+        "assert c.text() == '\\xfcber\\ufffd' == probe.ask(argv, 30).text, ascii(c.text())\n"
         "host.facts()\n"
     )
     env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

@@ -203,25 +203,8 @@ def test_what_this_code_could_not_read_is_not_written(tmp_path):
     assert not list(tmp_path.rglob("*.json"))
 
 
-def test_every_schema_number_has_its_history_and_its_way_to_the_next():
+def test_every_schema_number_has_its_history():
     assert set(facts.HISTORY) == set(range(1, facts.SCHEMA_VERSION + 1))
-    assert set(facts.STEPS) == set(range(facts.OLDEST, facts.SCHEMA_VERSION))
-
-
-def test_a_record_of_an_older_schema_is_migrated_without_a_change_of_what_it_says(tmp_path):
-    old = json.loads(GOLDEN.read_text(encoding="utf-8"))
-    new = facts.migrate(old)
-    assert new["schema_version"] == facts.SCHEMA_VERSION
-    assert old == json.loads(GOLDEN.read_text(encoding="utf-8"))
-    path = tmp_path / f"{old['run_id']}.json"
-    path.write_bytes(GOLDEN.read_bytes())
-    as_read = record.read(path)
-    migrated = record.Record.model_validate_json(json.dumps(new), strict=True)
-    assert migrated == as_read.model_copy(update={"schema_version": facts.SCHEMA_VERSION})
-    assert (migrated.host.host_id, migrated.observed.engine_files) == (None, None)
-    for version in (1, facts.SCHEMA_VERSION + 1, None, "2"):
-        with pytest.raises(ValueError, match="this moelib reads"):
-            facts.migrate({**old, "schema_version": version})
 
 
 def test_a_light_record_keeps_what_tables_need(tmp_path):

@@ -3,7 +3,6 @@
 import itertools
 import json
 from contextlib import contextmanager
-from dataclasses import replace
 
 import pytest
 from factory import SHARED, measured, spec
@@ -214,14 +213,3 @@ def test_a_stream_is_read_by_the_engines_counts_not_by_events():
     assert (r.engine_prompt_s, r.engine_predicted_s) == (0.09, None)
     cut = read_stream(lines[:3], workload.generate_tokens)
     assert (cut.finished, cut.prompt_n, cut.predicted_n) == (False, None, None)
-
-
-def test_choose_takes_loopback_where_there_is_no_gpu_and_says_what_is_missing(engine, tmp_path, monkeypatch):
-    monkeypatch.setattr(device, "Cuda", lambda: (_ for _ in ()).throw(device.DeviceError("no NVIDIA GPU")))
-    assert device.choose("auto", engine).kind == "loopback"
-    without = replace(engine, tools={k: v for k, v in engine.tools.items() if k != "rpc-server"})
-    assert device.choose("auto", without).kind == "none"
-    with pytest.raises(device.DeviceError, match="make engine"):
-        device.choose("loopback", without)
-    with pytest.raises(device.DeviceError, match="no NVIDIA GPU"):
-        device.choose("cuda", engine)

@@ -5,8 +5,6 @@ from dataclasses import replace
 import openai_stub
 import pytest
 from factory import (
-    DEVICE,
-    HOST,
     MANIFEST,
     block,
     keep,
@@ -27,7 +25,7 @@ from moelib.audit import audit, record, witness
 from moelib.audit.invariants import INVARIANTS
 from moelib.base import files
 from moelib.catalogue import params
-from moelib.catalogue.facts import LLAMA_SERVER
+from moelib.catalogue.facts import LLAMA_SERVER, Manifest
 from moelib.engine import logs
 from moelib.engine.buffers import Report
 from moelib.gguf import gguf_file, twin
@@ -37,25 +35,11 @@ from moelib.study import gather
 
 SMOKE_RUN = {"workloads": ("smoke",), "requests": 2, "context": 256, "device": "none"}
 SHARED = {"watched-lightly", "clock-steady", "not-slowed"}  # of a machine that tests share
-UNKNOWN = {
-    "counts-exact",
-    "cache-not-hit",
-    "times-ordered",
-    "ttft-bounded",
-    "clocks-agree",
-    "layers-offloaded",
-    "device-is-the-one",
-    "placement-on-device",
-    "environment-clean",
-    "build-optimised",
-    "output-alive",
-    "file-is-its-sheet",
-    "host-quiet",
-    "clean-end",
-    "host-memory-possible",
-    "command-as-asked",
-    "log-kept",
-}
+UNKNOWN = set(
+    """counts-exact cache-not-hit times-ordered ttft-bounded clocks-agree layers-offloaded device-is-the-one
+placement-on-device environment-clean build-optimised output-alive file-is-its-sheet host-quiet clean-end
+host-memory-possible command-as-asked log-kept""".split()
+)
 """What cannot be told of a run by an endpoint that counts tokens."""
 
 
@@ -80,23 +64,10 @@ def execute(quantised, work, how=lambda t: t, **of_stub):
 def recorded(folder, quantised, outcome):
     """The record of a run of the stub, as `measure` writes it."""
     assert outcome.reason is None, outcome.message
-    run_spec, attached = spec(**SMOKE_RUN), Attached(0)
-    r = record.Record(
-        run_id=record.run_id(run_spec, 1),
-        attempt=1,
-        status="failed",
-        reasons=(),
-        message=None,
-        spec=run_spec,
-        sheet=quantised.manifest,
-        engine=attached.facts(),
-        device=DEVICE.model_copy(update={"kind": "none"}),
-        host=HOST,
-        started_utc="2026-01-01T00:00:00+00:00",
-        observed=outcome.observation,
-        audit=(),
-        raw=record.keep_logs(folder, record.run_id(run_spec, 1), outcome.logs, ()),
-    )
+    r = record_of(outcome.observation, **SMOKE_RUN)
+    of_stub = {"sheet": Manifest(**quantised.manifest), "engine": Attached(0).facts(), "audit": ()}
+    of_stub["raw"] = record.keep_logs(folder, r.run_id, outcome.logs, ())
+    r = with_facts(r.model_copy(update=of_stub), "device", kind="none")
     checks = gather.audit_today(r, witness.call(folder, r))
     status, reasons = audit.verdict(checks)
     return record.write(folder, r.model_copy(update={"status": status, "reasons": reasons, "audit": checks}))

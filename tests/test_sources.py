@@ -380,9 +380,9 @@ def test_a_damaged_note_of_the_choice_is_no_choice(toy, note):
     ("name", "why"),
     [
         ("a-00002-of-00001.gguf", "says file 2 of 1 of a split model, which is impossible"),
-        ("a-00003-of-00400.gguf", "and 396 more is not in"),
+        ("a-00003-of-00400.gguf", "and 396 more cannot be found; fetch all files"),
         ("a.bin", "does not end in .gguf"),
-        ("a-00001-of-00002.gguf", "00002-of-00002.gguf is not in"),
+        ("a-00001-of-00002.gguf", "00002-of-00002.gguf cannot be found"),
     ],
 )
 def test_odd_names_are_one_sentence(toy, tmp_path, name, why):

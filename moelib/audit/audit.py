@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from moelib.audit import bounds, cells, energy, invariants, witness
 from moelib.audit.cells import Cell
-from moelib.audit.invariants import INVARIANTS, Finding, Invariant, Measured, agrees, holds, silence, strained
+from moelib.audit.invariants import INVARIANTS, Faults, Finding, Invariant, Measured, agrees, holds, silence, strained
 from moelib.audit.record import Check, Record
 from moelib.audit.witness import Witnessed
 from moelib.catalogue.placement import REFERENCE
@@ -80,23 +80,19 @@ def block_alike(runs: Sequence[Record]) -> Finding:
 
 
 @holds("block", "0.1 % + 1 MiB, and more graph splits", needs="buffers")
-def block_placement(runs: Sequence[Record]) -> Finding:
+def block_placement(runs: Sequence[Record]) -> Faults:
     """What left the device between baseline and offload is what the header says the placement moves, and the graph
     was cut where the experts went: a flag that was accepted and ignored is caught here."""
-    base, failures = baseline(runs).observation, []
+    base = baseline(runs).observation
     for r in (r for r in runs if r.spec.placement != REFERENCE and r.observation.device_kind != "none"):
         observation = r.observation
         on, off = base.report.device_bytes("model"), observation.report.device_bytes("model")
         if on is None or off is None or not agrees(on - off, observation.placement.moved_bytes):
-            failures.append(
-                f"{r.spec.label}: device weights {on} -> {off}, header moves {observation.placement.moved_bytes}"
-            )
+            yield f"{r.spec.label}: device weights {on} -> {off}, header moves {observation.placement.moved_bytes}"
         more_splits = max(observation.report.graph_splits, default=0) > max(base.report.graph_splits, default=0)
         if not more_splits and not r.spec.placed.is_baseline:
-            failures.append(
-                f"{r.spec.label}: graph splits {base.report.graph_splits} -> {observation.report.graph_splits}"
-            )
-    return not failures, "; ".join(failures) or "header and engine agree"
+            yield f"{r.spec.label}: graph splits {base.report.graph_splits} -> {observation.report.graph_splits}"
+    return "header and engine agree"
 
 
 @holds("block", f"relative spread above {SAME_SHARE:g}")
@@ -132,7 +128,7 @@ def matrix_complete(study: Matrix) -> Finding:
 
 
 @holds("study", "1 to the last")
-def attempts_kept(study: Matrix) -> Finding:
+def attempts_kept(study: Matrix) -> Faults:
     """Every attempt at a run has its record: attempts that went away may have said something else."""
     attempts = defaultdict(set)
     for r in study.records:
@@ -141,14 +137,16 @@ def attempts_kept(study: Matrix) -> Finding:
         key, _, attempt = name.rpartition("_a")
         if attempt.isdigit():
             attempts[key.rpartition("_")[2]].add(int(attempt))
-    gone = [f"{key}: {sorted(n)}" for key, n in attempts.items() if n != set(range(1, max(n) + 1))]
-    return not gone, f"attempts {'; '.join(gone[:3])}" if gone else f"{len(attempts)} runs with all attempts"
+    for key, n in attempts.items():
+        if n != set(range(1, max(n) + 1)):
+            yield f"attempts {key}: {sorted(n)}"
+    return f"{len(attempts)} runs with all attempts"
 
 
 @holds("study", "a record with that digest and those readings")
-def audited_again_from_a_record(study: Matrix) -> Finding:
+def audited_again_from_a_record(study: Matrix) -> Faults:
     """A later judgement names the record that it judged, and that one is there, with the same readings."""
-    by_id, unmatched = {r.run_id: r for r in study.records}, []
+    by_id = {r.run_id: r for r in study.records}
     for r in study.records:
         if r.judged is None:
             continue
@@ -159,10 +157,8 @@ def audited_again_from_a_record(study: Matrix) -> Finding:
             or _readings(first) != _readings(r)
             or first.attempt >= r.attempt
         ):
-            unmatched.append(r.run_id)
-    if unmatched:
-        return False, f"no first record with that digest and those readings: {', '.join(unmatched[:3])}"
-    return True, "each names its first record"
+            yield f"no first record with that digest and those readings: {r.run_id}"
+    return "each names its first record"
 
 
 def _readings(r: Record) -> Any:
@@ -180,27 +176,27 @@ def _readings(r: Record) -> Any:
 
 
 @holds("study", f"{CLOCK_SHARE:.0%} between readings of one card")
-def clocks_one_cards(study: Matrix) -> Finding:
+def clocks_one_cards(study: Matrix) -> Faults:
     """While nothing slows a card, its clocks are its own: about the same in every run."""
     clocks: dict[str | None, list[int]] = defaultdict(list)
     for r in study.runs:
         clocks[r.device.uuid] += [c.sm_clock_mhz for c in r.observation.counters if c.events == 0 and c.sm_clock_mhz]
-    apart = [
-        f"{uuid}: {min(c)} to {max(c)} MHz" for uuid, c in clocks.items() if c and min(c) < max(c) * (1 - CLOCK_SHARE)
-    ]
-    return not apart, "; ".join(apart) or f"{sum(map(len, clocks.values()))} readings"
+    for uuid, c in clocks.items():
+        if c and min(c) < max(c) * (1 - CLOCK_SHARE):
+            yield f"{uuid}: {min(c)} to {max(c)} MHz"
+    return f"{sum(map(len, clocks.values()))} readings"
 
 
 @holds("study", f"equal facts of one device; RAM within {RAM_TIMES:g} times, idle power {IDLE_TIMES:g}")
-def machines_are_themselves(study: Matrix) -> Finding:
+def machines_are_themselves(study: Matrix) -> Faults:
     """One device is as large and as fast in every run and idles alike in every cell; so is one host's RAM."""
     devices: dict[tuple[str | None, str | None], tuple[float | None, ...]] = {}
     idle: dict[str | None, dict[str, float]] = defaultdict(dict)
-    hosts, failures = defaultdict(list), []
+    hosts = defaultdict(list)
     for r in study.runs:
         specs = (r.device.total_bytes, r.device.bandwidth_bytes_per_s, r.device.pcie_bytes_per_s)
         if devices.setdefault((r.device.uuid, r.device.name), specs) != specs:
-            failures.append(f"{r.device.name} in {r.run_id}")
+            yield f"{r.device.name} in {r.run_id}"
         if r.host.ram_read_bytes_per_s and r.device.kind == "cuda" and not strained(r.observation):
             hosts[r.host.host_id, r.device.uuid, r.host.cpu].append(r.host.ram_read_bytes_per_s)
         if r.observation.counters and (watts := r.observation.counters[0].power_watt):
@@ -208,11 +204,11 @@ def machines_are_themselves(study: Matrix) -> Finding:
             cells[r.cell] = min(watts, cells.get(r.cell, watts))
     for cells in idle.values():
         if max(cells.values()) > IDLE_TIMES * min(cells.values()):
-            failures.append(f"idle at {min(cells.values()):.0f} to {max(cells.values()):.0f} W")
+            yield f"idle at {min(cells.values()):.0f} to {max(cells.values()):.0f} W"
     for (_, _, cpu), speeds in hosts.items():
         if max(speeds) > RAM_TIMES * min(speeds):
-            failures.append(f"RAM of {cpu}: {min(speeds) / 1e9:.1f} to {max(speeds) / 1e9:.1f} GB/s")
-    return not failures, "; ".join(failures[:3]) or f"{len(hosts)} hosts"
+            yield f"RAM of {cpu}: {min(speeds) / 1e9:.1f} to {max(speeds) / 1e9:.1f} GB/s"
+    return f"{len(hosts)} hosts"
 
 
 @holds(
@@ -220,7 +216,7 @@ def machines_are_themselves(study: Matrix) -> Finding:
     f"{LIBRARY_BYTES['cuda'] >> 20} MiB apart with a GPU, {LIBRARY_SMALL_BYTES >> 20} without",
     partly="buffers",
 )
-def libraries_one_size(study: Matrix) -> Finding:
+def libraries_one_size(study: Matrix) -> Faults:
     """What a server's resident memory holds beside weights is libraries and buffers of one engine on one machine:
     about as much in every run, whatever the file."""
     rests = defaultdict(list)
@@ -229,16 +225,15 @@ def libraries_one_size(study: Matrix) -> Finding:
         if r.observation.host_rss_peak_bytes is not None and stay and not measured(r).lacks("buffers"):
             machine = r.device.kind, r.device.uuid, r.host.host_id, r.host.cpu, r.engine.server_sha256
             rests[machine].append((r.observation.host_rss_peak_bytes - weights, r.run_id))
-    apart = [
-        f"{min(sizes)[0]} in {min(sizes)[1]}, {max(sizes)[0]} in {max(sizes)[1]}"
-        for (kind, *_), sizes in rests.items()
-        if max(sizes)[0] - min(sizes)[0] > LIBRARY_BYTES.get(kind, LIBRARY_SMALL_BYTES)
-    ]
-    return not apart, "; ".join(apart[:3]) or f"{len(rests)} machines"
+    for (kind, *_), sizes in rests.items():
+        (least, in_one), (most, in_other) = min(sizes), max(sizes)
+        if most - least > LIBRARY_BYTES.get(kind, LIBRARY_SMALL_BYTES):
+            yield f"{least} in {in_one}, {most} in {in_other}"
+    return f"{len(rests)} machines"
 
 
 @holds("study", f"{PAGE_SHARE:.0%} apart, faults for each page")
-def pages_one_size(study: Matrix) -> Finding:
+def pages_one_size(study: Matrix) -> Faults:
     """Where pages are small and hold copies, each is touched once: a machine's runs have as many page faults for each
     page of resident memory, whatever the file. Of large pages their number says nothing."""
     rates = defaultdict(list)
@@ -246,19 +241,18 @@ def pages_one_size(study: Matrix) -> Finding:
         faults, peak = r.observation.host.minor_faults, r.observation.host_rss_peak_bytes
         if r.spec.load_mode == "none" and r.device.kind == "cuda" and faults and peak:
             rates[r.device.uuid, r.host.host_id, r.host.cpu].append((faults / (peak / PAGE_BYTES), r.run_id))
-    apart = [
-        f"{min(values)[0]:.3f} in {min(values)[1]}, {max(values)[0]:.3f} in {max(values)[1]}"
-        for values in rates.values()
-        if min(values)[0] > SMALL_PAGES and max(values)[0] > min(values)[0] * (1 + PAGE_SHARE)
-    ]
-    return not apart, "; ".join(apart[:3]) or f"{len(rates)} machines"
+    for values in rates.values():
+        (least, in_one), (most, in_other) = min(values), max(values)
+        if least > SMALL_PAGES and most > least * (1 + PAGE_SHARE):
+            yield f"{least:.3f} in {in_one}, {most:.3f} in {in_other}"
+    return f"{len(rates)} machines"
 
 
 @holds(
     "study",
     f"{WATCH_TIMES:g} times + {WATCH_MORE:.2%} of a CPU + {WATCH_LOOK_S * 1e3:g} ms, in the median of a placement",
 )
-def monitors_one_price(study: Matrix) -> Finding:
+def monitors_one_price(study: Matrix) -> Faults:
     """Monitors read one machine's instruments at one pace: that takes about as much of a CPU in every cell."""
     costs: dict[tuple[str | None, ...], dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for r in study.runs:
@@ -266,7 +260,6 @@ def monitors_one_price(study: Matrix) -> Finding:
         if spent and lasted > 0 and not strained(r.observation):
             key = r.device.kind, r.device.uuid, r.host.host_id, r.host.cpu, r.host.commit, r.spec.label
             costs[key][r.cell].append((spent / lasted, lasted))
-    apart = []
     for (*_, label), cells_ in costs.items():
         shares = {name: median(s for s, _ in runs) for name, runs in cells_.items() if len(runs) >= WATCHED}
         limits = {
@@ -274,15 +267,14 @@ def monitors_one_price(study: Matrix) -> Finding:
             for name in shares
         }
         if any(shares[name] > limits[name] for name in shares):
-            apart.append(f"{label}: {', '.join(f'{name} {share:.2%}' for name, share in shares.items())}")
-    return not apart, "; ".join(apart[:3]) or f"{len(costs)} placements"
+            yield f"{label}: {', '.join(f'{name} {share:.2%}' for name, share in shares.items())}"
+    return f"{len(costs)} placements"
 
 
 @holds("study", f"{COUNTER_WATT:g} W at the most since the reading before")
-def counters_have_one_course(study: Matrix) -> Finding:
+def counters_have_one_course(study: Matrix) -> Faults:
     """A board's energy counter only grows, by no more than a board draws, or begins anew when its driver is loaded."""
     boards: dict[str | None, list[tuple[float, float, str]]] = defaultdict(list)
-    failures = []
     for r in study.runs:
         known = [(c.t_s, c.energy_joule) for c in r.observation.counters if c.energy_joule is not None]
         if known and r.judged is None:
@@ -293,28 +285,28 @@ def counters_have_one_course(study: Matrix) -> Finding:
         for (t, before, _), (u, after, name) in itertools.pairwise(readings):
             most = COUNTER_WATT * (u - t + 2)  # starts are kept to whole seconds
             if after - before > most or (after < before - COUNTER_WATT and after > most):
-                failures.append(f"{name}: {before:.0f} J, then {after:.0f} J {u - t:.0f} s later")
-    return not failures, "; ".join(failures[:3]) or f"{len(boards)} boards"
+                yield f"{name}: {before:.0f} J, then {after:.0f} J {u - t:.0f} s later"
+    return f"{len(boards)} boards"
 
 
 @holds("study", f"equal parameters; experts over the bus within {SHARE_TIMES:g} times")
-def quants_of_one_model(study: Matrix) -> Finding:
+def quants_of_one_model(study: Matrix) -> Faults:
     """Quantising changes no number of parameters, and of a prompt's experts about the same share crosses the bus."""
     parameters: dict[tuple[str, str], int] = {}
-    shares, failures = defaultdict(list), []
+    shares = defaultdict(list)
     for r in study.runs:
         if parameters.setdefault((r.spec.model, r.spec.scale), r.sheet.parameters) != r.sheet.parameters:
-            failures.append(f"parameters of {r.cell}")
+            yield f"parameters of {r.cell}"
         moved = r.observation.placement.moved_bytes
         for t in r.observation.prompt_traffic:
             if t.received_bytes is None or 0 < moved < SHARE_BYTES:
                 continue
             if t.received_bytes > SHARE_LEAST * moved:
                 shares[f"{r.spec.model} {r.spec.placement} {t.workload}"].append(t.received_bytes / (moved or 1))
-    failures += [
-        f"{label}: {min(s):.2f} to {max(s):.2f}" for label, s in shares.items() if max(s) > SHARE_TIMES * min(s)
-    ]
-    return not failures, "; ".join(failures[:3]) or f"{len(parameters)} models"
+    for label, s in shares.items():
+        if max(s) > SHARE_TIMES * min(s):
+            yield f"{label}: {min(s):.2f} to {max(s):.2f}"
+    return f"{len(parameters)} models"
 
 
 def _check(scope: str, subject: Any) -> Iterator[Check]:

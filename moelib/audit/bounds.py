@@ -5,9 +5,9 @@ They ask nothing of an instrument that it did not say of itself: a link's speed,
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from moelib.audit.invariants import Finding, Measured, holds
+from moelib.audit.invariants import SHOWN, Faults, Finding, Measured, holds
 from moelib.measure.nvml import Counters
 
 TICK_S = 0.002  # times are kept to a tenth of a millisecond, and taken one after another
@@ -33,41 +33,32 @@ SM_MHZ, MEMORY_MHZ = 4000, 25000  # no card comes near
 BUS_BITS = (32, 16384)  # of a memory bus, at two transfers a clock
 
 
-def finding(failures: Iterator[str], summary: str) -> Finding:
-    """Whether nothing is wrong, and what is; `summary` where nothing is."""
-    messages = list(failures)
-    return not messages, "; ".join(messages[:4]) or summary
-
-
 @holds("run", f"in order, the last reading within {LAST_READING_S:g} s of the end")
-def one_timeline(run: Measured) -> Finding:
+def one_timeline(run: Measured) -> Faults:
     """Start, load, requests, readings and end are on one clock: each comes after the one before, and inside the run."""
     o = run.observation
     during, after = ([r.t_s for r in part] for part in (o.memory.trace.during, o.memory.trace.after))
-
-    def failures() -> Iterator[str]:
-        started = o.load_s is not None or not run.lacks("process")
-        if started and not (o.load_s or 0) > 0:
-            yield f"load {o.load_s} s"
-        marks = [("load", o.load_s or 0.0)]
-        for r in o.requests:
-            marks += [(f"{r.workload}[{r.index}]", r.started_s), ("its end", r.started_s + (r.total_s or 0.0))]
-        marks += [("the end", o.host.elapsed_s), ("the whole run", o.wall_s)]
-        for (a, s), (b, t) in itertools.pairwise(marks):
-            if not s <= t + TICK_S:
-                yield f"{b} at {t:.4f} s, after {a} at {s:.4f} s"
-        for name, times, first, last in (
-            ("readings", during, 0.0, o.host.elapsed_s),
-            ("counters", [c.t_s for c in o.counters], 0.0, o.host.elapsed_s),
-            ("readings after the end", after, during[-1] if during else 0.0, o.wall_s),
-        ):
-            order = [first, *times, last + TICK_S]
-            if any(not a <= b for a, b in itertools.pairwise(order)):
-                yield f"{name} not in order between {first:.2f} and {last:.2f} s"
-        if during and o.host.elapsed_s - during[-1] > LAST_READING_S:
-            yield f"nothing was read in the last {o.host.elapsed_s - during[-1]:.2f} s"
-
-    return finding(failures(), f"{len(o.requests)} requests in {o.host.elapsed_s:.2f} s")
+    started = o.load_s is not None or not run.lacks("process")
+    if started and not (o.load_s or 0) > 0:
+        yield f"load {o.load_s} s"
+    marks = [("load", o.load_s or 0.0)]
+    for r in o.requests:
+        marks += [(f"{r.workload}[{r.index}]", r.started_s), ("its end", r.started_s + (r.total_s or 0.0))]
+    marks += [("the end", o.host.elapsed_s), ("the whole run", o.wall_s)]
+    for (a, s), (b, t) in itertools.pairwise(marks):
+        if not s <= t + TICK_S:
+            yield f"{b} at {t:.4f} s, after {a} at {s:.4f} s"
+    for name, times, first, last in (
+        ("readings", during, 0.0, o.host.elapsed_s),
+        ("counters", [c.t_s for c in o.counters], 0.0, o.host.elapsed_s),
+        ("readings after the end", after, during[-1] if during else 0.0, o.wall_s),
+    ):
+        order = [first, *times, last + TICK_S]
+        if any(not a <= b for a, b in itertools.pairwise(order)):
+            yield f"{name} not in order between {first:.2f} and {last:.2f} s"
+    if during and o.host.elapsed_s - during[-1] > LAST_READING_S:
+        yield f"nothing was read in the last {o.host.elapsed_s - during[-1]:.2f} s"
+    return f"{len(o.requests)} requests in {o.host.elapsed_s:.2f} s"
 
 
 def memory_bound(run: Measured, rate: float) -> float | None:
@@ -88,47 +79,44 @@ def below_memory_bound(run: Measured) -> Finding:
     if not shares and run.lacks("tokens") and run.lacks("usage"):
         return None, f"no rate is known: {run.runner} does not report how many tokens came"
     known = [(r, share) for r, share in shares if share is not None]
-    over = (f"{r.workload}[{r.index}]: {share:.0%}" for r, share in known if share > BOUND_SHARE)
-    return finding(over, f"{max((s for _, s in known), default=0.0):.0%} at most")
+    over = [f"{r.workload}[{r.index}]: {share:.0%}" for r, share in known if share > BOUND_SHARE]
+    return not over, "; ".join(over[:SHOWN]) or f"{max((s for _, s in known), default=0.0):.0%} at most"
 
 
 @holds("run", f"power limit x (time + {ENERGY_S:g} s), and the counter's own course")
-def energy_possible(run: Measured) -> Finding:
+def energy_possible(run: Measured) -> Faults:
     """A request takes no more energy than the board may draw while it lasts, and what the board's counter says."""
     limit, counters = run.device.power_limit_watt, run.observation.counters
-
-    def failures() -> Iterator[str]:
-        total = [c.energy_joule for c in counters if c.energy_joule is not None]
-        if any(b < a for a, b in itertools.pairwise(total)):
-            yield "the counter ran backwards"
-        for c in counters:
-            if c.power_watt is not None and limit and not 0 < c.power_watt <= 1.5 * limit:
-                yield f"{c.power_watt} W on a board of {limit} W"
-        for r in run.observation.requests:
-            used = r.energy_joule
-            if used is None or r.total_s is None:
-                continue
-            name = f"{r.workload}[{r.index}]: {used} J in {r.total_s:.3f} s"
-            if used < 0 or (limit and used > POWER_SHARE * limit * (r.total_s + ENERGY_S)):
-                yield f"{name} with {limit} W"
-            elif (moved := course(counters, r.started_s, r.started_s + r.total_s)) is not None:
-                joules, lasted = moved
-                watts = max(joules / lasted, used / r.total_s, *(c.power_watt or 0.0 for c in counters))
-                least = joules - watts * (lasted - r.total_s + COURSE_S)
-                if not least - 1 <= used <= joules + 1:
-                    yield f"{name}, the counter moved by {joules:.0f} J in {lasted:.3f} s"
-        spent = [r.energy_joule for r in run.observation.requests if r.energy_joule is not None]
-        known = bool(spent) and len(spent) == len(run.observation.requests)
-        if total and known and sum(spent) > total[-1] - total[0] + 1:
-            yield f"{sum(spent):.0f} J in requests, the counter moved by {total[-1] - total[0]:.0f} J"
-        drawn = [c.power_watt for c in counters if c.power_watt is not None]
-        lasted = sum(r.total_s or 0.0 for r in run.observation.requests)
-        if drawn and known and lasted > 1.0:
-            mean = sum(spent) / lasted
-            if not min(drawn) / METER <= mean <= METER * max(drawn):
-                yield f"{mean:.0f} W by energy, {min(drawn):.0f} to {max(drawn):.0f} W by the board's own meter"
-
-    return finding(failures(), "as the board's counter says" if counters else "no counter")
+    total = [c.energy_joule for c in counters if c.energy_joule is not None]
+    if any(b < a for a, b in itertools.pairwise(total)):
+        yield "the counter ran backwards"
+    for c in counters:
+        if c.power_watt is not None and limit and not 0 < c.power_watt <= 1.5 * limit:
+            yield f"{c.power_watt} W on a board of {limit} W"
+    for r in run.observation.requests:
+        used = r.energy_joule
+        if used is None or r.total_s is None:
+            continue
+        name = f"{r.workload}[{r.index}]: {used} J in {r.total_s:.3f} s"
+        if used < 0 or (limit and used > POWER_SHARE * limit * (r.total_s + ENERGY_S)):
+            yield f"{name} with {limit} W"
+        elif (moved := course(counters, r.started_s, r.started_s + r.total_s)) is not None:
+            joules, lasted = moved
+            watts = max(joules / lasted, used / r.total_s, *(c.power_watt or 0.0 for c in counters))
+            least = joules - watts * (lasted - r.total_s + COURSE_S)
+            if not least - 1 <= used <= joules + 1:
+                yield f"{name}, the counter moved by {joules:.0f} J in {lasted:.3f} s"
+    spent = [r.energy_joule for r in run.observation.requests if r.energy_joule is not None]
+    known = bool(spent) and len(spent) == len(run.observation.requests)
+    if total and known and sum(spent) > total[-1] - total[0] + 1:
+        yield f"{sum(spent):.0f} J in requests, the counter moved by {total[-1] - total[0]:.0f} J"
+    drawn = [c.power_watt for c in counters if c.power_watt is not None]
+    lasted = sum(r.total_s or 0.0 for r in run.observation.requests)
+    if drawn and known and lasted > 1.0:
+        mean = sum(spent) / lasted
+        if not min(drawn) / METER <= mean <= METER * max(drawn):
+            yield f"{mean:.0f} W by energy, {min(drawn):.0f} to {max(drawn):.0f} W by the board's own meter"
+    return "as the board's counter says" if counters else "no counter"
 
 
 def course(counters: Sequence[Counters], start_s: float, end_s: float) -> tuple[float, float] | None:
@@ -157,26 +145,25 @@ def weights_resident(run: Measured) -> tuple[int, bool]:
     "host buffers and mapped file at the least; RAM, or these and libraries, at the most",
     partly="buffers process",
 )
-def host_memory_possible(run: Measured) -> Finding:
+def host_memory_possible(run: Measured) -> Faults:
     """The server's resident memory holds what was copied to the host, and no more than file, buffers and libraries."""
     peak, ram, silent = run.observation.host_rss_peak_bytes, run.host.ram_bytes, run.lacks("buffers")
     if peak is None:
-        return True, "the system keeps no peak"
+        return "the system keeps no peak"
     weights, stay = weights_resident(run)
     least = weights if stay else weights - run.sheet.file_bytes
     # not mapped, the file is read piece by piece: how much of it at once is the engine's affair
     most = weights + RSS_BYTES.get(run.observation.device_kind, RSS_SMALL_BYTES)
     most += run.sheet.file_bytes if run.spec.load_mode != "mmap" else 0
-    failures = [
-        f"{peak} bytes, {limit_name} {bound}"
-        for limit_name, bound, holds_ in (
-            ("copied buffers and a mapped file take", least, silent or peak >= least * RESIDENT),
-            ("RAM has", ram, not ram or peak <= ram),
-            ("file, buffers and libraries take at most", most, silent or peak <= most),
-        )
-        if not holds_
-    ]
-    return not failures and peak > 0, "; ".join(failures) or f"{peak} bytes"
+    if not silent and peak < least * RESIDENT:
+        yield f"{peak} bytes, copied buffers and a mapped file take {least}"
+    if ram and peak > ram:
+        yield f"{peak} bytes, RAM has {ram}"
+    if not silent and peak > most:
+        yield f"{peak} bytes, file, buffers and libraries take at most {most}"
+    if peak <= 0:
+        yield f"{peak} bytes"
+    return f"{peak} bytes"
 
 
 @holds("run", "the card's memory")
@@ -193,67 +180,58 @@ def device_memory_possible(run: Measured) -> Finding:
 
 
 @holds("run", "the link's speed, and the experts once a batch")
-def bus_traffic_possible(run: Measured) -> Finding:
+def bus_traffic_possible(run: Measured) -> Faults:
     """A prompt moves no more over the bus than the link carries in its time, or than experts and activations make."""
     o, link = run.observation, run.device.pcie_bytes_per_s
-
-    def failures() -> Iterator[str]:
-        for moved in o.prompt_traffic:
-            name = f"{moved.workload}: {moved.received_bytes} received, {moved.sent_bytes} sent"
-            batches = math.ceil(moved.prompt_tokens / (run.spec.placed.ubatch or PROMPT_BATCH))
-            most = batches * (o.placement.moved_bytes * LINK_SHARE + 4 * LINK_BYTES + moved.prompt_tokens * MIB)
-            took = [r.engine_prompt_s for r in o.requests if r.workload == moved.workload and r.engine_prompt_s]
-            if link and took:
-                most = min(most, link * (2 * max(took) + 0.1) + LINK_BYTES)
-            if any(n is not None and not 0 < n <= most for n in (moved.received_bytes, moved.sent_bytes)):
-                yield f"{name}, at most {most:.0f}"
-
-    return finding(failures(), f"{len(o.prompt_traffic)} prompts")
+    for moved in o.prompt_traffic:
+        name = f"{moved.workload}: {moved.received_bytes} received, {moved.sent_bytes} sent"
+        batches = math.ceil(moved.prompt_tokens / (run.spec.placed.ubatch or PROMPT_BATCH))
+        most = batches * (o.placement.moved_bytes * LINK_SHARE + 4 * LINK_BYTES + moved.prompt_tokens * MIB)
+        took = [r.engine_prompt_s for r in o.requests if r.workload == moved.workload and r.engine_prompt_s]
+        if link and took:
+            most = min(most, link * (2 * max(took) + 0.1) + LINK_BYTES)
+        if any(n is not None and not 0 < n <= most for n in (moved.received_bytes, moved.sent_bytes)):
+            yield f"{name}, at most {most:.0f}"
+    return f"{len(o.prompt_traffic)} prompts"
 
 
 @holds("run", "the card's clocks, and a bus that exists")
-def clocks_possible(run: Measured) -> Finding:
+def clocks_possible(run: Measured) -> Faults:
     """Clocks are positive and a card's; the memory's clock and the stated bandwidth give a bus that exists."""
     bandwidth = run.device.bandwidth_bytes_per_s
     highest = run.device.max_sm_clock_mhz or SM_MHZ
-
-    def failures() -> Iterator[str]:
-        memory = [c.memory_clock_mhz for c in run.observation.counters if c.memory_clock_mhz is not None]
-        for c in run.observation.counters:
-            if c.sm_clock_mhz is not None and not 0 < c.sm_clock_mhz <= highest:
-                yield f"SM clock {c.sm_clock_mhz} MHz of {highest}"
-            if c.memory_clock_mhz is not None and not 0 < c.memory_clock_mhz <= MEMORY_MHZ:
-                yield f"memory clock {c.memory_clock_mhz} MHz"
-        if bandwidth is not None and bandwidth <= 0:
-            yield f"{bandwidth} bytes/s of device memory"
-        elif bandwidth and memory and max(memory) > 0:
-            bits = 8 * bandwidth / (2e6 * max(memory))
-            if not BUS_BITS[0] <= bits <= BUS_BITS[1]:
-                yield f"{bandwidth:.4g} bytes/s at {max(memory)} MHz is a bus of {bits:.1f} bits"
-
-    return finding(failures(), f"{len(run.observation.counters)} readings")
+    memory = [c.memory_clock_mhz for c in run.observation.counters if c.memory_clock_mhz is not None]
+    for c in run.observation.counters:
+        if c.sm_clock_mhz is not None and not 0 < c.sm_clock_mhz <= highest:
+            yield f"SM clock {c.sm_clock_mhz} MHz of {highest}"
+        if c.memory_clock_mhz is not None and not 0 < c.memory_clock_mhz <= MEMORY_MHZ:
+            yield f"memory clock {c.memory_clock_mhz} MHz"
+    if bandwidth is not None and bandwidth <= 0:
+        yield f"{bandwidth} bytes/s of device memory"
+    elif bandwidth and memory and max(memory) > 0:
+        bits = 8 * bandwidth / (2e6 * max(memory))
+        if not BUS_BITS[0] <= bits <= BUS_BITS[1]:
+            yield f"{bandwidth:.4g} bytes/s at {max(memory)} MHz is a bus of {bits:.1f} bits"
+    return f"{len(run.observation.counters)} readings"
 
 
 @holds("run", "CPUs x time, and more than nothing")
-def cpu_time_possible(run: Measured) -> Finding:
+def cpu_time_possible(run: Measured) -> Faults:
     """CPU seconds fit the host's CPUs and the time that passed; what was never counted is unknown, not 0."""
     use, monitors = run.observation.host, run.observation.watch_cpu_s
     most = 1.1 * use.elapsed_s * use.cpus + 1.0
-
-    def failures() -> Iterator[str]:
-        if not use.elapsed_s > 0 or use.cpus < 1:
-            yield f"{use.elapsed_s} s on {use.cpus} CPUs"
-        for whose, spent in (("all", use.busy_s), ("the run", use.own_s)):
-            if not 0 <= spent <= most:
-                yield f"{whose}: {spent} CPU seconds of {most:.1f}"
-        if monitors is not None and not 0 < monitors <= use.elapsed_s:
-            yield f"monitors: {monitors} CPU seconds in {use.elapsed_s:.2f} s"
-        readings = len(run.observation.memory.trace.during) - 1  # the last one is no monitor's: it is taken at the end
-        if monitors is not None and monitors < readings * READING_S.get(run.observation.device_kind, READING_SMALL_S):
-            yield f"monitors: {monitors} CPU seconds for {readings} readings"
-        if any(n is not None and n < 0 for n in (use.minor_faults, use.major_faults)):
-            yield f"page faults {use.minor_faults}, {use.major_faults}"
-        if use.minor_faults == 0:
-            yield "a server that never touched a page"
-
-    return finding(failures(), f"{use.own_s} of {use.busy_s} CPU seconds")
+    if not use.elapsed_s > 0 or use.cpus < 1:
+        yield f"{use.elapsed_s} s on {use.cpus} CPUs"
+    for whose, spent in (("all", use.busy_s), ("the run", use.own_s)):
+        if not 0 <= spent <= most:
+            yield f"{whose}: {spent} CPU seconds of {most:.1f}"
+    if monitors is not None and not 0 < monitors <= use.elapsed_s:
+        yield f"monitors: {monitors} CPU seconds in {use.elapsed_s:.2f} s"
+    readings = len(run.observation.memory.trace.during) - 1  # the last one is no monitor's: it is taken at the end
+    if monitors is not None and monitors < readings * READING_S.get(run.observation.device_kind, READING_SMALL_S):
+        yield f"monitors: {monitors} CPU seconds for {readings} readings"
+    if any(n is not None and n < 0 for n in (use.minor_faults, use.major_faults)):
+        yield f"page faults {use.minor_faults}, {use.major_faults}"
+    if use.minor_faults == 0:
+        yield "a server that never touched a page"
+    return f"{use.own_s} of {use.busy_s} CPU seconds"

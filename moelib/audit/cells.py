@@ -11,8 +11,8 @@ from functools import lru_cache
 from statistics import median
 from typing import Any, NamedTuple
 
-from moelib.audit.bounds import PAGING, finding
-from moelib.audit.invariants import WATCH_ONCE_S, Finding, holds, strained
+from moelib.audit.bounds import PAGING
+from moelib.audit.invariants import WATCH_ONCE_S, Faults, holds, strained
 from moelib.audit.record import Record
 from moelib.catalogue.facts import DeviceFacts, HostFacts
 from moelib.catalogue.params import Workload
@@ -66,7 +66,7 @@ def _differ(getters: Mapping[str, Callable[[Record], Any]], runs: Sequence[Recor
 
 
 @holds("cell", "equal")
-def one_file_and_engine(cell: Cell) -> Finding:
+def one_file_and_engine(cell: Cell) -> Faults:
     """Every run of a cell is of one file, one engine and one kind of device."""
     manifests = {id(r.sheet): r.sheet for r in cell.runs}  # runs share them
     files = {k: s.model_copy(update={"quantize_s": 0.0, "origin": None}) for k, s in manifests.items()}
@@ -78,52 +78,47 @@ def one_file_and_engine(cell: Cell) -> Finding:
         "device memory's speed": lambda r: r.device.bandwidth_bytes_per_s,
         "device's size": lambda r: r.device.total_bytes,
     }
-    return finding(_differ(same, cell.runs), f"{len(cell.runs)} runs alike")
+    yield from _differ(same, cell.runs)
+    return f"{len(cell.runs)} runs alike"
 
 
 @holds("cell", "equal, and adding up to one file")
-def header_numbers_agree(cell: Cell) -> Finding:
+def header_numbers_agree(cell: Cell) -> Faults:
     """What the file's header says of a placement is the same in every run, and no placement changes the file's sum."""
-
-    def failures() -> Iterator[str]:
-        for label, runs in by_placement(cell.runs).items():
-            yield from (f"{label}: {text}" for text in _differ({"header": lambda r: r.observation.placement}, runs))
-        sums = {
-            "weights": lambda r: r.observation.placement.device_bytes + r.observation.placement.moved_bytes,
-            "experts": lambda r: r.sheet.expert_bytes,
-        }
-        yield from _differ(sums, cell.runs)
-        read = [(p.device_read_bytes + p.host_read_bytes) for p in (r.observation.placement for r in cell.runs)]
-        if max(read) - min(read) > 1:  # the share of a part is rounded down
-            yield f"a token reads {min(read)} to {max(read)} bytes"
-        for r in cell.runs:
-            p, experts = r.observation.placement, r.sheet.expert_bytes
-            whole = r.spec.placed.is_whole
-            if p.moved_bytes > experts or (whole and p.moved_bytes != experts):
-                yield f"{r.run_id} moves {p.moved_bytes} of {experts} bytes"
-
-    return finding(failures(), "one file")
+    for label, runs in by_placement(cell.runs).items():
+        yield from (f"{label}: {text}" for text in _differ({"header": lambda r: r.observation.placement}, runs))
+    sums = {
+        "weights": lambda r: r.observation.placement.device_bytes + r.observation.placement.moved_bytes,
+        "experts": lambda r: r.sheet.expert_bytes,
+    }
+    yield from _differ(sums, cell.runs)
+    read = [(p.device_read_bytes + p.host_read_bytes) for p in (r.observation.placement for r in cell.runs)]
+    if max(read) - min(read) > 1:  # the share of a part is rounded down
+        yield f"a token reads {min(read)} to {max(read)} bytes"
+    for r in cell.runs:
+        p, experts = r.observation.placement, r.sheet.expert_bytes
+        whole = r.spec.placed.is_whole
+        if p.moved_bytes > experts or (whole and p.moved_bytes != experts):
+            yield f"{r.run_id} moves {p.moved_bytes} of {experts} bytes"
+    return "one file"
 
 
 @holds("cell", "the plan's", partly="tokens")
-def workloads_as_planned(cell: Cell) -> Finding:
+def workloads_as_planned(cell: Cell) -> Faults:
     """Prompts and answers are as long as the plan has them, and a prompt has one length in all runs."""
-
-    def failures() -> Iterator[str]:
-        lengths: dict[str, set[int | None]] = defaultdict(set)
-        for r in cell.runs:
-            for q in r.observation.requests:
-                planned = cell.workloads.get(q.workload)
-                lengths[q.workload].add(q.prompt_tokens)
-                if planned is None or q.generate_tokens != planned.generate_tokens:
-                    yield f"{r.run_id}: {q.workload} generates {q.generate_tokens}"
-                elif planned.prompt_tokens and q.prompt_tokens not in (None, planned.prompt_tokens):
-                    yield f"{r.run_id}: {q.workload} has {q.prompt_tokens} prompt tokens"
-        yield from (
-            f"{name}: prompts of {sorted(n, key=lambda k: k or 0)} tokens" for name, n in lengths.items() if len(n) > 1
-        )
-
-    return finding(failures(), f"{len(cell.workloads)} workloads")
+    lengths: dict[str, set[int | None]] = defaultdict(set)
+    for r in cell.runs:
+        for q in r.observation.requests:
+            planned = cell.workloads.get(q.workload)
+            lengths[q.workload].add(q.prompt_tokens)
+            if planned is None or q.generate_tokens != planned.generate_tokens:
+                yield f"{r.run_id}: {q.workload} generates {q.generate_tokens}"
+            elif planned.prompt_tokens and q.prompt_tokens not in (None, planned.prompt_tokens):
+                yield f"{r.run_id}: {q.workload} has {q.prompt_tokens} prompt tokens"
+    yield from (
+        f"{name}: prompts of {sorted(n, key=lambda k: k or 0)} tokens" for name, n in lengths.items() if len(n) > 1
+    )
+    return f"{len(cell.workloads)} workloads"
 
 
 def _requests(runs: Iterable[Record]) -> list[Request]:
@@ -137,32 +132,29 @@ def _requests(runs: Iterable[Record]) -> list[Request]:
     f"{ENDED_S['cuda'] * 1e3:g} ms ({ENDED_SHARED_S * 1e3:g} on loopback)",
     needs="timings",
 )
-def placements_keep_the_engines_time(cell: Cell) -> Finding:
+def placements_keep_the_engines_time(cell: Cell) -> Faults:
     """On a quiet host, what this side adds to the engine's own times is small over a placement's requests: one run may
     be delayed, not all by as much. The first token may wait where all CPUs decode; the last one does not."""
     quiet = [r for r in cell.runs if not strained(r.observation)]
     idle = {r.spec.label for r in quiet if r.observation.device_kind == "cuda" and r.spec.placed.is_baseline}
-
-    def wrong() -> Iterator[str]:
-        for r in quiet:
-            after = [
-                q.token_s[-1] - q.engine_prompt_s - q.engine_predicted_s
-                for q in r.observation.requests
-                if q.engine_prompt_s and q.engine_predicted_s is not None and q.whole
-            ]
-            if after and not 0 <= median(after) <= ENDED_S.get(r.observation.device_kind, ENDED_SHARED_S):
-                yield f"{r.run_id}: last tokens {median(after) * 1e3:.1f} ms after the engine's"
-        for (label, workload, _), requests in _by_workload(quiet).items():
-            late = [t.ttft_s - t.prompt_s - LATENCY_SHARE * t.prompt_s for t in requests]
-            if median(late) > LATENCY_S:
-                yield f"{label}: first tokens of {workload} {median(late) * 1e3:.1f} ms late"
-            # an incomplete character at the end has no event: then the last token's time is not known
-            ours = [(t.request.token_s[-1] - t.request.token_s[0], t.decode_s) for t in requests if t.request.whole]
-            least, share = (IDLE_S, IDLE_SHARE) if label in idle else (DECODE_S, DECODE_SHARE)
-            if len(ours) > 1 and (apart := median([abs(a - b) - share * b for a, b in ours])) > least:
-                yield f"{label}: decoding {workload} {apart * 1e3:.1f} ms from the engine's time"
-
-    return finding(wrong(), f"{len(_requests(cell.runs))} requests")
+    for r in quiet:
+        after = [
+            q.token_s[-1] - q.engine_prompt_s - q.engine_predicted_s
+            for q in r.observation.requests
+            if q.engine_prompt_s and q.engine_predicted_s is not None and q.whole
+        ]
+        if after and not 0 <= median(after) <= ENDED_S.get(r.observation.device_kind, ENDED_SHARED_S):
+            yield f"{r.run_id}: last tokens {median(after) * 1e3:.1f} ms after the engine's"
+    for (label, workload, _), requests in _by_workload(quiet).items():
+        late = [t.ttft_s - t.prompt_s - LATENCY_SHARE * t.prompt_s for t in requests]
+        if median(late) > LATENCY_S:
+            yield f"{label}: first tokens of {workload} {median(late) * 1e3:.1f} ms late"
+        # an incomplete character at the end has no event: then the last token's time is not known
+        ours = [(t.request.token_s[-1] - t.request.token_s[0], t.decode_s) for t in requests if t.request.whole]
+        least, share = (IDLE_S, IDLE_SHARE) if label in idle else (DECODE_S, DECODE_SHARE)
+        if len(ours) > 1 and (apart := median([abs(a - b) - share * b for a, b in ours])) > least:
+            yield f"{label}: decoding {workload} {apart * 1e3:.1f} ms from the engine's time"
+    return f"{len(_requests(cell.runs))} requests"
 
 
 class _Timed(NamedTuple):
@@ -186,22 +178,19 @@ def _by_workload(runs: Iterable[Record]) -> dict[tuple[str, str, bool], list[_Ti
 
 
 @holds("cell", f"{START_S * 1e3:g} ms, or {STARTS} times the cell's usual")
-def starts_alike(cell: Cell) -> Finding:
+def starts_alike(cell: Cell) -> Faults:
     """From the start of a process to its log's first instant passes about the same time in every run."""
     quiet = [r for r in cell.runs if r.run_id in cell.starts and not strained(r.observation)]
     if not quiet:
-        return True, "the logs have no times, or the host was not quiet"
+        return "the logs have no times, or the host was not quiet"
     usual = median(cell.starts[r.run_id] for r in quiet)
-
-    def failures() -> Iterator[str]:
-        starts = ((r.run_id, cell.starts[r.run_id]) for r in quiet)
-        yield from (f"{name}: {s:.2f} s" for name, s in starts if s > max(START_S, STARTS * usual))
-        for label, runs in by_placement(quiet).items():
-            known = [cell.starts[r.run_id] for r in runs]
-            if known and not usual / 2 - PLACEMENT_START_S <= median(known) <= 2 * usual + PLACEMENT_START_S:
-                yield f"{label}: {median(known) * 1e3:.0f} ms in the median, all {usual * 1e3:.0f} ms"
-
-    return finding(failures(), f"{usual * 1e3:.0f} ms in the median")
+    starts = ((r.run_id, cell.starts[r.run_id]) for r in quiet)
+    yield from (f"{name}: {s:.2f} s" for name, s in starts if s > max(START_S, STARTS * usual))
+    for label, runs in by_placement(quiet).items():
+        known = [cell.starts[r.run_id] for r in runs]
+        if known and not usual / 2 - PLACEMENT_START_S <= median(known) <= 2 * usual + PLACEMENT_START_S:
+            yield f"{label}: {median(known) * 1e3:.0f} ms in the median, all {usual * 1e3:.0f} ms"
+    return f"{usual * 1e3:.0f} ms in the median"
 
 
 def _spread(name: str, values: Mapping[str, Sequence[float]], least: float, share: float) -> Iterator[str]:
@@ -214,72 +203,63 @@ def _spread(name: str, values: Mapping[str, Sequence[float]], least: float, shar
     "cell",
     f"device {AGREE_SHARE:.0%} or {AGREE_BYTES >> 20} MiB ({LOOPBACK_BYTES >> 20} on loopback), host and bus 2 %",
 )
-def memory_steady(cell: Cell) -> Finding:
+def memory_steady(cell: Cell) -> Faults:
     """The same file in the same place takes the same memory of device and host in every block, and what the engine's
     buffers leave unexplained is about the same in every placement; so is what a prompt moves over the bus."""
-
-    def failures() -> Iterator[str]:
-        device, host, bus, rests = (defaultdict(list) for _ in range(4))
-        loopback = any(r.observation.device_kind == "loopback" for r in cell.runs)
-        for r in cell.runs:
-            o, label = r.observation, r.spec.label
-            if o.memory.value_bytes is not None:
-                device[label].append(o.memory.value_bytes)
-            if o.memory.residual_bytes is not None:
-                rests[label].append(o.memory.residual_bytes)
-            if o.host_rss_peak_bytes is not None and (o.host.major_faults or 0) < PAGING:
-                host[label].append(o.host_rss_peak_bytes)
-            for m in o.prompt_traffic:
-                if m.received_bytes is not None:
-                    bus[f"{label}, {m.workload}"].append(m.received_bytes)
-        least, share = (LOOPBACK_BYTES, LOOPBACK_SHARE) if loopback else (AGREE_BYTES, AGREE_SHARE)
-        yield from _spread("device memory", device, least, share)
-        yield from _spread("host memory", host, STEADY_BYTES, STEADY_SHARE)
-        yield from _spread("bus traffic", bus, STEADY_BYTES, STEADY_SHARE)
-        alike: dict[str, list[int]] = defaultdict(list)  # mapped or copied, the same experts cross the bus
-        for label, moved in bus.items():
-            alike[f"{label.partition('/')[0]}, {label.partition(', ')[2]} in all load modes"] += moved
-        yield from _spread("bus traffic", alike, STEADY_BYTES, STEADY_SHARE)
-        middles = {label: median(rest) for label, rest in rests.items()}
-        largest = max((r.observation.memory.value_bytes or 0 for r in cell.runs), default=0)
-        bound = max(REST_BYTES, REST_SHARE * largest) if loopback else max(AGREE_BYTES, AGREE_SHARE * largest)
-        if middles and max(middles.values()) - min(middles.values()) > bound:
-            yield f"beside the engine's buffers {', '.join(f'{label} {n:.0f}' for label, n in middles.items())} bytes"
-
-    return finding(failures(), f"{len(by_placement(cell.runs))} placements steady")
+    device, host, bus, rests = (defaultdict(list) for _ in range(4))
+    loopback = any(r.observation.device_kind == "loopback" for r in cell.runs)
+    for r in cell.runs:
+        o, label = r.observation, r.spec.label
+        if o.memory.value_bytes is not None:
+            device[label].append(o.memory.value_bytes)
+        if o.memory.residual_bytes is not None:
+            rests[label].append(o.memory.residual_bytes)
+        if o.host_rss_peak_bytes is not None and (o.host.major_faults or 0) < PAGING:
+            host[label].append(o.host_rss_peak_bytes)
+        for m in o.prompt_traffic:
+            if m.received_bytes is not None:
+                bus[f"{label}, {m.workload}"].append(m.received_bytes)
+    least, share = (LOOPBACK_BYTES, LOOPBACK_SHARE) if loopback else (AGREE_BYTES, AGREE_SHARE)
+    yield from _spread("device memory", device, least, share)
+    yield from _spread("host memory", host, STEADY_BYTES, STEADY_SHARE)
+    yield from _spread("bus traffic", bus, STEADY_BYTES, STEADY_SHARE)
+    alike: dict[str, list[int]] = defaultdict(list)  # mapped or copied, the same experts cross the bus
+    for label, moved in bus.items():
+        alike[f"{label.partition('/')[0]}, {label.partition(', ')[2]} in all load modes"] += moved
+    yield from _spread("bus traffic", alike, STEADY_BYTES, STEADY_SHARE)
+    middles = {label: median(rest) for label, rest in rests.items()}
+    largest = max((r.observation.memory.value_bytes or 0 for r in cell.runs), default=0)
+    bound = max(REST_BYTES, REST_SHARE * largest) if loopback else max(AGREE_BYTES, AGREE_SHARE * largest)
+    if middles and max(middles.values()) - min(middles.values()) > bound:
+        yield f"beside the engine's buffers {', '.join(f'{label} {n:.0f}' for label, n in middles.items())} bytes"
+    return f"{len(by_placement(cell.runs))} placements steady"
 
 
 @holds("cell", f"{FAULT_SHARE:.0%} or {FAULTS} faults apart")
-def pages_steady(cell: Cell) -> Finding:
+def pages_steady(cell: Cell) -> Faults:
     """The same work on the same memory touches about as many pages in every block of a session: how the system cached
     the file is another matter in the next."""
-
-    def failures() -> Iterator[str]:
-        sessions = defaultdict(list)
-        for r in cell.runs:
-            use = r.observation.host
-            if use.minor_faults is not None and (use.major_faults or 0) < PAGING:
-                sessions[r.spec.label, _session(r)].append(use.minor_faults)
-        for (label, _), faults in sessions.items():
-            if max(faults) - min(faults) > max(FAULTS, FAULT_SHARE * max(faults)):
-                yield f"{label}: {min(faults)} to {max(faults)} page faults"
-
-    return finding(failures(), f"{len(cell.runs)} runs")
+    sessions = defaultdict(list)
+    for r in cell.runs:
+        use = r.observation.host
+        if use.minor_faults is not None and (use.major_faults or 0) < PAGING:
+            sessions[r.spec.label, _session(r)].append(use.minor_faults)
+    for (label, _), faults in sessions.items():
+        if max(faults) - min(faults) > max(FAULTS, FAULT_SHARE * max(faults)):
+            yield f"{label}: {min(faults)} to {max(faults)} page faults"
+    return f"{len(cell.runs)} runs"
 
 
 @holds("cell", f"{MONITOR_TIMES:g} times the median of its placement + {WATCH_ONCE_S:g} s")
-def monitors_alike(cell: Cell) -> Finding:
+def monitors_alike(cell: Cell) -> Faults:
     """Watching the same work takes about as much of a CPU in every block."""
-
-    def failures() -> Iterator[str]:
-        for label, runs in by_placement(cell.runs).items():
-            known = {r.run_id: r.observation.watch_cpu_s for r in runs if r.observation.watch_cpu_s}
-            usual = median(known.values()) if known else 0.0
-            for name, spent in known.items():
-                if not usual / MONITOR_TIMES - WATCH_ONCE_S <= spent <= usual * MONITOR_TIMES + WATCH_ONCE_S:
-                    yield f"{label}: {spent:.3f} CPU seconds in {name}, {usual:.3f} in the median"
-
-    return finding(failures(), "alike")
+    for label, runs in by_placement(cell.runs).items():
+        known = {r.run_id: r.observation.watch_cpu_s for r in runs if r.observation.watch_cpu_s}
+        usual = median(known.values()) if known else 0.0
+        for name, spent in known.items():
+            if not usual / MONITOR_TIMES - WATCH_ONCE_S <= spent <= usual * MONITOR_TIMES + WATCH_ONCE_S:
+                yield f"{label}: {spent:.3f} CPU seconds in {name}, {usual:.3f} in the median"
+    return "alike"
 
 
 def _session(r: Record) -> str:
@@ -305,39 +285,34 @@ def _in_turn(runs: Iterable[Record]) -> Iterator[tuple[Record, Record, float]]:
 
 
 @holds("cell", "each session's in one piece")
-def one_session_at_a_time(cell: Cell) -> Finding:
+def one_session_at_a_time(cell: Cell) -> Faults:
     """A process reads the host's speed and an empty context once, before its runs: what it read does not come back
     after another's; and the board's energy counter goes on from one run to the next."""
-
-    def failures() -> Iterator[str]:
-        ended_sessions: set[str] = set()
-        for first, second, gap in _in_turn(cell.runs):
-            before, after = _session(first), _session(second)
-            if before != after:
-                ended_sessions.add(before)
-            if after in ended_sessions:
-                yield f"what another process read is back in {second.run_id}"
-            ended, begun = first.observation.counters[-1:], second.observation.counters[:1]
-            counted = [c.energy_joule for c in (*ended, *begun) if c.energy_joule is not None]
-            if gap <= SESSION_S and len(counted) == 2 and counted[1] < counted[0] - 1:
-                yield f"the counter of {second.run_id} begins before the end of the one before"
-
-    return finding(failures(), f"{len(cell.runs)} runs")
+    ended_sessions: set[str] = set()
+    for first, second, gap in _in_turn(cell.runs):
+        before, after = _session(first), _session(second)
+        if before != after:
+            ended_sessions.add(before)
+        if after in ended_sessions:
+            yield f"what another process read is back in {second.run_id}"
+        ended, begun = first.observation.counters[-1:], second.observation.counters[:1]
+        counted = [c.energy_joule for c in (*ended, *begun) if c.energy_joule is not None]
+        if gap <= SESSION_S and len(counted) == 2 and counted[1] < counted[0] - 1:
+            yield f"the counter of {second.run_id} begins before the end of the one before"
+    return f"{len(cell.runs)} runs"
 
 
 @holds("cell", "each after the end of the one before")
-def runs_in_turn(cell: Cell) -> Finding:
+def runs_in_turn(cell: Cell) -> Faults:
     """Runs on one machine follow each other: two at once would slow each other, and one of them was then made up."""
-    early = (
-        f"{second.run_id} began before {first.run_id} ended"
-        for first, second, gap in _in_turn(cell.runs)
-        if gap < -TURN_S - abs(first.observation.host.clock_step_s)
-    )
-    return finding(early, f"{len(cell.runs)} runs one after another")
+    for first, second, gap in _in_turn(cell.runs):
+        if gap < -TURN_S - abs(first.observation.host.clock_step_s):
+            yield f"{second.run_id} began before {first.run_id} ended"
+    return f"{len(cell.runs)} runs one after another"
 
 
 @holds("cell", f"steps {ALIKE_S * 1e6:g} us or {ALIKE_SHARE:.0%} apart in the median")
-def no_two_alike(cell: Cell) -> Finding:
+def no_two_alike(cell: Cell) -> Faults:
     """Two runs whose steps took the same time, one after another, are one run, copied: shifted or scaled, it shows."""
     import numpy as np
 
@@ -364,4 +339,5 @@ def no_two_alike(cell: Cell) -> Finding:
                 near_by = np.flatnonzero((2 * below >= apart.shape[1]) | (mean[a] <= 0))
                 for i in near_by[np.median(apart[near_by], axis=1) * mean[a][near_by] <= least[a][near_by]]:
                     copies.add(" and ".join(sorted((same[a[i]][0], same[b[i]][0]))))
-    return finding(iter(sorted(copies)), f"{len(cell.runs)} runs differ")
+    yield from sorted(copies)
+    return f"{len(cell.runs)} runs differ"

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Iterator
 from statistics import median
 
-from moelib.audit.bounds import COURSE_S, TICK_S, course, finding
+from moelib.audit.bounds import COURSE_S, TICK_S, course
 from moelib.audit.cells import Cell, by_placement
-from moelib.audit.invariants import Finding, holds
+from moelib.audit.invariants import Faults, holds
 from moelib.audit.record import Record
 
 ENERGY_TIMES = 1.6  # a run's energy against the median of its placement: 1.48 seen
@@ -19,59 +19,50 @@ GAP_REQUEST_S = 0.25  # of shorter requests, in the mean, the counter says nothi
 
 
 @holds("cell", f"{ENERGY_TIMES:g} times the median of its placement")
-def energy_steady(cell: Cell) -> Finding:
+def energy_steady(cell: Cell) -> Faults:
     """The same work takes about the same energy in every block."""
-
-    def failures() -> Iterator[str]:
-        for label, runs in by_placement(cell.runs).items():
-            spent = {r.run_id: _spent(r) for r in runs if _known(r)}
-            usual = median(spent.values()) if spent else 0.0
-            # the counter moves every tenth of a second: of short requests it says little
-            late = max((COURSE_S * w * len(r.observation.requests) for r in runs for w in _watts(r)), default=0.0)
-            for name, joules in spent.items():
-                if not usual / ENERGY_TIMES - late <= joules <= usual * ENERGY_TIMES + late:
-                    yield f"{label}: {joules:.0f} J in {name}, {usual:.0f} in the median"
-
-    return finding(failures(), "steady")
+    for label, runs in by_placement(cell.runs).items():
+        spent = {r.run_id: _spent(r) for r in runs if _known(r)}
+        usual = median(spent.values()) if spent else 0.0
+        # the counter moves every tenth of a second: of short requests it says little
+        late = max((COURSE_S * w * len(r.observation.requests) for r in runs for w in _watts(r)), default=0.0)
+        for name, joules in spent.items():
+            if not usual / ENERGY_TIMES - late <= joules <= usual * ENERGY_TIMES + late:
+                yield f"{label}: {joules:.0f} J in {name}, {usual:.0f} in the median"
+    return "steady"
 
 
 @holds(
     "cell", f"{METER_SHARE:.0%} of long requests' power, {METER_TIMES[0]:g} to {METER_TIMES[1]:g} times per placement"
 )
-def energy_as_metered(cell: Cell) -> Finding:
+def energy_as_metered(cell: Cell) -> Faults:
     """Requests take the power that the board's meter reads at their ends."""
-
-    def failures() -> Iterator[str]:
-        long = [share for lasted, share in _meter_shares(cell.runs) if lasted > METER_S]
-        if long and abs(median(long) - 1) > METER_SHARE + METER_SPREAD / len(long) ** 0.5:
-            yield f"long requests take {median(long):.2f} times the meter's power"
-        for label, runs in by_placement(cell.runs).items():
-            shares = [share for lasted, share in _meter_shares(runs) if lasted > COURSE_S]
-            if len(shares) >= METER_REQUESTS and not METER_TIMES[0] <= median(shares) <= METER_TIMES[1]:
-                yield f"{label}: requests take {median(shares):.2f} times the meter's power"
-
-    return finding(failures(), "as the meter reads")
+    long = [share for lasted, share in _meter_shares(cell.runs) if lasted > METER_S]
+    if long and abs(median(long) - 1) > METER_SHARE + METER_SPREAD / len(long) ** 0.5:
+        yield f"long requests take {median(long):.2f} times the meter's power"
+    for label, runs in by_placement(cell.runs).items():
+        shares = [share for lasted, share in _meter_shares(runs) if lasted > COURSE_S]
+        if len(shares) >= METER_REQUESTS and not METER_TIMES[0] <= median(shares) <= METER_TIMES[1]:
+            yield f"{label}: requests take {median(shares):.2f} times the meter's power"
+    return "as the meter reads"
 
 
 @holds("cell", f"{GAP_SHARES[0]:g} times the meter's least to {GAP_SHARES[1]:g} times the power in requests")
-def energy_between_requests(cell: Cell) -> Finding:
+def energy_between_requests(cell: Cell) -> Faults:
     """What the board's counter moves by and no request took was drawn between them: by a board that waits."""
-
-    def failures() -> Iterator[str]:
-        for label, runs in by_placement(cell.runs).items():
-            measured = [(r, moved) for r in runs if _known(r) and _watts(r) and (moved := _moved(r)) is not None]
-            lasted = [q.total_s or 0.0 for r, _ in measured for q in r.observation.requests]
-            if not measured or sum(lasted) < GAP_REQUEST_S * len(lasted):
-                continue
-            spent, requested_s = sum(_spent(r) for r, _ in measured), sum(lasted)
-            between, waited = sum(j for _, (j, _) in measured) - spent, sum(s for _, (_, s) in measured) - requested_s
-            busy, idle = spent / requested_s, min(min(_watts(r)) for r, _ in measured)
-            slack = GAP_S * max(busy, idle) * len(lasted) ** 0.5
-            least, most = GAP_SHARES[0] * idle * waited - slack, GAP_SHARES[1] * busy * waited + slack
-            if not least <= between <= most:
-                yield f"{label}: {between:.0f} J in {waited:.2f} s between requests, {least:.0f} to {most:.0f} possible"
-
-    return finding(failures(), "a board that waits")
+    for label, runs in by_placement(cell.runs).items():
+        measured = [(r, moved) for r in runs if _known(r) and _watts(r) and (moved := _moved(r)) is not None]
+        lasted = [q.total_s or 0.0 for r, _ in measured for q in r.observation.requests]
+        if not measured or sum(lasted) < GAP_REQUEST_S * len(lasted):
+            continue
+        spent, requested_s = sum(_spent(r) for r, _ in measured), sum(lasted)
+        between, waited = sum(j for _, (j, _) in measured) - spent, sum(s for _, (_, s) in measured) - requested_s
+        busy, idle = spent / requested_s, min(min(_watts(r)) for r, _ in measured)
+        slack = GAP_S * max(busy, idle) * len(lasted) ** 0.5
+        least, most = GAP_SHARES[0] * idle * waited - slack, GAP_SHARES[1] * busy * waited + slack
+        if not least <= between <= most:
+            yield f"{label}: {between:.0f} J in {waited:.2f} s between requests, {least:.0f} to {most:.0f} possible"
+    return "a board that waits"
 
 
 def _known(r: Record) -> bool:

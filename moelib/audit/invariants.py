@@ -6,9 +6,10 @@ invalid, or only degraded where it says so; one that cannot be checked makes it 
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from functools import wraps
+from typing import Any, NamedTuple, cast
 
 from moelib.catalogue.facts import LLAMA_SERVER, DeviceFacts, HostFacts, Manifest
 from moelib.engine.client import Request
@@ -71,6 +72,9 @@ def silence(runs: Sequence[tuple[str, Observation]], quantities: Sequence[str]) 
 
 Finding = tuple[bool | None, str]
 """Whether it holds, None where that cannot be checked; and the evidence, or why there is none."""
+Faults = Generator[str, None, str]
+"""Yields what is wrong, if anything is, and returns the evidence where nothing is."""
+SHOWN = 4  # faults in a finding
 
 
 @dataclass(frozen=True)
@@ -89,28 +93,51 @@ class Invariant:
     """Quantities that a part of it rests on: without one it may still fail, but not pass."""
 
 
-Find = TypeVar("Find", bound=Callable[..., Finding])
+Find = Callable[..., Finding]
 INVARIANTS: dict[str, Invariant] = {}
 KINDS = ("run", "log", "block", "cell", "study")
 """What an invariant is of, from the smallest to the whole."""
 
 
-def holds(scope: str, limit: str, degrades: bool = False, needs: str = "", partly: str = "") -> Callable[[Find], Find]:
+def holds(
+    scope: str, limit: str, degrades: bool = False, needs: str = "", partly: str = ""
+) -> Callable[[Callable[..., Finding | Faults]], Find]:
     """Register the function below as an invariant of a run, its log, a block, a cell or a study."""
 
-    def register(find: Find) -> Find:
-        name = find.__name__.replace("_", "-")
-        reason = " ".join((find.__doc__ or "").split())
+    def register(look: Callable[..., Finding | Faults]) -> Find:
+        name = look.__name__.replace("_", "-")
+        reason = " ".join((look.__doc__ or "").split())
+
+        @wraps(look)
+        def find(subject: Any) -> Finding:
+            looked = look(subject)
+            return looked if isinstance(looked, tuple) else _gathered(looked)
+
         INVARIANTS[name] = Invariant(name, scope, limit, reason, find, degrades, needs.split(), partly.split())
         return find
 
     return register
 
 
-def _each(run: Measured, fault: Callable[[Request], str | None]) -> Finding:
-    requests = run.observation.requests
-    failures = [f"{r.workload}[{r.index}]: {text}" for r in requests if (text := fault(r))]
-    return bool(requests) and not failures, "; ".join(failures) or f"{len(requests)} requests"
+def _gathered(looking: Faults) -> Finding:
+    faults: list[str] = []
+    while True:
+        try:
+            faults.append(next(looking))
+        except StopIteration as end:
+            return not faults, "; ".join(faults[:SHOWN]) or cast(str, end.value)
+
+
+def each_request(fault: Callable[[Measured, Request], str | None]) -> Find:
+    """A run's invariant, of what is wrong with one of its requests."""
+
+    @wraps(fault)
+    def find(run: Measured) -> Finding:
+        requests = run.observation.requests
+        faults = [f"{r.workload}[{r.index}]: {text}" for r in requests if (text := fault(run, r))]
+        return bool(requests) and not faults, "; ".join(faults) or f"{len(requests)} requests"
+
+    return find
 
 
 @holds("run", "exact")
@@ -122,78 +149,68 @@ def requests_complete(run: Measured) -> Finding:
 
 
 @holds("run", "exact", partly="usage tokens")
-def counts_exact(run: Measured) -> Finding:
+@each_request
+def counts_exact(run: Measured, r: Request) -> str | None:
     """The engine processed and generated what was asked, by its own counts, and streamed no more than that: it may
     stream less, as an incomplete character at the end has no event."""
-
-    def fault(r: Request) -> str | None:
-        last = r.token_n[-1] if r.token_n else 0
-        actual, expected = (r.prompt_n, r.predicted_n), (r.prompt_tokens, r.generate_tokens)
-        if run.lacks("tokens"):  # no event without a token
-            fits = len(r.token_s) <= r.generate_tokens and (run.lacks("usage") or r.predicted_n == r.generate_tokens)
-        else:
-            fits = run.lacks("usage") or actual == expected
-            fits = fits and 2 <= last <= r.generate_tokens and 0 < len(r.tokens) <= last
-        return None if fits else f"prompt, predicted {actual}, asked {expected}; streamed {last}, {len(r.tokens)} ids"
-
-    return _each(run, fault)
+    last = r.token_n[-1] if r.token_n else 0
+    actual, expected = (r.prompt_n, r.predicted_n), (r.prompt_tokens, r.generate_tokens)
+    if run.lacks("tokens"):  # no event without a token
+        fits = len(r.token_s) <= r.generate_tokens and (run.lacks("usage") or r.predicted_n == r.generate_tokens)
+    else:
+        fits = run.lacks("usage") or actual == expected
+        fits = fits and 2 <= last <= r.generate_tokens and 0 < len(r.tokens) <= last
+    return None if fits else f"prompt, predicted {actual}, asked {expected}; streamed {last}, {len(r.tokens)} ids"
 
 
 @holds("run", "the engine's final event")
-def stream_finished(run: Measured) -> Finding:
+@each_request
+def stream_finished(run: Measured, r: Request) -> str | None:
     """The end of a stream alone proves nothing: a server that dies closes it too."""
-    return _each(run, lambda r: None if r.finished else "no final event")
+    return None if r.finished else "no final event"
 
 
 @holds("run", "0 tokens", needs="cache")
-def cache_not_hit(run: Measured) -> Finding:
+@each_request
+def cache_not_hit(run: Measured, r: Request) -> str | None:
     """No part of a prompt may come from a cache, or the time to first token is another one's."""
-    return _each(run, lambda r: None if r.cache_n == 0 else f"cache_n {r.cache_n}")
+    return None if r.cache_n == 0 else f"cache_n {r.cache_n}"
 
 
 @holds("run", "each at or after the one before, the first alone", partly="tokens")
-def times_ordered(run: Measured) -> Finding:
+@each_request
+def times_ordered(run: Measured, r: Request) -> str | None:
     """Tokens arrive after the request was sent and one after another."""
-
-    def fault(r: Request) -> str | None:
-        uncounted = run.lacks("tokens")
-        if not r.token_s or (len(r.token_s) != len(r.token_n) and not uncounted) or r.token_s[0] <= 0:
-            return "no first token"
-        if any(list(times) != sorted(times) for times in (r.token_s, r.token_n)):
-            return "an earlier one after a later one"
-        return None if uncounted or r.token_n[0] == 1 else f"the first event carried {r.token_n[0]} tokens"
-
-    return _each(run, fault)
+    uncounted = run.lacks("tokens")
+    if not r.token_s or (len(r.token_s) != len(r.token_n) and not uncounted) or r.token_s[0] <= 0:
+        return "no first token"
+    if any(list(times) != sorted(times) for times in (r.token_s, r.token_n)):
+        return "an earlier one after a later one"
+    return None if uncounted or r.token_n[0] == 1 else f"the first event carried {r.token_n[0]} tokens"
 
 
 @holds("run", f"the engine's prompt time, and at most {TTFT_SHARE:.0%} + {TTFT_S * 1000:g} ms more", needs="timings")
-def ttft_bounded(run: Measured) -> Finding:
+@each_request
+def ttft_bounded(run: Measured, r: Request) -> str | None:
     """The first token comes after the prompt was processed, and soon after."""
-
-    def fault(r: Request) -> str | None:
-        first, prompt = r.token_s[0] if r.token_s else None, r.engine_prompt_s
-        if first is None or prompt is None:
-            return None if first is None else "the engine reported no prompt time"
-        fits = prompt * (1 - ROUNDING) <= first <= prompt * (1 + TTFT_SHARE) + TTFT_S
-        return None if fits else f"first token after {first:.4f} s, the prompt took {prompt:.4f} s"
-
-    return _each(run, fault)
+    first, prompt = r.token_s[0] if r.token_s else None, r.engine_prompt_s
+    if first is None or prompt is None:
+        return None if first is None else "the engine reported no prompt time"
+    fits = prompt * (1 - ROUNDING) <= first <= prompt * (1 + TTFT_SHARE) + TTFT_S
+    return None if fits else f"first token after {first:.4f} s, the prompt took {prompt:.4f} s"
 
 
 @holds("run", f"{RATE_SHARE:.0%} + {RATE_S * 1000:g} ms", needs="timings", partly="tokens")
-def clocks_agree(run: Measured) -> Finding:
+@each_request
+def clocks_agree(run: Measured, r: Request) -> str | None:
     """The decode lasted as long by the engine's clock as by ours: neither was stopped, and nothing was buffered."""
-
-    def fault(r: Request) -> str | None:
-        if len(r.token_s) < 2 or not r.whole or r.predicted_n is None or r.predicted_n < 2:
-            return None
-        ours, engine = r.token_s[-1] - r.token_s[0], r.engine_predicted_s
-        # engines count the first token's sampling in or out: a step more or less
-        step = ours / (r.predicted_n - 1)
-        fits = engine is not None and abs(ours - engine) <= RATE_SHARE * engine + RATE_S + step
-        return None if fits else f"{ours:.4f} s here, {engine} s by the engine"
-
-    return _each(run, fault)
+    if len(r.token_s) < 2 or not r.whole or r.predicted_n is None or r.predicted_n < 2:
+        return None
+    ours, engine = r.token_s[-1] - r.token_s[0], r.engine_predicted_s
+    # engines count the first token's sampling in or out: a step more or less
+    step = ours / (r.predicted_n - 1)
+    fits = engine is not None and abs(ours - engine) <= RATE_SHARE * engine + RATE_S + step
+    return None if fits else f"{ours:.4f} s here, {engine} s by the engine"
 
 
 @holds("run", "all layers", needs="buffers")
@@ -375,12 +392,7 @@ def command_as_asked(run: Measured) -> Finding:
     expected |= spec.placed.flags() | spec.placed.load_flags(flags)
     free = {"-m": r".+\.gguf", "--device": {"cuda": r"CUDA0", "none": r"none"}.get(device, r"RPC.*")}
     free |= {"--rpc": r"127\.0\.0\.1:\d+"} if device == "loopback" else {}
-    mismatched = [
-        flag for flag in sorted(expected.keys() | flags.keys() - free.keys()) if _differs(flag, expected, flags)
-    ]
+    given = {flag: value for flag, value in flags.items() if flag not in free}
+    mismatched = sorted({flag for flag, _ in expected.items() ^ given.items()})
     mismatched += [flag for flag, form in free.items() if not re.fullmatch(form, flags.get(flag) or "")]
     return not mismatched, f"wrong: {', '.join(mismatched)}" if mismatched else "as asked"
-
-
-def _differs(flag: str, expected: dict[str, str | None], flags: dict[str, str | None]) -> bool:
-    return flag not in expected or flag not in flags or expected[flag] != flags[flag]

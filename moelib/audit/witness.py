@@ -4,12 +4,10 @@ A forger of a record must forge the log as well, and both in every detail; more 
 """
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from moelib.audit.bounds import finding
-from moelib.audit.invariants import Finding, holds, strained
+from moelib.audit.invariants import Faults, Finding, holds, strained
 from moelib.audit.record import Record
 from moelib.base import files
 from moelib.engine import logs
@@ -88,7 +86,7 @@ def log_tells_the_load(run: Witnessed) -> Finding:
 
 
 @holds("log", "equal; the file's types, context, threads and load mode too")
-def log_tells_the_file(run: Witnessed) -> Finding:
+def log_tells_the_file(run: Witnessed) -> Faults:
     """The file that was loaded has the manifest's tensors, and was loaded as asked."""
     log, spec, observation = run.engine_log, run.record.spec, run.record.observation
     expected = {
@@ -98,19 +96,16 @@ def log_tells_the_file(run: Witnessed) -> Finding:
         "load mode": (log.load_mode, spec.load_mode),
     }
     manifest, rounded = run.record.sheet, {"parameters": DIGITS, "bits_per_weight": DIGITS}
-
-    def failures() -> Iterator[str]:
-        yield from (f"{name}: log {a}, record {b}" for name, (a, b) in expected.items() if a is not None and a != b)
-        for name, share in rounded.items():
-            logged, recorded = getattr(log, name), getattr(manifest, name)
-            if logged is not None and abs(logged - recorded) > share * recorded:
-                yield f"{name}: log {logged}, manifest {recorded}"
-        weights = manifest.parameters * manifest.bits_per_weight / 8
-        beside = manifest.file_bytes - weights
-        if not -DIGITS * weights <= beside <= max(HEAD_SHARE * weights, min(HEAD_BYTES, SMALL_HEAD * weights)):
-            yield f"a file of {manifest.file_bytes} bytes for {weights:.0f} bytes of weights"
-
-    return finding(failures(), f"{sum(log.type_counts.values())} tensors")
+    yield from (f"{name}: log {a}, record {b}" for name, (a, b) in expected.items() if a is not None and a != b)
+    for name, share in rounded.items():
+        logged, recorded = getattr(log, name), getattr(manifest, name)
+        if logged is not None and abs(logged - recorded) > share * recorded:
+            yield f"{name}: log {logged}, manifest {recorded}"
+    weights = manifest.parameters * manifest.bits_per_weight / 8
+    beside = manifest.file_bytes - weights
+    if not -DIGITS * weights <= beside <= max(HEAD_SHARE * weights, min(HEAD_BYTES, SMALL_HEAD * weights)):
+        yield f"a file of {manifest.file_bytes} bytes for {weights:.0f} bytes of weights"
+    return f"{sum(log.type_counts.values())} tensors"
 
 
 @holds("log", "exact")
@@ -127,53 +122,47 @@ def log_tells_the_reads(run: Witnessed) -> Finding:
 
 
 @holds("log", "as printed")
-def log_tells_the_requests(run: Witnessed) -> Finding:
+def log_tells_the_requests(run: Witnessed) -> Faults:
     """Each request's token counts and the engine's own times are those that its log prints."""
-
-    def failures() -> Iterator[str]:
-        logged, recorded = len(run.engine_log.tasks), len(run.record.observation.requests)
-        if logged < recorded:
-            yield f"{logged} requests in the log, {recorded} in the record"
-        for name, r, t in _tasks(run):
-            if (r.prompt_n, r.predicted_n) != (t.prompt_n, t.predicted_n):
-                yield f"{name}: {t.prompt_n} and {t.predicted_n} tokens"
-            for phase, seconds, printed in (
-                ("prompt", r.engine_prompt_s, t.prompt_s),
-                ("decode", r.engine_predicted_s, t.predicted_s),
-            ):
-                if seconds is None or abs(seconds - printed) > PRINTED_S:
-                    yield f"{name}: {phase} {seconds} s, the log has {printed:.5f} s"
-
-    return finding(failures(), f"{len(run.engine_log.tasks)} requests")
+    logged, recorded = len(run.engine_log.tasks), len(run.record.observation.requests)
+    if logged < recorded:
+        yield f"{logged} requests in the log, {recorded} in the record"
+    for name, r, t in _tasks(run):
+        if (r.prompt_n, r.predicted_n) != (t.prompt_n, t.predicted_n):
+            yield f"{name}: {t.prompt_n} and {t.predicted_n} tokens"
+        for phase, seconds, printed in (
+            ("prompt", r.engine_prompt_s, t.prompt_s),
+            ("decode", r.engine_predicted_s, t.predicted_s),
+        ):
+            if seconds is None or abs(seconds - printed) > PRINTED_S:
+                yield f"{name}: {phase} {seconds} s, the log has {printed:.5f} s"
+    return f"{len(run.engine_log.tasks)} requests"
 
 
 @holds("log", f"{TAKEN_UP_S * 1000:g} ms; {ANSWERED_S * 1000:g} ms + {ANSWERED_SHARE:.1%}; load within {LAUNCH_S:g} s")
-def log_tells_the_times(run: Witnessed) -> Finding:
+def log_tells_the_times(run: Witnessed) -> Faults:
     """Load, the requests' beginnings and their ends lie as far apart in the engine's log as they do here."""
     o = run.record.observation
     patience = STRAINED if strained(o) else 1
-
-    def failures() -> Iterator[str]:
-        load, ready = o.load_s, run.engine_log.ready_s
-        if ready is not None and (load is None or not -0.001 <= load - ready <= LAUNCH_S):
-            yield f"ready after {load} s, by the log {ready:.3f} s"
-        first: float | None = None
-        for name, r, t in _tasks(run):
-            if t.launched_s is None or t.ended_s is None or r.total_s is None:
-                continue
-            apart = t.launched_s - r.started_s
-            first = apart if first is None else first
-            if abs(apart - first) > TAKEN_UP_S * patience:
-                yield f"{name}: begun {apart - first:+.3f} s from where the log has it"
-            took = t.ended_s - t.launched_s
-            if abs(took - r.total_s) > (ANSWERED_S + ANSWERED_SHARE * took) * patience:
-                yield f"{name}: took {r.total_s:.4f} s, by the log {took:.4f} s"
-        if first is not None and (ended := run.engine_log.tasks[-1].ended_s) is not None:
-            after = o.host.elapsed_s - (ended - first)
-            if not -TAKEN_UP_S * patience <= after <= ENDED_S * patience:
-                yield f"watched until {after:+.3f} s after the last request's end"
-
-    return finding(failures(), f"{len(run.engine_log.tasks)} requests")
+    load, ready = o.load_s, run.engine_log.ready_s
+    if ready is not None and (load is None or not -0.001 <= load - ready <= LAUNCH_S):
+        yield f"ready after {load} s, by the log {ready:.3f} s"
+    first: float | None = None
+    for name, r, t in _tasks(run):
+        if t.launched_s is None or t.ended_s is None or r.total_s is None:
+            continue
+        apart = t.launched_s - r.started_s
+        first = apart if first is None else first
+        if abs(apart - first) > TAKEN_UP_S * patience:
+            yield f"{name}: begun {apart - first:+.3f} s from where the log has it"
+        took = t.ended_s - t.launched_s
+        if abs(took - r.total_s) > (ANSWERED_S + ANSWERED_SHARE * took) * patience:
+            yield f"{name}: took {r.total_s:.4f} s, by the log {took:.4f} s"
+    if first is not None and (ended := run.engine_log.tasks[-1].ended_s) is not None:
+        after = o.host.elapsed_s - (ended - first)
+        if not -TAKEN_UP_S * patience <= after <= ENDED_S * patience:
+            yield f"watched until {after:+.3f} s after the last request's end"
+    return f"{len(run.engine_log.tasks)} requests"
 
 
 @holds("log", f"{AGREE_BYTES >> 20} MiB or {AGREE_SHARE:.0%}")

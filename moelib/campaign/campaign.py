@@ -24,7 +24,7 @@ from moelib.catalogue import params
 from moelib.catalogue.facts import Manifest
 from moelib.engine import engine
 from moelib.machine import host, process
-from moelib.measure import device, run
+from moelib.measure import device
 from moelib.measure.llama_server import LlamaServer
 from moelib.models import quantize, sources
 from moelib.study import gather
@@ -59,9 +59,6 @@ def measure(study: Study, cell: Cell) -> Iterator[record.Record]:
     with held(where), _scratch(study) as work:
         process.sweep(study.work)
         source = sources.obtain(cell.model, study.parameters.weights, study.parameters.scale, needed=False)
-        placements = [a.placement for a in study.parameters.arms]
-        if source.path.exists():
-            quantize.refuse_senseless(source.header, placements)
         quantised = quantize.make(source, cell.quant, llama, work)
         if study.manifest(cell) != Manifest.model_validate(quantised.manifest):
             files.write_json(study.manifest_path(cell), quantised.manifest)
@@ -76,7 +73,8 @@ def measure(study: Study, cell: Cell) -> Iterator[record.Record]:
             problems = [evidence.why_not(r) for r in standing]
             for spec, existing, to_do in zip(specs, standing, _to_do(standing, problems, _machine(bench)), strict=True):
                 if to_do or existing is None:
-                    existing = _performed(study, spec, 1 + last[record.spec_key(spec)], bench)
+                    attempt = 1 + last[record.spec_key(spec)]
+                    existing = record.write(study.path, bench.perform(study.path, spec, attempt))
                 yield existing
 
 
@@ -137,10 +135,6 @@ def _scratch(study: Study) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _performed(study: Study, spec: run.Spec, attempt: int, bench: Bench) -> record.Record:
-    return record.write(study.path, bench.perform(study.path, spec, attempt))
-
-
 def reaudit(study: Study) -> list[record.Record]:
     """Judge runs without a valid result by the present rules, from the readings that their records kept.
 
@@ -193,14 +187,6 @@ def select(name: str, cell: str | None = None) -> tuple[Study, list[Cell]]:
         return study, study.cells
     model, _, quant = cell.partition("/")
     return study, [study.cell(model, quant)]
-
-
-def done(study: Study, cells: list[Cell]) -> int:
-    """How many of the cells' runs have a valid record."""
-    names = {c.name for c in cells}
-    # their number alone: who runs or shows them audits them
-    records, _ = record.read_all(study.path, each=record.Lightener())
-    return sum(r.done and r.cell in names for r in gather.standing(records).values())
 
 
 def _whole(study: Study, cell: Cell, status: Status) -> bool:

@@ -1,6 +1,6 @@
 """What a record says of its file, engine, device and host: strict classes, and the history of the record's schema."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -112,23 +112,3 @@ class HostFacts(Facts):
     dirty: bool | None
     host_id: Annotated[str, Field(pattern=r"^[0-9a-f]{16,64}$")] | None = None
     """Tells equal hosts from different ones, and nothing else; None in records of schema 2."""
-
-
-def _to_3(data: dict[str, Any]) -> dict[str, Any]:
-    mapped = dict.fromkeys(("engine_files", "device_files", "system_files"))
-    observed = data["observed"] and {**data["observed"], **mapped}
-    return {**data, "host": {**data["host"], "host_id": None}, "observed": observed}
-
-
-STEPS = {2: _to_3}
-"""Schema number -> what makes a record of it one of the next; what was not recorded is None."""
-
-
-def migrate(data: dict[str, Any]) -> dict[str, Any]:
-    """A record's content in the present schema; the file stays as it is. Raises ValueError for an unknown number."""
-    version = data.get("schema_version")
-    if not isinstance(version, int) or not OLDEST <= version <= SCHEMA_VERSION:
-        raise ValueError(f"schema {version!r}; this moelib reads {OLDEST} to {SCHEMA_VERSION}")
-    for step in range(version, SCHEMA_VERSION):
-        data = {**STEPS[step](data), "schema_version": step + 1}
-    return data

@@ -43,13 +43,8 @@ def _checked(data: object) -> dict[str, Pin]:
 
 
 def of(model: str) -> Pin | None:
-    """The pin of `model` from pins.yaml, else from models.yaml, else None."""
-    if pin := read().get(model):
-        return pin
-    upstream = params.model(model).upstream
-    if upstream is None or upstream.repository is None or upstream.revision is None:
-        return None
-    return Pin(repository=upstream.repository, revision=upstream.revision, files=upstream.files)
+    """The pin of `model`, or None."""
+    return read().get(model)
 
 
 def write(model: str, pin: Pin) -> None:

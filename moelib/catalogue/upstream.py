@@ -2,9 +2,9 @@
 
 import re
 from pathlib import PurePosixPath
-from typing import Annotated, Self
+from typing import Annotated
 
-from pydantic import AfterValidator, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveInt
 
 from moelib.base.schema import ParamsError, Strict
 
@@ -56,7 +56,7 @@ def _distinct(files: dict[str, SourceFile]) -> dict[str, SourceFile]:
     return files
 
 
-Files = Annotated[dict[HubPath, SourceFile], Field(max_length=1000), AfterValidator(_distinct)]
+Files = Annotated[dict[HubPath, SourceFile], Field(min_length=1, max_length=1000), AfterValidator(_distinct)]
 
 
 class Pin(Strict):
@@ -65,26 +65,14 @@ class Pin(Strict):
     repository: Repository
     revision: Commit
     """A commit, because a branch moves."""
-    files: Annotated[Files, Field(min_length=1)]
+    files: Files
     """Path in the repository -> the expected size and hash; all files of a split model, in order."""
 
 
 class Upstream(Strict):
-    """Where a model's F16 GGUF is published, from params/models.yaml.
-
-    `moelib fetch --pin` writes to params/pins.yaml; a pin written here by hand is used if that file has none.
-    """
+    """Who publishes a model's F16 GGUF, from params/models.yaml."""
 
     publisher: str
     """The publisher of the F16 files that the study's plan names."""
     original: str
     """Repository of the safetensors that they were converted from."""
-    repository: Repository | None = None
-    revision: Commit | None = None
-    files: Files = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _whole(self) -> Self:
-        if len({bool(self.repository), bool(self.revision), bool(self.files)}) > 1:
-            raise ValueError("repository, revision and files must be given together: run `moelib fetch MODEL --pin`")
-        return self

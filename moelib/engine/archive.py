@@ -1,7 +1,7 @@
 """Official release archives of llama.cpp: pinned in `params/engine.yaml`, downloaded, verified, unpacked and cached.
 
-An archive's size and hash are checked before it is opened, and each member before it is written. It is unpacked to a
-temporary folder that is then renamed, so that it is complete or absent. It is used only after a successful trial run
+An archive's size and hash are checked before it is opened. It is unpacked in a temporary folder that is then renamed,
+so that it is complete or absent. It is used only after a successful trial run
 on this machine (`moelib.measure.trial`).
 """
 
@@ -14,12 +14,12 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated
 
-import httpx
-from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveInt
 
 from moelib.base import files
+from moelib.base.schema import build
 from moelib.catalogue import params
 from moelib.engine import release
 from moelib.engine.release import ArchiveError
@@ -28,7 +28,6 @@ from moelib.machine import gpus, host
 log = logging.getLogger(__name__)
 
 URL = "MOELIB_ENGINE_URL"
-TRIES = 5  # attempts of a download that is interrupted, as long as each makes progress
 MANIFEST, TRIED = ".manifest.json", ".tried.json"
 
 
@@ -40,18 +39,12 @@ class File(params.Strict):
 class Pin(params.Strict):
     """The files for one system and backend, all unpacked into one folder."""
 
-    build: PositiveInt | None
-    """llama.cpp's build number; null if nothing is pinned."""
+    build: PositiveInt
+    """llama.cpp's build number."""
     glibc: str = Field(pattern=r"^[0-9]+\.[0-9]+$")
     """The oldest version of glibc that the tools run with."""
-    files: dict[Annotated[str, Field(pattern=r"^\w[\w.+-]*\.tar\.gz$")], File]
+    files: Annotated[dict[Annotated[str, Field(pattern=r"^\w[\w.+-]*\.tar\.gz$")], File], Field(min_length=1)]
     """Name in the release -> expected size and hash; the tools first, then the CUDA runtime if it is separate."""
-
-    @model_validator(mode="after")
-    def _whole(self) -> Self:
-        if (self.build is None) != (not self.files):
-            raise ValueError("build and files must be given together: run tools/pin_engine.py")
-        return self
 
 
 class Pins(params.Strict):
@@ -60,21 +53,9 @@ class Pins(params.Strict):
     """System/backend, such as `linux-x86_64/cuda-12.8`."""
 
 
-def path() -> Path:
-    return params.root() / "params" / "engine.yaml"
-
-
 def read() -> Pins:
     """The pinned archives. Raises ParamsError."""
-    return check(params._yaml(path()))
-
-
-def check(data: object) -> Pins:
-    try:
-        return Pins.model_validate(data)
-    except ValidationError as err:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in err.errors())
-        raise params.ParamsError(f"params/engine.yaml: {wrong}") from None
+    return build(Pins, "params/engine.yaml", params.entries("engine.yaml"))
 
 
 @dataclass(frozen=True)
@@ -133,9 +114,7 @@ def fitting() -> tuple[list[Archive], list[str]]:
         needs = _numbers(backend.partition("-")[2])
         if where != system() or (needs and cuda is None):
             continue
-        if not pin.files:
-            passed_over += [f"{name} is not pinned in params/engine.yaml"] if needs else []
-        elif needs and cuda and needs > cuda:
+        if needs and cuda and needs > cuda:
             passed_over.append(f"{backend} needs a newer driver: this one supports CUDA {'.'.join(map(str, cuda))}")
         elif where.startswith("linux") and (libc != "glibc" or _numbers(version) < _numbers(pin.glibc)):
             passed_over.append(
@@ -153,9 +132,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 def installed() -> Path | None:
     """The tools' folder of the best archive that is unpacked and passed its trial on this machine; None without one."""
     try:
-        if not any(
-            (a := Archive(name.partition("/")[2], pin)).pin.files and a.tools() for name, pin in read().pins.items()
-        ):
+        if not any(Archive(name.partition("/")[2], pin).tools() for name, pin in read().pins.items()):
             return None
         return next((a.tools() for a in fitting()[0] if a.tools() and _tried(a.folder) == _machine()), None)
     except (params.UserError, OSError):
@@ -229,7 +206,7 @@ def alone(name: Path, subject: str) -> Iterator[None]:
 def fetch(archive: Archive) -> Path:
     """The tools' folder of an archive, downloaded and unpacked if it is missing or damaged.
 
-    Resumes an interrupted download. Raises Unreachable, ArchiveError, or FileError if the disk is too small.
+    Raises Unreachable, ArchiveError, or FileError if the disk is too small.
     """
     folder = archive.folder
     with alone(folder, str(archive)):
@@ -238,10 +215,7 @@ def fetch(archive: Archive) -> Path:
                 log.warning("%s is damaged; unpacking it again", folder)
             shutil.rmtree(folder, ignore_errors=True)
             files.need_space(cache(), 5 * archive.bytes, f"the release archive {archive}")
-            parts = [_download(archive, name, want) for name, want in archive.pin.files.items()]
-            _unpack(parts, folder)
-            for part in parts:
-                part.unlink()
+            _unpack(archive, folder)
         if tools := archive.tools():
             return tools
     raise ArchiveError(f"{archive} holds no llama-server: pin the release's archive of tools in params/engine.yaml")
@@ -254,46 +228,24 @@ def base_url() -> str:
     return url
 
 
-def _download(archive: Archive, name: str, want: File) -> Path:
-    """Download the file `name` of a release and check its size and hash against the pin."""
-    part = cache() / f".{name}.{want.sha256[:12]}.part"
-    url = f"{base_url()}/b{archive.pin.build}/{name}"
-    with release.client(url) as client:
-        for _ in range(TRIES):
-            had = release.size(part)
-            try:
-                release.receive(client, url, part, want.bytes, exactly=True)
-                break
-            except httpx.HTTPError as err:
-                if release.size(part) <= had:
-                    raise release.unreachable(url, err) from None
-        else:
-            raise release.Unreachable(f"the download of {name} was interrupted {TRIES} times; run again to go on")
-    sha256 = files.sha256(part)
-    if sha256 != want.sha256:
-        part.unlink()
-        raise ArchiveError(
-            f"{name} has SHA-256 {sha256[:12]}..., but {want.sha256[:12]}... is pinned; it was deleted; run again, or "
-            "compare the pin with the release's page"
-        )
-    return part
-
-
-def _unpack(parts: list[Path], folder: Path) -> None:
-    """Unpack archives into one temporary folder, then rename it. Raises ArchiveError and leaves no partial folder."""
+def _unpack(archive: Archive, folder: Path) -> None:
+    """Download and unpack all files in a temporary folder, then rename it. Raises ArchiveError and leaves no partial
+    folder."""
     partial = folder.with_name(f".{folder.name}.unpacking")
     try:
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
         partial.mkdir(parents=True)
-        for part in parts:
-            release.extract(part, partial)
+        for name, want in archive.pin.files.items():
+            release.download(f"{base_url()}/b{archive.pin.build}/{name}", partial / name, want.bytes, want.sha256)
+            release.extract(partial / name, partial)
+            (partial / name).unlink()
         _together(partial)
         files.write_json(partial / MANIFEST, _listing(partial))
         os.replace(partial, folder)
     except OSError as err:
         if err.errno in files.NO_SPACE:
             raise files.FileError(f"{folder.name} cannot be written: {files.full(folder.parent)}") from None
-        raise ArchiveError(f"{parts[0].name} cannot be unpacked: {err}") from None
+        raise ArchiveError(f"{archive} cannot be unpacked: {err}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -158,11 +158,11 @@ def _run(argv: list[str]) -> str:
         raise EngineError(f"{argv[0]} {err}; {OTHER}") from None
     if answer.code:
         why = SIGNALS.get(-answer.code, "")
-        output = (answer.out + answer.err)[-800:].strip()
+        output = answer.text[-800:].strip()
         raise EngineError(
             f"{' '.join(argv)} ended with {answer.code}{why and ': ' + why}; {OTHER}{output and chr(10) + output}"
         )
-    return answer.out + answer.err
+    return answer.text
 
 
 def _package_folder() -> Path | None:

@@ -56,10 +56,10 @@ def split_paths(path: Path) -> list[Path]:
     return [path.with_name(f"{path.name[: m.start()]}-{i + 1:05}-of-{m[2]}.gguf") for i in range(of)]
 
 
-def read_header(path: str | Path, any_kind: bool = False) -> Header:
-    """Read and check the header of `path`, or of all files of a split model, given any of them.
+def read_header(path: str | Path) -> Header:
+    """Read and check the header of the model in `path`, or in all files of a split model, given any of them.
 
-    `any_kind`: accept files that are not models; see `Header.kind`. Raises GGUFError.
+    Raises GGUFError, also for a file that is not a model; see `Header.kind`.
     """
     paths = split_paths(Path(path))
     if len(paths) > 1 and (missing := [p.name for p in paths if not p.exists()]):
@@ -73,8 +73,7 @@ def read_header(path: str | Path, any_kind: bool = False) -> Header:
             parts.append(_read(p))
             total += len(parts[-1].tensors)
             refuse(total > gguf_reader.MAX_TENSORS, f"corrupt: more than {gguf_reader.MAX_TENSORS} tensors")
-    header = joined(parts)
-    return header if any_kind else model(header)
+    return model(joined(parts))
 
 
 def joined(parts: list[Header]) -> Header:

@@ -2,17 +2,15 @@
 
 moelib measures NVIDIA GPUs, by CUDA and NVML. All others are reported as present and not used.
 
-CUDA itself is asked in a separate process: in this one, it would keep a context on the GPU. `CUDA_VISIBLE_DEVICES` is
-read as CUDA reads it, by rules that were checked with a driver (580.159, two H100s): an entry that names no GPU ends
-the list, and those before it count; all entries must have the form of the first (index or id), one of the other form
-ends the list; if a GPU is named twice, none is visible; the first digits of an id are enough, in upper or lower case,
-but `GPU-` must be in capitals.
+Which GPU `CUDA_VISIBLE_DEVICES` means is asked of CUDA itself, in a separate process: in this one, it would keep a
+context on the GPU.
 """
 
+import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,15 +30,8 @@ SOFTWARE = re.compile("llvmpipe|lavapipe|swiftshader", re.I)  # Vulkan on the CP
 NO_GPU = re.compile(r"CUDA|RPC|BLAS|CPU", re.I)  # devices of the engine that are no other kind's GPU
 
 ANSWER_S = 30.0  # a driver may have to be loaded first
-SHARED = "shared 1"
-"""Printed by the process for a device whose memory is the host's RAM."""
 
-VARIABLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
-BY_ADDRESS = "PCI_BUS_ID"
-_INDEX = re.compile(r"\s*\+?(\d+)\s*")
-_GPU = re.compile(r"GPU-[0-9a-fA-F-]*\s*")
-_OF_CONTAINERS = ("all", "void", "none")
-UUID_LENGTH = len("GPU-263da6ff-9608-67cf-9bce-a8c85c7c1cd0")
+VARIABLE = "CUDA_VISIBLE_DEVICES"
 
 
 class DetectedGpu(NamedTuple):
@@ -68,21 +59,13 @@ def present() -> list[DetectedGpu]:
 
 
 def _pci(path: Path) -> DetectedGpu | None:
-    vendor = VENDORS.get(_text(path / "vendor"))
-    if vendor is None or not _text(path / "class").startswith(DISPLAYS):
+    vendor = VENDORS.get(process.system_text(path / "vendor"))
+    if vendor is None or not process.system_text(path / "class").startswith(DISPLAYS):
         return None
-    own = _text(path / "mem_info_vram_total")  # amdgpu's
+    own = process.system_text(path / "mem_info_vram_total")  # amdgpu's
     small = vendor == "AMD" and own.isdigit() and int(own) < SMALL_BYTES
     address = path.resolve().name
     return DetectedGpu(vendor, f"PCI {address}", small or (vendor == "Intel" and address == INTEL_INTEGRATED))
-
-
-def _text(path: Path) -> str:
-    """The text of a system file; empty where it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""
 
 
 def others(devices: Mapping[str, str]) -> dict[str, str]:
@@ -95,9 +78,9 @@ _ASK = """
 import ctypes, time, uuid
 cuda, context, device = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(), ctypes.c_int()
 name, shared, started = (ctypes.c_ubyte * 16)(), ctypes.c_int(-1), cuda.cuInit(0)
-looked_up = cuda.cuDeviceGet(ctypes.byref(device), 0) or cuda.cuDeviceGetUuid(name, device)
+looked_up = cuda.cuDeviceGet(ctypes.byref(device), 0) or cuda.cuDeviceGetUuid_v2(name, device)
 cuda.cuDeviceGetAttribute(ctypes.byref(shared), 18, device)
-print("device", started, looked_up, f"GPU-{uuid.UUID(bytes=bytes(name))}", "shared", shared.value, flush=True)
+print("device", started, looked_up, uuid.UUID(bytes=bytes(name)), "shared", shared.value, flush=True)
 """
 _HOLD = """
 print("context", started, cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device), flush=True)
@@ -108,15 +91,24 @@ HOLD = [sys.executable, "-c", _ASK + _HOLD]
 """Holds an empty context on the first visible device until it is ended."""
 
 
-def first_id() -> str | None:
-    """The id of the device that CUDA counts first with the present environment; None where CUDA gives none."""
+class Shown(NamedTuple):
+    """The device that CUDA counts first: a card, or an instance of MIG."""
+
+    id: str
+    """Without `GPU-` or `MIG-`."""
+    shared: bool
+    """Whether its memory is the host's RAM, whose total says nothing about the device."""
+
+
+def first() -> Shown | None:
+    """The device that CUDA counts first with the present environment; None where it shows none."""
     limit = process.patience(ANSWER_S)
     try:
         done = subprocess.run(FIRST, env=process.inherited(), capture_output=True, timeout=limit, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    m = re.search(r"device 0 0 (GPU-\S+)", done.stdout.decode("utf-8", "replace"))
-    return m[1] if m else None
+    m = re.search(r"device 0 0 (\S+) shared (\S+)", done.stdout.decode("utf-8", "replace"))
+    return Shown(m[1], m[2] == "1") if m else None
 
 
 def driver_cuda() -> tuple[int, int] | None:
@@ -130,95 +122,15 @@ def driver_cuda() -> tuple[int, int] | None:
     return number // 1000, number % 1000 // 10
 
 
-class Card(NamedTuple):
-    """A GPU as the driver lists it, in the order of its PCI address."""
-
-    uuid: str | None
-    """None for a GPU that does not answer."""
-    name: str | None
-
-
 class NotVisible(UserError):
-    """The variable names no GPU, or it is not clear which; the message says what to write."""
+    """CUDA shows no GPU, or one that cannot be measured; the message says what to write."""
 
 
-def first_visible(
-    value: str | None, cards: Sequence[Card], order: str | None, ask: Callable[[], str | None] | None
-) -> int | str:
-    """The first GPU that `value` names: its place in `cards`, or the id of a MIG instance.
-
-    value: the variable's value, None where it is not set. order: the value of CUDA_DEVICE_ORDER. ask: asks CUDA itself
-    for the id of its first device; it is called only where the cards are of different models, as CUDA then counts the
-    fastest one first. Raises NotVisible.
-    """
-    entries = ["0"] if value is None else value.split(",")
-    if any(e.startswith("MIG-") for e in entries[:1]):
-        return entries[0].strip()
-    places = _places(entries, cards)
-    if not places:
-        raise NotVisible(_no_gpu(value, cards))
-    if len(set(places)) < len(places):
-        raise NotVisible(f"{VARIABLE}={value!r} names a GPU twice, and CUDA then shows none; name it once")
-    by_index = not entries[0].startswith("GPU-")
-    if by_index and order != BY_ADDRESS and len({c.name for c in cards if c.name}) > 1:
-        return _by_cuda(value, places[0], cards, ask() if ask else None)
-    return places[0]
-
-
-def _places(entries: Sequence[str], cards: Sequence[Card]) -> list[int]:
-    """Places in `cards`, up to the first entry that names nothing or is of another form than the first."""
-    by_id = entries[0].startswith("GPU-")
-    places = []
-    for entry in entries:
-        fits = _by_id(entry, cards) if by_id else _by_index(entry, cards)
-        if fits is None:
-            break
-        places.append(fits)
-    return places
-
-
-def _by_index(entry: str, cards: Sequence[Card]) -> int | None:
-    m = _INDEX.fullmatch(entry)
-    return int(m[1]) if m and len(m[1]) < 10 and int(m[1]) < len(cards) else None
-
-
-def _by_id(entry: str, cards: Sequence[Card]) -> int | None:
-    """The card whose id begins with `entry`, if there is exactly one; characters after a whole id are ignored."""
-    start = entry.strip().lower()[:UUID_LENGTH] if _GPU.fullmatch(entry) else None
-    fits = [i for i, c in enumerate(cards) if start and c.uuid and c.uuid.lower().startswith(start)]
-    return fits[0] if len(fits) == 1 else None
-
-
-def _by_cuda(value: str | None, place: int, cards: Sequence[Card], first_uuid: str | None) -> int:
-    """The card that CUDA itself counts first, where the cards are of different models."""
-    if first_uuid is not None and (fits := _by_id(first_uuid, cards)) is not None:
-        return fits
-    if value is None:  # any GPU will do, and the record names the one that is used
-        return place
-    listed = ", ".join(f"{c.name} is {c.uuid}" for c in cards if c.uuid)
-    raise NotVisible(
-        f"{VARIABLE}={value!r} counts GPUs that are not alike, and CUDA, which may count the fastest first, did not "
-        f"say which one it means; name it by its id ({listed}), or set {ORDER}={BY_ADDRESS} to count as nvidia-smi does"
-    )
-
-
-def _no_gpu(value: str | None, cards: Sequence[Card]) -> str:
-    """Why no GPU is named, and what to write."""
-    entry = (value or "").split(",")[0]
-    listed = ", ".join(f"{i}: {c.uuid or 'does not answer'}" for i, c in enumerate(cards))
-    if not cards:
-        return "the driver lists no GPU"
-    if value is not None and entry.strip() in ("", "-1", "NoDevFiles"):
-        return f"{VARIABLE}={value!r} hides every GPU (here are {listed}); unset it, or name one"
-    if entry.strip() in _OF_CONTAINERS:
-        return f"{entry.strip()!r} is for NVIDIA_VISIBLE_DEVICES: in {VARIABLE} it hides every GPU; here are {listed}"
-    if _INDEX.fullmatch(entry):
-        return f"{VARIABLE}={value!r}: there is no GPU {entry.strip()}; here are {listed}"
-    if _GPU.fullmatch(entry):
-        fits = [c.uuid for c in cards if c.uuid and c.uuid.lower().startswith(entry.strip().lower())]
-        count = f"fits {len(fits)} GPUs" if fits else "is the id of none"
-        return f"{VARIABLE}={value!r}: {entry.strip()} {count} (here are {listed})"
-    return (
-        f"{VARIABLE}={value!r} names no GPU as CUDA reads it: an index, GPU- and the first digits of an id, or MIG- "
-        f"and an instance's id; here are {listed}"
-    )
+def none_visible(ids: Iterable[str]) -> NotVisible:
+    """Why CUDA shows none of the cards with these ids."""
+    if not (listed := ", ".join(ids)):
+        return NotVisible("the driver lists no GPU")
+    value = os.environ.get(VARIABLE)
+    if value is None:
+        return NotVisible(f"CUDA gives none of {listed}; check the driver with nvidia-smi")
+    return NotVisible(f"{VARIABLE}={value!r} shows CUDA no GPU (here are {listed}); unset it, or name one by its id")

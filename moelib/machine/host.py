@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
@@ -123,7 +122,7 @@ def _cpu_s(pid: int) -> float:
 
 def _faults(pid: int | None) -> tuple[int | None, int | None]:
     """(minor, major) page faults of a process; None if the system does not report them (proc(5), stat: 10 and 12)."""
-    fields = _text(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    fields = process.system_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
     return (int(fields[7]), int(fields[9])) if fields else (None, None)
 
 
@@ -172,16 +171,8 @@ def identity() -> str | None:
 
 def _system_id(path: str) -> str | None:
     """The id in a system file; None if it cannot be read or is not yet initialised."""
-    text = _text(path)
+    text = process.system_text(path)
     return text if text and text != "uninitialized" else None
-
-
-def _text(path: str) -> str:
-    """The text of a system file; empty where it cannot be read."""
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""
 
 
 def _output(*argv: str) -> str | None:
@@ -196,7 +187,7 @@ def _output(*argv: str) -> str | None:
 
 def cpu_name() -> str | None:
     """The CPU's model; None if the system does not tell it."""
-    model = re.search(r"^model name[^:\n]*:(.*)", _text("/proc/cpuinfo"), re.M)
+    model = re.search(r"^model name[^:\n]*:(.*)", process.system_text("/proc/cpuinfo"), re.M)
     return (model[1].strip() if model else "") or platform.processor() or None
 
 
@@ -211,8 +202,8 @@ def usable_cpus() -> int:
     """How many CPUs this process may use, by its affinity and its cgroup's quota."""
     n = len(cpu_ids())
     try:
-        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split())
-    except (OSError, ValueError):  # no cgroup, or "max": no quota
+        quota, period = map(int, process.system_text("/sys/fs/cgroup/cpu.max").split())
+    except ValueError:  # no cgroup, or "max": no quota
         return n
     return min(n, max(1, quota // period))
 
@@ -238,7 +229,7 @@ def _differs(git: tuple[str, ...]) -> bool | None:
     for name in filter(None, (names or "").split("\0")):
         path = params.root() / name
         before = _code(_output(*git, "show", f"HEAD:./{name}")) if path.suffix == ".ipynb" else None
-        if before is None or not path.is_file() or before != _code(_text(str(path))):
+        if before is None or not path.is_file() or before != _code(process.system_text(path)):
             return True
     return None if names is None else False
 

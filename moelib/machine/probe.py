@@ -2,23 +2,19 @@
 
 import contextlib
 import errno
-import glob
 import os
 import secrets
-import selectors
-import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import IO
+from typing import NamedTuple
+
+import psutil
 
 from moelib.machine import process
 
 ANSWER_BYTES = 4 << 20  # the longest help is 60 kB
-CHUNK_BYTES = 1 << 16
-WAIT_S = 0.05  # between checks of a tool without output
 MARK = "MOELIB_PROBE"  # in a tool's environment, to recognise its child processes
 WHY: dict[int, str] = {
     errno.ENOEXEC: "it is a program for another processor or system",
@@ -32,64 +28,42 @@ class ProbeError(Exception):
     """The tool gave no answer; the message says why and continues a sentence that begins with the tool's name."""
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     code: int
-    out: str
-    err: str
+    text: str
+    """What it wrote, to either output."""
 
 
-def ask(argv: Sequence[str], timeout_s: float, cap_bytes: int = ANSWER_BYTES) -> Answer:
+def ask(argv: Sequence[str], timeout_s: float) -> Answer:
     """Run a tool to its end. Raises ProbeError if it cannot be run, does not end in time, or writes too much."""
-    try:
-        tool = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env={**process.inherited(), MARK: (mark := secrets.token_hex(16))}, start_new_session=True,
-        )  # fmt: skip
-    except OSError as err:
-        raise ProbeError(f"cannot be run: {WHY.get(err.errno or 0, err.strerror)}") from None
-    alive = True
-    try:
-        outputs = _listen(tool, time.monotonic() + timeout_s, timeout_s, cap_bytes)
-        alive = False
-    finally:
-        process.end_group(tool, alive)
-        _end_marked(mark)
-        for pipe in _pipes(tool):
-            pipe.close()
-    return Answer(tool.returncode, *(part.decode("utf-8", "replace") for part in outputs))
+    deadline, mark = time.monotonic() + timeout_s, secrets.token_hex(16)
+    with tempfile.TemporaryFile() as output:
+        try:
+            tool = subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                env={**process.inherited(), MARK: mark}, start_new_session=True,
+            )  # fmt: skip
+        except OSError as err:
+            raise ProbeError(f"cannot be run: {WHY.get(err.errno or 0, err.strerror)}") from None
+        running = True
+        try:
+            while running:
+                running = process.ended(tool) is None  # before the look, so that nothing is missed
+                if os.fstat(output.fileno()).st_size > ANSWER_BYTES:
+                    raise ProbeError(f"wrote more than {ANSWER_BYTES >> 20} MiB and was ended")
+                if running and time.monotonic() > deadline:
+                    raise ProbeError(f"did not end in {timeout_s:g} s and was ended")
+                time.sleep(process.POLL_S if running else 0)
+        finally:
+            process.end_group(tool, running)
+            _end_marked(mark)
+        output.seek(0)
+        return Answer(tool.returncode, output.read(ANSWER_BYTES).decode("utf-8", "replace"))
 
 
 def _end_marked(mark: str) -> None:
-    """Kill processes that a tool left in another session; they still have its environment (Linux)."""
-    for path in glob.glob("/proc/[0-9]*/environ"):
-        with contextlib.suppress(OSError):  # another user's process, or ended
-            if mark.encode() in Path(path).read_bytes():
-                os.kill(int(path.split("/")[2]), signal.SIGKILL)
-
-
-def _pipes(tool: subprocess.Popen[bytes]) -> list[IO[bytes]]:
-    return [pipe for pipe in (tool.stdout, tool.stderr) if pipe is not None]
-
-
-def _listen(tool: subprocess.Popen[bytes], deadline: float, timeout_s: float, cap_bytes: int) -> list[bytearray]:
-    """The tool's stdout and stderr until it ends."""
-    outputs = [bytearray(), bytearray()]
-    with selectors.DefaultSelector() as ready:
-        for pipe, output in zip(_pipes(tool), outputs, strict=True):
-            os.set_blocking(pipe.fileno(), False)
-            ready.register(pipe, selectors.EVENT_READ, (pipe, output))
-        while True:
-            over = process.ended(tool) is not None  # checked before the last read, so that nothing is missed
-            for key, _ in ready.select(0 if over else WAIT_S if ready.get_map() else process.POLL_S):
-                pipe, output = key.data
-                while chunk := pipe.read(CHUNK_BYTES):
-                    output.extend(chunk)
-                    if sum(map(len, outputs)) > cap_bytes:
-                        raise ProbeError(f"wrote more than {cap_bytes >> 20} MiB and was ended")
-                if chunk == b"":
-                    ready.unregister(pipe)
-            if over:
-                return outputs
-            if time.monotonic() > deadline:
-                raise ProbeError(f"did not end in {timeout_s:g} s and was ended")
+    """Kill processes that a tool left in another session; they still have its environment."""
+    for p in psutil.process_iter(["environ"]):
+        if (p.info["environ"] or {}).get(MARK) == mark:  # None of another user's
+            with contextlib.suppress(psutil.Error):
+                p.kill()

@@ -294,12 +294,16 @@ def _running(identity: list[float]) -> psutil.Process | None:
 
 def peak_rss(pid: int) -> int | None:
     """A process's peak RSS as recorded by the system; None if it does not record it."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    kib = re.search(r"^VmHWM:\s+(\d+) kB", status, re.M)
+    kib = re.search(r"^VmHWM:\s+(\d+) kB", system_text(f"/proc/{pid}/status"), re.M)
     return int(kib[1]) * 1024 if kib else None
+
+
+def system_text(path: str | Path) -> str:
+    """The text of a system file; empty where it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
 
 
 def sweep(folder: Path) -> list[int]:

@@ -4,7 +4,6 @@ Each kind opens a session for one run, which says how llama-server reaches the d
 GPU, its counters.
 """
 
-import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -224,7 +223,7 @@ class Cuda(Device):
 
     def __init__(self) -> None:
         try:
-            self.gpu = Gpu(os.environ.get(gpus.VARIABLE), gpus.first_id)
+            self.gpu = Gpu()
         except gpus.NotVisible as err:
             raise DeviceError(f"no NVIDIA GPU can be used: {err}") from None
         except Gpu.errors as err:
@@ -241,7 +240,6 @@ class Cuda(Device):
         try:
             with process.Child(gpus.HOLD, work / "context.log", env) as child:
                 child.wait_for(r"context 0 0", process.patience(gpus.ANSWER_S))
-                self.gpu.shared = gpus.SHARED in child.text()
                 reading = self.gpu.read({child.pid}, 0.0)
         except process.ProcessError:
             return  # memory is then checked against a wide bound, with the reason context-unmeasured

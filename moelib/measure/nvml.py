@@ -5,7 +5,6 @@ why it is missing.
 """
 
 import contextlib
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -24,7 +23,6 @@ SLOWED = {
     "sw-thermal": pynvml.nvmlClocksEventReasonSwThermalSlowdown,
 }
 """Clock-event reasons that mean a throttled card. A power cap is not one of them: cards are built to reach it."""
-POWER_CAP = pynvml.nvmlClocksEventReasonSwPowerCap
 
 TURN_BYTES = 1 << 32
 # Transfers per second times the line code's efficiency: 8 of 10 bits, then 128 of 130, then 242 of a FLIT's 256 bytes
@@ -59,40 +57,30 @@ NO_GPU = dict.fromkeys((f for f in Counters.__dataclass_fields__ if f != "t_s"),
 
 
 class Gpu:
-    """One GPU, chosen by CUDA_VISIBLE_DEVICES; processes are looked up on all GPUs."""
+    """The GPU that CUDA counts first; processes are looked up on all GPUs."""
 
     errors = (pynvml.NVMLError, gpus.NotVisible)
     no_driver = (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded)
 
-    def __init__(self, which: str | None, ask: Callable[[], str | None] | None = None) -> None:
-        """which: the variable's value, None where it is not set. ask: asks CUDA for the id of the device that it counts
-        first; without it, cards are counted in the driver's order.
-
-        Raises pynvml.NVMLError or gpus.NotVisible.
-        """
+    def __init__(self, first: Callable[[], gpus.Shown | None] = gpus.first) -> None:
+        """first: asks for the device that CUDA counts first. Raises pynvml.NVMLError or gpus.NotVisible."""
         pynvml.nvmlInit()
-        handles, cards, lost = [], [], {}
+        handles = {}
         for i in range(pynvml.nvmlDeviceGetCount()):
-            try:
+            with contextlib.suppress(pynvml.NVMLError):  # a lost card is none that CUDA shows
                 handle = pynvml.nvmlDeviceGetHandleByIndex(i)
-                card = gpus.Card(_text(pynvml.nvmlDeviceGetUUID(handle)), _text(pynvml.nvmlDeviceGetName(handle)))
-            except pynvml.NVMLError as err:  # it matters only if it is the card in question
-                handle, card, lost[i] = None, gpus.Card(None, None), err
-            handles.append(handle)
-            cards.append(card)
-        place = gpus.first_visible(which, cards, os.environ.get(gpus.ORDER) if ask else gpus.BY_ADDRESS, ask)
-        if place in lost:
-            raise lost[place]
-        if isinstance(place, str):
-            self.uuid, (self.handle, whole) = place, _instance(place)
-            place = next((i for i, c in enumerate(cards) if c.uuid == whole), -1)
-        else:
-            self.uuid, self.handle = str(cards[place].uuid), handles[place]
+                handles[_text(pynvml.nvmlDeviceGetUUID(handle))] = handle
+        if (shown := first()) is None:
+            raise gpus.none_visible(handles)
+        if (whole := f"GPU-{shown.id}") in handles:
+            self.uuid, self.handle = whole, handles[whole]
             self._refuse_divided()
-        self._elsewhere = [h for i, h in enumerate(handles) if h is not None and i != place]
+        else:
+            self.uuid = f"MIG-{shown.id}"
+            self.handle, whole = _instance(self.uuid)
+        self._elsewhere = [handle for uuid, handle in handles.items() if uuid != whole]
         self.name = _text(pynvml.nvmlDeviceGetName(self.handle))
-        self.shared = False
-        """Whether the device's memory is the host's RAM, whose total says nothing about the device."""
+        self.shared = shown.shared
         self.questions, self.absent = self._questions(), {}
         for name, ask_it in self.questions.items():
             try:

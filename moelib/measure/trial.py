@@ -30,7 +30,7 @@ def run(llama: engine.Engine, backend: str) -> None:
             argv = [llama.tool("llama-quantize"), str(work / "f16.gguf"), str(work / "model.gguf"), QUANT, "1"]
             answer = probe.ask(argv, process.patience(TRIAL_S))
             if answer.code:
-                raise engine.EngineError(f"llama-quantize ended with {answer.code}: {(answer.out + answer.err)[-300:]}")
+                raise engine.EngineError(f"llama-quantize ended with {answer.code}: {answer.text[-300:]}")
             for where in (device.Loopback(), *([device.Cuda()] if backend.startswith("cuda") else [])):
                 _serve(llama, where, work)
     except probe.ProbeError as err:

@@ -1,13 +1,11 @@
 """Choose the files of a Hub repository that hold a model's unquantised weights, from their headers.
 
 Headers are read with range requests. Names are not reliable: a vision projector, a draft head or a quantised file may
-have F16 in its name, and the model may not. Names and sizes only determine the order, and which files are too small.
+have F16 in its name, and the model may not. Sizes only tell which files are too small.
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import log
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
 MAX_BYTES = 1 << 30  # read for all headers together
 MAX_LOOKED_AT = 40  # models whose headers are read
 MAX_PARTS = 500  # files of one model
-HINT = re.compile(r"(?i)(?<![a-z0-9])(fp?16|float16|bf16)(?![a-z0-9])")
 PIECE = re.compile(r"(?i)\.(gguf\.\S*part\S*|gguf-split-\w+|part\d\S*)$")
 
 
@@ -58,15 +55,16 @@ class Listing:
     """GGUF -> why it cannot be pinned."""
 
 
-def choose(model: str, repository: str, revision: str, client: "HfApi", named: Sequence[str] = ()) -> Pin:
-    """The unquantised weights of `model` in `repository`, preferring F16, then BF16, then F32; or the files `named`.
+def choose(model: str, repository: str, revision: str, client: "HfApi", named: str | None = None) -> Pin:
+    """The unquantised weights of `model` in `repository`, preferring F16, then BF16, then F32; or the one with the
+    file `named`.
 
     Raises ChoiceError, HubError.
     """
     repository_name(repository)
     listing = _listing(client, repository, revision)
     models = _candidates(listing)
-    looked_at = [_named(listing, models, named)] if named else _likely(model, listing, models)
+    looked_at = [_named(listing, models, named)] if named else _large_enough(model, listing, models)
     fit: dict[str, list[Candidate]] = {}
     reader = remote.Reader(client, repository, listing.commit, MAX_BYTES)
     for one in tqdm(looked_at, desc="reading headers", disable=None, leave=False):
@@ -81,7 +79,7 @@ def choose(model: str, repository: str, revision: str, client: "HfApi", named: S
             fit.setdefault(weights.kind(header), []).append(one)
     best = next((fit[k] for k in weights.UNQUANTISED if k in fit), [])
     if len(best) != 1:
-        raise ChoiceError(_none(model, listing, best, named))
+        raise ChoiceError(_none(model, listing, best, looked_at[0].names[0] if named else None))
     (one,) = best
     files = {n: f.model_dump() for n, f in zip(one.names, one.files, strict=True)}
     return build(
@@ -130,8 +128,8 @@ def _candidates(listing: Listing) -> list[Candidate]:
     return [Candidate(tuple(names), tuple(listing.files[n] for n in names)) for names in whole]
 
 
-def _likely(model: str, listing: Listing, models: list[Candidate]) -> list[Candidate]:
-    """The candidates that may be the model, most likely first. Raises ChoiceError if there are too many to read."""
+def _large_enough(model: str, listing: Listing, models: list[Candidate]) -> list[Candidate]:
+    """The candidates that are large enough to be the model. Raises ChoiceError if there are too many to read."""
     least = weights.least_bytes(model)
     for one in models:
         if one.nbytes < least:
@@ -142,24 +140,16 @@ def _likely(model: str, listing: Listing, models: list[Candidate]) -> list[Candi
             f"{listing.repository} has {len(large)} models that may be {model}, too many to read: name its file with "
             "--file PATH"
         )
-    return sorted(large, key=lambda c: (not HINT.search(c.names[0]), abs(log(c.nbytes / (2 * least))), c.names))
+    return large
 
 
-def _named(listing: Listing, models: list[Candidate], named: Sequence[str]) -> Candidate:
-    for name in named:
-        if name not in listing.files:
-            why = (
-                listing.unfit.get(name)
-                or f"it is not a GGUF file of the repository, which has {_some(sorted(listing.files))}"
-            )
-            raise ChoiceError(f"{neutral.plain(name)} of {listing.repository} cannot be pinned: {why}")
+def _named(listing: Listing, models: list[Candidate], name: str) -> Candidate:
+    """The model that the file `name` belongs to. Raises ChoiceError."""
     for one in models:
-        if set(named) <= set(one.names):
+        if name in one.names:
             return one
-    why = next((listing.unfit[n] for n in named if n in listing.unfit), "they are not the files of one model")
-    raise ChoiceError(
-        f"{_some(list(named))} of {listing.repository} cannot be pinned: {why}; check the names on the Hub"
-    )
+    why = listing.unfit.get(name, f"it is no file of a whole model there; it has {_some(sorted(listing.files))}")
+    raise ChoiceError(f"{neutral.plain(name)} of {listing.repository} cannot be pinned: {why}")
 
 
 def _some(names: list[str], most: int = 12) -> str:
@@ -167,7 +157,7 @@ def _some(names: list[str], most: int = 12) -> str:
     return ", ".join(map(neutral.plain, names[:most])) + more if names else "none"
 
 
-def _none(model: str, listing: Listing, best: list[Candidate], named: Sequence[str]) -> str:
+def _none(model: str, listing: Listing, best: list[Candidate], named: str | None) -> str:
     """Why nothing was chosen, with the reason for each file, and the next step."""
     if best:
         several = _some([one.names[0] for one in best])
@@ -175,8 +165,8 @@ def _none(model: str, listing: Listing, best: list[Candidate], named: Sequence[s
             f"{listing.repository} has {model} unquantised {len(best)} times, in {several}: name one with --file PATH"
         )
     if named:
-        why = listing.unfit[next(n for n in listing.unfit if n in listing.files)]
-        return f"{neutral.plain(named[0])} of {listing.repository} is not {model} unquantised: {neutral.plain(why)}"
+        why = neutral.plain(listing.unfit[named])
+        return f"{neutral.plain(named)} of {listing.repository} is not {model} unquantised: {why}"
     steps = f"pin another repository, or give local files: `moelib fetch {model} --from PATH`"
     if pieces := [n for n in listing.others if PIECE.search(n)]:
         steps = (

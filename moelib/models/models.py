@@ -8,7 +8,8 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,7 @@ from moelib.gguf import gguf_file, twin
 
 log = logging.getLogger(__name__)
 
-NOTE_BYTES = 1 << 24  # the largest, for a file of 65,536 tensors that all fell back, has 7 MB
+SEED = 0  # of twins
 NO_NOTE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """Errors when reading a note that is missing, damaged, not JSON or of another form; it then counts as missing."""
 
@@ -68,7 +69,9 @@ def once(
     With `needed` false, the file itself may be missing.
     """
     place = note(path)
-    _writable(path.parent)
+    with keeping(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
     with files.lock(path.with_suffix(".lock"), path.name, wait_s=3600):
         try:
             noted = _read_note(path)
@@ -88,8 +91,7 @@ def once(
 
 def _read_note(path: Path) -> dict[str, Any]:
     """The note on the file at `path`. Raises one of NO_NOTE if it cannot be read."""
-    with note(path).open("rb") as f:
-        noted = json.loads(f.read(NOTE_BYTES).decode("utf-8"))
+    noted = json.loads(note(path).read_text(encoding="utf-8"))
     return noted if isinstance(noted, dict) and isinstance(noted["facts"], dict) else {}
 
 
@@ -102,18 +104,17 @@ def noted(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _writable(folder: Path) -> None:
-    """Raise files.FileError unless files can be made in `folder`."""
+@contextmanager
+def keeping(where: Path) -> Iterator[None]:
+    """Turn an OSError about the folder `where` into a FileError with the next step."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        yield
     except OSError as err:
         if err.errno in files.NO_SPACE:
-            raise files.FileError(f"no file can be made in {folder}: {files.full(folder)}") from None
+            raise files.FileError(f"{where.name} cannot be written: {files.full(where)}") from None
         raise files.FileError(
-            f"model files cannot be stored in {folder}: {err.strerror}; let this user write there, or set "
-            "MOELIB_MODELS to a folder that it may write to"
+            f"{err.filename or where} cannot be read or written ({err.strerror or err}): correct its permissions, or "
+            "set MOELIB_MODELS to a folder of your own"
         ) from None
 
 
@@ -141,23 +142,18 @@ def forget(path: Path) -> None:
     note(path).unlink(missing_ok=True)
 
 
-def twin_whole(source: Source) -> Source:
-    """`source`, its file made again if it is missing or its hash differs."""
-    return make_twin(source.model, source.scale, out=source.path)
-
-
-def make_twin(model: str, scale: str, seed: int = 0, out: Path | None = None, needed: bool = True) -> Source:
+def make_twin(model: str, scale: str, needed: bool = True) -> Source:
     """The twin of a catalogued model at `scale`, written unless it exists, or once existed and is not `needed`.
 
     Raises params.ParamsError for an unknown or excluded model, files.FileError if the disk is too small.
     """
     entry = params.model(model)
     geometry = entry.at_scale(scale)
-    path = out or twin_folder(model, scale) / f"{model}-F16.gguf"
-    facts = {"model": model, "title": entry.title, "seed": seed, "geometry": geometry.model_dump(), "weights": "twin"}
+    path = twin_folder(model, scale) / f"{model}-F16.gguf"
+    facts = {"model": model, "title": entry.title, "seed": SEED, "geometry": geometry.model_dump(), "weights": "twin"}
 
     def make() -> dict[str, Any]:
-        return {**facts, "sha256": twin.write(path, geometry, title=entry.title, seed=seed)}
+        return {**facts, "sha256": twin.write(path, geometry, title=entry.title, seed=SEED)}
 
     sha256 = once(path, facts, make, needed)["sha256"]
-    return Source(model, "twin", scale, path, sha256, f"geometry twin written by moelib, seed {seed}")
+    return Source(model, "twin", scale, path, sha256, f"geometry twin written by moelib, seed {SEED}")

@@ -8,8 +8,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +39,7 @@ def obtain(model: str, weights: str, scale: str, needed: bool = True) -> Source:
 def whole(source: Source) -> Source:
     """`source`, with its files made or downloaded again if they are missing or changed."""
     if source.weights == "twin":
-        return models.twin_whole(source)
+        return models.make_twin(source.model, source.scale)
     return _restored(source)
 
 
@@ -71,20 +69,6 @@ def _upstream(model: str) -> params.Upstream:
     return entry.upstream
 
 
-@contextmanager
-def _keeping(where: Path) -> Iterator[None]:
-    """Turn an OSError about the folder `where` into a FileError with the next step."""
-    try:
-        yield
-    except OSError as err:
-        if err.errno in files.NO_SPACE:
-            raise files.FileError(f"{where.name} cannot be written: {files.full(where)}") from None
-        raise files.FileError(
-            f"{err.filename or where} cannot be read or written ({err.strerror or err}): correct its permissions, or "
-            "set MOELIB_MODELS to a folder of your own"
-        ) from None
-
-
 def fetch(model: str, endpoint: str | None = None) -> Source:
     """Download the pinned files of `model`, resuming interrupted downloads, and check their hashes.
 
@@ -98,7 +82,7 @@ def fetch(model: str, endpoint: str | None = None) -> Source:
             f"{upstream.original} yourself: `moelib fetch {model} --from FOLDER`"
         )
     client, place = hub.api(endpoint), folder(model)
-    with _keeping(place):
+    with models.keeping(place):
         missing = sum(f.bytes - _arrived(_begun(place / Path(n).name, f)) for n, f in pin.files.items())
         missing -= sum(f.bytes for n, f in pin.files.items() if (place / Path(n).name).exists())
         files.need_space(place, max(0, missing), f"fetching {model}")
@@ -161,19 +145,20 @@ def adopt(model: str, given: Path) -> Source:
     SourceError, GGUFError, FileError.
     """
     upstream, place = _upstream(model), folder(model)
-    with _keeping(place):
+    with models.keeping(place):
         if given.is_dir():
             path = place / f"{model}-F16.gguf"
             origin = f"{upstream.original}, converted by {weights.CONVERTER} from {given.resolve().name}"
             facts = {"origin": origin, "of": weights.safetensors(given)}
             note = models.once(path, facts, lambda: facts | {"sha256": weights.convert(model, given, path)})
             return _choose(model, {path: note["sha256"]}, origin)
-        parts = _parts(given)
+        if given.suffix != ".gguf":
+            raise SourceError(f"{given.name} does not end in .gguf: give a GGUF file or a folder of safetensors")
+        parts = gguf_file.split_paths(given)
+        before = [files.state(p) for p in parts if p.exists()]
         weights.require(model, gguf_file.read_header(parts[0]))
         place.mkdir(parents=True, exist_ok=True)
-        before = [files.state(p) for p in parts]
         digests = {part: weights.digest(part) for part in parts}
-        weights.require(model, gguf_file.read_header(parts[0]))  # it may have been replaced meanwhile
         if [files.state(p) for p in parts] != before:
             raise SourceError(f"{given.name} was changed while it was read: give it again when it is complete")
         hashes = {}
@@ -183,22 +168,6 @@ def adopt(model: str, given: Path) -> Source:
                 _link(path, part.resolve())
             hashes[path] = models.once(path, {"sha256": sha256}, partial(dict, sha256=sha256))["sha256"]
         return _choose(model, hashes, f"local file {given.name}")
-
-
-def _parts(given: Path) -> list[Path]:
-    """All files of the model to which the file `given` belongs. Raises SourceError."""
-    if given.suffix != ".gguf":
-        raise SourceError(
-            f"the name of {given.name} does not end in .gguf: give a GGUF file or a folder of safetensors"
-        )
-    parts = gguf_file.split_paths(given)  # raises if the numbers in the name are impossible
-    if missing := [p.name for p in parts if not p.is_file()]:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise SourceError(
-            f"{', '.join(missing[:3])}{more} is not in {given.parent}: give a GGUF file with all its parts beside it, "
-            "or a folder of safetensors"
-        )
-    return parts
 
 
 def _link(path: Path, target: Path) -> None:
@@ -242,18 +211,15 @@ def _chosen(model: str) -> Source | None:
 
 def _intact(source: Source) -> bool:
     """Whether every file of the source agrees with its note, and they are the recorded files."""
-    paths = gguf_file.split_paths(source.path)
-    return all(models.kept(p) for p in paths) and _sum({p.name: _noted(p) for p in paths}) == source.sha256
-
-
-def _noted(path: Path) -> str:
-    return json.loads(models.note(path).read_text(encoding="utf-8"))["facts"]["sha256"]
+    noted = {p: models.noted(p) for p in gguf_file.split_paths(source.path)}
+    hashes = {p.name: facts["sha256"] for p, facts in noted.items() if facts and models.kept(p)}
+    return len(hashes) == len(noted) and _sum(hashes) == source.sha256
 
 
 def pin(
-    model: str, repository: str, revision: str = "main", endpoint: str | None = None, named: Sequence[str] = ()
+    model: str, repository: str, revision: str = "main", endpoint: str | None = None, named: str | None = None
 ) -> params.Pin:
-    """Choose the unquantised files of `model` in `repository` on the Hub, or those `named`, and pin them in
+    """Choose the unquantised files of `model` in `repository` on the Hub, or the one `named`, and pin them in
     params/pins.yaml.
 
     Raises ChoiceError if there are none, or several equally good; HubError, PinsError.
@@ -261,6 +227,6 @@ def pin(
     _upstream(model)
     pins.read()  # report a damaged file of pins before any request to the Hub
     pinned = candidates.choose(model, repository, revision, hub.api(endpoint), named)
-    with _keeping(pins.path()):
+    with models.keeping(pins.path()):
         pins.write(model, pinned)
     return pinned

@@ -11,7 +11,7 @@ from moelib.base.neutral import code, markdown, plain
 from moelib.base.stats import number, size
 from moelib.catalogue.facts import Manifest
 from moelib.catalogue.placement import REFERENCE
-from moelib.report.table import Table, Text, cite, cite_manifest, cite_overhead, facts
+from moelib.report.table import Table, Text, cite, cite_manifest, cite_overhead, facts, several_load_modes
 from moelib.study import overhead
 from moelib.study.study import Study
 
@@ -47,7 +47,7 @@ def files_table(study: Study) -> Table:
 
 def ledger_table(blocks: Sequence[Sequence[Record]]) -> Table:
     """Placement proof of every round: expert bytes moved by the header, and VRAM saved by the engine's buffers."""
-    rows, sources, several = [], [], _several_load_modes(r for b in blocks for r in b)
+    rows, sources, several = [], [], several_load_modes(r.spec for b in blocks for r in b)
     for base, r in ((audit.baseline(b), r) for b in blocks for r in b if r.spec.placement != REFERENCE):
         before, after = base.observation, r.observation
         vram = [o.memory.value_bytes for o in (before, after) if o.memory.value_bytes is not None]
@@ -74,10 +74,6 @@ def ledger_table(blocks: Sequence[Sequence[Record]]) -> Table:
     return Table("placement", rows, sources, numbers=numbers)
 
 
-def _several_load_modes(records: Iterable[Record]) -> bool:
-    return len({r.spec.load_mode for r in records}) > 1
-
-
 def _placement(r: Record, several: bool) -> dict[str, str]:
     """Placement of a run, with its load mode where there are several."""
     modes = {"load mode": markdown(r.spec.load_mode)} if several else {}
@@ -88,7 +84,7 @@ def runs_table(records: Sequence[Record]) -> Table:
     """One row per run: its VRAM, and tokens/s and TTFT of its requests."""
     rows, sizes = [], {"VRAM": "value_bytes", "engine's buffers": "engine_bytes", "rest": "residual_bytes"}
     ordered = sorted(records, key=lambda r: (r.spec.block, r.spec.order))
-    several = _several_load_modes(records)
+    several = several_load_modes(r.spec for r in records)
     for r in ordered:
         o = r.observed
         row = {"round": r.spec.block + 1, **_placement(r, several), "status": r.status}

@@ -36,61 +36,6 @@ def check_injected(allowed: list[str], history: Iterable[str] | None = None) -> 
     notebooks.refuse_unknown({n.id for c in cells for n in ast.walk(c) if isinstance(n, ast.Name)}, allowed)
 
 
-def render(executed: Path, folder: Path) -> Path:
-    """Write the document of an executed notebook into `folder` and return its path.
-
-    Beside it: `figures/`, and `provenance.json`, which names the records of every number. Raises NotebookError if the
-    notebook is not whole or shows something that Markdown cannot hold.
-    """
-    return _render(executed.name, _read(executed), folder)
-
-
-def _read(executed: Path) -> Any:
-    """An executed notebook that is whole. Raises NotebookError."""
-    import nbformat
-
-    notebooks.require_whole(executed)
-    return nbformat.read(executed, as_version=4)
-
-
-def _render(name: str, book: Any, folder: Path) -> Path:
-    from nbconvert import MarkdownExporter
-
-    provenance = _provenance(name, book)
-    exporter = MarkdownExporter(raw_template=TEMPLATE.read_text(encoding="utf-8"))
-    text, resources = exporter.from_notebook_node(book, resources={"output_files_dir": FIGURES})
-    text = re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.splitlines())).strip() + "\n"
-    if str(params.root().resolve()) in text:
-        raise NotebookError(f"the document of {name} names a folder of this machine")
-    for stale in (folder / FIGURES).glob("*.png"):
-        stale.unlink()
-    for figure, data in resources.get("outputs", {}).items():
-        files.write_bytes(folder / figure, data)
-    files.write_json(folder / "provenance.json", provenance)
-    files.write_bytes(folder / DOCUMENT, text.encode())
-    return folder / DOCUMENT
-
-
-def _provenance(name: str, book: Any) -> dict[str, Any]:
-    """Where every number of an executed notebook came from, by table, text and figure.
-
-    Raises NotebookError for an output without provenance: a number without a source is not shown.
-    """
-    parts = []
-    for out in (out for cell in book.cells for out in cell.get("outputs", [])):
-        if out.output_type == "stream":
-            raise NotebookError(f"{name} prints: {out.text[:120]!r}; the document cannot hold it")
-        provenance = out.get("metadata", {}).get("moelib")
-        if provenance is None:
-            shown = str(out.get("data", {}).get("text/plain", ""))[:120]
-            raise NotebookError(f"{name} shows {shown!r} without its source; show a Table, Text or figure")
-        parts.append(provenance)
-    try:
-        return table.collect(parts)
-    except ValueError as err:
-        raise NotebookError(f"{name}: {err}; run the notebook from its start") from None
-
-
 class Reported(NamedTuple):
     """A document that was rebuilt, and what its notebook says of the study."""
 
@@ -101,29 +46,65 @@ class Reported(NamedTuple):
     """How many rounds are complete and usable."""
 
 
+def render(executed: Path, folder: Path) -> Reported:
+    """Write the document of an executed notebook into `folder`.
+
+    Beside it: `figures/`, and `provenance.json`, which names the records of every number. Raises NotebookError if the
+    notebook is not whole, shows something that Markdown cannot hold, or does not show its study's problems.
+    """
+    import nbformat
+    from nbconvert import MarkdownExporter
+
+    notebooks.require_whole(executed)
+    book = nbformat.read(executed, as_version=4)
+    outputs_shown = [out for cell in book.cells for out in cell.get("outputs", [])]
+    provenance = _provenance(executed.name, outputs_shown)
+    verdicts = [v for out in outputs_shown if (v := out.get("metadata", {}).get("moelib-verdict"))]
+    if not verdicts:
+        raise NotebookError(f"{executed.name} does not show its study's problems: it must show `evidence.problems`")
+    exporter = MarkdownExporter(raw_template=TEMPLATE.read_text(encoding="utf-8"))
+    text, resources = exporter.from_notebook_node(book, resources={"output_files_dir": FIGURES})
+    text = re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.splitlines())).strip() + "\n"
+    if str(params.root().resolve()) in text:
+        raise NotebookError(f"the document of {executed.name} names a folder of this machine")
+    for stale in (folder / FIGURES).glob("*.png"):
+        stale.unlink()
+    for figure, data in resources.get("outputs", {}).items():
+        files.write_bytes(folder / figure, data)
+    files.write_json(folder / "provenance.json", provenance)
+    files.write_bytes(folder / DOCUMENT, text.encode())
+    return Reported(folder / DOCUMENT, **verdicts[0])
+
+
+def _provenance(name: str, shown: Iterable[Any]) -> dict[str, Any]:
+    """Where every number of the outputs of an executed notebook came from, by table, text and figure.
+
+    Raises NotebookError for an output without provenance: a number without a source is not shown.
+    """
+    parts = []
+    for out in shown:
+        if out.output_type == "stream":
+            raise NotebookError(f"{name} prints: {out.text[:120]!r}; the document cannot hold it")
+        provenance = out.get("metadata", {}).get("moelib")
+        if provenance is None:
+            text = str(out.get("data", {}).get("text/plain", ""))[:120]
+            raise NotebookError(f"{name} shows {text!r} without its source; show a Table, Text or figure")
+        parts.append(provenance)
+    try:
+        return table.collect(parts)
+    except ValueError as err:
+        raise NotebookError(f"{name}: {err}; run the notebook from its start") from None
+
+
 def report(name: str, into: Path | None = None, progress: bool = True) -> Reported:
     """Rebuild the document of study `name` from its records alone, in the study's folder or `into` another; then
     nothing is written in the study's. The records are read once, by the notebook.
 
     Raises StudyError if there are none.
     """
-    study.require_results(outputs() / name)
-    return document(name, into, progress)
-
-
-def document(name: str, into: Path | None = None, progress: bool = True) -> Reported:
-    """`report` of a study that is known to have records."""
     path = outputs() / name
+    study.require_results(path)
     with tempfile.TemporaryDirectory() as scratch:
         executed = (Path(scratch) if into else path / "notebooks") / "analysis.ipynb"
         notebooks.execute("analysis", executed, {"study": name}, progress)
-        book = _read(executed)
-        return Reported(_render(executed.name, book, into or path), **_verdict(executed.name, book))
-
-
-def _verdict(name: str, book: Any) -> dict[str, Any]:
-    """The verdict of an executed analysis on its study. Raises NotebookError if it has none."""
-    for out in (out for cell in book.cells for out in cell.get("outputs", [])):
-        if verdict := out.get("metadata", {}).get("moelib-verdict"):
-            return verdict
-    raise NotebookError(f"{name} does not show its study's problems: it must show `evidence.problems`")
+        return render(executed, into or path)

@@ -7,7 +7,7 @@ from moelib.audit.record import Record
 from moelib.base import stats
 from moelib.base.neutral import markdown as neutral
 from moelib.base.stats import percent, size
-from moelib.report.table import Sources, Table, Text, cite, cite_overhead, merged
+from moelib.report.table import Sources, Table, Text, cite, cite_overhead, merged, several_load_modes
 from moelib.study import frames, overhead
 from moelib.study.frames import Comparison, Summary
 from moelib.study.study import Study
@@ -100,7 +100,7 @@ Show = Callable[[Comparison], dict[str, str]]
 def _where(row: Comparison | Summary, study: Study) -> dict[str, str]:
     """What a row is about; the load mode only where the study has several."""
     placement, load_mode = row.side
-    modes = {"load mode": load_mode} if len({mode.load_mode for mode in study.parameters.arms}) > 1 else {}
+    modes = {"load mode": load_mode} if several_load_modes(study.parameters.arms) else {}
     return {"model": neutral(row.model), "quant": row.quant, "placement": placement} | modes
 
 

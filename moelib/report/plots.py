@@ -114,7 +114,7 @@ def _by_bits(study: Study) -> list[str]:
 def placements(study: Study) -> dict[str, str]:
     """Label in records -> name in figures, in the study's order: the same colour in all figures. The name is the
     placement, with the load mode where the study has several."""
-    several = len({mode.load_mode for mode in study.parameters.arms}) > 1
+    several = table.several_load_modes(study.parameters.arms)
     return {a.label: a.placed.label if several else a.placement for a in study.parameters.arms}
 
 

@@ -9,6 +9,8 @@ from typing import Any
 from moelib.audit.record import Record
 from moelib.base import files, neutral
 from moelib.catalogue.facts import Manifest
+from moelib.catalogue.params import PlacementMode
+from moelib.measure.run import Spec
 from moelib.study.overhead import Overhead
 
 Sources = dict[str, str]
@@ -23,6 +25,11 @@ _already_shown: set[str] = set()
 
 def cite(records: Iterable[Record]) -> Sources:
     return {r.run_id: r.digest for r in records}
+
+
+def several_load_modes(of: Iterable[PlacementMode | Spec]) -> bool:
+    """Whether these differ in their load mode: it is shown only then."""
+    return len({one.load_mode for one in of}) > 1
 
 
 def merged(every: Iterable[Sources]) -> Sources:

@@ -18,8 +18,8 @@ Better = Literal["more", "less"] | None
 
 @dataclass(frozen=True)
 class Column:
-    """What a column of the runs' frame holds. `get` reads it from a record, or, where `by_workload`, is given a
-    workload's name first; the column is then called `name/workload`."""
+    """What a column of the runs' frame holds. `get` is the record's attribute, or reads it from a record, or, where
+    `by_workload`, is given a workload's name first; the column is then called `name/workload`."""
 
     name: str
     label: str
@@ -28,8 +28,14 @@ class Column:
     """Whether more or less of it is better; None where neither is."""
     source: str
     """Where the value comes from."""
-    get: Callable[..., Any]
+    get: str | Callable[..., Any]
     by_workload: bool = False
+
+    def of(self, workload: str) -> Callable[[Record], Any]:
+        """How its value is read from a record."""
+        if isinstance(self.get, str):
+            return attrgetter(self.get)
+        return self.get(workload) if self.by_workload else self.get
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -137,7 +143,7 @@ COLUMNS = (
         "bytes",
         "less",
         "peak of the run's processes: driver, engine, header",
-        attrgetter("observed.memory.value_bytes"),
+        "observed.memory.value_bytes",
     ),
     Column(
         "vram_engine_bytes",
@@ -145,7 +151,7 @@ COLUMNS = (
         "bytes",
         None,
         "llama.cpp's load report",
-        attrgetter("observed.memory.engine_bytes"),
+        "observed.memory.engine_bytes",
     ),
     Column(
         "vram_rest_bytes",
@@ -153,7 +159,7 @@ COLUMNS = (
         "bytes",
         None,
         "difference of these two",
-        attrgetter("observed.memory.residual_bytes"),
+        "observed.memory.residual_bytes",
     ),
     Column(
         "vram_growth_bytes",
@@ -161,51 +167,23 @@ COLUMNS = (
         "bytes",
         "less",
         "growth of the whole GPU's use",
-        attrgetter("observed.memory.growth_bytes"),
+        "observed.memory.growth_bytes",
     ),
     Column("vram_needed_bytes", "VRAM needed", "bytes", "less", "the larger of VRAM and that growth", vram_needed),
-    Column(
-        "empty_context_bytes",
-        "empty context",
-        "bytes",
-        None,
-        "measured before the runs",
-        attrgetter("device.context_bytes"),
-    ),
-    Column(
-        "moved_bytes",
-        "experts on the CPU",
-        "bytes",
-        None,
-        "header of the file",
-        attrgetter("observed.placement.moved_bytes"),
-    ),
+    Column("empty_context_bytes", "empty context", "bytes", None, "measured before the runs", "device.context_bytes"),
+    Column("moved_bytes", "experts on the CPU", "bytes", None, "header of the file", "observed.placement.moved_bytes"),
     Column(
         "host_rss_peak_bytes",
         "host RSS, peak",
         "bytes",
         "less",
         "VmHWM of the server",
-        attrgetter("observed.host_rss_peak_bytes"),
+        "observed.host_rss_peak_bytes",
     ),
-    Column(
-        "load_s",
-        "load time",
-        "s",
-        "less",
-        "start of the process to the first request taken",
-        attrgetter("observed.load_s"),
-    ),
-    Column("wall_s", "whole run", "s", "less", "this program's clock", attrgetter("observed.wall_s")),
-    Column("engine_s", "load and requests", "s", None, "the engine's timings", attrgetter("observed.engine_s")),
-    Column(
-        "major_faults",
-        "major page faults",
-        "",
-        "less",
-        "/proc of the server",
-        attrgetter("observed.host.major_faults"),
-    ),
+    Column("load_s", "load time", "s", "less", "start of the process to the first request taken", "observed.load_s"),
+    Column("wall_s", "whole run", "s", "less", "this program's clock", "observed.wall_s"),
+    Column("engine_s", "load and requests", "s", None, "the engine's timings", "observed.engine_s"),
+    Column("major_faults", "major page faults", "", "less", "/proc of the server", "observed.host.major_faults"),
     Column(
         "gpu_clock_mhz",
         "GPU clock",
@@ -222,7 +200,7 @@ COLUMNS = (
         "bytes",
         None,
         "header of the file",
-        attrgetter("observed.placement.device_read_bytes"),
+        "observed.placement.device_read_bytes",
     ),
     Column(
         "ram_read_bytes",
@@ -230,7 +208,7 @@ COLUMNS = (
         "bytes",
         None,
         "header of the file",
-        attrgetter("observed.placement.host_read_bytes"),
+        "observed.placement.host_read_bytes",
     ),
     Column(
         "vram_bytes_per_s",
@@ -238,7 +216,7 @@ COLUMNS = (
         "bytes/s",
         "more",
         "clock and bus width by the driver",
-        attrgetter("device.bandwidth_bytes_per_s"),
+        "device.bandwidth_bytes_per_s",
     ),
     Column(
         "ram_bytes_per_s",
@@ -246,7 +224,7 @@ COLUMNS = (
         "bytes/s",
         "more",
         "measured before the runs",
-        attrgetter("host.ram_read_bytes_per_s"),
+        "host.ram_read_bytes_per_s",
     ),
     Column("tokens_per_s", "tokens/s", "1/s", "more", "(n - 1) / (last - first arrival)", tokens_per_s, True),
     Column(

@@ -30,7 +30,7 @@ def runs(records: Iterable[Record]) -> pd.DataFrame:
     workloads = dict.fromkeys(w for r in observed for w in r.spec.workloads)
     values: dict[str, Any] = {name: [get(r) for r in observed] for name, get in WHERE.items()}
     for name, column in columns(workloads).items():
-        get = column.get(name.partition("/")[2]) if column.by_workload else column.get
+        get = column.of(name.partition("/")[2])
         values[name] = pd.array([get(r) for r in observed], dtype="Float64").to_numpy("float64", na_value=float("nan"))
     values |= {name: [get(r) for r in observed] for name, get in SETUP.items()}
     return pd.DataFrame(values)

@@ -12,6 +12,8 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import model_validator
+
 from moelib.audit import record
 from moelib.base import files
 from moelib.catalogue import params
@@ -51,6 +53,13 @@ class Plan(params.Strict):
     study: params.Study
     workloads: dict[str, params.Workload]
     cells: list[Cell]
+
+    @model_validator(mode="after")
+    def _holds_together(self) -> Plan:
+        planned = {f"{m}/{q}" for m, q in itertools.product(self.study.models, self.study.quants)}
+        if {c.name for c in self.cells} != planned or self.workloads.keys() != set(self.study.workloads):
+            raise ValueError("its cells or workloads are not those of its study")
+        return self
 
     def asks_for_the_runs_of(self, other: Plan) -> bool:
         """Whether both ask for the same runs; the number of the records' schema is not of the plan's own."""
@@ -100,14 +109,8 @@ def read(path: Path) -> Plan:
     if not fits:
         raise StudyError(f"{path} was changed or damaged: its digest does not fit; {next_step}")
     try:
-        plan = Plan.model_validate(data)
+        return Plan.model_validate(data)
     except ValueError as err:
         raise StudyError(
             f"{path} is no plan of this moelib ({' '.join(str(err).split())[:200]}); {next_step}"
         ) from None
-    planned = {f"{m}/{q}" for m, q in itertools.product(plan.study.models, plan.study.quants)}
-    if {c.name for c in plan.cells} != planned or plan.workloads.keys() != set(plan.study.workloads):
-        raise StudyError(
-            f"{path} does not hold together: its cells or workloads are not those of its study; {next_step}"
-        )
-    return plan
