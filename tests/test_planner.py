@@ -103,8 +103,7 @@ def test_the_engines_buffers_here_are_predicted(name, engine, home, tmp_path):
         work = tmp_path / str(i)
         work.mkdir()
         report = served(engine, path, placed, context, work)
-        there = Placement(placed.cpu_layers, ubatch=placed.ubatch, kv=placed.kv, op_offload=False)
-        predicted = memory.need(header, there, context)
+        predicted = memory.need(header, placed, context, cuda=False)
         found = report.device_by_kind
         assert abs(predicted.weights_bytes - found["model"]) < 0.02 * MIB, text
         assert abs(predicted.cache_bytes - found["KV"]) < 0.02 * MIB, text
@@ -145,7 +144,7 @@ def test_an_operation_works_in_place_only_where_nobody_else_reads():
 
 def test_a_weight_on_the_host_is_copied_and_its_place_used_again():
     def layer(x: Node) -> Node:
-        weight = Node((1,), "weight", (), HOST, external=True, weight_bytes=10_000_000)
+        weight = Node((1,), "weight", (), HOST, external=True, size=10_000_000)
         return Node((1000,), "mul_mat", (weight, x))
 
     x = Node((1000,), "input")

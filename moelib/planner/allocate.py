@@ -32,11 +32,12 @@ class Tensor:
     view_of: Tensor | None = None
     external: bool = False
     """Weights and caches lie in buffers of their own."""
-    weight_bytes: int = 0
+    size: int = 0
+    """Bytes, where they are not those of the elements: of a quantised weight, or with room beside the result."""
 
     @property
     def nbytes(self) -> int:
-        return self.weight_bytes or prod(self.shape) * self.item
+        return self.size or prod(self.shape) * self.item
 
 
 class Free:
@@ -79,7 +80,7 @@ def scheduled(nodes: Iterable[Tensor]) -> list[Tensor]:
         if node.op == "view":
             split.append(node)
             continue
-        another = copies and any(s.weight_bytes and s.place != place for s in node.sources)
+        another = copies and any(s.op == "weight" and s.place != place for s in node.sources)
         if node.place != place or another:
             ordered += [*copies, *split]
             copies, split, place = [], [], node.place
@@ -88,7 +89,7 @@ def scheduled(nodes: Iterable[Tensor]) -> list[Tensor]:
             if source.place != place:
                 key = id(source), place
                 if key not in known:
-                    known[key] = Tensor(source.shape, "copy", (), place, source.item, weight_bytes=source.weight_bytes)
+                    known[key] = Tensor(source.shape, "copy", (), place, source.item, size=source.size)
                     # the original is held until it was copied, and no longer for this split's sake
                     copies += [Tensor((), "copied", (source,), source.place, external=True), known[key]]
                 source = known[key]
@@ -112,13 +113,9 @@ def peaks(nodes: Sequence[Tensor], inputs: Sequence[Tensor] = ()) -> dict[str, i
             return
         done.add(t)
         for parent in t.sources if t.op in IN_PLACE else ():
-            owner = parent.view_of or parent
             alike = parent.shape == t.shape and parent.item == t.item and parent.place == t.place
-            last = uses[parent] == 1 and not views[parent]
-            if parent is not owner:
-                last = uses[parent] == 1 and views[owner] == 1 and not uses[owner]
-            if alike and last and owner in held:
-                at, size = held.pop(owner)
+            if alike and uses[parent] == 1 and not views[parent] and parent in held:  # a view is never in `held`
+                at, size = held.pop(parent)
                 need = -(-t.nbytes // ALIGNMENT) * ALIGNMENT
                 if size > need:
                     free[t.place].give(at + need, size - need)

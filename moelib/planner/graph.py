@@ -18,27 +18,40 @@ from moelib.planner.allocate import DEVICE, HOST, Tensor
 
 OFFLOADED_TOKENS = 32
 """From so many tokens on, the device computes with weights that lie on the host, copied for it (op-offload)."""
+FUSED_CHOICES = {*(1 << i for i in range(10)), 288, 576}
+"""Numbers of experts among which CUDA chooses and weighs in one operation."""
+FUSED_EXPERTS = 15
+"""CUDA weighs and adds up the results of up to so many experts at once."""
+UNNORMED = {"deepseek", "olmoe", "qwen2moe"}
+"""Architectures whose experts' weights are not made to add up to one, unless the file says so."""
+WEIGHTS_LAST = {"gpt-oss"}
+"""Architectures that choose experts first, and weigh those chosen."""
 ROW_PAD = 512
 """The device's rows of quantised weights end on a multiple of so many elements."""
 
 
 class Graph:
-    """Nodes in the order in which the engine computes them."""
+    """Nodes in the order in which the engine computes them.
 
-    def __init__(self, header: Header, placement: Placement, context: int, ubatch: int, outputs: int = 1):
+    cuda: with what CUDA's backend does of its own: it computes large batches with the host's weights (op-offload), has
+    room for a quantised cache in F16 beside attention's result, and holds what fused operations read until they end.
+    """
+
+    def __init__(self, header: Header, placement: Placement, context: int, ubatch: int, cuda: bool = True):
         self.nodes: list[Tensor] = []
         self.inputs: list[Tensor] = []
-        self._header, self._placement, self._outputs = header, placement, outputs
+        self._header, self._placement, self._cuda, self._outputs = header, placement, cuda, 1
         self._embedding = header.number("embedding_length") or 0
         self._tokens = tokens = min(ubatch, cache.padded(context))
         self._seen = cache.padded(context)
         self._caches = cache.layers(header)
         self._windowed = any(c.window for c in self._caches)
         self._tensors: dict[str, gguf_header.Tensor] = {}
-        self._position, self._rows = self._input(4), self._input(4, outputs)
+        self._position, self._rows = self._input(4), self._input(4, 1)
         self._asked: dict[int | None, tuple[Tensor, Tensor, Tensor]] = {}
         self._turns: dict[str, Tensor] = {}
-        self._quantised_cache = placement.kv is not None and cache.row_bytes(1 << 10, placement.kv) < 2 << 10
+        self._kv = placement.kv or "f16"
+        self._quantised_cache = cache.row_bytes(1 << 10, self._kv) < 2 << 10
         self._build(tokens)
 
     def _input(self, item: int, *shape: int) -> Tensor:
@@ -55,7 +68,7 @@ class Graph:
         return view
 
     def _weight(self, nbytes: int = 1, place: str = DEVICE) -> Tensor:
-        return Tensor((1,), "weight", (), place, external=True, weight_bytes=nbytes)
+        return Tensor((1,), "weight", (), place, external=True, size=nbytes)
 
     def _biased(self, x: Tensor, name: str, op: str = "add") -> Tensor:
         return self._op(op, x.shape, x, self._weight()) if f"{name}.bias" in self._tensors else x
@@ -167,8 +180,16 @@ class Graph:
         self._store(parts["k"], keys)
         self._store(parts["v"], values)
         q = self._view(self._view(parts["q"], parts["q"].shape), parts["q"].shape)
-        out = self._turned(self._op("flash_attn", (value, heads, n), q, mask), "v", value)
+        out = self._flash_attention((value, heads, n), q, mask, few * (key + value))
+        out = self._turned(out, "v", value)
         return self._project(self._view(out, (value * heads, n)), "attn_output")
+
+    def _flash_attention(self, shape: tuple[int, ...], q: Tensor, mask: Tensor, kept: int) -> Tensor:
+        """`kept`: elements of a token in the layer's cache."""
+        out = self._op("flash_attn", shape, q, mask)
+        if self._cuda and self._kv != "f16":
+            out.size = out.nbytes + 2 * kept * mask.shape[0]
+        return out
 
     def _turned(self, x: Tensor, part: str, width: int) -> Tensor:
         """Rows of a quantised cache are turned by a Hadamard matrix first, where a head's width is a multiple of 64."""
@@ -190,21 +211,19 @@ class Graph:
         if "attn_q_a.weight" in names:
             q = self._norm(self._project(x, "attn_q_a"), "attn_q_a_norm")
         q = self._project(q, "attn_q_b" if "attn_q_b.weight" in names else "attn_q")
-        width = q.shape[0] // heads
-        plain = self._view(q, (width - turned, heads, n))
-        turn = self._view(q, (turned, heads, n))
-        row = self._project(x, "attn_kv_a_mqa")
-        turn = self._op("rope", turn.shape, turn, self._position)
-        key_turn = self._op("rope", (turned, 1, n), self._view(row, (turned, 1, n)), self._position)
-        packed = self._norm(self._view(row, (rank, n)), "attn_kv_a_norm")
         if "attn_k_b.weight" not in names:
             raise cache.UnknownCache(f"{header.architecture}: an old conversion, whose keys are not stored compressed")
-        absorbed = self._op("mul_mat", (rank, n, heads), self._weight(), self._view(plain, (width - turned, n, heads)))
-        q = self._op("concat", (rank + turned, heads, n), turn, self._view(absorbed, (rank, heads, n)))
-        k = self._op("concat", (rank + turned, 1, n), key_turn, self._view(packed, (rank, 1, n)))
+        plain = self._view(q, (q.shape[0] // heads - turned, n, heads))
+        absorbed = self._op("mul_mat", (rank, n, heads), self._weight(), plain)
+        turn = self._op("rope", (turned, heads, n), self._view(q, (turned, heads, n)), self._position)
+        q = self._op("concat", (rank + turned, heads, n), self._view(absorbed, (rank, heads, n)), turn)
+        row = self._project(x, "attn_kv_a_mqa")
+        packed = self._norm(self._view(row, (rank, n)), "attn_kv_a_norm")
+        turn = self._op("rope", (turned, 1, n), self._view(row, (turned, 1, n)), self._position)
+        k = self._op("concat", (rank + turned, 1, n), self._view(packed, (rank, 1, n)), turn)
         keys, _, mask = self._of_cache(layer)
         self._store(k, keys)
-        out = self._op("flash_attn", (rank, heads, n), self._view(q, (rank + turned, n, heads)), mask)
+        out = self._flash_attention((rank, heads, n), self._view(q, (rank + turned, n, heads)), mask, rank + turned)
         value = header.number("attention.value_length_mla") or 0
         out = self._op("mul_mat", (value, n, heads), self._weight(), self._view(out, (rank, n, heads)))
         out = self._op("cont", (value, heads, n), self._view(out, (value, heads, n)))
@@ -242,23 +261,38 @@ class Graph:
         padding = rest * t.nbytes // max(1, t.shape[0] * t.shape[1] * t.shape[2])
         return self._weight(t.nbytes + padding, HOST)
 
+    def _routed(self, x: Tensor, used: int) -> tuple[Tensor, Tensor]:
+        """(ids, weights) of the experts that each token uses."""
+        header, n = self._header, x.shape[1]
+        logits = self._project(x, "ffn_gate_inp")
+        experts, late = logits.shape[0], header.architecture in WEIGHTS_LAST
+        scores = logits if late else self._op("soft_max", logits.shape, logits)
+        flat = self._view(scores, (1, experts, n))
+        biased = "exp_probs_b.bias" in self._tensors
+        chosen = self._op("add", scores.shape, scores, self._weight()) if biased else scores
+        order = self._op("argsort", chosen.shape, chosen)
+        ids = self._view(order, (used, n))
+        picked = self._op("get_rows", (1, used, n), flat, ids)
+        steps, weights = [logits, scores, chosen, order, picked], self._view(picked, (used, n))
+        if late:
+            weights = self._op("soft_max", weights.shape, weights)
+        elif header.metadata.get(f"{header.architecture}.expert_weights_norm", header.architecture not in UNNORMED):
+            whole = self._op("sum_rows", (1, n), weights)
+            least = self._op("clamp", (1, n), whole)
+            weights = self._op("div", (used, n), weights, least)
+            steps += [whole, least]
+        if self._cuda and not late and experts in FUSED_CHOICES:
+            self.nodes.append(Tensor((), "held", tuple(dict.fromkeys(steps)), external=True))  # one fused operation
+        return ids, self._view(weights, (1, used, n))
+
     def _experts(self, x: Tensor, layer: int) -> Tensor:
         header, names, e = self._header, self._tensors, self._embedding
         used, n = header.number("expert_used_count", layer) or 1, x.shape[1]
-        on_host = self._placement.moves(layer) and not (self._placement.op_offload and n >= OFFLOADED_TOKENS)
+        offloaded = self._cuda and self._placement.op_offload and n >= OFFLOADED_TOKENS
+        on_host = self._placement.moves(layer) and not offloaded
         place = HOST if on_host else DEVICE
 
-        logits = self._project(x, "ffn_gate_inp")
-        probabilities = self._op("soft_max", logits.shape, logits)
-        chosen = probabilities
-        if "exp_probs_b.bias" in names:
-            chosen = self._op("add", logits.shape, probabilities, self._weight())
-        ids = self._view(self._op("argsort", chosen.shape, chosen), (used, n))
-        weights = self._op("get_rows", (1, used, n), self._view(probabilities, (1, logits.shape[0], n)), ids)
-        if header.metadata.get(f"{header.architecture}.expert_weights_norm", True):
-            flat = self._view(weights, (used, n))
-            whole = self._op("clamp", (1, n), self._op("sum_rows", (1, n), flat))
-            weights = self._view(self._op("div", (used, n), flat, whole), (1, used, n))
+        ids, weights = self._routed(x, used)
 
         def expert(source: Tensor, name: str) -> Tensor:
             wide = names[f"{name}.weight"].shape[1]
@@ -286,6 +320,8 @@ class Graph:
         total = slices[0]
         for one in slices[1:]:
             total = self._op("add", (down.shape[0], n), total, one)
+        if self._cuda and 2 <= used <= FUSED_EXPERTS:
+            self.nodes.append(Tensor((), "held", (down, weights), external=True))
         if used == 1:
             total = self._op("cont", (down.shape[0], n), total)
         if "ffn_up_shexp.weight" in names:

@@ -53,14 +53,17 @@ class Need:
         return self.host_weights_bytes + self.host_buffers_bytes + self.process_bytes
 
 
-def need(header: Header, placement: Placement | str, context: int, context_bytes: int = CONTEXT_BYTES) -> Need:
+def need(
+    header: Header, placement: Placement | str, context: int, context_bytes: int = CONTEXT_BYTES, cuda: bool = True
+) -> Need:
     """What `placement` of the file needs for one sequence of `context` tokens.
 
-    Raises UnknownCache where the header does not tell how large the cache is.
+    cuda: on a GPU with CUDA; else on a device without its peculiarities, such as the loopback one. Raises UnknownCache
+    where the header does not tell how large the cache is.
     """
     placed = Placement.of(placement)
     ubatch = placed.ubatch or UBATCH
-    graph = Graph(header, placed, context, ubatch)
+    graph = Graph(header, placed, context, ubatch, cuda)
     compute = peaks(graph.nodes, graph.inputs)
     on_device = header.device_bytes(placed)
     loaded = sum(t.nbytes for t in header.loaded)
