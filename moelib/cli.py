@@ -42,6 +42,27 @@ def doctor(engine_path: str | None) -> None:
 
 
 @main.command()
+@click.argument("file", type=click.Path(), metavar="FILE|hf:OWNER/REPO/PATH[@REVISION]")
+@click.option("--json", "as_json", is_flag=True, help="All facts as JSON; sizes in bytes.")
+def header(file: str, as_json: bool) -> None:
+    """Show what a GGUF is, how much of it can be offloaded, and what each N moves.
+
+    Only the header is read, also on the Hub: a few MB. Of a split model, name any file.
+    """
+    import json
+
+    from moelib.gguf import gguf_file
+    from moelib.models import remote
+    from moelib.planner.describe import describe
+
+    far = remote.header(file) if remote.is_address(file) else None
+    described = describe(far.header if far else gguf_file.read_header(file))
+    say(neutral.escaped(json.dumps(described.facts(), indent=2)) if as_json else described.text())
+    if far:
+        say(far, err=True)
+
+
+@main.command()
 @click.argument("model", metavar="MODEL|FILE.gguf", shell_complete=MODELS)
 @click.option("--quant", shell_complete=QUANTS, help="Types that llama-quantize would give. Default: the header's own.")
 @click.option("--layers", type=int, help="Only the first so many layers.")
@@ -102,7 +123,7 @@ def quantize(model: str, quant: str, scale: str, real: bool) -> None:
 
 
 @main.command()
-@click.argument("model", metavar="FILE")
+@click.argument("model", type=click.Path(), metavar="FILE|hf:OWNER/REPO/PATH[@REVISION]")
 @click.option("--vram", metavar="SIZE", help="Of the card, such as 12GiB; default: that of the GPU here.")
 @click.option("--ram", metavar="SIZE", help="That weights may take; default: as much as it needs.")
 @click.option("--context", type=int, help="Tokens of prompt and answer; default: 8192, or the model's.")
@@ -113,13 +134,13 @@ def plan(
 ) -> None:
     """Tell from FILE's header which --n-cpu-moe fits a card, and what it needs; nothing is run."""
     from moelib.catalogue import sizes
-    from moelib.gguf import gguf_file
     from moelib.measure import device
+    from moelib.models import remote
     from moelib.planner import budget
 
     vram_bytes = sizes.parse(vram) if vram else device.card_bytes()
     ram_bytes = sizes.parse(ram) if ram else None
-    for line in budget.plan(gguf_file.read_header(model), vram_bytes, ram_bytes, context, ubatch, kv).lines():
+    for line in budget.plan(remote.any_header(model), vram_bytes, ram_bytes, context, ubatch, kv).lines():
         say(line)
 
 

@@ -14,6 +14,7 @@ from moelib.catalogue import params, sizes
 from moelib.catalogue.placement import REFERENCE
 from moelib.gguf import gguf_file
 from moelib.models import quantize as quantize_file
+from moelib.models import remote
 from moelib.planner import budget
 from moelib.study import frames
 from moelib.study import plan as plans
@@ -117,17 +118,19 @@ def plan(
 ) -> budget.Plan:
     """Which placement of a GGUF fits a card, told from its header in a fraction of a second; nothing is run.
 
-    vram, ram: sizes such as `12GiB`. context: tokens of prompt and answer, 8,192 or the model's by default. ubatch, kv:
-    settings of llama.cpp. The plan has `.chosen` (bytes by term), `.command`, and `.frame`, a row for each number of
-    layers. Raises PlanError where nothing fits, with what would; GGUFError, ParamsError.
+    file: a path, or hf:OWNER/REPO/PATH on the Hub. vram, ram: sizes such as `12GiB`. context: tokens of prompt and
+    answer, 8,192 or the model's by default. ubatch, kv: settings of llama.cpp. The plan has `.chosen` (bytes by term),
+    `.command`, and `.frame`, a row for each number of layers. Raises PlanError where nothing fits, with what would;
+    GGUFError, HubError, ParamsError.
     """
     ram_bytes = None if ram is None else sizes.parse(ram)
-    return budget.plan(gguf_file.read_header(file), sizes.parse(vram), ram_bytes, context, ubatch, kv)
+    return budget.plan(remote.any_header(file), sizes.parse(vram), ram_bytes, context, ubatch, kv)
 
 
 def header(path: str | Path) -> gguf_file.Header:
-    """The header of a GGUF file (of all its parts, given the first): metadata, tensors, experts' and other bytes.
+    """The header of a GGUF (of all its parts, given any of them): metadata, tensors, experts' and other bytes.
 
-    Weights are not read. Raises GGUFError for what is no whole GGUF of a model.
+    path: a file, or hf:OWNER/REPO/PATH[@REVISION], of which only the header is downloaded, a few MB. In JupyterLab it
+    shows what `moelib header` prints. Raises GGUFError for what is no whole GGUF of a model; HubError.
     """
-    return gguf_file.read_header(path)
+    return remote.any_header(path)

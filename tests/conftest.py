@@ -72,6 +72,7 @@ SLOW = {
     "test_memory::test_a_value_is_the_truth_whatever_the_driver_shows",
     "test_archive",
     "test_pins",
+    "test_remote",
     "test_process",
     "test_probe",
 }

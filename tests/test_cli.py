@@ -205,6 +205,8 @@ def test_a_misspelt_name_gets_the_nearest_one_or_the_list(argv, says):
         ("moelib quantize deep", {"deepseek-moe-16b"}),
         ("moelib quantize phi-3.5-moe ", {"Q4_K_M", "Q2_K", "Q8_0"}),
         ("moelib audit h", {"h100-twins", "h200-twins"}),
+        ("moelib he", {"header"}),
+        ("moelib header --j", {"--json"}),
     ],
 )
 def test_a_shell_completes_names(words, offered):
@@ -212,6 +214,11 @@ def test_a_shell_completes_names(words, offered):
     argv = [sys.executable, "-c", "from moelib.cli import main; main(prog_name='moelib')"]
     done = subprocess.run(argv, env={**os.environ, **env}, capture_output=True, text=True, encoding="utf-8", cwd=REPO)
     assert {line.partition(",")[2] for line in done.stdout.split()} == offered
+
+
+def test_a_shell_completes_the_names_of_files():
+    (argument,) = [p for p in cli.header.params if p.name == "file"]
+    assert [item.type for item in argument.shell_complete(None, "models/")] == ["file"]
 
 
 def test_a_name_that_cannot_be_completed_is_no_error(monkeypatch, tmp_path):

@@ -28,18 +28,8 @@ def study():
 
 
 def test_the_face_is_what_completion_shows():
-    assert dir(moelib) == [
-        "Record",
-        "__version__",
-        "compare",
-        "frame",
-        "header",
-        "load",
-        "quantize",
-        "run",
-        "studies",
-        "twin",
-    ]
+    names = ["Record", "__version__", "compare", "frame", "header", "load", "plan", "quantize", "run", "studies", "twin"]
+    assert dir(moelib) == names
     assert all(getattr(moelib, name).__doc__ for name in moelib.__all__)
     with pytest.raises(AttributeError, match="no attribute 'lod'"):
         moelib.lod  # noqa: B018

@@ -20,11 +20,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moelib.catalogue import params, pins
-from moelib.models import hub, sources
+from moelib.models import hub, remote, sources
 from moelib.models.hub import HubError
 from moelib.publish import upload
 
 REPO = "alice/toy-GGUF"
+ADDRESS = f"hf:{REPO}/toy-F16.gguf"
 
 
 @pytest.fixture
@@ -72,6 +73,7 @@ DOORS = {
     "pinning": ("/api/models", lambda server: sources.pin("toy", REPO, endpoint=server.url)),
     "finding a header": ("HEAD /alice", lambda server: sources.pin("toy", REPO, endpoint=server.url)),
     "reading a header": ("/storage", lambda server: sources.pin("toy", REPO, endpoint=server.url)),
+    "a header by its address": ("/api/models|/storage", lambda server: remote.header(ADDRESS, server.url)),
     "finding a file": ("HEAD /alice", lambda server: sources.fetch("toy", server.url)),
     "fetching a file": ("/storage", lambda server: sources.fetch("toy", server.url)),
     "whose token": ("whoami", lambda server: upload.require_rights(hub.api(server.url), {"alice"})),

@@ -11,7 +11,7 @@ from hub_state import Entry
 from moelib.catalogue import params, pins
 from moelib.catalogue.pins import PinsError
 from moelib.gguf import gguf_file
-from moelib.models import candidates, sources, weights
+from moelib.models import candidates, remote, sources, weights
 from moelib.models.candidates import ChoiceError
 
 REPO = "alice/toy-GGUF"
@@ -173,8 +173,8 @@ def test_little_is_read_of_many_files(make, lfs_hub):
 
 
 def test_a_long_header_is_read_piece_by_piece(shape, lfs_hub, monkeypatch):
-    monkeypatch.setattr(candidates, "PREFIX_BYTES", 1000)
-    monkeypatch.setattr(candidates, "MAX_PREFIX_BYTES", 1 << 19)
+    monkeypatch.setattr(remote, "PREFIX_BYTES", 1000)
+    monkeypatch.setattr(remote, "MAX_PREFIX_BYTES", 1 << 19)
     tokens = published.gguf(shape, general={"tokens": [f"token {i}" for i in range(9000)]})
     assert pinned(lfs_hub, {"m.gguf": tokens}) == ["m.gguf"]
     reads = [r for r in lfs_hub.requests if r.path.startswith("/storage")]
@@ -183,14 +183,14 @@ def test_a_long_header_is_read_piece_by_piece(shape, lfs_hub, monkeypatch):
     parts = published.split(shape, 3)
     assert pinned(lfs_hub, numbered("s", parts), named="s-00001-of-00003.gguf")
     before = len(lfs_hub.requests)
-    monkeypatch.setattr(candidates, "MAX_PREFIX_BYTES", 1 << 17)
+    monkeypatch.setattr(remote, "MAX_PREFIX_BYTES", 1 << 17)
     with pytest.raises(ChoiceError, match="m.gguf"):
         sources.pin("toy", REPO, endpoint=lfs_hub.url, named="m.gguf")
     assert sum(r.sent for r in lfs_hub.requests[before:] if r.path.startswith("/storage")) <= 1 << 17
 
 
 def test_a_damaged_header_is_not_read_to_its_end(shape, lfs_hub, monkeypatch):
-    monkeypatch.setattr(candidates, "PREFIX_BYTES", 1 << 15)
+    monkeypatch.setattr(remote, "PREFIX_BYTES", 1 << 15)
     data = bytearray(published.gguf(shape))
     data[24:32] = b"\xff" * 8  # the length of the first key
     lfs_hub.put(REPO, {"m.gguf": bytes(data)})
@@ -202,7 +202,7 @@ def test_a_damaged_header_is_not_read_to_its_end(shape, lfs_hub, monkeypatch):
 def test_headers_have_a_limit_together(make, lfs_hub, monkeypatch):
     lfs_hub.put(REPO, {f"q{i}.gguf": make(kind="Q8_0") for i in range(3)})
     monkeypatch.setattr(candidates, "MAX_BYTES", 2 << 20)
-    with pytest.raises(ChoiceError, match="name the file with --file PATH"):
+    with pytest.raises(params.UserError, match="are longer than 2.00 MiB: name one file of it"):
         sources.pin("toy", REPO, endpoint=lfs_hub.url)
     monkeypatch.setattr(candidates, "MAX_LOOKED_AT", 2)
     with pytest.raises(ChoiceError, match="3 models that may be toy, too many to read"):
@@ -211,7 +211,7 @@ def test_headers_have_a_limit_together(make, lfs_hub, monkeypatch):
 
 def test_a_server_without_ranges_is_read_all_the_same(make, lfs_hub, monkeypatch):
     lfs_hub.accepts_ranges = False
-    monkeypatch.setattr(candidates, "PREFIX_BYTES", 1000)
+    monkeypatch.setattr(remote, "PREFIX_BYTES", 1000)
     assert pinned(lfs_hub, {"m.gguf": make()}) == ["m.gguf"]
 
 

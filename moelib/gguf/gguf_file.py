@@ -73,9 +73,7 @@ def read_header(path: str | Path) -> Header:
             parts.append(_read(p))
             total += len(parts[-1].tensors)
             refuse(total > gguf_reader.MAX_TENSORS, f"corrupt: more than {gguf_reader.MAX_TENSORS} tensors")
-    header = joined(parts)
-    refuse_other(header)
-    return header
+    return model(joined(parts))
 
 
 def joined(parts: list[Header]) -> Header:
@@ -87,11 +85,12 @@ def joined(parts: list[Header]) -> Header:
     return Header(first.path, sum(p.file_bytes for p in parts), first.metadata, tensors)
 
 
-def refuse_other(header: Header) -> None:
-    """Raise GGUFError, which says what it is, if a file is not a model."""
+def model(header: Header) -> Header:
+    """`header`, if it is that of a model. Raises GGUFError that says what else the file is."""
     if header.kind != "model":
         kind, step = NOT_MODELS[header.kind]
         raise GGUFError(f"{header.path.name} is {kind}; {step}")
+    return header
 
 
 def from_bytes(first: bytes, name: str, file_bytes: int) -> Header:

@@ -200,7 +200,7 @@ def from_bytes(parts: Sequence[tuple[bytes, int]], name: str) -> Outline:
         count = header.metadata.get("split.count") or 1
         refuse(count != len(parts), f"{name} is one of {count} files of a model, {len(parts)} are given", "give all")
     joined = _joined([(io.BytesIO(first), file_bytes) for first, file_bytes in parts], name)
-    gguf_file.refuse_other(joined.header)
+    gguf_file.model(joined.header)
     return joined
 
 

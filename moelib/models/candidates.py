@@ -7,7 +7,7 @@ have F16 in its name, and the model may not. Sizes only tell which files are too
 import re
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moelib.base import neutral
 from moelib.base.bar import tqdm
@@ -15,12 +15,11 @@ from moelib.base.schema import build
 from moelib.catalogue import params
 from moelib.catalogue.upstream import Pin, SourceFile, hub_path, repository_name
 from moelib.gguf import gguf_file
-from moelib.models import hub, weights
+from moelib.models import hub, remote, weights
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-PREFIX_BYTES, MAX_PREFIX_BYTES = 1 << 20, 64 << 20  # read of a file for its header; a large vocabulary has 10 MB
 MAX_BYTES = 1 << 30  # read for all headers together
 MAX_LOOKED_AT = 40  # models whose headers are read
 MAX_PARTS = 500  # files of one model
@@ -67,10 +66,10 @@ def choose(model: str, repository: str, revision: str, client: "HfApi", named: s
     models = _candidates(listing)
     looked_at = [_named(listing, models, named)] if named else _large_enough(model, listing, models)
     fit: dict[str, list[Candidate]] = {}
-    reader = _Reader(client, listing)
+    reader = remote.Reader(client, repository, listing.commit, MAX_BYTES)
     for one in tqdm(looked_at, desc="reading headers", disable=None, leave=False):
         try:
-            header = reader.header(one)
+            header = reader.header({n: f.bytes for n, f in zip(one.names, one.files, strict=True)})
             why = weights.why_not(model, header)
         except gguf_file.GGUFError as err:
             why = [str(err).removeprefix(f"{PurePosixPath(one.names[0]).name}: ")]
@@ -90,11 +89,8 @@ def choose(model: str, repository: str, revision: str, client: "HfApi", named: s
 
 def _listing(client: "HfApi", repository: str, revision: str) -> Listing:
     with hub.asking(f"pinning {repository}"):
-        info = client.model_info(repository, revision=revision, files_metadata=True)
-        siblings: dict[str, Any] = {s.rfilename: s for s in info.siblings or ()}
-        if len(siblings) > hub.MAX_FILES or not info.sha or not re.fullmatch(r"[0-9a-f]{40}", info.sha):
-            raise TypeError(f"a commit {info.sha!r:.60} of {len(siblings)} files")
-        listing = Listing(repository, info.sha, {}, [])
+        commit, siblings = remote.listed(client, repository, revision)
+        listing = Listing(repository, commit, {}, [])
         for name in sorted(siblings):
             if not name.lower().endswith(".gguf"):
                 listing.others.append(name)
@@ -186,41 +182,3 @@ def _none(model: str, listing: Listing, best: list[Candidate], named: str | None
     more = f"; and {len(reasons) - 12} more" if len(reasons) > 12 else ""
     listed = "; ".join(reasons[:12]) + more if reasons else "it holds no GGUF file"
     return f"{listing.repository} has no file that is {model} unquantised and whole ({listed}); next: {steps}"
-
-
-class _Reader:
-    """Reads the headers of a repository's files, downloading only the beginning of each file."""
-
-    def __init__(self, client: "HfApi", listing: Listing):
-        self.client, self.listing, self.left = client, listing, MAX_BYTES
-
-    def header(self, one: Candidate) -> gguf_file.Header:
-        """The combined header of all files of a candidate. Raises GGUFError, ChoiceError, HubError."""
-        return gguf_file.joined([self._part(n, f.bytes) for n, f in zip(one.names, one.files, strict=True)])
-
-    def _part(self, name: str, nbytes: int) -> gguf_file.Header:
-        """The header of one file, reading only as much of the file as needed."""
-        data, location, upto = bytearray(), self._locate(name), min(PREFIX_BYTES, nbytes)
-        while True:
-            data += self._piece(name, location, len(data), upto)
-            if len(data) < upto:
-                raise gguf_file.GGUFError(f"the Hub sent only {len(data)} of the first {upto} bytes")
-            try:
-                return gguf_file.from_bytes(bytes(data), PurePosixPath(name).name, nbytes)
-            except gguf_file.HeaderCut:
-                if upto in (nbytes, MAX_PREFIX_BYTES):
-                    raise
-            upto = min(2 * upto, nbytes, MAX_PREFIX_BYTES)
-
-    def _locate(self, name: str) -> tuple[str, dict[str, str]]:
-        of = self.listing
-        with hub.asking(f"looking for {neutral.plain(name)} of {of.repository}"):
-            return hub.locate(self.client, of.repository, name, of.commit)
-
-    def _piece(self, name: str, location: tuple[str, dict[str, str]], start: int, stop: int) -> bytes:
-        of = self.listing.repository
-        self.left -= stop - start
-        if self.left < 0:
-            raise ChoiceError(f"the headers of {of} exceed {MAX_BYTES >> 20} MiB: name the file with --file PATH")
-        with hub.asking(f"reading the header of {neutral.plain(name)} of {of}", receives=stop - start):
-            return b"".join(hub.download(*location, start, stop))

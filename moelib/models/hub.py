@@ -35,6 +35,7 @@ RETRY_S = 120  # longest wait before a retry that a server may ask for
 REDIRECTS = 5
 BREAKS = 5  # of a download's connection, one after the other, with no byte between them
 BREAK_S = 1.0  # wait after each
+NO_RANGES = "the server sends whole files, not parts of them: download the file, then name it by its local path"
 SLOW = "the Hub answers too slowly: check the network, then run the same command again"
 WEB = re.compile(r"https?://[A-Za-z0-9._~\[\]:-]+(/[\x21-\x7e]*)?")
 
@@ -78,9 +79,13 @@ def locate(client: "HfApi", repository: str, name: str, revision: str) -> tuple[
     return address, build_hf_headers() if address.startswith(f"{client.endpoint}/") else {}
 
 
-def download(address: str, headers: dict[str, str], start: int, stop: int, name: str = "") -> Iterator[bytes]:
+def download(
+    address: str, headers: dict[str, str], start: int, stop: int, name: str = "", whole: bool = True
+) -> Iterator[bytes]:
     """Yield the bytes [start, stop) of the file at `address`, fewer if it ends earlier; with a progress bar if it has a
     `name`.
+
+    whole: accept a server that ignores ranges and sends the file from its start; else raise TooMuchError.
 
     A connection that breaks is continued where it broke: the library's own download starts over with every call, and
     cannot begin in the middle of a file.
@@ -92,7 +97,7 @@ def download(address: str, headers: dict[str, str], start: int, stop: int, name:
     with tqdm(**bar, disable=None if name else True, leave=False) as progress:
         while start < stop:
             try:
-                for data in _ranged(address, headers, start, stop):
+                for data in _ranged(address, headers, start, stop, whole):
                     yield data
                     start, breaks = start + len(data), 0
                     progress.update(len(data))
@@ -104,7 +109,7 @@ def download(address: str, headers: dict[str, str], start: int, stop: int, name:
                 time.sleep(process.patience(BREAK_S))
 
 
-def _ranged(address: str, headers: dict[str, str], start: int, stop: int) -> Iterator[bytes]:
+def _ranged(address: str, headers: dict[str, str], start: int, stop: int, whole: bool) -> Iterator[bytes]:
     from huggingface_hub.utils import hf_raise_for_status, http_stream_backoff
 
     ranged = {**headers, "Range": f"bytes={start}-{stop - 1}"}
@@ -115,6 +120,8 @@ def _ranged(address: str, headers: dict[str, str], start: int, stop: int) -> Ite
         partial = response.status_code == 206
         if partial and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
             raise ValueError("the server sent another range than requested")
+        if not partial and not whole:
+            raise TooMuchError(NO_RANGES)
         skip, left = 0 if partial else start, stop - start  # 200: the server ignored the range
         for chunk in response.iter_bytes():
             data = chunk[skip : skip + left]

@@ -1,1 +1,1 @@
-"""What a placement of a model needs of a machine, from the file's header alone."""
+"""What a model's file is, and what a placement of it needs of a machine, from its header alone."""
