@@ -123,24 +123,35 @@ def quantize(model: str, quant: str, scale: str, real: bool) -> None:
 
 
 @main.command()
-@click.argument("model", type=click.Path(), metavar="FILE|hf:OWNER/REPO/PATH[@REVISION]")
+@click.argument("what", metavar="MODEL|FILE|hf:OWNER/REPO/PATH[@REVISION]", shell_complete=MODELS)
+@click.option("--quant", "quants", multiple=True, shell_complete=QUANTS, help="Of a MODEL; default: those of studies.")
 @click.option("--vram", metavar="SIZE", help="Of the card, such as 12GiB; default: that of the GPU here.")
 @click.option("--ram", metavar="SIZE", help="That weights may take; default: as much as it needs.")
 @click.option("--context", type=int, help="Tokens of prompt and answer; default: 8192, or the model's.")
 @click.option("--ubatch", type=int, help="Tokens of a prompt computed at once; default: 512.")
 @click.option("--kv", help="Type of the KV cache: f16 (default), q8_0, q4_0, ...")
 def plan(
-    model: str, vram: str | None, ram: str | None, context: int | None, ubatch: int | None, kv: str | None
+    what: str,
+    quants: tuple[str, ...],
+    vram: str | None,
+    ram: str | None,
+    context: int | None,
+    ubatch: int | None,
+    kv: str | None,
 ) -> None:
-    """Tell from FILE's header which --n-cpu-moe fits a card, and what it needs; nothing is run."""
-    from moelib.catalogue import sizes
+    """Tell from a header which --n-cpu-moe fits a card, what it needs, and the command; nothing is run.
+
+    Of a MODEL of the catalogue, each --quant is planned as llama-quantize would make it.
+    """
+    from moelib.catalogue import params, sizes
     from moelib.measure import device
-    from moelib.models import remote
-    from moelib.planner import budget
+    from moelib.planner import budget, named
 
     vram_bytes = sizes.parse(vram) if vram else device.card_bytes()
     ram_bytes = sizes.parse(ram) if ram else None
-    for line in budget.plan(remote.any_header(model), vram_bytes, ram_bytes, context, ubatch, kv).lines():
+    headers = named.headers(what, quants or params.QUANTS)
+    plans = [budget.plan(h, vram_bytes, ram_bytes, context, ubatch, kv) for h in headers]
+    for line in plans[0].lines() if len(plans) == 1 else budget.compared(plans):
         say(line)
 
 

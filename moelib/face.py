@@ -15,7 +15,7 @@ from moelib.catalogue.placement import REFERENCE
 from moelib.gguf import gguf_file
 from moelib.models import quantize as quantize_file
 from moelib.models import remote
-from moelib.planner import budget
+from moelib.planner import budget, named
 from moelib.study import frames
 from moelib.study import plan as plans
 from moelib.study.study import Study, UnknownName
@@ -111,6 +111,7 @@ def plan(
     file: str | Path,
     vram: str,
     *,
+    quant: str = params.QUANTS[0],
     ram: str | None = None,
     context: int | None = None,
     ubatch: int | None = None,
@@ -118,13 +119,13 @@ def plan(
 ) -> budget.Plan:
     """Which placement of a GGUF fits a card, told from its header in a fraction of a second; nothing is run.
 
-    file: a path, or hf:OWNER/REPO/PATH on the Hub. vram, ram: sizes such as `12GiB`. context: tokens of prompt and
-    answer, 8,192 or the model's by default. ubatch, kv: settings of llama.cpp. The plan has `.chosen` (bytes by term),
-    `.command`, and `.frame`, a row for each number of layers. Raises PlanError where nothing fits, with what would;
-    GGUFError, HubError, ParamsError.
+    file: a path, hf:OWNER/REPO/PATH on the Hub, or a model of the catalogue at `quant`. vram, ram: sizes such as
+    `12GiB`. context: tokens of prompt and answer, 8,192 or the model's by default. ubatch, kv: settings of llama.cpp.
+    The plan has `.chosen` (bytes by term), `.command`, and `.frame`, a row for each number of layers. Raises PlanError
+    where nothing fits, with what would; GGUFError, HubError, ParamsError, EngineError.
     """
     ram_bytes = None if ram is None else sizes.parse(ram)
-    return budget.plan(remote.any_header(file), sizes.parse(vram), ram_bytes, context, ubatch, kv)
+    return budget.plan(named.headers(file, [quant])[0], sizes.parse(vram), ram_bytes, context, ubatch, kv)
 
 
 def header(path: str | Path) -> gguf_file.Header:
