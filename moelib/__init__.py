@@ -15,10 +15,10 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Record", "compare", "frame", "header", "load", "plan", "quantize", "run", "studies"]
+__all__ = ["Record", "compare", "frame", "header", "load", "plan", "quantize", "run", "studies", "twin"]
 
 if TYPE_CHECKING:
-    from moelib.face import Record, compare, frame, header, load, plan, quantize, run, studies
+    from moelib.face import Record, compare, frame, header, load, plan, quantize, run, studies, twin
 
 
 def __getattr__(name: str) -> Any:

@@ -63,12 +63,20 @@ def header(file: str, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("model", shell_complete=MODELS)
+@click.argument("model", metavar="MODEL|FILE.gguf", shell_complete=MODELS)
+@click.option("--quant", shell_complete=QUANTS, help="Types that llama-quantize would give. Default: the header's own.")
+@click.option("--layers", type=int, help="Only the first so many layers.")
 @click.option("--scale", default="full", show_default=True, help="full, or one that models.yaml names: tiny, nano.")
-def twin(model: str, scale: str) -> None:
-    """Write a geometry twin of MODEL: its shapes, random weights."""
-    from moelib.models import models
+@click.option("--seed", default=0, show_default=True)
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Default: under models/.")
+def twin(model: str, quant: str | None, layers: int | None, scale: str, seed: int, out: Path | None) -> None:
+    """Write a geometry twin of MODEL, or of the header of FILE.gguf: its tensors and types, random weights."""
+    from moelib.models import models, quantize
 
+    if quant or layers is not None or seed or out or model.endswith(".gguf"):
+        made = quantize.twin(*quantize.outline_of(model, scale), quant, layers, scale, seed, out)
+        say(f"{made.path}  {made.header.file_bytes} bytes  sha256 {made.manifest['sha256']}")
+        return
     source = models.make_twin(model, scale)
     say(f"{source.path}  {source.header.file_bytes} bytes  sha256 {source.sha256}")
 
@@ -115,24 +123,35 @@ def quantize(model: str, quant: str, scale: str, real: bool) -> None:
 
 
 @main.command()
-@click.argument("model", type=click.Path(), metavar="FILE|hf:OWNER/REPO/PATH[@REVISION]")
+@click.argument("what", metavar="MODEL|FILE|hf:OWNER/REPO/PATH[@REVISION]", shell_complete=MODELS)
+@click.option("--quant", "quants", multiple=True, shell_complete=QUANTS, help="Of a MODEL; default: those of studies.")
 @click.option("--vram", metavar="SIZE", help="Of the card, such as 12GiB; default: that of the GPU here.")
 @click.option("--ram", metavar="SIZE", help="That weights may take; default: as much as it needs.")
 @click.option("--context", type=int, help="Tokens of prompt and answer; default: 8192, or the model's.")
 @click.option("--ubatch", type=int, help="Tokens of a prompt computed at once; default: 512.")
 @click.option("--kv", help="Type of the KV cache: f16 (default), q8_0, q4_0, ...")
 def plan(
-    model: str, vram: str | None, ram: str | None, context: int | None, ubatch: int | None, kv: str | None
+    what: str,
+    quants: tuple[str, ...],
+    vram: str | None,
+    ram: str | None,
+    context: int | None,
+    ubatch: int | None,
+    kv: str | None,
 ) -> None:
-    """Tell from FILE's header which --n-cpu-moe fits a card, and what it needs; nothing is run."""
-    from moelib.catalogue import sizes
+    """Tell from a header which --n-cpu-moe fits a card, what it needs, and the command; nothing is run.
+
+    Of a MODEL of the catalogue, each --quant is planned as llama-quantize would make it.
+    """
+    from moelib.catalogue import params, sizes
     from moelib.measure import device
-    from moelib.models import remote
-    from moelib.planner import budget
+    from moelib.planner import budget, named
 
     vram_bytes = sizes.parse(vram) if vram else device.card_bytes()
     ram_bytes = sizes.parse(ram) if ram else None
-    for line in budget.plan(remote.any_header(model), vram_bytes, ram_bytes, context, ubatch, kv).lines():
+    headers = named.headers(what, quants or params.QUANTS)
+    plans = [budget.plan(h, vram_bytes, ram_bytes, context, ubatch, kv) for h in headers]
+    for line in plans[0].lines() if len(plans) == 1 else budget.compared(plans):
         say(line)
 
 

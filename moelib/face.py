@@ -15,7 +15,7 @@ from moelib.catalogue.placement import REFERENCE
 from moelib.gguf import gguf_file
 from moelib.models import quantize as quantize_file
 from moelib.models import remote
-from moelib.planner import budget
+from moelib.planner import budget, named
 from moelib.study import frames
 from moelib.study import plan as plans
 from moelib.study.study import Study, UnknownName
@@ -74,6 +74,16 @@ def quantize(model: str, quant: str, scale: str = "full", weights: str = "twin")
     return quantize_file.from_source(model, quant, scale, weights).path
 
 
+def twin(model: str, quant: str | None = None, layers: int | None = None, scale: str = "full", seed: int = 0) -> Path:
+    """The geometry twin of a catalogued model, or of the header of a local GGUF (split or not), with its manifest.
+
+    It has the header's metadata, tokenizer, tensors and types, and random weights; nothing is quantised, so it takes
+    what the disk takes. quant: the types that llama-quantize would give (default: the header's own). layers: only the
+    first so many. Raises ParamsError, GGUFError, QuantizeError, FileError, EngineError.
+    """
+    return quantize_file.twin(*quantize_file.outline_of(model, scale), quant, layers, scale, seed).path
+
+
 def run(
     file: str | Path,
     placement: str = REFERENCE,
@@ -84,7 +94,9 @@ def run(
     context: int = 1024,
     device: str = "auto",
 ) -> Record:
-    """One run of a file that `quantize` made, in one placement: measured and audited as in a study, written nowhere.
+    """One run of a file that `quantize` or `twin` made, in one placement: measured and audited as in a study.
+
+    Nothing of it is kept on disk.
 
     placement: `baseline`, `cpu-moe`, `n-cpu-moe=12`, with settings after commas. context: tokens. requests: of each
     workload; the first one is a fresh server's. device: auto, cuda or loopback. A run that fails is a record too, with
@@ -99,6 +111,7 @@ def plan(
     file: str | Path,
     vram: str,
     *,
+    quant: str = params.QUANTS[0],
     ram: str | None = None,
     context: int | None = None,
     ubatch: int | None = None,
@@ -106,13 +119,13 @@ def plan(
 ) -> budget.Plan:
     """Which placement of a GGUF fits a card, told from its header in a fraction of a second; nothing is run.
 
-    file: a path, or hf:OWNER/REPO/PATH on the Hub. vram, ram: sizes such as `12GiB`. context: tokens of prompt and
-    answer, 8,192 or the model's by default. ubatch, kv: settings of llama.cpp. The plan has `.chosen` (bytes by term),
-    `.command`, and `.frame`, a row for each number of layers. Raises PlanError where nothing fits, with what would;
-    GGUFError, HubError, ParamsError.
+    file: a path, hf:OWNER/REPO/PATH on the Hub, or a model of the catalogue at `quant`. vram, ram: sizes such as
+    `12GiB`. context: tokens of prompt and answer, 8,192 or the model's by default. ubatch, kv: settings of llama.cpp.
+    The plan has `.chosen` (bytes by term), `.command`, and `.frame`, a row for each number of layers. Raises PlanError
+    where nothing fits, with what would; GGUFError, HubError, ParamsError, EngineError.
     """
     ram_bytes = None if ram is None else sizes.parse(ram)
-    return budget.plan(remote.any_header(file), sizes.parse(vram), ram_bytes, context, ubatch, kv)
+    return budget.plan(named.headers(file, [quant])[0], sizes.parse(vram), ram_bytes, context, ubatch, kv)
 
 
 def header(path: str | Path) -> gguf_file.Header:

@@ -11,7 +11,7 @@ import numpy as np
 
 from moelib.gguf import gguf_file, twin
 
-U32, F32, BOOL, STRING, ARRAY, I64 = 4, 6, 7, 8, 9, 11
+U32, I32, F32, BOOL, STRING, ARRAY, I64 = 4, 5, 6, 7, 8, 9, 11
 
 
 def text(value: str | bytes) -> bytes:
@@ -22,6 +22,8 @@ def text(value: str | bytes) -> bytes:
 def _value(value: object) -> tuple[int, bytes]:
     if isinstance(value, bool):
         return BOOL, struct.pack("<?", value)
+    if isinstance(value, np.int32):
+        return I32, struct.pack("<i", value)
     if isinstance(value, int):
         return (U32 if 0 <= value < 1 << 32 else I64), struct.pack("<I" if 0 <= value < 1 << 32 else "<q", value)
     if isinstance(value, float):
@@ -66,6 +68,68 @@ def moe(arch: str = "qwen3moe", layers: int = 3, dense: int = 0, nextn: int = 0,
         tensors[f"blk.{i}.attn_q.weight"] = (32, 4)
         if i >= dense:
             tensors |= {f"blk.{i}.ffn_{k}_exps.weight": (32, 8, experts) for k in ("gate", "up", "down")}
+    return metadata, tensors
+
+
+def loadable(arch: str, layers: int = 4, experts: int = 8, vocab: int = 512):
+    """(metadata, tensors) of a small model that llama.cpp loads, with the biases, norms and lists by layer that its
+    converter writes; arch: qwen3 (dense), qwen3moe, olmoe, gpt-oss or lfm2moe."""
+    e, heads, head, ff = 256, 4, 64, 256
+    kv = heads if arch == "olmoe" else 2
+    conv = [arch == "lfm2moe" and i % 2 == 0 for i in range(layers)]
+    counts = {"block_count": layers, "context_length": 4096, "embedding_length": e, "feed_forward_length": ff}
+    counts |= {"attention.head_count": heads, "attention.head_count_kv": kv, "vocab_size": vocab}
+    counts |= {"attention.key_length": head, "attention.value_length": head, "rope.dimension_count": head}
+    counts |= {"attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": 1e4}
+    if experts and arch != "qwen3":
+        counts |= {"expert_count": experts, "expert_used_count": 2, "expert_feed_forward_length": ff}
+    if arch == "gpt-oss":
+        counts |= {"attention.sliding_window": 128, "rope.scaling.type": "yarn", "rope.scaling.factor": 32.0}
+        counts |= {"rope.scaling.original_context_length": 4096}
+    if arch == "lfm2moe":
+        counts |= {"attention.head_count_kv": [0 if c else kv for c in conv], "shortconv.l_cache": 3}
+        counts |= {"leading_dense_block_count": 1, "expert_gating_func": 2}
+    tokens, scores, types = twin.vocabulary(vocab)
+    metadata = {"general.architecture": arch, "general.name": "Phi-3 original", "general.author": "someone"}
+    metadata |= {f"{arch}.{k}": v for k, v in counts.items()}
+    metadata |= {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.scores": scores}
+    metadata |= {
+        "tokenizer.ggml.token_type": [np.int32(t) for t in types],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+    metadata |= {"tokenizer.ggml.unknown_token_id": 0, "tokenizer.ggml.add_bos_token": True}
+    tensors = {"token_embd.weight": (e, vocab)}
+    if arch == "lfm2moe":
+        tensors["token_embd_norm.weight"] = (e,)
+    else:
+        tensors |= {"output.weight": (e, vocab), "output_norm.weight": (e,)}
+    for i in range(layers):
+        b = {"attn_norm.weight": (e,)}
+        if conv[i]:
+            b |= {"shortconv.conv.weight": (3, e), "shortconv.in_proj.weight": (e, 3 * e)}
+            b |= {"shortconv.out_proj.weight": (e, e)}
+        else:
+            b |= {"attn_q.weight": (e, heads * head), "attn_output.weight": (heads * head, e)}
+            b |= {"attn_k.weight": (e, kv * head), "attn_v.weight": (e, kv * head)}
+            if arch == "gpt-oss":
+                b |= {"attn_q.bias": (heads * head,), "attn_k.bias": (kv * head,), "attn_v.bias": (kv * head,)}
+                b |= {"attn_output.bias": (e,), "attn_sinks.weight": (heads,)}
+            else:
+                widths = (heads * head, kv * head) if arch == "olmoe" else (head, head)
+                b |= {"attn_q_norm.weight": widths[:1], "attn_k_norm.weight": widths[1:]}
+        b["post_attention_norm.weight" if arch == "gpt-oss" else "ffn_norm.weight"] = (e,)
+        if arch == "qwen3" or (arch == "lfm2moe" and i == 0):
+            b |= {"ffn_gate.weight": (e, ff), "ffn_down.weight": (ff, e), "ffn_up.weight": (e, ff)}
+        else:
+            b |= {"ffn_gate_inp.weight": (e, experts), "ffn_gate_exps.weight": (e, ff, experts)}
+            b |= {"ffn_down_exps.weight": (ff, e, experts), "ffn_up_exps.weight": (e, ff, experts)}
+            if arch == "gpt-oss":
+                b |= {"ffn_gate_inp.bias": (experts,), "ffn_gate_exps.bias": (ff, experts)}
+                b |= {"ffn_up_exps.bias": (ff, experts), "ffn_down_exps.bias": (e, experts)}
+            if arch == "lfm2moe":
+                b["exp_probs_b.bias"] = (experts,)
+        tensors |= {f"blk.{i}.{k}": shape for k, shape in b.items()}
     return metadata, tensors
 
 

@@ -28,7 +28,19 @@ def study():
 
 
 def test_the_face_is_what_completion_shows():
-    names = ["Record", "__version__", "compare", "frame", "header", "load", "plan", "quantize", "run", "studies"]
+    names = [
+        "Record",
+        "__version__",
+        "compare",
+        "frame",
+        "header",
+        "load",
+        "plan",
+        "quantize",
+        "run",
+        "studies",
+        "twin",
+    ]
     assert dir(moelib) == names
     assert all(getattr(moelib, name).__doc__ for name in moelib.__all__)
     with pytest.raises(AttributeError, match="no attribute 'lod'"):

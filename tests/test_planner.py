@@ -18,7 +18,7 @@ from moelib.measure import device
 from moelib.measure.llama_server import LlamaServer
 from moelib.measure.runner import Job
 from moelib.models import models, quantize
-from moelib.planner import budget, cache, memory
+from moelib.planner import budget, cache, memory, named
 from moelib.planner.allocate import ALIGNMENT, HOST, Free, peaks
 from moelib.planner.allocate import Tensor as Node
 from moelib.study.study import Study
@@ -255,3 +255,31 @@ def test_sizes_are_read_as_people_write_them(text, nbytes):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(params.ParamsError, match="write it with its unit"):
         sizes.parse(text)
+
+
+@pytest.mark.parametrize("quant", params.QUANTS)
+@pytest.mark.parametrize("model", EXPERTS["Q4_K_M"])
+def test_a_catalogued_model_is_planned_as_its_files_were(model, quant, engine):
+    """The committed studies' files had these types and sizes; here there is no file."""
+    (header,) = named.headers(model, [quant])
+    manifest = next(
+        m for m in Study.read(REPO / "outputs/h100-twins").manifests if (m.model, m.quant) == (model, quant)
+    )
+    assert header.type_counts == manifest.tensor_types
+    assert header.moved_bytes("cpu-moe") == manifest.expert_bytes
+    assert header.file_bytes == pytest.approx(manifest.file_bytes, rel=1e-5)
+
+
+def test_a_models_quants_are_compared_a_line_each(engine):
+    title, *lines = budget.compared([budget.plan(h, 3 << 30) for h in named.headers("deepseek-moe-16b")])
+    assert title.startswith("on 3.00 GiB of VRAM")
+    assert [line.split("-")[3].split(".")[0] for line in lines] == list(params.QUANTS)
+    assert lines[0].endswith("n-cpu-moe=27") or lines[0].endswith("cpu-moe")
+    assert "does not fit 3.00 GiB" in lines[2]
+
+
+def test_a_name_that_is_nothing_gets_the_nearest(home):
+    with pytest.raises(params.ParamsError, match="did you mean 'phi-3.5-moe'"):
+        named.headers("phi-3.5")
+    with pytest.raises(gguf_file.GGUFError, match="cannot be read"):
+        named.headers("phi-3.5.gguf")

@@ -94,8 +94,9 @@ def one(
     requests: int = 2,
     context: int = 1024,
     device_kind: str = "auto",
+    keep: Path | None = None,
 ) -> record.Record:
-    """One run of a quantised file that belongs to no study; nothing of it is kept on disk.
+    """One run of a quantised file that belongs to no study; its record and logs are kept in the folder `keep`, or not.
 
     Raises PlacementError, QuantizeError for a file without a manifest or a placement that moves nothing of it,
     EngineError, DeviceError.
@@ -122,5 +123,6 @@ def one(
         **of,
     )
     with TemporaryDirectory(prefix="moelib-run-") as scratch, held(where):
-        bench = Bench.ready(quantised, LlamaServer(llama), where, Path(scratch))
-        return record.sealed(bench.perform(Path(scratch), spec))
+        ready = Bench.ready(quantised, LlamaServer(llama), where, Path(scratch))
+        result = ready.perform(keep or Path(scratch), spec)
+        return record.write(keep, result) if keep else record.sealed(result)

@@ -75,6 +75,19 @@ class Engine:
             raise EngineError(f"{path} is not executable: run `chmod +x` on it, or use another build")
         return str(path)
 
+    def library(self, name: str) -> Path:
+        """The shared library that llama-quantize uses, such as libggml-base. Raises EngineError where there is none."""
+        tool = Path(self.tool("llama-quantize")).resolve()
+        for folder in dict.fromkeys((self.folder, tool.parent, tool.parent.parent / "lib")):
+            if found := sorted(p for p in folder.glob(f"{name}.*") if re.search(r"\.(so|dylib)(\.|$)", p.name)):
+                return found[0]
+        if linker := shutil.which("ldd"):  # a distribution keeps them elsewhere
+            with contextlib.suppress(probe.ProbeError):
+                listed = probe.ask([linker, str(tool)], process.patience(60)).text
+                if m := re.search(rf"^\s*{re.escape(name)}\.\S+ => (/\S+)", listed, re.M):
+                    return Path(m[1])
+        raise EngineError(f"{self} has no library {name} beside its tools; {OTHER}")
+
     def need(self, *spellings: str) -> str:
         """The first of the spellings of a flag that llama-server knows. Raises EngineError with the flag and build."""
         if known := [s for s in spellings if s in self.help.flags]:

@@ -1,1 +1,1 @@
-"""A model's file: its header, what a placement moves of it, and twins of a geometry."""
+"""A model's file: its header, what a placement moves of it, and twins."""

@@ -57,8 +57,8 @@ FOREIGN = (
 )
 """First bytes of files that are named like a GGUF and are not one to read, what such a file is, and the next step."""
 
-_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-_STRING, _ARRAY = 8, 9
+SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+STRING, ARRAY = 8, 9
 _LENGTH = struct.Struct("<Q")
 
 
@@ -78,6 +78,8 @@ class Layout(NamedTuple):
     """(name, shape, type, offset from `data_start`)."""
     alignment: int
     data_start: int
+    spans: dict[str, tuple[int, int]]
+    """Key -> where its type and value begin and end in the file."""
 
 
 def refuse(wrong: object, why: str, do: str = AGAIN) -> None:
@@ -151,22 +153,22 @@ class _Cursor:
             self.skip(_LENGTH.unpack(self.take(8))[0])
 
     def value(self, key: str, kind: int) -> Any:
-        if kind in _SCALARS:
+        if kind in SCALARS:
             self.keep(ITEM_BYTES)
-            return self.scalar(_SCALARS[kind])
-        if kind == _STRING:
+            return self.scalar(SCALARS[kind])
+        if kind == STRING:
             return self.string(f"a string of {key!r}")
-        refuse(kind != _ARRAY, f"corrupt: value type {kind} does not exist")
+        refuse(kind != ARRAY, f"corrupt: value type {kind} does not exist")
         item, n = self.scalar("<I"), self.scalar("<Q")
         nested = f"{key!r} is an array of arrays, which llama.cpp does not read"
-        refuse(item == _ARRAY, nested, "take a file that its converter wrote")
-        refuse(item != _STRING and item not in _SCALARS, f"corrupt: array of type {item}")
+        refuse(item == ARRAY, nested, "take a file that its converter wrote")
+        refuse(item != STRING and item not in SCALARS, f"corrupt: array of type {item}")
         if n <= KEEP_ARRAY_ITEMS:
             return [self.value(key, item) for _ in range(n)]
-        if item == _STRING:
+        if item == STRING:
             self.pass_strings(n)
         else:
-            self.skip(n * struct.calcsize(_SCALARS[item]))
+            self.skip(n * struct.calcsize(SCALARS[item]))
         return f"<{n} items>"
 
 
@@ -207,10 +209,13 @@ def parse(stream: BinaryIO, size: int) -> Layout:
     n_tensors, n_keys = c.scalar("<Q"), c.scalar("<Q")
     refuse(n_tensors > MAX_TENSORS or n_keys > MAX_KEYS, f"corrupt: {n_tensors} tensors and {n_keys} keys announced")
     metadata: dict[str, Any] = {}
+    spans: dict[str, tuple[int, int]] = {}
     for _ in range(n_keys):
         key = c.string("a key", MAX_KEY_BYTES)
         refuse(key in metadata, f"corrupt: key {key[:100]!r} twice")
+        at = c.at
         metadata[key] = c.value(key[:100], c.scalar("<I"))
+        spans[key] = at, c.at
 
     tensors, names = [], set()
     for _ in range(n_tensors):
@@ -225,4 +230,4 @@ def parse(stream: BinaryIO, size: int) -> Layout:
     align = metadata.get("general.alignment", 32)
     number = isinstance(align, int) and not isinstance(align, bool)
     refuse(not number or align < 1 or align & (align - 1) or align > 1 << 20, f"corrupt: alignment {align!r:.60}")
-    return Layout(metadata, tensors, align, -(-c.at // align) * align)
+    return Layout(metadata, tensors, align, -(-c.at // align) * align, spans)

@@ -8,11 +8,13 @@ Its text, quality and expert routing are meaningless. Tensors are cut from one p
 import hashlib
 import os
 import re
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,8 @@ WEIGHT_RANGE = 0.035  # uniform in +-range: standard deviation 0.02, as in newly
 ALIGNMENT = 32
 UNSPOKEN = 3 + 256  # special and byte tokens, first in the vocabulary
 DESCRIPTION = "random weights in the shape of"
+MEANINGLESS = "; text and quality are meaningless"
+WAITING = 16  # pieces that are written and not yet hashed
 PROMPT_WORDS = ("▁Explain", "▁quantum", "▁computing", "▁in", "▁simple", "▁terms", ".")
 
 
@@ -95,6 +99,11 @@ def vocabulary(size: int) -> tuple[list[bytes], list[float], list[int]]:
     return tokens, [float(-i) for i in range(len(tokens))], [int(t) for t in types]
 
 
+def describe(title: str) -> str:
+    """general.description of a twin of the model `title`."""
+    return f"{DESCRIPTION} {title}{MEANINGLESS}"
+
+
 def _writer(path: Path, g: Geometry, title: str) -> GGUFWriter:
     def of(names: str) -> dict[str, Any]:
         return {k: getattr(g, k) for k in names.split()}
@@ -102,7 +111,7 @@ def _writer(path: Path, g: Geometry, title: str) -> GGUFWriter:
     tokens, scores, types = vocabulary(g.vocab_size)
     facts: dict[str, Any] = {
         "name": TWIN_NAME,  # without the model's name: for a name with "phi-3", llama.cpp uses another tokenizer
-        "description": f"{DESCRIPTION} {title}; text and quality are meaningless",
+        "description": describe(title),
         "file_type": LlamaFileType.MOSTLY_F16,
         "quantization_version": 2,
         **of("block_count context_length embedding_length feed_forward_length head_count head_count_kv"),
@@ -141,18 +150,61 @@ class _Pool:
         if t.name.endswith("norm.weight"):
             yield np.ones(t.shape, np.float32).data.cast("B")
             return
-        left, k = t.nbytes, 0
+        left = t.nbytes
         if t.name == "output.weight":  # zero logits: greedy sampling never picks a partial character
             zeros = UNSPOKEN * t.shape[0] * 2
             yield memoryview(bytes(zeros))
             left -= zeros
         pool = (self._f32 if t.dtype is np.float32 else self._f16).data.cast("B")
-        while left:
-            n = min(left, PIECE_BYTES, len(pool) // 2)
-            key = hashlib.sha256(f"{self._seed}:{t.name}:{k}".encode()).digest()
-            at = int.from_bytes(key[:8], "little") % ((len(pool) - n) // ALIGNMENT + 1) * ALIGNMENT
-            yield pool[at : at + n]
-            left, k = left - n, k + 1
+        yield from cuts(pool, left, ALIGNMENT, f"{self._seed}:{t.name}")
+
+
+def cuts(pool: memoryview, nbytes: int, step: int, label: str, most: int = PIECE_BYTES) -> Iterator[memoryview]:
+    """Yield views of `pool` that add up to `nbytes`, of at most `most` bytes each.
+
+    They begin at multiples of `step`, wherever the hash of `label` says.
+    """
+    most, k = min(most, len(pool) // 2) // step * step, 0
+    while nbytes:
+        n = min(nbytes, most)
+        key = hashlib.sha256(f"{label}:{k}".encode()).digest()
+        at = int.from_bytes(key[:8], "little") % ((len(pool) - n) // step + 1) * step
+        yield pool[at : at + n]
+        nbytes, k = nbytes - n, k + 1
+
+
+def head(g: Geometry, title: str) -> bytes:
+    """The header of the twin of geometry `g`, filled up to where the first tensor begins."""
+    with TemporaryDirectory(prefix="moelib-twin-") as scratch:
+        writer = _writer(path := Path(scratch) / "header", g, title)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        raw = path.read_bytes()
+    return raw + bytes(-len(raw) % ALIGNMENT)
+
+
+def stream(path: Path, pieces: Iterable[bytes | memoryview], nbytes: int) -> str:
+    """Write `pieces`, of `nbytes` bytes together, to `path`, atomically; return the file's SHA-256.
+
+    A piece is used until WAITING others have followed it. Raises files.FileError if the disk is too small.
+    """
+    files.need_space(path.parent, nbytes, f"the twin {path.name}")
+    sha, waiting = hashlib.sha256(), deque[Future[None]]()
+    bar = tqdm(total=nbytes, unit="B", unit_scale=True, desc=path.name, disable=None, leave=False)
+    # hashing releases the interpreter lock, so it runs in parallel with the write
+    with files.replacing(path) as partial, partial.open("wb", buffering=0) as f, ThreadPoolExecutor(1) as hasher, bar:
+        for piece in pieces:
+            left = memoryview(piece)
+            while left:  # a disk that becomes full takes a part
+                left = left[f.write(left) :]
+            waiting.append(hasher.submit(sha.update, piece))
+            if len(waiting) > WAITING:
+                waiting.popleft().result()
+            bar.update(len(piece))
+        os.fsync(f.fileno())  # the disk works while the hash catches up
+    return sha.hexdigest()
 
 
 def write(path: Path, g: Geometry, *, title: str = "a model", seed: int = 0) -> str:
@@ -160,28 +212,12 @@ def write(path: Path, g: Geometry, *, title: str = "a model", seed: int = 0) -> 
 
     Raises files.FileError if the disk is too small.
     """
-    files.need_space(path.parent, nbytes(g), f"the twin {path.name}")
-    pool, sha = _Pool(seed), hashlib.sha256()
-    with files.replacing(path) as partial:
-        writer = _writer(partial, g, title)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        writer.close()
-        sha.update(partial.read_bytes())
-        bar = tqdm(total=nbytes(g), unit="B", unit_scale=True, desc=path.name, disable=None, leave=False)
-        # hashing releases the interpreter lock, so it runs in parallel with the write
-        with partial.open("ab", buffering=0) as f, ThreadPoolExecutor(1) as hasher, bar:
+    pool = _Pool(seed)
 
-            def put(piece: bytes | memoryview) -> None:
-                f.write(piece)
-                hasher.submit(sha.update, piece)  # a view of the pool, so waiting pieces take no memory
-                bar.update(len(piece))
+    def pieces() -> Iterator[bytes | memoryview]:
+        yield head(g, title)
+        for t in tensors(g):
+            yield from pool.pieces(t)
+            yield bytes(-t.nbytes % ALIGNMENT)
 
-            put(bytes(-f.seek(0, 2) % ALIGNMENT))
-            for t in tensors(g):
-                for piece in pool.pieces(t):
-                    put(piece)
-                put(bytes(-t.nbytes % ALIGNMENT))
-            os.fsync(f.fileno())  # the disk works while the hash catches up
-    return sha.hexdigest()
+    return stream(path, pieces(), nbytes(g))

@@ -1,27 +1,34 @@
-"""Quantise a source file: a verified file and its manifest.
+"""Quantise a source file, or write the twin of a header as if it had been quantised: a verified file and its manifest.
 
 llama-quantize writes to its output path directly and returns 1 for every failure, so it is given a temporary name; the
 result is checked against the source's header, hashed and only then renamed. The manifest lists the tensor types that
 the file really holds, which a quant's label does not tell.
 """
 
+import hashlib
 import re
 import signal
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from gguf import LlamaFileType
+
 from moelib.base import files
 from moelib.base.bar import tqdm
+from moelib.base.schema import near
 from moelib.catalogue import params
 from moelib.catalogue.facts import Manifest
 from moelib.engine import engine
 from moelib.engine.engine import Engine
-from moelib.gguf import gguf_file
+from moelib.gguf import fill, gguf_file, outline
 from moelib.gguf.gguf_header import UNQUANTISED
+from moelib.gguf.outline import Outline
 from moelib.machine import host, process
 from moelib.models import models, sources
 
@@ -142,11 +149,19 @@ def make(source: models.Source, quant: str, engine: Engine, scratch: Path) -> Qu
         refuse_quantised(source.header)
     path = source.path.with_name(f"{source.model}-{quant}.gguf")
     expected = {"model": source.model, "quant": quant, "source_sha256": source.sha256, "engine_build": engine.build}
+    return _kept(path, expected, lambda: _make(source, quant, engine, scratch, path))
+
+
+def _kept(path: Path, expected: dict[str, Any], make: Callable[[], dict[str, Any]]) -> Quantised:
+    """The file at `path`, if its manifest includes `expected` and its hash; else made, with the rest of its manifest.
+
+    Raises QuantizeError if it reads back differently than written.
+    """
     content = files.Hashed(path)
 
     def write() -> dict[str, Any]:
         nonlocal content
-        manifest = expected | _make(source, quant, engine, scratch, path)
+        manifest = expected | make()
         content = files.Hashed(path, manifest["sha256"])  # computed just now
         return manifest
 
@@ -176,8 +191,8 @@ def made(path: Path) -> Quantised:
     manifest, content = models.noted(path), files.Hashed(path)
     if not path.is_file() or manifest is None or "quant" not in manifest or content.sha256() != manifest["sha256"]:
         raise QuantizeError(
-            f"{path} is no file with a manifest that fits it: make it with `moelib quantize MODEL QUANT`, or in Python "
-            "with moelib.quantize(...)"
+            f"{path} is no file with a manifest that fits it: make it with `moelib quantize MODEL QUANT` or `moelib "
+            "twin`, or in Python with moelib.quantize(...) or moelib.twin(...)"
         )
     return Quantised(gguf_file.read_header(path), manifest, content)
 
@@ -215,11 +230,15 @@ def _make(source: models.Source, quant: str, engine: Engine, scratch: Path, path
                 f"the {quant} file is not quantised, its largest tensor is {widest}: use another build of llama.cpp"
             )
         sha256 = files.sha256(partial)
+    told = _told(header, quant, engine, predicted, sha256, seconds)
+    return told | {"weights": source.weights, "origin": source.origin, "scale": source.scale, "file_name": path.name}
+
+
+def _told(
+    header: gguf_file.Header, quant: str, engine: Engine, predicted: int | None, sha256: str, seconds: float
+) -> dict[str, Any]:
+    """What a manifest says of a file that was just made, by its header."""
     return {
-        "weights": source.weights,
-        "origin": source.origin,
-        "scale": source.scale,
-        "file_name": path.name,
         "file_bytes": header.file_bytes,
         "predicted_bytes": predicted,
         "sha256": sha256,
@@ -232,3 +251,111 @@ def _make(source: models.Source, quant: str, engine: Engine, scratch: Path, path
         "engine_version": engine.version,
         "quantize_s": round(seconds, 3),
     }
+
+
+def offered(engine: Engine, scratch: Path) -> dict[str, int]:
+    """Quants that the engine's llama-quantize makes, with llama.cpp's numbers of them (`general.file_type`)."""
+    _, text = _run([engine.tool("llama-quantize"), "--help"], scratch / "quants.log", HEADER_S)
+    return {name: int(number) for number, name in re.findall(r"^ *(\d{1,4}) +or +(\w{1,40})\b", text, re.M)}
+
+
+def types(engine: Engine, shape: Outline, quant: str, scratch: Path) -> Outline:
+    """An unquantised outline with the types, and the order of tensors, that `llama-quantize` gives it at `quant`.
+
+    They are those of its dry run, which reads the header alone. Raises QuantizeError.
+    """
+    refuse_quantised(shape.header)
+    if quant not in (known := offered(engine, scratch)):
+        raise QuantizeError(f"{engine} makes no {quant!r}{near(quant, sorted(known))}")
+    path = _hollow(shape, scratch)
+    code, output = _run([engine.tool("llama-quantize"), "--dry-run", str(path), quant], scratch / "types.log", READY_S)
+    listed = re.findall(
+        r"^\[ *\d+/ *\d+\] +(\S+) +- \[.*\], type = +(\w+), size = +[\d.]+ MiB(?:.*\((\w+)\))?", output, re.M
+    )
+    if code or len(listed) != len(shape.tensors):
+        raise QuantizeError(
+            f"{engine} tells no types for {shape.name} at {quant}: use a build whose llama-quantize has --dry-run, or "
+            f"make the F16 twin and quantise it. Its log ends:\n{_end(scratch / 'types.log')}"
+        )
+    return shape.with_types({name: (to or kept).upper() for name, kept, to in listed}, known[quant])
+
+
+def _hollow(shape: Outline, scratch: Path) -> Path:
+    """A file that the engine reads as a whole one, with the header of an outline and nothing in it."""
+    path = scratch / Path(shape.name).name
+    with path.open("wb") as f:
+        f.write(shape.to_bytes())
+        f.truncate(shape.file_bytes)
+    return path
+
+
+def twin(
+    model: str,
+    whole: Outline,
+    quant: str | None = None,
+    layers: int | None = None,
+    scale: str = "full",
+    seed: int = 0,
+    out: Path | None = None,
+) -> Quantised:
+    """The twin of a header: its metadata, tokenizer, tensors and types, with random blocks, made unless it exists.
+
+    quant: types that llama-quantize would give, for an outline that is not quantised; None: the header's own. layers:
+    only the first so many. What it takes is the disk's sequential write. Raises GGUFError, QuantizeError, FileError,
+    EngineError.
+    """
+    llama, shape = engine.find(), whole.as_twin()
+    label, made_from = quant or _label(shape.header), hashlib.sha256(whole.to_bytes()).hexdigest()
+    if layers is not None:
+        shape, scale = whole.first_layers(layers), f"{scale}-first-{layers}"
+    path = out or models.twin_folder(model, scale) / f"{model}-{label}-twin.gguf"
+    expected: dict[str, Any] = {"model": model, "quant": label, "scale": scale, "weights": "twin"}
+    origin = f"geometry twin written by moelib, seed {seed}, from the header of {whole.name}"
+    expected |= {"origin": origin, "file_name": path.name, "source_sha256": made_from, "engine_build": llama.build}
+
+    def make() -> dict[str, Any]:
+        with TemporaryDirectory(prefix="moelib-twin-") as scratch:
+            typed = types(llama, shape, quant, Path(scratch)) if quant else shape
+            refuse_senseless(typed.header, ())
+            try:
+                refuse_unloadable(llama, replace(typed.header, path=_hollow(typed, Path(scratch))), Path(scratch))
+            except QuantizeError as err:
+                if layers is None:
+                    raise
+                raise QuantizeError(
+                    f"its first {layers} layers are no model, take another number of them: {err}"
+                ) from None
+        started = time.monotonic()
+        sha256 = fill.write(path, typed, llama.library("libggml-base"), seed)
+        header = gguf_file.read_header(path)
+        return _told(header, label, llama, typed.file_bytes, sha256, time.monotonic() - started)
+
+    return _kept(path, expected, make)
+
+
+def _label(header: gguf_file.Header) -> str:
+    """The quant that a file says it is; the type that most of its bytes have, if it does not say."""
+    with suppress(ValueError):
+        return (
+            LlamaFileType(header.metadata.get("general.file_type", -1))
+            .name.removeprefix("MOSTLY_")
+            .removeprefix("ALL_")
+        )
+    sizes: Counter[str] = Counter()
+    for t in header.tensors:
+        sizes[t.type] += t.nbytes
+    return sizes.most_common(1)[0][0]
+
+
+def outline_of(what: str, scale: str = "full") -> tuple[str, Outline]:
+    """(name of the model, its outline): of a catalogued model at `scale`, or of a local GGUF, split or not.
+
+    Raises ParamsError, GGUFError.
+    """
+    if not what.endswith(".gguf"):
+        entry = params.model(what)
+        return what, outline.of_geometry(entry.at_scale(scale), entry.title, f"{what}-F16.gguf")
+    whole = outline.read(what)
+    stem = gguf_file.SPLIT.sub("", whole.name).removesuffix(".gguf")
+    stem = re.sub(rf"[-._]{re.escape(_label(whole.header))}$", "", stem, flags=re.IGNORECASE)
+    return re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "model", whole

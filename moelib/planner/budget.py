@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -198,6 +198,20 @@ def plan(
     tokens = min(CONTEXT, most or CONTEXT) if context is None else context
     settings = Placement(0, ubatch=None if ubatch == 512 else ubatch, kv=None if kv == "f16" else kv)
     return Plan(header, Budget(vram_bytes, ram_bytes, tokens, context_bytes), settings)
+
+
+def compared(plans: Sequence[Plan]) -> Iterator[str]:
+    """What plans of several files of one model come to, a line each."""
+    vram = gib(plans[0].budget.vram_bytes)
+    yield f"{'on ' + vram + ' of VRAM':<34}{'file':>9}{'VRAM':>9}{'RAM':>9}  GiB, predicted; placement"
+    for p in plans:
+        try:
+            n = p.chosen
+        except PlanError as err:
+            yield str(err)
+            continue
+        sizes = p.header.file_bytes, n.vram_bytes, n.ram_bytes
+        yield f"{p.header.path.name:<34}" + "".join(f"{size / GIB:9.2f}" for size in sizes) + f"  {n.placement}"
 
 
 def _words(placement: Placement) -> str:

@@ -1,0 +1,133 @@
+"""What the planner says from a header, against what the engine's buffers and the driver say when it runs.
+
+    python benchmarks/plan_residuals.py measure FOLDER [--models qwen3-30b-a3b,...] [--layers 8] [--device cuda]
+    python benchmarks/plan_residuals.py show FOLDER
+
+Each model is the header of a published one (`shapes.py`) or a catalogued geometry at Q4_K_M, cut to its first layers
+and filled with random blocks; each setting is one audited run, whose record is kept in FOLDER. `measure` goes on where
+it was stopped; `show` makes the table from the records alone. Nothing in the planner was fitted to these settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pandas as pd
+import shapes
+
+from moelib.audit import record
+from moelib.base.bar import tqdm
+from moelib.campaign import bench
+from moelib.catalogue import params
+from moelib.catalogue.placement import Placement
+from moelib.engine import engine
+from moelib.gguf import outline
+from moelib.gguf.gguf_header import Header
+from moelib.models import quantize
+from moelib.planner import memory
+
+SETTINGS = {  # placement -> context
+    "baseline": 1024,
+    "cpu-moe": 8192,
+    "n-cpu-moe=5,ubatch=1024": 4096,
+    "cpu-moe,ubatch=128,kv=q8_0": 16384,
+    "cpu-moe,op-offload=off": 4096,
+    "n-cpu-moe=4,ubatch=2048": 2048,
+    "baseline,ubatch=256,kv=q4_0": 32768,
+    "cpu-moe,kv=q8_0": 2048,
+}
+CATALOGUED = ("phi-3.5-moe", "deepseek-moe-16b")
+QUANT = "Q4_K_M"
+MIB = 1 << 20
+
+
+def outline_of(name: str) -> tuple[outline.Outline, str | None]:
+    """(what a model's file says, the quant to give it; None where the file is one of a quant)."""
+    if name in shapes.MODELS:
+        return outline.from_bytes([shapes.head(name)], f"{name}.gguf"), None
+    entry = params.model(name)
+    return outline.of_geometry(entry.at_scale("full"), entry.title, f"{name}-F16.gguf"), QUANT
+
+
+def measure(folder: Path, models: list[str], layers: int, device: str) -> None:
+    known = {(r.spec.model, r.spec.placement) for r in record.read_all(folder)[0]}
+    todo = [(m, p) for m in models for p in SETTINGS if (m, p) not in known]
+    for model in tqdm(dict.fromkeys(m for m, _ in todo), desc="models", disable=None):
+        whole, quant = outline_of(model)
+        file = quantize.twin(model, whole, quant, layers).path
+        for placement in [p for m, p in todo if m == model]:
+            context = SETTINGS[placement]
+            most = whole.header.number("context_length") or context
+            r = bench.one(file, placement, "mmap", ["plan-short", "long-512"], 1, min(context, most), device, folder)
+            print(f"{model} {placement}: {r.status} {' '.join(r.reasons)}", file=sys.stderr)
+        file.unlink()
+
+
+def rows(folder: Path) -> Iterator[dict[str, object]]:
+    """One row for each record: terms in MiB as reported, and how far the plan is from them."""
+    headers: dict[str, Header] = {}
+    for r in sorted(record.read_all(folder)[0], key=lambda r: (r.spec.model, list(SETTINGS).index(r.spec.placement))):
+        if r.observed is None:
+            continue
+        model, report = r.spec.model, r.observed.report
+        if model not in headers:
+            headers[model] = header_of(r)
+        cuda = r.device.kind == "cuda"
+        plan = memory.need(headers[model], Placement.parse(r.spec.placement), r.spec.context, cuda=cuda)
+        buffers, vram = report.device_bytes(), r.observed.memory.value_bytes
+        kinds = report.device_by_kind
+        yield {
+            "model": model,
+            "architecture": headers[model].architecture,
+            "placement": r.spec.placement,
+            "context": r.spec.context,
+            "weights_mib": round((kinds.get("model") or 0) / MIB, 2),
+            "cache_mib": round(((kinds.get("KV") or 0) + (kinds.get("RS") or 0)) / MIB, 2),
+            "compute_mib": round((kinds.get("compute") or 0) / MIB, 2),
+            "compute_off_mib": round((plan.compute_bytes - (kinds.get("compute") or 0)) / MIB, 2),
+            "buffers_off_percent": None if not buffers else round(100 * (plan.buffers_bytes / buffers - 1), 3),
+            "vram_mib": None if vram is None else round(vram / MIB, 1),
+            "vram_off_percent": None if not vram else round(100 * (plan.vram_bytes / vram - 1), 2),
+            "status": r.status,
+            "record": r.run_id,
+        }
+
+
+def header_of(r: record.Record) -> Header:
+    """The header that a record's file had, made again; its digest is the record's."""
+    layers = int(r.spec.scale.rpartition("-")[2])
+    whole, quant = outline_of(r.spec.model)
+    cut = whole.first_layers(layers)
+    if quant:
+        with TemporaryDirectory() as scratch:
+            cut = quantize.types(engine.find(), cut, quant, Path(scratch))
+    return cut.header
+
+
+def show(folder: Path) -> None:
+    table = pd.DataFrame(rows(folder))
+    print(table.to_markdown(index=False))
+    for column in ("buffers_off_percent", "vram_off_percent"):
+        off = table[column].abs()
+        print(f"\n{column}: median {off.median():.3f}, largest {off.max():.3f}, {off.notna().sum()} runs")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("measure", "show"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--models", default=",".join([*shapes.MODELS, *CATALOGUED]))
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "loopback"))
+    given = parser.parse_args()
+    if given.what == "measure":
+        measure(given.folder, given.models.split(","), given.layers, given.device)
+    show(given.folder)
+
+
+if __name__ == "__main__":
+    main()
