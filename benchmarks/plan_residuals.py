@@ -77,7 +77,8 @@ def rows(folder: Path) -> Iterator[dict[str, object]]:
         if model not in headers:
             headers[model] = header_of(r)
         cuda = r.device.kind == "cuda"
-        plan = memory.need(headers[model], Placement.parse(r.spec.placement), r.spec.context, cuda=cuda)
+        beside = memory.CONTEXT_BYTES if cuda else 0
+        plan = memory.need(headers[model], Placement.parse(r.spec.placement), r.spec.context, beside, cuda)
         buffers, vram = report.device_bytes(), r.observed.memory.value_bytes
         kinds = report.device_by_kind
         yield {
