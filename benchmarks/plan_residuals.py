@@ -38,8 +38,9 @@ SETTINGS = {  # placement -> context
     "cpu-moe,op-offload=off": 4096,
     "n-cpu-moe=4,ubatch=2048": 2048,
     "baseline,ubatch=256,kv=q4_0": 32768,
-    "cpu-moe,kv=q8_0": 2048,
 }
+WHOLE = {"deepseek-v2-lite"}
+"""Models that the engine tells by their number of layers: they are not cut."""
 CATALOGUED = ("phi-3.5-moe", "deepseek-moe-16b")
 QUANT = "Q4_K_M"
 MIB = 1 << 20
@@ -58,11 +59,11 @@ def measure(folder: Path, models: list[str], layers: int, device: str) -> None:
     todo = [(m, p) for m in models for p in SETTINGS if (m, p) not in known]
     for model in tqdm(dict.fromkeys(m for m, _ in todo), desc="models", disable=None):
         whole, quant = outline_of(model)
-        file = quantize.twin(model, whole, quant, layers).path
+        file = quantize.twin(model, whole, quant, None if model in WHOLE else layers).path
         for placement in [p for m, p in todo if m == model]:
             context = SETTINGS[placement]
             most = whole.header.number("context_length") or context
-            r = bench.one(file, placement, "mmap", ["plan-short", "long-512"], 1, min(context, most), device, folder)
+            r = bench.one(file, placement, "mmap", ["long-512"], 1, min(context, most), device, folder)
             print(f"{model} {placement}: {r.status} {' '.join(r.reasons)}", file=sys.stderr)
         file.unlink()
 
@@ -100,9 +101,9 @@ def rows(folder: Path) -> Iterator[dict[str, object]]:
 
 def header_of(r: record.Record) -> Header:
     """The header that a record's file had, made again; its digest is the record's."""
-    layers = int(r.spec.scale.rpartition("-")[2])
-    whole, quant = outline_of(r.spec.model)
-    cut = whole.first_layers(layers)
+    cut, quant = outline_of(r.spec.model)
+    if r.spec.model not in WHOLE:
+        cut = cut.first_layers(int(r.spec.scale.rpartition("-")[2]))
     if quant:
         with TemporaryDirectory() as scratch:
             cut = quantize.types(engine.find(), cut, quant, Path(scratch))
