@@ -7,7 +7,7 @@ SAMPLE ?= 0
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engine demo test quick faults forgeries hubfaults lint docs validation cards rehearsal mutation lab layers doctor bench scale clean
+.PHONY: help setup engine demo test quick faults forgeries hubfaults lint docs validation cards residuals rehearsal mutation lab layers doctor bench scale clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -64,6 +64,9 @@ validation: setup ## rebuild docs/MOE-TECHNICAL-VALIDATION.md and the H200's doc
 cards: setup ## rebuild the model cards of the committed studies from their records (NAMESPACE=user on the Hub)
 	@$(BIN)/moelib card h100-twins --namespace $(NAMESPACE)
 	@MOELIB_OUTPUTS=docs/example $(BIN)/moelib card demo --namespace $(NAMESPACE)
+
+residuals: engine ## rebuild docs/PLANNER.md from the committed records of the planner's residuals
+	@$(BIN)/python benchmarks/plan_residuals.py show outputs/planner > docs/PLANNER.md
 
 rehearsal: engine ## publish the committed demo study to a Hub on loopback, with an interruption; writes its transcript
 	@for model in phi-3.5-moe deepseek-moe-16b; do for quant in Q4_K_M Q2_K Q8_0; do \

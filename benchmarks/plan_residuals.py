@@ -5,7 +5,7 @@
 
 Each model is the header of a published one (`shapes.py`) or a catalogued geometry at Q4_K_M, cut to its first layers
 and filled with random blocks; each setting is one audited run, whose record is kept in FOLDER. `measure` goes on where
-it was stopped; `show` makes the table from the records alone. Nothing in the planner was fitted to these settings.
+it was stopped; `show` makes the document from the records alone. Nothing in the planner was fitted to these settings.
 """
 
 from __future__ import annotations
@@ -87,15 +87,15 @@ def rows(folder: Path) -> Iterator[dict[str, object]]:
             "architecture": headers[model].architecture,
             "placement": r.spec.placement,
             "context": r.spec.context,
-            "weights_mib": round((kinds.get("model") or 0) / MIB, 2),
-            "cache_mib": round(((kinds.get("KV") or 0) + (kinds.get("RS") or 0)) / MIB, 2),
-            "compute_mib": round((kinds.get("compute") or 0) / MIB, 2),
-            "compute_off_mib": round((plan.compute_bytes - (kinds.get("compute") or 0)) / MIB, 2),
-            "buffers_off_percent": None if not buffers else round(100 * (plan.buffers_bytes / buffers - 1), 3),
-            "vram_mib": None if vram is None else round(vram / MIB, 1),
-            "vram_off_percent": None if not vram else round(100 * (plan.vram_bytes / vram - 1), 2),
-            "status": r.status,
-            "record": r.run_id,
+            "weights, MiB": round((kinds.get("model") or 0) / MIB, 2),
+            "KV, MiB": round(((kinds.get("KV") or 0) + (kinds.get("RS") or 0)) / MIB, 2),
+            "compute, MiB": round((kinds.get("compute") or 0) / MIB, 2),
+            "planned compute, MiB": round(plan.compute_bytes / MIB, 2),
+            "buffers off, %": None if not buffers else round(100 * (plan.buffers_bytes / buffers - 1), 3),
+            "VRAM, MiB": None if vram is None else round(vram / MIB, 1),
+            "planned VRAM, MiB": round(plan.vram_bytes / MIB, 1),
+            "VRAM off, %": None if not vram else round(100 * (plan.vram_bytes / vram - 1), 2),
+            "run": r.status,
         }
 
 
@@ -110,12 +110,27 @@ def header_of(r: record.Record) -> Header:
     return cut.header
 
 
-def show(folder: Path) -> None:
+def document(folder: Path) -> str:
+    """The residuals as a document in Markdown, from the records alone."""
+    records = [r for r in record.read_all(folder)[0] if r.observed is not None]
     table = pd.DataFrame(rows(folder))
-    print(table.to_markdown(index=False))
-    for column in ("buffers_off_percent", "vram_off_percent"):
+    measured = sorted({f"{r.device.name}, driver {r.device.driver}; llama.cpp {r.engine.version}" for r in records})
+    commits = sorted({f"{(r.host.commit or 'unknown')[:12]}{' with changes' if r.host.dirty else ''}" for r in records})
+    parts = [
+        "# What the planner says, and what was measured",
+        "`moelib plan` reads a header; here the same files were run. Each row is one audited run: of a published model's "
+        "first layers (of DeepSeek-V2-Lite all) in its shapes and types, or of a catalogued geometry at "
+        f"{QUANT}, with random weights. Nothing in the planner was fitted to these settings: its compute buffers follow "
+        "llama.cpp's allocator, and the GPU's own context is one number, from the committed studies.",
+        f"Measured on: {'; '.join(measured)}; moelib {', '.join(commits)}. "
+        f"Records: `{folder.as_posix()}`; made by `python benchmarks/plan_residuals.py`.",
+    ]
+    for column, what in (("buffers off, %", "the engine's buffers"), ("VRAM off, %", "VRAM by the driver")):
         off = table[column].abs()
-        print(f"\n{column}: median {off.median():.3f}, largest {off.max():.3f}, {off.notna().sum()} runs")
+        parts.append(
+            f"- {what}: {off.median():.3f} % off in the median of {off.notna().sum()} runs, {off.max():.3f} % at most"
+        )
+    return "\n\n".join(parts).replace("\n\n- VRAM", "\n- VRAM") + "\n\n" + table.to_markdown(index=False) + "\n"
 
 
 def main() -> None:
@@ -128,7 +143,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.what == "measure":
         measure(given.folder, given.models.split(","), given.layers, given.device)
-    show(given.folder)
+    print(document(given.folder), end="")
 
 
 if __name__ == "__main__":
