@@ -118,10 +118,10 @@ def document(folder: Path) -> str:
     commits = sorted({f"{(r.host.commit or 'unknown')[:12]}{' with changes' if r.host.dirty else ''}" for r in records})
     parts = [
         "# What the planner says, and what was measured",
-        "`moelib plan` reads a header; here the same files were run. Each row is one audited run: of a published model's "
-        "first layers (of DeepSeek-V2-Lite all) in its shapes and types, or of a catalogued geometry at "
-        f"{QUANT}, with random weights. Nothing in the planner was fitted to these settings: its compute buffers follow "
-        "llama.cpp's allocator, and the GPU's own context is one number, from the committed studies.",
+        "`moelib plan` reads a header; here the same files were run. Each row is one audited run: of a published "
+        "model's first layers (of DeepSeek-V2-Lite all) in its shapes and types, or of a catalogued geometry at "
+        f"{QUANT}, with random weights. Nothing in the planner was fitted to these settings: its compute buffers "
+        "follow llama.cpp's allocator, and the GPU's own context is one number, from the committed studies.",
         f"Measured on: {'; '.join(measured)}; moelib {', '.join(commits)}. "
         f"Records: `{folder.as_posix()}`; made by `python benchmarks/plan_residuals.py`.",
     ]
