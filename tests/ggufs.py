@@ -73,7 +73,7 @@ def moe(arch: str = "qwen3moe", layers: int = 3, dense: int = 0, nextn: int = 0,
 
 def loadable(arch: str, layers: int = 4, experts: int = 8, vocab: int = 512):
     """(metadata, tensors) of a small model that llama.cpp loads, with the biases, norms and lists by layer that its
-    converter writes; arch: qwen3 (dense), qwen3moe, olmoe, gpt-oss or lfm2moe."""
+    converter writes; arch: qwen3 (dense), qwen3moe, qwen2moe, olmoe, gpt-oss or lfm2moe."""
     e, heads, head, ff = 256, 4, 64, 256
     kv = heads if arch == "olmoe" else 2
     conv = [arch == "lfm2moe" and i % 2 == 0 for i in range(layers)]
@@ -115,6 +115,8 @@ def loadable(arch: str, layers: int = 4, experts: int = 8, vocab: int = 512):
             if arch == "gpt-oss":
                 b |= {"attn_q.bias": (heads * head,), "attn_k.bias": (kv * head,), "attn_v.bias": (kv * head,)}
                 b |= {"attn_output.bias": (e,), "attn_sinks.weight": (heads,)}
+            elif arch == "qwen2moe":
+                b |= {"attn_q.bias": (heads * head,), "attn_k.bias": (kv * head,), "attn_v.bias": (kv * head,)}
             else:
                 widths = (heads * head, kv * head) if arch == "olmoe" else (head, head)
                 b |= {"attn_q_norm.weight": widths[:1], "attn_k_norm.weight": widths[1:]}
@@ -127,6 +129,9 @@ def loadable(arch: str, layers: int = 4, experts: int = 8, vocab: int = 512):
             if arch == "gpt-oss":
                 b |= {"ffn_gate_inp.bias": (experts,), "ffn_gate_exps.bias": (ff, experts)}
                 b |= {"ffn_up_exps.bias": (ff, experts), "ffn_down_exps.bias": (e, experts)}
+            if arch == "qwen2moe":  # a gate of one row, which may not be zero
+                b |= {f"ffn_{k}_shexp.weight": (e, e) for k in ("gate", "up", "down")}
+                b["ffn_gate_inp_shexp.weight"] = (e,)
             if arch == "lfm2moe":
                 b["exp_probs_b.bias"] = (experts,)
         tensors |= {f"blk.{i}.{k}": shape for k, shape in b.items()}

@@ -130,6 +130,7 @@ def observed(engine, made, work, placement="baseline"):
 
 ARCHS = {
     "qwen3moe": ("IQ2_XS", "Q5_K"),
+    "qwen2moe": ("IQ3_XXS", "Q6_K"),
     "gpt-oss": ("MXFP4", "Q8_0"),
     "lfm2moe": ("IQ3_S", "Q4_K"),
     "olmoe": ("TQ2_0", "IQ4_XS"),
@@ -230,7 +231,7 @@ def test_what_cannot_be_made_is_refused_and_leaves_nothing(own, engine, monkeypa
         quantize.twin("n", outline.from_bytes([(raw, len(raw))], "n.gguf"))
     missing = replace(whole, tensors=tuple(t for t in whole.tensors if "blk.1.attn_q." not in t.name))
     with pytest.raises(
-        QuantizeError, match="its first 2 layers are no model, take another number of them: .*cannot load"
+        QuantizeError, match="with its first 2 layers alone, .*cannot load .*; another number of layers"
     ):
         quantize.twin("q", missing, layers=2)
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())

@@ -1,3 +1,6 @@
+import errno
+import fcntl
+import os
 import subprocess
 import sys
 
@@ -73,6 +76,37 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_written(tmp_path, m
 def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(twin._Pool, "pieces", lambda *_: (_ for _ in ()).throw(OSError("disk on fire")))
     with pytest.raises(OSError, match="fire"):
+        write(tmp_path / "a.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("refused_at", ["open", "pwrite"])
+def test_a_disk_that_cannot_be_written_to_past_the_cache_gets_the_same_bytes(tmp_path, monkeypatch, refused_at):
+    first, real, direct = write(tmp_path / "a.gguf"), getattr(os, refused_at), getattr(os, "O_DIRECT", 0)
+    if not direct:
+        pytest.skip("this system always writes through the cache")
+    refusals = []
+
+    def refusing(target, *more, **how):
+        flags = more[0] if refused_at == "open" else fcntl.fcntl(target, fcntl.F_GETFL)
+        if flags & direct:
+            refusals.append(target)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(target, *more, **how)
+
+    monkeypatch.setattr(twin.os, refused_at, refusing)
+    assert write(tmp_path / "b.gguf") == first == files.sha256(tmp_path / "b.gguf")
+    assert len(refusals) == 1
+
+
+def test_a_disk_that_becomes_full_leaves_nothing(tmp_path, monkeypatch):
+    real, room = os.pwrite, [1 << 20]
+
+    def into_what_is_left(fd, data, at):
+        return real(fd, data[: max(0, room[0] - at)], at)
+
+    monkeypatch.setattr(twin.os, "pwrite", into_what_is_left)
+    with pytest.raises(files.FileError, match=r"a\.gguf cannot be written: no space is left"):
         write(tmp_path / "a.gguf")
     assert list(tmp_path.iterdir()) == []
 

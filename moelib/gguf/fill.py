@@ -1,8 +1,8 @@
 """Valid random blocks of every ggml type, made with ggml's own quantiser, and twins filled with them.
 
-A type's pool holds a quarter of a million random weights (standard deviation 0.02) in rows that are drawn again and
-again. Tensors are cut from it at block boundaries: memory stays below a GiB at any size, and the disk limits the speed.
-The same outline, seed and quantiser (a build of llama.cpp) give the same bytes.
+A type's pool holds half a million random weights (standard deviation 0.02), in rows that come again in other orders.
+Tensors are cut from it at block boundaries: memory stays below a GiB at any size, and the disk limits the speed. The
+same outline, seed and quantiser (a build of llama.cpp) give the same bytes.
 """
 
 import ctypes
@@ -19,11 +19,11 @@ from moelib.gguf import twin
 from moelib.gguf.gguf_reader import GGUFError
 from moelib.gguf.outline import Outline, Slot
 
-WEIGHTS = 1 << 18
+WEIGHTS = 1 << 19
 ROW = 256  # weights, whole blocks of every type
 POOL_BYTES = 1 << 25
 ONES = re.compile(r"norm\w*\.weight$|_ln\.weight$|scale|rope_\w+\.weight$")
-"""Names of tensors that multiply, or divide as rope factors do: 1. Other vectors, and what is no weight, are 0."""
+"""Names of tensors that multiply, or divide as rope factors do: 1. What is no weight, such as biases, is 0."""
 WHOLE = {"I8", "I16", "I32", "I64"}
 """Types of whole numbers, such as indices: 0."""
 INTERNAL = {"Q8_1", "Q8_K"}
@@ -47,8 +47,9 @@ class Blocks:
         """Random blocks of a type, some 32 MiB of them. Raises FillError for a type that cannot be made."""
         if kind not in self._pools:
             rows = self._make(kind, self._weights).reshape(WEIGHTS // ROW, -1)
-            drawn = np.random.Philox(self._seed + 1).random_raw(POOL_BYTES // rows.shape[1]) % len(rows)
-            self._pools[kind] = rows[drawn].data.cast("B")
+            # in orders of all of them, so that equal ones are far apart: equal rows of the output are equal logits
+            orders = np.random.Philox(self._seed + 1).random_raw((POOL_BYTES // rows.size, len(rows)))
+            self._pools[kind] = rows[np.argsort(orders, axis=1, kind="stable").ravel()].data.cast("B")
         return self._pools[kind]
 
     def constant(self, kind: str, value: float) -> bytes:
@@ -80,7 +81,7 @@ class Blocks:
     def pieces(self, t: Slot, outline: Outline) -> Iterator[bytes | memoryview]:
         """Yield buffers that add up to the tensor's data."""
         one = ONES.search(t.name) is not None
-        if t.type in WHOLE or one or len(t.shape) == 1 or not t.name.endswith(".weight"):
+        if t.type in WHOLE or one or not t.name.endswith(".weight"):
             yield from _repeated(self.constant(t.type, float(one)), t.nbytes)
             return
         pool, label = self.pool(t.type), f"{self._seed}:{t.name}"

@@ -314,17 +314,18 @@ def twin(
     expected |= {"origin": origin, "file_name": path.name, "source_sha256": made_from, "engine_build": llama.build}
 
     def make() -> dict[str, Any]:
+        if quant:
+            refuse_quantised(shape.header)
         with TemporaryDirectory(prefix="moelib-twin-") as scratch:
-            typed = types(llama, shape, quant, Path(scratch)) if quant else shape
-            refuse_senseless(typed.header, ())
             try:
+                typed = types(llama, shape, quant, Path(scratch)) if quant else shape
+                refuse_senseless(typed.header, ())
                 refuse_unloadable(llama, replace(typed.header, path=_hollow(typed, Path(scratch))), Path(scratch))
             except QuantizeError as err:
                 if layers is None:
                     raise
-                raise QuantizeError(
-                    f"its first {layers} layers are no model, take another number of them: {err}"
-                ) from None
+                other = "another number of layers may be a model"
+                raise QuantizeError(f"with its first {layers} layers alone, {err}; {other}") from None
         started = time.monotonic()
         sha256 = fill.write(path, typed, llama.library("libggml-base"), seed)
         header = gguf_file.read_header(path)
