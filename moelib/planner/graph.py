@@ -18,6 +18,7 @@ from moelib.planner.allocate import DEVICE, HOST, Tensor
 
 OFFLOADED_TOKENS = 32
 """From so many tokens on, the device computes with weights that lie on the host, copied for it (op-offload)."""
+SHARED = "ffn_{}_shexp"
 FUSED_CHOICES = {*(1 << i for i in range(10)), 288, 576}
 """Numbers of experts among which CUDA chooses and weighs in one operation."""
 FUSED_EXPERTS = 15
@@ -242,15 +243,26 @@ class Graph:
         return self._project(self._op("scan", (narrow, self._tokens), convolved), outward[0])
 
     def _dense(self, x: Tensor, pattern: str) -> Tensor:
+        return self._project(self._inner(x, pattern), pattern.format("down"))
+
+    def _inner(self, x: Tensor, pattern: str) -> Tensor:
+        """Up and gate of a feed-forward network, joined."""
         up, gate, down = (pattern.format(part) for part in ("up", "gate", "down"))
         wide = self._tensors[f"{up}.weight"].shape[1]
         if f"{gate}.weight" in self._tensors:
             gated = self._project(x, gate)
-            inner = self._op("glu", gated.shape, gated, self._project(x, up))
-        else:
-            joined, narrow = self._project(x, up), self._tensors[f"{down}.weight"].shape[0]
-            inner = self._op("unary" if narrow == wide else "glu", (narrow, *x.shape[1:]), joined)
-        return self._project(inner, down)
+            return self._op("glu", gated.shape, gated, self._project(x, up))
+        joined, narrow = self._project(x, up), self._tensors[f"{down}.weight"].shape[0]
+        return self._op("unary" if narrow == wide else "glu", (narrow, *x.shape[1:]), joined)
+
+    def _beside_experts(self, layer: int) -> bool:
+        """Whether CUDA computes a shared expert in one go with the others: it is one of their size and type."""
+        routed, shared = (self._tensors.get(f"ffn_up_{kind}.weight") for kind in ("exps", "shexp"))
+        gated = "ffn_gate_exps.weight" in self._tensors
+        if not (self._cuda and routed and shared and gated) or self._placement.moves(layer):
+            return False
+        alike = routed.shape[:2] == shared.shape[:2] and routed.type == shared.type
+        return alike and routed.type not in gguf_header.UNQUANTISED
 
     def _copied(self, name: str, layer: int) -> Tensor:
         """An expert weight, on the host if the placement keeps it there."""
@@ -314,6 +326,9 @@ class Graph:
             inner = self._op("unary", up.shape, up, place=place)
         else:
             inner = self._op("glu", up.shape, gate, up, place=place)
+        shared = self._inner(x, SHARED) if self._beside_experts(layer) else None
+        if shared is not None:
+            self.nodes.append(Tensor((), "held", (rows, ids), external=True))
         down = expert(inner, "ffn_down_exps")
         weighted = self._op("mul", down.shape, down, weights)
         slices = [self._view(weighted, (down.shape[0], n, -1)) for _ in range(used)]
@@ -325,7 +340,7 @@ class Graph:
         if used == 1:
             total = self._op("cont", (down.shape[0], n), total)
         if "ffn_up_shexp.weight" in names:
-            shared = self._dense(x, "ffn_{}_shexp")
+            shared = self._project(self._inner(x, SHARED) if shared is None else shared, SHARED.format("down"))
             if "ffn_gate_inp_shexp.weight" in names:
                 share = self._op("unary", (1, n), self._op("mul_mat", (1, n), self._weight(), x))
                 shared = self._op("mul", shared.shape, shared, share)
