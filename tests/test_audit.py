@@ -465,7 +465,7 @@ ROUNDS = [
     ("", [BASELINE, with_observed(with_spec(MOE, placement="cpu-moe,threads=2"), threads=2)]),
     # a baseline with other settings moves nothing, and is not what the others are compared with
     ("", [BASELINE, MOE, SMALL]),
-    ("block-complete", [SMALL, MOE]),
+    ("", [SMALL, MOE]),
     # a first token that is a share of the total was not measured
     ("block-ttft-measured", [shares(BASELINE, 0.1, 0.1), shares(MOE, 0.1, 0.1)]),
     ("block-ttft-measured", [shares(BASELINE, 0.1, 0.1), shares(MOE, 0.1, 0.100009)]),
@@ -485,8 +485,17 @@ def test_a_round_may_have_several_placements_but_one_baseline():
 
 def test_the_baseline_is_found_wherever_it_stands():
     for runs in ([BASELINE, MOE], [MOE, BASELINE], [record_of(placement="n-cpu-moe=3", order=2), BASELINE]):
-        assert audit.baseline(runs) is BASELINE
-    assert audit.baseline([with_spec(MOE, placement="auto"), BASELINE]) is BASELINE
+        assert audit.reference(runs) is BASELINE
+    assert audit.reference([with_spec(MOE, placement="auto"), BASELINE]) is BASELINE
+
+
+def test_without_a_baseline_the_placement_with_most_on_the_gpu_takes_its_part():
+    few, more = (record_of(placement=f"n-cpu-moe={n}", order=n) for n in (2, 3))
+    assert audit.reference([MOE, more, few]) is few
+    assert words(audit.block([MOE, more]))["block-complete"] == "cpu-moe/mmap, n-cpu-moe=3/mmap"
+    assert words(audit.block([few]))["block-complete"] == "n-cpu-moe=2/mmap"
+    assert "block-complete" in failed(audit.block([few]))
+    assert "block-complete" in failed(audit.block([few, few]))
 
 
 def test_findings_of_a_round():

@@ -199,3 +199,11 @@ def test_the_runs_of_a_study_come_in_its_order_of_placements():
     (status,) = study.statuses.values()
     study.__dict__["statuses"] = {CELL: replace(status, rounds=(status.rounds[0][::-1],))}
     assert list(zip(study.runs.placement, study.runs.load_mode, strict=True)) == [BASE, MAPPED, COPIED]
+
+
+def test_without_a_baseline_the_others_are_compared_with_what_has_most_on_the_gpu():
+    study = measured((1.0, 2.0, 3.0), (2.0, 4.0, 5.0), modes=("n-cpu-moe=1/mmap", "n-cpu-moe=3/mmap", "cpu-moe/mmap"))
+    compared = frames.compare(study.runs, "load_s")
+    assert compared.placement.tolist() == ["n-cpu-moe=3", "cpu-moe"]
+    assert compared.ratio.tolist() == pytest.approx([2.0, (3 * 2.5) ** 0.5])
+    assert frames.compare(study.runs, "load_s", "cpu-moe").placement.tolist() == ["n-cpu-moe=1", "n-cpu-moe=3"]

@@ -34,17 +34,18 @@ CLOCK_SHARE = 0.08  # boost moves by steps of 15 MHz, and not at all on the card
 SAME_SHARE = 1e-4  # measured shares of one block's requests differ by percents
 
 
-def baseline(runs: Sequence[Record]) -> Record:
+def reference(runs: Sequence[Record]) -> Record:
     """The run that the others of its block are compared with."""
-    return next(r for r in runs if r.spec.placement == REFERENCE)
+    bases = [r for r in runs if r.spec.placement == REFERENCE]
+    return bases[0] if bases else min(runs, key=lambda r: r.spec.placed.rank)
 
 
-@holds("block", "one baseline and at least one more, each placement and load mode once")
+@holds("block", "a baseline, or what has most on the GPU, and at least one more, each placement and load mode once")
 def block_complete(runs: Sequence[Record]) -> Finding:
     """There is something to compare, and nothing twice."""
     labels = [r.spec.label for r in runs]
     bases = [r for r in runs if r.spec.placement == REFERENCE]
-    whole = len(bases) == 1 < len(runs) and len(set(labels)) == len(labels) and all(r.observed for r in runs)
+    whole = len(bases) <= 1 < len(runs) and len(set(labels)) == len(labels) and all(r.observed for r in runs)
     return whole, ", ".join(labels) or "no runs"
 
 
@@ -69,7 +70,7 @@ def block_alike(runs: Sequence[Record]) -> Finding:
             "prompts": requests,
         } | ({} if r.spec.placed.threads else {"threads": r.observation.threads})
 
-    first = common(baseline(runs))
+    first = common(reference(runs))
     differs = {k for r in runs for k, v in common(r).items() if v != first[k]}
     # a driver maps some of its libraries late, so only those that both have are compared
     system = runs[0].observation.system_files or {}
@@ -81,16 +82,18 @@ def block_alike(runs: Sequence[Record]) -> Finding:
 
 @holds("block", "0.1 % + 1 MiB, and more graph splits", needs="buffers")
 def block_placement(runs: Sequence[Record]) -> Faults:
-    """What left the device between baseline and offload is what the header says the placement moves, and the graph
-    was cut where the experts went: a flag that was accepted and ignored is caught here."""
-    base = baseline(runs).observation
-    for r in (r for r in runs if r.spec.placement != REFERENCE and r.observation.device_kind != "none"):
+    """What left the device between the reference and another placement is what the header says that it moves more, and
+    the graph was cut where the experts went: a flag that was accepted and ignored is caught here."""
+    compared = reference(runs)
+    base = compared.observation
+    for r in (r for r in runs if r is not compared and r.observation.device_kind != "none"):
         observation = r.observation
+        moved = observation.placement.moved_bytes - base.placement.moved_bytes
         on, off = base.report.device_bytes("model"), observation.report.device_bytes("model")
-        if on is None or off is None or not agrees(on - off, observation.placement.moved_bytes):
-            yield f"{r.spec.label}: device weights {on} -> {off}, header moves {observation.placement.moved_bytes}"
+        if on is None or off is None or not agrees(on - off, moved):
+            yield f"{r.spec.label}: device weights {on} -> {off}, header moves {moved}"
         more_splits = max(observation.report.graph_splits, default=0) > max(base.report.graph_splits, default=0)
-        if not more_splits and not r.spec.placed.is_baseline:
+        if not more_splits and moved:
             yield f"{r.spec.label}: graph splits {base.report.graph_splits} -> {observation.report.graph_splits}"
     return "header and engine agree"
 

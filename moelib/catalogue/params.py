@@ -132,9 +132,11 @@ class Study(Strict):
             values = getattr(self, field)
             if len(set(values)) != len(values):
                 raise ValueError(f"{'placements' if field == 'arms' else field} names something twice")
-        if [a.placement == REFERENCE for a in self.arms] != [True] + [False] * max(1, len(self.arms) - 1):
+        ranks = [a.placed.rank for a in self.arms]
+        if len(ranks) < 2 or ranks[0] != min(ranks) or [a.placement for a in self.arms].count(REFERENCE) > 1:
             raise ValueError(
-                "the first of the placements, and no other, must be a baseline, and at least one must follow it"
+                "the first of the placements is what the others are compared with, and at least one must follow it: "
+                "it must be the only baseline or, where no card holds one, what has most on the GPU"
             )
         if self.weights == "real" and self.scale != "full":
             raise ValueError("real weights have only the scale full")

@@ -15,7 +15,8 @@ from typing import Any
 from moelib.base.schema import near
 
 REFERENCE = "baseline"
-"""What the other placements of a round are compared with: all on the GPU, llama.cpp's own settings."""
+"""What the other placements of a round are compared with: all on the GPU, llama.cpp's own settings. Where a study has
+none, as no card that it is for holds one, the placement with most on the GPU takes its part."""
 MAX_LAYERS = 9999
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 LOAD_MODES = ("mmap", "none")
@@ -100,6 +101,11 @@ class Placement:
     def order(self) -> tuple[float, str, str]:
         """Sorts placements from the one with most on the GPU to the one with least."""
         return self.cpu_layers, str(self), self.load_mode
+
+    @property
+    def rank(self) -> tuple[bool, float, str, str]:
+        """The least of a round's placements is the one that the others are compared with."""
+        return str(self) != REFERENCE, *self.order
 
     def moves(self, layer: int) -> bool:
         """Whether the experts of `layer`, from 0, stay on the CPU."""

@@ -11,8 +11,9 @@ from moelib.base import stats
 from moelib.base.neutral import markdown
 from moelib.base.stats import number, size, span
 from moelib.catalogue.facts import Manifest
+from moelib.catalogue.placement import REFERENCE
 from moelib.report import appendix, findings
-from moelib.report.table import Sources, Table, Text, cite, cite_manifest, cite_overhead, merged
+from moelib.report.table import Sources, Table, Text, cite, cite_manifest, cite_overhead, merged, reference
 from moelib.study import frames, overhead
 from moelib.study.frames import Comparison, Pairs, Side
 from moelib.study.study import Study
@@ -184,8 +185,11 @@ def verdict(study: Study, model: str) -> Text:
     away = " or ".join(offloaded)
     experts = [m.expert_bytes for q, m in _manifests(study, model).items() if q in {c.quant for c in vram}]
     slower = all(x < 1 for x in stats.values(c.ratio for c in rate))
+    keep = "If the whole file fits in VRAM, keep it there"
+    if reference(study) != REFERENCE:
+        keep, base = "Keep as much on the GPU as fits", f"with {base}"
     sentences = [
-        f"**{'If the whole file fits in VRAM, keep it there' if slower else 'Speed'}**: {base}, decoding was "
+        f"**{keep if slower else 'Speed'}**: {base}, decoding was "
         f"{span([1 / x for x in stats.values(c.ratio for c in rate)], number)} times as fast as with {away}.",
         f"**If not**: with {away}, {span(stats.values(c.value for c in vram), size)} of VRAM was enough, instead of "
         f"{span(stats.values(c.baseline for c in vram), size)}. The experts, "

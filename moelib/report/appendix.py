@@ -10,7 +10,6 @@ from moelib.base import stats
 from moelib.base.neutral import code, markdown, plain
 from moelib.base.stats import number, size
 from moelib.catalogue.facts import Manifest
-from moelib.catalogue.placement import REFERENCE
 from moelib.report.table import Table, Text, cite, cite_manifest, cite_overhead, facts, several_load_modes
 from moelib.study import overhead
 from moelib.study.study import Study
@@ -48,7 +47,9 @@ def files_table(study: Study) -> Table:
 def ledger_table(blocks: Sequence[Sequence[Record]]) -> Table:
     """Placement proof of every round: expert bytes moved by the header, and VRAM saved by the engine's buffers."""
     rows, sources, several = [], [], several_load_modes(r.spec for b in blocks for r in b)
-    for base, r in ((audit.baseline(b), r) for b in blocks for r in b if r.spec.placement != REFERENCE):
+    for base, r in ((audit.reference(b), r) for b in blocks for r in b):
+        if r is base:
+            continue
         before, after = base.observation, r.observation
         vram = [o.memory.value_bytes for o in (before, after) if o.memory.value_bytes is not None]
         weights = [o.report.device_bytes("model") or 0 for o in (before, after)]

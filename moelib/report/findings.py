@@ -7,7 +7,8 @@ from moelib.audit.record import Record
 from moelib.base import stats
 from moelib.base.neutral import markdown as neutral
 from moelib.base.stats import percent, size
-from moelib.report.table import Sources, Table, Text, cite, cite_overhead, merged, several_load_modes
+from moelib.catalogue.placement import REFERENCE
+from moelib.report.table import Sources, Table, Text, cite, cite_overhead, merged, reference, several_load_modes
 from moelib.study import frames, overhead
 from moelib.study.frames import Comparison, Summary
 from moelib.study.study import Study
@@ -60,14 +61,16 @@ def answer(study: Study) -> Text:
     memory = compare("vram_bytes")
     if not rates or not memory:
         text = (
-            "No complete round has a baseline and a CPU offload run with known VRAM and tokens/s: nothing can be "
-            "compared."
+            f"No complete round has a {reference(study)} and a CPU offload run with known VRAM and tokens/s: nothing "
+            "can be compared."
         )
         return Text("answer", text, cite(study.used))
     saved = stats.span([1 - x for x in stats.values(c.ratio for c in memory)], percent)
     kept = stats.span(stats.values(c.ratio for c in rates), percent)
-    sentences = [f"CPU offload of the experts saved {saved} of VRAM."]
-    sentences.append(f"Decoding then ran at {kept} of the baseline's tokens/s.")
+    base = reference(study)
+    more = "" if base == REFERENCE else f" more than {base} does"
+    sentences = [f"CPU offload of the experts saved {saved} of VRAM{more}."]
+    sentences.append(f"Decoding then ran at {kept} of the {base}'s tokens/s.")
     used = [*rates, *memory]
     for workload in study.parameters.workloads:
         comparisons = compare(f"ttft_warm_s/{workload}")
@@ -76,7 +79,7 @@ def answer(study: Study) -> Text:
             if of_mode:
                 times = stats.span(stats.values(c.ratio for c in of_mode), stats.number)
                 what = f"TTFT of warm {neutral(workload)} requests"
-                sentences.append(f"{what} was then {times} times the baseline's (load mode {mode}).")
+                sentences.append(f"{what} was then {times} times the {base}'s (load mode {mode}).")
                 used += of_mode
     rest = [s for s in frames.summaries(study.runs, "vram_rest_bytes") if s.value]
     if rest:
@@ -132,7 +135,7 @@ def vram_table(study: Study) -> Table:
 
     def show(c: Comparison) -> dict[str, str]:
         return {
-            "baseline": stats.sizes(c.baseline),
+            reference(study): stats.sizes(c.baseline),
             "CPU offload": stats.sizes(c.value),
             "saved": stats.sizes(c.difference),
             "saved, share": percent(1 - c.ratio.value if c.ratio else None),
@@ -171,29 +174,30 @@ def vram_parts_table(study: Study) -> Table:
     return _table("memory-parts", rows, sources, note)
 
 
-def _rates(scale: float) -> Show:
+def _rates(study: Study, scale: float) -> Show:
+    base = reference(study)
     return lambda c: {
-        "baseline": stats.estimate(c.baseline, scale),
+        base: stats.estimate(c.baseline, scale),
         "CPU offload": stats.estimate(c.value, scale),
-        "CPU offload / baseline": stats.estimate(c.ratio),
+        f"CPU offload / {base}": stats.estimate(c.ratio),
     }
 
 
 def speed_table(study: Study, workload: str) -> Table:
     note = "Decode rate in tokens/s, geometric mean [95 % interval]; ratios are paired within rounds."
-    return _compared(f"speed-{workload}", study, f"tokens_per_s/{workload}", _rates(1), note)
+    return _compared(f"speed-{workload}", study, f"tokens_per_s/{workload}", _rates(study, 1), note)
 
 
 def ttft_table(study: Study, workload: str, warm: bool) -> Table:
     which = "warm" if warm else "first"
     what = "**Warm requests**" if warm else "**The first request of a fresh server**"
     note = f"{what}: TTFT in ms, from request sent to first token; geometric mean [95 % interval]."
-    return _compared(f"ttft-{which}-{workload}", study, f"ttft_{which}_s/{workload}", _rates(1000), note)
+    return _compared(f"ttft-{which}-{workload}", study, f"ttft_{which}_s/{workload}", _rates(study, 1000), note)
 
 
 def load_table(study: Study) -> Table:
     note = "Load time in ms, from process start until the server accepts requests; geometric mean [95 % interval]."
-    return _compared("load", study, "load_s", _rates(1000), note)
+    return _compared("load", study, "load_s", _rates(study, 1000), note)
 
 
 def load_mode_table(study: Study) -> Table:
@@ -259,7 +263,7 @@ def energy_table(study: Study, workload: str) -> Table:
         "the CPU is not included."
     )
     why = _absent(study, "energy_joule")
-    return _compared(f"energy-{workload}", study, f"joule_per_token/{workload}", _rates(1), note, why)
+    return _compared(f"energy-{workload}", study, f"joule_per_token/{workload}", _rates(study, 1), note, why)
 
 
 def host_table(study: Study) -> Table:

@@ -12,6 +12,7 @@ from moelib.catalogue.facts import Manifest
 from moelib.catalogue.params import PlacementMode
 from moelib.measure.run import Spec
 from moelib.study.overhead import Overhead
+from moelib.study.study import Study
 
 Sources = dict[str, str]
 """Id of a record, or path of another file of the study, -> digest."""
@@ -25,6 +26,11 @@ _already_shown: set[str] = set()
 
 def cite(records: Iterable[Record]) -> Sources:
     return {r.run_id: r.digest for r in records}
+
+
+def reference(study: Study) -> str:
+    """The placement that the others of a study are compared with: `baseline`, or what has most on the GPU."""
+    return study.parameters.arms[0].placement
 
 
 def several_load_modes(of: Iterable[PlacementMode | Spec]) -> bool:

@@ -103,18 +103,24 @@ def sources(frame: pd.DataFrame) -> dict[str, str]:
     return dict(zip(frame["run_id"], frame["digest"], strict=True))
 
 
-def against(baseline: str) -> Pairs:
+def reference(sides: Iterable[Side]) -> str:
+    """The placement that the others are compared with: the baseline or, without one, that with most on the GPU."""
+    return str(min((Placement.parse(*side) for side in sides), key=lambda p: p.rank))
+
+
+def against(baseline: str | None = None) -> Pairs:
     """Pairs (baseline, other) for every side that is not the baseline; in the first load mode that it has."""
 
     def pairs(sides: Sequence[Side]) -> Iterator[tuple[Side, Side]]:
-        base = next((side for side in sides if side[0] == baseline), None)
+        placement = baseline or (reference(sides) if sides else None)
+        base = next((side for side in sides if side[0] == placement), None)
         if base:
             yield from ((base, side) for side in sides if side != base)
 
     return pairs
 
 
-EVERY = against(REFERENCE)
+EVERY = against()
 
 
 def offloads(sides: Sequence[Side]) -> list[tuple[Side, Side]]:
@@ -176,8 +182,8 @@ def summaries(frame: pd.DataFrame, column: str) -> list[Summary]:
     return rows
 
 
-def compare(frame: pd.DataFrame, column: str, baseline: str = REFERENCE) -> pd.DataFrame:
-    """`column` of every placement and load mode against `baseline`, paired within rounds.
+def compare(frame: pd.DataFrame, column: str, baseline: str | None = None) -> pd.DataFrame:
+    """`column` of every placement and load mode against `baseline`, paired within rounds; None: see `reference`.
 
     frame: as `runs` gives it. Returns one row for each study, model, quant, placement and load mode that has a value:
     geometric means of both sides (`baseline`, `value`), `ratio` (value / baseline) with its 95 % interval `low` to
@@ -198,7 +204,7 @@ def compare(frame: pd.DataFrame, column: str, baseline: str = REFERENCE) -> pd.D
             rows.append((c.study, c.model, c.quant, *c.side, c.baseline.value, c.value.value, *ratio, c.difference.n))
     if not rows:
         raise FrameError(
-            f"no round has {column} of both {baseline!r} and another placement; the frame has "
+            f"no round has {column} of both {baseline or REFERENCE!r} and another placement; the frame has "
             f"{', '.join(sorted(frame['placement'].unique())) or 'no runs'}"
         )
     heads = [*CELL, "placement", "load_mode", "baseline", "value", "ratio", "low", "high", "n"]

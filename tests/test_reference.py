@@ -1,0 +1,26 @@
+"""A study for a card that holds no baseline, through runs, audit and document."""
+
+import pytest
+from conftest import SMOKE
+
+from moelib.campaign import campaign
+from moelib.catalogue import params
+from moelib.report import document
+from moelib.study.study import Study
+
+TIGHT = SMOKE.replace("deepseek-moe-16b", "phi-3.5-moe").replace("placement: baseline", "placement: n-cpu-moe=1")
+
+
+@pytest.mark.engine
+def test_a_study_without_a_baseline_says_what_it_compares_with(home, engine):
+    (home / "params/studies/tight.yaml").write_text(TIGHT)
+    params._yaml.cache_clear()
+    study, cells = campaign.select("tight")
+    campaign.run_cells(study, cells)
+    measured = Study.named("tight")
+    assert not [p for p in measured.problems if "busy" not in p and "quiet" not in p], measured.problems
+    text = document.report("tight", progress=False).path.read_text(encoding="utf-8")
+    assert "of VRAM more than n-cpu-moe=1 does" in text
+    assert "of the n-cpu-moe=1's tokens/s" in text
+    assert "| CPU offload / n-cpu-moe=1" in text
+    assert "baseline" not in text.split("## Audit")[0]
