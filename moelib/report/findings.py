@@ -68,9 +68,11 @@ def answer(study: Study) -> Text:
     saved = stats.span([1 - x for x in stats.values(c.ratio for c in memory)], percent)
     kept = stats.span(stats.values(c.ratio for c in rates), percent)
     base = reference(study)
-    more = "" if base == REFERENCE else f" more than {base} does"
-    sentences = [f"CPU offload of the experts saved {saved} of VRAM{more}."]
-    sentences.append(f"Decoding then ran at {kept} of the {base}'s tokens/s.")
+    sentences = [f"CPU offload of the experts saved {saved} of VRAM."]
+    if base != REFERENCE:
+        sentences = [f"CPU offload of more experts saved {saved} of the VRAM that {base} takes."]
+    of = f"the {base}'s" if base == REFERENCE else f"{base}'s"
+    sentences.append(f"Decoding then ran at {kept} of {of} tokens/s.")
     used = [*rates, *memory]
     for workload in study.parameters.workloads:
         comparisons = compare(f"ttft_warm_s/{workload}")
@@ -79,7 +81,7 @@ def answer(study: Study) -> Text:
             if of_mode:
                 times = stats.span(stats.values(c.ratio for c in of_mode), stats.number)
                 what = f"TTFT of warm {neutral(workload)} requests"
-                sentences.append(f"{what} was then {times} times the {base}'s (load mode {mode}).")
+                sentences.append(f"{what} was then {times} times {of} (load mode {mode}).")
                 used += of_mode
     rest = [s for s in frames.summaries(study.runs, "vram_rest_bytes") if s.value]
     if rest:
