@@ -96,15 +96,15 @@ def run(
     context: int = 1024,
     device: str = "auto",
 ) -> Record:
-    """One run of a file that `quantize` or `twin` made, in one placement: measured and audited as in a study.
+    """One run of a GGUF in one placement: measured and audited as in a study.
 
-    Nothing of it is kept on disk.
-
+    file: what `quantize` or `twin` made, or any local GGUF, split or not, which is measured as it is; its SHA-256 is
+    noted under models/, so that it is computed once. Nothing else is kept on disk, and nothing beside the file.
     placement: `baseline`, `cpu-moe`, `n-cpu-moe=12`, with settings after commas. context: tokens. requests: of each
     workload; the first one is a fresh server's. device: auto, cuda or loopback. A run that fails is a record too, with
     its reason. That what left the GPU is what the file's header says is proven within a round of a study, which has a
-    baseline beside it. Raises PlacementError, QuantizeError, EngineError, DeviceError, FileError while another process
-    measures on the device.
+    baseline beside it. Raises PlacementError, GGUFError, QuantizeError, EngineError, DeviceError, and FileError while
+    another process measures on the device.
     """
     return bench.one(Path(file), placement, load_mode, workloads, requests, context, device)
 

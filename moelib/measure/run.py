@@ -95,7 +95,8 @@ class Observation:
     env: tuple[str, ...]
     """Names of its environment variables."""
     file_sha256: Sha256
-    """Of the quantised file, read from disk since this process began to measure it, and unchanged since."""
+    """Of the file, read from disk since this process began to measure it, and unchanged since. Of one that is measured
+    as it is: read when its size and times, which have not changed, were noted."""
     device_kind: str
     """cuda, loopback or none."""
     threads: Count

@@ -9,15 +9,11 @@ import hashlib
 import re
 import signal
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-
-from gguf import LlamaFileType
 
 from moelib.base import files
 from moelib.base.bar import tqdm
@@ -162,7 +158,7 @@ def _kept(path: Path, expected: dict[str, Any], make: Callable[[], dict[str, Any
     def write() -> dict[str, Any]:
         nonlocal content
         manifest = expected | make()
-        content = files.Hashed(path, manifest["sha256"])  # computed just now
+        content = files.Hashed(path, known=manifest["sha256"])  # computed just now
         return manifest
 
     for _ in range(2):
@@ -191,8 +187,8 @@ def made(path: Path) -> Quantised:
     manifest, content = models.noted(path), files.Hashed(path)
     if not path.is_file() or manifest is None or "quant" not in manifest or content.sha256() != manifest["sha256"]:
         raise QuantizeError(
-            f"{path} is no file with a manifest that fits it: make it with `moelib quantize MODEL QUANT` or `moelib "
-            "twin`, or in Python with moelib.quantize(...) or moelib.twin(...)"
+            f"{path} is not the file of the manifest beside it: delete {models.note(path).name} to measure it as it "
+            "is, or make it again with `moelib quantize MODEL QUANT` or `moelib twin`"
         )
     return Quantised(gguf_file.read_header(path), manifest, content)
 
@@ -238,9 +234,14 @@ def _told(
     header: gguf_file.Header, quant: str, engine: Engine, predicted: int | None, sha256: str, seconds: float
 ) -> dict[str, Any]:
     """What a manifest says of a file that was just made, by its header."""
+    made = {"predicted_bytes": predicted, "engine_version": engine.version, "quantize_s": round(seconds, 3)}
+    return told(header, quant, sha256) | made
+
+
+def told(header: gguf_file.Header, quant: str, sha256: str) -> dict[str, Any]:
+    """What a manifest says of any file, by its header."""
     return {
         "file_bytes": header.file_bytes,
-        "predicted_bytes": predicted,
         "sha256": sha256,
         "parameters": header.parameters,
         "bits_per_weight": round(header.bits_per_weight, 4),
@@ -248,8 +249,6 @@ def _told(
         "expert_types": header.expert_types,
         "expert_bytes": header.moved_bytes("cpu-moe"),
         "fallbacks": fallbacks(header, quant),
-        "engine_version": engine.version,
-        "quantize_s": round(seconds, 3),
     }
 
 
@@ -305,7 +304,7 @@ def twin(
     EngineError.
     """
     llama, shape = engine.find(), whole.as_twin()
-    label, made_from = quant or _label(shape.header), hashlib.sha256(whole.to_bytes()).hexdigest()
+    label, made_from = quant or shape.header.label, hashlib.sha256(whole.to_bytes()).hexdigest()
     if layers is not None:
         shape, scale = whole.first_layers(layers), f"{scale}-first-{layers}"
     path = out or models.twin_folder(model, scale) / f"{model}-{label}-twin.gguf"
@@ -334,20 +333,6 @@ def twin(
     return _kept(path, expected, make)
 
 
-def _label(header: gguf_file.Header) -> str:
-    """The quant that a file says it is; the type that most of its bytes have, if it does not say."""
-    with suppress(ValueError):
-        return (
-            LlamaFileType(header.metadata.get("general.file_type", -1))
-            .name.removeprefix("MOSTLY_")
-            .removeprefix("ALL_")
-        )
-    sizes: Counter[str] = Counter()
-    for t in header.tensors:
-        sizes[t.type] += t.nbytes
-    return sizes.most_common(1)[0][0]
-
-
 def outline_of(what: str, scale: str = "full") -> tuple[str, Outline]:
     """(name of the model, its outline): of a catalogued model at `scale`, or of a local GGUF, split or not.
 
@@ -357,6 +342,4 @@ def outline_of(what: str, scale: str = "full") -> tuple[str, Outline]:
         entry = params.model(what)
         return what, outline.of_geometry(entry.at_scale(scale), entry.title, f"{what}-F16.gguf")
     whole = outline.read(what)
-    stem = gguf_file.SPLIT.sub("", whole.name).removesuffix(".gguf")
-    stem = re.sub(rf"[-._]{re.escape(_label(whole.header))}$", "", stem, flags=re.IGNORECASE)
-    return re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "model", whole
+    return whole.header.model_name, whole
