@@ -155,6 +155,38 @@ def plan(
         say(line)
 
 
+@main.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--vram", metavar="SIZE", help="That may be used, such as 12GiB; default: all of the GPU here.")
+@click.option("--ram", metavar="SIZE", help="That weights may take; default: as much as it needs.")
+@click.option("--context", type=int, help="Tokens of prompt and answer; default: 8192, or the model's.")
+@click.option("--ubatch", type=int, help="Tokens of a prompt computed at once; default: 512.")
+@click.option("--kv", help="Type of the KV cache: f16 (default), q8_0, q4_0, ...")
+@click.option("--rounds", default=3, show_default=True, help="Each runs every placement once.")
+def measure(
+    file: Path,
+    vram: str | None,
+    ram: str | None,
+    context: int | None,
+    ubatch: int | None,
+    kv: str | None,
+    rounds: int,
+) -> None:
+    """Measure FILE, any GGUF of a MoE model: the N that fits, its neighbours, and what each gives; resumable."""
+    from moelib.campaign import sweep
+    from moelib.catalogue import sizes
+    from moelib.measure import device
+
+    vram_bytes = sizes.parse(vram) if vram else device.card_bytes()
+    ram_bytes = sizes.parse(ram) if ram else None
+    made = sweep.measure(file, vram_bytes, ram_bytes, context, ubatch, kv, rounds, say=say)
+    say(made.path.read_text(encoding="utf-8").split("\n| placement")[0].rstrip())
+    say(f"document: {os.path.relpath(made.path)}; all of it: moelib report {made.study.name}")
+    problems = made.study.problems
+    say_all(problems, err=True)
+    sys.exit(FAILED if problems else 0)
+
+
 @main.group(cls=Group)
 def study() -> None:
     """Run a study, or show its progress."""

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +36,23 @@ from moelib.study.study import Study, same_manifest
 log = logging.getLogger(__name__)
 
 
-def measure(study: Study, cell: Cell) -> Iterator[record.Record]:
+Obtain = Callable[[engine.Engine, Path], quantize.Quantised]
+"""What makes a cell's file, or finds it, given the engine and a folder for scratch."""
+
+
+def measure(study: Study, cell: Cell, obtain: Obtain | None = None) -> Iterator[record.Record]:
     """Make the cell's file, then do every run that has no valid record; yield each run's record as it stands.
 
-    A run that fails is recorded and the next one goes on. A cell that is whole is read, and needs neither engine nor
-    device. Raises what stands in the way of all runs: no engine, no device, no source, no disk.
+    obtain: what gives the file; by default it is that of the catalogue's model at the cell's quant. A run that fails is
+    recorded and the next one goes on. A cell that is whole is read, and needs neither engine nor device. Raises what
+    stands in the way of all runs: no engine, no device, no source, no disk.
     """
     evidence = study.evidence_now(cell)
     if _whole(study, cell, status := study.status_now(cell, evidence)):
         yield from (r for block in status.rounds for r in block)
         return
-    refuse_senseless(study.parameters)
+    if obtain is None:
+        refuse_senseless(study.parameters)
     llama = engine.find()
     where = device.choose(study.parameters.device, llama)
     if where.kind == "none":
@@ -58,8 +65,7 @@ def measure(study: Study, cell: Cell) -> Iterator[record.Record]:
     study.work.mkdir(parents=True, exist_ok=True)
     with held(where), _scratch(study) as work:
         process.sweep(study.work)
-        source = sources.obtain(cell.model, study.parameters.weights, study.parameters.scale, needed=False)
-        quantised = quantize.make(source, cell.quant, llama, work)
+        quantised = (obtain or partial(_catalogued, study, cell))(llama, work)
         if study.manifest(cell) != Manifest.model_validate(quantised.manifest):
             files.write_json(study.manifest_path(cell), quantised.manifest)
         bench = Bench.ready(quantised, LlamaServer(llama), where, work)
@@ -76,6 +82,11 @@ def measure(study: Study, cell: Cell) -> Iterator[record.Record]:
                     attempt = 1 + last[record.spec_key(spec)]
                     existing = record.write(study.path, bench.perform(study.path, spec, attempt))
                 yield existing
+
+
+def _catalogued(study: Study, cell: Cell, llama: engine.Engine, work: Path) -> quantize.Quantised:
+    source = sources.obtain(cell.model, study.parameters.weights, study.parameters.scale, needed=False)
+    return quantize.make(source, cell.quant, llama, work)
 
 
 def device_note(study: Study) -> str | None:
