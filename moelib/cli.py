@@ -114,7 +114,10 @@ def fetch(model: str, pin: str | None, revision: str, named: str | None, given: 
 @click.option("--scale", default="full", show_default=True, help="Scale of the twin to quantise.")
 @click.option("--real", is_flag=True, help="The real weights, not a twin.")
 def quantize(model: str, quant: str, scale: str, real: bool) -> None:
-    """Quantise MODEL's twin, or its real weights, to QUANT and print the file's manifest."""
+    """Quantise MODEL's twin, or its real weights, to QUANT and print the file's manifest.
+
+    QUANT is any type that `llama-quantize --help` lists.
+    """
     from moelib.base import files
     from moelib.models import quantize as quants
 
@@ -124,7 +127,9 @@ def quantize(model: str, quant: str, scale: str, real: bool) -> None:
 
 @main.command()
 @click.argument("what", metavar="MODEL|FILE|hf:OWNER/REPO/PATH[@REVISION]", shell_complete=MODELS)
-@click.option("--quant", "quants", multiple=True, shell_complete=QUANTS, help="Of a MODEL; default: those of studies.")
+@click.option(
+    "--quant", "quants", multiple=True, shell_complete=QUANTS, help="Of a MODEL; default: Q4_K_M, Q2_K, Q8_0."
+)
 @click.option("--vram", metavar="SIZE", help="Of the card, such as 12GiB; default: that of the GPU here.")
 @click.option("--ram", metavar="SIZE", help="That weights may take; default: as much as it needs.")
 @click.option("--context", type=int, help="Tokens of prompt and answer; default: 8192, or the model's.")

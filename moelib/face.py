@@ -70,8 +70,9 @@ def compare(runs: pd.DataFrame, column: str, baseline: str | None = None) -> pd.
 def quantize(model: str, quant: str, scale: str = "full", weights: str = "twin") -> Path:
     """The file of `model` at `quant`, made with its manifest unless it is there and unchanged.
 
-    weights: `twin` (random weights in the model's shape, at `scale`) or `real` (what `moelib fetch` brought). A file of
-    full size takes minutes and tens of GiB. Raises ParamsError, SourceError, QuantizeError, FileError, EngineError.
+    quant: any type that `llama-quantize --help` lists. weights: `twin` (random weights in the model's shape, at
+    `scale`) or `real` (what `moelib fetch` brought). A file of full size takes minutes and tens of GiB. Raises
+    ParamsError, SourceError, QuantizeError, FileError, EngineError.
     """
     return quantize_file.from_source(model, quant, scale, weights).path
 

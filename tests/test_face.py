@@ -204,10 +204,10 @@ def test_one_run_without_a_study_is_measured_and_audited_and_written_nowhere(hom
     assert sorted(p for p in home.rglob("*") if p.is_file()) == before
 
 
-def test_a_quant_that_does_not_exist_is_refused_before_a_source_is_written(home, monkeypatch):
+def test_a_quant_that_does_not_exist_is_refused_before_a_source_is_written(home, engine, monkeypatch):
     monkeypatch.setenv("MOELIB_MODELS", str(home / "own-models"))
     with pytest.raises(params.ParamsError, match="did you mean 'Q4_K_M'"):
-        moelib.quantize("deepseek-moe-16b", "Q4_K", scale="nano")
+        moelib.quantize("deepseek-moe-16b", "Q4_KM", scale="nano")
     assert not (home / "own-models").exists()
 
 

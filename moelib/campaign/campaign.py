@@ -8,7 +8,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from moelib.campaign import notebooks
 from moelib.campaign.bench import Bench, audited, held
 from moelib.catalogue import params
 from moelib.catalogue.facts import Manifest
-from moelib.engine import engine
+from moelib.engine import engine, quants
 from moelib.machine import host, process
 from moelib.measure import device
 from moelib.measure.llama_server import LlamaServer
@@ -61,6 +61,7 @@ def measure(study: Study, cell: Cell, obtain: Obtain | None = None) -> Iterator[
             "be valid: run `make engine` for a build with RPC or CUDA, or set `device: auto` in "
             f"params/studies/{study.name}.yaml"
         )
+    quants.check(llama, study.parameters.quants)
     study.begin()
     study.work.mkdir(parents=True, exist_ok=True)
     with held(where), _scratch(study) as work:
@@ -209,9 +210,11 @@ def run_cells(study: Study, cells: list[Cell], say: Callable[[str], object] = lo
     """Execute the notebook of every cell that is not done; a cell that fails leaves the rest running.
 
     `say` is told of each cell as its turn comes. Returns what has no valid result, run by run, with reasons. Raises
-    StudyError for placements that make no sense.
+    StudyError for placements that make no sense, ParamsError for a quant that the engine does not make.
     """
     refuse_senseless(study.parameters)
+    with suppress(engine.EngineError):  # cells that are done need none, and the others say so
+        quants.check(engine.find(), study.parameters.quants)
     problems = []
     study.begin()
     for i, cell in enumerate(cells):

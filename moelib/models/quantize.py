@@ -20,7 +20,7 @@ from moelib.base.bar import tqdm
 from moelib.base.schema import near
 from moelib.catalogue import params
 from moelib.catalogue.facts import Manifest
-from moelib.engine import engine
+from moelib.engine import engine, quants
 from moelib.engine.engine import Engine
 from moelib.gguf import fill, gguf_file, outline
 from moelib.gguf.gguf_header import UNQUANTISED
@@ -140,7 +140,7 @@ def make(source: models.Source, quant: str, engine: Engine, scratch: Path) -> Qu
 
     The tool's logs go to `scratch`. Raises QuantizeError, files.FileError or gguf_file.GGUFError.
     """
-    params.quant(quant)
+    quants.check(engine, [quant])
     if source.path.exists():
         refuse_quantised(source.header)
     path = source.path.with_name(f"{source.model}-{quant}.gguf")
@@ -175,10 +175,11 @@ def from_source(model: str, quant: str, scale: str, weights: str) -> Quantised:
     weights: twin or real. Raises ParamsError before anything is written, and what `sources.obtain`, `engine.find` and
     `make` raise.
     """
-    params.quant(quant)
+    llama = engine.find()
+    quants.check(llama, [quant])
     with TemporaryDirectory(prefix="moelib-quantize-") as scratch:
         source = sources.obtain(model, weights, scale, needed=False)
-        return make(source, quant, engine.find(), Path(scratch))
+        return make(source, quant, llama, Path(scratch))
 
 
 def made(path: Path) -> Quantised:
@@ -252,20 +253,14 @@ def told(header: gguf_file.Header, quant: str, sha256: str) -> dict[str, Any]:
     }
 
 
-def offered(engine: Engine, scratch: Path) -> dict[str, int]:
-    """Quants that the engine's llama-quantize makes, with llama.cpp's numbers of them (`general.file_type`)."""
-    _, text = _run([engine.tool("llama-quantize"), "--help"], scratch / "quants.log", HEADER_S)
-    return {name: int(number) for number, name in re.findall(r"^ *(\d{1,4}) +or +(\w{1,40})\b", text, re.M)}
-
-
 def types(engine: Engine, shape: Outline, quant: str, scratch: Path) -> Outline:
     """An unquantised outline with the types, and the order of tensors, that `llama-quantize` gives it at `quant`.
 
     They are those of its dry run, which reads the header alone. Raises QuantizeError.
     """
     refuse_quantised(shape.header)
-    if quant not in (known := offered(engine, scratch)):
-        raise QuantizeError(f"{engine} makes no {quant!r}{near(quant, sorted(known))}")
+    if quant not in (known := quants.offered(engine)):
+        raise params.ParamsError(f"{engine} makes no {quant!r}{near(quant.upper(), list(known))}")
     path = _hollow(shape, scratch)
     code, output = _run([engine.tool("llama-quantize"), "--dry-run", str(path), quant], scratch / "types.log", READY_S)
     listed = re.findall(
