@@ -96,7 +96,7 @@ class PlacementMode(Strict):
     """A placement and a load mode; each round of a study runs every one of them once."""
 
     placement: Annotated[str, AfterValidator(lambda text: str(Placement.parse(text)))]
-    load_mode: Literal["mmap", "none"] = "mmap"
+    load_mode: Literal["mmap", "none", "mlock"] = "mmap"
 
     @property
     def placed(self) -> Placement:

@@ -294,7 +294,16 @@ def _running(identity: list[float]) -> psutil.Process | None:
 
 def peak_rss(pid: int) -> int | None:
     """A process's peak RSS as recorded by the system; None if it does not record it."""
-    kib = re.search(r"^VmHWM:\s+(\d+) kB", system_text(f"/proc/{pid}/status"), re.M)
+    return _memory(pid, "VmHWM")
+
+
+def locked(pid: int) -> int | None:
+    """Bytes of its memory that a process has locked; None if the system does not say."""
+    return _memory(pid, "VmLck")
+
+
+def _memory(pid: int, key: str) -> int | None:
+    kib = re.search(rf"^{key}:\s+(\d+) kB", system_text(f"/proc/{pid}/status"), re.M)
     return int(kib[1]) * 1024 if kib else None
 
 
