@@ -61,7 +61,8 @@ def measure(study: Study, cell: Cell, obtain: Obtain | None = None) -> Iterator[
             "be valid: run `make engine` for a build with RPC or CUDA, or set `device: auto` in "
             f"params/studies/{study.name}.yaml"
         )
-    quants.check(llama, study.parameters.quants)
+    if obtain is None:
+        quants.check(llama, study.parameters.quants)
     study.begin()
     study.work.mkdir(parents=True, exist_ok=True)
     with held(where), _scratch(study) as work:

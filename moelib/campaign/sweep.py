@@ -158,11 +158,11 @@ def _lines(measured: Measured) -> Iterator[str]:
     yield f"```\n{plan.command}\n```"
     yield ""
     for workload in study.parameters.workloads:
-        rate, ttft = (_mean(ours, f"{column}/{workload}") for column in ("tokens_per_s", "ttft_warm_s"))
+        rate, ttft = (_typical(ours, f"{column}/{workload}") for column in ("tokens_per_s", "ttft_warm_s"))
         what = markdown(study.workloads[workload].title)
         yield (
             f"- {what}: **{stats.estimate(rate)} tokens/s**, TTFT {stats.estimate(ttft, 1000)} ms "
-            f"(mean [95 % interval] of {len(ours)} runs)"
+            f"(geometric mean [95 % interval] of {len(ours)} runs)"
         )
     yield f"- RAM of the server: {stats.sizes(_mean(ours, 'host_rss_peak_bytes'))}; {gib(one.ram_bytes)} predicted"
     yield f"- {_smallest(measured)}"
@@ -176,6 +176,12 @@ def _lines(measured: Measured) -> Iterator[str]:
 def _mean(runs: pd.DataFrame, column: str) -> stats.Estimate | None:
     known = list(runs[column].dropna()) if column in runs else []
     return stats.mean(known) if known else None
+
+
+def _typical(runs: pd.DataFrame, column: str) -> stats.Estimate | None:
+    """The geometric mean, for rates and times, whose interval stays above zero."""
+    known = list(runs[column].dropna()) if column in runs else []
+    return stats.geometric_mean(known) if known and min(known) > 0 else None
 
 
 def _smallest(measured: Measured) -> str:
@@ -214,15 +220,15 @@ def _table(measured: Measured) -> Iterator[str]:
                 "VRAM predicted": gib(need.vram_bytes),
                 "VRAM measured": stats.sizes(_mean(runs, "vram_bytes")),
                 "RAM predicted": gib(need.ram_bytes),
-                "tokens/s": stats.estimate(_mean(runs, f"tokens_per_s/{workload}")),
+                "tokens/s": stats.estimate(_typical(runs, f"tokens_per_s/{workload}")),
                 f"tokens/s / {reference}": stats.estimate(ratios.get(side)),
-                "TTFT, ms": stats.estimate(_mean(runs, f"ttft_warm_s/{workload}"), 1000),
+                "TTFT, ms": stats.estimate(_typical(runs, f"ttft_warm_s/{workload}"), 1000),
                 "runs": len(runs),
             }
         )
     yield pd.DataFrame(rows).to_markdown(index=False)
     yield ""
-    yield "Mean [95 % interval]; ratios paired within rounds. Every run is audited; the records behind this page:"
+    yield "Means [95 % intervals], geometric of rates and times; ratios paired within rounds. Every run is audited; the records behind this page:"
     yield ""
     for r in study.used:
         yield f"- `{r.run_id}` {r.status} `{r.digest[:12]}`"
