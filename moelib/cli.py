@@ -113,15 +113,16 @@ def fetch(model: str, pin: str | None, revision: str, named: str | None, given: 
 @click.argument("quant", shell_complete=QUANTS)
 @click.option("--scale", default="full", show_default=True, help="Scale of the twin to quantise.")
 @click.option("--real", is_flag=True, help="The real weights, not a twin.")
-def quantize(model: str, quant: str, scale: str, real: bool) -> None:
+@click.option("--imatrix", type=click.Path(path_type=Path), metavar="FILE", help="Of llama-imatrix, for this model.")
+def quantize(model: str, quant: str, scale: str, real: bool, imatrix: Path | None) -> None:
     """Quantise MODEL's twin, or its real weights, to QUANT and print the file's manifest.
 
-    QUANT is any type that `llama-quantize --help` lists.
+    QUANT is any type that `llama-quantize --help` lists; IQ1, IQ2 and others need an --imatrix.
     """
     from moelib.base import files
     from moelib.models import quantize as quants
 
-    made = quants.from_source(model, quant, scale, "real" if real else "twin")
+    made = quants.from_source(model, quant, scale, "real" if real else "twin", imatrix)
     say(f"{made.path}\n{files.canonical(made.manifest).decode()}")
 
 

@@ -67,14 +67,17 @@ def compare(runs: pd.DataFrame, column: str, baseline: str | None = None) -> pd.
     return frames.compare(runs, column, baseline)
 
 
-def quantize(model: str, quant: str, scale: str = "full", weights: str = "twin") -> Path:
+def quantize(
+    model: str, quant: str, scale: str = "full", weights: str = "twin", imatrix: str | Path | None = None
+) -> Path:
     """The file of `model` at `quant`, made with its manifest unless it is there and unchanged.
 
     quant: any type that `llama-quantize --help` lists. weights: `twin` (random weights in the model's shape, at
-    `scale`) or `real` (what `moelib fetch` brought). A file of full size takes minutes and tens of GiB. Raises
-    ParamsError, SourceError, QuantizeError, FileError, EngineError.
+    `scale`) or `real` (what `moelib fetch` brought). imatrix: a file of llama-imatrix for this model, which IQ1 and
+    IQ2 need; its SHA-256 is in the manifest. A file of full size takes minutes and tens of GiB. Raises ParamsError,
+    GGUFError, SourceError, QuantizeError, FileError, EngineError.
     """
-    return quantize_file.from_source(model, quant, scale, weights).path
+    return quantize_file.from_source(model, quant, scale, weights, Path(imatrix) if imatrix else None).path
 
 
 def twin(model: str, quant: str | None = None, layers: int | None = None, scale: str = "full", seed: int = 0) -> Path:

@@ -228,7 +228,10 @@ def _table(measured: Measured) -> Iterator[str]:
         )
     yield pd.DataFrame(rows).to_markdown(index=False)
     yield ""
-    yield "Means [95 % intervals], geometric of rates and times; ratios paired within rounds. Every run is audited; the records behind this page:"
+    yield (
+        "Means [95 % intervals], geometric of rates and times; ratios paired within rounds. Every run is audited; the "
+        "records behind this page:"
+    )
     yield ""
     for r in study.used:
         yield f"- `{r.run_id}` {r.status} `{r.digest[:12]}`"

@@ -31,6 +31,13 @@ class Fallback(Strict):
     type: Name
 
 
+class ImatrixFacts(Facts):
+    """The importance matrix that a file was quantised with."""
+
+    file_name: Name
+    sha256: Sha256
+
+
 class Manifest(Facts):
     """A quantised file as it was written, or found. A record holds it under the key `sheet`.
 
@@ -59,6 +66,8 @@ class Manifest(Facts):
     engine_build: Count | None
     engine_version: Name | None
     quantize_s: Seconds | None
+    imatrix: ImatrixFacts | None = None
+    """None in manifests of files that were quantised without one, and where moelib did not make the file."""
 
 
 LLAMA_SERVER = "llama-server"

@@ -138,7 +138,13 @@ class Child(AbstractContextManager["Child"]):
     """
 
     def __init__(
-        self, argv: list[str], log: Path, env: dict[str, str], cpus: Sequence[int] = (), log_bytes: int = LOG_BYTES
+        self,
+        argv: list[str],
+        log: Path,
+        env: dict[str, str],
+        cpus: Sequence[int] = (),
+        log_bytes: int = LOG_BYTES,
+        cwd: Path | None = None,
     ):
         self.argv, self.log, self._log = argv, log, Log(log, log_bytes)
         self.exit: Exit | None = None
@@ -148,8 +154,9 @@ class Child(AbstractContextManager["Child"]):
         with log.open("wb") as out:
             # in its own session: Ctrl-C reaches only this process, which then ends the child in order
             self._popen = subprocess.Popen(
-                launch, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True
-            )
+                launch, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True,
+                cwd=cwd,
+            )  # fmt: skip
         self.pid = self._popen.pid
         self._note = log.with_suffix(".child.json")
         self._over, self._ending, self._flooded = threading.Event(), threading.Lock(), False

@@ -302,4 +302,6 @@ def manifest_table(manifest: Manifest | None) -> Table:
         "made by": _made_by(manifest),
         "weights": f"{manifest.weights}, scale {markdown(manifest.scale)}",
     }
+    if manifest.imatrix:
+        values["importance matrix"] = f"{markdown(manifest.imatrix.file_name)}, SHA-256 `{manifest.imatrix.sha256}`"
     return facts("sheet", values, cite_manifest(manifest))
