@@ -113,18 +113,24 @@ def fetch(model: str, pin: str | None, revision: str, named: str | None, given: 
 @click.argument("quant", shell_complete=QUANTS)
 @click.option("--scale", default="full", show_default=True, help="Scale of the twin to quantise.")
 @click.option("--real", is_flag=True, help="The real weights, not a twin.")
-def quantize(model: str, quant: str, scale: str, real: bool) -> None:
-    """Quantise MODEL's twin, or its real weights, to QUANT and print the file's manifest."""
+@click.option("--imatrix", type=click.Path(path_type=Path), metavar="FILE", help="Of llama-imatrix, for this model.")
+def quantize(model: str, quant: str, scale: str, real: bool, imatrix: Path | None) -> None:
+    """Quantise MODEL's twin, or its real weights, to QUANT and print the file's manifest.
+
+    QUANT is any type that `llama-quantize --help` lists; IQ1, IQ2 and others need an --imatrix.
+    """
     from moelib.base import files
     from moelib.models import quantize as quants
 
-    made = quants.from_source(model, quant, scale, "real" if real else "twin")
+    made = quants.from_source(model, quant, scale, "real" if real else "twin", imatrix)
     say(f"{made.path}\n{files.canonical(made.manifest).decode()}")
 
 
 @main.command()
 @click.argument("what", metavar="MODEL|FILE|hf:OWNER/REPO/PATH[@REVISION]", shell_complete=MODELS)
-@click.option("--quant", "quants", multiple=True, shell_complete=QUANTS, help="Of a MODEL; default: those of studies.")
+@click.option(
+    "--quant", "quants", multiple=True, shell_complete=QUANTS, help="Of a MODEL; default: Q4_K_M, Q2_K, Q8_0."
+)
 @click.option("--vram", metavar="SIZE", help="Of the card, such as 12GiB; default: that of the GPU here.")
 @click.option("--ram", metavar="SIZE", help="That weights may take; default: as much as it needs.")
 @click.option("--context", type=int, help="Tokens of prompt and answer; default: 8192, or the model's.")
@@ -153,6 +159,38 @@ def plan(
     plans = [budget.plan(h, vram_bytes, ram_bytes, context, ubatch, kv) for h in headers]
     for line in plans[0].lines() if len(plans) == 1 else budget.compared(plans):
         say(line)
+
+
+@main.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--vram", metavar="SIZE", help="That may be used, such as 12GiB; default: all of the GPU here.")
+@click.option("--ram", metavar="SIZE", help="That weights may take; default: as much as it needs.")
+@click.option("--context", type=int, help="Tokens of prompt and answer; default: 8192, or the model's.")
+@click.option("--ubatch", type=int, help="Tokens of a prompt computed at once; default: 512.")
+@click.option("--kv", help="Type of the KV cache: f16 (default), q8_0, q4_0, ...")
+@click.option("--rounds", default=3, show_default=True, help="Each runs every placement once.")
+def measure(
+    file: Path,
+    vram: str | None,
+    ram: str | None,
+    context: int | None,
+    ubatch: int | None,
+    kv: str | None,
+    rounds: int,
+) -> None:
+    """Measure FILE, any GGUF of a MoE model: the N that fits, its neighbours, and what each gives; resumable."""
+    from moelib.campaign import sweep
+    from moelib.catalogue import sizes
+    from moelib.measure import device
+
+    vram_bytes = sizes.parse(vram) if vram else device.card_bytes()
+    ram_bytes = sizes.parse(ram) if ram else None
+    made = sweep.measure(file, vram_bytes, ram_bytes, context, ubatch, kv, rounds, say=say)
+    say(made.path.read_text(encoding="utf-8").split("\n| placement")[0].rstrip())
+    say(f"document: {os.path.relpath(made.path)}; all of it: moelib report {made.study.name}")
+    problems = made.study.problems
+    say_all(problems, err=True)
+    sys.exit(FAILED if problems else 0)
 
 
 @main.group(cls=Group)

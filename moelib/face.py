@@ -67,13 +67,17 @@ def compare(runs: pd.DataFrame, column: str, baseline: str | None = None) -> pd.
     return frames.compare(runs, column, baseline)
 
 
-def quantize(model: str, quant: str, scale: str = "full", weights: str = "twin") -> Path:
+def quantize(
+    model: str, quant: str, scale: str = "full", weights: str = "twin", imatrix: str | Path | None = None
+) -> Path:
     """The file of `model` at `quant`, made with its manifest unless it is there and unchanged.
 
-    weights: `twin` (random weights in the model's shape, at `scale`) or `real` (what `moelib fetch` brought). A file of
-    full size takes minutes and tens of GiB. Raises ParamsError, SourceError, QuantizeError, FileError, EngineError.
+    quant: any type that `llama-quantize --help` lists. weights: `twin` (random weights in the model's shape, at
+    `scale`) or `real` (what `moelib fetch` brought). imatrix: a file of llama-imatrix for this model, which IQ1 and
+    IQ2 need; its SHA-256 is in the manifest. A file of full size takes minutes and tens of GiB. Raises ParamsError,
+    GGUFError, SourceError, QuantizeError, FileError, EngineError.
     """
-    return quantize_file.from_source(model, quant, scale, weights).path
+    return quantize_file.from_source(model, quant, scale, weights, Path(imatrix) if imatrix else None).path
 
 
 def twin(model: str, quant: str | None = None, layers: int | None = None, scale: str = "full", seed: int = 0) -> Path:
@@ -96,15 +100,15 @@ def run(
     context: int = 1024,
     device: str = "auto",
 ) -> Record:
-    """One run of a file that `quantize` or `twin` made, in one placement: measured and audited as in a study.
+    """One run of a GGUF in one placement: measured and audited as in a study.
 
-    Nothing of it is kept on disk.
-
+    file: what `quantize` or `twin` made, or any local GGUF, split or not, which is measured as it is; its SHA-256 is
+    noted under models/, so that it is computed once. Nothing else is kept on disk, and nothing beside the file.
     placement: `baseline`, `cpu-moe`, `n-cpu-moe=12`, with settings after commas. context: tokens. requests: of each
     workload; the first one is a fresh server's. device: auto, cuda or loopback. A run that fails is a record too, with
     its reason. That what left the GPU is what the file's header says is proven within a round of a study, which has a
-    baseline beside it. Raises PlacementError, QuantizeError, EngineError, DeviceError, FileError while another process
-    measures on the device.
+    baseline beside it. Raises PlacementError, GGUFError, QuantizeError, EngineError, DeviceError, and FileError while
+    another process measures on the device.
     """
     return bench.one(Path(file), placement, load_mode, workloads, requests, context, device)
 

@@ -133,10 +133,14 @@ def _models(_: click.Context) -> list[str]:
     return list(params.entries("models.yaml"))
 
 
-def _quants(_: click.Context) -> tuple[str, ...]:
+def _quants(_: click.Context) -> list[str]:
     from moelib.catalogue import params
+    from moelib.engine import engine, quants
 
-    return params.QUANTS
+    try:
+        return [name for name in quants.offered(engine.find()) if name not in quants.PLAIN]
+    except params.UserError:  # without an engine, those that every engine makes
+        return [*params.QUANTS]
 
 
 def _cells(_: click.Context) -> set[str]:

@@ -230,8 +230,14 @@ def log_of(r: record.Record) -> str:
     say(0.006, f"load_tensors: offloaded {o.report.offloaded_layers}/{o.report.total_layers} layers to GPU")
     for b in o.report.buffers:
         say(0.007, f"load_tensors: {b.name} {b.kind} buffer size = {b.size_bytes / MIB:8.2f} MiB")
+    placed = r.spec.placed
+    kv, splits = placed.kv or "f16", o.report.graph_splits
     say(0.008, f"llama_context: n_ctx                 = {r.spec.context}")
-    say(0.009, f"sched_reserve: graph: nodes = 95, splits = {o.report.graph_splits[0]}, input objects = 4")
+    say(0.008, f"llama_context: n_ubatch              = {placed.ubatch or min(512, r.spec.context)}")
+    say(0.008, f"llama_kv_cache: size = 4.00 MiB ( 1024 cells), K ({kv}):    2.00 MiB, V ({kv}):    2.00 MiB")
+    said = f"{splits[0]} / {splits[1]}" if len(splits) > 1 else str(splits[0])
+    batches = " (pp bs=512, tg bs=1)" if len(splits) > 1 else ""
+    say(0.009, f"sched_reserve: graph{batches}: nodes = 95, splits = {said}, input objects = 4")
     say(o.load_s - STARTED_S, "srv  llama_server: listening on http://127.0.0.1:5")
     for i, q in enumerate(o.requests):
         launched = q.started_s - STARTED_S + 0.0003

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from moelib.gguf import gguf_file, twin
+from moelib.gguf import gguf_file, outline, twin
 
 U32, I32, F32, BOOL, STRING, ARRAY, I64 = 4, 5, 6, 7, 8, 9, 11
 
@@ -136,6 +137,19 @@ def loadable(arch: str, layers: int = 4, experts: int = 8, vocab: int = 512):
                 b["exp_probs_b.bias"] = (experts,)
         tensors |= {f"blk.{i}.{k}": shape for k, shape in b.items()}
     return metadata, tensors
+
+
+def typed(arch, experts, rest, layers=4):
+    """An outline of a loadable model, its matrices of two types."""
+    metadata, tensors = loadable(arch, layers)
+    raw = build(metadata, tensors)
+    whole = outline.from_bytes([(raw, len(raw))], f"{arch}.gguf")
+    small = re.compile(r"gate_inp|shortconv\.conv|\.bias$")
+    types = {
+        t.name: "F32" if len(t.shape) == 1 or small.search(t.name) else experts if "_exps" in t.name else rest
+        for t in whole.tensors
+    }
+    return whole.with_types(types)
 
 
 def write_nextn(path: Path, width: int = 256, layers: int = 3, experts: int = 8, vocab: int = 512) -> Path:

@@ -6,6 +6,7 @@ build (--version, --help, --list-devices) goes to the real server, and so does a
 tests/test_stub.py holds it to the real one.
 """
 
+import ctypes
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from pathlib import Path
 
 HERE = Path(sys.argv[0]).resolve().parent
 MIB = 1 << 20
+PR_CAPBSET_DROP, CAP_IPC_LOCK = 24, 14
 STEP_S = 0.0005  # a token
 ALPHABET = 500  # token ids
 REASON = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found", 500: "Internal Server Error"}
@@ -118,12 +120,16 @@ def main():
 
 
 def _real(tool, argv, defect):
-    """Become the real server: without the words in `drop`, with those in `add`, within `address_space` bytes."""
+    """Become the real server: without the words in `drop`, with those in `add`, within `address_space` bytes, or with
+    the right to lock `memlock` bytes at most."""
     if defect.get("stopped"):
         os.kill(os.getpid(), signal.SIGSTOP)
     argv = [a for a in argv if a not in defect.get("drop", ())] + defect.get("add", [])
     if "address_space" in defect:
         resource.setrlimit(resource.RLIMIT_AS, (defect["address_space"],) * 2)
+    if "memlock" in defect:
+        ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_IPC_LOCK, 0, 0, 0)  # root would not heed the limit
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (defect["memlock"],) * 2)
     os.execv(tool, [tool, *argv])
 
 
@@ -181,7 +187,10 @@ class Server:
         self.placement = "cpu-moe" if "--cpu-moe" in argv else "baseline"
         if "--n-cpu-moe" in argv:
             self.placement = f"n-cpu-moe={after['--n-cpu-moe']}"
-        self.mapped = after.get("--load-mode") != "none"
+        self.mode = after.get("--load-mode", "mmap")
+        self.mapped = self.mode == "mmap"
+        self.threads, self.ubatch, self.kv = after["-t"], int(after.get("-ub", 512)), after.get("-ctk", "f16")
+        self.op_offload = "--no-op-offload" not in argv
         self.key = os.environ.get("LLAMA_API_KEY")
 
     def log(self, part, text):
@@ -196,6 +205,10 @@ class Server:
         self.log("cmn  common_param", f"common_params_print_info: build {number} ({self.commit}) {with_}")
         if self.defect.get("load") == "silent":
             return
+        self.log("cmn  common_param", f"system_info: n_threads = {self.threads} (n_threads_batch = {self.threads}) / 2")
+        self.log("load_tensors", f"loading model tensors, this can take a while... (load_mode = {self.mode})")
+        self.log("llama_context", f"n_ctx                 = {self.context}")
+        self.log("llama_context", f"n_ubatch              = {min(self.ubatch, self.context)}")
         placement = "baseline" if self.defect.get("load") == "deaf" else self.placement
         device = "none" if self.defect.get("load") == "cpu" else self.device
         layers = h["block_count"] + 1
@@ -214,10 +227,13 @@ class Server:
         (HERE / "held").write_text(str(on + kv + 2 * MIB if on else 0), encoding="utf-8")
         self._buffer("llama_context", "CPU", "output", 2048)
         self._buffer("llama_kv_cache", where, "KV", kv)
+        self.log("llama_kv_cache", f"size = 0.00 MiB, K ({self.kv}):    0.00 MiB, V ({self.kv}):    0.00 MiB")
         if on:
             self._buffer("sched_reserve", where, "compute", 2 * MIB)
         self._buffer("sched_reserve", "CPU", "compute", MIB)
         splits = 2 if on and placement == "baseline" else 1 if not on else 4
+        if splits == 4 and device.startswith("CUDA") and self.op_offload and self.ubatch >= 32:
+            splits = "6 / 4"
         self.log("sched_reserve", f"graph: nodes = 95, splits = {splits}, input objects = 4, input tensors = 9")
 
     def _buffer(self, part, name, kind, nbytes):

@@ -187,7 +187,7 @@ def test_what_nobody_thought_of_is_one_line_too(monkeypatch):
         (["xyz"], "there are audit, card, doctor"),
         (["study", "status", "demmo"], "unknown study 'demmo'; did you mean 'demo'?; allowed: demo, full"),
         (["twin", "phi-3-moe"], "did you mean 'phi-3.5-moe'"),
-        (["quantize", "phi-3.5-moe", "Q4_K"], "did you mean 'Q4_K_M'"),
+        (["quantize", "phi-3.5-moe", "Q4_KM"], "did you mean 'Q4_K_M'"),
     ],
 )
 def test_a_misspelt_name_gets_the_nearest_one_or_the_list(argv, says):
@@ -203,7 +203,7 @@ def test_a_misspelt_name_gets_the_nearest_one_or_the_list(argv, says):
         ("moelib study run d", {"demo"}),
         ("moelib study run demo --cell phi-3.5-moe/Q2", {"phi-3.5-moe/Q2_K"}),
         ("moelib quantize deep", {"deepseek-moe-16b"}),
-        ("moelib quantize phi-3.5-moe ", {"Q4_K_M", "Q2_K", "Q8_0"}),
+        ("moelib quantize phi-3.5-moe IQ4", {"IQ4_NL", "IQ4_XS"}),
         ("moelib audit h", {"h100-twins", "h200-twins"}),
         ("moelib he", {"header"}),
         ("moelib header --j", {"--json"}),

@@ -193,6 +193,12 @@ def test_where_the_baselines_load_mode_has_no_offload_any_other_is_taken():
     assert frames.load_modes([BASE, COPIED]) == []
 
 
+def test_locked_weights_are_not_taken_for_copied_ones():
+    locked = (COPIED[0], "mlock")
+    assert frames.load_modes([BASE, locked, MAPPED]) == []
+    assert frames.load_modes([BASE, COPIED, locked, MAPPED]) == [(MAPPED, COPIED)]
+
+
 def test_the_runs_of_a_study_come_in_its_order_of_placements():
     """However they were shuffled within their rounds: tables and legends keep one order."""
     study = measured((1.0, 2.0, 3.0), modes=("baseline/mmap", "cpu-moe/mmap", "cpu-moe/none"))

@@ -58,6 +58,9 @@ def test_the_load_modes_flags_are_those_of_the_build():
     assert mapped.load_flags({"--load-mode"}) == {"--load-mode": "mmap"}
     assert none.load_flags({"--no-mmap"}) == {"--no-mmap": None}
     assert mapped.load_flags({"--no-mmap"}) == {}
+    locked = Placement.parse("cpu-moe", "mlock")
+    assert locked.load_flags({"--load-mode"}) == {"--load-mode": "mlock"}
+    assert locked.load_flags({"--no-mmap", "--mlock"}) == {"--no-mmap": None, "--mlock": None}  # alone, it maps too
 
 
 @pytest.mark.parametrize(
@@ -84,9 +87,9 @@ def test_a_text_that_is_no_placement_is_refused_with_one_that_is(text, message):
         Placement.parse(text)
 
 
-def test_load_modes_are_two():
-    with pytest.raises(PlacementError, match="take mmap or none"):
-        Placement.parse("cpu-moe", "mlock")
+def test_load_modes_are_three():
+    with pytest.raises(PlacementError, match="take one of mmap, none, mlock"):
+        Placement.parse("cpu-moe", "dio")
 
 
 def test_placements_sort_from_most_on_the_gpu_to_least():

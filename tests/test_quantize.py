@@ -13,10 +13,12 @@ from moelib.base import files
 from moelib.campaign import campaign
 from moelib.catalogue import params
 from moelib.catalogue.params import ParamsError
+from moelib.engine import quants
 from moelib.gguf import gguf_file
 from moelib.machine import process
 from moelib.models import models, quantize
 from moelib.models.quantize import QuantizeError
+from moelib.report import plots
 from moelib.study import plan
 
 pytestmark = pytest.mark.engine
@@ -86,8 +88,46 @@ def test_a_quantised_source_is_refused_with_the_reason(own_source, engine, tmp_p
 
 
 def test_an_unknown_quant_is_refused_before_anything_runs(source, engine, tmp_path):
-    with pytest.raises(ParamsError, match="Q4_K_M, Q2_K, Q8_0"):
-        quantize.make(source, "Q3_K", engine, tmp_path)
+    for name, message in [
+        ("q3_k_m", "unknown quant 'q3_k_m'; did you mean 'Q3_K_M'.; .* makes .*Q4_K_M, .*Q8_0"),
+        ("nothing", "unknown quant 'nothing'; .* makes .*IQ4_XS"),
+        ("F16", "F16 is not quantised, and what is measured are quants: "),
+    ]:
+        with pytest.raises(ParamsError, match=message):
+            quantize.make(source, name, engine, tmp_path)
+
+
+def test_what_llama_quantize_offers_is_known_by_its_numbers(engine):
+    known = quants.offered(engine)
+    assert {"Q4_K_M": 15, "Q2_K": 10, "Q8_0": 7, "IQ4_XS": 30, "F16": 1}.items() <= known.items()
+    assert len(known) > 30
+
+
+@pytest.mark.parametrize("quant", ["Q6_K", "IQ4_XS", "MXFP4_MOE"])
+def test_any_quant_of_the_build_makes_a_file(home, engine, tmp_path, quant):
+    made = quantize.make(models.make_twin("phi-3.5-moe", "nano"), quant, engine, tmp_path)
+    assert made.manifest["quant"] == made.header.label == quant
+    assert made.path.name == f"phi-3.5-moe-{quant}.gguf"
+    assert quant.removesuffix("_MOE") in made.manifest["expert_types"]
+
+
+def test_a_study_of_a_quant_beyond_the_three_runs_and_is_ordered_by_its_bits(home, engine):
+    text = (home / "params/studies/smoke.yaml").read_text(encoding="utf-8")
+    (home / "params/studies/more.yaml").write_text(text.replace("[Q8_0]", "[Q6_K, Q2_K]"), encoding="utf-8")
+    study, cells = campaign.select("more")
+    done = [r for cell in cells for r in campaign.measure(study, cell)]
+    assert {r.status for r in done} <= {"valid", "degraded"}, [r.reasons for r in done]
+    assert {r.spec.quant for r in done} == {"Q2_K", "Q6_K"}
+    assert plots._by_bits(study.again()) == ["Q2_K", "Q6_K"]
+
+
+def test_a_study_of_an_unknown_quant_is_refused_before_anything_starts(home, engine):
+    text = (home / "params/studies/smoke.yaml").read_text(encoding="utf-8")
+    (home / "params/studies/odd.yaml").write_text(text.replace("[Q8_0]", "[Q8_0, Q4_KM]"), encoding="utf-8")
+    result = CliRunner().invoke(cli.main, ["study", "run", "odd"])
+    assert result.exit_code == 1
+    assert "unknown quant 'Q4_KM'; did you mean 'Q4_K_M'?" in result.output
+    assert not (home / "outputs/odd").exists()
 
 
 def test_a_disk_that_is_too_small_is_named_before_the_engine_writes(own_source, engine, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ TIGHT = SMOKE.replace("deepseek-moe-16b", "phi-3.5-moe").replace("placement: bas
 
 @pytest.mark.engine
 def test_a_study_without_a_baseline_says_what_it_compares_with(home, engine):
-    (home / "params/studies/tight.yaml").write_text(TIGHT)
+    (home / "params/studies/tight.yaml").write_text(TIGHT, encoding="utf-8")
     params._yaml.cache_clear()
     study, cells = campaign.select("tight")
     campaign.run_cells(study, cells)

@@ -53,7 +53,7 @@ def quantised(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "x.gguf"
     sha256 = twin.write(path, params.model("deepseek-moe-16b").at_scale("nano"))
     manifest = MANIFEST.model_copy(update={"sha256": sha256, "file_bytes": path.stat().st_size})
-    return quantize.Quantised(gguf_file.read_header(path), manifest.model_dump(), files.Hashed(path, sha256))
+    return quantize.Quantised(gguf_file.read_header(path), manifest.model_dump(), files.Hashed(path, known=sha256))
 
 
 def execute(quantised, work, how=lambda t: t, **of_stub):

@@ -70,18 +70,23 @@ def head(path: Path, most: int) -> bytes:
         return data
 
 
-class Hashed:
-    """A file's SHA-256, computed once, and again whenever the file has changed since.
+def joint_sha256(hashes: dict[str, str]) -> str:
+    """The digest of a model from those of its files by name: that of its only file, or one over all of them."""
+    return next(iter(hashes.values())) if len(hashes) == 1 else digest(hashes)
 
-    `known`: the digest of the file's present content, if the caller has just computed it.
+
+class Hashed:
+    """The SHA-256 of a file, or of all files of a model, computed once, and again whenever one has changed since.
+
+    `known`: the digest of the present content, if the caller has just computed it.
     """
 
-    def __init__(self, path: Path, known: str | None = None):
-        self.path, self._sha256, self._state = path, known, state(path) if known else None
+    def __init__(self, *paths: Path, known: str | None = None):
+        self.paths, self._sha256, self._states = paths, known, [*map(state, paths)] if known else None
 
     def sha256(self) -> str:
-        if (now := state(self.path)) != self._state or self._sha256 is None:
-            self._sha256, self._state = sha256(self.path), now
+        if (now := [*map(state, self.paths)]) != self._states or self._sha256 is None:
+            self._sha256, self._states = joint_sha256({p.name: sha256(p) for p in self.paths}), now
         return self._sha256
 
 

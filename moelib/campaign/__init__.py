@@ -1,1 +1,1 @@
-"""Carrying a study out: a bench for its runs, cells in turn, notebooks."""
+"""Carrying a study out: a bench for its runs, files as they are, cells in turn, notebooks."""

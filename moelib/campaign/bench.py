@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from moelib.audit import audit, record, witness
 from moelib.base import claim, files
+from moelib.campaign import given
 from moelib.catalogue import params
 from moelib.catalogue.facts import DeviceFacts, HostFacts, Manifest
 from moelib.catalogue.placement import Placement
@@ -96,17 +97,17 @@ def one(
     device_kind: str = "auto",
     keep: Path | None = None,
 ) -> record.Record:
-    """One run of a quantised file that belongs to no study; its record and logs are kept in the folder `keep`, or not.
+    """One run of any GGUF, which belongs to no study; its record and logs are kept in the folder `keep`, or not.
 
-    Raises PlacementError, QuantizeError for a file without a manifest or a placement that moves nothing of it,
-    EngineError, DeviceError.
+    Raises PlacementError, GGUFError, QuantizeError for a file that was changed since it was made, that the engine
+    cannot load, or of which the placement moves nothing, EngineError, DeviceError.
     """
     Placement.parse(placement, load_mode)
     for name in workloads:
         params.workload(name)
-    quantised = quantize.made(file)
-    quantize.refuse_senseless(quantised.header, [placement])
     llama = engine.find()
+    quantised = given.measurable(file, llama)
+    quantize.refuse_senseless(quantised.header, [placement])
     where = device.choose(device_kind, llama)
     of = {k: quantised.manifest[k] for k in ("model", "quant", "weights", "scale")}
     spec = run.Spec(

@@ -8,8 +8,9 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from moelib.campaign import notebooks
 from moelib.campaign.bench import Bench, audited, held
 from moelib.catalogue import params
 from moelib.catalogue.facts import Manifest
-from moelib.engine import engine
+from moelib.engine import engine, quants
 from moelib.machine import host, process
 from moelib.measure import device
 from moelib.measure.llama_server import LlamaServer
@@ -35,17 +36,23 @@ from moelib.study.study import Study, same_manifest
 log = logging.getLogger(__name__)
 
 
-def measure(study: Study, cell: Cell) -> Iterator[record.Record]:
+Obtain = Callable[[engine.Engine, Path], quantize.Quantised]
+"""What makes a cell's file, or finds it, given the engine and a folder for scratch."""
+
+
+def measure(study: Study, cell: Cell, obtain: Obtain | None = None) -> Iterator[record.Record]:
     """Make the cell's file, then do every run that has no valid record; yield each run's record as it stands.
 
-    A run that fails is recorded and the next one goes on. A cell that is whole is read, and needs neither engine nor
-    device. Raises what stands in the way of all runs: no engine, no device, no source, no disk.
+    obtain: what gives the file; by default it is that of the catalogue's model at the cell's quant. A run that fails is
+    recorded and the next one goes on. A cell that is whole is read, and needs neither engine nor device. Raises what
+    stands in the way of all runs: no engine, no device, no source, no disk.
     """
     evidence = study.evidence_now(cell)
     if _whole(study, cell, status := study.status_now(cell, evidence)):
         yield from (r for block in status.rounds for r in block)
         return
-    refuse_senseless(study.parameters)
+    if obtain is None:
+        refuse_senseless(study.parameters)
     llama = engine.find()
     where = device.choose(study.parameters.device, llama)
     if where.kind == "none":
@@ -54,12 +61,13 @@ def measure(study: Study, cell: Cell) -> Iterator[record.Record]:
             "be valid: run `make engine` for a build with RPC or CUDA, or set `device: auto` in "
             f"params/studies/{study.name}.yaml"
         )
+    if obtain is None:
+        quants.check(llama, study.parameters.quants)
     study.begin()
     study.work.mkdir(parents=True, exist_ok=True)
     with held(where), _scratch(study) as work:
         process.sweep(study.work)
-        source = sources.obtain(cell.model, study.parameters.weights, study.parameters.scale, needed=False)
-        quantised = quantize.make(source, cell.quant, llama, work)
+        quantised = (obtain or partial(_catalogued, study, cell))(llama, work)
         if study.manifest(cell) != Manifest.model_validate(quantised.manifest):
             files.write_json(study.manifest_path(cell), quantised.manifest)
         bench = Bench.ready(quantised, LlamaServer(llama), where, work)
@@ -76,6 +84,11 @@ def measure(study: Study, cell: Cell) -> Iterator[record.Record]:
                     attempt = 1 + last[record.spec_key(spec)]
                     existing = record.write(study.path, bench.perform(study.path, spec, attempt))
                 yield existing
+
+
+def _catalogued(study: Study, cell: Cell, llama: engine.Engine, work: Path) -> quantize.Quantised:
+    source = sources.obtain(cell.model, study.parameters.weights, study.parameters.scale, needed=False)
+    return quantize.make(source, cell.quant, llama, work)
 
 
 def device_note(study: Study) -> str | None:
@@ -198,9 +211,11 @@ def run_cells(study: Study, cells: list[Cell], say: Callable[[str], object] = lo
     """Execute the notebook of every cell that is not done; a cell that fails leaves the rest running.
 
     `say` is told of each cell as its turn comes. Returns what has no valid result, run by run, with reasons. Raises
-    StudyError for placements that make no sense.
+    StudyError for placements that make no sense, ParamsError for a quant that the engine does not make.
     """
     refuse_senseless(study.parameters)
+    with suppress(engine.EngineError):  # cells that are done need none, and the others say so
+        quants.check(engine.find(), study.parameters.quants)
     problems = []
     study.begin()
     for i, cell in enumerate(cells):

@@ -31,21 +31,32 @@ class Fallback(Strict):
     type: Name
 
 
+class ImatrixFacts(Facts):
+    """The importance matrix that a file was quantised with."""
+
+    file_name: Name
+    sha256: Sha256
+
+
 class Manifest(Facts):
-    """A quantised file as it was written. A record holds it under the key `sheet`."""
+    """A quantised file as it was written, or found. A record holds it under the key `sheet`.
+
+    None where moelib did not make the file: what it was made from, by which engine, and how long that took.
+    """
 
     model: Name
     quant: Name
     scale: Name
     weights: Literal["twin", "real"]
     origin: Name | None = None
-    """Where its source came from; None in the first records."""
+    """Where its source came from, or the file itself; None in the first records."""
     file_name: Name
     file_bytes: Bytes
     predicted_bytes: Bytes | None
-    """By the engine's dry run, None where it has none."""
+    """By the engine's dry run, None where there was none."""
     sha256: Sha256
-    source_sha256: Sha256
+    """Of a split model: of its files' names and digests."""
+    source_sha256: Sha256 | None
     parameters: Count
     bits_per_weight: Annotated[float, Field(gt=0, le=64)]
     tensor_types: dict[Name, Count]
@@ -53,8 +64,10 @@ class Manifest(Facts):
     expert_bytes: Bytes
     fallbacks: tuple[Fallback, ...]
     engine_build: Count | None
-    engine_version: Name
-    quantize_s: Seconds
+    engine_version: Name | None
+    quantize_s: Seconds | None
+    imatrix: ImatrixFacts | None = None
+    """None in manifests of files that were quantised without one, and where moelib did not make the file."""
 
 
 LLAMA_SERVER = "llama-server"

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, AliasChoices, Field, PositiveInt, model_validator
 
@@ -19,9 +19,10 @@ from moelib.catalogue.upstream import Pin as Pin
 from moelib.catalogue.upstream import Repository, Upstream
 from moelib.catalogue.upstream import SourceFile as SourceFile
 
-Quant = Literal["Q4_K_M", "Q2_K", "Q8_0"]
-"""llama-quantize type names that a study may use."""
-QUANTS: tuple[str, ...] = get_args(Quant)
+Quant = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,39}$")]
+"""llama-quantize's name of a type; which there are is known by the engine (`engine.quants`)."""
+QUANTS = ("Q4_K_M", "Q2_K", "Q8_0")
+"""Those of a study, or of a plan, that names none."""
 
 # Limits are far above any real model or study and far below what would exhaust memory: a larger value is a mistake.
 Width = Annotated[PositiveInt, Field(le=1 << 20)]
@@ -95,7 +96,7 @@ class PlacementMode(Strict):
     """A placement and a load mode; each round of a study runs every one of them once."""
 
     placement: Annotated[str, AfterValidator(lambda text: str(Placement.parse(text)))]
-    load_mode: Literal["mmap", "none"] = "mmap"
+    load_mode: Literal["mmap", "none", "mlock"] = "mmap"
 
     @property
     def placed(self) -> Placement:
@@ -112,7 +113,7 @@ class Study(Strict):
     models: tuple[str, ...] = Field(min_length=1, max_length=MAX_NAMES)
     weights: Literal["twin", "real"]
     scale: str = "full"
-    quants: tuple[Quant, ...] = Field(min_length=1)
+    quants: tuple[Quant, ...] = Field(QUANTS, min_length=1, max_length=MAX_NAMES)
     arms: tuple[PlacementMode, ...] = Field(
         min_length=1, max_length=MAX_NAMES, validation_alias=AliasChoices("placements", "arms")
     )
@@ -222,11 +223,6 @@ def workload(name: str) -> Workload:
 def card(name: str) -> Card:
     """The hand-written part of the card of model `name`. Raises ParamsError."""
     return _entry(Card, "model with a card", "cards.yaml", name)
-
-
-def quant(name: str) -> str:
-    """Return `name` if a study may use it. Raises ParamsError."""
-    return _known("quant", name, QUANTS)
 
 
 def study_names() -> list[str]:

@@ -1,7 +1,7 @@
 """A placement: where a run keeps the model's weights, and with which settings of llama.cpp.
 
 Written as `baseline`, `cpu-moe` or `n-cpu-moe=12`, with settings after commas: `cpu-moe,ubatch=64,kv=q8_0`. The load
-mode (mmap or none) stands beside it in a study and in a record.
+mode (mmap, none or mlock) stands beside it in a study and in a record.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ REFERENCE = "baseline"
 none, as no card that it is for holds one, the placement with most on the GPU takes its part."""
 MAX_LAYERS = 9999
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
-LOAD_MODES = ("mmap", "none")
+LOAD_MODES = ("mmap", "none", "mlock")
 SETTINGS = {
     "ubatch": "tokens of a prompt computed at once, llama.cpp's physical batch (512 by default)",
     "op-offload": "off: large batches are computed where their weights are, not copied to the GPU",
@@ -41,7 +41,8 @@ class Placement:
     cpu_layers: float
     """The experts of so many first layers are on the CPU: 0 in a baseline, infinity for all."""
     load_mode: str = "mmap"
-    """mmap: host weights are mapped from the file; none: copied to memory of their own (pinned, with CUDA)."""
+    """mmap: host weights are mapped from the file; none: copied to memory of their own (pinned, with CUDA); mlock: as
+    none, and locked, so that the system cannot swap them out."""
     ubatch: int | None = None
     op_offload: bool = True
     kv: str | None = None
@@ -53,7 +54,7 @@ class Placement:
         """The placement that `text` names. Raises PlacementError."""
         name, *settings = text.split(",")
         if load_mode not in LOAD_MODES:
-            raise PlacementError(f"load mode {load_mode!r}: take {' or '.join(LOAD_MODES)}")
+            raise PlacementError(f"load mode {load_mode!r}: take one of {', '.join(LOAD_MODES)}")
         values: dict[str, int | str | bool] = {}
         for setting in settings:
             key, _, value = setting.partition("=")
@@ -130,7 +131,8 @@ class Placement:
         """The load mode's flags for a build that has the flags `known`: older ones say --no-mmap."""
         if "--load-mode" in known:
             return {"--load-mode": self.load_mode}
-        return {"--no-mmap": None} if self.load_mode == "none" else {}
+        flags: dict[str, str | None] = {} if self.load_mode == "mmap" else {"--no-mmap": None}
+        return flags | ({"--mlock": None} if self.load_mode == "mlock" else {})
 
     def fault(self, layers: int, expert_layers: Collection[int]) -> str | None:
         """Why it makes no sense for a model of `layers` layers, of which `expert_layers` have experts, with what would;

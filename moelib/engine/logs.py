@@ -54,8 +54,20 @@ class Log:
     type_counts: dict[str, int]
     """Number of tensors by type, in capitals."""
     context: int | None
+    ubatch: int | None
+    kv_types: frozenset[str]
+    """Types of keys and of values, in all caches; empty for a model without one."""
     threads: int | None
+    batch_threads: int | None
+    """Threads for a prompt."""
     load_mode: str | None
+    """None in builds that do not name it."""
+    mapped: bool | None
+    """Whether the file was to be mapped, in builds that do not name the load mode."""
+    unlocked: str | None
+    """Why memory could not be locked, for load mode mlock."""
+    splits: tuple[int, int] | None
+    """Parts of the graph for a prompt's batch, and of the one for a token; a report holds what its day's code read."""
 
 
 KINDS = ("model", "KV", "compute", "output", "RS", "LoRA")
@@ -66,23 +78,29 @@ _UNUSED = re.compile(r"model has unused tensor (\S{1,128}) \(size = \d+ bytes\)"
 _BUILT = re.compile(r"\bbuild:? (\d+ \(.{1,400})")
 _LAYERS = re.compile(r"offloaded (\d{1,9})/(\d{1,9}) layers")
 _SPLITS = re.compile(r"splits = (\d{1,9})(?: \(with bs=\d+\), (\d{1,9}) \(with bs=1\))?")
+_BOTH_SPLITS = re.compile(r"splits = (\d{1,9})(?:(?: \(with bs=\d+\),| /) (\d{1,9}))?")
 _UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _TIME = re.compile(r"(\d+)\.(\d\d)\.(\d{3})\.(\d{3}) ")
 _PROMPT = re.compile(r"prompt eval time = *([\d.]+) ms / *(\d+) tokens")
 _EVAL = re.compile(r"\beval time = *([\d.]+) ms / *(\d+) (?:tokens|runs)")
 _PARAMETERS = re.compile(r"([\d.]+) ([KMBT])")
 _BITS = re.compile(r"\(([\d.]+) BPW\)")
+_BATCH_THREADS = re.compile(r"n_threads_batch = (\d{1,9})\)")
+_KV = re.compile(r"\b[KV] \((\w{1,16})\):")
 _LEFT = re.compile(r"\| +- CUDA\d+ [^|]*\| +(\d+) = +(\d+) \+")
 _REPORT = ("buffer size", "splits =", "offloaded ", "build", "unused tensor")
 _FACTS = {
     "print_info: n_expert ": "n_expert",
     "print_info: n_expert_used ": "n_expert_used",
     "llama_context: n_ctx ": "n_ctx",
+    "llama_context: n_ubatch ": "n_ubatch",
     "(load_mode ": "load_mode",
+    "(mmap ": "mmap",
     "system_info: n_threads ": "n_threads",
 }
 _READY = "listening on http"
-_LOADING = {w: w.encode() for w in (*_REPORT, *_FACTS, "- type ", "model params", " BPW)", _READY)}
+_CACHE, _UNLOCKED = ", K (", "failed to mlock"
+_LOADING = {w: w.encode() for w in (*_REPORT, *_FACTS, "- type ", "model params", " BPW)", _CACHE, _UNLOCKED, _READY)}
 _SERVING = {w: w.encode() for w in ("eval time = ", "processing task", "memory_breakdown")}
 """Words in the relevant lines, a tenth of all, before and after the server is ready. Searching the whole text for a
 word is many times faster than testing each line for each word, or matching a pattern."""
@@ -154,7 +172,8 @@ def parse(text: bytes) -> Log:
     report, tasks = [], []
     types: dict[str, int] = {}
     facts: dict[str, str] = {}
-    ready = launched = prompt = used = parameters = bits = None
+    kv_types: set[str] = set()
+    ready = launched = prompt = used = parameters = bits = batch_threads = unlocked = None
     listening = text.find(_LOADING[_READY])
     head = text.find(b"\n", listening + 1) if listening >= 0 else len(text)
     for word, line in itertools.chain(_lines(text[:head], _LOADING), _lines(text[head:], _SERVING)):
@@ -162,7 +181,13 @@ def parse(text: bytes) -> Log:
             report.append(line)
         elif word in _FACTS:
             value = line.partition(word)[2].lstrip(" =").partition(" ")[0]
-            facts.setdefault(_FACTS[word], value.rstrip(")"))
+            facts.setdefault(_FACTS[word], value.rstrip("),"))
+            if m := _BATCH_THREADS.search(line):
+                batch_threads = int(m[1])
+        elif word == _CACHE:
+            kv_types |= set(_KV.findall(line))
+        elif word == _UNLOCKED:
+            unlocked = unlocked or line.partition("warning: ")[2][:200]
         elif word == "eval time = ":
             if m := _PROMPT.search(line):
                 prompt = (int(m[2]), float(m[1]) / 1e3)
@@ -184,6 +209,7 @@ def parse(text: bytes) -> Log:
             ready = _seconds(line) if ready is None else ready
         elif m := _LEFT.search(line):
             used = (used or 0) + (int(m[1]) - int(m[2]) << 20)
+    splits = _BOTH_SPLITS.findall("\n".join(report))
     number = {key: int(value) for key, value in facts.items() if value.isdigit()}
     experts, used_experts = number.get("n_expert"), number.get("n_expert_used")
     return Log(
@@ -196,6 +222,12 @@ def parse(text: bytes) -> Log:
         bits_per_weight=bits,
         type_counts=types,
         context=number.get("n_ctx"),
+        ubatch=number.get("n_ubatch"),
+        kv_types=frozenset(kv_types),
         threads=number.get("n_threads"),
+        batch_threads=batch_threads,
         load_mode=facts.get("load_mode"),
+        mapped={"true": True, "false": False}.get(facts.get("mmap", "")),
+        unlocked=unlocked,
+        splits=(int(splits[-1][0]), int(splits[-1][1] or splits[-1][0])) if splits else None,
     )

@@ -13,13 +13,11 @@ from stat import S_ISDIR, S_ISREG
 from typing import Any, BinaryIO
 
 from moelib.gguf import gguf_reader
-from moelib.gguf.gguf_header import Header, Tensor
+from moelib.gguf.gguf_header import SPLIT, Header, Tensor
 from moelib.gguf.gguf_reader import AGAIN, GGUFError, HeaderCut, mib, refuse, tensor_bytes
 
 __all__ = ["GGUFError", "Header", "HeaderCut", "Tensor", "from_bytes", "read_header", "split_paths", "tensor_bytes"]
 
-SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
-"""End of the name of one file of a split model; llama.cpp is given the first and finds the others."""
 MAX_PARTS = 4096
 SLICE = re.compile(r"[(._ -]*part(\d+)of(\d+)", re.IGNORECASE)
 """In the name of a slice of one file, cut for upload, which is no GGUF by itself."""

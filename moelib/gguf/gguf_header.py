@@ -3,11 +3,14 @@
 import re
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
+
+from gguf import LlamaFileType
 
 from moelib.catalogue.placement import Placement
 from moelib.gguf.gguf_reader import GGUFError
@@ -17,6 +20,9 @@ EXPERT_TENSOR = re.compile(r"^blk\.(\d{1,9})\.ffn_(up|down|gate|gate_up)_(ch|)ex
 
 LONE_EXPERT = re.compile(r"^blk\.\d+\.ffn_(up|down|gate)\.\d+\.(weight|bias)$")
 """One expert in its own tensor, as in files from before April 2024."""
+
+SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+"""End of the name of one file of a split model; llama.cpp is given the first and finds the others."""
 
 UNQUANTISED = {"F64", "F32", "F16", "BF16", "I8", "I16", "I32", "I64"}
 TWIN_NAME = "geometry twin"
@@ -93,6 +99,24 @@ class Header:
         blocks = {t.block for t in self.tensors if t.block is not None}
         head = self.layers is not None and blocks and min(blocks) >= self.layers  # a NextN layer, published separately
         return "draft" if arch in DRAFTS or head else "model"
+
+    @property
+    def label(self) -> str:
+        """The quant that the file says it is; the type that most of its bytes have, if it does not say."""
+        with suppress(ValueError):
+            if (kind := LlamaFileType(self.metadata.get("general.file_type", -1))) != LlamaFileType.GUESSED:
+                return kind.name.removeprefix("MOSTLY_").removeprefix("ALL_")
+        sizes: Counter[str] = Counter()
+        for t in self.tensors:
+            sizes[t.type] += t.nbytes
+        return sizes.most_common(1)[0][0]
+
+    @property
+    def model_name(self) -> str:
+        """The model's name by that of its file, without quant and number of the part."""
+        stem = SPLIT.sub("", self.path.name).removesuffix(".gguf")
+        stem = re.sub(rf"[-._]{re.escape(self.label)}$", "", stem, flags=re.IGNORECASE)
+        return re.sub(r"[^\w.-]+", "-", stem, flags=re.ASCII).strip("-.") or "model"
 
     @property
     def is_quantised(self) -> bool:

@@ -138,7 +138,13 @@ class Child(AbstractContextManager["Child"]):
     """
 
     def __init__(
-        self, argv: list[str], log: Path, env: dict[str, str], cpus: Sequence[int] = (), log_bytes: int = LOG_BYTES
+        self,
+        argv: list[str],
+        log: Path,
+        env: dict[str, str],
+        cpus: Sequence[int] = (),
+        log_bytes: int = LOG_BYTES,
+        cwd: Path | None = None,
     ):
         self.argv, self.log, self._log = argv, log, Log(log, log_bytes)
         self.exit: Exit | None = None
@@ -148,8 +154,9 @@ class Child(AbstractContextManager["Child"]):
         with log.open("wb") as out:
             # in its own session: Ctrl-C reaches only this process, which then ends the child in order
             self._popen = subprocess.Popen(
-                launch, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True
-            )
+                launch, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True,
+                cwd=cwd,
+            )  # fmt: skip
         self.pid = self._popen.pid
         self._note = log.with_suffix(".child.json")
         self._over, self._ending, self._flooded = threading.Event(), threading.Lock(), False
@@ -294,7 +301,16 @@ def _running(identity: list[float]) -> psutil.Process | None:
 
 def peak_rss(pid: int) -> int | None:
     """A process's peak RSS as recorded by the system; None if it does not record it."""
-    kib = re.search(r"^VmHWM:\s+(\d+) kB", system_text(f"/proc/{pid}/status"), re.M)
+    return _memory(pid, "VmHWM")
+
+
+def locked(pid: int) -> int | None:
+    """Bytes of its memory that a process has locked; None if the system does not say."""
+    return _memory(pid, "VmLck")
+
+
+def _memory(pid: int, key: str) -> int | None:
+    kib = re.search(rf"^{key}:\s+(\d+) kB", system_text(f"/proc/{pid}/status"), re.M)
     return int(kib[1]) * 1024 if kib else None
 
 

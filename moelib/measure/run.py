@@ -95,7 +95,8 @@ class Observation:
     env: tuple[str, ...]
     """Names of its environment variables."""
     file_sha256: Sha256
-    """Of the quantised file, read from disk since this process began to measure it, and unchanged since."""
+    """Of the file, read from disk since this process began to measure it, and unchanged since. Of one that is measured
+    as it is: read when its size and times, which have not changed, were noted."""
     device_kind: str
     """cuda, loopback or none."""
     threads: Count
@@ -129,6 +130,9 @@ class Observation:
     """The same of the process that plays the device; None where none does."""
     system_files: dict[str, str] | None = None
     """The same of what llama-server had mapped of the system: C library, driver."""
+    host_locked_bytes: Bytes | None = None
+    """Memory that llama-server had locked, for load mode mlock; None in records of earlier code, and where the system
+    does not say."""
 
     @property
     def engine_digest(self) -> str | None:
@@ -194,6 +198,7 @@ def _observe(spec: Spec, quantised: Quantised, runner: Runner, device: devices.D
                     top = server.likeliest(prompts[0].content)
                     traffic, no_bus = _prompt_traffic(server, prompts, session, now)
             peak, rss = session.peak_bytes(), None if server.pid is None else process.peak_rss(server.pid)
+            locked = None if server.pid is None else process.locked(server.pid)
             use = monitor_host.stop(server.pid, session.pid)
             digests, unread = server.files(session.pid, since)
             ended = server.stop()
@@ -235,6 +240,7 @@ def _observe(spec: Spec, quantised: Quantised, runner: Runner, device: devices.D
         engine_files=mapped.get("engine_files"),
         device_files=mapped.get("device_files"),
         system_files=mapped.get("system_files"),
+        host_locked_bytes=locked,
     )
 
 

@@ -9,25 +9,22 @@ import hashlib
 import re
 import signal
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-
-from gguf import LlamaFileType
 
 from moelib.base import files
 from moelib.base.bar import tqdm
 from moelib.base.schema import near
 from moelib.catalogue import params
 from moelib.catalogue.facts import Manifest
-from moelib.engine import engine
+from moelib.engine import engine, quants
 from moelib.engine.engine import Engine
-from moelib.gguf import fill, gguf_file, outline
+from moelib.gguf import fill, gguf_file, imatrix, outline
 from moelib.gguf.gguf_header import UNQUANTISED
+from moelib.gguf.imatrix import Imatrix
 from moelib.gguf.outline import Outline
 from moelib.machine import host, process
 from moelib.models import models, sources
@@ -35,6 +32,7 @@ from moelib.models import models, sources
 HEADER_S = 60.0  # limit for llama.cpp to read a header, which usually takes 0.02 s
 LOG_BYTES = 32 << 20  # limit of a tool's log: 65,536 tensors with a line each take 10 MB
 TAIL_BYTES = 1 << 14
+NEEDY = re.compile(r"require an imatrix|requires an importance matrix|Missing importance matrix")
 SUPER_BLOCK = 256  # k-quants work on rows of whole super-blocks
 READY_S = 600.0
 SLOWEST_BYTES_PER_S = 2e6  # of source; far slower than any machine measured (25e6 on one core), to end only a hang
@@ -80,12 +78,28 @@ def fallbacks(header: gguf_file.Header, quant: str) -> list[dict[str, Any]]:
     return [{"tensor": t.name, "columns": t.shape[0], "type": t.type} for t in fell]
 
 
-def predict_bytes(engine: Engine, source: gguf_file.Header, quant: str, scratch: Path) -> int | None:
-    """File size predicted by `llama-quantize --dry-run` and the source's header; None if the build has no dry run."""
-    args = [engine.tool("llama-quantize"), "--dry-run", str(source.path), quant]
+def _refuse_needy(output: str, quant: str, source: gguf_file.Header) -> None:
+    """Raise QuantizeError if llama-quantize says that it needs an importance matrix."""
+    if NEEDY.search(output):
+        raise QuantizeError(
+            f"{quant} of {source.path.name} needs an importance matrix: make one with `llama-imatrix -m "
+            f"{source.path.name} -f TEXT -o FILE.gguf` and give it with `--imatrix FILE.gguf`"
+        )
+
+
+def predict_bytes(
+    engine: Engine, source: gguf_file.Header, quant: str, scratch: Path, matrix: Imatrix | None = None
+) -> int | None:
+    """File size predicted by `llama-quantize --dry-run` and the source's header; None if the build has no dry run.
+
+    Raises QuantizeError if it cannot be quantised, with `matrix` or without one.
+    """
+    dry = ["--dry-run", *(["--imatrix", str(matrix.path)] if matrix else [])]
+    args = [engine.tool("llama-quantize"), *dry, str(source.path), quant]
     _, output = _run(args, scratch / f"dry-run-{quant}.log", READY_S)
     if unknown := re.search(r"unknown model architecture: '[^'\n]{0,100}'", output):
         raise QuantizeError(f"{engine} cannot quantise {source.path.name}: {unknown[0]}; a newer build may know it")
+    _refuse_needy(output, quant, source)
     m = re.search(r"quant size\s*=\s*(\d{1,12}(?:\.\d{1,9})?) MiB", output)
     return round(float(m[1]) * 2**20) + source.file_bytes - source.tensor_bytes if m else None
 
@@ -111,14 +125,16 @@ def refuse_unloadable(engine: Engine, source: gguf_file.Header, scratch: Path) -
             return
 
 
-def _run(argv: list[str], log: Path, limit_s: float, tensors: int = 0) -> tuple[int | None, str]:
+def _run(
+    argv: list[str], log: Path, limit_s: float, tensors: int = 0, cwd: Path | None = None
+) -> tuple[int | None, str]:
     """Run a tool to its end; return its exit code and log. With `tensors`, its `[ 12/ 51]` lines move a progress bar.
 
     Raises QuantizeError, and ends the tool, if it takes too long or writes too much.
     """
     deadline = time.monotonic() + limit_s
     bar = tqdm(total=tensors, desc=log.stem, unit="tensor", disable=None if tensors else True, leave=False)
-    with process.Child(argv, log, process.environment(log.parent)) as child, bar:
+    with process.Child(argv, log, process.environment(log.parent), cwd=cwd) as child, bar:
         while child.running():
             if time.monotonic() > deadline:
                 raise QuantizeError(f"{child.name} did not end in {limit_s:.0f} s; its log ends:\n{_end(log)}")
@@ -139,17 +155,20 @@ def _end(log: Path, lines: int = 8) -> str:
         return "\n".join(f.read(TAIL_BYTES).decode("utf-8", errors="replace").splitlines()[-lines:])[-2000:]
 
 
-def make(source: models.Source, quant: str, engine: Engine, scratch: Path) -> Quantised:
+def make(source: models.Source, quant: str, engine: Engine, scratch: Path, matrix: Imatrix | None = None) -> Quantised:
     """The quantised file of `source`, made unless it exists with the hash in its note.
 
-    The tool's logs go to `scratch`. Raises QuantizeError, files.FileError or gguf_file.GGUFError.
+    matrix: importance of the source's weights; the file's name then says so. The tool's logs go to `scratch`. Raises
+    QuantizeError, files.FileError or gguf_file.GGUFError.
     """
-    params.quant(quant)
+    quants.check(engine, [quant])
     if source.path.exists():
         refuse_quantised(source.header)
-    path = source.path.with_name(f"{source.model}-{quant}.gguf")
-    expected = {"model": source.model, "quant": quant, "source_sha256": source.sha256, "engine_build": engine.build}
-    return _kept(path, expected, lambda: _make(source, quant, engine, scratch, path))
+    path = source.path.with_name(f"{source.model}-{quant}{'-imatrix' if matrix else ''}.gguf")
+    expected: dict[str, Any] = {"model": source.model, "quant": quant, "source_sha256": source.sha256}
+    expected |= {"engine_build": engine.build}
+    expected |= {"imatrix": matrix.facts} if matrix else {}
+    return _kept(path, expected, lambda: _make(source, quant, engine, scratch, path, matrix))
 
 
 def _kept(path: Path, expected: dict[str, Any], make: Callable[[], dict[str, Any]]) -> Quantised:
@@ -162,7 +181,7 @@ def _kept(path: Path, expected: dict[str, Any], make: Callable[[], dict[str, Any
     def write() -> dict[str, Any]:
         nonlocal content
         manifest = expected | make()
-        content = files.Hashed(path, manifest["sha256"])  # computed just now
+        content = files.Hashed(path, known=manifest["sha256"])  # computed just now
         return manifest
 
     for _ in range(2):
@@ -173,16 +192,24 @@ def _kept(path: Path, expected: dict[str, Any], make: Callable[[], dict[str, Any
     raise QuantizeError(f"{path.name} reads back differently than written: check this machine's disk and memory")
 
 
-def from_source(model: str, quant: str, scale: str, weights: str) -> Quantised:
+def from_source(model: str, quant: str, scale: str, weights: str, matrix: Path | None = None) -> Quantised:
     """The file of a model at `quant`, with the engine that is found here; its source is obtained first.
 
-    weights: twin or real. Raises ParamsError before anything is written, and what `sources.obtain`, `engine.find` and
-    `make` raise.
+    weights: twin or real. matrix: a file of llama-imatrix. Raises ParamsError before anything is written, also where
+    the quant needs a matrix, and what `imatrix.read`, `sources.obtain`, `engine.find` and `make` raise.
     """
-    params.quant(quant)
+    llama = engine.find()
+    quants.check(llama, [quant])
+    read = imatrix.read(matrix) if matrix else None
     with TemporaryDirectory(prefix="moelib-quantize-") as scratch:
+        shape = outline_of(model, scale)[1]
+        if read and weights == "twin":
+            read.refuse_other(shape.header)
+        if not read and quant not in params.QUANTS:
+            hollow = replace(shape.header, path=_hollow(shape, Path(scratch)))
+            predict_bytes(llama, hollow, quant, Path(scratch))
         source = sources.obtain(model, weights, scale, needed=False)
-        return make(source, quant, engine.find(), Path(scratch))
+        return make(source, quant, llama, Path(scratch), read)
 
 
 def made(path: Path) -> Quantised:
@@ -191,8 +218,8 @@ def made(path: Path) -> Quantised:
     manifest, content = models.noted(path), files.Hashed(path)
     if not path.is_file() or manifest is None or "quant" not in manifest or content.sha256() != manifest["sha256"]:
         raise QuantizeError(
-            f"{path} is no file with a manifest that fits it: make it with `moelib quantize MODEL QUANT` or `moelib "
-            "twin`, or in Python with moelib.quantize(...) or moelib.twin(...)"
+            f"{path} is not the file of the manifest beside it: delete {models.note(path).name} to measure it as it "
+            "is, or make it again with `moelib quantize MODEL QUANT` or `moelib twin`"
         )
     return Quantised(gguf_file.read_header(path), manifest, content)
 
@@ -203,23 +230,33 @@ def place(manifest: Manifest) -> Path:
     return (sources.folder(model) if real else models.twin_folder(model, manifest.scale)) / manifest.file_name
 
 
-def _make(source: models.Source, quant: str, engine: Engine, scratch: Path, path: Path) -> dict[str, Any]:
+def _make(
+    source: models.Source, quant: str, engine: Engine, scratch: Path, path: Path, matrix: Imatrix | None
+) -> dict[str, Any]:
     source = sources.whole(source)
     refuse_quantised(source.header)
     refuse_senseless(source.header, ())
+    if matrix:
+        matrix.refuse_other(source.header)
     refuse_unloadable(engine, source.header, scratch)
-    predicted = predict_bytes(engine, source.header, quant, scratch)
+    predicted = predict_bytes(engine, source.header, quant, scratch, matrix)
     files.need_space(path.parent, predicted or source.header.file_bytes, f"quantising to {path.name}")
     with files.replacing(path) as partial:
-        args, log = [str(source.path), str(partial), quant], scratch / f"{path.stem}.quantize.log"
+        args, log = [str(source.path.absolute()), str(partial.absolute()), quant], scratch / f"{path.stem}.quantize.log"
+        if matrix:  # by its name alone: the path as given is written into the file
+            link = scratch / matrix.path.name
+            link.unlink(missing_ok=True)
+            link.symlink_to(matrix.path.absolute())
+            args = ["--imatrix", link.name, *args]
         limit_s = READY_S + source.header.file_bytes / SLOWEST_BYTES_PER_S
         started = time.monotonic()
         argv = [engine.tool("llama-quantize"), *args, str(host.usable_cpus())]
-        code, output = _run(argv, log, limit_s, len(source.header.tensors))
+        code, output = _run(argv, log, limit_s, len(source.header.tensors), scratch if matrix else None)
         seconds = time.monotonic() - started
         if "iostream error" in output or code == -signal.SIGXFSZ:  # from writing; it does not read with iostream
             raise files.FileError(f"{path.name} cannot be written: {files.full(path.parent)}")
         if code:
+            _refuse_needy(output, quant, source.header)
             raise QuantizeError(f"llama-quantize ended with {code} on {path.name}; its log ends:\n{_end(log)}")
         header = gguf_file.read_header(partial)
         if {t.name: t.shape for t in source.header.tensors} != {t.name: t.shape for t in header.tensors}:
@@ -238,9 +275,14 @@ def _told(
     header: gguf_file.Header, quant: str, engine: Engine, predicted: int | None, sha256: str, seconds: float
 ) -> dict[str, Any]:
     """What a manifest says of a file that was just made, by its header."""
+    made = {"predicted_bytes": predicted, "engine_version": engine.version, "quantize_s": round(seconds, 3)}
+    return told(header, quant, sha256) | made
+
+
+def told(header: gguf_file.Header, quant: str, sha256: str) -> dict[str, Any]:
+    """What a manifest says of any file, by its header."""
     return {
         "file_bytes": header.file_bytes,
-        "predicted_bytes": predicted,
         "sha256": sha256,
         "parameters": header.parameters,
         "bits_per_weight": round(header.bits_per_weight, 4),
@@ -248,15 +290,7 @@ def _told(
         "expert_types": header.expert_types,
         "expert_bytes": header.moved_bytes("cpu-moe"),
         "fallbacks": fallbacks(header, quant),
-        "engine_version": engine.version,
-        "quantize_s": round(seconds, 3),
     }
-
-
-def offered(engine: Engine, scratch: Path) -> dict[str, int]:
-    """Quants that the engine's llama-quantize makes, with llama.cpp's numbers of them (`general.file_type`)."""
-    _, text = _run([engine.tool("llama-quantize"), "--help"], scratch / "quants.log", HEADER_S)
-    return {name: int(number) for number, name in re.findall(r"^ *(\d{1,4}) +or +(\w{1,40})\b", text, re.M)}
 
 
 def types(engine: Engine, shape: Outline, quant: str, scratch: Path) -> Outline:
@@ -265,8 +299,8 @@ def types(engine: Engine, shape: Outline, quant: str, scratch: Path) -> Outline:
     They are those of its dry run, which reads the header alone. Raises QuantizeError.
     """
     refuse_quantised(shape.header)
-    if quant not in (known := offered(engine, scratch)):
-        raise QuantizeError(f"{engine} makes no {quant!r}{near(quant, sorted(known))}")
+    if quant not in (known := quants.offered(engine)):
+        raise params.ParamsError(f"{engine} makes no {quant!r}{near(quant.upper(), list(known))}")
     path = _hollow(shape, scratch)
     code, output = _run([engine.tool("llama-quantize"), "--dry-run", str(path), quant], scratch / "types.log", READY_S)
     listed = re.findall(
@@ -305,7 +339,7 @@ def twin(
     EngineError.
     """
     llama, shape = engine.find(), whole.as_twin()
-    label, made_from = quant or _label(shape.header), hashlib.sha256(whole.to_bytes()).hexdigest()
+    label, made_from = quant or shape.header.label, hashlib.sha256(whole.to_bytes()).hexdigest()
     if layers is not None:
         shape, scale = whole.first_layers(layers), f"{scale}-first-{layers}"
     path = out or models.twin_folder(model, scale) / f"{model}-{label}-twin.gguf"
@@ -334,20 +368,6 @@ def twin(
     return _kept(path, expected, make)
 
 
-def _label(header: gguf_file.Header) -> str:
-    """The quant that a file says it is; the type that most of its bytes have, if it does not say."""
-    with suppress(ValueError):
-        return (
-            LlamaFileType(header.metadata.get("general.file_type", -1))
-            .name.removeprefix("MOSTLY_")
-            .removeprefix("ALL_")
-        )
-    sizes: Counter[str] = Counter()
-    for t in header.tensors:
-        sizes[t.type] += t.nbytes
-    return sizes.most_common(1)[0][0]
-
-
 def outline_of(what: str, scale: str = "full") -> tuple[str, Outline]:
     """(name of the model, its outline): of a catalogued model at `scale`, or of a local GGUF, split or not.
 
@@ -357,6 +377,4 @@ def outline_of(what: str, scale: str = "full") -> tuple[str, Outline]:
         entry = params.model(what)
         return what, outline.of_geometry(entry.at_scale(scale), entry.title, f"{what}-F16.gguf")
     whole = outline.read(what)
-    stem = gguf_file.SPLIT.sub("", whole.name).removesuffix(".gguf")
-    stem = re.sub(rf"[-._]{re.escape(_label(whole.header))}$", "", stem, flags=re.IGNORECASE)
-    return re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "model", whole
+    return whole.header.model_name, whole

@@ -183,15 +183,10 @@ def _choose(model: str, hashes: dict[Path, str], origin: str) -> Source:
     """Check the files and record them as the model's source. Raises SourceError."""
     first = next(iter(hashes))
     weights.require(model, gguf_file.read_header(first))
-    sha256 = _sum({p.name: h for p, h in hashes.items()})
+    sha256 = files.joint_sha256({p.name: h for p, h in hashes.items()})
     chosen = {"file": first.name, "sha256": sha256, "origin": origin}
     files.write_json(folder(model) / "source.json", chosen)
     return _source(model, chosen)
-
-
-def _sum(hashes: dict[str, str]) -> str:
-    """The digest of a source: that of its only file, or one over the digests of its files."""
-    return next(iter(hashes.values())) if len(hashes) == 1 else files.digest(hashes)
 
 
 def _source(model: str, chosen: dict[str, str]) -> Source:
@@ -213,7 +208,7 @@ def _intact(source: Source) -> bool:
     """Whether every file of the source agrees with its note, and they are the recorded files."""
     noted = {p: models.noted(p) for p in gguf_file.split_paths(source.path)}
     hashes = {p.name: facts["sha256"] for p, facts in noted.items() if facts and models.kept(p)}
-    return len(hashes) == len(noted) and _sum(hashes) == source.sha256
+    return len(hashes) == len(noted) and files.joint_sha256(hashes) == source.sha256
 
 
 def pin(

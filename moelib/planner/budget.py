@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from moelib.base.schema import UserError
 from moelib.catalogue.placement import KV_TYPES, Placement
 from moelib.gguf.gguf_header import Header
-from moelib.planner.memory import CONTEXT_BYTES, Need, need
+from moelib.planner.memory import CONTEXT_BYTES, LOOPBACK_BYTES, Need, need
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +27,7 @@ class PlanError(UserError):
 
 
 def gib(nbytes: int) -> str:
-    return f"{nbytes / GIB:.2f} GiB"
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB else f"{nbytes / (1 << 20):.0f} MiB"
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Budget:
     context: int = CONTEXT
     """Tokens of prompt and answer together."""
     context_bytes: int = CONTEXT_BYTES
+    cuda: bool = True
+    """Whether the device is a GPU with CUDA; else one without its peculiarities, such as the loopback one."""
 
     def fits(self, need: Need) -> bool:
         ram = self.ram_bytes is None or need.ram_bytes <= self.ram_bytes
@@ -61,7 +63,7 @@ class Plan:
         placements = [0.0, *range(first + 1, last + 1), float("inf")]
         budget = self.budget
         return tuple(
-            need(self.header, replace(self.settings, cpu_layers=n), budget.context, budget.context_bytes)
+            need(self.header, replace(self.settings, cpu_layers=n), budget.context, budget.context_bytes, budget.cuda)
             for n in placements
         )
 
@@ -117,11 +119,10 @@ class Plan:
             mark = "  <-" if n is one else "" if budget.fits(n) else "  too much"
             yield f"{n.placement!s:<28}" + "".join(f"{value / GIB:9.2f}" for value in terms) + mark
         yield ""
-        left = gib(budget.vram_bytes - one.vram_bytes)
-        yield (
-            f"For {budget.context} tokens; {left} of the budget are left. The GPU's own context is taken as "
-            f"{one.context_bytes >> 20} MiB, as measured on an H100 and an H200."
-        )
+        said = f"For {budget.context} tokens; {gib(budget.vram_bytes - one.vram_bytes)} of the budget are left."
+        if budget.cuda:
+            said += f" The GPU's own context is taken as {one.context_bytes >> 20} MiB, as on an H100 and an H200."
+        yield said
 
     def _shown(self) -> list[Need]:
         """Both ends, the chosen one with its neighbours, and some between."""
@@ -174,11 +175,12 @@ def plan(
     context: int | None = None,
     ubatch: int | None = None,
     kv: str | None = None,
-    context_bytes: int = CONTEXT_BYTES,
+    cuda: bool = True,
 ) -> Plan:
     """The plan for a file on a card of `vram_bytes`, of which all may be used.
 
-    context: tokens, 8,192 or the model's by default. ubatch, kv: as in a placement, llama.cpp's defaults if None.
+    context: tokens, 8,192 or the model's by default. ubatch, kv: as in a placement, llama.cpp's defaults if None. cuda:
+    whether the device is a GPU, with a context of its own.
     Raises PlanError for a dense model, a context beyond the model's, an unknown KV type; UnknownCache.
     """
     name, most = header.path.name, header.number("context_length")
@@ -197,7 +199,9 @@ def plan(
         raise PlanError(f"{name}: {fault}")
     tokens = min(CONTEXT, most or CONTEXT) if context is None else context
     settings = Placement(0, ubatch=None if ubatch == 512 else ubatch, kv=None if kv == "f16" else kv)
-    return Plan(header, Budget(vram_bytes, ram_bytes, tokens, context_bytes), settings)
+    return Plan(
+        header, Budget(vram_bytes, ram_bytes, tokens, CONTEXT_BYTES if cuda else LOOPBACK_BYTES, cuda), settings
+    )
 
 
 def compared(plans: Sequence[Plan]) -> Iterator[str]:

@@ -14,6 +14,8 @@ MIB = 1 << 20
 CONTEXT_BYTES = 715 * MIB
 """What a process holds on the GPU beside the engine's buffers: the CUDA context, kernels, cuBLAS. Between 699 and
 716 MiB in the committed runs (H100 and H200, CUDA 13); other cards and drivers differ."""
+LOOPBACK_BYTES = 20 * MIB
+"""What the loopback device's process holds beside the buffers: 7 to 19 MiB seen."""
 PROCESS_BYTES = 512 * MIB
 """What the server holds in RAM beside weights and buffers: 247 to 512 MiB in the committed runs with a GPU."""
 UBATCH = 512

@@ -276,6 +276,12 @@ def records_table(study: Study) -> Table:
     return Table("records", rows, [cite([r]) for r in study.records])
 
 
+def _made_by(manifest: Manifest) -> str:
+    if manifest.engine_version is None:
+        return f"not by moelib: {markdown(manifest.origin)}"
+    return f"{markdown(manifest.engine_version)} in {number(manifest.quantize_s)} s"
+
+
 def manifest_table(manifest: Manifest | None) -> Table:
     """The manifest of a quantised file."""
     if manifest is None:
@@ -293,7 +299,9 @@ def manifest_table(manifest: Manifest | None) -> Table:
         "expert bytes": size(manifest.expert_bytes),
         "fallbacks": "; ".join(f"{n} x {c} columns -> {markdown(t)}" for (c, t), n in fell.items()) or "none",
         "SHA-256": f"`{manifest.sha256}`",
-        "made by": f"{markdown(manifest.engine_version)} in {number(manifest.quantize_s)} s",
+        "made by": _made_by(manifest),
         "weights": f"{manifest.weights}, scale {markdown(manifest.scale)}",
     }
+    if manifest.imatrix:
+        values["importance matrix"] = f"{markdown(manifest.imatrix.file_name)}, SHA-256 `{manifest.imatrix.sha256}`"
     return facts("sheet", values, cite_manifest(manifest))

@@ -219,6 +219,8 @@ def load_mode_table(study: Study) -> Table:
         "Load mode *none* / *mmap*, ratios [95 % interval] paired within rounds: above 1 is more tokens/s, time or "
         "memory."
     )
+    if any(mode.load_mode == "mlock" for mode in study.parameters.arms):
+        note += " *mlock*, *none* with its memory locked, is in the other tables."
     return _table("load-mode", rows, sources, note, "the study has no placement in both load modes.")
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 import pandas as pd
@@ -136,11 +135,7 @@ def in_one_load_mode(sides: Sequence[Side]) -> list[tuple[Side, Side]]:
 
 def load_modes(sides: Sequence[Side]) -> list[tuple[Side, Side]]:
     """(mmap, none) for every placement that has both load modes."""
-    return [
-        tuple(sorted(pair, key=lambda side: side[1]))  # type: ignore[misc]
-        for pair in combinations(sides, 2)
-        if pair[0][0] == pair[1][0]
-    ]
+    return [(side, (side[0], "none")) for side in sides if side[1] == "mmap" and (side[0], "none") in sides]
 
 
 def _cells(frame: pd.DataFrame) -> Iterator[tuple[tuple[str, str, str], pd.DataFrame, dict[Side, pd.DataFrame]]]:

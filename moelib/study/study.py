@@ -172,11 +172,11 @@ class Study:
 
     def cell(self, model: str, quant: str) -> Cell:
         """The cell of `model` and `quant`. Raises ParamsError naming what the study has."""
-        params.quant(quant)
         params.model(model).at_scale(self.parameters.scale)
         cells, name = {c.name: c for c in self.cells}, f"{model}/{quant}"
         if name not in cells:
-            raise params.ParamsError(f"study {self.name} has no cell {name}; it has {', '.join(sorted(cells))}")
+            near = closest(name, cells)
+            raise params.ParamsError(f"study {self.name} has no cell {name}{near}; it has {', '.join(sorted(cells))}")
         return cells[name]
 
     def manifest_path(self, cell: Cell) -> Path:

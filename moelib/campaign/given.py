@@ -1,0 +1,77 @@
+"""Any GGUF as a file to measure: with the manifest that moelib made it with, or as it is, with one from its header."""
+
+import hashlib
+import re
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from moelib.base import files
+from moelib.engine.engine import Engine
+from moelib.gguf import gguf_file
+from moelib.models import models, quantize, remote, weights
+from moelib.models.quantize import Quantised, QuantizeError
+
+CACHED = re.compile(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})/(.+)$")
+"""Where the Hub's own cache has a file of a repository."""
+
+
+def measurable(file: Path, llama: Engine) -> Quantised:
+    """The file with its manifest: the one that it was made with, if moelib made it, else `as_it_is`.
+
+    Raises QuantizeError if it was changed since it was made, or the engine cannot load it; GGUFError.
+    """
+    if remote.is_address(str(file)):
+        raise QuantizeError(
+            f"{file} is on the Hub, and what is measured must be here: download it, for instance with `hf download "
+            f"OWNER/REPO PATH`, and give the file; `moelib plan {file}` tells what it needs without a download"
+        )
+    if "quant" in (models.noted(file) or {}):
+        return quantize.made(file)
+    header = gguf_file.read_header(file)
+    quantize.refuse_senseless(header, ())
+    with TemporaryDirectory(prefix="moelib-given-") as scratch:
+        quantize.refuse_unloadable(llama, header, Path(scratch))
+    return as_it_is(header)
+
+
+def as_it_is(header: gguf_file.Header) -> Quantised:
+    """A model's file, or all its files, as somebody else made them. Nothing is written beside them.
+
+    Raises FileError if one changes while it is hashed.
+    """
+    parts = gguf_file.split_paths(header.path)
+    sha256 = files.joint_sha256({p.name: _sha256(p) for p in parts})
+    manifest = quantize.told(header, header.label, sha256) | {
+        "model": header.model_name,
+        "quant": header.label,
+        "scale": "full",
+        "weights": "twin" if header.is_twin else "real",
+        "origin": origin(header.path),
+        "file_name": header.path.name,
+        **dict.fromkeys(("predicted_bytes", "source_sha256", "engine_build", "engine_version", "quantize_s")),
+    }
+    return Quantised(header, manifest, files.Hashed(*parts, known=sha256))
+
+
+def origin(path: Path) -> str:
+    """Where a file came from: its address on the Hub, if it lies in the Hub's cache; its name alone otherwise."""
+    if m := CACHED.search(path.absolute().as_posix()):
+        return f"hf:{m[1]}/{m[2]}/{m[4]}@{m[3]}"
+    return f"local file {path.name}"
+
+
+def _sha256(path: Path) -> str:
+    """The SHA-256 of a file, from its note if size and times are those of the note; else read, with a progress bar."""
+    key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    kept = models.folder() / "given" / key / path.name
+    with models.keeping(kept.parent), files.lock(kept.with_suffix(".lock"), path.name, wait_s=3600):
+        before = files.state(path)
+        known = models.noted(kept) or {}
+        if known.get("file") == before:
+            return str(known["sha256"])
+        sha256 = weights.digest(path)
+        facts = {"sha256": sha256, "file": before}
+        if files.state(path) != before:
+            raise files.FileError(f"{path.name} was changed while it was read: give it again when it is complete")
+        files.write_json(models.note(kept), {"facts": facts, "digest": files.digest(facts)})
+        return sha256

@@ -1,0 +1,136 @@
+"""Files that somebody else made, measured as they are with the real engine."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import ggufs
+import pytest
+from factory import SHARED
+
+import moelib
+from moelib.base import files
+from moelib.campaign import given
+from moelib.catalogue import params
+from moelib.gguf.gguf_header import TWIN_NAME
+from moelib.models import models, quantize, weights
+from moelib.models.quantize import QuantizeError
+from moelib.report import appendix
+
+SHORT = {"workloads": ["smoke"], "context": 256, "device": "loopback"}
+KINDS = {"qwen3moe": ("Q4_K", "Q6_K"), "gpt-oss": ("MXFP4", "Q8_0")}
+
+
+@pytest.fixture
+def own(home, tmp_path, monkeypatch):
+    """A home with a models/ of its own; what the test gives lies in another folder."""
+    monkeypatch.setenv("MOELIB_MODELS", str(tmp_path / "m"))
+    (tmp_path / "theirs").mkdir()
+    return tmp_path
+
+
+def downloaded(own, arch, name):
+    """A file as somebody else would have published it: nothing in it says that its weights are random."""
+    path = own / "theirs" / name
+    quantize.twin("x", ggufs.typed(arch, *KINDS[arch]), out=own / "made" / "x.gguf")
+    raw, other = (own / "made/x.gguf").read_bytes(), "A" * len(TWIN_NAME)
+    path.write_bytes(raw.replace(TWIN_NAME.encode(), other.encode()))
+    return path
+
+
+def looks(folder: Path):
+    return {p.name: files.state(p) for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize(("arch", "label"), [("qwen3moe", "Q4_K"), ("gpt-oss", "MXFP4")])
+def test_a_file_that_is_already_quantised_is_measured_as_it_is(own, engine, monkeypatch, arch, label):
+    path = downloaded(own, arch, f"some-{label}.gguf")
+    before = looks(path.parent)
+    runs = [moelib.run(path, placement, **SHORT) for placement in ("baseline", "cpu-moe", "n-cpu-moe=2")]
+    assert {r.status for r in runs} <= {"valid", "degraded"}, [r.reasons for r in runs]
+    assert {reason for r in runs for reason in r.reasons} <= SHARED
+    assert looks(path.parent) == before
+    manifest, header = runs[0].sheet, moelib.header(path)
+    assert (manifest.model, manifest.quant, manifest.weights) == ("some", label, "real")
+    assert (manifest.origin, manifest.file_name) == (f"local file {path.name}", path.name)
+    assert manifest.sha256 == files.sha256(path) == runs[1].observation.file_sha256
+    assert manifest.tensor_types == header.type_counts
+    assert (manifest.engine_version, manifest.quantize_s, manifest.source_sha256) == (None, None, None)
+    assert f"not by moelib: local file {path.name}" in appendix.manifest_table(manifest).text()
+    frame = moelib.frame(runs)
+    assert frame["moved_bytes"].tolist() == [header.moved_bytes(p) for p in ("baseline", "cpu-moe", "n-cpu-moe=2")]
+    # its hash is known, until it changes
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "digest", lambda _: pytest.fail("hashed again"))
+        assert given.measurable(path, engine).manifest["sha256"] == manifest.sha256
+    with path.open("r+b") as f:
+        f.seek(-10, 2)
+        f.write(b"other")
+    assert given.measurable(path, engine).manifest["sha256"] == files.sha256(path) != manifest.sha256
+
+
+def test_a_split_model_is_one_file_of_several(own, engine):
+    whole = downloaded(own, "qwen3moe", "whole.gguf")
+    argv = [engine.folder / "llama-gguf-split", "--split-max-tensors", "20", whole, own / "theirs" / "parts"]
+    subprocess.run(argv, check=True, capture_output=True)
+    whole.unlink()
+    before = looks(own / "theirs")
+    assert len(before) == 3
+    runs = [moelib.run(own / "theirs" / name, "cpu-moe", **SHORT) for name in sorted(before)[:2]]
+    assert {r.status for r in runs} <= {"valid", "degraded"}, [r.reasons for r in runs]
+    assert {reason for r in runs for reason in r.reasons} <= SHARED
+    manifest = runs[0].sheet
+    assert manifest == runs[1].sheet
+    assert manifest.model == "parts"
+    assert manifest.sha256 == files.digest({p.name: files.sha256(p) for p in (own / "theirs").iterdir()})
+    assert manifest.file_bytes == sum(state["bytes"] for state in before.values())
+    assert looks(own / "theirs") == before
+
+
+def test_what_moelib_made_keeps_its_manifest_and_is_refused_if_it_changed(own, engine):
+    made = moelib.twin("deepseek-moe-16b", "Q8_0", scale="nano")
+    manifest = models.noted(made)
+    assert given.measurable(made, engine).manifest == manifest
+    # without its note it is a file like any other, and says itself that it is a twin
+    copy = shutil.copy(made, own / "theirs" / "mine-Q8_0.gguf")
+    found = given.measurable(Path(copy), engine).manifest
+    assert (found["weights"], found["sha256"], found["model"]) == ("twin", manifest["sha256"], "mine")
+    with made.open("ab") as f:
+        f.write(b"more")
+    with pytest.raises(QuantizeError, match=r"is not the file of the manifest beside it: delete .*\.gguf\.json"):
+        moelib.run(made, **SHORT)
+
+
+def test_a_folder_that_may_not_be_written_is_left_alone(own, engine):
+    path = downloaded(own, "qwen3moe", "some.gguf")
+    path.chmod(0o400)
+    path.parent.chmod(0o500)
+    try:
+        assert given.measurable(path, engine).manifest["origin"] == "local file some.gguf"
+    finally:
+        path.parent.chmod(0o700)
+
+
+def test_a_file_in_the_hubs_cache_has_its_address(own, engine):
+    path = downloaded(own, "qwen3moe", "blob")
+    cached = own / "hub/models--acme--some-MoE-GGUF/snapshots" / ("a" * 40) / "Q4/some-Q4_K.gguf"
+    cached.parent.mkdir(parents=True)
+    os.symlink(path, cached)
+    manifest = given.measurable(cached, engine).manifest
+    assert manifest["origin"] == f"hf:acme/some-MoE-GGUF/Q4/some-Q4_K.gguf@{'a' * 40}"
+    assert manifest["file_name"] == "some-Q4_K.gguf"
+
+
+def test_what_cannot_be_measured_is_refused_in_a_sentence(own, engine):
+    where = own / "theirs"
+    (where / "n.gguf").write_bytes(ggufs.build(*ggufs.moe("nonsense"), kind="Q8_0"))
+    dense = quantize.twin("dense", ggufs.typed("qwen3", "Q4_0", "Q4_0"), out=where / "dense.gguf").path
+    for name, placement, message in [
+        (where / "n.gguf", "baseline", r"cannot load n\.gguf: unknown model architecture: 'nonsense'"),
+        (dense, "cpu-moe", r"dense\.gguf: .*cpu-moe"),
+        (where / "none.gguf", "baseline", r"none\.gguf cannot be read: No such file"),
+        ("hf:acme/moe/x.gguf", "baseline", "is on the Hub, .*download it"),
+    ]:
+        with pytest.raises(params.UserError, match=message):
+            moelib.run(name, placement, **SHORT)
