@@ -291,7 +291,9 @@ def test_a_name_that_is_nothing_gets_the_nearest(home):
 def test_the_committed_residuals_are_those_of_their_records(engine):
     """docs/PLANNER.md is what the planner of this commit says of the committed runs, and within the aims."""
     argv = [sys.executable, "benchmarks/plan_residuals.py", "show", "outputs/planner"]
-    shown = subprocess.run(argv, cwd=REPO, capture_output=True, text=True, check=True, timeout=300).stdout
+    shown = subprocess.run(
+        argv, cwd=REPO, capture_output=True, text=True, encoding="utf-8", check=True, timeout=300
+    ).stdout
     assert shown == (REPO / "docs/PLANNER.md").read_text(encoding="utf-8")
     lines = re.findall(r"^- .*: ([\d.]+) % off in the median of (\d+) runs, ([\d.]+) % at most$", shown, re.M)
     (_, runs, buffers), (_, _, vram) = lines

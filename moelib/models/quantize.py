@@ -305,7 +305,7 @@ def twin(
     EngineError.
     """
     llama, shape = engine.find(), whole.as_twin()
-    label, made_from = quant or _label(shape.header), hashlib.sha256(whole.to_bytes()).hexdigest()
+    label, made_from = quant or quant_of(shape.header), hashlib.sha256(whole.to_bytes()).hexdigest()
     if layers is not None:
         shape, scale = whole.first_layers(layers), f"{scale}-first-{layers}"
     path = out or models.twin_folder(model, scale) / f"{model}-{label}-twin.gguf"
@@ -334,7 +334,7 @@ def twin(
     return _kept(path, expected, make)
 
 
-def _label(header: gguf_file.Header) -> str:
+def quant_of(header: gguf_file.Header) -> str:
     """The quant that a file says it is; the type that most of its bytes have, if it does not say."""
     with suppress(ValueError):
         return (
@@ -357,6 +357,11 @@ def outline_of(what: str, scale: str = "full") -> tuple[str, Outline]:
         entry = params.model(what)
         return what, outline.of_geometry(entry.at_scale(scale), entry.title, f"{what}-F16.gguf")
     whole = outline.read(what)
+    return name_of(whole), whole
+
+
+def name_of(whole: Outline) -> str:
+    """The model's name as its file's name says it, without the quant and the number of a split file."""
     stem = gguf_file.SPLIT.sub("", whole.name).removesuffix(".gguf")
-    stem = re.sub(rf"[-._]{re.escape(_label(whole.header))}$", "", stem, flags=re.IGNORECASE)
-    return re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "model", whole
+    stem = re.sub(rf"[-._]{re.escape(quant_of(whole.header))}$", "", stem, flags=re.IGNORECASE)
+    return re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "model"
