@@ -38,12 +38,21 @@ def small(layers, dense=0, **more):
     [
         ("qwen3-30b-a3b", 1, (2, 8)),
         ("gpt-oss-20b", 1, (2, 8)),
-        ("mixtral-8x7b", 1, (2, 8)),
+        ("glm-4.5-air", 1, (3, 9)),
+        ("lfm2-8b-a1b", 1, (4, 10)),
     ],
 )
 def test_slices_of_published_models(name, period, lengths):
     model = model_of(name)
     assert (model.period, model.lengths(None)) == (period, lengths)
+    assert model.regular == (name != "lfm2-8b-a1b")  # convolutions and attention, in no regular order
+
+
+def test_a_model_that_is_told_by_its_number_of_layers_has_no_slices(home, engine, tmp_path):
+    with pytest.raises(PreviewError, match=r"does not load slices of deepseek-v2-lite: [^;]+; `moelib twin`") as err:
+        slices.measure(model_of("deepseek-v2-lite"), (3, 9), [Placement(0)], 2, "loopback")
+    assert "\n" not in str(err.value)
+    assert left_behind() == []
 
 
 def test_the_first_dense_layers_are_in_both_slices_and_are_not_counted():
@@ -156,6 +165,8 @@ def test_a_preview_of_the_real_engine_and_what_it_says_where_it_does_not_know(lo
     cached = preview.predicted(model, seen.plan, seen.records)
     assert cached.frame.loc[1:, "tokens_per_s"].isna().all()
     assert "stay in this CPU's cache" in " ".join(cached.notes)
+    loud = [r.model_copy(update={"status": "degraded", "reasons": ("host-quiet",)}) for r in seen.records]
+    assert "; 8 of them are flagged: host-quiet." in "\n".join(preview.predicted(model, seen.plan, loud).lines())
     refused = [r.model_copy(update={"status": "invalid", "reasons": ("timeline",)}) for r in seen.records]
     with pytest.raises(PreviewError, match=r"8 runs are invalid \(timeline\); try again"):
         preview.predicted(model, seen.plan, refused)

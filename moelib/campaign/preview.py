@@ -106,13 +106,19 @@ class Preview:
         lengths = " and ".join(map(str, sorted({length(r) for r in used})))
         yield (
             f"From {len(used)} of {len(self.records)} audited runs of twins of the first {lengths} layers on "
-            f"{used[0].device.name}. Brackets: 95 % for one run, by what the slices show; what bends beyond them is "
-            "not in it."
+            f"{used[0].device.name}{self._flagged()}. Brackets: 95 % for one run, by what the slices show; what bends "
+            "beyond them is not in it."
         )
         yield (
             f"TTFT is of the 512 prompt tokens of {WORKLOAD}, one sentence repeated, on a warm server at load mode "
             f"{LOAD_MODE}; tokens/s is with them in the cache."
         )
+
+    def _flagged(self) -> str:
+        """How many runs are not valid, with their reasons."""
+        flagged = [r for r in self.records if r.status != "valid"]
+        reasons = sorted({reason for r in flagged for reason in r.reasons})
+        return f"; {len(flagged)} of them are flagged: {', '.join(reasons)}" if flagged else ""
 
     def __repr__(self) -> str:
         one = self.chosen
@@ -144,7 +150,11 @@ def preview(
     if rounds < LEAST_ROUNDS:
         raise PreviewError(f"{rounds} round of runs gives no interval: take --rounds {LEAST_ROUNDS} or more")
     model = Model(*named.outline(what, quant, scale))
-    path = Path(what) if Path(what).exists() else Path(f"{model.name}-{quantize.quant_of(model.header)}.gguf")
+    path = (
+        Path(what)
+        if quant is None and Path(what).is_file()
+        else Path(f"{model.name}-{quantize.quant_of(model.header)}.gguf")
+    )
     card = vram_bytes or device.card_bytes()
     plan = budget.plan(replace(model.header, path=path), card, ram_bytes, context, ubatch, kv)
     plan.chosen  # noqa: B018  # refuses what fits nowhere
@@ -176,6 +186,11 @@ def predicted(model: Model, plan: Plan, records: Sequence[Record], command: str 
         unknown += not hidden and (token is None or prompt is None)
     if "loopback" in kinds:
         notes.append("Measured on the loopback device, two processes on this CPU: these speeds are not those of a GPU.")
+    if not model.regular:
+        notes.append(
+            "Its layers are of several kinds in no regular order and are taken as alike: the brackets may be too "
+            "narrow."
+        )
     if cached:
         notes.append(
             f"n/a with experts on the CPU: those of {lengths[0]} layers stay in this CPU's cache "

@@ -60,12 +60,20 @@ class Model:
         return sorted({t.block or 0 for t in self.header.moved("cpu-moe")})
 
     @cached_property
-    def period(self) -> int:
-        """After so many layers their kinds come again: 1 where all after the dense ones are alike."""
+    def _period(self) -> int | None:
         first, last = self.experts[0], self.header.layers or 0
         kinds = [{(n, t.shape) for n, t in self.header.of_layer(i).items()} for i in range(first, last)]
-        fits = (p for p in range(1, LONGEST_PERIOD + 1) if kinds[p:] == kinds[:-p])
-        return next(fits, 1)
+        return next((p for p in range(1, LONGEST_PERIOD + 1) if kinds[p:] == kinds[:-p]), None)
+
+    @property
+    def period(self) -> int:
+        """After so many layers their kinds come again: 1 where all after the dense ones are alike, or irregular."""
+        return self._period or 1
+
+    @property
+    def regular(self) -> bool:
+        """Whether slices hold the kinds of layers in the whole's shares."""
+        return self._period is not None
 
     def counted(self, part: Header, placement: Placement | str) -> Layers:
         """The layers of the whole, or of a slice, at a placement."""
@@ -192,7 +200,8 @@ def _written(model: Model, layers: int, folder: Path) -> Path:
     try:
         return quantize.twin(model.name, model.outline, layers=layers, out=path).path
     except (quantize.QuantizeError, GGUFError) as err:
-        raise PreviewError(f"the engine does not load slices of {model.name}: {err}; {instead(model)}") from None
+        why = str(err).partition(";")[0]  # what it says to do is for whole models
+        raise PreviewError(f"the engine does not load slices of {model.name}: {why}; {instead(model)}") from None
 
 
 def instead(model: Model) -> str:
