@@ -9,16 +9,17 @@ sweep = [moelib.run(file, placement) for placement in ("baseline", "cpu-moe")]
 moelib.frame(sweep)[["placement", "status", "vram_bytes"]]
 
 moelib.plan("mixtral-Q4_K_M.gguf", "12GiB").command  # the fewest layers' experts on the CPU that fit the card
+moelib.preview("mixtral-Q4_K_M.gguf", "12GiB").frame  # its tokens/s and TTFT on this machine, predicted from two slices
 """
 
 import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Record", "compare", "frame", "header", "load", "plan", "quantize", "run", "studies", "twin"]
+__all__ = ["Record", "compare", "frame", "header", "load", "plan", "preview", "quantize", "run", "studies", "twin"]
 
 if TYPE_CHECKING:
-    from moelib.face import Record, compare, frame, header, load, plan, quantize, run, studies, twin
+    from moelib.face import Record, compare, frame, header, load, plan, preview, quantize, run, studies, twin
 
 
 def __getattr__(name: str) -> Any:

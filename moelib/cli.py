@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -191,6 +192,28 @@ def measure(
     problems = made.study.problems
     say_all(problems, err=True)
     sys.exit(FAILED if problems else 0)
+
+
+@main.command()
+@click.argument("what", metavar="MODEL|FILE|hf:OWNER/REPO/PATH[@REVISION]", shell_complete=MODELS)
+@click.option("--quant", shell_complete=QUANTS, help="Of a MODEL; default: Q4_K_M.")
+@click.option("--vram", metavar="SIZE", help="Of the card, such as 12GiB; default: that of the GPU here.")
+@click.option("--ram", metavar="SIZE", help="That weights may take; default: as much as it needs.")
+@click.option("--context", type=int, help="Tokens of prompt and answer; default: 8192, or the model's.")
+@click.option("--ubatch", type=int, help="Tokens of a prompt computed at once; default: 512.")
+@click.option("--kv", help="Type of the KV cache: f16 (default), q8_0, q4_0, ...")
+@click.option("--scale", default="full", show_default=True, help="Of a MODEL: full, or one that models.yaml names.")
+@click.option("--rounds", default=3, show_default=True, help="Runs of each slice in each placement.")
+@click.option("--device", default="auto", show_default=True, help="auto, cuda or loopback.")
+def preview(what: str, vram: str | None, ram: str | None, **asked: Any) -> None:
+    """Run two slices of a model's twin here, and predict tokens/s and TTFT of every placement from them.
+
+    Nothing is downloaded but the header of a file on the Hub. The slices are removed at the end; Ctrl-C is safe.
+    """
+    from moelib import face
+
+    for line in face.preview(what, vram, ram=ram, **asked).lines():
+        say(line)
 
 
 @main.group(cls=Group)

@@ -12,6 +12,7 @@ from moelib.base.schema import near
 from moelib.campaign import bench
 from moelib.catalogue import params, sizes
 from moelib.catalogue.placement import REFERENCE
+from moelib.forecast import preview as previews
 from moelib.gguf import gguf_file
 from moelib.models import quantize as quantize_file
 from moelib.models import remote
@@ -132,6 +133,32 @@ def plan(
     """
     ram_bytes = None if ram is None else sizes.parse(ram)
     return budget.plan(named.headers(file, [quant])[0], sizes.parse(vram), ram_bytes, context, ubatch, kv)
+
+
+def preview(
+    file: str | Path,
+    vram: str | None = None,
+    *,
+    quant: str | None = None,
+    ram: str | None = None,
+    context: int | None = None,
+    ubatch: int | None = None,
+    kv: str | None = None,
+    scale: str = "full",
+    rounds: int = previews.ROUNDS,
+    device: str = "auto",
+) -> previews.Preview:
+    """What every placement of a model will give on this machine, predicted from audited runs of two slices of its twin.
+
+    file: a path, hf:OWNER/REPO/PATH on the Hub, or a model of the catalogue at `quant` and `scale`; only its header is
+    read. vram: of the card it is for, by default this machine's; ram, context, ubatch, kv: as in `plan`. rounds: how
+    often each slice is run in each placement, 2 at least. The slices take some GiB of disk in models/ and are removed.
+    The preview has `.chosen`, `.frame` (a row for each number of layers, with 95 % intervals), `.records` and
+    `.evidence` (the slices' runs), `.notes` (what is not predicted, and why). Raises PreviewError, PlanError, and what
+    `plan`, `twin` and `run` raise.
+    """
+    vram_bytes, ram_bytes = (None if size is None else sizes.parse(size) for size in (vram, ram))
+    return previews.preview(file, vram_bytes, ram_bytes, context, ubatch, kv, quant, scale, rounds, device)
 
 
 def header(path: str | Path) -> gguf_file.Header:

@@ -36,6 +36,7 @@ def test_the_face_is_what_completion_shows():
         "header",
         "load",
         "plan",
+        "preview",
         "quantize",
         "run",
         "studies",

@@ -95,6 +95,21 @@ def test_a_tree_has_the_children_of_a_process_and_theirs():
     assert host.tree(parent.pid) == {parent.pid}
 
 
+def test_the_last_cache_is_counted_once_for_all_cpus_that_share_it(tmp_path, monkeypatch):
+    for cpu in range(4):
+        for index, (level, size, shared) in enumerate(
+            [("1", "32K", f"{cpu}"), ("3", "8192K", "0-1" if cpu < 2 else "2-3")]
+        ):
+            folder = tmp_path / f"cpu{cpu}/cache/index{index}"
+            folder.mkdir(parents=True)
+            for name, text in (("level", level), ("size", size), ("shared_cpu_list", shared)):
+                (folder / name).write_text(f"{text}\n", encoding="utf-8")
+    monkeypatch.setattr(host, "CPUS", tmp_path)
+    for ids, size in (([0, 1], 8 << 20), ([0, 1, 2, 3], 16 << 20), ([2], 8 << 20), ([7], None)):
+        monkeypatch.setattr(host, "cpu_ids", lambda ids=ids: ids)
+        assert host.cache_bytes() == size
+
+
 def test_a_clone_is_dirty_by_what_measures_and_not_by_what_was_measured(tmp_path, monkeypatch):
     monkeypatch.setenv("MOELIB_HOME", str(tmp_path))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))

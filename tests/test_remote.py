@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import ggufs
 import pytest
@@ -11,7 +12,7 @@ from test_gguf_file import split
 import moelib
 from moelib import cli
 from moelib.base.schema import UserError
-from moelib.gguf import gguf_file
+from moelib.gguf import gguf_file, outline
 from moelib.models import hub as client
 from moelib.models import remote
 
@@ -55,6 +56,7 @@ def test_of_a_large_file_only_the_beginning_is_read(hub, tmp_path):
     assert far.received_bytes == sent(hub) == 1 << 20
     assert str(far) == f"read 1.00 MiB of 8.02 MiB: the header alone, from {REPO} at {commit[:12]}"
     assert moelib.header(f"hf:{REPO}/m.gguf").tensors == here.tensors
+    assert remote.outline(f"hf:{REPO}/m.gguf") == outline.read(tmp_path / "m.gguf")
 
 
 def test_a_split_model_is_read_whole_from_the_name_of_any_of_its_files(hub, tmp_path):
@@ -65,6 +67,7 @@ def test_a_split_model_is_read_whole_from_the_name_of_any_of_its_files(hub, tmp_
         far = remote.header(f"hf:{REPO}/Q8/{path.name}").header
         assert (far.metadata, far.file_bytes) == (here.metadata, here.file_bytes)
         assert [t.name for t in far.tensors] == [t.name for t in here.tensors]
+        assert remote.outline(f"hf:{REPO}/Q8/{path.name}") == replace(outline.read(path), name=far.path.name)
 
 
 def test_of_the_further_files_of_a_split_model_less_is_read(hub):

@@ -30,7 +30,7 @@ def values(estimates: Iterable[Estimate | None]) -> list[float]:
 
 
 @cache
-def _student(freedom: int) -> float:
+def student(freedom: int) -> float:
     """Quantile of Student's t at the upper end of the interval, without importing all of `scipy.stats`."""
     from scipy.special import stdtrit
 
@@ -45,7 +45,7 @@ def mean(values: Sequence[float]) -> Estimate:
     centre = fmean(values)
     if n == 1:
         return Estimate(centre, None, None, n)
-    half = _student(n - 1) * stdev(values) / math.sqrt(n)
+    half = student(n - 1) * stdev(values) / math.sqrt(n)
     return Estimate(centre, centre - half, centre + half, n)
 
 

@@ -96,8 +96,12 @@ def one(
     context: int = 1024,
     device_kind: str = "auto",
     keep: Path | None = None,
+    block: int = 0,
+    order: int = 0,
 ) -> record.Record:
     """One run of any GGUF, which belongs to no study; its record and logs are kept in the folder `keep`, or not.
+
+    block, order: which repetition it is, and which run of it, where runs are repeated.
 
     Raises PlacementError, GGUFError, QuantizeError for a file that was changed since it was made, that the engine
     cannot load, or of which the placement moves nothing, EngineError, DeviceError.
@@ -114,8 +118,8 @@ def one(
         study=ALONE,
         placement=placement,
         load_mode=load_mode,
-        block=0,
-        order=0,
+        block=block,
+        order=order,
         workloads=tuple(workloads),
         requests=requests,
         context=context,

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
@@ -206,6 +207,24 @@ def usable_cpus() -> int:
     except ValueError:  # no cgroup, or "max": no quota
         return n
     return min(n, max(1, quota // period))
+
+
+CPUS = Path("/sys/devices/system/cpu")
+
+
+def cache_bytes() -> int | None:
+    """The last-level cache of the CPUs that this process may run on, all of its instances; None if Linux does not tell.
+
+    Sizes and who shares them: /sys/devices/system/cpu/cpuN/cache (sysfs-devices-system-cpu).
+    """
+    caches: dict[tuple[int, str], int] = {}
+    for cpu in cpu_ids():
+        for folder in (CPUS / f"cpu{cpu}/cache").glob("index[0-9]*"):
+            level, size, shared = (process.system_text(folder / n) for n in ("level", "size", "shared_cpu_list"))
+            if level.isdigit() and (m := re.fullmatch(r"(\d{1,12})K", size)):
+                caches[int(level), shared] = int(m[1]) << 10
+    last = max((level for level, _ in caches), default=0)
+    return sum(size for (level, _), size in caches.items() if level == last) or None
 
 
 PRODUCTS = ("outputs", "docs")

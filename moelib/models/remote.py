@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from moelib.base import neutral, stats
 from moelib.catalogue.upstream import repository_name
 from moelib.gguf import gguf_file
+from moelib.gguf import outline as outlines
+from moelib.gguf.outline import Outline
 from moelib.models import hub
 
 if TYPE_CHECKING:
@@ -68,6 +70,18 @@ def header(address: str, endpoint: str | None = None) -> Remote:
 
     Raises AddressError, GGUFError for what is no model, HubError, ParamsError for what is no repository's name.
     """
+    header, reader, _ = _read(address, endpoint)
+    return Remote(header, reader.repository, reader.commit, reader.received)
+
+
+def outline(address: str, endpoint: str | None = None) -> Outline:
+    """The outline of the model at `address`: what its twin is written from. Raises what `header` does."""
+    header, reader, sizes = _read(address, endpoint)
+    return outlines.from_bytes([(reader.first[name], nbytes) for name, nbytes in sizes.items()], header.path.name)
+
+
+def _read(address: str, endpoint: str | None) -> tuple[gguf_file.Header, Reader, Mapping[str, int]]:
+    """The model's header, its reader, and the sizes of its files by path."""
     if not (m := ADDRESS.fullmatch(address)):
         raise AddressError(f"{neutral.plain(address)!r} is not the address of a file on the Hub: write {HOW}")
     repository, client = repository_name(m["repository"]), hub.api(endpoint)
@@ -76,7 +90,7 @@ def header(address: str, endpoint: str | None = None) -> Remote:
         sizes = {name: int(s.size or 0) for name, s in siblings.items() if name.lower().endswith(".gguf")}
     wanted = _files(m["path"], sizes, repository, m["revision"])
     reader = Reader(client, repository, commit, MAX_BYTES, ranges=True)
-    return Remote(gguf_file.model(reader.header(wanted)), repository, commit, reader.received)
+    return gguf_file.model(reader.header(wanted)), reader, wanted
 
 
 def listed(client: HfApi, repository: str, revision: str) -> tuple[str, dict[str, Any]]:
@@ -146,6 +160,8 @@ class Reader:
     def __init__(self, client: HfApi, repository: str, commit: str, limit_bytes: int, ranges: bool = False):
         self.client, self.repository, self.commit = client, repository, commit
         self.limit_bytes, self.ranges, self.received = limit_bytes, ranges, 0
+        self.first: dict[str, bytes] = {}
+        """Path -> the beginning of that file, as far as its header was read."""
 
     def header(self, sizes: Mapping[str, int]) -> gguf_file.Header:
         """The header of the model whose files are `sizes` (path -> bytes), in order. Raises GGUFError, HubError."""
@@ -165,7 +181,9 @@ class Reader:
                 got = f"the Hub sent only {len(data)} of the first {upto} bytes; try again later"
                 raise gguf_file.GGUFError(f"{PurePosixPath(name).name}: {got}")
             try:
-                return gguf_file.from_bytes(bytes(data), PurePosixPath(name).name, nbytes)
+                header = gguf_file.from_bytes(bytes(data), PurePosixPath(name).name, nbytes)
+                self.first[name] = bytes(data)
+                return header
             except gguf_file.HeaderCut:
                 if upto in (nbytes, MAX_PREFIX_BYTES):
                     raise
