@@ -140,9 +140,10 @@ def _other_values(run: Witnessed) -> Iterator[str]:
 
 
 def _offload_matters(run: Witnessed) -> bool:
-    """Whether op-offload makes a difference: weights on the CPU, and batches large enough for a GPU to copy them."""
-    o, ubatch = run.record.observation, run.engine_log.ubatch
-    return o.device_kind == "cuda" and o.placement.moved_bytes > 0 and (ubatch is None or ubatch >= COPIED_TOKENS)
+    """Whether op-offload makes a difference: a GPU in use, weights on the CPU, batches large enough to copy them."""
+    o, log = run.record.observation, run.engine_log
+    used = o.device_kind == "cuda" and any(b.on_device and b.kind == "model" for b in log.report.buffers)
+    return used and o.placement.moved_bytes > 0 and (log.ubatch is None or log.ubatch >= COPIED_TOKENS)
 
 
 def _other_offload(run: Witnessed) -> Iterator[str]:
