@@ -11,7 +11,7 @@ from factory import SHARED
 
 import moelib
 from moelib.base import files
-from moelib.campaign import given
+from moelib.campaign import campaign, given
 from moelib.catalogue import params
 from moelib.gguf.gguf_header import TWIN_NAME
 from moelib.models import models, quantize, weights
@@ -134,3 +134,46 @@ def test_what_cannot_be_measured_is_refused_in_a_sentence(own, engine):
     ]:
         with pytest.raises(params.UserError, match=message):
             moelib.run(name, placement, **SHORT)
+
+
+def entry(own, path, name="theirs", **change):
+    """A catalogue with a model that is a file, and a study of it."""
+    with (own / "params/models.yaml").open("a", encoding="utf-8") as f:
+        f.write(f"\n{name}:\n  title: Their file\n  file: {path}\n")
+    text = (own / "params/studies/smoke.yaml").read_text(encoding="utf-8")
+    text = text.replace("[deepseek-moe-16b]", f"[{name}]").replace("scale: nano\n", "").replace("Q8_0", "as-is")
+    text = text.replace("weights: twin", "weights: real")
+    for old, new in change.values():
+        text = text.replace(old, new)
+    (own / "params/studies/theirs.yaml").write_text(text, encoding="utf-8")
+    params._yaml.cache_clear()
+
+
+@pytest.mark.parametrize("quant", ["as-is", "MXFP4"])
+def test_a_study_measures_a_model_that_is_a_file(own, engine, quant):
+    path = downloaded(own, "gpt-oss", "gpt-oss-MXFP4.gguf")
+    before = looks(path.parent)
+    entry(own, "theirs/gpt-oss-MXFP4.gguf", quant=("as-is", quant))
+    study, (cell,) = campaign.select("theirs")
+    done = list(campaign.measure(study, cell))
+    assert {r.status for r in done} <= {"valid", "degraded"}, [r.reasons for r in done]
+    assert {(r.spec.model, r.spec.quant, r.spec.weights) for r in done} == {("theirs", quant, "real")}
+    study = study.again()
+    assert study.problems == []
+    (manifest,) = study.manifests
+    assert (manifest.model, manifest.quant, manifest.file_name) == ("theirs", quant, path.name)
+    assert looks(path.parent) == before
+
+
+def test_a_study_of_a_file_that_is_not_what_it_says_is_refused_before_anything_starts(own, engine):
+    path = downloaded(own, "gpt-oss", "gpt-oss-MXFP4.gguf")
+    for i, (change, message) in enumerate([
+        (("as-is", "Q4_K_M"), r"is MXFP4, not Q4_K_M: write `quants: \[as-is\]`"),
+        (("weights: real", "weights: twin"), "says that its weights are real: write `weights: real`"),
+        (("placement: cpu-moe", "placement: n-cpu-moe=9"), "n-cpu-moe=9 goes beyond"),
+        (("as-is", "as-is, Q8_0"), r"model\d is a file, which is measured as it is"),
+    ]):  # fmt: skip
+        entry(own, path, f"model{i}", change=change)
+        with pytest.raises(params.UserError, match=message):
+            campaign.run_cells(*campaign.select("theirs"))
+    assert not (own / "outputs/theirs").exists()

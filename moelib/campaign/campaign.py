@@ -19,7 +19,7 @@ import psutil
 from moelib.audit import audit, record
 from moelib.audit.invariants import reconciled
 from moelib.base import files
-from moelib.campaign import notebooks
+from moelib.campaign import given, notebooks
 from moelib.campaign.bench import Bench, audited, held
 from moelib.catalogue import params
 from moelib.catalogue.facts import Manifest
@@ -62,7 +62,7 @@ def measure(study: Study, cell: Cell, obtain: Obtain | None = None) -> Iterator[
             f"params/studies/{study.name}.yaml"
         )
     if obtain is None:
-        quants.check(llama, study.parameters.quants)
+        quants.check(llama, _to_make(study.parameters))
     study.begin()
     study.work.mkdir(parents=True, exist_ok=True)
     with held(where), _scratch(study) as work:
@@ -87,8 +87,15 @@ def measure(study: Study, cell: Cell, obtain: Obtain | None = None) -> Iterator[
 
 
 def _catalogued(study: Study, cell: Cell, llama: engine.Engine, work: Path) -> quantize.Quantised:
+    if path := params.model(cell.model).path:
+        return given.catalogued(path, cell, llama)
     source = sources.obtain(cell.model, study.parameters.weights, study.parameters.scale, needed=False)
     return quantize.make(source, cell.quant, llama, work)
+
+
+def _to_make(parameters: params.Study) -> Sequence[str]:
+    """The study's quants that llama-quantize must know: none where all models are files."""
+    return () if all(params.model(m).path for m in parameters.models) else parameters.quants
 
 
 def device_note(study: Study) -> str | None:
@@ -109,8 +116,11 @@ def _machine(source: Bench | record.Record) -> tuple[Any, ...]:
 
 def refuse_senseless(parameters: params.Study) -> None:
     """Raise StudyError if a placement moves nothing of a model, or goes beyond it: by the catalogue, before anything is
-    fetched, written or quantised."""
+    fetched, written or quantised. Of a model that is a file, by its header: QuantizeError, GGUFError."""
     for name in parameters.models:
+        if path := params.model(name).path:
+            given.refuse_other(path, parameters)
+            continue
         g = params.model(name).at_scale(parameters.scale)
         blocks = range(g.leading_dense_block_count, g.block_count)
         for mode in parameters.arms:
@@ -215,7 +225,7 @@ def run_cells(study: Study, cells: list[Cell], say: Callable[[str], object] = lo
     """
     refuse_senseless(study.parameters)
     with suppress(engine.EngineError):  # cells that are done need none, and the others say so
-        quants.check(engine.find(), study.parameters.quants)
+        quants.check(engine.find(), _to_make(study.parameters))
     problems = []
     study.begin()
     for i, cell in enumerate(cells):

@@ -2,14 +2,17 @@
 
 import hashlib
 import re
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from moelib.base import files
+from moelib.catalogue import params
 from moelib.engine.engine import Engine
 from moelib.gguf import gguf_file
 from moelib.models import models, quantize, remote, weights
 from moelib.models.quantize import Quantised, QuantizeError
+from moelib.study.plan import Cell
 
 CACHED = re.compile(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})/(.+)$")
 """Where the Hub's own cache has a file of a repository."""
@@ -32,6 +35,23 @@ def measurable(file: Path, llama: Engine) -> Quantised:
     with TemporaryDirectory(prefix="moelib-given-") as scratch:
         quantize.refuse_unloadable(llama, header, Path(scratch))
     return as_it_is(header)
+
+
+def catalogued(path: Path, cell: Cell, llama: Engine) -> Quantised:
+    """The file of a model of the catalogue, under the names that its cell has in the study."""
+    found = measurable(path, llama)
+    return replace(found, manifest=found.manifest | {"model": cell.model, "quant": cell.quant, "scale": "full"})
+
+
+def refuse_other(path: Path, parameters: params.Study) -> None:
+    """Raise QuantizeError, GGUFError unless the file is what the study says of it, by its header."""
+    header, (quant, *_) = gguf_file.read_header(path), parameters.quants
+    if quant not in (params.AS_IS, header.label):
+        raise QuantizeError(f"{path.name} is {header.label}, not {quant}: write `quants: [{params.AS_IS}]`")
+    if header.is_twin != (parameters.weights == "twin"):
+        holds = "twin" if header.is_twin else "real"
+        raise QuantizeError(f"{path.name} says that its weights are {holds}: write `weights: {holds}`")
+    quantize.refuse_senseless(header, [mode.placement for mode in parameters.arms])
 
 
 def as_it_is(header: gguf_file.Header) -> Quantised:

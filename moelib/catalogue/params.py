@@ -23,6 +23,8 @@ Quant = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,39}$")]
 """llama-quantize's name of a type; which there are is known by the engine (`engine.quants`)."""
 QUANTS = ("Q4_K_M", "Q2_K", "Q8_0")
 """Those of a study, or of a plan, that names none."""
+AS_IS = "as-is"
+"""The quant of a model that is a file."""
 
 # Limits are far above any real model or study and far below what would exhaust memory: a larger value is a mistake.
 Width = Annotated[PositiveInt, Field(le=1 << 20)]
@@ -74,9 +76,36 @@ class Model(Strict):
     """Name -> what a smaller twin changes of the geometry."""
     excluded: str | None = None
     """Why this model cannot be quantised; such a model can be named but not used."""
+    file: str | None = Field(None, pattern=r"\.gguf$")
+    """A local GGUF that is measured as it is; a relative path begins where params/ lies."""
+
+    @model_validator(mode="after")
+    def _is_one_thing(self) -> Self:
+        if self.file and (self.geometry or self.upstream or self.scales or self.excluded):
+            raise ValueError("a model that is a file has no geometry, scales, upstream or exclusion")
+        return self
+
+    @property
+    def path(self) -> Path | None:
+        """Where its file is; None of a model that is no file."""
+        return None if self.file is None else root() / self.file
+
+    def refuse_unusable(self, scale: str, quants: Sequence[str]) -> None:
+        """Raise ParamsError unless a study of `scale` and `quants` may use this model, as far as its entry tells."""
+        if self.file is None:
+            self.at_scale(scale)
+            if AS_IS in quants:
+                raise ParamsError(f"{self.name} is no file, so it has no quant {AS_IS}: name quants to make")
+        elif len(quants) > 1 or scale != "full":
+            raise ParamsError(
+                f"{self.name} is a file, which is measured as it is: make a study of it with `quants: [{AS_IS}]` and "
+                "without a scale"
+            )
 
     def at_scale(self, scale: str) -> Geometry:
         """The geometry at scale `full` or at one of `scales`. Raises ParamsError."""
+        if self.file:
+            raise ParamsError(f"{self.name} is a file, which is measured as it is, and neither quantised nor scaled")
         if self.geometry is None:
             raise ParamsError(f"{self.name} is excluded: {self.excluded}")
         scales: dict[str, dict[str, int]] = {"full": {}, **self.scales}
@@ -236,7 +265,7 @@ def study(name: str) -> Study:
     path = f"params/studies/{_known('study', name, names)}.yaml"
     loaded = build(Study, path, _yaml(root() / path), name=name)
     for m in loaded.models:
-        model(m).at_scale(loaded.scale)
+        model(m).refuse_unusable(loaded.scale, loaded.quants)
     for w in loaded.workloads:
         workload(w)
     return loaded

@@ -374,7 +374,8 @@ def outline_of(what: str, scale: str = "full") -> tuple[str, Outline]:
     Raises ParamsError, GGUFError.
     """
     if not what.endswith(".gguf"):
-        entry = params.model(what)
+        if (entry := params.model(what)).path:
+            return what, outline.read(str(entry.path))
         return what, outline.of_geometry(entry.at_scale(scale), entry.title, f"{what}-F16.gguf")
     whole = outline.read(what)
     return whole.header.model_name, whole

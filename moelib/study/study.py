@@ -172,7 +172,7 @@ class Study:
 
     def cell(self, model: str, quant: str) -> Cell:
         """The cell of `model` and `quant`. Raises ParamsError naming what the study has."""
-        params.model(model).at_scale(self.parameters.scale)
+        params.model(model).refuse_unusable(self.parameters.scale, self.parameters.quants)
         cells, name = {c.name: c for c in self.cells}, f"{model}/{quant}"
         if name not in cells:
             near = closest(name, cells)
