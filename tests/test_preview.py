@@ -19,7 +19,7 @@ from moelib.forecast.predict import Layers
 from moelib.forecast.slices import Model, PreviewError
 from moelib.gguf import outline
 from moelib.machine import host
-from moelib.models import models
+from moelib.models import models, quantize
 
 GIB = 1 << 30
 LONG = {"block_count": 12, "vocab_size": 512}
@@ -193,9 +193,9 @@ def test_an_interrupted_preview_and_a_slice_that_does_not_run_leave_nothing(long
     assert left_behind() == []
 
     def unloadable(*given, **more):
-        raise preview.quantize.QuantizeError("with its first 3 layers alone, the engine cannot load it")
+        raise quantize.QuantizeError("with its first 3 layers alone, the engine cannot load it")
 
-    monkeypatch.setattr(preview.quantize, "twin", unloadable)
+    monkeypatch.setattr(quantize, "twin", unloadable)
     with pytest.raises(PreviewError, match="does not load slices of long: with its first 3"):
         moelib.preview(long, "4GiB", quant="Q8_0", rounds=2, device="loopback")
 
@@ -203,7 +203,7 @@ def test_an_interrupted_preview_and_a_slice_that_does_not_run_leave_nothing(long
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["deepseek-moe-16b", "--vram", "1MiB"], r"does not fit 0\.00 GiB of VRAM"),
+        (["deepseek-moe-16b", "--vram", "1MiB"], r"does not fit 1 MiB of VRAM"),
         (["deepseek-moe-16b", "--vram", "8GiB", "--scale", "tiny", "--device", "loopback"], "too few to be told"),
         (["deepseek-moe-16", "--vram", "8GiB"], "did you mean"),
         (["deepseek-moe-16b", "--vram", "8GiB", "--quant", "Q4_K_N"], "did you mean"),
