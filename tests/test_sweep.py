@@ -77,6 +77,25 @@ def test_what_the_card_cannot_hold_is_no_part_of_a_round(file):
     assert asked(file, 80 << 30, 80 << 30) == (["baseline", "n-cpu-moe=1", "cpu-moe"], None)
 
 
+@pytest.mark.engine
+def test_one_layer_fewer_that_the_card_cannot_hold_is_proven_by_a_run_of_its_own(file, monkeypatch):
+    """In a context that holds the short workload alone: a longer one would fail, whatever the card holds."""
+    apart = sweep._placements
+
+    def without_room(plan, where):
+        (compared, _), at = apart(plan, where), plan.needs.index(plan.chosen)
+        return [n for n in compared if n.vram_bytes <= plan.chosen.vram_bytes], plan.needs[at - 1]
+
+    monkeypatch.setattr(sweep, "_placements", without_room)
+    vram = budget_of(file, "n-cpu-moe=3")
+    made = sweep.measure(file, vram, context=256, rounds=1, device_kind="loopback", say=lambda _: None)
+    assert made.proof.spec.placement == "n-cpu-moe=2"
+    assert made.proof.spec.workloads == made.study.parameters.workloads == (sweep.SHORT,)
+    assert made.proof.observed is not None, made.proof.message
+    text = made.path.read_text(encoding="utf-8")
+    assert re.search(r"`n-cpu-moe=2` took \d+ MiB, (more than the budget|and would fit too)", text)
+
+
 def test_a_dense_model_is_refused_before_anything_is_run(home, engine, tmp_path):
     path = tmp_path / "dense.gguf"
     path.write_bytes(ggufs.build(*ggufs.loadable("qwen3")))

@@ -99,7 +99,8 @@ def measure(
         folder = study.path / "proof"
         if not record.read_all(folder)[0]:
             say(f"proof: {before.placement}, which should not fit")
-            bench.one(file, str(before.placement), context=plan.budget.context, device_kind=where.kind, keep=folder)
+            asked = parameters.workloads, parameters.requests, parameters.context, where.kind
+            bench.one(file, str(before.placement), "mmap", *asked, folder)
         (proof,) = record.read_all(folder)[0]
     measured = Measured(plan, study.again(), proof)
     files.write_bytes(measured.path, document(measured).encode())
