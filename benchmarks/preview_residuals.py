@@ -42,7 +42,7 @@ BETWEEN = (0.25, 0.5, 0.75)
 
 def placements(model: Model) -> list[Placement]:
     """Of the whole: both ends, and three between them."""
-    first, count = model.experts[0], len(model.experts)
+    first, count = model.header.expert_layers[0], len(model.header.expert_layers)
     between = [float(first + round(share * count)) for share in BETWEEN]
     return [Placement(n, LOAD_MODE) for n in (0.0, *between, float("inf"))]
 

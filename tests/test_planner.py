@@ -4,6 +4,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -212,6 +213,28 @@ def test_a_dense_first_layer_is_no_choice():
     assert str(placements[1]) == "n-cpu-moe=2"
     assert math.isinf(placements[-1].cpu_layers)
     assert len(placements) == 28
+
+
+@pytest.mark.parametrize(
+    ("dense_layers", "placements"),
+    [
+        ({2}, ["baseline", "n-cpu-moe=2", "cpu-moe"]),  # n-cpu-moe=3 would move what n-cpu-moe=2 does
+        ({2, 3}, ["baseline", "cpu-moe"]),
+    ],
+)
+def test_every_choice_moves_something_more(dense_layers, placements):
+    whole, tensors = small(), []
+    for t in whole.tensors:
+        if t.block not in dense_layers:
+            tensors.append(t)
+        elif "gate_inp" not in t.name:
+            shape = t.shape[:2] if t.is_expert else t.shape
+            tensors.append(replace(t, name=t.name.replace("_exps", ""), shape=shape))
+    header = replace(whole, tensors=tuple(tensors))
+    needs = budget.plan(header, 12 << 30).needs
+    assert [str(n.placement) for n in needs] == placements
+    weights = [n.weights_bytes for n in needs]
+    assert weights == sorted(set(weights), reverse=True)
 
 
 def dense() -> Header:

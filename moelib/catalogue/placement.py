@@ -18,12 +18,14 @@ REFERENCE = "baseline"
 """What the other placements of a round are compared with: all on the GPU, llama.cpp's own settings. Where a study has
 none, as no card that it is for holds one, the placement with most on the GPU takes its part."""
 MAX_LAYERS = 9999
+UBATCH, KV = 512, "f16"
+"""llama.cpp's defaults."""
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 LOAD_MODES = ("mmap", "none", "mlock")
 SETTINGS = {
-    "ubatch": "tokens of a prompt computed at once, llama.cpp's physical batch (512 by default)",
+    "ubatch": f"tokens of a prompt computed at once, llama.cpp's physical batch ({UBATCH} by default)",
     "op-offload": "off: large batches are computed where their weights are, not copied to the GPU",
-    "kv": "type of the KV cache (f16 by default)",
+    "kv": f"type of the KV cache ({KV} by default)",
     "threads": "CPU threads (all usable CPUs by default)",
 }
 """Setting -> its meaning; one text for each placement, so that defaults are left out."""

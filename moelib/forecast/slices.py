@@ -56,13 +56,8 @@ class Model:
         return self.outline.header
 
     @cached_property
-    def experts(self) -> list[int]:
-        """The layers that have experts."""
-        return sorted({t.block or 0 for t in self.header.moved("cpu-moe")})
-
-    @cached_property
     def _period(self) -> int | None:
-        first, last = self.experts[0], self.header.layers or 0
+        first, last = self.header.expert_layers[0], self.header.layers or 0
         kinds = [{(n, t.shape) for n, t in self.header.of_layer(i).items()} for i in range(first, last)]
         return next((p for p in range(1, LONGEST_PERIOD + 1) if kinds[p:] == kinds[:-p]), None)
 
@@ -79,9 +74,9 @@ class Model:
     def counted(self, part: Header, placement: Placement | str) -> Layers:
         """The layers of the whole, or of a slice, at a placement."""
         moved = part.moved(placement)
-        mean = self.header.moved_bytes("cpu-moe") / len(self.experts)
+        mean = self.header.moved_bytes("cpu-moe") / len(self.header.expert_layers)
         on_cpu = sum(t.nbytes for t in moved) / mean
-        return Layers((part.layers or 0) - self.experts[0] - len({t.block for t in moved}), on_cpu)
+        return Layers((part.layers or 0) - self.header.expert_layers[0] - len({t.block for t in moved}), on_cpu)
 
     @cached_property
     def _slices(self) -> dict[int, Header]:
@@ -95,8 +90,8 @@ class Model:
 
     def lengths(self, cache_bytes: int | None) -> tuple[int, int]:
         """(near, far): layers of the two slices that tell most, if this machine can hold them."""
-        first, count = self.experts[0], len(self.experts)
-        in_period = sum(i < first + self.period for i in self.experts)
+        first, count = self.header.expert_layers[0], len(self.header.expert_layers)
+        in_period = sum(i < first + self.period for i in self.header.expert_layers)
         most = first + self.period * ((count - 1) // in_period)  # a slice that is the whole predicts nothing
         near = first + self.period * -(-NEAR // in_period)
         span = self.period * -(-(FAR - NEAR) // in_period)

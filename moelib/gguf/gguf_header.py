@@ -198,6 +198,11 @@ class Header:
         placed = Placement.of(placement)
         return tuple(t for t in self.loaded if t.is_expert and placed.moves(t.block or 0))
 
+    @cached_property
+    def expert_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that have experts, in order."""
+        return tuple(sorted({t.block or 0 for t in self.moved("cpu-moe")}))
+
     def moved_bytes(self, placement: Placement | str) -> int:
         return sum(t.nbytes for t in self.moved(placement))
 
@@ -246,13 +251,12 @@ class Header:
         """
         if lone := next((t.name for t in self.tensors if LONE_EXPERT.match(t.name)), None):
             return f"each expert has its own tensor ({lone}), which llama.cpp no longer loads; convert the model again"
-        experts = self.moved("cpu-moe")
         try:
-            for t in experts:
+            for t in self.moved("cpu-moe"):
                 self._share(t)
         except GGUFError as err:
             return str(err).removeprefix(f"{self.path.name}: ")
         if self.layers is None:
             return "corrupt: it has no block_count; take another conversion of the model"
-        blocks = {t.block for t in experts if t.block is not None}
-        return next(filter(None, (Placement.of(p).fault(self.layers, blocks) for p in placements)), None)
+        faults = (Placement.of(p).fault(self.layers, self.expert_layers) for p in placements)
+        return next(filter(None, faults), None)

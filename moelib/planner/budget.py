@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from moelib.base.schema import UserError
-from moelib.catalogue.placement import KV_TYPES, Placement
+from moelib.catalogue.placement import KV, KV_TYPES, UBATCH, Placement
 from moelib.gguf.gguf_header import Header
 from moelib.planner.memory import CONTEXT_BYTES, LOOPBACK_BYTES, Need, need
 
@@ -38,9 +38,13 @@ class Budget:
     ram_bytes: int | None = None
     context: int = CONTEXT
     """Tokens of prompt and answer together."""
-    context_bytes: int = CONTEXT_BYTES
     cuda: bool = True
     """Whether the device is a GPU with CUDA; else one without its peculiarities, such as the loopback one."""
+
+    @property
+    def context_bytes(self) -> int:
+        """What a process holds on the device beside the engine's buffers."""
+        return CONTEXT_BYTES if self.cuda else LOOPBACK_BYTES
 
     def fits(self, need: Need) -> bool:
         ram = self.ram_bytes is None or need.ram_bytes <= self.ram_bytes
@@ -59,8 +63,7 @@ class Plan:
     @cached_property
     def needs(self) -> tuple[Need, ...]:
         """Of every placement that differs, from the one with most on the GPU to the one with least."""
-        first, *_, last = sorted({t.block or 0 for t in self.header.moved("cpu-moe")})
-        placements = [0.0, *range(first + 1, last + 1), float("inf")]
+        placements = [0.0, *(layer + 1 for layer in self.header.expert_layers[:-1]), float("inf")]
         budget = self.budget
         return tuple(
             need(self.header, replace(self.settings, cpu_layers=n), budget.context, budget.context_bytes, budget.cuda)
@@ -184,7 +187,7 @@ def plan(
     Raises PlanError for a dense model, a context beyond the model's, an unknown KV type; UnknownCache.
     """
     name, most = header.path.name, header.number("context_length")
-    if not header.moved("cpu-moe"):
+    if not header.expert_layers:
         raise PlanError(
             f"{name} is a dense model: it has no experts to keep on the CPU; "
             "`llama-server -ngl N` keeps whole layers there"
@@ -194,14 +197,14 @@ def plan(
     if kv is not None and kv not in KV_TYPES:
         raise PlanError(f"{kv!r} is no type of the KV cache: take one of {', '.join(KV_TYPES)}")
     if ubatch is not None and ubatch < 1:
-        raise PlanError(f"a ubatch of {ubatch} computes nothing: take {LEAST_UBATCH} or more, or leave it out (512)")
+        raise PlanError(
+            f"a ubatch of {ubatch} computes nothing: take {LEAST_UBATCH} or more, or leave it out ({UBATCH})"
+        )
     if fault := header.fault():
         raise PlanError(f"{name}: {fault}")
     tokens = min(CONTEXT, most or CONTEXT) if context is None else context
-    settings = Placement(0, ubatch=None if ubatch == 512 else ubatch, kv=None if kv == "f16" else kv)
-    return Plan(
-        header, Budget(vram_bytes, ram_bytes, tokens, CONTEXT_BYTES if cuda else LOOPBACK_BYTES, cuda), settings
-    )
+    settings = Placement(0, ubatch=None if ubatch == UBATCH else ubatch, kv=None if kv == KV else kv)
+    return Plan(header, Budget(vram_bytes, ram_bytes, tokens, cuda), settings)
 
 
 def compared(plans: Sequence[Plan]) -> Iterator[str]:

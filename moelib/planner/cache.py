@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from moelib.catalogue.placement import KV, UBATCH
 from moelib.gguf.gguf_header import Header
 from moelib.gguf.gguf_reader import GGUFError
 
@@ -99,8 +100,9 @@ def layers(header: Header) -> list[LayerCache]:
     return kept
 
 
-def nbytes(header: Header, context: int, kv: str = "f16", ubatch: int = 512) -> int:
-    """Bytes of the cache for `context` tokens of one sequence, keys and values in type `kv`. Raises UnknownCache."""
+def nbytes(header: Header, context: int, kv: str = KV, ubatch: int = UBATCH) -> int:
+    """Bytes of the cache for `context` tokens of one sequence, keys and values in type `kv`; a window's cache has room
+    for a batch of `ubatch` tokens more. Raises UnknownCache."""
     total, tokens = 0, padded(context)
     for layer in layers(header):
         count = tokens if layer.window is None else min(tokens, padded(min(tokens, layer.window + ubatch)))

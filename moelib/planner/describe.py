@@ -12,12 +12,11 @@ from typing import Any
 
 from moelib.base import neutral
 from moelib.base.stats import number, percent, size
+from moelib.catalogue.placement import UBATCH
 from moelib.gguf.gguf_header import LONE_EXPERT, Header, Tensor
 from moelib.planner import cache
 
 PER_TOKENS = 1024
-UBATCH = 512
-"""llama.cpp's default: a window's cache has room for so many tokens more."""
 STEP = ("--n-cpu-moe", "moves", "in all", "on the GPU")
 """What a step's columns are called."""
 DENSE = (
@@ -240,7 +239,7 @@ def _cache(header: Header) -> tuple[int | None, int | None, str | None]:
         layers = cache.layers(header)
         widest = max((layer.window or 0 for layer in layers), default=0)
         context = -(-(cache.padded(widest + UBATCH)) // PER_TOKENS) * PER_TOKENS  # from here on all windows are full
-        first, second = (cache.nbytes(header, n, ubatch=UBATCH) for n in (context, context + PER_TOKENS))
+        first, second = (cache.nbytes(header, n) for n in (context, context + PER_TOKENS))
     except cache.UnknownCache as err:
         return None, None, str(err)
     return second - first, first - (second - first) * (context // PER_TOKENS), None

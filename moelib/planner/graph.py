@@ -10,7 +10,7 @@ from __future__ import annotations
 from itertools import groupby
 from math import prod
 
-from moelib.catalogue.placement import Placement
+from moelib.catalogue.placement import KV, UBATCH, Placement
 from moelib.gguf import gguf_header
 from moelib.gguf.gguf_header import Header
 from moelib.planner import cache
@@ -38,12 +38,12 @@ class Graph:
     room for a quantised cache in F16 beside attention's result, and holds what fused operations read until they end.
     """
 
-    def __init__(self, header: Header, placement: Placement, context: int, ubatch: int, cuda: bool = True):
+    def __init__(self, header: Header, placement: Placement, context: int, cuda: bool = True):
         self.nodes: list[Tensor] = []
         self.inputs: list[Tensor] = []
-        self._header, self._placement, self._cuda, self._outputs = header, placement, cuda, 1
+        self._header, self._placement, self._cuda = header, placement, cuda
         self._embedding = header.number("embedding_length") or 0
-        self._tokens = tokens = min(ubatch, cache.padded(context))
+        self._tokens = tokens = min(placement.ubatch or UBATCH, cache.padded(context))
         self._seen = cache.padded(context)
         self._caches = cache.layers(header)
         self._windowed = any(c.window for c in self._caches)
@@ -51,7 +51,7 @@ class Graph:
         self._position, self._rows = self._input(4), self._input(4, 1)
         self._asked: dict[int | None, tuple[Tensor, Tensor, Tensor]] = {}
         self._turns: dict[str, Tensor] = {}
-        self._kv = placement.kv or "f16"
+        self._kv = placement.kv or KV
         self._quantised_cache = cache.row_bytes(1 << 10, self._kv) < 2 << 10
         self._build(tokens)
 
@@ -71,8 +71,8 @@ class Graph:
     def _weight(self, nbytes: int = 1, place: str = DEVICE) -> Tensor:
         return Tensor((1,), "weight", (), place, external=True, size=nbytes)
 
-    def _biased(self, x: Tensor, name: str, op: str = "add") -> Tensor:
-        return self._op(op, x.shape, x, self._weight()) if f"{name}.bias" in self._tensors else x
+    def _biased(self, x: Tensor, name: str) -> Tensor:
+        return self._op("add", x.shape, x, self._weight()) if f"{name}.bias" in self._tensors else x
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         if f"{name}.weight" not in self._tensors:
@@ -81,9 +81,8 @@ class Graph:
         x = self._op("norm" if layer_norm else "rms_norm", x.shape, x)
         return self._biased(self._op("mul", x.shape, x, self._weight()), name)
 
-    def _project(self, x: Tensor, name: str, width: int | None = None) -> Tensor:
-        if width is None:
-            width = self._tensors[f"{name}.weight"].shape[1]
+    def _project(self, x: Tensor, name: str) -> Tensor:
+        width = self._tensors[f"{name}.weight"].shape[1]
         return self._biased(self._op("mul_mat", (width, *x.shape[1:]), self._weight(), x), name)
 
     def _build(self, tokens: int) -> None:
@@ -127,7 +126,7 @@ class Graph:
         else:
             out = self._mixer(normed)
         if self._last:
-            shape = self._embedding, self._outputs
+            shape = self._embedding, 1  # only the batch's last token is asked for
             out, residual = (self._op("get_rows", shape, t, self._rows) for t in (out, residual))
         before_ffn = "ffn_norm.weight" in names
         if "post_attention_norm.weight" in names and before_ffn:
@@ -188,7 +187,7 @@ class Graph:
     def _flash_attention(self, shape: tuple[int, ...], q: Tensor, mask: Tensor, kept: int) -> Tensor:
         """`kept`: elements of a token in the layer's cache."""
         out = self._op("flash_attn", shape, q, mask)
-        if self._cuda and self._kv != "f16":
+        if self._cuda and self._kv != KV:
             out.size = out.nbytes + 2 * kept * mask.shape[0]
         return out
 

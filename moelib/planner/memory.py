@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moelib.catalogue.placement import Placement
+from moelib.catalogue.placement import KV, UBATCH, Placement
 from moelib.gguf.gguf_header import Header
 from moelib.planner import cache
 from moelib.planner.allocate import DEVICE, HOST, peaks
@@ -18,8 +18,6 @@ LOOPBACK_BYTES = 20 * MIB
 """What the loopback device's process holds beside the buffers: 7 to 19 MiB seen."""
 PROCESS_BYTES = 512 * MIB
 """What the server holds in RAM beside weights and buffers: 247 to 512 MiB in the committed runs with a GPU."""
-UBATCH = 512
-"""llama.cpp's default."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +62,7 @@ def need(
     where the header does not tell how large the cache is.
     """
     placed = Placement.of(placement)
-    ubatch = placed.ubatch or UBATCH
-    graph = Graph(header, placed, context, ubatch, cuda)
+    graph = Graph(header, placed, context, cuda)
     compute = peaks(graph.nodes, graph.inputs)
     on_device = header.device_bytes(placed)
     loaded = sum(t.nbytes for t in header.loaded)
@@ -73,7 +70,7 @@ def need(
     return Need(
         placed,
         on_device,
-        cache.nbytes(header, context, placed.kv or "f16", ubatch),
+        cache.nbytes(header, context, placed.kv or KV, placed.ubatch or UBATCH),
         compute[DEVICE],
         context_bytes,
         loaded + tied - on_device,
