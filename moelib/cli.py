@@ -11,7 +11,7 @@ import click
 
 from moelib import __version__
 from moelib.base import neutral
-from moelib.terminal import CELLS, FAILED, MEASURED, MODELS, QUANTS, STUDIES, Formatter, Group, say, say_all
+from moelib.terminal import CELLS, FAILED, MEASURED, MODELS, QUANTS, STUDIES, Formatter, Group, planned, say, say_all
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -133,10 +133,7 @@ def quantize(model: str, quant: str, scale: str, real: bool, imatrix: Path | Non
     "--quant", "quants", multiple=True, shell_complete=QUANTS, help="Of a MODEL; default: Q4_K_M, Q2_K, Q8_0."
 )
 @click.option("--vram", metavar="SIZE", help="Of the card, such as 12GiB; default: that of the GPU here.")
-@click.option("--ram", metavar="SIZE", help="That weights may take; default: as much as it needs.")
-@click.option("--context", type=int, help="Tokens of prompt and answer; default: 8192, or the model's.")
-@click.option("--ubatch", type=int, help="Tokens of a prompt computed at once; default: 512.")
-@click.option("--kv", help="Type of the KV cache: f16 (default), q8_0, q4_0, ...")
+@planned
 def plan(
     what: str,
     quants: tuple[str, ...],
@@ -165,10 +162,7 @@ def plan(
 @main.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--vram", metavar="SIZE", help="That may be used, such as 12GiB; default: all of the GPU here.")
-@click.option("--ram", metavar="SIZE", help="That weights may take; default: as much as it needs.")
-@click.option("--context", type=int, help="Tokens of prompt and answer; default: 8192, or the model's.")
-@click.option("--ubatch", type=int, help="Tokens of a prompt computed at once; default: 512.")
-@click.option("--kv", help="Type of the KV cache: f16 (default), q8_0, q4_0, ...")
+@planned
 @click.option("--rounds", default=3, show_default=True, help="Each runs every placement once.")
 def measure(
     file: Path,
@@ -198,10 +192,7 @@ def measure(
 @click.argument("what", metavar="MODEL|FILE|hf:OWNER/REPO/PATH[@REVISION]", shell_complete=MODELS)
 @click.option("--quant", shell_complete=QUANTS, help="Of a MODEL; default: Q4_K_M.")
 @click.option("--vram", metavar="SIZE", help="Of the card, such as 12GiB; default: that of the GPU here.")
-@click.option("--ram", metavar="SIZE", help="That weights may take; default: as much as it needs.")
-@click.option("--context", type=int, help="Tokens of prompt and answer; default: 8192, or the model's.")
-@click.option("--ubatch", type=int, help="Tokens of a prompt computed at once; default: 512.")
-@click.option("--kv", help="Type of the KV cache: f16 (default), q8_0, q4_0, ...")
+@planned
 @click.option("--scale", default="full", show_default=True, help="Of a MODEL: full, or one that models.yaml names.")
 @click.option("--rounds", default=3, show_default=True, help="Runs of each slice in each placement.")
 @click.option("--device", default="auto", show_default=True, help="auto, cuda or loopback.")

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -27,6 +27,9 @@ CURES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), f"free some space, or set {PLACES} to another disk"),
 }
 """What to do when the system refuses a file."""
+
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class Unprinted(OSError):
@@ -98,6 +101,21 @@ class Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return neutral.lines(super().format(record))
+
+
+PLANNED = (
+    click.option("--ram", metavar="SIZE", help="That weights may take; default: as much as it needs."),
+    click.option("--context", type=int, help="Tokens of prompt and answer; default: 8192, or the model's."),
+    click.option("--ubatch", type=int, help="Tokens of a prompt computed at once; default: 512."),
+    click.option("--kv", help="Type of the KV cache: f16 (default), q8_0, q4_0, ..."),
+)
+
+
+def planned(command: Command) -> Command:
+    """Give a command the options of a plan, beside its --vram."""
+    for option in reversed(PLANNED):
+        command = option(command)
+    return command
 
 
 Complete = Callable[[click.Context, click.Parameter, str], list[str]]

@@ -6,7 +6,9 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -143,6 +145,20 @@ LIBRARY = "libggml-base"
 def library_of(copy: engines.Engine) -> Path:
     """One that every tool of a copy of a build has mapped."""
     return next(p for p in copy.folder.rglob(f"{LIBRARY}*") if not p.is_symlink())
+
+
+@pytest.fixture
+def peak_rss() -> Callable[[str], int]:
+    """Runs code in a Python of its own: the most RAM, in bytes, that it held."""
+
+    def run(code: str) -> int:
+        code += "\nimport os; from moelib.machine import process; print(process.peak_rss(os.getpid()))"
+        argv = [sys.executable, "-c", code]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=300, encoding="utf-8")
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout)
+
+    return run
 
 
 @pytest.fixture
