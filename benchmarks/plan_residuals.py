@@ -22,10 +22,8 @@ import shapes
 from moelib.audit import record
 from moelib.base.bar import tqdm
 from moelib.campaign import bench
-from moelib.catalogue import params
 from moelib.catalogue.placement import Placement
 from moelib.engine import engine
-from moelib.gguf import outline
 from moelib.gguf.gguf_header import Header
 from moelib.models import quantize
 from moelib.planner import memory
@@ -46,19 +44,11 @@ QUANT = "Q4_K_M"
 MIB = 1 << 20
 
 
-def outline_of(name: str) -> tuple[outline.Outline, str | None]:
-    """(what a model's file says, the quant to give it; None where the file is one of a quant)."""
-    if name in shapes.MODELS:
-        return outline.from_bytes([shapes.head(name)], f"{name}.gguf"), None
-    entry = params.model(name)
-    return outline.of_geometry(entry.at_scale("full"), entry.title, f"{name}-F16.gguf"), QUANT
-
-
 def measure(folder: Path, models: list[str], layers: int, device: str) -> None:
     known = {(r.spec.model, r.spec.placement) for r in record.read_all(folder)[0]}
     todo = [(m, p) for m in models for p in SETTINGS if (m, p) not in known]
     for model in tqdm(dict.fromkeys(m for m, _ in todo), desc="models", disable=None):
-        whole, quant = outline_of(model)
+        whole, quant = shapes.outline_of(model, QUANT)
         try:
             file = quantize.twin(model, whole, quant, None if model in WHOLE else layers).path
         except quantize.QuantizeError as err:  # this build of the engine does not load it
@@ -105,7 +95,7 @@ def rows(folder: Path) -> Iterator[dict[str, object]]:
 
 def header_of(r: record.Record) -> Header:
     """The header that a record's file had, made again; its digest is the record's."""
-    cut, quant = outline_of(r.spec.model)
+    cut, quant = shapes.outline_of(r.spec.model, QUANT)
     if r.spec.model not in WHOLE:
         cut = cut.first_layers(int(r.spec.scale.rpartition("-")[2]))
     if quant:

@@ -1,11 +1,12 @@
 """What `moelib preview` predicts from two slices of a model, against runs of the whole of it on the same machine.
 
-    python benchmarks/preview_residuals.py measure FOLDER [--models deepseek-moe-16b] [--quants Q4_K_M] [--device cuda]
+    python benchmarks/preview_residuals.py measure FOLDER [--cells deepseek-moe-16b/Q4_K_M] [--device cuda]
     python benchmarks/preview_residuals.py show FOLDER
 
-`measure` runs the slices, then the whole twin in five placements, at load mode none as a preview does; all records are
-kept in FOLDER, and it goes on where it was stopped. `show` makes the document from the records alone: the slices' runs
-are fitted as in a preview, and nothing of the whole's runs is used for it.
+A model is one of the catalogue, or a published one whose header `shapes.py` has. `measure` runs the slices, then the
+whole twin in five placements, at load mode none as a preview does; all records are kept in FOLDER, and it goes on where
+it was stopped. `show` makes the document from the records alone: the slices' runs are fitted as in a preview, and
+nothing of the whole's runs is used for it. It also compares with a committed study of another machine of that kind.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ import argparse
 import random
 import sys
 from collections.abc import Iterator, Sequence
+from datetime import datetime, timedelta
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
 
 import pandas as pd
+import shapes
 
+import moelib
 from moelib.audit import record
 from moelib.audit.record import Record
 from moelib.base import stats
@@ -33,11 +37,28 @@ from moelib.measure import device
 from moelib.models import models, quantize
 from moelib.planner import memory, named
 
-CATALOGUED = ("deepseek-moe-16b", "phi-3.5-moe")
-QUANTS = ("Q4_K_M", "Q8_0")
-ROUNDS = 3
+CELLS = (
+    "deepseek-moe-16b/Q4_K_M",
+    "qwen3-30b-a3b/Q4_K_M",
+    "phi-3.5-moe/Q4_K_M",
+    "deepseek-moe-16b/Q8_0",
+    "gpt-oss-20b/MXFP4_MOE",
+    "deepseek-moe-16b/Q2_K",
+    "phi-3.5-moe/Q2_K",
+    "phi-3.5-moe/Q8_0",
+)
+ROUNDS, WHOLE_ROUNDS = 3, 2
 BETWEEN = (0.25, 0.5, 0.75)
 """Of the layers with experts: placements of the whole between both ends."""
+COMMITTED = "h100-twins"
+BOTH = ("ms a token", "TTFT, ms")
+
+
+def model_of(name: str, quant: str, scale: str) -> Model:
+    """A published model in its own types, or one of the catalogue at a quant and scale."""
+    if name in shapes.MODELS:
+        return Model(name, shapes.outline_of(name, quant)[0])
+    return Model(*named.outline(name, quant, scale))
 
 
 def placements(model: Model) -> list[Placement]:
@@ -51,19 +72,19 @@ def is_slice(r: Record) -> bool:
     return "-first-" in r.spec.scale
 
 
-def measure(folder: Path, names: Sequence[str], quants: Sequence[str], scale: str, rounds: int, kind: str) -> None:
+def measure(folder: Path, cells: Sequence[str], scale: str, rounds: int, whole_rounds: int, kind: str) -> None:
     """Every run that FOLDER has no record of; what does not fit this machine is said and left out."""
     where = device.choose(kind, engine.find())
-    for name in names:
-        for quant in quants:
-            model = Model(*named.outline(name, quant, scale))
-            done = [r for r in record.read_all(folder)[0] if (r.spec.model, r.spec.quant) == (name, quant)]
-            parts = [r for r in done if is_slice(r)]
-            best, at = slices.choose(model, Placement(0), where.kind)
-            lengths = sorted({slices.length(r) for r in parts}) or best
-            slices.measure(model, lengths, at, rounds, where.kind, folder, parts)
-            known = {(r.spec.placement, r.spec.block) for r in done if not is_slice(r)}
-            whole(folder, model, rounds, where.kind, known)
+    for cell in cells:
+        name, _, quant = cell.partition("/")
+        model = model_of(name, quant, scale)
+        done = [r for r in record.read_all(folder)[0] if r.cell == f"{name}/{model.header.label}"]
+        parts = [r for r in done if is_slice(r)]
+        best, at = slices.choose(model, Placement(0), where.kind)
+        lengths = sorted({slices.length(r) for r in parts}) or best
+        slices.measure(model, lengths, at, rounds, where.kind, folder, parts)
+        known = {(r.spec.placement, r.spec.block) for r in done if not is_slice(r)}
+        whole(folder, model, whole_rounds, where.kind, known)
 
 
 def whole(folder: Path, model: Model, rounds: int, kind: str, known: set[tuple[str, int]]) -> None:
@@ -80,71 +101,140 @@ def whole(folder: Path, model: Model, rounds: int, kind: str, known: set[tuple[s
     models.folder().mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="whole-", dir=models.folder()) as scratch:
         path = quantize.twin(model.name, model.outline, out=Path(scratch) / f"{model.name}.gguf").path
-        for placement, block, i in tqdm(todo, desc=f"runs of {model.name}", unit="run", disable=None):
-            at = str(placement), LOAD_MODE, [WORKLOAD], REQUESTS, RUN_CONTEXT, kind, folder, block, i
-            print(bench.one(path, *at).line, file=sys.stderr)
+        with bench.opened([path], kind) as (ready,):
+            for placement, block, i in tqdm(todo, desc=f"runs of {model.name}", unit="run", disable=None):
+                at = str(placement), LOAD_MODE, [WORKLOAD], REQUESTS, RUN_CONTEXT, folder, block, i
+                print(ready.measure(*at).line, file=sys.stderr)
 
 
-def rows(folder: Path, scale: str) -> Iterator[dict[str, object]]:
-    """One row for each placement of a whole: predicted from the slices' records, and measured."""
+def predictions(folder: Path, scale: str) -> Iterator[tuple[Model, tuple[predict.Fit, predict.Fit], list[Record]]]:
+    """(model, what its slices tell of a token and of a prompt, the usable runs of the whole), a cell at a time."""
     records = record.read_all(folder)[0]
     for name, quant in sorted({(r.spec.model, r.spec.quant) for r in records}):
         own = [r for r in records if (r.spec.model, r.spec.quant) == (name, quant)]
-        model = Model(*named.outline(name, quant, scale))
+        model = model_of(name, quant, scale)
         fits = slices.fits(model, [r for r in own if is_slice(r)])
-        wholes = [r for r in own if not is_slice(r) and r.done]
+        yield model, fits, [r for r in own if not is_slice(r) and r.done]
+
+
+def compared(
+    model: Model, fits: Sequence[predict.Fit], placement: Placement, runs: Sequence[Record]
+) -> dict[str, object]:
+    """A row: one placement as predicted, and as the runs of the whole were."""
+    row: dict[str, object] = {"model": model.name, "quant": model.header.label, "placement": str(placement)}
+    layers, times = model.counted(model.header, placement), [slices.measured(r) for r in runs]
+    for i, (what, fit) in enumerate(zip(BOTH, fits, strict=True)):
+        told, seen = fit.at(layers), [t[i] for t in times]
+        row[f"{what}, predicted"] = stats.estimate(told, 1000)
+        row[f"{what}, measured"] = stats.number(fmean(seen), 1000)
+        row[f"{what}, off, %"] = None if told is None else round(100 * predict.off(told.value, seen), 1)
+        if told is not None:
+            inside = sum((told.low or 0) <= s <= (told.high or 0) for s in seen)
+            row[f"{what}, runs in the interval"] = f"{inside} of {len(seen)}"
+    return row
+
+
+def same_machine(folder: Path, scale: str) -> pd.DataFrame:
+    """One row for each placement of each whole."""
+    rows = []
+    for model, fits, wholes in predictions(folder, scale):
         for placement in sorted({r.spec.placed for r in wholes}, key=lambda p: p.order):
-            row: dict[str, object] = {"model": name, "quant": quant, "placement": str(placement)}
-            layers = model.counted(model.header, placement)
-            times = [slices.measured(r) for r in wholes if r.spec.placed == placement]
-            for i, (what, fit) in enumerate(zip(("ms a token", "TTFT, ms"), fits, strict=True)):
-                told, seen = fit.at(layers), [t[i] for t in times]
-                row[f"{what}, predicted"] = stats.estimate(told, 1000)
-                row[f"{what}, measured"] = stats.number(fmean(seen), 1000)
-                row[f"{what}, off, %"] = None if told is None else round(100 * predict.off(told.value, seen), 1)
-                if told is not None:
-                    inside = sum((told.low or 0) <= s <= (told.high or 0) for s in seen)
-                    row[f"{what}, runs in the interval"] = f"{inside} of {len(seen)}"
-            yield row
+            rows.append(compared(model, fits, placement, [r for r in wholes if r.spec.placed == placement]))
+    return pd.DataFrame(rows)
+
+
+def committed(folder: Path, scale: str) -> pd.DataFrame:
+    """One row for each placement of the committed study that loads as slices do, or has nothing to load to the CPU."""
+    used, rows = moelib.load(COMMITTED).used, []
+    for model, fits, _ in predictions(folder, scale):
+        own = [r for r in used if r.cell == f"{model.name}/{model.header.label}"]
+        for label, placement in (("baseline/mmap", Placement(0)), ("cpu-moe/none", Placement(float("inf"), LOAD_MODE))):
+            if runs := [r for r in own if r.spec.label == label]:
+                rows.append(compared(model, fits, placement, runs))
+    return pd.DataFrame(rows)
+
+
+def duration(records: Sequence[Record]) -> timedelta:
+    """From the start of the first run to the end of the last."""
+    started = [datetime.fromisoformat(r.started_utc) for r in records]
+    last = max(range(len(records)), key=lambda i: started[i])
+    return started[last] - min(started) + timedelta(seconds=round(records[last].observation.wall_s))
+
+
+def durations(folder: Path) -> pd.DataFrame:
+    """How long the runs of each model's slices took."""
+    parts = [r for r in record.read_all(folder)[0] if is_slice(r) and r.observed is not None]
+    rows = []
+    for cell in sorted({r.cell for r in parts}):
+        own = [r for r in parts if r.cell == cell]
+        lengths = " and ".join(map(str, sorted({slices.length(r) for r in own})))
+        took = duration(own).total_seconds()
+        usable = sum(r.done for r in own)
+        rows.append({"model": cell, "layers of the slices": lengths, "runs": len(own), "usable": usable, "s": took})
+    return pd.DataFrame(rows)
+
+
+def errors(table: pd.DataFrame) -> str:
+    """How far the predictions of a table are off, a line for each of what is predicted."""
+    lines = []
+    for what in BOTH:
+        off = table[f"{what}, off, %"].astype(float).abs()
+        lines.append(
+            f"- {what}: {off.median():.1f} % off in the median of {off.notna().sum()} placements, {off.max():.1f} % "
+            "at most"
+        )
+    return "\n".join(lines)
 
 
 def document(folder: Path, scale: str) -> str:
     """The residuals as a document in Markdown, from the records alone."""
     records = [r for r in record.read_all(folder)[0] if r.done]
-    table = pd.DataFrame(rows(folder, scale))
+    same = same_machine(folder, scale)
     machines = sorted({f"{r.device.name}, {r.host.cpus} CPUs ({r.host.cpu})" for r in records})
+    hosts = len({r.host.host_id for r in records})
     loopback = any(r.device.kind == "loopback" for r in records)
     said = " **Rehearsed on the loopback device: these are no speeds of a GPU.**" if loopback else ""
-    lengths = sorted({slices.length(r) for r in records if is_slice(r)})
     engines = ", ".join(sorted({r.engine.version for r in records}))
+    commits = sorted({f"{(r.host.commit or 'unknown')[:12]}{' with changes' if r.host.dirty else ''}" for r in records})
     parts = [
         "# What a preview predicts, and what was measured",
-        f"Twins cut to their first {', '.join(map(str, lengths))} layers predict the whole twin on the same machine, "
-        f"load mode {LOAD_MODE}, workload {WORKLOAD}. Intervals are for one run (95 %). Nothing of the whole's runs is "
-        f"used for a prediction.{said}",
-        f"Measured on: {'; '.join(machines)}; llama.cpp {engines}. Records: `{folder.as_posix()}`, {len(records)} "
-        "used; made by `python benchmarks/preview_residuals.py`.",
+        f"Twins cut to their first layers predict the whole twin on the same machine, load mode {LOAD_MODE}, workload "
+        f"{WORKLOAD}, random weights. Intervals are for one run (95 %). Nothing of the whole's runs is used for a "
+        f"prediction.{said}",
+        f"Measured on: {'; '.join(machines)} ({hosts} machine{'s' * (hosts > 1)}); llama.cpp {engines}; moelib "
+        f"{', '.join(commits)}. Records: `{folder.as_posix()}`, {len(records)} used; made by `python "
+        "benchmarks/preview_residuals.py`.",
+        errors(same),
+        same.to_markdown(index=False),
+        "## What a preview costs",
+        "From the start of the first run of a slice to the end of the last; writing the slices comes before it.",
+        durations(folder).to_markdown(index=False),
     ]
-    for what in ("ms a token", "TTFT, ms"):
-        off = table[f"{what}, off, %"].astype(float).abs()
-        count, median = off.notna().sum(), off.median()
-        parts.append(f"- {what}: {median:.1f} % off in the median of {count} placements, {off.max():.1f} % at most")
-    return "\n\n".join(parts).replace("\n\n- TTFT", "\n- TTFT") + "\n\n" + table.to_markdown(index=False) + "\n"
+    other = committed(folder, scale) if scale == "full" and not loopback else pd.DataFrame()
+    if len(other):
+        parts += [
+            f"## Against the committed study {COMMITTED}",
+            "The same predictions against runs of another machine of that kind, made days before with an earlier "
+            "version of moelib: what differs is the machines' own difference too.",
+            errors(other),
+            other.to_markdown(index=False),
+        ]
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("measure", "show"))
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--models", default=",".join(CATALOGUED))
-    parser.add_argument("--quants", default=",".join(QUANTS))
+    parser.add_argument("--cells", default=",".join(CELLS), help="MODEL/QUANT,MODEL/QUANT")
     parser.add_argument("--scale", default="full", help="full, or one that models.yaml names")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of the slices")
+    parser.add_argument("--whole-rounds", type=int, default=WHOLE_ROUNDS)
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "loopback"))
     given = parser.parse_args()
     if given.what == "measure":
-        at = given.models.split(","), given.quants.split(","), given.scale, given.rounds, given.device
-        measure(given.folder, *at)
+        at = given.scale, given.rounds, given.whole_rounds, given.device
+        measure(given.folder, given.cells.split(","), *at)
     print(document(given.folder, given.scale), end="")
 
 

@@ -15,7 +15,8 @@ import numpy as np
 from gguf import GGUFWriter, quants
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from moelib.gguf import twin
+from moelib.catalogue import params
+from moelib.gguf import outline, twin
 from moelib.gguf.gguf_reader import tensor_bytes
 
 Shapes = dict[str, tuple[int, ...]]
@@ -187,9 +188,18 @@ def head(name: str) -> tuple[bytes, int]:
     return first, len(first) + total
 
 
+def outline_of(name: str, quant: str) -> tuple[outline.Outline, str | None]:
+    """(what the file of a model says, the quant to give it): of a published one, whose file has its types, or of one of
+    the catalogue, to be given the types of `quant`."""
+    if name in MODELS:
+        return outline.from_bytes([head(name)], f"{name}.gguf"), None
+    entry = params.model(name)
+    return outline.of_geometry(entry.at_scale("full"), entry.title, f"{name}-F16.gguf"), quant
+
+
 def _metadata(w: GGUFWriter, m: Published) -> None:
     w.add_name(m.title)
-    w.add_file_type(15)
+    w.add_file_type(38 if m.kind == "MXFP4" else 15)
     w.add_quantization_version(2)
     heads_kv = [m.heads_kv if attends(m, i) else 0 for i in range(m.layers)]
     facts: dict[str, Any] = {

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import ggufs
@@ -12,9 +13,10 @@ from factory import SHARED
 import moelib
 from moelib.base import files
 from moelib.campaign import campaign, given
-from moelib.catalogue import params
+from moelib.catalogue import params, pins
 from moelib.gguf.gguf_header import TWIN_NAME
-from moelib.models import models, quantize, weights
+from moelib.models import hub as client
+from moelib.models import models, quantize, sources, weights
 from moelib.models.quantize import QuantizeError
 from moelib.report import appendix
 
@@ -177,3 +179,61 @@ def test_a_study_of_a_file_that_is_not_what_it_says_is_refused_before_anything_s
         with pytest.raises(params.UserError, match=message):
             campaign.run_cells(*campaign.select("theirs"))
     assert not (own / "outputs/theirs").exists()
+
+
+@pytest.fixture
+def shelf(own, lfs_hub, monkeypatch):
+    """A repository with a file that is already quantised, and a catalogue that names it."""
+    monkeypatch.setenv("HF_TOKEN", "hf_read")
+    api = client.api
+    monkeypatch.setattr(client, "api", lambda endpoint=None: api(endpoint or lfs_hub.url))
+    path = downloaded(own, "gpt-oss", "gpt-oss-MXFP4.gguf")
+    lfs_hub.first = lfs_hub.put("acme/oss-GGUF", {"all/gpt-oss-MXFP4.gguf": path.read_bytes(), "README.md": b"# oss"})
+    path.unlink()
+    return lfs_hub
+
+
+def test_a_study_measures_a_file_of_a_repository(own, engine, shelf):
+    entry(own, "hf:acme/oss-GGUF/all/gpt-oss-MXFP4.gguf")
+    # planned from its header alone
+    plan = moelib.plan("theirs", "1GiB", context=256)
+    assert (plan.header.label, str(plan.chosen.placement)) == ("MXFP4", "baseline")
+    assert not models.folder().exists() or not list(models.folder().glob("**/*MXFP4.gguf"))
+    study, (cell,) = campaign.select("theirs")
+    done = list(campaign.measure(study, cell))
+    assert {r.status for r in done} <= {"valid", "degraded"}, [r.reasons for r in done]
+    (manifest,) = study.again().manifests
+    assert manifest.origin == f"hf:acme/oss-GGUF/all/gpt-oss-MXFP4.gguf@{shelf.first}"
+    assert pins.of("theirs").revision == shelf.first
+    kept = sources.file_of("theirs")
+    assert kept.parent == sources.folder("theirs")
+    # nothing is asked again, also after the branch has moved; another address is another file
+    shelf.put("acme/oss-GGUF", {"all/gpt-oss-MXFP4.gguf": b"GGUF" + bytes(9000)})
+    asked = len(shelf.requests)
+    assert sources.file_of("theirs") == kept
+    assert sources.any_file_of("theirs") == str(kept)
+    assert len(shelf.requests) == asked
+    kept.unlink()
+    assert sources.any_file_of("theirs") == manifest.origin
+    assert sources.file_of("theirs").read_bytes()
+
+
+def test_a_file_of_a_repository_that_is_not_there_is_said_before_anything_starts(own, engine, shelf):
+    for i, (address, message) in enumerate([
+        ("hf:acme/oss-GGUF/all/gpt-oss-Q4.gguf", r"there is no GGUF file all/gpt-oss-Q4\.gguf of acme/oss-GGUF; "),
+        ("hf:acme/oss-GGUF/README.md", r"there is no GGUF file README\.md"),
+        ("hf:acme/other/x.gguf", r"acme/other"),
+    ]):  # fmt: skip
+        entry(own, address, f"model{i}")
+        run, get = lambda: campaign.run_cells(*campaign.select("theirs")), partial(sources.fetch, f"model{i}")
+        for use in (run, get):
+            with pytest.raises(params.UserError, match=message):
+                use()
+    assert not (own / "outputs/theirs").exists()
+    entry(own, "hf:acme/oss-GGUF/all/gpt-oss-MXFP4.gguf", "there")
+    for use in (lambda: sources.pin("there", "acme/oss-GGUF"), lambda: sources.adopt("there", own / "x.gguf")):
+        with pytest.raises(params.UserError, match=r"there is the file hf:.*: `moelib fetch there` downloads it"):
+            use()
+    entry(own, "hf:acme/oss-GGUF", "vague")
+    with pytest.raises(params.UserError, match=r"names no file; it has 1 to name:\s+hf:acme/oss-GGUF/all/gpt-oss"):
+        sources.fetch("vague")

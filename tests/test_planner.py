@@ -186,6 +186,15 @@ def test_the_cache_counts_windows_latents_and_states():
         cache.nbytes(small(**{"attention.key_length": 24}), 1024, "q8_0")
 
 
+@pytest.mark.parametrize("lacking", ["blk.0.ffn_up.weight", "blk.2.attn_output.weight"])
+def test_a_header_that_lacks_a_tensor_is_refused_in_a_sentence(lacking):
+    whole = small()
+    part = replace(whole, tensors=tuple(t for t in whole.tensors if t.name != lacking))
+    message = rf"small\.gguf has no tensor {lacking.rpartition('.weight')[0].split('.', 2)[-1]}\.weight where this"
+    with pytest.raises(gguf_file.GGUFError, match=message):
+        memory.need(part, "cpu-moe", 1024)
+
+
 def test_a_plan_takes_the_fewest_layers_that_fit():
     header = catalogued("phi-3.5-moe", "Q4_K_M")
     sizes_ = [n.vram_bytes for n in budget.plan(header, 12 << 30).needs]

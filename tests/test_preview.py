@@ -174,12 +174,12 @@ def test_a_preview_of_the_real_engine_and_what_it_says_where_it_does_not_know(lo
 
 
 def test_an_interrupted_preview_and_a_slice_that_does_not_run_leave_nothing(long, engine, monkeypatch):
-    real = bench.one
+    real = bench.Bench.measure
 
     def interrupted(*given):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench, "one", interrupted)
+    monkeypatch.setattr(bench.Bench, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         moelib.preview(long, "4GiB", quant="Q8_0", rounds=2, device="loopback")
     assert left_behind() == []
@@ -187,7 +187,7 @@ def test_an_interrupted_preview_and_a_slice_that_does_not_run_leave_nothing(long
     def crashed(*given):
         return real(*given).model_copy(update={"observed": None, "reasons": ("engine-died",), "message": "boom"})
 
-    monkeypatch.setattr(bench, "one", crashed)
+    monkeypatch.setattr(bench.Bench, "measure", crashed)
     with pytest.raises(PreviewError, match=r"do not run at [\w-]+ \(engine-died: boom\); `moelib twin`"):
         moelib.preview(long, "4GiB", quant="Q8_0", rounds=2, device="loopback")
     assert left_behind() == []

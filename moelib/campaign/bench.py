@@ -24,6 +24,7 @@ from moelib.study import gather
 
 LOCK_S = 30.0  # for another process's last run on the device
 RUN_BYTES = 1 << 20  # a run's logs and record
+WORKLOADS = ("plan-short", "long-512")
 ALONE = "alone"
 """Name that stands for the study in the record of a run that belongs to none."""
 
@@ -72,6 +73,40 @@ class Bench(NamedTuple):
         )
         return result if result.observed is None else audited(folder, result)
 
+    def measure(
+        self,
+        placement: str,
+        load_mode: str = "mmap",
+        workloads: Sequence[str] = WORKLOADS,
+        requests: int = 2,
+        context: int = 1024,
+        keep: Path | None = None,
+        block: int = 0,
+        order: int = 0,
+    ) -> record.Record:
+        """A run that belongs to no study; its record and logs are kept in the folder `keep`, or not.
+
+        block, order: which repetition it is, and which run of it, where runs are repeated. Raises PlacementError,
+        QuantizeError where the placement moves nothing of the file.
+        """
+        quantize.refuse_senseless(self.quantised.header, [placement])
+        of = {k: self.quantised.manifest[k] for k in ("model", "quant", "weights", "scale")}
+        spec = run.Spec(
+            study=ALONE,
+            placement=placement,
+            load_mode=load_mode,
+            block=block,
+            order=order,
+            workloads=tuple(workloads),
+            requests=requests,
+            context=context,
+            device=self.where.kind,
+            seed=0,
+            **of,
+        )
+        result = self.perform(keep or self.work, spec)
+        return record.write(keep, result) if keep else record.sealed(result)
+
 
 def audited(folder: Path, r: record.Record) -> record.Record:
     """The record with what the present rules say of it, its log in `folder`/raw being its witness."""
@@ -87,47 +122,34 @@ def held(where: device.Device) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def opened(given_files: Sequence[Path], device_kind: str = "auto") -> Iterator[list[Bench]]:
+    """A bench for each GGUF, for runs that belong to no study; the device is measured once, and held until the end.
+
+    Raises GGUFError, EngineError, DeviceError, and QuantizeError for a file that was changed since it was made or that
+    the engine cannot load.
+    """
+    llama = engine.find()
+    quantised = [given.measurable(file, llama) for file in given_files]
+    where = device.choose(device_kind, llama)
+    with TemporaryDirectory(prefix="moelib-run-") as scratch, held(where):
+        first = Bench.ready(quantised[0], LlamaServer(llama), where, Path(scratch))
+        yield [first._replace(quantised=q) for q in quantised]
+
+
 def one(
     file: Path,
     placement: str,
     load_mode: str = "mmap",
-    workloads: Sequence[str] = ("plan-short", "long-512"),
+    workloads: Sequence[str] = WORKLOADS,
     requests: int = 2,
     context: int = 1024,
     device_kind: str = "auto",
     keep: Path | None = None,
-    block: int = 0,
-    order: int = 0,
 ) -> record.Record:
-    """One run of any GGUF, which belongs to no study; its record and logs are kept in the folder `keep`, or not.
-
-    block, order: which repetition it is, and which run of it, where runs are repeated.
-
-    Raises PlacementError, GGUFError, QuantizeError for a file that was changed since it was made, that the engine
-    cannot load, or of which the placement moves nothing, EngineError, DeviceError.
-    """
+    """One run of any GGUF; its record and logs are kept in the folder `keep`, or not. See `opened`, `Bench.measure`."""
     Placement.parse(placement, load_mode)
     for name in workloads:
         params.workload(name)
-    llama = engine.find()
-    quantised = given.measurable(file, llama)
-    quantize.refuse_senseless(quantised.header, [placement])
-    where = device.choose(device_kind, llama)
-    of = {k: quantised.manifest[k] for k in ("model", "quant", "weights", "scale")}
-    spec = run.Spec(
-        study=ALONE,
-        placement=placement,
-        load_mode=load_mode,
-        block=block,
-        order=order,
-        workloads=tuple(workloads),
-        requests=requests,
-        context=context,
-        device=where.kind,
-        seed=0,
-        **of,
-    )
-    with TemporaryDirectory(prefix="moelib-run-") as scratch, held(where):
-        ready = Bench.ready(quantised, LlamaServer(llama), where, Path(scratch))
-        result = ready.perform(keep or Path(scratch), spec)
-        return record.write(keep, result) if keep else record.sealed(result)
+    with opened([file], device_kind) as (ready,):
+        return ready.measure(placement, load_mode, workloads, requests, context, keep)

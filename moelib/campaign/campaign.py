@@ -27,7 +27,7 @@ from moelib.engine import engine, quants
 from moelib.machine import host, process
 from moelib.measure import device
 from moelib.measure.llama_server import LlamaServer
-from moelib.models import quantize, sources
+from moelib.models import quantize, remote, sources
 from moelib.study import gather
 from moelib.study.plan import Cell, StudyError
 from moelib.study.status import Status
@@ -87,7 +87,7 @@ def measure(study: Study, cell: Cell, obtain: Obtain | None = None) -> Iterator[
 
 
 def _catalogued(study: Study, cell: Cell, llama: engine.Engine, work: Path) -> quantize.Quantised:
-    if path := params.model(cell.model).path:
+    if path := sources.file_of(cell.model):
         return given.catalogued(path, cell, llama)
     source = sources.obtain(cell.model, study.parameters.weights, study.parameters.scale, needed=False)
     return quantize.make(source, cell.quant, llama, work)
@@ -95,7 +95,7 @@ def _catalogued(study: Study, cell: Cell, llama: engine.Engine, work: Path) -> q
 
 def _to_make(parameters: params.Study) -> Sequence[str]:
     """The study's quants that llama-quantize must know: none where all models are files."""
-    return () if all(params.model(m).path for m in parameters.models) else parameters.quants
+    return () if all(params.model(m).file for m in parameters.models) else parameters.quants
 
 
 def device_note(study: Study) -> str | None:
@@ -118,8 +118,8 @@ def refuse_senseless(parameters: params.Study) -> None:
     """Raise StudyError if a placement moves nothing of a model, or goes beyond it: by the catalogue, before anything is
     fetched, written or quantised. Of a model that is a file, by its header: QuantizeError, GGUFError."""
     for name in parameters.models:
-        if path := params.model(name).path:
-            given.refuse_other(path, parameters)
+        if file := sources.any_file_of(name):
+            given.refuse_other(remote.any_header(file), parameters)
             continue
         g = params.model(name).at_scale(parameters.scale)
         blocks = range(g.leading_dense_block_count, g.block_count)

@@ -7,10 +7,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from moelib.base import files
-from moelib.catalogue import params
+from moelib.catalogue import params, pins
 from moelib.engine.engine import Engine
 from moelib.gguf import gguf_file
-from moelib.models import models, quantize, remote, weights
+from moelib.models import models, quantize, remote, sources, weights
 from moelib.models.quantize import Quantised, QuantizeError
 from moelib.study.plan import Cell
 
@@ -40,12 +40,15 @@ def measurable(file: Path, llama: Engine) -> Quantised:
 def catalogued(path: Path, cell: Cell, llama: Engine) -> Quantised:
     """The file of a model of the catalogue, under the names that its cell has in the study."""
     found = measurable(path, llama)
-    return replace(found, manifest=found.manifest | {"model": cell.model, "quant": cell.quant, "scale": "full"})
+    names = {"model": cell.model, "quant": cell.quant, "scale": "full"}
+    if (pin := pins.of(cell.model)) and path.parent == sources.folder(cell.model):
+        names["origin"] = f"hf:{pin.repository}/{next(iter(pin.files))}@{pin.revision}"
+    return replace(found, manifest=found.manifest | names)
 
 
-def refuse_other(path: Path, parameters: params.Study) -> None:
-    """Raise QuantizeError, GGUFError unless the file is what the study says of it, by its header."""
-    header, (quant, *_) = gguf_file.read_header(path), parameters.quants
+def refuse_other(header: gguf_file.Header, parameters: params.Study) -> None:
+    """Raise QuantizeError unless a file is what the study says of it, by its header."""
+    path, (quant, *_) = header.path, parameters.quants
     if quant not in (params.AS_IS, header.label):
         raise QuantizeError(f"{path.name} is {header.label}, not {quant}: write `quants: [{params.AS_IS}]`")
     if header.is_twin != (parameters.weights == "twin"):

@@ -76,8 +76,9 @@ class Model(Strict):
     """Name -> what a smaller twin changes of the geometry."""
     excluded: str | None = None
     """Why this model cannot be quantised; such a model can be named but not used."""
-    file: str | None = Field(None, pattern=r"\.gguf$")
-    """A local GGUF that is measured as it is; a relative path begins where params/ lies."""
+    file: str | None = Field(None, pattern=r"^hf:|\.gguf$")
+    """A GGUF that is measured as it is: a path, where a relative one begins where params/ lies, or its address on the
+    Hub, hf:OWNER/REPO/PATH[@REVISION]."""
 
     @model_validator(mode="after")
     def _is_one_thing(self) -> Self:
@@ -86,9 +87,14 @@ class Model(Strict):
         return self
 
     @property
+    def address(self) -> str | None:
+        """Where its file is on the Hub; None of a model that is no such file."""
+        return self.file if self.file and self.file.startswith("hf:") else None
+
+    @property
     def path(self) -> Path | None:
-        """Where its file is; None of a model that is no file."""
-        return None if self.file is None else root() / self.file
+        """Where its file is here; None of a model that is no file, or one on the Hub."""
+        return None if self.file is None or self.address else root() / self.file
 
     def refuse_unusable(self, scale: str, quants: Sequence[str]) -> None:
         """Raise ParamsError unless a study of `scale` and `quants` may use this model, as far as its entry tells."""

@@ -176,19 +176,27 @@ def measure(
         shuffled = order.sample(cells, len(cells))
         todo += [(n, p, block, i) for i, (n, p) in enumerate(shuffled) if (n, str(p), block) not in known]
     records = list(done)
+    if not todo:
+        return records
     models.folder().mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=TEMPORARY, dir=models.folder()) as scratch:
         slices = {n: _written(model, n, Path(scratch)) for n in dict.fromkeys(n for n, *_ in todo)}
-        for n, placement, block, i in tqdm(todo, desc="runs of slices", unit="run", disable=None):
-            context = min(RUN_CONTEXT, model.header.number("context_length") or RUN_CONTEXT)
-            at = str(placement), LOAD_MODE, [WORKLOAD], REQUESTS, context, device_kind, keep, block, i
-            records.append(r := bench.one(slices[n], *at))
-            if r.observed is None:
-                why = f"{', '.join(r.reasons)}: {' '.join((r.message or '').split())[:300]}"
-                raise PreviewError(
-                    f"the first {n} layers of {model.name} do not run at {placement} ({why}); {instead(model)}"
-                )
+        context = min(RUN_CONTEXT, model.header.number("context_length") or RUN_CONTEXT)
+        with bench.opened(list(slices.values()), device_kind) as ready:
+            benches = dict(zip(slices, ready, strict=True))
+            for n, placement, block, i in tqdm(todo, desc="runs of slices", unit="run", disable=None):
+                at = str(placement), LOAD_MODE, [WORKLOAD], REQUESTS, context, keep, block, i
+                records.append(_observed(model, n, benches[n].measure(*at)))
     return records
+
+
+def _observed(model: Model, layers: int, r: Record) -> Record:
+    if r.observed is None:
+        why = f"{', '.join(r.reasons)}: {' '.join((r.message or '').split())[:300]}"
+        raise PreviewError(
+            f"the first {layers} layers of {model.name} do not run at {r.spec.placement} ({why}); {instead(model)}"
+        )
+    return r
 
 
 def _written(model: Model, layers: int, folder: Path) -> Path:

@@ -87,6 +87,21 @@ def choose(model: str, repository: str, revision: str, client: "HfApi", named: s
     )
 
 
+def at(address: str, client: "HfApi") -> Pin:
+    """The files of the model at an address, whatever their types: nothing of them is read.
+
+    Raises AddressError, which says what there is; ChoiceError, HubError.
+    """
+    repository, path, revision = remote.parse(address)
+    listing = _listing(client, repository, revision or "main")
+    sizes = {name: f.bytes for name, f in listing.files.items()}
+    if path in listing.unfit:
+        raise ChoiceError(f"{neutral.plain(path)} of {repository} cannot be pinned: {listing.unfit[path]}")
+    found = {name: listing.files[name].model_dump() for name in remote.files_of(path, sizes, repository, revision)}
+    facts = {"repository": repository, "revision": listing.commit, "files": found}
+    return build(Pin, f"the listing of {repository}", facts)
+
+
 def _listing(client: "HfApi", repository: str, revision: str) -> Listing:
     with hub.asking(f"pinning {repository}"):
         commit, siblings = remote.listed(client, repository, revision)

@@ -27,7 +27,7 @@ from moelib.gguf.gguf_header import UNQUANTISED
 from moelib.gguf.imatrix import Imatrix
 from moelib.gguf.outline import Outline
 from moelib.machine import host, process
-from moelib.models import models, sources
+from moelib.models import models, remote, sources
 
 HEADER_S = 60.0  # limit for llama.cpp to read a header, which usually takes 0.02 s
 LOG_BYTES = 32 << 20  # limit of a tool's log: 65,536 tensors with a line each take 10 MB
@@ -374,8 +374,9 @@ def outline_of(what: str, scale: str = "full") -> tuple[str, Outline]:
     Raises ParamsError, GGUFError.
     """
     if not what.endswith(".gguf"):
-        if (entry := params.model(what)).path:
-            return what, outline.read(str(entry.path))
+        if file := sources.any_file_of(what):
+            return what, remote.outline(file) if remote.is_address(file) else outline.read(file)
+        entry = params.model(what)
         return what, outline.of_geometry(entry.at_scale(scale), entry.title, f"{what}-F16.gguf")
     whole = outline.read(what)
     return whole.header.model_name, whole

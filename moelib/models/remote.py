@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moelib.base import neutral, stats
 from moelib.catalogue.upstream import repository_name
@@ -80,15 +80,29 @@ def outline(address: str, endpoint: str | None = None) -> Outline:
     return outlines.from_bytes([(reader.first[name], nbytes) for name, nbytes in sizes.items()], header.path.name)
 
 
-def _read(address: str, endpoint: str | None) -> tuple[gguf_file.Header, Reader, Mapping[str, int]]:
-    """The model's header, its reader, and the sizes of its files by path."""
+class Address(NamedTuple):
+    """The parts of hf:OWNER/REPO/PATH[@REVISION]."""
+
+    repository: str
+    path: str | None
+    revision: str | None
+
+
+def parse(address: str) -> Address:
+    """Raises AddressError, ParamsError for what is no repository's name."""
     if not (m := ADDRESS.fullmatch(address)):
         raise AddressError(f"{neutral.plain(address)!r} is not the address of a file on the Hub: write {HOW}")
-    repository, client = repository_name(m["repository"]), hub.api(endpoint)
+    return Address(repository_name(m["repository"]), m["path"], m["revision"])
+
+
+def _read(address: str, endpoint: str | None) -> tuple[gguf_file.Header, Reader, Mapping[str, int]]:
+    """The model's header, its reader, and the sizes of its files by path."""
+    repository, path, revision = parse(address)
+    client = hub.api(endpoint)
     with hub.asking(f"looking for {repository}"):
-        commit, siblings = listed(client, repository, m["revision"] or "main")
+        commit, siblings = listed(client, repository, revision or "main")
         sizes = {name: int(s.size or 0) for name, s in siblings.items() if name.lower().endswith(".gguf")}
-    wanted = _files(m["path"], sizes, repository, m["revision"])
+    wanted = files_of(path, sizes, repository, revision)
     reader = Reader(client, repository, commit, MAX_BYTES, ranges=True)
     return gguf_file.model(reader.header(wanted)), reader, wanted
 
@@ -102,7 +116,7 @@ def listed(client: HfApi, repository: str, revision: str) -> tuple[str, dict[str
     return info.sha, siblings
 
 
-def _files(path: str | None, sizes: Mapping[str, int], repository: str, revision: str | None) -> dict[str, int]:
+def files_of(path: str | None, sizes: Mapping[str, int], repository: str, revision: str | None) -> dict[str, int]:
     """Name -> bytes of all files of the model to which the file `path` belongs. Raises AddressError, GGUFError."""
     at = f"@{revision}" if revision else ""
     if not sizes:

@@ -1,4 +1,5 @@
-"""Provide source files: geometry twins, and real weights from the Hub, from a local file, or from safetensors.
+"""Provide source files: geometry twins, and real weights from the Hub, from a local file, or from safetensors; and
+the files of models that the catalogue gives as they are.
 
 Real weights are stored in `models/MODEL/real/`. `source.json` there names the files and their origin; each file has a
 note with its SHA-256. A download is accepted only if it has the pinned hash.
@@ -15,10 +16,11 @@ from typing import Any
 from moelib.base import files
 from moelib.catalogue import params, pins
 from moelib.gguf import gguf_file
-from moelib.models import candidates, hub, models, weights
+from moelib.models import candidates, hub, models, remote, weights
 from moelib.models.models import Source
 from moelib.models.weights import SourceError
 
+COMMIT = re.compile(r"[0-9a-f]{40}")
 PINNED = re.compile(r"\S+/\S+@[0-9a-f]{40}")
 """The origin of a source that can be downloaded from the Hub again."""
 LARGEST_HTTP_BYTES = 50_000_000_000
@@ -59,8 +61,44 @@ def folder(model: str) -> Path:
     return models.folder() / model / "real"
 
 
+def file_of(model: str) -> Path | None:
+    """The GGUF of a catalogued model that is a file, downloaded from the Hub if it is not here; None of other models.
+
+    Raises what `fetch` does.
+    """
+    entry = params.model(model)
+    if entry.address is None:
+        return entry.path
+    chosen, pin = _chosen(model), pins.of(model)
+    here = chosen and pin and _is_of(pin, entry.address) and _intact(chosen)
+    return chosen.path if chosen and here else fetch(model).path
+
+
+def any_file_of(model: str) -> str | None:
+    """The same without a download: a path, or an address on the Hub of what is not here."""
+    entry = params.model(model)
+    if entry.address is None:
+        return None if entry.path is None else str(entry.path)
+    chosen, pin = _chosen(model), pins.of(model)
+    if pin is None or not _is_of(pin, entry.address):
+        return entry.address
+    if chosen and _intact(chosen):
+        return str(chosen.path)
+    return f"hf:{pin.repository}/{next(iter(pin.files))}@{pin.revision}"
+
+
+def _is_of(pin: params.Pin, address: str) -> bool:
+    """Whether a pin is of what an address names; a branch or tag names what it did when it was pinned."""
+    repository, path, revision = remote.parse(address)
+    fixed = revision is not None and COMMIT.fullmatch(revision)
+    return pin.repository == repository and path in pin.files and (not fixed or pin.revision == revision)
+
+
 def _upstream(model: str) -> params.Upstream:
     entry = params.model(model)
+    if entry.file:
+        where = f"`moelib fetch {model}` downloads it" if entry.address else "there is nothing to fetch"
+        raise SourceError(f"{model} is the file {entry.file}, by params/models.yaml: {where}")
     entry.at_scale("full")  # raises where the model is excluded
     if entry.upstream is None:
         raise SourceError(
@@ -74,14 +112,21 @@ def fetch(model: str, endpoint: str | None = None) -> Source:
 
     Raises SourceError if nothing is pinned or a hash differs, HubError, or FileError if the disk is too small.
     """
-    upstream, pin = _upstream(model), pins.of(model)
+    client, address, pin = hub.api(endpoint), params.model(model).address, pins.of(model)
+    if address is None:
+        upstream = _upstream(model)
+    elif pin is None or not _is_of(pin, address):
+        pins.read()  # report a damaged file of pins before any request to the Hub
+        pin = candidates.at(address, client)
+        with models.keeping(pins.path()):
+            pins.write(model, pin)
     if not pin:
         raise SourceError(
             f"no file of {model} is pinned in params/pins.yaml: `moelib fetch {model} --pin OWNER/NAME` pins the F16 "
             f"files of a repository (the plan names the publisher {upstream.publisher}); or convert "
             f"{upstream.original} yourself: `moelib fetch {model} --from FOLDER`"
         )
-    client, place = hub.api(endpoint), folder(model)
+    place = folder(model)
     with models.keeping(place):
         missing = sum(f.bytes - _arrived(_begun(place / Path(n).name, f)) for n, f in pin.files.items())
         missing -= sum(f.bytes for n, f in pin.files.items() if (place / Path(n).name).exists())
@@ -182,7 +227,9 @@ def _link(path: Path, target: Path) -> None:
 def _choose(model: str, hashes: dict[Path, str], origin: str) -> Source:
     """Check the files and record them as the model's source. Raises SourceError."""
     first = next(iter(hashes))
-    weights.require(model, gguf_file.read_header(first))
+    header = gguf_file.read_header(first)
+    if params.model(model).file is None:
+        weights.require(model, header)
     sha256 = files.joint_sha256({p.name: h for p, h in hashes.items()})
     chosen = {"file": first.name, "sha256": sha256, "origin": origin}
     files.write_json(folder(model) / "source.json", chosen)

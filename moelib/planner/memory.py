@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from moelib.catalogue.placement import KV, UBATCH, Placement
 from moelib.gguf.gguf_header import Header
+from moelib.gguf.gguf_reader import GGUFError
 from moelib.planner import cache
 from moelib.planner.allocate import DEVICE, HOST, peaks
 from moelib.planner.graph import Graph
@@ -59,14 +60,20 @@ def need(
     """What `placement` of the file needs for one sequence of `context` tokens.
 
     cuda: on a GPU with CUDA; else on a device without its peculiarities, such as the loopback one. Raises UnknownCache
-    where the header does not tell how large the cache is.
+    where the header does not tell how large the cache is, GGUFError where it lacks a tensor that the model must have.
     """
-    placed = Placement.of(placement)
-    graph = Graph(header, placed, context, cuda)
+    placed, outer = Placement.of(placement), header.of_layer(None)
+    try:
+        graph = Graph(header, placed, context, cuda)
+        tied = 0 if "output.weight" in outer else outer["token_embd.weight"].nbytes
+    except KeyError as err:
+        raise GGUFError(
+            f"{header.path.name} has no tensor {err.args[0]} where this {header.architecture} model needs one, so what "
+            "it takes cannot be told from its header; where the engine loads it, `moelib.run` measures it"
+        ) from None
     compute = peaks(graph.nodes, graph.inputs)
     on_device = header.device_bytes(placed)
     loaded = sum(t.nbytes for t in header.loaded)
-    tied = 0 if "output.weight" in header.of_layer(None) else header.of_layer(None)["token_embd.weight"].nbytes
     return Need(
         placed,
         on_device,

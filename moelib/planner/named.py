@@ -11,7 +11,7 @@ from moelib.catalogue import params
 from moelib.engine import engine
 from moelib.gguf.gguf_header import Header
 from moelib.gguf.outline import Outline
-from moelib.models import quantize, remote
+from moelib.models import quantize, remote, sources
 
 
 def headers(what: str | Path, quants: Sequence[str] = params.QUANTS) -> list[Header]:
@@ -20,8 +20,8 @@ def headers(what: str | Path, quants: Sequence[str] = params.QUANTS) -> list[Hea
     A model's come from its geometry and llama-quantize's dry run, without a file. Raises GGUFError, HubError,
     ParamsError, EngineError where there is no llama-quantize for a model.
     """
-    if _is_file(what):
-        return [remote.any_header(what)]
+    if file := _file(what):
+        return [remote.any_header(file)]
     name, whole = quantize.outline_of(str(what))
     llama = engine.find()
     with TemporaryDirectory(prefix="moelib-plan-") as scratch:
@@ -40,12 +40,15 @@ def outline(what: str | Path, quant: str | None = None, scale: str = "full") -> 
         name = whole.header.model_name
     else:
         name, whole = quantize.outline_of(str(what), scale)
-        quant = quant or (None if _is_file(what) else params.QUANTS[0])
+        quant = quant or (None if _file(what) else params.QUANTS[0])
     if quant is None:
         return name, whole
     with TemporaryDirectory(prefix="moelib-plan-") as scratch:
         return name, quantize.types(engine.find(), whole, quant, Path(scratch))
 
 
-def _is_file(what: str | Path) -> bool:
-    return remote.is_address(str(what)) or str(what).endswith(".gguf") or Path(what).exists()
+def _file(what: str | Path) -> str | None:
+    """The path or address of what is a file, or of the file that a catalogued model is; None of other models."""
+    if remote.is_address(str(what)) or str(what).endswith(".gguf") or Path(what).exists():
+        return str(what)
+    return sources.any_file_of(str(what))
