@@ -31,8 +31,9 @@ from moelib.base.bar import tqdm
 from moelib.campaign import bench
 from moelib.catalogue.placement import Placement
 from moelib.engine import engine
+from moelib.engine.client import WARM_UP
 from moelib.forecast import predict, slices
-from moelib.forecast.slices import LOAD_MODE, REQUESTS, RUN_CONTEXT, WORKLOAD, Model
+from moelib.forecast.slices import LOAD_MODE, RUN_CONTEXT, WORKLOAD, Model
 from moelib.measure import device
 from moelib.models import models, quantize
 from moelib.planner import memory, named
@@ -50,7 +51,9 @@ CELLS = (
 ROUNDS, WHOLE_ROUNDS = 3, 2
 BETWEEN = (0.25, 0.5, 0.75)
 """Of the layers with experts: placements of the whole between both ends."""
-COMMITTED = "h100-twins"
+COMMITTED, OF_COMMITTED = "h100-twins", "long-512"
+"""A study, and the workload of it that is compared: the text of its prompt repeats, so slices are asked for it too."""
+WHOLE_REQUESTS = 2
 BOTH = ("ms a token", "TTFT, ms")
 
 
@@ -82,7 +85,8 @@ def measure(folder: Path, cells: Sequence[str], scale: str, rounds: int, whole_r
         parts = [r for r in done if is_slice(r)]
         best, at = slices.choose(model, Placement(0), where.kind)
         lengths = sorted({slices.length(r) for r in parts}) or best
-        slices.measure(model, lengths, at, rounds, where.kind, folder, parts)
+        workloads = (WORKLOAD, OF_COMMITTED) if name not in shapes.MODELS else (WORKLOAD,)
+        slices.measure(model, lengths, at, rounds, where.kind, folder, parts, workloads)
         known = {(r.spec.placement, r.spec.block) for r in done if not is_slice(r)}
         whole(folder, model, whole_rounds, where.kind, known)
 
@@ -103,26 +107,30 @@ def whole(folder: Path, model: Model, rounds: int, kind: str, known: set[tuple[s
         path = quantize.twin(model.name, model.outline, out=Path(scratch) / f"{model.name}.gguf").path
         with bench.opened([path], kind) as (ready,):
             for placement, block, i in tqdm(todo, desc=f"runs of {model.name}", unit="run", disable=None):
-                at = str(placement), LOAD_MODE, [WORKLOAD], REQUESTS, RUN_CONTEXT, folder, block, i
+                at = str(placement), LOAD_MODE, [WORKLOAD], WHOLE_REQUESTS, RUN_CONTEXT, folder, block, i
                 print(ready.measure(*at).line, file=sys.stderr)
 
 
-def predictions(folder: Path, scale: str) -> Iterator[tuple[Model, tuple[predict.Fit, predict.Fit], list[Record]]]:
-    """(model, what its slices tell of a token and of a prompt, the usable runs of the whole), a cell at a time."""
+def predictions(
+    folder: Path, scale: str, workload: str = WORKLOAD
+) -> Iterator[tuple[Model, tuple[predict.Fit, predict.Fit], list[Record]]]:
+    """(model, what its slices tell of a token and of a prompt, the usable runs of the whole), a cell at a time, of
+    those whose slices have the workload."""
     records = record.read_all(folder)[0]
     for name, quant in sorted({(r.spec.model, r.spec.quant) for r in records}):
         own = [r for r in records if (r.spec.model, r.spec.quant) == (name, quant)]
         model = model_of(name, quant, scale)
-        fits = slices.fits(model, [r for r in own if is_slice(r)])
-        yield model, fits, [r for r in own if not is_slice(r) and r.done]
+        parts = [r for r in own if is_slice(r) and workload in r.spec.workloads]
+        if parts:
+            yield model, slices.fits(model, parts, workload), [r for r in own if not is_slice(r) and r.done]
 
 
 def compared(
-    model: Model, fits: Sequence[predict.Fit], placement: Placement, runs: Sequence[Record]
+    model: Model, fits: Sequence[predict.Fit], placement: Placement, runs: Sequence[Record], workload: str = WORKLOAD
 ) -> dict[str, object]:
     """A row: one placement as predicted, and as the runs of the whole were."""
     row: dict[str, object] = {"model": model.name, "quant": model.header.label, "placement": str(placement)}
-    layers, times = model.counted(model.header, placement), [slices.measured(r) for r in runs]
+    layers, times = model.counted(model.header, placement), [slices.measured(r, workload) for r in runs]
     for i, (what, fit) in enumerate(zip(BOTH, fits, strict=True)):
         told, seen = fit.at(layers), [t[i] for t in times]
         row[f"{what}, predicted"] = stats.estimate(told, 1000)
@@ -146,11 +154,11 @@ def same_machine(folder: Path, scale: str) -> pd.DataFrame:
 def committed(folder: Path, scale: str) -> pd.DataFrame:
     """One row for each placement of the committed study that loads as slices do, or has nothing to load to the CPU."""
     used, rows = moelib.load(COMMITTED).used, []
-    for model, fits, _ in predictions(folder, scale):
+    for model, fits, _ in predictions(folder, scale, OF_COMMITTED):
         own = [r for r in used if r.cell == f"{model.name}/{model.header.label}"]
         for label, placement in (("baseline/mmap", Placement(0)), ("cpu-moe/none", Placement(float("inf"), LOAD_MODE))):
             if runs := [r for r in own if r.spec.label == label]:
-                rows.append(compared(model, fits, placement, runs))
+                rows.append(compared(model, fits, placement, runs, OF_COMMITTED))
     return pd.DataFrame(rows)
 
 
@@ -199,8 +207,8 @@ def document(folder: Path, scale: str) -> str:
     parts = [
         "# What a preview predicts, and what was measured",
         f"Twins cut to their first layers predict the whole twin on the same machine, load mode {LOAD_MODE}, workload "
-        f"{WORKLOAD}, random weights. Intervals are for one run (95 %). Nothing of the whole's runs is used for a "
-        f"prediction.{said}",
+        f"{WORKLOAD}, random weights. A token's time is that after the first {WARM_UP}; TTFT is that of warm requests. "
+        f"Intervals are for one run (95 %). Nothing of the whole's runs is used for a prediction.{said}",
         f"Measured on: {'; '.join(machines)} ({hosts} machine{'s' * (hosts > 1)}); llama.cpp {engines}; moelib "
         f"{', '.join(commits)}. Records: `{folder.as_posix()}`, {len(records)} used; made by `python "
         "benchmarks/preview_residuals.py`.",
@@ -214,8 +222,9 @@ def document(folder: Path, scale: str) -> str:
     if len(other):
         parts += [
             f"## Against the committed study {COMMITTED}",
-            "The same predictions against runs of another machine of that kind, made days before with an earlier "
-            "version of moelib: what differs is the machines' own difference too.",
+            f"Predictions for its workload {OF_COMMITTED}, whose prompt repeats one sentence, against its runs: made "
+            "days before on another machine of that kind, with an earlier version of moelib and with twins whose "
+            "embeddings were smaller. Machines of that kind differ by some 10 % among themselves.",
             errors(other),
             other.to_markdown(index=False),
         ]

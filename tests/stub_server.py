@@ -293,6 +293,9 @@ class Server:
             number = self.facts["build"]
             properties = {"model_path": str(self.model), "build_info": f"b{number}-{self.commit}", "total_slots": 1}
             return self._json(c, 200, properties, keep)
+        if path == "/v1/models":
+            meta = {"vocab_type": 1, "n_vocab": 512, "n_ctx_train": 4096, "n_embd": 256, "n_params": 1, "size": 1}
+            return self._json(c, 200, {"object": "list", "data": [{"id": self.model.name, "meta": meta}]}, keep)
         if path == "/tokenize":
             words = re.findall(r"\w+|[^\w\s]", fields["content"])
             ids = [259 + sum(map(ord, w)) % 200 for w in words]

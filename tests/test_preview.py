@@ -37,10 +37,10 @@ def small(layers, dense=0, **more):
 @pytest.mark.parametrize(
     ("name", "period", "lengths"),
     [
-        ("qwen3-30b-a3b", 1, (2, 8)),
-        ("gpt-oss-20b", 1, (2, 8)),
-        ("glm-4.5-air", 1, (3, 9)),
-        ("lfm2-8b-a1b", 1, (4, 10)),
+        ("qwen3-30b-a3b", 1, (2, 10)),
+        ("gpt-oss-20b", 1, (2, 10)),
+        ("glm-4.5-air", 1, (3, 11)),
+        ("lfm2-8b-a1b", 1, (4, 12)),
     ],
 )
 def test_slices_of_published_models(name, period, lengths):
@@ -59,9 +59,9 @@ def test_a_model_that_is_told_by_its_number_of_layers_has_no_slices(home, engine
 def test_the_first_dense_layers_are_in_both_slices_and_are_not_counted():
     model = small(30, dense=3)
     near, far = model.lengths(None)
-    assert (near, far) == (5, 11)
-    assert model.counted(model.slice(far), "baseline") == Layers(8, 0)
-    assert model.counted(model.slice(far), "cpu-moe") == Layers(0, 8)
+    assert (near, far) == (5, 13)
+    assert model.counted(model.slice(far), "baseline") == Layers(10, 0)
+    assert model.counted(model.slice(far), "cpu-moe") == Layers(0, 10)
     assert model.counted(model.header, "n-cpu-moe=10") == Layers(20, 7)
 
 
@@ -78,10 +78,10 @@ def test_layers_whose_kinds_alternate_are_taken_by_whole_periods():
 def test_a_cpus_cache_asks_for_longer_slices():
     model = small(40)
     layer = model.header.moved_bytes("cpu-moe") // 40
-    assert model.lengths(layer * 5 // 2) == (5, 11)
-    assert model.lengths(layer * 19) == (2, 8)  # no slice is so long: what it does not tell is not predicted
+    assert model.lengths(layer * 5 // 2) == (10, 18)
+    assert model.lengths(layer * 19) == (2, 10)  # no slice is so long: what it does not tell is not predicted
     assert not model.beyond(2, layer * 19)
-    assert model.lengths(layer * 1000) == (2, 8)  # the whole stays in the cache, as the slices do
+    assert model.lengths(layer * 1000) == (2, 10)  # the whole stays in the cache, as the slices do
 
 
 @pytest.mark.parametrize("layers", [1, 3])
@@ -99,11 +99,11 @@ def test_slices_are_as_long_as_the_machine_holds(home, monkeypatch):
     monkeypatch.setattr(slices.shutil, "disk_usage", lambda p: type("D", (), {"free": 500 * GIB}))
     monkeypatch.setattr(slices.device, "card_bytes", lambda: 80 * GIB)
     settings = Placement(0)
-    assert slices.choose(model, settings, "cuda")[0] == (2, 8)
+    assert slices.choose(model, settings, "cuda")[0] == (2, 10)
     monkeypatch.setattr(slices.device, "card_bytes", lambda: 5 * GIB)
     lengths, placements = slices.choose(model, settings, "cuda")
     assert (lengths[0], len(placements)) == (2, 2)
-    assert lengths[1] < 8
+    assert lengths[1] < 10
     monkeypatch.setattr(slices.device, "card_bytes", lambda: int(2.5 * GIB))  # the experts alone do not fit
     assert [str(p) for p in slices.choose(model, settings, "cuda")[1]] == ["cpu-moe"]
     monkeypatch.setattr(slices.shutil, "disk_usage", lambda p: type("D", (), {"free": GIB}))
@@ -145,11 +145,11 @@ def test_a_preview_of_the_real_engine_and_what_it_says_where_it_does_not_know(lo
     assert (told["ttft_s"] < told["ttft_s_high"]).all()
     assert seen.chosen.need.placement.is_baseline
     assert seen.command.endswith("--load-mode none")
-    assert seen.evidence["layers"].value_counts().to_dict() == {3: 4, 9: 4}
+    assert seen.evidence["layers"].value_counts().to_dict() == {3: 4, 11: 4}
     text = "\n".join(seen.lines())
     assert text.startswith("long-Q8_0.gguf on 4.00 GiB of VRAM: baseline, predicted ")
     assert "speeds are not those of a GPU" in text
-    assert "8 of 8 audited runs of twins of the first 3 and 9 layers" in text
+    assert "8 of 8 audited runs of twins of the first 3 and 11 layers" in text
     assert "predicted" in repr(seen)
     assert "<pre>" in seen._repr_html_()
 

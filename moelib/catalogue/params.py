@@ -120,11 +120,23 @@ class Model(Strict):
 
 
 class Workload(Strict):
+    """A prompt, and how many tokens are generated after it: a text, or ids drawn from the whole vocabulary."""
+
     name: str
     title: str
-    text: str = Field(min_length=1)
+    text: str | None = Field(None, min_length=1)
+    drawn: Annotated[int, Field(ge=0, le=(1 << 63) - 1)] | None = None
+    """Seed of a prompt of `prompt_tokens` ids, all different where the vocabulary has as many."""
     prompt_tokens: Tokens | None = None
     generate_tokens: Annotated[int, Field(ge=2, le=1 << 20)]
+
+    @model_validator(mode="after")
+    def _is_one_prompt(self) -> Self:
+        if (self.text is None) == (self.drawn is None):
+            raise ValueError("a prompt is a text, or drawn: give one of them")
+        if self.drawn is not None and self.prompt_tokens is None:
+            raise ValueError("a drawn prompt needs its prompt_tokens")
+        return self
 
 
 class PlacementMode(Strict):

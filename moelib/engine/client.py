@@ -15,6 +15,7 @@ from moelib.base.files import stored
 from moelib.base.schema import Count, Index, Joules, Seconds
 from moelib.machine import process
 
+WARM_UP = 20  # tokens: on a GPU these take 11 % longer than later ones
 STALL_S = 120.0  # without a token
 REQUEST_S = 1800.0
 ANSWER_BYTES = 16 << 20  # of an answer that is not streamed: a prompt of a million tokens has 8 MB
@@ -88,6 +89,14 @@ class Request(Answer):
             return None
         first, last = (self.token_n[0], self.token_n[-1]) if self.token_n else (1, self.predicted_n)
         return None if last is None else (last - first) / (self.token_s[-1] - self.token_s[0])
+
+    @property
+    def steady_tps(self) -> float | None:
+        """Decode tokens per second after the first WARM_UP tokens, which are slower; None where fewer came."""
+        if not self.token_n or len(self.token_s) < WARM_UP + 2:
+            return None
+        took = self.token_s[-1] - self.token_s[WARM_UP]
+        return (self.token_n[-1] - self.token_n[WARM_UP]) / took if took > 0 else None
 
     @property
     def whole(self) -> bool:

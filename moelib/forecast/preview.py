@@ -17,8 +17,9 @@ from moelib.audit.record import Record
 from moelib.base import stats
 from moelib.base.stats import Estimate
 from moelib.engine import engine
+from moelib.engine.client import WARM_UP
 from moelib.forecast import predict, slices
-from moelib.forecast.slices import BEYOND_CACHE, LOAD_MODE, WORKLOAD, Model, PreviewError, instead, length, measured
+from moelib.forecast.slices import LOAD_MODE, WORKLOAD, Model, PreviewError, instead, length, measured
 from moelib.machine import host
 from moelib.measure import device
 from moelib.planner import budget, named
@@ -109,8 +110,8 @@ class Preview:
             "beyond them is not in it."
         )
         yield (
-            f"TTFT is of the 512 prompt tokens of {WORKLOAD}, one sentence repeated, on a warm server at load mode "
-            f"{LOAD_MODE}; tokens/s is with them in the cache."
+            f"TTFT is of the 512 different prompt tokens of {WORKLOAD} on a warm server at load mode {LOAD_MODE}; "
+            f"tokens/s is with them in the cache, after the first {WARM_UP} tokens."
         )
 
     def _flagged(self) -> str:
@@ -171,7 +172,7 @@ def predicted(model: Model, plan: Plan, records: Sequence[Record], command: str 
     ram, cache, notes = min(machines), host.cache_bytes(), []
     lengths = sorted({length(r) for r in records})
     all_experts = model.header.moved_bytes("cpu-moe")
-    cached = bool(cache) and not model.beyond(lengths[0], cache or 0) and all_experts >= BEYOND_CACHE * (cache or 0)
+    cached = bool(cache) and not model.beyond(lengths[0], cache or 0) and all_experts > (cache or 0)
     rows, unknown = [], 0
     for need in plan.needs:
         layers = model.counted(model.header, need.placement)

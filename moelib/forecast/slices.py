@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
 
 import psutil
@@ -29,14 +30,14 @@ from moelib.models import models, quantize
 from moelib.planner import memory
 from moelib.study import columns
 
-NEAR, FAR = 2, 8  # layers with experts, at least, in the two slices
+NEAR, SPAN = 2, 8  # layers with experts, at least: in the first slice, and more of them in the second
 REQUESTS = 3  # the first one is a fresh server's
-WORKLOAD = "long-512"
+WORKLOAD = "mixed-512"
 LOAD_MODE = "none"  # mapped files' first slices are too quick: their TTFT is not linear in the layers
 RUN_CONTEXT = 1024  # tokens: the workload takes 612
 LONGEST_PERIOD = 8
 SPARE = 1.1  # of RAM and VRAM: nothing that a slice needs may be at its limit
-BEYOND_CACHE = 2  # experts that are twice as large as the CPU's cache come from RAM
+BEYOND_CACHE = 4  # times the CPU's cache: of more experts a token finds as many bytes there, however many there are
 TEMPORARY = "preview-"
 
 
@@ -94,8 +95,8 @@ class Model:
         in_period = sum(i < first + self.period for i in self.header.expert_layers)
         most = first + self.period * ((count - 1) // in_period)  # a slice that is the whole predicts nothing
         near = first + self.period * -(-NEAR // in_period)
-        span = self.period * -(-(FAR - NEAR) // in_period)
-        if cache_bytes and self.header.moved_bytes("cpu-moe") >= BEYOND_CACHE * cache_bytes:
+        span = self.period * -(-SPAN // in_period)
+        if cache_bytes and self.header.moved_bytes("cpu-moe") > cache_bytes:
             longer = range(near, most - span + 1, self.period)
             near = next((n for n in longer if self.beyond(n, cache_bytes)), near)
         far = min(most, near + span)
@@ -107,7 +108,7 @@ class Model:
         return near, far
 
     def beyond(self, layers: int, cache_bytes: int) -> bool:
-        """Whether the experts of the first layers do not stay in the CPU's cache."""
+        """Whether the experts of the first layers are far larger than the CPU's cache."""
         return self.slice(layers).moved_bytes("cpu-moe") >= BEYOND_CACHE * cache_bytes
 
 
@@ -116,12 +117,14 @@ def length(r: Record) -> int:
     return int(r.spec.scale.rpartition("-")[2])
 
 
-def measured(r: Record) -> tuple[float, float]:
-    """(seconds per token, TTFT of warm requests in seconds) of a run. Raises PreviewError where it has none."""
-    rate, ttft = columns.tokens_per_s(WORKLOAD)(r), columns.ttft_warm(WORKLOAD)(r)
-    if not rate or not ttft:
+def measured(r: Record, workload: str = WORKLOAD) -> tuple[float, float]:
+    """(seconds per token after the first ones, TTFT of warm requests in seconds) of a run. Raises PreviewError where it
+    has none."""
+    rates = [q.steady_tps for q in r.observation.requests if q.workload == workload]
+    known, ttft = [rate for rate in rates if rate], columns.ttft_warm(workload)(r)
+    if not known or not ttft:
         raise PreviewError(f"{r.run_id} shows no times of tokens: look at its requests")
-    return 1 / rate, ttft
+    return fmean(1 / rate for rate in known), ttft
 
 
 def choose(model: Model, settings: Placement, kind: str) -> tuple[tuple[int, int], tuple[Placement, ...]]:
@@ -164,6 +167,7 @@ def measure(
     device_kind: str,
     keep: Path | None = None,
     done: Sequence[Record] = (),
+    workloads: Sequence[str] = (WORKLOAD,),
 ) -> list[Record]:
     """Run every slice in every placement once a round, in random order; the records, with those that are `done`.
 
@@ -185,7 +189,7 @@ def measure(
         with bench.opened(list(slices.values()), device_kind) as ready:
             benches = dict(zip(slices, ready, strict=True))
             for n, placement, block, i in tqdm(todo, desc="runs of slices", unit="run", disable=None):
-                at = str(placement), LOAD_MODE, [WORKLOAD], REQUESTS, context, keep, block, i
+                at = str(placement), LOAD_MODE, workloads, REQUESTS, context, keep, block, i
                 records.append(_observed(model, n, benches[n].measure(*at)))
     return records
 
@@ -214,12 +218,12 @@ def instead(model: Model) -> str:
     return f"`moelib twin` writes the whole of it ({size}), and moelib.run measures that"
 
 
-def fits(model: Model, records: Sequence[Record]) -> tuple[predict.Fit, predict.Fit]:
+def fits(model: Model, records: Sequence[Record], workload: str = WORKLOAD) -> tuple[predict.Fit, predict.Fit]:
     """(of a token, of a prompt): what the usable runs of slices tell. Raises PreviewError if they do not."""
     used = [r for r in records if r.done]
     parts = {n: model.slice(n) for n in {length(r) for r in used}}
     layers = [model.counted(parts[length(r)], r.spec.placed) for r in used]
-    times = [measured(r) for r in used]
+    times = [measured(r, workload) for r in used]
     try:
         per_token, per_prompt = (
             predict.fit([Sample(at, t[i]) for at, t in zip(layers, times, strict=True)]) for i in (0, 1)

@@ -3,6 +3,9 @@
 A type's pool holds half a million random weights (standard deviation 0.02), in rows that come again in other orders.
 Tensors are cut from it at block boundaries: memory stays below a GiB at any size, and the disk limits the speed. The
 same outline, seed and quantiser (a build of llama.cpp) give the same bytes.
+
+Embeddings are LOUD times as large, so that what a token is outweighs what layers add to it: otherwise all tokens look
+alike after some random layers, which then all need the same few experts, and generation repeats itself.
 """
 
 import ctypes
@@ -24,6 +27,7 @@ ROW = 256  # weights, whole blocks of every type
 POOL_BYTES = 1 << 25
 ONES = re.compile(r"norm\w*\.weight$|_ln\.weight$|scale|rope_\w+\.weight$")
 """Names of tensors that multiply, or divide as rope factors do: 1. What is no weight, such as biases, is 0."""
+EMBEDDING, LOUD = "token_embd.weight", 4096
 WHOLE = {"I8", "I16", "I32", "I64"}
 """Types of whole numbers, such as indices: 0."""
 INTERNAL = {"Q8_1", "Q8_K"}
@@ -41,16 +45,16 @@ class Blocks:
         self._seed, self._library, self._base = seed, library, _ggml(library)
         raw = np.random.Philox(seed).random_raw(WEIGHTS // 4).view(np.int16)
         self._weights = raw.astype(np.float32) * np.float32(twin.WEIGHT_RANGE / 32768)
-        self._pools: dict[str, memoryview] = {}
+        self._pools: dict[tuple[str, int], memoryview] = {}
 
-    def pool(self, kind: str) -> memoryview:
+    def pool(self, kind: str, factor: int = 1) -> memoryview:
         """Random blocks of a type, some 32 MiB of them. Raises FillError for a type that cannot be made."""
-        if kind not in self._pools:
-            rows = self._make(kind, self._weights).reshape(WEIGHTS // ROW, -1)
+        if (kind, factor) not in self._pools:
+            rows = self._make(kind, self._weights * np.float32(factor)).reshape(WEIGHTS // ROW, -1)
             # in orders of all of them, so that equal ones are far apart: equal rows of the output are equal logits
             orders = np.random.Philox(self._seed + 1).random_raw((POOL_BYTES // rows.size, len(rows)))
-            self._pools[kind] = rows[np.argsort(orders, axis=1, kind="stable").ravel()].data.cast("B")
-        return self._pools[kind]
+            self._pools[kind, factor] = rows[np.argsort(orders, axis=1, kind="stable").ravel()].data.cast("B")
+        return self._pools[kind, factor]
 
     def constant(self, kind: str, value: float) -> bytes:
         """Blocks of a row of ROW equal weights."""
@@ -84,7 +88,7 @@ class Blocks:
         if t.type in WHOLE or one or not t.name.endswith(".weight"):
             yield from _repeated(self.constant(t.type, float(one)), t.nbytes)
             return
-        pool, label = self.pool(t.type), f"{self._seed}:{t.name}"
+        pool, label = self.pool(t.type, LOUD if t.name == EMBEDDING else 1), f"{self._seed}:{t.name}"
         step, row = GGML_QUANT_SIZES[GGMLQuantizationType[t.type]][1], t.nbytes // prod(t.shape[1:])
         silent = np.array(outline.silent(t.shape[1]) if t.name == "output.weight" else [False])
         if not silent.any():

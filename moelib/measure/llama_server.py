@@ -1,6 +1,7 @@
 """llama-server as a runner: its command line, its endpoints, how its stream is read, and how its end is reported."""
 
 import math
+import random
 import re
 import signal
 import time
@@ -145,9 +146,22 @@ def prepare(connection: httpx.Client, workloads: Sequence[Workload], context: in
     return prompts
 
 
+def vocabulary(connection: httpx.Client) -> int:
+    """How many token ids the model has. Raises RunError where the server does not tell."""
+    (model,) = client.answer(connection, "GET", "/v1/models").raise_for_status().json()["data"]
+    count = (model.get("meta") or {}).get("n_vocab")
+    if not isinstance(count, int) or count < 1:
+        raise RunError("tokenizer", "the engine does not say how many tokens its vocabulary has: use a newer build")
+    return count
+
+
 def prompt_ids(connection: httpx.Client, workload: Workload) -> list[int]:
-    """The workload's prompt as the engine's token ids, repeated and cut to its exact length if it has one."""
-    length, text = workload.prompt_tokens, workload.text
+    """The workload's prompt as token ids: drawn, or its text by the engine, repeated and cut to its exact length."""
+    length, text = workload.prompt_tokens, workload.text or ""
+    if workload.drawn is not None and length is not None:
+        count, chance = vocabulary(connection), random.Random(workload.drawn)
+        again, rest = divmod(length, count)
+        return [*range(count)] * again + chance.sample(range(count), rest)
     for _ in range(8):
         body = {"content": text, "add_special": True}
         answer = client.answer(connection, "POST", "/tokenize", body).raise_for_status()
@@ -156,7 +170,7 @@ def prompt_ids(connection: httpx.Client, workload: Workload) -> list[int]:
             raise RunError("tokenizer", f"the engine returned no token ids for {workload.name}: {answer.text[:200]}")
         if length is None or len(ids) >= length:
             return ids if length is None else ids[:length]
-        text += (" " + workload.text) * length
+        text += (" " + (workload.text or "")) * length
     raise RunError("tokenizer", f"{workload.name}'s text does not reach {length} tokens, however often it is repeated")
 
 
