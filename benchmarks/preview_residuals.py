@@ -3,7 +3,7 @@
     python benchmarks/preview_residuals.py measure FOLDER [--cells deepseek-moe-16b/Q4_K_M] [--device cuda]
     python benchmarks/preview_residuals.py show FOLDER
 
-A model is one of the catalogue, or a published one whose header `shapes.py` has. `measure` runs the slices, then the
+A model is one of the catalogue, or a published one whose header `shapes.py` has. `measure` runs the slices, and the
 whole twin in five placements, at load mode none as a preview does; all records are kept in FOLDER, and it goes on where
 it was stopped. `show` makes the document from the records alone: the slices' runs are fitted as in a preview, and
 nothing of the whole's runs is used for it. It also compares with a committed study of another machine of that kind.
@@ -15,7 +15,6 @@ import argparse
 import random
 import sys
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timedelta
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
@@ -33,7 +32,7 @@ from moelib.catalogue.placement import Placement
 from moelib.engine import engine
 from moelib.engine.client import WARM_UP
 from moelib.forecast import predict, slices
-from moelib.forecast.slices import LOAD_MODE, RUN_CONTEXT, WORKLOAD, Model
+from moelib.forecast.slices import LOAD_MODE, REQUESTS, RUN_CONTEXT, WORKLOAD, Model
 from moelib.measure import device
 from moelib.models import models, quantize
 from moelib.planner import memory, named
@@ -53,7 +52,8 @@ BETWEEN = (0.25, 0.5, 0.75)
 """Of the layers with experts: placements of the whole between both ends."""
 COMMITTED, OF_COMMITTED = "h100-twins", "long-512"
 """A study, and the workload of it that is compared: the text of its prompt repeats, so slices are asked for it too."""
-WHOLE_REQUESTS = 2
+WHOLE = 0
+"""What stands for all layers of a model, where a slice has its number."""
 BOTH = ("ms a token", "TTFT, ms")
 
 
@@ -76,39 +76,51 @@ def is_slice(r: Record) -> bool:
 
 
 def measure(folder: Path, cells: Sequence[str], scale: str, rounds: int, whole_rounds: int, kind: str) -> None:
-    """Every run that FOLDER has no record of; what does not fit this machine is said and left out."""
+    """Every run that FOLDER has no record of: slices and whole of a model in random order, round by round, so that a
+    machine that changes does so for both. A placement of the whole that does not fit this machine is left out."""
     where = device.choose(kind, engine.find())
     for cell in cells:
         name, _, quant = cell.partition("/")
         model = model_of(name, quant, scale)
         done = [r for r in record.read_all(folder)[0] if r.cell == f"{name}/{model.header.label}"]
-        parts = [r for r in done if is_slice(r)]
         best, at = slices.choose(model, Placement(0), where.kind)
-        lengths = sorted({slices.length(r) for r in parts}) or best
-        workloads = (WORKLOAD, OF_COMMITTED) if name not in shapes.MODELS else (WORKLOAD,)
-        slices.measure(model, lengths, at, rounds, where.kind, folder, parts, workloads)
-        known = {(r.spec.placement, r.spec.block) for r in done if not is_slice(r)}
-        whole(folder, model, whole_rounds, where.kind, known)
+        lengths = sorted({slices.length(r) for r in done if is_slice(r)}) or best
+        parts = [(n, p) for n in lengths for p in at]
+        whole = [(WHOLE, p) for p in fitting(model, where.kind)]
+        known = {(slices.length(r) if is_slice(r) else WHOLE, str(r.spec.placed), r.spec.block) for r in done}
+        order, todo = random.Random(1), []
+        for block in range(max(rounds, whole_rounds)):
+            asked = (parts if block < rounds else []) + (whole if block < whole_rounds else [])
+            shuffled = order.sample(asked, len(asked))
+            todo += [(n, p, block, i) for i, (n, p) in enumerate(shuffled) if (n, str(p), block) not in known]
+        if todo:
+            run(folder, model, todo, where.kind)
 
 
-def whole(folder: Path, model: Model, rounds: int, kind: str, known: set[tuple[str, int]]) -> None:
-    """Run the whole twin in every placement that fits, once a round, in random order."""
+def run(folder: Path, model: Model, todo: Sequence[tuple[int, Placement, int, int]], kind: str) -> None:
+    """Write the files, do the runs, and remove the files."""
+    models.folder().mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="residuals-", dir=models.folder()) as scratch:
+        files = {n: written(model, n, Path(scratch)) for n in sorted({n for n, *_ in todo})}
+        with bench.opened(list(files.values()), kind) as ready:
+            benches = dict(zip(files, ready, strict=True))
+            for n, placement, block, i in tqdm(todo, desc=f"runs of {model.name}", unit="run", disable=None):
+                too = (OF_COMMITTED,) if n != WHOLE and model.name not in shapes.MODELS else ()
+                at = str(placement), LOAD_MODE, (WORKLOAD, *too), REQUESTS, RUN_CONTEXT, folder, block, i
+                print(benches[n].measure(*at).line, file=sys.stderr)
+
+
+def written(model: Model, layers: int, folder: Path) -> Path:
+    if layers != WHOLE:
+        return slices.written(model, layers, folder)
+    return quantize.twin(model.name, model.outline, out=folder / f"{model.name}.gguf").path
+
+
+def fitting(model: Model, kind: str) -> list[Placement]:
+    """The placements of the whole that the card here holds."""
     room = device.card_bytes() if kind == "cuda" else None
     needs = {p: memory.need(model.header, p, RUN_CONTEXT).vram_bytes for p in placements(model)}
-    fitting = [p for p, vram in needs.items() if room is None or vram < room]
-    order, todo = random.Random(1), []
-    for block in range(rounds):
-        shuffled = order.sample(fitting, len(fitting))
-        todo += [(p, block, i) for i, p in enumerate(shuffled) if (str(p), block) not in known]
-    if not todo:
-        return
-    models.folder().mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix="whole-", dir=models.folder()) as scratch:
-        path = quantize.twin(model.name, model.outline, out=Path(scratch) / f"{model.name}.gguf").path
-        with bench.opened([path], kind) as (ready,):
-            for placement, block, i in tqdm(todo, desc=f"runs of {model.name}", unit="run", disable=None):
-                at = str(placement), LOAD_MODE, [WORKLOAD], WHOLE_REQUESTS, RUN_CONTEXT, folder, block, i
-                print(ready.measure(*at).line, file=sys.stderr)
+    return [p for p, vram in needs.items() if room is None or vram < room]
 
 
 def predictions(
@@ -130,9 +142,9 @@ def compared(
 ) -> dict[str, object]:
     """A row: one placement as predicted, and as the runs of the whole were."""
     row: dict[str, object] = {"model": model.name, "quant": model.header.label, "placement": str(placement)}
-    layers, times = model.counted(model.header, placement), [slices.measured(r, workload) for r in runs]
+    times = [slices.measured(r, workload) for r in runs]
     for i, (what, fit) in enumerate(zip(BOTH, fits, strict=True)):
-        told, seen = fit.at(layers), [t[i] for t in times]
+        told, seen = fit.at(model.counted(model.header, placement, bool(i))), [t[i] for t in times]
         row[f"{what}, predicted"] = stats.estimate(told, 1000)
         row[f"{what}, measured"] = stats.number(fmean(seen), 1000)
         row[f"{what}, off, %"] = None if told is None else round(100 * predict.off(told.value, seen), 1)
@@ -162,13 +174,6 @@ def committed(folder: Path, scale: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def duration(records: Sequence[Record]) -> timedelta:
-    """From the start of the first run to the end of the last."""
-    started = [datetime.fromisoformat(r.started_utc) for r in records]
-    last = max(range(len(records)), key=lambda i: started[i])
-    return started[last] - min(started) + timedelta(seconds=round(records[last].observation.wall_s))
-
-
 def durations(folder: Path) -> pd.DataFrame:
     """How long the runs of each model's slices took."""
     parts = [r for r in record.read_all(folder)[0] if is_slice(r) and r.observed is not None]
@@ -176,7 +181,7 @@ def durations(folder: Path) -> pd.DataFrame:
     for cell in sorted({r.cell for r in parts}):
         own = [r for r in parts if r.cell == cell]
         lengths = " and ".join(map(str, sorted({slices.length(r) for r in own})))
-        took = duration(own).total_seconds()
+        took = round(sum(r.observation.wall_s for r in own))
         usable = sum(r.done for r in own)
         rows.append({"model": cell, "layers of the slices": lengths, "runs": len(own), "usable": usable, "s": took})
     return pd.DataFrame(rows)
@@ -207,7 +212,8 @@ def document(folder: Path, scale: str) -> str:
     parts = [
         "# What a preview predicts, and what was measured",
         f"Twins cut to their first layers predict the whole twin on the same machine, load mode {LOAD_MODE}, workload "
-        f"{WORKLOAD}, random weights. A token's time is that after the first {WARM_UP}; TTFT is that of warm requests. "
+        f"{WORKLOAD}, random weights. A token's time is the median after the first {WARM_UP}; TTFT is that of warm "
+        "requests; slices and whole were run in random order. "
         f"Intervals are for one run (95 %). Nothing of the whole's runs is used for a prediction.{said}",
         f"Measured on: {'; '.join(machines)} ({hosts} machine{'s' * (hosts > 1)}); llama.cpp {engines}; moelib "
         f"{', '.join(commits)}. Records: `{folder.as_posix()}`, {len(records)} used; made by `python "
@@ -215,7 +221,8 @@ def document(folder: Path, scale: str) -> str:
         errors(same),
         same.to_markdown(index=False),
         "## What a preview costs",
-        "From the start of the first run of a slice to the end of the last; writing the slices comes before it.",
+        "The runs of the slices together, those of models of the catalogue with a second workload; writing the slices "
+        "comes before it.",
         durations(folder).to_markdown(index=False),
     ]
     other = committed(folder, scale) if scale == "full" and not loopback else pd.DataFrame()

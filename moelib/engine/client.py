@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -91,12 +92,10 @@ class Request(Answer):
         return None if last is None else (last - first) / (self.token_s[-1] - self.token_s[0])
 
     @property
-    def steady_tps(self) -> float | None:
-        """Decode tokens per second after the first WARM_UP tokens, which are slower; None where fewer came."""
-        if not self.token_n or len(self.token_s) < WARM_UP + 2:
-            return None
-        took = self.token_s[-1] - self.token_s[WARM_UP]
-        return (self.token_n[-1] - self.token_n[WARM_UP]) / took if took > 0 else None
+    def steps_s(self) -> tuple[float, ...]:
+        """Seconds per token of each event after the first WARM_UP tokens, which are slower; empty where fewer came."""
+        arrived = list(zip(self.token_n, self.token_s, strict=False))[WARM_UP:]
+        return tuple((t - before) / (n - m) for (m, before), (n, t) in pairwise(arrived) if n > m)
 
     @property
     def whole(self) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean
+from statistics import median
 from tempfile import TemporaryDirectory
 
 import psutil
@@ -28,7 +28,6 @@ from moelib.machine import host
 from moelib.measure import device
 from moelib.models import models, quantize
 from moelib.planner import memory
-from moelib.study import columns
 
 NEAR, SPAN = 2, 8  # layers with experts, at least: in the first slice, and more of them in the second
 REQUESTS = 3  # the first one is a fresh server's
@@ -72,12 +71,16 @@ class Model:
         """Whether slices hold the kinds of layers in the whole's shares."""
         return self._period is not None
 
-    def counted(self, part: Header, placement: Placement | str) -> Layers:
-        """The layers of the whole, or of a slice, at a placement."""
-        moved = part.moved(placement)
+    def counted(self, part: Header, placement: Placement | str, prompt: bool = False) -> Layers:
+        """The layers of the whole, or of a slice, at a placement.
+
+        prompt: as they count for a prompt, of which the last layer computes the last token alone.
+        """
+        last = (part.layers or 0) - prompt
+        moved = [t for t in part.moved(placement) if t.block is not None and t.block < last]
         mean = self.header.moved_bytes("cpu-moe") / len(self.header.expert_layers)
         on_cpu = sum(t.nbytes for t in moved) / mean
-        return Layers((part.layers or 0) - self.header.expert_layers[0] - len({t.block for t in moved}), on_cpu)
+        return Layers(last - self.header.expert_layers[0] - len({t.block for t in moved}), on_cpu)
 
     @cached_property
     def _slices(self) -> dict[int, Header]:
@@ -118,13 +121,14 @@ def length(r: Record) -> int:
 
 
 def measured(r: Record, workload: str = WORKLOAD) -> tuple[float, float]:
-    """(seconds per token after the first ones, TTFT of warm requests in seconds) of a run. Raises PreviewError where it
-    has none."""
-    rates = [q.steady_tps for q in r.observation.requests if q.workload == workload]
-    known, ttft = [rate for rate in rates if rate], columns.ttft_warm(workload)(r)
-    if not known or not ttft:
+    """(seconds per token after the first ones, TTFT of warm requests in seconds) of a run: medians, as a moment in
+    which the machine did something else tells nothing of the model. Raises PreviewError where it has none."""
+    requests = [q for q in r.observation.requests if q.workload == workload]
+    steps = [step for q in requests for step in q.steps_s]
+    first = [q.ttft_s for q in requests if q.index and q.ttft_s]
+    if not steps or not first:
         raise PreviewError(f"{r.run_id} shows no times of tokens: look at its requests")
-    return fmean(1 / rate for rate in known), ttft
+    return median(steps), median(first)
 
 
 def choose(model: Model, settings: Placement, kind: str) -> tuple[tuple[int, int], tuple[Placement, ...]]:
@@ -184,7 +188,7 @@ def measure(
         return records
     models.folder().mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=TEMPORARY, dir=models.folder()) as scratch:
-        slices = {n: _written(model, n, Path(scratch)) for n in dict.fromkeys(n for n, *_ in todo)}
+        slices = {n: written(model, n, Path(scratch)) for n in dict.fromkeys(n for n, *_ in todo)}
         context = min(RUN_CONTEXT, model.header.number("context_length") or RUN_CONTEXT)
         with bench.opened(list(slices.values()), device_kind) as ready:
             benches = dict(zip(slices, ready, strict=True))
@@ -203,7 +207,8 @@ def _observed(model: Model, layers: int, r: Record) -> Record:
     return r
 
 
-def _written(model: Model, layers: int, folder: Path) -> Path:
+def written(model: Model, layers: int, folder: Path) -> Path:
+    """The twin of the first layers, as a file in `folder`. Raises PreviewError where the engine does not load it."""
     path = folder / f"{model.name}-first-{layers}.gguf"
     try:
         return quantize.twin(model.name, model.outline, layers=layers, out=path).path
@@ -222,11 +227,16 @@ def fits(model: Model, records: Sequence[Record], workload: str = WORKLOAD) -> t
     """(of a token, of a prompt): what the usable runs of slices tell. Raises PreviewError if they do not."""
     used = [r for r in records if r.done]
     parts = {n: model.slice(n) for n in {length(r) for r in used}}
-    layers = [model.counted(parts[length(r)], r.spec.placed) for r in used]
     times = [measured(r, workload) for r in used]
     try:
         per_token, per_prompt = (
-            predict.fit([Sample(at, t[i]) for at, t in zip(layers, times, strict=True)]) for i in (0, 1)
+            predict.fit(
+                [
+                    Sample(model.counted(parts[length(r)], r.spec.placed, bool(i)), t[i])
+                    for r, t in zip(used, times, strict=True)
+                ]
+            )
+            for i in (0, 1)
         )
     except ValueError as err:
         bad = sorted({f"{r.status} ({', '.join(r.reasons)})" for r in records if not r.done})

@@ -128,6 +128,14 @@ def _unchanged(path: Path, noted: dict[str, Any]) -> bool:
     return True
 
 
+def untouched(path: Path) -> bool:
+    """Whether the file's size and times are those of its note, so that it need not be hashed."""
+    try:
+        return bool(_read_note(path)["file"] == files.state(path))
+    except NO_NOTE:
+        return False
+
+
 def kept(path: Path) -> bool:
     """Whether the file exists and agrees with its note."""
     try:

@@ -215,7 +215,8 @@ def from_source(model: str, quant: str, scale: str, weights: str, matrix: Path |
 def made(path: Path) -> Quantised:
     """The quantised file at `path` with its manifest. Raises QuantizeError if `make` has not made it, or it was changed
     since."""
-    manifest, content = models.noted(path), files.Hashed(path)
+    manifest = models.noted(path)
+    content = files.Hashed(path, known=(manifest or {}).get("sha256") if models.untouched(path) else None)
     if not path.is_file() or manifest is None or "quant" not in manifest or content.sha256() != manifest["sha256"]:
         raise QuantizeError(
             f"{path} is not the file of the manifest beside it: delete {models.note(path).name} to measure it as it "
