@@ -65,8 +65,9 @@ cards: setup ## rebuild the model cards of the committed studies from their reco
 	@$(BIN)/moelib card h100-twins --namespace $(NAMESPACE)
 	@MOELIB_OUTPUTS=docs/example $(BIN)/moelib card demo --namespace $(NAMESPACE)
 
-residuals: engine ## rebuild docs/PLANNER.md from the committed records of the planner's residuals
+residuals: engine ## rebuild docs/PLANNER.md and docs/PREVIEW.md from the committed records behind them
 	@$(BIN)/python benchmarks/plan_residuals.py show outputs/planner > docs/PLANNER.md
+	@$(BIN)/python benchmarks/preview_residuals.py show outputs/preview > docs/PREVIEW.md
 
 rehearsal: engine ## publish the committed demo study to a Hub on loopback, with an interruption; writes its transcript
 	@for model in phi-3.5-moe deepseek-moe-16b; do for quant in Q4_K_M Q2_K Q8_0; do \

@@ -54,6 +54,11 @@ COMMITTED, OF_COMMITTED = "h100-twins", "long-512"
 """A study, and the workload of it that is compared: the text of its prompt repeats, so slices are asked for it too."""
 WHOLE = 0
 """What stands for all layers of a model, where a slice has its number."""
+HISTORY = (
+    "Prompts of different tokens, medians, the count of a prompt's last layer and the lengths were chosen after two "
+    "earlier series of such runs, which are not kept: tokens/s was 8.5 % and 6.0 % off in the median there. The runs "
+    "below are of a third series, after which nothing was changed."
+)
 BOTH = ("ms a token", "TTFT, ms")
 
 
@@ -215,6 +220,7 @@ def document(folder: Path, scale: str) -> str:
         f"{WORKLOAD}, random weights. A token's time is the median after the first {WARM_UP}; TTFT is that of warm "
         "requests; slices and whole were run in random order. "
         f"Intervals are for one run (95 %). Nothing of the whole's runs is used for a prediction.{said}",
+        HISTORY,
         f"Measured on: {'; '.join(machines)} ({hosts} machine{'s' * (hosts > 1)}); llama.cpp {engines}; moelib "
         f"{', '.join(commits)}. Records: `{folder.as_posix()}`, {len(records)} used; made by `python "
         "benchmarks/preview_residuals.py`.",

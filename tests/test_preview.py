@@ -1,6 +1,9 @@
 """Previews: slices chosen by the header and the machine, and measured with the real engine on the loopback device."""
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import ggufs
 import pytest
@@ -21,6 +24,7 @@ from moelib.gguf import outline
 from moelib.machine import host
 from moelib.models import models, quantize
 
+REPO = Path(__file__).parents[1]
 GIB = 1 << 30
 LONG = {"block_count": 12, "vocab_size": 512}
 
@@ -175,6 +179,18 @@ def test_a_preview_of_the_real_engine_and_what_it_says_where_it_does_not_know(lo
     refused = [r.model_copy(update={"status": "invalid", "reasons": ("timeline",)}) for r in seen.records]
     with pytest.raises(PreviewError, match=r"8 runs are invalid \(timeline\); try again"):
         preview.predicted(model, seen.plan, refused)
+
+
+def test_the_committed_residuals_are_those_of_their_records(engine):
+    """docs/PREVIEW.md is what a preview says today of the committed slices' runs, and within the aims."""
+    argv = [sys.executable, "benchmarks/preview_residuals.py", "show", "outputs/preview"]
+    shown = subprocess.run(argv, cwd=REPO, capture_output=True, encoding="utf-8", check=True, timeout=300).stdout
+    assert shown == (REPO / "docs/PREVIEW.md").read_text(encoding="utf-8")
+    found = re.findall(r"^- (.*): ([\d.]+) % off in the median of (\d+) placements", shown, re.M)
+    (token, decode, placements), (_, prompt, _), *_ = found
+    assert (token, placements) == ("ms a token", "20")
+    assert float(decode) <= 5
+    assert float(prompt) <= 10
 
 
 def test_an_interrupted_preview_and_a_slice_that_does_not_run_leave_nothing(long, engine, monkeypatch):
