@@ -209,7 +209,7 @@ def play(world: Path) -> dict:
             gpu = start(text, first)
         except Gpu.errors as err:
             return {"error": str(err)}
-        values = {name: getattr(gpu, name) for name in ("uuid", "name", "absent")}
+        values = {name: getattr(gpu, name) for name in ("uuid", "name", "absent", "usable_bytes")}
         return {**values, "facts": gpu.facts(), "energy": gpu.energy(), "counters": asdict(gpu.counters(1.5))}
 
     return {
@@ -256,6 +256,7 @@ def test_counters_are_in_the_units_of_their_names(played):
         "events": 0x8 | 0x40 | POWER_CAP,
     }
     assert values["absent"] == {}
+    assert values["usable_bytes"] == TOTAL - RESERVED
     assert values["energy"] == 123.456
     assert (values["uuid"], values["name"]) == (UUIDS[0], "H0")
     assert values["facts"] == {
@@ -284,6 +285,7 @@ def test_a_counter_that_is_not_there_is_none_and_says_why(played):
 
 def test_a_size_from_another_versions_struct_is_not_believed(played):
     assert played["starts"]["older memory struct"]["facts"]["total_bytes"] is None
+    assert played["starts"]["older memory struct"]["usable_bytes"] is None
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,13 @@ from types import SimpleNamespace
 import ggufs
 import pytest
 
+from moelib.audit import record
 from moelib.campaign import bench, sweep
 from moelib.gguf import gguf_file
+from moelib.measure import device
 from moelib.models import quantize
 from moelib.planner import budget, memory
+from moelib.study.plan import StudyError
 from moelib.study.study import Study
 
 
@@ -44,12 +47,19 @@ def test_a_file_is_planned_measured_and_answered(file, monkeypatch):
     text = made.path.read_text(encoding="utf-8")
     title, _, answer, *_ = text.splitlines()
     assert title.startswith(f"# {file.name} on ")
-    assert re.match(
-        r"\*\*It (fits|does not fit)\*\* with `n-cpu-moe=3`: \d+ MiB of VRAM were taken, \d+ MiB were", answer
-    )
-    assert f"llama-server -m {file} -ngl 999 -c 256 -np 1 -fa on --fit off --n-cpu-moe 3" in text
+    # on loopback the context of the device is a guess: what it took decides
+    took = {n.placement: made.took(n) for n in made.plan.needs if made.took(n) is not None}
+    one = made.answer.placement
+    assert str(one) in [a.placement for a in made.study.parameters.arms]
+    assert took[one] <= vram
+    assert all(b > vram for p, b in took.items() if p.order < one.order)
+    assert re.match(rf"\*\*It fits\*\* with `{one}`: \d+ MiB of VRAM were taken, \d+ MiB were", answer)
+    offload = f" --n-cpu-moe {one.cpu_layers:.0f}" if 0 < one.cpu_layers < 5 else ""
+    assert f"llama-server -m {file} -ngl 999 -c 256 -np 1 -fa on --fit off{offload}" in text
     assert "no speed here is one of a GPU" in text
-    assert re.search(r"`n-cpu-moe=2` took \d+ MiB, (more than the budget|and would fit too)", text)
+    fewer = "All of it is on the GPU" if one.is_baseline else r"one layer fewer on the CPU: it took \d+ MiB, more than"
+    assert re.search(fewer, text)
+    assert ("Planned was `n-cpu-moe=3`" in text) == (str(one) != "n-cpu-moe=3")
     assert len(re.findall(r"^\| (?:baseline|n-cpu-moe=\d|cpu-moe) ", text, re.M)) == 5
     assert {r.run_id for r in made.study.used} == set(re.findall(r"^- `(\S+)` (?:valid|degraded)", text, re.M))
 
@@ -58,42 +68,92 @@ def test_a_file_is_planned_measured_and_answered(file, monkeypatch):
     assert Study.read(made.study.path).done == made.study.done
 
 
-def asked(file, vram, total):
+def compared(file, vram, room, *outcomes):
+    """(what the rounds compare, what was tried) on a card of `room` bytes, where `outcomes` are held by it in truth."""
     plan = budget.plan(gguf_file.read_header(file), vram, context=256, cuda=False)
-    where = SimpleNamespace(kind="cuda", identity=lambda: {"total_bytes": total})
-    compared, before = sweep._placements(plan, where)
-    return [str(n.placement) for n in compared], before and str(before.placement)
+    where = SimpleNamespace(kind="cuda", usable_bytes=room)
+    trials = sweep.Trials(file, ((sweep.SHORT,), 2, 256), where, file.parent / "none", lambda _: None)
+    held = dict(outcomes)
+    one = sweep.bench.one
+    try:
+        sweep.bench.one = lambda f, placement, *rest: SimpleNamespace(
+            observed=held[placement] and SimpleNamespace(memory=SimpleNamespace(value_bytes=held[placement])),
+            status="",
+            reasons=(),
+            spec=SimpleNamespace(placement=placement),
+        )
+        return [str(n.placement) for n in sweep._compared(plan, trials)], sorted(trials.done)
+    finally:
+        sweep.bench.one = one
 
 
 @pytest.mark.engine
-def test_what_the_card_cannot_hold_is_no_part_of_a_round(file):
-    """On a card of the budget's size there is no baseline, and one layer fewer is tried alone."""
+def test_what_the_card_cannot_hold_is_no_part_of_a_round(file, monkeypatch):
+    """Far from the card's size the plan is believed; close to it, a run tells."""
+    monkeypatch.setattr(sweep, "CLOSE", 0.005)
     vram = budget_of(file, "n-cpu-moe=3")
     everything = ["baseline", "n-cpu-moe=2", "n-cpu-moe=3", "n-cpu-moe=4", "cpu-moe"]
-    assert asked(file, vram, None) == (everything, None)
-    assert asked(file, vram, 80 << 30) == (everything, None)
-    assert asked(file, vram, vram) == (everything[2:], "n-cpu-moe=2")
-    assert asked(file, vram, budget_of(file, "n-cpu-moe=2")) == (everything[1:], None)
-    assert asked(file, 80 << 30, 80 << 30) == (["baseline", "n-cpu-moe=1", "cpu-moe"], None)
+    assert compared(file, vram, None) == (everything, [])
+    assert compared(file, vram, 80 << 30) == (everything, [])
+    # a card of the budget's size, which holds the planned number, and does not
+    assert compared(file, vram, vram, ("n-cpu-moe=3", vram)) == (everything[2:], ["n-cpu-moe=3"])
+    assert compared(file, vram, vram, ("n-cpu-moe=3", None)) == (everything[3:], ["n-cpu-moe=3"])
+    # a card that holds a little more than the budget
+    more = budget_of(file, "n-cpu-moe=2")
+    tried = ["n-cpu-moe=2"]
+    assert compared(file, vram, more, ("n-cpu-moe=2", None)) == (everything[2:], tried)
+    assert compared(file, vram, more, ("n-cpu-moe=2", more)) == (everything[1:], tried)
+    assert compared(file, vram, more, ("n-cpu-moe=2", vram)) == (["n-cpu-moe=2", "n-cpu-moe=3", "cpu-moe"], tried)
+    assert compared(file, 80 << 30, 80 << 30) == (["baseline", "n-cpu-moe=1", "cpu-moe"], [])
+    least = budget_of(file, "cpu-moe")
+    assert compared(file, least, least, ("cpu-moe", least)) == (["cpu-moe"], ["cpu-moe"])
+    with pytest.raises(StudyError, match=r"with all experts on the CPU, though.*--context 128"):
+        compared(file, least, least, ("cpu-moe", None))
 
 
 @pytest.mark.engine
-def test_one_layer_fewer_that_the_card_cannot_hold_is_proven_by_a_run_of_its_own(file, monkeypatch):
-    """In a context that holds the short workload alone: a longer one would fail, whatever the card holds."""
-    apart = sweep._placements
-
-    def without_room(plan, where):
-        (compared, _), at = apart(plan, where), plan.needs.index(plan.chosen)
-        return [n for n in compared if n.vram_bytes <= plan.chosen.vram_bytes], plan.needs[at - 1]
-
-    monkeypatch.setattr(sweep, "_placements", without_room)
+def test_a_plan_that_was_wrong_is_corrected_by_runs(file, monkeypatch):
+    """On a device that says it has as much as was planned: the trial's run is kept, and stands on the page."""
     vram = budget_of(file, "n-cpu-moe=3")
-    made = sweep.measure(file, vram, context=256, rounds=1, device_kind="loopback", say=lambda _: None)
-    assert made.proof.spec.placement == "n-cpu-moe=2"
-    assert made.proof.spec.workloads == made.study.parameters.workloads == (sweep.SHORT,)
-    assert made.proof.observed is not None, made.proof.message
+    monkeypatch.setattr(device.Loopback, "usable_bytes", property(lambda _: int(vram * 1.001)))
+    monkeypatch.setattr(sweep, "CLOSE", 0.005)
+    real = bench.one
+
+    def without_room(f, placement, *rest):
+        r = real(f, placement, *rest)
+        refused = r.model_copy(update={"observed": None, "status": "failed", "reasons": (sweep.NO_ROOM,), "audit": ()})
+        (rest[-1] / "records" / f"{r.run_id}.json").unlink()
+        return record.write(rest[-1], refused)
+
+    monkeypatch.setattr(bench, "one", without_room)
+    said = []
+
+    def measured():
+        return sweep.measure(file, vram, context=256, rounds=1, device_kind="loopback", say=said.append)
+
+    made = measured()
+    assert [a.placement for a in made.study.parameters.arms] == ["n-cpu-moe=4", "cpu-moe"]
+    (trial,) = made.trials.values()
+    assert trial.spec.workloads == made.study.parameters.workloads == (sweep.SHORT,)
     text = made.path.read_text(encoding="utf-8")
-    assert re.search(r"`n-cpu-moe=2` took \d+ MiB, (more than the budget|and would fit too)", text)
+    assert text.splitlines()[2].startswith("**It fits** with `n-cpu-moe=4`")
+    refused = f"it does not run on this card, out-of-memory (record `{trial.run_id}`)"
+    assert f"`n-cpu-moe=3`, one layer fewer on the CPU: {refused}." in text
+    assert re.search(rf"- Planned was `n-cpu-moe=3`, \d+ MiB: {re.escape(refused)}\.", text)
+    assert f"- `{trial.run_id}` failed" in text
+    assert sum(line.startswith("trying n-cpu-moe=3") for line in said) == 1
+    assert measured().path.read_text(encoding="utf-8") == text
+    assert sum(line.startswith("trying n-cpu-moe=3") for line in said) == 1
+
+
+@pytest.mark.engine
+def test_where_one_placement_alone_is_held_its_load_modes_are_compared(file, monkeypatch):
+    monkeypatch.setattr(sweep, "_compared", lambda plan, trials: [plan.needs[-1]])
+    made = sweep.measure(file, 1 << 30, context=256, rounds=1, device_kind="loopback", say=lambda _: None)
+    assert [a.label for a in made.study.parameters.arms] == ["cpu-moe/mmap", "cpu-moe/none"]
+    text = made.path.read_text(encoding="utf-8")
+    assert len(re.findall(r"^\| cpu-moe(?:, none)? ", text, re.M)) == 2
+    assert len(made.runs(made.plan.needs[-1])) == 1
 
 
 def test_a_dense_model_is_refused_before_anything_is_run(home, engine, tmp_path):

@@ -1,7 +1,7 @@
 """One file on one card, without a study's YAML: planned from its header, run in paired rounds, audited, answered.
 
-The smallest N that fits is proven by runs: the planned one stays within the budget, and one layer fewer takes more, or
-does not load.
+The smallest N that really fits is proven by runs: it stays within the budget, and one layer fewer on the CPU takes more
+or does not run. Where a plan is so close to what the card holds that it may be wrong, a run of its own tells.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -31,9 +32,13 @@ from moelib.study import frames
 from moelib.study import plan as plans
 from moelib.study.study import Study
 
-SHORT, LONG = "plan-short", "long-512"
+SHORT, LONG = "plan-short", "mixed-512"
 ROUNDS = 3
+REQUESTS = 2
 DOCUMENT = "ANSWER.md"
+NO_ROOM = "out-of-memory"
+CLOSE = 0.03
+"""Plans are right to this share of a card: what is nearer to all of it is tried by a run."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +47,34 @@ class Measured:
 
     plan: Plan
     study: Study
-    proof: Record | None
-    """The run with one layer fewer on the CPU, where it is not part of the rounds; None if there is none to do."""
+    trials: dict[str, Record]
+    """Placement -> the run that told whether the card holds it, where its plan was too close to tell."""
 
     @property
     def path(self) -> Path:
         return self.study.path / DOCUMENT
+
+    @property
+    def answer(self) -> Need | None:
+        """The placement with the fewest experts on the CPU whose runs all stayed within the budget, if any did."""
+        for need in self.plan.needs:
+            took = self.took(need)
+            if took is not None and took <= self.plan.budget.vram_bytes:
+                return need
+        return None
+
+    def runs(self, need: Need) -> pd.DataFrame:
+        """The usable runs of a placement, in llama.cpp's own load mode."""
+        every = self.study.runs
+        return every[(every["placement"] == str(need.placement)) & (every["load_mode"] == "mmap")]
+
+    def took(self, need: Need) -> int | None:
+        """The most VRAM that a run of a placement took; None where that is not known."""
+        known = list(self.runs(need)["vram_bytes"])
+        trial = self.trials.get(str(need.placement))
+        if trial is not None and trial.observed is not None:
+            known.append(trial.observed.memory.value_bytes)
+        return int(max(known)) if known and not any(map(pd.isna, known)) else None
 
 
 def measure(
@@ -63,27 +90,32 @@ def measure(
 ) -> Measured:
     """Plan the file for a card of `vram_bytes`, do the runs that are not done, and write the answer beside them.
 
-    The rounds have the baseline where the card here holds it, the planned placement, its neighbours and all experts on
-    the CPU; a larger card is kept to the budget by choosing. Raises PlanError, GGUFError, QuantizeError, EngineError,
-    DeviceError, StudyError.
+    The rounds have the baseline where the card here holds it, the smallest N that it holds within the budget, its
+    neighbours and all experts on the CPU; a larger card is kept to the budget by choosing. Raises PlanError, GGUFError,
+    QuantizeError, EngineError, DeviceError, StudyError where the card holds no placement.
     """
     llama = engine.find()
     where = device.choose(device_kind, llama)
-    cuda = where.kind == "cuda"
-    plan = budget.plan(gguf_file.read_header(file), vram_bytes, ram_bytes, context, ubatch, kv, cuda)
+    plan = budget.plan(gguf_file.read_header(file), vram_bytes, ram_bytes, context, ubatch, kv, where.kind == "cuda")
     say(next(plan.lines()))
     quantised = given.measurable(file, llama)
-    compared, before = _placements(plan, where)
+    name = _name(plan, quantised.manifest["sha256"], rounds, where)
+    asked = _workloads(plan.budget.context), REQUESTS, plan.budget.context
+    trials = Trials(file, asked, where, plans.outputs() / name / "trials", say)
+    compared = _compared(plan, trials)
+    modes = [PlacementMode(placement=str(n.placement)) for n in compared]
+    if len(modes) == 1:  # nothing else is held: the other load mode is what it is compared with
+        modes.append(modes[0].model_copy(update={"load_mode": "none"}))
     parameters = params.Study(
-        name=_name(plan, quantised.manifest["sha256"], rounds, where),
+        name=name,
         title=f"{quantised.manifest['model']} {quantised.manifest['quant']} on {gib(vram_bytes)} of VRAM",
         models=(quantised.manifest["model"],),
         weights=quantised.manifest["weights"],
         scale=quantised.manifest["scale"],
         quants=(quantised.manifest["quant"],),
-        arms=tuple(PlacementMode(placement=str(n.placement)) for n in compared),
-        workloads=_workloads(plan.budget.context),
-        requests=2,
+        arms=tuple(modes),
+        workloads=asked[0],
+        requests=REQUESTS,
         blocks=rounds,
         context=plan.budget.context,
         device=where.kind,  # type: ignore[arg-type]
@@ -94,30 +126,63 @@ def measure(
     total = len(cell.specs)
     for i, r in enumerate(campaign.measure(study, cell, lambda *_: quantised), 1):
         say(f"{i} of {total}: {r.spec.placement}, {r.status}{' ' if r.reasons else ''}{', '.join(r.reasons)}")
-    proof = None
-    if before is not None:
-        folder = study.path / "proof"
-        if not record.read_all(folder)[0]:
-            say(f"proof: {before.placement}, which should not fit")
-            asked = parameters.workloads, parameters.requests, parameters.context, where.kind
-            bench.one(file, str(before.placement), "mmap", *asked, folder)
-        (proof,) = record.read_all(folder)[0]
-    measured = Measured(plan, study.again(), proof)
+    measured = Measured(plan, study.again(), trials.done)
     files.write_bytes(measured.path, document(measured).encode())
     return measured
 
 
-def _placements(plan: Plan, where: Device) -> tuple[list[Need], Need | None]:
-    """(what the rounds compare, from the one with most on the GPU; one layer fewer than planned, if it is not of them).
+class Trials:
+    """Runs that tell whether the card here holds a placement: each is done once, and kept."""
 
-    What the card here cannot hold by its own size is no part of a round: it would leave none whole.
-    """
-    total = where.identity().get("total_bytes")
-    needs, at = plan.needs, plan.needs.index(plan.chosen)
-    fits = [total is None or n.vram_bytes <= total for n in needs]
+    def __init__(
+        self,
+        file: Path,
+        asked: tuple[tuple[str, ...], int, int],
+        where: Device,
+        folder: Path,
+        say: Callable[[str], object],
+    ):
+        self.file, self.asked, self.where, self.folder, self.say = file, asked, where, folder, say
+        # what failed for another reason than the card's size is tried again
+        kept = [r for r in record.read_all(folder)[0] if r.observed is not None or NO_ROOM in r.reasons]
+        self.done = {r.spec.placement: r for r in kept}
+
+    def holds(self, need: Need) -> bool:
+        """Whether the card holds it: by its plan or, where that is too close to tell, by a run."""
+        room, name = self.where.usable_bytes, str(need.placement)
+        if room is None or need.vram_bytes <= (1 - CLOSE) * room:
+            return True
+        if need.vram_bytes > (1 + CLOSE) * room:
+            return False
+        if name not in self.done:
+            self.say(f"trying {name}: {gib(need.vram_bytes)} are planned, and the card has {gib(room)}")
+            r = bench.one(self.file, name, "mmap", *self.asked, self.where.kind, self.folder)
+            self.say(f"{name}: {r.status}{' ' if r.reasons else ''}{', '.join(r.reasons)}")
+            self.done[name] = r
+        return self.done[name].observed is not None
+
+    def took(self, need: Need) -> int | None:
+        """The VRAM that its run took; None without one, or where that is not known."""
+        r = self.done.get(str(need.placement))
+        return None if r is None or r.observed is None else r.observed.memory.value_bytes
+
+
+def _compared(plan: Plan, trials: Trials) -> list[Need]:
+    """What the rounds compare, from the one with most on the GPU: both ends, and the fewest layers on the CPU that the
+    card holds, from the planned number on, with its neighbours. Raises StudyError if it holds none."""
+    needs = plan.needs
+    held = partial(filter, lambda i: trials.holds(needs[i]))
+    at = next(held(range(needs.index(plan.chosen), len(needs))), None)
+    if at is None:
+        raise plans.StudyError(
+            f"the card here does not hold {plan.header.path.name} with all experts on the CPU, though it was planned "
+            f"to: try a smaller context, --context {plan.budget.context // 2}"
+        )
+    # the plan may have been too careful
+    while at and trials.holds(needs[at - 1]) and (trials.took(needs[at - 1]) or 1 << 62) <= plan.budget.vram_bytes:
+        at -= 1
     wanted = {0, at - 1, at, at + 1, len(needs) - 1} & set(range(len(needs)))
-    compared = [needs[i] for i in sorted(wanted) if fits[i]]
-    return compared, needs[at - 1] if at and not fits[at - 1] else None
+    return [needs[i] for i in held(sorted(wanted))]
 
 
 def _workloads(context: int) -> tuple[str, ...]:
@@ -139,24 +204,23 @@ def document(measured: Measured) -> str:
 
 
 def _lines(measured: Measured) -> Iterator[str]:
-    plan, study = measured.plan, measured.study
-    one, runs = plan.chosen, study.runs
-    ours = runs[runs["placement"] == str(one.placement)]
-    name = markdown(plan.header.path.name)
-    yield f"# {name} on {gib(plan.budget.vram_bytes)} of VRAM"
+    plan, study, one = measured.plan, measured.study, measured.answer
+    name, vram = markdown(plan.header.path.name), gib(plan.budget.vram_bytes)
+    yield f"# {name} on {vram} of VRAM"
     yield ""
-    if ours.empty:
-        yield f"No run of {one.placement} is usable, so nothing is answered: {'; '.join(study.problems[:3])}"
+    if one is None:
+        yield f"**Nothing that was run stays within {vram}**: {_least(measured)}"
+        yield ""
+        yield from _planned(measured)
+        yield from _table(measured)
         return
-    vram = ours["vram_bytes"].max()
-    kept = pd.notna(vram) and vram <= plan.budget.vram_bytes
-    took = gib(int(vram)) if pd.notna(vram) else "an unknown amount"
+    ours = measured.runs(one)
     yield (
-        f"**{'It fits' if kept else 'It does not fit'}** with `{one.placement}`: {took} of VRAM were taken, "
+        f"**It fits** with `{one.placement}`: {gib(measured.took(one) or 0)} of VRAM were taken, "
         f"{gib(one.vram_bytes)} were predicted."
     )
     yield ""
-    yield f"```\n{plan.command}\n```"
+    yield f"```\n{plan.command_for(one.placement)}\n```"
     yield ""
     for workload in study.parameters.workloads:
         rate, ttft = (_typical(ours, f"{column}/{workload}") for column in ("tokens_per_s", "ttft_warm_s"))
@@ -165,13 +229,44 @@ def _lines(measured: Measured) -> Iterator[str]:
             f"- {what}: **{stats.estimate(rate)} tokens/s**, TTFT {stats.estimate(ttft, 1000)} ms "
             f"(geometric mean [95 % interval] of {len(ours)} runs)"
         )
-    yield f"- RAM of the server: {stats.sizes(_mean(ours, 'host_rss_peak_bytes'))}; {gib(one.ram_bytes)} predicted"
-    yield f"- {_smallest(measured)}"
+    yield (
+        f"- RAM: {gib(one.ram_bytes)} predicted to be needed; {stats.sizes(_mean(ours, 'host_rss_peak_bytes'))} at the "
+        "server's peak, with the pages of the mapped file that were only read to be copied to the device"
+    )
+    yield f"- {_smallest(measured, one)}"
+    yield from _planned(measured)
     yield f"- {study.summary()}"
     if any(r.device.kind == "loopback" for r in study.used):
         yield "- Measured on the *loopback* device: no GPU took part, and no speed here is one of a GPU."
     yield ""
     yield from _table(measured)
+
+
+def _least(measured: Measured) -> str:
+    """What came nearest to the budget."""
+    known = {n: took for n in measured.plan.needs if (took := measured.took(n)) is not None}
+    if not known:
+        return f"no run is usable ({'; '.join(measured.study.problems[:3])})."
+    least = min(known, key=lambda n: known[n])
+    return f"`{least.placement}` took {gib(known[least])}, the least."
+
+
+def _planned(measured: Measured) -> Iterator[str]:
+    """What became of the planned placement, where it is not the answer."""
+    chosen = measured.plan.chosen
+    if chosen is not measured.answer:
+        yield f"- Planned was `{chosen.placement}`, {gib(chosen.vram_bytes)}: {_outcome(measured, chosen)}."
+
+
+def _outcome(measured: Measured, need: Need) -> str:
+    """What the runs of a placement say of its VRAM."""
+    trial, took = measured.trials.get(str(need.placement)), measured.took(need)
+    if trial is not None and trial.observed is None:
+        return f"it does not run on this card, {', '.join(trial.reasons)} (record `{trial.run_id}`)"
+    if took is None:
+        return "what it takes was not measured"
+    over = took > measured.plan.budget.vram_bytes
+    return f"it took {gib(took)}, {'more than the budget' if over else 'and fits too'}"
 
 
 def _mean(runs: pd.DataFrame, column: str) -> stats.Estimate | None:
@@ -185,23 +280,14 @@ def _typical(runs: pd.DataFrame, column: str) -> stats.Estimate | None:
     return stats.geometric_mean(known) if known and min(known) > 0 else None
 
 
-def _smallest(measured: Measured) -> str:
-    """Whether one layer fewer on the CPU would fit too, by its runs."""
-    plan, runs = measured.plan, measured.study.runs
-    at = plan.needs.index(plan.chosen)
+def _smallest(measured: Measured, answer: Need) -> str:
+    """That one layer fewer on the CPU does not fit, by its runs."""
+    needs = measured.plan.needs
+    at = needs.index(answer)
     if not at:
         return "All of it is on the GPU: there is no layer less to keep on the CPU."
-    fewer = plan.needs[at - 1].placement
-    took = runs[runs["placement"] == str(fewer)]["vram_bytes"].max()
-    if measured.proof is not None:
-        r = measured.proof
-        if r.observed is None:
-            return f"`{fewer}` does not run on this card: {', '.join(r.reasons)} (record `{r.run_id}`)."
-        took = r.observed.memory.value_bytes
-    if pd.isna(took):
-        return f"`{fewer}` was not measured, so that this is the smallest N is not proven."
-    over = took > plan.budget.vram_bytes
-    return f"`{fewer}` took {gib(int(took))}, {'more than the budget' if over else 'and would fit too'}."
+    fewer = needs[at - 1]
+    return f"`{fewer.placement}`, one layer fewer on the CPU: {_outcome(measured, fewer)}."
 
 
 def _table(measured: Measured) -> Iterator[str]:
@@ -213,11 +299,11 @@ def _table(measured: Measured) -> Iterator[str]:
     reference = frames.reference(sides)
     ratios = {c.side: c.ratio for c in frames.comparisons(study.runs, f"tokens_per_s/{workload}")}
     for side in sides:
-        runs = study.runs[study.runs["placement"] == side[0]]
+        runs = study.runs[(study.runs["placement"] == side[0]) & (study.runs["load_mode"] == side[1])]
         need = next(n for n in plan.needs if str(n.placement) == side[0])
         rows.append(
             {
-                "placement": side[0],
+                "placement": side[0] if side[1] == "mmap" else f"{side[0]}, {side[1]}",
                 "VRAM predicted": gib(need.vram_bytes),
                 "VRAM measured": stats.sizes(_mean(runs, "vram_bytes")),
                 "RAM predicted": gib(need.ram_bytes),
@@ -234,5 +320,5 @@ def _table(measured: Measured) -> Iterator[str]:
         "records behind this page:"
     )
     yield ""
-    for r in study.used:
+    for r in (*measured.trials.values(), *study.used):
         yield f"- `{r.run_id}` {r.status} `{r.digest[:12]}`"

@@ -105,6 +105,12 @@ class Device(ABC):
     note: str | None = None
     """Why this device was chosen instead of a GPU, where the study did not name it."""
 
+    @property
+    def usable_bytes(self) -> int | None:
+        """The memory that programs may have together; None where the device has no memory of its own, or its driver
+        does not say."""
+        return None
+
     @cached_property
     def threads(self) -> int:
         """Threads of llama-server."""
@@ -231,6 +237,10 @@ class Cuda(Device):
             raise kind(f"no NVIDIA GPU can be used: {err}; check the driver with nvidia-smi") from None
         self.uuid, self.name, self.absent = self.gpu.uuid, self.gpu.name, self.gpu.absent
 
+    @property
+    def usable_bytes(self) -> int | None:
+        return self.gpu.usable_bytes
+
     def identity(self) -> dict[str, Any]:
         return {**super().identity(), **self.gpu.facts(), "context_bytes": self.context_bytes}
 
@@ -319,11 +329,12 @@ def passed_over(engine: Engine, err: DeviceError) -> str:
 
 
 def card_bytes() -> int:
-    """Memory of the NVIDIA GPU that a run here would use. Raises DeviceError, with what to give instead."""
+    """Memory that programs may have of the NVIDIA GPU that a run here would use. Raises DeviceError, with what to give
+    instead."""
     try:
-        total = Cuda().identity()["total_bytes"]
+        usable = Cuda().usable_bytes
     except DeviceError as err:
         raise DeviceError(f"{err}; or say what card it is for: --vram 12GiB") from None
-    if total is None:
+    if usable is None:
         raise DeviceError("the driver does not say how much memory the GPU has; say it: --vram 12GiB")
-    return int(total)
+    return usable

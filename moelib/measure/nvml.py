@@ -116,6 +116,12 @@ class Gpu:
             "power_limit_watt": _ask(lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(self.handle) / 1000),
         }
 
+    @property
+    def usable_bytes(self) -> int | None:
+        """The memory that programs may have together: the driver keeps some for itself. None if it does not say."""
+        memory = _ask(self._memory)
+        return None if memory is None else int(memory.total - memory.reserved)
+
     def _link(self, which: str) -> tuple[int, int] | None:
         """(generation, lanes) of the link: `Max`, what card and board support; `Curr`, now (idle links slow down)."""
         generation, width = (

@@ -81,9 +81,12 @@ class Plan:
     @property
     def command(self) -> str:
         """The whole command of llama.cpp's server for the chosen placement."""
+        return self.command_for(self.chosen.placement)
+
+    def command_for(self, placement: Placement) -> str:
         argv = ["llama-server", "-m", str(self.header.path), "-ngl", "999", "-c", str(self.budget.context)]
         argv += ["-np", "1", "-fa", "on", "--fit", "off"]
-        for flag, value in self.chosen.placement.flags().items():
+        for flag, value in placement.flags().items():
             argv += [flag] if value is None else [flag, value]
         return shlex.join(argv)
 
