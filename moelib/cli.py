@@ -4,14 +4,19 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from moelib import __version__
 from moelib.base import neutral
 from moelib.terminal import CELLS, FAILED, MEASURED, MODELS, QUANTS, STUDIES, Formatter, Group, planned, say, say_all
+
+if TYPE_CHECKING:
+    from moelib.study.plan import Cell
+    from moelib.study.study import Study
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -225,8 +230,11 @@ def study_run(name: str, cell: str | None) -> None:
     asked, cells = campaign.select(name, cell)
     planned = sum(len(c.specs) for c in cells)
     before = sum(asked.statuses[c.name].usable for c in cells)
-    if before < planned and (note := campaign.device_note(asked)):
-        say(f"{name} {note}")
+    if before < planned:
+        if note := campaign.device_note(asked):
+            say(f"{name} {note}")
+        for line in ahead(asked, cells):
+            say(line)
     say(f"{name}: {len(cells)} notebooks, {planned} runs, {before} of them done")
     bar = tqdm(total=planned, initial=before, unit="run", disable=None)
     # the bar counts the records on disk: reading them all would disturb the runs
@@ -247,6 +255,35 @@ def study_run(name: str, cell: str | None) -> None:
         say("no document: no run has a result", err=True)
     if problems:
         sys.exit(FAILED)
+
+
+def ahead(asked: "Study", cells: "list[Cell]") -> Iterator[str]:
+    """What a study needs, as text. Raises FileError if the disk is too small for it."""
+    from moelib.base.schema import UserError
+    from moelib.campaign import preflight
+
+    try:
+        needs = preflight.preflight(asked, cells)
+    except UserError as err:  # what stands in the way of runs is said by these
+        yield f"what it needs cannot be foretold: {err}"
+        return
+    yield from needs.lines()
+    needs.require()
+
+
+@study.command("plan")
+@click.argument("name", shell_complete=STUDIES)
+@click.option("--cell", shell_complete=CELLS, help="Only MODEL/QUANT.")
+@click.option("--vram", metavar="SIZE", help="Of a card that is not here, such as 12GiB.")
+def study_plan(name: str, cell: str | None, vram: str | None) -> None:
+    """Show what study NAME needs (download, disk, RAM, VRAM) and which placements it runs; nothing is written."""
+    from moelib.campaign import campaign, preflight
+    from moelib.catalogue import sizes
+
+    room = preflight.elsewhere(sizes.parse(vram)) if vram else None
+    needs = preflight.preflight(*campaign.select(name, cell, room), room)
+    for line in needs.lines():
+        say(line)
 
 
 @study.command("status")

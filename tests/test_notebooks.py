@@ -51,7 +51,7 @@ def test_run_works_by_itself_and_from_a_file_of_parameters(home, models_folder):
         (["-p", "qaunt", "Q2_K"], "unknown parameter qaunt; this notebook has: study, model, quant"),
         (["-p", "quant", "Q3_K"], "study demo has no cell phi-3.5-moe/Q3_K; did you mean"),
         (["-p", "model", "phi"], "allowed: deepseek-moe-16b, gpt-oss-20b, phi-3.5-moe"),
-        (["-p", "study", "dmeo"], "allowed: demo, full, h100-twins, h200-twins, local, smoke"),
+        (["-p", "study", "dmeo"], "allowed: demo, full, h100-twins, h200-twins, local, local-twins, smoke"),
         (["-p", "model", "gpt-oss-20b"], "MXFP4"),
     ],
 )

@@ -19,7 +19,7 @@ import psutil
 from moelib.audit import audit, record
 from moelib.audit.invariants import reconciled
 from moelib.base import files
-from moelib.campaign import given, notebooks
+from moelib.campaign import given, notebooks, preflight
 from moelib.campaign.bench import Bench, audited, held
 from moelib.catalogue import params
 from moelib.catalogue.facts import Manifest
@@ -89,7 +89,10 @@ def measure(study: Study, cell: Cell, obtain: Obtain | None = None) -> Iterator[
 def _catalogued(study: Study, cell: Cell, llama: engine.Engine, work: Path) -> quantize.Quantised:
     if path := sources.file_of(cell.model):
         return given.catalogued(path, cell, llama)
-    source = sources.obtain(cell.model, study.parameters.weights, study.parameters.scale, needed=False)
+    p = study.parameters
+    if p.twins == "direct":
+        return quantize.twin(*quantize.outline_of(cell.model, p.scale), cell.quant, scale=p.scale)
+    source = sources.obtain(cell.model, p.weights, p.scale, needed=False)
     return quantize.make(source, cell.quant, llama, work)
 
 
@@ -203,9 +206,10 @@ def require_complete(status: Status) -> None:
         raise StudyError("not everything that was planned is valid; run again to retry:\n" + "\n".join(status.problems))
 
 
-def select(name: str, cell: str | None = None) -> tuple[Study, list[Cell]]:
-    """The study's folder and its cells, or the one named MODEL/QUANT. Raises ParamsError."""
-    study = Study.named(name)
+def select(name: str, cell: str | None = None, room: preflight.Room | None = None) -> tuple[Study, list[Cell]]:
+    """The study's folder and its cells, or the one named MODEL/QUANT; planned for this machine, or for `room`, where
+    it is to fit. Raises ParamsError, and what `preflight.of` does."""
+    study = preflight.of(name, room)
     if cell is None:
         return study, study.cells
     model, _, quant = cell.partition("/")

@@ -26,7 +26,7 @@ from moelib.gguf import gguf_file
 from moelib.measure import device
 from moelib.measure.device import Device
 from moelib.planner import budget
-from moelib.planner.budget import Plan, gib
+from moelib.planner.budget import CLOSE, Plan, gib
 from moelib.planner.memory import Need
 from moelib.study import frames
 from moelib.study import plan as plans
@@ -37,8 +37,6 @@ ROUNDS = 3
 REQUESTS = 2
 DOCUMENT = "ANSWER.md"
 NO_ROOM = "out-of-memory"
-CLOSE = 0.03
-"""Plans are right to this share of a card: what is nearer to all of it is tried by a run."""
 
 
 @dataclass(frozen=True)

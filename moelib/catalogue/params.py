@@ -14,6 +14,7 @@ from pydantic import AfterValidator, AliasChoices, Field, PositiveInt, model_val
 from moelib.base import yaml_file
 from moelib.base.schema import ParamsError, Strict, T, build, closest
 from moelib.base.schema import UserError as UserError
+from moelib.catalogue import sizes
 from moelib.catalogue.placement import REFERENCE, Placement
 from moelib.catalogue.upstream import Pin as Pin
 from moelib.catalogue.upstream import Repository, Upstream
@@ -23,6 +24,8 @@ Quant = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,39}$")]
 """llama-quantize's name of a type; which there are is known by the engine (`engine.quants`)."""
 QUANTS = ("Q4_K_M", "Q2_K", "Q8_0")
 """Those of a study, or of a plan, that names none."""
+FITTING = "fitting"
+"""What a study has for placements that are planned where it runs."""
 AS_IS = "as-is"
 """The quant of a model that is a file."""
 
@@ -162,9 +165,16 @@ class Study(Strict):
     scale: str = "full"
     quants: tuple[Quant, ...] = Field(QUANTS, min_length=1, max_length=MAX_NAMES)
     arms: tuple[PlacementMode, ...] = Field(
-        min_length=1, max_length=MAX_NAMES, validation_alias=AliasChoices("placements", "arms")
+        (), max_length=MAX_NAMES, validation_alias=AliasChoices("placements", "arms")
     )
     """Placements with their load modes; people write `placements`, committed plans have `arms`."""
+    fitting: bool = False
+    """Whether they are planned for each file where the study is begun (`placements: fitting`); only a plan has them."""
+    vram: str | None = None
+    """What may be used of the card, such as 12GiB, where placements are planned; default: all of it."""
+    twins: Literal["quantised", "direct"] = "quantised"
+    """How twins get a quant's types: by llama-quantize from an F16 file, or written with them: header and buffers are
+    the same, and no F16 file is needed."""
     workloads: tuple[str, ...] = Field(min_length=1, max_length=MAX_NAMES)
     requests: Annotated[PositiveInt, Field(le=1000)] = 2
     """Requests of each workload in a run, in order; records mark the first one."""
@@ -174,6 +184,25 @@ class Study(Strict):
     device: Literal["auto", "cuda", "loopback", "none"] = "auto"
     seed: Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _planned(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("placements") != FITTING:
+            return data
+        return {k: v for k, v in data.items() if k != "placements"} | {"fitting": True}
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if not self.arms and not self.fitting:
+            raise ValueError(f"placements: name at least two, or write `placements: {FITTING}`")
+        if self.vram is not None:
+            sizes.parse(self.vram)
+            if not self.fitting:
+                raise ValueError(f"vram is what placements are planned for: write `placements: {FITTING}`")
+        if self.twins == "direct" and self.weights == "real":
+            raise ValueError("twins: direct is for `weights: twin`")
+        return self
+
     @model_validator(mode="after")
     def _unique(self) -> Self:
         for field in ("models", "quants", "workloads", "arms"):
@@ -181,14 +210,16 @@ class Study(Strict):
             if len(set(values)) != len(values):
                 raise ValueError(f"{'placements' if field == 'arms' else field} names something twice")
         ranks = [a.placed.rank for a in self.arms]
-        if len(ranks) < 2 or ranks[0] != min(ranks) or [a.placement for a in self.arms].count(REFERENCE) > 1:
+        if ranks and (
+            len(ranks) < 2 or ranks[0] != min(ranks) or [a.placement for a in self.arms].count(REFERENCE) > 1
+        ):
             raise ValueError(
                 "the first of the placements is what the others are compared with, and at least one must follow it: "
                 "it must be the only baseline or, where no card holds one, what has most on the GPU"
             )
         if self.weights == "real" and self.scale != "full":
             raise ValueError("real weights have only the scale full")
-        runs = len(self.models) * len(self.quants) * len(self.arms) * self.blocks
+        runs = len(self.models) * len(self.quants) * max(2, len(self.arms)) * self.blocks
         if runs > MAX_RUNS:
             raise ValueError(
                 f"models x quants x placements x rounds is {runs} runs, more than {MAX_RUNS}: make two studies"

@@ -140,6 +140,17 @@ def fetch(model: str, endpoint: str | None = None) -> Source:
         return _choose(model, hashes, f"{pin.repository}@{pin.revision}")
 
 
+def missing_bytes(model: str) -> int | None:
+    """Bytes of the model's real weights that are to be downloaded yet; None where nothing is pinned, nor here."""
+    chosen, pin = _chosen(model), pins.of(model)
+    if chosen and _intact(chosen):
+        return 0
+    if pin is None:
+        return None
+    paths = {n: folder(model) / Path(n).name for n in pin.files}
+    return sum(f.bytes - _arrived(_begun(paths[n], f)) for n, f in pin.files.items() if not paths[n].exists())
+
+
 def _begun(path: Path, want: params.SourceFile) -> Path:
     return path.with_name(f".{path.name}.{want.sha256[:12]}.part")  # the hash keeps downloads of different pins apart
 

@@ -22,6 +22,10 @@ LEAST_CONTEXT, LEAST_UBATCH = 1024, 32
 GIB = 1 << 30
 
 
+CLOSE = 0.03
+"""Plans are right to this share of a card's memory (docs/PLANNER.md): what is nearer to all of it may not fit."""
+
+
 class PlanError(UserError):
     """Nothing fits, or the question makes no sense for the model; the message says what would."""
 

@@ -14,15 +14,15 @@ from moelib.gguf.outline import Outline
 from moelib.models import quantize, remote, sources
 
 
-def headers(what: str | Path, quants: Sequence[str] = params.QUANTS) -> list[Header]:
-    """The header of a file, or of one on the Hub; of a catalogued model those that its quants will have.
+def headers(what: str | Path, quants: Sequence[str] = params.QUANTS, scale: str = "full") -> list[Header]:
+    """The header of a file, or of one on the Hub; of a catalogued model at a scale those that its quants will have.
 
     A model's come from its geometry and llama-quantize's dry run, without a file. Raises GGUFError, HubError,
     ParamsError, EngineError where there is no llama-quantize for a model.
     """
     if file := _file(what):
         return [remote.any_header(file)]
-    name, whole = quantize.outline_of(str(what))
+    name, whole = quantize.outline_of(str(what), scale)
     llama = engine.find()
     with TemporaryDirectory(prefix="moelib-plan-") as scratch:
         made = [quantize.types(llama, whole, quant, Path(scratch)).header for quant in quants]

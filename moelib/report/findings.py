@@ -4,11 +4,21 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from moelib.audit.record import Record
-from moelib.base import stats
+from moelib.base import files, stats
 from moelib.base.neutral import markdown as neutral
 from moelib.base.stats import percent, size
-from moelib.catalogue.placement import REFERENCE
-from moelib.report.table import Sources, Table, Text, cite, cite_overhead, merged, reference, several_load_modes
+from moelib.catalogue.placement import REFERENCE, Placement
+from moelib.report.table import (
+    Sources,
+    Table,
+    Text,
+    cite,
+    cite_overhead,
+    heading,
+    merged,
+    reference,
+    several_load_modes,
+)
 from moelib.study import frames, overhead
 from moelib.study.frames import Comparison, Summary
 from moelib.study.study import Study
@@ -174,6 +184,41 @@ def vram_parts_table(study: Study) -> Table:
         "charges to no process: the page tables of pinned host memory (load mode none) take 8 bytes for each 4 KiB."
     )
     return _table("memory-parts", rows, sources, note)
+
+
+def planned(study: Study) -> list[Table | Text]:
+    """What was planned for the card before anything was run, beside what was measured; empty where nothing was."""
+    card, plan = study.plan.card, study.plan
+    if card is None:
+        return []
+    rows, sources = [], []
+    for cell, foreseen in plan.foreseen.items():
+        model, _, quant = cell.partition("/")
+        runs = study.runs[(study.runs["model"] == model) & (study.runs["quant"] == quant)]
+        for label, need in foreseen.items():
+            placement, _, load_mode = label.partition("/")
+            ours = runs[(runs["placement"] == placement) & (runs["load_mode"] == load_mode)]
+            known = ours.dropna(subset=["vram_bytes"])
+            vram = stats.mean(list(known["vram_bytes"])) if len(known) else None
+            rows.append(
+                {
+                    "model": neutral(model),
+                    "quant": quant,
+                    "placement": Placement.parse(placement, load_mode).label,
+                    "VRAM, planned": size(need.vram_bytes),
+                    "VRAM, measured": stats.sizes(vram),
+                    "off": percent(need.vram_bytes / vram.value - 1) if vram else stats.NONE,
+                    "RAM, planned": size(need.ram_bytes),
+                    "runs": len(known),
+                }
+            )
+            sources.append(frames.sources(known) | {"plan.json": files.digest(plan.model_dump(mode="json"))})
+    note = (
+        f"Placements were planned from headers alone, before anything was run, for {size(card.vram_bytes)} of VRAM"
+        f"{f' ({neutral(card.name)})' if card.name else ''} and {size(card.ram_bytes)} of RAM: the fewest layers' "
+        "experts on the CPU that fit, and all of them. VRAM as measured: mean [95 % interval]."
+    )
+    return [heading("h-planned", "Planned and measured"), _table("planned", rows, sources, note)]
 
 
 def _rates(study: Study, scale: float) -> Show:

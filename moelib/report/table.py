@@ -29,8 +29,10 @@ def cite(records: Iterable[Record]) -> Sources:
 
 
 def reference(study: Study) -> str:
-    """The placement that the others of a study are compared with: `baseline`, or what has most on the GPU."""
-    return study.parameters.arms[0].placement
+    """The placement that the others of a study are compared with: `baseline`, or what has most on the GPU; in words
+    where that is another one in each cell."""
+    firsts = {min((s.placed for s in c.specs), key=lambda p: p.rank) for c in study.cells}
+    return str(firsts.pop()) if len(firsts) == 1 else "the fitting placement"
 
 
 def several_load_modes(of: Iterable[PlacementMode | Spec]) -> bool:

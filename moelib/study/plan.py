@@ -9,13 +9,15 @@ import itertools
 import json
 import os
 import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from moelib.audit import record
 from moelib.base import files
+from moelib.base.schema import Bytes
 from moelib.catalogue import params
 from moelib.measure import run
 
@@ -46,6 +48,22 @@ class Cell:
         return [s for block in self.blocks for s in block]
 
 
+class Card(params.Strict):
+    """What placements were planned for."""
+
+    name: str | None
+    vram_bytes: Bytes
+    """That may be used, of the GPU or less."""
+    ram_bytes: Bytes
+
+
+class Foreseen(params.Strict):
+    """What a placement was predicted to need, before anything was run."""
+
+    vram_bytes: Bytes
+    ram_bytes: Bytes
+
+
 class Plan(params.Strict):
     """What `plan.json` holds."""
 
@@ -53,6 +71,10 @@ class Plan(params.Strict):
     study: params.Study
     workloads: dict[str, params.Workload]
     cells: list[Cell]
+    card: Card | None = None
+    """Only of a study whose placements are planned where it runs."""
+    foreseen: dict[str, dict[str, Foreseen]] = Field(default_factory=dict)
+    """Cell -> placement and load mode -> what it was planned to need; only of such a study."""
 
     @model_validator(mode="after")
     def _holds_together(self) -> Plan:
@@ -65,21 +87,30 @@ class Plan(params.Strict):
         """Whether both ask for the same runs; the number of the records' schema is not of the plan's own."""
         return self.model_copy(update={"schema_version": other.schema_version}) == other
 
+    def fits(self, parameters: params.Study) -> bool:
+        """Whether it is one of a study whose placements are planned where it runs, whatever was planned."""
+        return self.study.model_copy(update={"arms": ()}) == parameters
 
-def of(study: params.Study) -> Plan:
-    """The plan of a study: cells in seeded random order, and the runs of a round in seeded random order."""
+
+def of(study: params.Study, planned: Mapping[str, Sequence[params.PlacementMode]] | None = None) -> Plan:
+    """The plan of a study: cells in seeded random order, and the runs of a round in seeded random order.
+
+    planned: cell -> its placements, where they are planned for each file; then the cells are in the study's order, so
+    that the first one is done first.
+    """
     names = {"weights", "scale", "workloads", "requests", "context", "device", "seed"}
     same = {"study": study.name, **study.model_dump(include=names)}
     cells = []
     for model, quant in itertools.product(study.models, study.quants):
         shuffled, blocks = random.Random(f"{study.seed}/{model}/{quant}"), []
         for b in range(study.blocks):
-            modes = [mode.model_dump() for mode in study.arms]
+            modes = [mode.model_dump() for mode in (planned[f"{model}/{quant}"] if planned else study.arms)]
             shuffled.shuffle(modes)
             common = {"model": model, "quant": quant, "block": b, **same}
             blocks.append(tuple(run.Spec(order=i, **mode, **common) for i, mode in enumerate(modes)))
         cells.append(Cell(model, quant, tuple(blocks)))
-    random.Random(study.seed).shuffle(cells)
+    if not planned:
+        random.Random(study.seed).shuffle(cells)
     return Plan(study=study, workloads={w: params.workload(w) for w in study.workloads}, cells=cells)
 
 

@@ -104,9 +104,20 @@ class Study:
 
         Raises params.ParamsError for an unknown study, StudyError if the plan in its folder is another one.
         """
-        path, plan = plans.outputs() / name, plans.of(params.study(name))
+        path, parameters = plans.outputs() / name, params.study(name)
         file = path / "plan.json"
-        if file.exists() and not plans.read(file).asks_for_the_runs_of(plan):
+        if parameters.fitting:
+            if not file.exists():
+                raise StudyError(
+                    f"{name} has no plan yet, as its placements are planned where it runs: `moelib study plan {name}` "
+                    f"shows it, `moelib study run {name}` follows it"
+                )
+            plan = plans.read(file)
+            same = plan.fits(parameters)
+        else:
+            plan = plans.of(parameters)
+            same = not file.exists() or plans.read(file).asks_for_the_runs_of(plan)
+        if not same:
             raise StudyError(
                 f"{file} is the plan of a study with other parameters; give the changed study another name, "
                 f"or move {path} away"
