@@ -67,10 +67,6 @@ def test_the_first_dense_layers_are_in_both_slices_and_are_not_counted():
     assert model.counted(model.slice(far), "baseline") == Layers(10, 0)
     assert model.counted(model.slice(far), "cpu-moe") == Layers(0, 10)
     assert model.counted(model.header, "n-cpu-moe=10") == Layers(20, 7)
-    # of a prompt the last layer computes one token, wherever it is
-    assert model.counted(model.slice(far), "baseline", prompt=True) == Layers(9, 0)
-    assert model.counted(model.slice(far), "cpu-moe", prompt=True) == Layers(0, 9)
-    assert model.counted(model.header, "n-cpu-moe=10", prompt=True) == Layers(19, 7)
 
 
 def test_layers_whose_kinds_alternate_are_taken_by_whole_periods():

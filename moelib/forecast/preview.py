@@ -175,9 +175,9 @@ def predicted(model: Model, plan: Plan, records: Sequence[Record], command: str 
     cached = bool(cache) and not model.beyond(lengths[0], cache or 0) and all_experts > (cache or 0)
     rows, unknown = [], 0
     for need in plan.needs:
-        of_token, of_prompt = (model.counted(model.header, need.placement, prompt) for prompt in (False, True))
-        hidden = (cached and of_token.on_cpu) or need.ram_bytes > ram
-        token, prompt = (None, None) if hidden else (per_token.at(of_token), per_prompt.at(of_prompt))
+        layers = model.counted(model.header, need.placement)
+        hidden = (cached and layers.on_cpu) or need.ram_bytes > ram
+        token, prompt = (None, None) if hidden else (per_token.at(layers), per_prompt.at(layers))
         rows.append(Row(need, predict.rate(token), prompt))
         unknown += not hidden and (token is None or prompt is None)
     if "loopback" in kinds:

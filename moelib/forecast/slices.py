@@ -71,16 +71,12 @@ class Model:
         """Whether slices hold the kinds of layers in the whole's shares."""
         return self._period is not None
 
-    def counted(self, part: Header, placement: Placement | str, prompt: bool = False) -> Layers:
-        """The layers of the whole, or of a slice, at a placement.
-
-        prompt: as they count for a prompt, of which the last layer computes the last token alone.
-        """
-        last = (part.layers or 0) - prompt
-        moved = [t for t in part.moved(placement) if t.block is not None and t.block < last]
+    def counted(self, part: Header, placement: Placement | str) -> Layers:
+        """The layers of the whole, or of a slice, at a placement."""
+        moved = part.moved(placement)
         mean = self.header.moved_bytes("cpu-moe") / len(self.header.expert_layers)
         on_cpu = sum(t.nbytes for t in moved) / mean
-        return Layers(last - self.header.expert_layers[0] - len({t.block for t in moved}), on_cpu)
+        return Layers((part.layers or 0) - self.header.expert_layers[0] - len({t.block for t in moved}), on_cpu)
 
     @cached_property
     def _slices(self) -> dict[int, Header]:
@@ -227,16 +223,11 @@ def fits(model: Model, records: Sequence[Record], workload: str = WORKLOAD) -> t
     """(of a token, of a prompt): what the usable runs of slices tell. Raises PreviewError if they do not."""
     used = [r for r in records if r.done]
     parts = {n: model.slice(n) for n in {length(r) for r in used}}
+    layers = [model.counted(parts[length(r)], r.spec.placed) for r in used]
     times = [measured(r, workload) for r in used]
     try:
         per_token, per_prompt = (
-            predict.fit(
-                [
-                    Sample(model.counted(parts[length(r)], r.spec.placed, bool(i)), t[i])
-                    for r, t in zip(used, times, strict=True)
-                ]
-            )
-            for i in (0, 1)
+            predict.fit([Sample(at, t[i]) for at, t in zip(layers, times, strict=True)]) for i in (0, 1)
         )
     except ValueError as err:
         bad = sorted({f"{r.status} ({', '.join(r.reasons)})" for r in records if not r.done})
