@@ -77,13 +77,26 @@ def place(study: Study, side: Side) -> str:
 
 
 def _places(study: Study) -> list[str]:
-    """The placements that are compared, in words, the baseline first."""
-    return list(dict.fromkeys(place(study, side) for pair in pairs(study) for side in pair))
+    """The placements that are compared, in words, the baselines first."""
+    by_side = zip(*pairs(study), strict=True)
+    return list(dict.fromkeys(place(study, side) for sides in by_side for side in sides))
+
+
+def _sides(study: Study) -> tuple[str, list[str]]:
+    """(what is compared with, what is compared), in words; cells whose placements were planned differ in the former."""
+    bases, others = ({pair[i]: place(study, pair[i]) for pair in pairs(study)} for i in (0, 1))
+    base = next(iter(bases.values())) if len(bases) == 1 else "as much on the GPU as fits"
+    return base, list(dict.fromkeys(others.values()))
 
 
 def pairs(study: Study) -> list[tuple[Side, Side]]:
     """(baseline, other) that the advice is about."""
-    return frames.in_one_load_mode([(mode.placement, mode.load_mode) for mode in study.parameters.arms])
+    every = []
+    for cell in study.cells:
+        labels = {s.label for s in cell.specs}
+        sides = [(mode.placement, mode.load_mode) for mode in study.parameters.arms if mode.label in labels]
+        every += frames.in_one_load_mode(sides)
+    return list(dict.fromkeys(every))
 
 
 def _compare(study: Study, model: str, column: str, pairs: Pairs = frames.in_one_load_mode) -> list[Comparison]:
@@ -161,7 +174,7 @@ def comparison(study: Study, model: str) -> Table:
         rows.append({"quant": vram.quant, **where, **values})
         runs = merged(c.sources for c in (vram, rate, ttft))
         sources.append(runs | (cite_manifest(manifest) if manifest else {}))
-    asked, (base, *offloaded) = study.workloads[workload], _places(study)
+    asked, (base, offloaded) = study.workloads[workload], _sides(study)
     note = (
         f"Left of the arrow: {base}; right of it: {' or '.join(offloaded)}. Workload {markdown(workload)} "
         f"({markdown(asked.title)}, {asked.generate_tokens} generated); TTFT of warm requests. Means, and ratios "
@@ -181,7 +194,7 @@ def verdict(study: Study, model: str) -> Text:
     rate = [c for c in _compare(study, model, f"tokens_per_s/{workload}") if c.ratio]
     if not vram or not rate:
         return Text(name, "VRAM and tokens/s were not measured together, so nothing is recommended.")
-    (base, *offloaded), used = _places(study), [*vram, *rate]
+    (base, offloaded), used = _sides(study), [*vram, *rate]
     away = " or ".join(offloaded)
     experts = [m.expert_bytes for q, m in _manifests(study, model).items() if q in {c.quant for c in vram}]
     slower = all(x < 1 for x in stats.values(c.ratio for c in rate))

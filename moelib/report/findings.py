@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pandas as pd
+
 from moelib.audit.record import Record
 from moelib.base import files, stats
 from moelib.base.neutral import markdown as neutral
@@ -186,6 +188,11 @@ def vram_parts_table(study: Study) -> Table:
     return _table("memory-parts", rows, sources, note)
 
 
+def _mean(runs: pd.DataFrame, column: str) -> stats.Estimate | None:
+    known = list(runs[column].dropna())
+    return stats.mean(known) if known else None
+
+
 def planned(study: Study) -> list[Table | Text]:
     """What was planned for the card before anything was run, beside what was measured; empty where nothing was."""
     card, plan = study.plan.card, study.plan
@@ -199,7 +206,7 @@ def planned(study: Study) -> list[Table | Text]:
             placement, _, load_mode = label.partition("/")
             ours = runs[(runs["placement"] == placement) & (runs["load_mode"] == load_mode)]
             known = ours.dropna(subset=["vram_bytes"])
-            vram = stats.mean(list(known["vram_bytes"])) if len(known) else None
+            vram = _mean(known, "vram_bytes")
             rows.append(
                 {
                     "model": neutral(model),
@@ -209,6 +216,7 @@ def planned(study: Study) -> list[Table | Text]:
                     "VRAM, measured": stats.sizes(vram),
                     "off": percent(need.vram_bytes / vram.value - 1) if vram else stats.NONE,
                     "RAM, planned": size(need.ram_bytes),
+                    "RAM at its peak": stats.sizes(_mean(known, "host_rss_peak_bytes")),
                     "runs": len(known),
                 }
             )
@@ -216,7 +224,8 @@ def planned(study: Study) -> list[Table | Text]:
     note = (
         f"Placements were planned from headers alone, before anything was run, for {size(card.vram_bytes)} of VRAM"
         f"{f' ({neutral(card.name)})' if card.name else ''} and {size(card.ram_bytes)} of RAM: the fewest layers' "
-        "experts on the CPU that fit, and all of them. VRAM as measured: mean [95 % interval]."
+        "experts on the CPU that fit, and all of them. Measured: mean [95 % interval]; RAM at its peak counts pages "
+        "of a mapped file that were only read to be copied to the GPU, which the system may drop."
     )
     return [heading("h-planned", "Planned and measured"), _table("planned", rows, sources, note)]
 
