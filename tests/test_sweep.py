@@ -1,9 +1,12 @@
 """`moelib measure`: one file of an architecture that the catalogue lacks, from its header to the answer."""
 
 import re
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import ggufs
+import psutil
 import pytest
 
 from moelib.audit import record
@@ -144,6 +147,37 @@ def test_a_plan_that_was_wrong_is_corrected_by_runs(file, monkeypatch):
     assert sum(line.startswith("trying n-cpu-moe=3") for line in said) == 1
     assert measured().path.read_text(encoding="utf-8") == text
     assert sum(line.startswith("trying n-cpu-moe=3") for line in said) == 1
+
+
+@pytest.mark.engine
+def test_a_device_that_really_lacks_the_memory_ends_the_search(home, engine, monkeypatch):
+    """The kernel gives the device's process no more than two layers' experts on the CPU leave to it: what the engine
+    asks for beyond that fails in its own allocator, as it does on a GPU."""
+    file = quantize.twin(*quantize.outline_of("phi-3.5-moe", "tiny"), scale="tiny").path  # F16: 24 MiB a layer
+    needs = {
+        str(n.placement): n for n in budget.plan(gguf_file.read_header(file), 1 << 40, context=256, cuda=False).needs
+    }
+    room = needs["n-cpu-moe=2"]
+    serving = device.Loopback._serving
+
+    @contextmanager
+    def limited(self, llama, work):
+        with serving(self, llama, work) as (child, address):
+            its = psutil.Process(child.pid)
+            data = re.search(r"VmData:\s+(\d+) kB", Path(f"/proc/{child.pid}/status").read_text(encoding="utf-8"))
+            most = (int(data[1]) << 10) + room.buffers_bytes + (12 << 20)  # stacks, and what it computes with
+            its.rlimit(psutil.RLIMIT_DATA, (most, most))
+            yield child, address
+
+    monkeypatch.setattr(device.Loopback, "_serving", limited)
+    monkeypatch.setattr(device.Loopback, "usable_bytes", property(lambda _: room.vram_bytes))
+    monkeypatch.setattr(sweep, "CLOSE", 0.35)
+    made = sweep.measure(file, room.vram_bytes, context=256, rounds=1, device_kind="loopback", say=lambda _: None)
+    assert {p: r.reasons for p, r in made.trials.items() if r.observed is None} == {"n-cpu-moe=1": (sweep.NO_ROOM,)}
+    assert [a.placement for a in made.study.parameters.arms] == ["n-cpu-moe=2", "n-cpu-moe=3", "cpu-moe"]
+    text = made.path.read_text(encoding="utf-8")
+    assert text.splitlines()[2].startswith("**It fits** with `n-cpu-moe=2`")
+    assert "- `n-cpu-moe=1`, one layer fewer on the CPU: it does not run on this card, out-of-memory" in text
 
 
 @pytest.mark.engine
