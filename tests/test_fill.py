@@ -178,7 +178,7 @@ def test_the_same_header_and_seed_give_the_same_bytes_once(own, engine, monkeypa
     assert first.manifest["sha256"] == again.manifest["sha256"] == files.sha256(first.path)
     assert other.manifest["sha256"] != first.manifest["sha256"]
     assert first.manifest["engine_build"] == engine.build
-    assert "seed 0, from the header of qwen3moe.gguf" in first.manifest["origin"]
+    assert "seed 0, embeddings x 4096, from the header of qwen3moe.gguf" in first.manifest["origin"]
     Manifest(**first.manifest)
     monkeypatch.setattr(fill, "write", lambda *_: pytest.fail("made again"))
     assert quantize.twin("q", whole).manifest == first.manifest

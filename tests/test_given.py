@@ -193,7 +193,7 @@ def shelf(own, lfs_hub, monkeypatch):
     return lfs_hub
 
 
-def test_a_study_measures_a_file_of_a_repository(own, engine, shelf):
+def test_a_study_measures_a_file_of_a_repository(own, engine, shelf, monkeypatch):
     entry(own, "hf:acme/oss-GGUF/all/gpt-oss-MXFP4.gguf")
     # planned from its header alone
     plan = moelib.plan("theirs", "1GiB", context=256)
@@ -215,7 +215,22 @@ def test_a_study_measures_a_file_of_a_repository(own, engine, shelf):
     assert len(shelf.requests) == asked
     kept.unlink()
     assert sources.any_file_of("theirs") == manifest.origin
-    assert sources.file_of("theirs").read_bytes()
+    assert sources.missing_bytes("theirs") == manifest.file_bytes
+    before = sources.file_of("theirs").read_bytes()
+    # the entry names another file, and its download is interrupted after it was pinned
+    shelf.put("acme/oss-GGUF", {"all/other-MXFP4.gguf": before})
+    models_yaml = own / "params/models.yaml"
+    text = models_yaml.read_text(encoding="utf-8").replace("all/gpt-oss-MXFP4.gguf", "all/other-MXFP4.gguf")
+    models_yaml.write_text(text, encoding="utf-8")
+    params._yaml.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "_download", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            sources.file_of("theirs")
+    assert pins.of("theirs").files.keys() == {"all/other-MXFP4.gguf"}
+    assert sources.fetched("theirs") is None
+    assert sources.missing_bytes("theirs") == len(before)
+    assert sources.file_of("theirs").name == "other-MXFP4.gguf"
 
 
 def test_a_file_of_a_repository_that_is_not_there_is_said_before_anything_starts(own, engine, shelf):

@@ -169,7 +169,7 @@ def test_a_preview_of_the_real_engine_and_what_it_says_where_it_does_not_know(lo
     monkeypatch.setattr(host, "cache_bytes", lambda: experts // 2)  # the whole is not in it, three layers are
     cached = preview.predicted(model, seen.plan, seen.records)
     assert cached.frame.loc[1:, "tokens_per_s"].isna().all()
-    assert "stay in this CPU's cache" in " ".join(cached.notes)
+    assert "stays in this CPU's cache" in " ".join(cached.notes)
     loud = [r.model_copy(update={"status": "degraded", "reasons": ("host-quiet",)}) for r in seen.records]
     assert "; 8 of them are flagged: host-quiet." in "\n".join(preview.predicted(model, seen.plan, loud).lines())
     refused = [r.model_copy(update={"status": "invalid", "reasons": ("timeline",)}) for r in seen.records]

@@ -11,7 +11,6 @@ from click.testing import CliRunner
 from moelib import cli
 from moelib.base import files
 from moelib.campaign import campaign
-from moelib.catalogue import params
 from moelib.catalogue.params import ParamsError
 from moelib.engine import quants
 from moelib.gguf import gguf_file
@@ -277,4 +276,4 @@ def test_a_study_of_a_senseless_placement_is_refused_with_nothing_written(home, 
     assert not (tmp_path / "m").exists()
     assert not (home / "outputs/try").exists()
     with pytest.raises(plan.StudyError, match=cause):
-        campaign.refuse_senseless(params.study("try"))
+        campaign.refuse_senseless(*campaign.select("try"))

@@ -64,54 +64,102 @@ def test_a_file_is_planned_measured_and_answered(file, monkeypatch):
     assert re.search(fewer, text)
     assert ("Planned was `n-cpu-moe=3`" in text) == (str(one) != "n-cpu-moe=3")
     assert len(re.findall(r"^\| (?:baseline|n-cpu-moe=\d|cpu-moe) ", text, re.M)) == 5
-    assert {r.run_id for r in made.study.used} == set(re.findall(r"^- `(\S+)` (?:valid|degraded)", text, re.M))
+    assert {r.run_id for r in (*made.trials.values(), *made.study.used)} == set(
+        re.findall(r"^- `(\S+)` (?:valid|degraded)", text, re.M)
+    )
 
     monkeypatch.setattr(bench.Bench, "perform", lambda *_: pytest.fail("a run that is done is done again"))
     assert measured().path.read_text(encoding="utf-8") == text
     assert Study.read(made.study.path).done == made.study.done
 
 
-def compared(file, vram, room, *outcomes):
-    """(what the rounds compare, what was tried) on a card of `room` bytes, where `outcomes` are held by it in truth."""
-    plan = budget.plan(gguf_file.read_header(file), vram, context=256, cuda=False)
-    where = SimpleNamespace(kind="cuda", usable_bytes=room)
-    trials = sweep.Trials(file, ((sweep.SHORT,), 2, 256), where, file.parent / "none", lambda _: None)
-    held = dict(outcomes)
-    one = sweep.bench.one
-    try:
-        sweep.bench.one = lambda f, placement, *rest: SimpleNamespace(
-            observed=held[placement] and SimpleNamespace(memory=SimpleNamespace(value_bytes=held[placement])),
-            status="",
-            reasons=(),
-            spec=SimpleNamespace(placement=placement),
-        )
+@pytest.fixture
+def compared(file, monkeypatch):
+    """(what the rounds compare, what was tried) on a card of `room` bytes; took: placement -> bytes, None: no room."""
+
+    def ask(vram, room, took=(), ram=None):
+        outcomes, plan = dict(took), budget.plan(gguf_file.read_header(file), vram, ram, context=256, cuda=False)
+
+        def one(_, placement, *rest):
+            nbytes = outcomes[placement]
+            seen = SimpleNamespace(memory=SimpleNamespace(value_bytes=nbytes))
+            what = {"placement": placement}
+            return SimpleNamespace(
+                done=nbytes is not None,
+                status="",
+                reasons=() if nbytes else (sweep.NO_ROOM,),
+                observation=seen,
+                attempt=1,
+                spec=SimpleNamespace(**what),
+            )
+
+        monkeypatch.setattr(sweep.bench, "one", one)
+        where = SimpleNamespace(kind="cuda", usable_bytes=room)
+        trials = sweep.Trials(plan, file, ((sweep.SHORT,), 2, 256), where, file.parent / "none", lambda _: None)
         return [str(n.placement) for n in sweep._compared(plan, trials)], sorted(trials.done)
-    finally:
-        sweep.bench.one = one
+
+    return ask
 
 
 @pytest.mark.engine
-def test_what_the_card_cannot_hold_is_no_part_of_a_round(file, monkeypatch):
-    """Far from the card's size the plan is believed; close to it, a run tells."""
+def test_what_the_card_cannot_hold_is_no_part_of_a_round(file, compared, monkeypatch):
+    """Far from the card's size and the budget the plan is believed; close to them, a run tells."""
     monkeypatch.setattr(sweep, "CLOSE", 0.005)
-    vram = budget_of(file, "n-cpu-moe=3")
+    three, two = (budget_of(file, f"n-cpu-moe={n}") for n in (3, 2))
     everything = ["baseline", "n-cpu-moe=2", "n-cpu-moe=3", "n-cpu-moe=4", "cpu-moe"]
-    assert compared(file, vram, None) == (everything, [])
-    assert compared(file, vram, 80 << 30) == (everything, [])
+    far = int(three * 1.02)  # between what N = 3 and N = 2 take
+    assert compared(far, None) == (everything, [])
+    assert compared(far, 80 << 30) == (everything, [])
+    assert compared(80 << 30, 80 << 30) == (["baseline", "n-cpu-moe=1", "cpu-moe"], [])
+    # close to the budget on a larger card
+    assert compared(three, 80 << 30, {"n-cpu-moe=3": three}) == (everything, ["n-cpu-moe=3"])
+    assert compared(three, 80 << 30, {"n-cpu-moe=3": three + 1})[0] == ["baseline", *everything[2:]]
     # a card of the budget's size, which holds the planned number, and does not
-    assert compared(file, vram, vram, ("n-cpu-moe=3", vram)) == (everything[2:], ["n-cpu-moe=3"])
-    assert compared(file, vram, vram, ("n-cpu-moe=3", None)) == (everything[3:], ["n-cpu-moe=3"])
+    assert compared(three, three, {"n-cpu-moe=3": three}) == (everything[2:], ["n-cpu-moe=3"])
+    assert compared(three, three, {"n-cpu-moe=3": None}) == (everything[3:], ["n-cpu-moe=3"])
     # a card that holds a little more than the budget
-    more = budget_of(file, "n-cpu-moe=2")
-    tried = ["n-cpu-moe=2"]
-    assert compared(file, vram, more, ("n-cpu-moe=2", None)) == (everything[2:], tried)
-    assert compared(file, vram, more, ("n-cpu-moe=2", more)) == (everything[1:], tried)
-    assert compared(file, vram, more, ("n-cpu-moe=2", vram)) == (["n-cpu-moe=2", "n-cpu-moe=3", "cpu-moe"], tried)
-    assert compared(file, 80 << 30, 80 << 30) == (["baseline", "n-cpu-moe=1", "cpu-moe"], [])
+    tried = ["n-cpu-moe=2", "n-cpu-moe=3"]
+    assert compared(three, two, {"n-cpu-moe=3": three, "n-cpu-moe=2": None}) == (everything[2:], tried)
+    assert compared(three, two, {"n-cpu-moe=3": three, "n-cpu-moe=2": two}) == (everything[1:], tried)
     least = budget_of(file, "cpu-moe")
-    assert compared(file, least, least, ("cpu-moe", least)) == (["cpu-moe"], ["cpu-moe"])
-    with pytest.raises(StudyError, match=r"with all experts on the CPU, though.*--context 128"):
-        compared(file, least, least, ("cpu-moe", None))
+    assert compared(least, least, {"cpu-moe": least}) == (["cpu-moe"], ["cpu-moe"])
+    with pytest.raises(StudyError, match=r"even with all experts on the CPU, though.*--context 128"):
+        compared(least, least, {"cpu-moe": None})
+
+
+@pytest.mark.engine
+def test_a_budget_of_ram_is_kept_to_as_well(file, compared, monkeypatch):
+    """More experts on the CPU than the budget of RAM allows are no way out."""
+    monkeypatch.setattr(sweep, "CLOSE", 0.005)
+    three = budget_of(file, "n-cpu-moe=3")
+    ram = memory.need(gguf_file.read_header(file), "n-cpu-moe=3", 256, memory.LOOPBACK_BYTES, cuda=False).ram_bytes
+    with pytest.raises(StudyError, match="does not fit here"):
+        compared(three, 80 << 30, {"n-cpu-moe=3": three + 1}, ram)
+
+
+@pytest.mark.engine
+def test_a_trial_that_tells_nothing_is_tried_again(file, monkeypatch):
+    vram = budget_of(file, "n-cpu-moe=3")
+    real, failing = bench.one, [True, False]
+
+    def ended(f, placement, *rest):
+        r = real(f, placement, *rest)
+        if not failing.pop(0):
+            return r
+        (rest[-2] / "records" / f"{r.run_id}.json").unlink()
+        failed = {"observed": None, "status": "failed", "reasons": ("engine-killed",), "audit": ()}
+        return record.write(rest[-2], r.model_copy(update=failed))
+
+    monkeypatch.setattr(bench, "one", ended)
+
+    def measured():
+        return sweep.measure(file, vram, context=256, rounds=1, device_kind="loopback", say=lambda _: None)
+
+    with pytest.raises(StudyError, match=r"whether n-cpu-moe=3 fits is failed \(engine-killed\): run the same command"):
+        measured()
+    made = measured()
+    assert made.trials["n-cpu-moe=3"].attempt == 2
+    assert made.answer is not None
 
 
 @pytest.mark.engine
@@ -125,8 +173,8 @@ def test_a_plan_that_was_wrong_is_corrected_by_runs(file, monkeypatch):
     def without_room(f, placement, *rest):
         r = real(f, placement, *rest)
         refused = r.model_copy(update={"observed": None, "status": "failed", "reasons": (sweep.NO_ROOM,), "audit": ()})
-        (rest[-1] / "records" / f"{r.run_id}.json").unlink()
-        return record.write(rest[-1], refused)
+        (rest[-2] / "records" / f"{r.run_id}.json").unlink()
+        return record.write(rest[-2], refused)
 
     monkeypatch.setattr(bench, "one", without_room)
     said = []
@@ -140,7 +188,7 @@ def test_a_plan_that_was_wrong_is_corrected_by_runs(file, monkeypatch):
     assert trial.spec.workloads == made.study.parameters.workloads == (sweep.SHORT,)
     text = made.path.read_text(encoding="utf-8")
     assert text.splitlines()[2].startswith("**It fits** with `n-cpu-moe=4`")
-    refused = f"it does not run on this card, out-of-memory (record `{trial.run_id}`)"
+    refused = f"it does not run here, out-of-memory (record `{trial.run_id}`)"
     assert f"`n-cpu-moe=3`, one layer fewer on the CPU: {refused}." in text
     assert re.search(rf"- Planned was `n-cpu-moe=3`, \d+ MiB: {re.escape(refused)}\.", text)
     assert f"- `{trial.run_id}` failed" in text
@@ -173,11 +221,11 @@ def test_a_device_that_really_lacks_the_memory_ends_the_search(home, engine, mon
     monkeypatch.setattr(device.Loopback, "usable_bytes", property(lambda _: room.vram_bytes))
     monkeypatch.setattr(sweep, "CLOSE", 0.35)
     made = sweep.measure(file, room.vram_bytes, context=256, rounds=1, device_kind="loopback", say=lambda _: None)
-    assert {p: r.reasons for p, r in made.trials.items() if r.observed is None} == {"n-cpu-moe=1": (sweep.NO_ROOM,)}
+    assert {p: r.reasons for p, r in made.trials.items() if not r.done} == {"n-cpu-moe=1": (sweep.NO_ROOM,)}
     assert [a.placement for a in made.study.parameters.arms] == ["n-cpu-moe=2", "n-cpu-moe=3", "cpu-moe"]
     text = made.path.read_text(encoding="utf-8")
     assert text.splitlines()[2].startswith("**It fits** with `n-cpu-moe=2`")
-    assert "- `n-cpu-moe=1`, one layer fewer on the CPU: it does not run on this card, out-of-memory" in text
+    assert "- `n-cpu-moe=1`, one layer fewer on the CPU: it does not run here, out-of-memory" in text
 
 
 @pytest.mark.engine

@@ -83,11 +83,12 @@ class Bench(NamedTuple):
         keep: Path | None = None,
         block: int = 0,
         order: int = 0,
+        attempt: int = 1,
     ) -> record.Record:
         """A run that belongs to no study; its record and logs are kept in the folder `keep`, or not.
 
-        block, order: which repetition it is, and which run of it, where runs are repeated. Raises PlacementError,
-        QuantizeError where the placement moves nothing of the file.
+        block, order: which repetition it is, and which run of it, where runs are repeated; attempt: at the same run, in
+        the same folder. Raises PlacementError, QuantizeError where the placement moves nothing of the file.
         """
         quantize.refuse_senseless(self.quantised.header, [placement])
         of = {k: self.quantised.manifest[k] for k in ("model", "quant", "weights", "scale")}
@@ -104,7 +105,7 @@ class Bench(NamedTuple):
             seed=0,
             **of,
         )
-        result = self.perform(keep or self.work, spec)
+        result = self.perform(keep or self.work, spec, attempt)
         return record.write(keep, result) if keep else record.sealed(result)
 
 
@@ -146,10 +147,11 @@ def one(
     context: int = 1024,
     device_kind: str = "auto",
     keep: Path | None = None,
+    attempt: int = 1,
 ) -> record.Record:
     """One run of any GGUF; its record and logs are kept in the folder `keep`, or not. See `opened`, `Bench.measure`."""
     Placement.parse(placement, load_mode)
     for name in workloads:
         params.workload(name)
     with opened([file], device_kind) as (ready,):
-        return ready.measure(placement, load_mode, workloads, requests, context, keep)
+        return ready.measure(placement, load_mode, workloads, requests, context, keep, attempt=attempt)

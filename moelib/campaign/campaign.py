@@ -52,7 +52,7 @@ def measure(study: Study, cell: Cell, obtain: Obtain | None = None) -> Iterator[
         yield from (r for block in status.rounds for r in block)
         return
     if obtain is None:
-        refuse_senseless(study.parameters)
+        refuse_senseless(study, [cell])
     llama = engine.find()
     where = device.choose(study.parameters.device, llama)
     if where.kind == "none":
@@ -117,18 +117,18 @@ def _machine(source: Bench | record.Record) -> tuple[Any, ...]:
     return (source.device.uuid, source.device.driver, source.host.host_id, source.host.system)
 
 
-def refuse_senseless(parameters: params.Study) -> None:
-    """Raise StudyError if a placement moves nothing of a model, or goes beyond it: by the catalogue, before anything is
-    fetched, written or quantised. Of a model that is a file, by its header: QuantizeError, GGUFError."""
-    for name in parameters.models:
-        if file := sources.any_file_of(name):
-            given.refuse_other(remote.any_header(file), parameters)
+def refuse_senseless(study: Study, cells: Sequence[Cell]) -> None:
+    """Raise StudyError if a placement of a cell moves nothing of its model, or goes beyond it: by the catalogue, before
+    anything is fetched, written or quantised. Of a model that is a file, by its header: QuantizeError, GGUFError."""
+    for cell in cells:
+        if file := sources.any_file_of(cell.model):
+            given.refuse_other(remote.any_header(file), cell, study.parameters.weights)
             continue
-        g = params.model(name).at_scale(parameters.scale)
+        g = params.model(cell.model).at_scale(study.parameters.scale)
         blocks = range(g.leading_dense_block_count, g.block_count)
-        for mode in parameters.arms:
-            if fault := mode.placed.fault(g.block_count, blocks):
-                raise StudyError(f"params/studies/{parameters.name}.yaml: {name}: {fault}")
+        for placed in dict.fromkeys(s.placed for s in cell.specs):
+            if fault := placed.fault(g.block_count, blocks):
+                raise StudyError(f"params/studies/{study.name}.yaml: {cell.model}: {fault}")
 
 
 def _to_do(
@@ -227,7 +227,7 @@ def run_cells(study: Study, cells: list[Cell], say: Callable[[str], object] = lo
     `say` is told of each cell as its turn comes. Returns what has no valid result, run by run, with reasons. Raises
     StudyError for placements that make no sense, ParamsError for a quant that the engine does not make.
     """
-    refuse_senseless(study.parameters)
+    refuse_senseless(study, [c for c in cells if not _whole(study, c, study.status_now(c))])
     with suppress(engine.EngineError):  # cells that are done need none, and the others say so
         quants.check(engine.find(), _to_make(study.parameters))
     problems = []

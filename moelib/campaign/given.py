@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from moelib.base import files
-from moelib.catalogue import params, pins
+from moelib.catalogue import params
 from moelib.engine.engine import Engine
 from moelib.gguf import gguf_file
 from moelib.models import models, quantize, remote, sources, weights
@@ -41,20 +41,20 @@ def catalogued(path: Path, cell: Cell, llama: Engine) -> Quantised:
     """The file of a model of the catalogue, under the names that its cell has in the study."""
     found = measurable(path, llama)
     names = {"model": cell.model, "quant": cell.quant, "scale": "full"}
-    if (pin := pins.of(cell.model)) and path.parent == sources.folder(cell.model):
-        names["origin"] = f"hf:{pin.repository}/{next(iter(pin.files))}@{pin.revision}"
+    if source := sources.fetched(cell.model):
+        names["origin"] = source.origin
     return replace(found, manifest=found.manifest | names)
 
 
-def refuse_other(header: gguf_file.Header, parameters: params.Study) -> None:
-    """Raise QuantizeError unless a file is what the study says of it, by its header."""
-    path, (quant, *_) = header.path, parameters.quants
+def refuse_other(header: gguf_file.Header, cell: Cell, weights: str) -> None:
+    """Raise QuantizeError unless a file is what a study says of it in its cell, by its header."""
+    path, quant = header.path, cell.quant
     if quant not in (params.AS_IS, header.label):
         raise QuantizeError(f"{path.name} is {header.label}, not {quant}: write `quants: [{params.AS_IS}]`")
-    if header.is_twin != (parameters.weights == "twin"):
+    if header.is_twin != (weights == "twin"):
         holds = "twin" if header.is_twin else "real"
         raise QuantizeError(f"{path.name} says that its weights are {holds}: write `weights: {holds}`")
-    quantize.refuse_senseless(header, [mode.placement for mode in parameters.arms])
+    quantize.refuse_senseless(header, dict.fromkeys(s.placement for s in cell.specs))
 
 
 def as_it_is(header: gguf_file.Header) -> Quantised:

@@ -6,6 +6,7 @@ holds, and all of them: planned once, when it is begun, from headers alone.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,7 +23,7 @@ from moelib.engine import engine
 from moelib.gguf import twin
 from moelib.gguf.gguf_header import Header
 from moelib.measure import device
-from moelib.models import models, remote, sources
+from moelib.models import models, sources
 from moelib.planner import budget, memory, named
 from moelib.planner.budget import CLOSE, GIB, Budget, PlanError, gib
 from moelib.planner.memory import Need
@@ -32,11 +33,13 @@ from moelib.study.study import Study
 
 
 class Room(NamedTuple):
-    """The device that a study is planned for."""
+    """The device that a study is planned for, and the machine it is in."""
 
     name: str | None
     usable_bytes: int | None
     """None where it has no memory of its own."""
+    ram_bytes: int | None
+    """None of a machine that is not known."""
     is_cuda: bool
     note: str | None = None
 
@@ -48,12 +51,12 @@ def here(kind: str) -> Room:
     except device.DeviceError as err:
         other = "or plan for another machine's card: `moelib study plan NAME --vram 12GiB`"
         raise device.DeviceError(f"{err}; {other}") from None
-    return Room(where.name, where.usable_bytes, where.kind == "cuda", where.note)
+    return Room(where.name, where.usable_bytes, psutil.virtual_memory().total, where.kind == "cuda", where.note)
 
 
 def elsewhere(vram_bytes: int) -> Room:
     """A card of another machine."""
-    return Room(None, vram_bytes, is_cuda=True)
+    return Room(None, vram_bytes, None, is_cuda=True)
 
 
 def of(name: str, room: Room | None = None) -> Study:
@@ -79,12 +82,11 @@ def fitted(parameters: params.Study, where: Room) -> Plan:
         )
     # of all of a card only what a plan that is somewhat wrong leaves free
     vram = sizes.parse(parameters.vram) if parameters.vram else int((1 - CLOSE) * (usable or 0))
-    ram = psutil.virtual_memory().total
     planned: dict[str, tuple[PlacementMode, ...]] = {}
     foreseen: dict[str, dict[str, Foreseen]] = {}
-    for cell, header in _headers(parameters).items():
+    for cell, header in _headers(parameters, [*itertools.product(parameters.models, parameters.quants)]).items():
         try:
-            plan = budget.plan(header, vram, ram, parameters.context, cuda=where.is_cuda)
+            plan = budget.plan(header, vram, where.ram_bytes, parameters.context, cuda=where.is_cuda)
             chosen = plan.chosen
         except PlanError as err:
             raise StudyError(f"{name}, {cell}: {err}; or leave that quant out of params/studies/{name}.yaml") from None
@@ -99,17 +101,18 @@ def fitted(parameters: params.Study, where: Room) -> Plan:
         }
     every = dict.fromkeys(mode for modes in planned.values() for mode in modes)
     arms = tuple(sorted(every, key=lambda mode: mode.placed.rank))
-    card = Card(name=where.name, vram_bytes=vram, ram_bytes=ram)
+    card = Card(name=where.name, vram_bytes=vram, ram_bytes=where.ram_bytes)
     plan_of_runs = plans.of(parameters.model_copy(update={"arms": arms}), planned)
     return plan_of_runs.model_copy(update={"card": card, "foreseen": foreseen})
 
 
-def _headers(parameters: params.Study) -> dict[str, Header]:
-    """Cell -> the header that its file has, or will have; nothing of it is downloaded."""
+def _headers(parameters: params.Study, cells: Sequence[tuple[str, str]]) -> dict[str, Header]:
+    """Cell -> the header that its file has, or will have, of (model, quant); nothing of it is downloaded."""
     headers: dict[str, Header] = {}
-    for model in parameters.models:
-        listed = named.headers(model, parameters.quants, parameters.scale)
-        headers |= {f"{model}/{quant}": h for quant, h in zip(parameters.quants, listed, strict=True)}
+    for model in dict.fromkeys(m for m, _ in cells):
+        quants = [q for m, q in cells if m == model]
+        listed = named.headers(model, quants, parameters.scale)
+        headers |= {f"{model}/{quant}": h for quant, h in zip(quants, listed, strict=True)}
     return headers
 
 
@@ -119,7 +122,6 @@ class Row:
 
     cell: str
     file_bytes: int
-    is_made: bool
     needs: tuple[tuple[Placement, Need], ...]
 
 
@@ -166,10 +168,15 @@ class Preflight:
         yield f"download: {download}"
         written, free = stats.size(self.disk_bytes), stats.size(self.free_bytes)
         yield f"disk: {written} to be written to {models.folder().name}/, {free} are free"
-        yield f"RAM: up to {gib(self.ram_bytes)} of {gib(psutil.virtual_memory().total)}"
+        ram = self.where.ram_bytes
+        yield f"RAM: up to {gib(self.ram_bytes)}{f' of {gib(ram)}' if ram else ''}"
         room = self.where.usable_bytes
-        own = f"{gib(room)} ({self.where.name or 'of a card elsewhere'})" if room else ""
-        of_what = own or "the RAM, as a second process plays the device"
+        if room:
+            of_what = f"{gib(room)} ({self.where.name or 'of a card elsewhere'})"
+        elif self.where.is_cuda:
+            of_what = f"a size that the driver of the {self.where.name} does not say"
+        else:
+            of_what = "the RAM, as a second process plays the device"
         if card := self.study.plan.card:
             of_what += f", planned for {gib(card.vram_bytes)}"
         yield f"VRAM: up to {gib(self.vram_bytes)} of {of_what}"
@@ -177,16 +184,17 @@ class Preflight:
 
     def doubts(self) -> Iterator[str]:
         """What will not go well, by the predictions; runs may tell otherwise."""
-        room, ram = self.where.usable_bytes, psutil.virtual_memory().total
+        room, ram = self.where.usable_bytes, self.where.ram_bytes
         if self.disk_bytes > self.free_bytes:
             yield f"too little disk: {stats.size(self.disk_bytes - self.free_bytes)} more must be free"
         for row in self.rows:
             for placement, need in row.needs:
                 if room is not None and need.vram_bytes > room:
                     yield f"too much VRAM: {row.cell} at {placement.label} needs {gib(need.vram_bytes)} of {gib(room)}"
-                if need.ram_bytes > ram:
+                host_bytes = need.ram_bytes + (0 if self.where.is_cuda else need.buffers_bytes)
+                if ram is not None and host_bytes > ram:
                     yield (
-                        f"too much RAM: {row.cell} at {placement.label} needs {gib(need.ram_bytes)} of {gib(ram)}, so "
+                        f"too much RAM: {row.cell} at {placement.label} needs {gib(host_bytes)} of {gib(ram)}, so "
                         "that the disk would be read for each token"
                     )
 
@@ -205,7 +213,7 @@ def preflight(study: Study, cells: Sequence[Cell] | None = None, room: Room | No
     beside = Budget(0, cuda=cuda).context_bytes
     placed = {c.name: sorted({s.placed for s in c.specs}, key=lambda one: one.rank) for c in asked}
     rows, download, unpinned, disk = [], 0, [], 0
-    headers = _headers(p)
+    headers = _headers(p, [(c.model, c.quant) for c in asked])
     for model in dict.fromkeys(c.model for c in asked):
         to_make, quants = 0, [c.quant for c in asked if c.model == model]
         for quant in quants:
@@ -213,7 +221,7 @@ def preflight(study: Study, cells: Sequence[Cell] | None = None, room: Room | No
             header = headers[cell]
             needs = tuple((one, _need(header, one, p.context, beside, cuda)) for one in placed[cell])
             is_made = path is None or path.exists()
-            rows.append(Row(cell, header.file_bytes, is_made, needs))
+            rows.append(Row(cell, header.file_bytes, needs))
             to_make += 0 if is_made else header.file_bytes
         come, pinned = _to_come(p, model, headers[f"{model}/{quants[0]}"], bool(to_make))
         download += come
@@ -237,13 +245,16 @@ def _path(p: params.Study, model: str, quant: str) -> Path | None:
 
 def _to_come(p: params.Study, model: str, header: Header, needed: bool) -> tuple[int, bool]:
     """(bytes to be downloaded yet, whether their size is known)."""
-    if params.model(model).file:
-        file = sources.any_file_of(model)
-        return (header.file_bytes if file and remote.is_address(file) else 0), True
+    entry = params.model(model)
+    if entry.address:
+        missing = sources.missing_bytes(model)
+        return (header.file_bytes if missing is None else missing), True
+    if entry.file:
+        return 0, True
     if p.weights == "twin" or not needed:
         return 0, True
     missing = sources.missing_bytes(model)
-    return (twin.nbytes(params.model(model).at_scale("full")), False) if missing is None else (missing, True)
+    return (twin.nbytes(entry.at_scale("full")), False) if missing is None else (missing, True)
 
 
 def _twin_bytes(p: params.Study, model: str, needed: bool) -> int:

@@ -1,7 +1,8 @@
 """One file on one card, without a study's YAML: planned from its header, run in paired rounds, audited, answered.
 
 The smallest N that really fits is proven by runs: it stays within the budget, and one layer fewer on the CPU takes more
-or does not run. Where a plan is so close to what the card holds that it may be wrong, a run of its own tells.
+or does not run. Where a plan is so close to the budget, or to what the card holds, that it may be wrong, a run of its
+own tells before the rounds.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -54,10 +54,12 @@ class Measured:
 
     @property
     def answer(self) -> Need | None:
-        """The placement with the fewest experts on the CPU whose runs all stayed within the budget, if any did."""
-        for need in self.plan.needs:
+        """The placement with the fewest experts on the CPU whose runs all stayed within the budget, if any did; of a
+        budget of RAM what was planned is believed."""
+        plan = self.plan
+        for need in plan.needs:
             took = self.took(need)
-            if took is not None and took <= self.plan.budget.vram_bytes:
+            if took is not None and len(self.runs(need)) and within(plan, need, took):
                 return need
         return None
 
@@ -70,9 +72,15 @@ class Measured:
         """The most VRAM that a run of a placement took; None where that is not known."""
         known = list(self.runs(need)["vram_bytes"])
         trial = self.trials.get(str(need.placement))
-        if trial is not None and trial.observed is not None:
-            known.append(trial.observed.memory.value_bytes)
+        if trial is not None and trial.done:
+            known.append(trial.observation.memory.value_bytes)
         return int(max(known)) if known and not any(map(pd.isna, known)) else None
+
+
+def within(plan: Plan, need: Need, took: int) -> bool:
+    """Whether a placement stays within the budget, given the VRAM that it took."""
+    most_ram = plan.budget.ram_bytes
+    return took <= plan.budget.vram_bytes and (most_ram is None or need.ram_bytes <= most_ram)
 
 
 def measure(
@@ -97,9 +105,9 @@ def measure(
     plan = budget.plan(gguf_file.read_header(file), vram_bytes, ram_bytes, context, ubatch, kv, where.kind == "cuda")
     say(next(plan.lines()))
     quantised = given.measurable(file, llama)
-    name = _name(plan, quantised.manifest["sha256"], rounds, where)
     asked = _workloads(plan.budget.context), REQUESTS, plan.budget.context
-    trials = Trials(file, asked, where, plans.outputs() / name / "trials", say)
+    name = _name(plan, quantised.manifest["sha256"], rounds, where, asked)
+    trials = Trials(plan, file, asked, where, plans.outputs() / name / "trials", say)
     compared = _compared(plan, trials)
     modes = [PlacementMode(placement=str(n.placement)) for n in compared]
     if len(modes) == 1:  # nothing else is held: the other load mode is what it is compared with
@@ -120,6 +128,9 @@ def measure(
         seed=1,
     )
     study = Study(plans.outputs() / parameters.name, plans.of(parameters))
+    kept = study.path / "plan.json"
+    if kept.exists() and not plans.read(kept).asks_for_the_runs_of(study.plan):
+        raise plans.StudyError(f"{kept} is the plan of other runs: move {study.path} away, and measure again")
     (cell,) = study.cells
     total = len(cell.specs)
     for i, r in enumerate(campaign.measure(study, cell, lambda *_: quantised), 1):
@@ -130,57 +141,71 @@ def measure(
 
 
 class Trials:
-    """Runs that tell whether the card here holds a placement: each is done once, and kept."""
+    """Runs that tell whether a placement fits where its plan is too close to tell: each is done once, and kept."""
 
     def __init__(
         self,
+        plan: Plan,
         file: Path,
         asked: tuple[tuple[str, ...], int, int],
         where: Device,
         folder: Path,
         say: Callable[[str], object],
     ):
-        self.file, self.asked, self.where, self.folder, self.say = file, asked, where, folder, say
-        # what failed for another reason than the card's size is tried again
-        kept = [r for r in record.read_all(folder)[0] if r.observed is not None or NO_ROOM in r.reasons]
-        self.done = {r.spec.placement: r for r in kept}
+        self.plan, self.file, self.asked, self.where, self.folder, self.say = plan, file, asked, where, folder, say
+        self.every = record.read_all(folder)[0]
+        # what failed for another reason than its size tells nothing, and is tried again
+        self.done = {r.spec.placement: r for r in self.every if r.done or NO_ROOM in r.reasons}
 
     def holds(self, need: Need) -> bool:
-        """Whether the card holds it: by its plan or, where that is too close to tell, by a run."""
-        room, name = self.where.usable_bytes, str(need.placement)
-        if room is None or need.vram_bytes <= (1 - CLOSE) * room:
-            return True
-        if need.vram_bytes > (1 + CLOSE) * room:
-            return False
-        if name not in self.done:
-            self.say(f"trying {name}: {gib(need.vram_bytes)} are planned, and the card has {gib(room)}")
-            r = bench.one(self.file, name, "mmap", *self.asked, self.where.kind, self.folder)
-            self.say(f"{name}: {r.status}{' ' if r.reasons else ''}{', '.join(r.reasons)}")
-            self.done[name] = r
-        return self.done[name].observed is not None
+        """Whether the card here can run it."""
+        room = self.where.usable_bytes
+        return room is None or self._told(need, room, lambda took: True)
 
-    def took(self, need: Need) -> int | None:
-        """The VRAM that its run took; None without one, or where that is not known."""
-        r = self.done.get(str(need.placement))
-        return None if r is None or r.observed is None else r.observed.memory.value_bytes
+    def fits(self, need: Need) -> bool:
+        """Whether it stays within the budget, on the card here."""
+        if not within(self.plan, need, 0) or not self.holds(need):
+            return False
+        most = self.plan.budget.vram_bytes
+        return self._told(need, most, lambda took: (need.vram_bytes if took is None else took) <= most)
+
+    def _told(self, need: Need, most: int, enough: Callable[[int | None], bool]) -> bool:
+        """By the plan, where that is far from `most` bytes; else by a run, and whether what it took is enough."""
+        if need.vram_bytes <= (1 - CLOSE) * most or need.vram_bytes > (1 + CLOSE) * most:
+            return need.vram_bytes <= most
+        r = self.done.get(str(need.placement)) or self._tried(need)
+        return r.done and enough(r.observation.memory.value_bytes)
+
+    def _tried(self, need: Need) -> Record:
+        name = str(need.placement)
+        self.say(f"trying {name}: {gib(need.vram_bytes)} are planned")
+        attempt = 1 + max((r.attempt for r in self.every if r.spec.placement == name), default=0)
+        r = bench.one(self.file, name, "mmap", *self.asked, self.where.kind, self.folder, attempt)
+        self.every.append(r)
+        self.say(f"{name}: {r.status}{' ' if r.reasons else ''}{', '.join(r.reasons)}")
+        if not r.done and NO_ROOM not in r.reasons:
+            raise plans.StudyError(
+                f"the run that was to tell whether {name} fits is {r.status} ({', '.join(r.reasons)}): run the same "
+                f"command to try again; its log is in {self.folder / 'raw'}"
+            )
+        self.done[name] = r
+        return r
 
 
 def _compared(plan: Plan, trials: Trials) -> list[Need]:
-    """What the rounds compare, from the one with most on the GPU: both ends, and the fewest layers on the CPU that the
-    card holds, from the planned number on, with its neighbours. Raises StudyError if it holds none."""
+    """What the rounds compare, from the one with most on the GPU: both ends, and the fewest layers on the CPU that fit,
+    with its neighbours. Raises StudyError if nothing fits."""
     needs = plan.needs
-    held = partial(filter, lambda i: trials.holds(needs[i]))
-    at = next(held(range(needs.index(plan.chosen), len(needs))), None)
+    at = next((i for i in range(needs.index(plan.chosen), len(needs)) if trials.fits(needs[i])), None)
     if at is None:
         raise plans.StudyError(
-            f"the card here does not hold {plan.header.path.name} with all experts on the CPU, though it was planned "
+            f"{plan.header.path.name} does not fit here even with all experts on the CPU, though it was planned "
             f"to: try a smaller context, --context {plan.budget.context // 2}"
         )
-    # the plan may have been too careful
-    while at and trials.holds(needs[at - 1]) and (trials.took(needs[at - 1]) or 1 << 62) <= plan.budget.vram_bytes:
-        at -= 1
+    while at and trials.fits(needs[at - 1]):
+        at -= 1  # the plan was too careful
     wanted = {0, at - 1, at, at + 1, len(needs) - 1} & set(range(len(needs)))
-    return [needs[i] for i in held(sorted(wanted))]
+    return [needs[i] for i in sorted(wanted) if trials.holds(needs[i])]
 
 
 def _workloads(context: int) -> tuple[str, ...]:
@@ -189,11 +214,11 @@ def _workloads(context: int) -> tuple[str, ...]:
     return (SHORT, LONG) if context >= room else (SHORT,)
 
 
-def _name(plan: Plan, sha256: str, rounds: int, where: Device) -> str:
+def _name(plan: Plan, sha256: str, rounds: int, where: Device, asked: tuple[object, ...]) -> str:
     """The same question about the same file has the same folder, so that it is answered once."""
     stem = re.sub(r"[^a-z0-9]+", "-", plan.header.path.stem.lower()).strip("-")[:60]
     about = [sha256, plan.budget.vram_bytes, plan.budget.ram_bytes, plan.budget.context, str(plan.settings)]
-    return f"measure-{stem}-{files.digest([*about, rounds, where.kind])[:8]}"
+    return f"measure-{stem}-{files.digest([*about, rounds, where.kind, where.uuid or where.name, asked])[:8]}"
 
 
 def document(measured: Measured) -> str:
@@ -259,10 +284,10 @@ def _planned(measured: Measured) -> Iterator[str]:
 def _outcome(measured: Measured, need: Need) -> str:
     """What the runs of a placement say of its VRAM."""
     trial, took = measured.trials.get(str(need.placement)), measured.took(need)
-    if trial is not None and trial.observed is None:
-        return f"it does not run on this card, {', '.join(trial.reasons)} (record `{trial.run_id}`)"
+    if trial is not None and not trial.done:
+        return f"it does not run here, {', '.join(trial.reasons)} (record `{trial.run_id}`)"
     if took is None:
-        return "what it takes was not measured"
+        return f"{gib(need.vram_bytes)} are planned, which is far from the budget; it was not run"
     over = took > measured.plan.budget.vram_bytes
     return f"it took {gib(took)}, {'more than the budget' if over else 'and fits too'}"
 

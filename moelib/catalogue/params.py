@@ -171,7 +171,7 @@ class Study(Strict):
     fitting: bool = False
     """Whether they are planned for each file where the study is begun (`placements: fitting`); only a plan has them."""
     vram: str | None = None
-    """What may be used of the card, such as 12GiB, where placements are planned; default: all of it."""
+    """What may be used of the card, such as 12GiB, where placements are planned; default: all of it but 3 %."""
     twins: Literal["quantised", "direct"] = "quantised"
     """How twins get a quant's types: by llama-quantize from an F16 file, or written with them: header and buffers are
     the same, and no F16 file is needed."""

@@ -189,8 +189,8 @@ def predicted(model: Model, plan: Plan, records: Sequence[Record], command: str 
         )
     if cached:
         notes.append(
-            f"n/a with experts on the CPU: those of {lengths[0]} layers stay in this CPU's cache "
-            f"({stats.size(cache)}), the whole model's do not; {instead(model)}."
+            f"n/a with experts on the CPU: much of those of {lengths[0]} layers stays in this CPU's cache "
+            f"({stats.size(cache)}), of the whole model's little does; {instead(model)}."
         )
     if any(n.ram_bytes > ram for n in plan.needs):
         notes.append(

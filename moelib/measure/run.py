@@ -96,7 +96,7 @@ class Observation:
     """Names of its environment variables."""
     file_sha256: Sha256
     """Of the file, read from disk since this process began to measure it, and unchanged since. Of one that is measured
-    as it is: read when its size and times, which have not changed, were noted."""
+    as it is, or in a run of its own: read when its size and times, which have not changed, were noted."""
     device_kind: str
     """cuda, loopback or none."""
     threads: Count

@@ -345,7 +345,7 @@ def twin(
         shape, scale = whole.first_layers(layers), f"{scale}-first-{layers}"
     path = out or models.twin_folder(model, scale) / f"{model}-{label}-twin.gguf"
     expected: dict[str, Any] = {"model": model, "quant": label, "scale": scale, "weights": "twin"}
-    origin = f"geometry twin written by moelib, seed {seed}, from the header of {whole.name}"
+    origin = f"geometry twin written by moelib, seed {seed}, embeddings x {fill.LOUD}, from the header of {whole.name}"
     expected |= {"origin": origin, "file_name": path.name, "source_sha256": made_from, "engine_build": llama.build}
 
     def make() -> dict[str, Any]:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,17 +62,23 @@ def folder(model: str) -> Path:
     return models.folder() / model / "real"
 
 
+def fetched(model: str) -> Source | None:
+    """What was fetched of a model that is a file on the Hub, if it is whole, and what is pinned and named now."""
+    address, chosen, pin = params.model(model).address, _chosen(model), pins.of(model)
+    if address is None or chosen is None or pin is None or not _is_of(pin, address):
+        return None
+    pinned = {Path(n).name: f.sha256 for n, f in pin.files.items()}
+    same = (chosen.path.name, chosen.sha256) == (next(iter(pinned)), files.joint_sha256(pinned))
+    return chosen if same and _intact(chosen) else None
+
+
 def file_of(model: str) -> Path | None:
     """The GGUF of a catalogued model that is a file, downloaded from the Hub if it is not here; None of other models.
 
     Raises what `fetch` does.
     """
     entry = params.model(model)
-    if entry.address is None:
-        return entry.path
-    chosen, pin = _chosen(model), pins.of(model)
-    here = chosen and pin and _is_of(pin, entry.address) and _intact(chosen)
-    return chosen.path if chosen and here else fetch(model).path
+    return (fetched(model) or fetch(model)).path if entry.address else entry.path
 
 
 def any_file_of(model: str) -> str | None:
@@ -79,12 +86,17 @@ def any_file_of(model: str) -> str | None:
     entry = params.model(model)
     if entry.address is None:
         return None if entry.path is None else str(entry.path)
-    chosen, pin = _chosen(model), pins.of(model)
-    if pin is None or not _is_of(pin, entry.address):
-        return entry.address
-    if chosen and _intact(chosen):
-        return str(chosen.path)
-    return f"hf:{pin.repository}/{next(iter(pin.files))}@{pin.revision}"
+    if here := fetched(model):
+        return str(here.path)
+    pin = pins.of(model)
+    return entry.address if pin is None or not _is_of(pin, entry.address) else _origin(pin, entry.address)
+
+
+def _origin(pin: params.Pin, address: str | None) -> str:
+    """Where pinned files come from, as manifests say it: of a file that is measured as it is, its address."""
+    return (
+        f"hf:{pin.repository}/{next(iter(pin.files))}@{pin.revision}" if address else f"{pin.repository}@{pin.revision}"
+    )
 
 
 def _is_of(pin: params.Pin, address: str) -> bool:
@@ -128,27 +140,32 @@ def fetch(model: str, endpoint: str | None = None) -> Source:
         )
     place = folder(model)
     with models.keeping(place):
-        missing = sum(f.bytes - _arrived(_begun(place / Path(n).name, f)) for n, f in pin.files.items())
-        missing -= sum(f.bytes for n, f in pin.files.items() if (place / Path(n).name).exists())
-        files.need_space(place, max(0, missing), f"fetching {model}")
+        files.need_space(place, max(0, sum(left for left, _ in _missing(model, pin))), f"fetching {model}")
         hashes = {}
         for name, want in pin.files.items():
             path = place / Path(name).name
             by = _download_large if want.bytes > LARGEST_HTTP_BYTES else _download
             get = partial(by, client, pin, name, want, path)
             hashes[path] = models.once(path, want.model_dump(), get)["sha256"]
-        return _choose(model, hashes, f"{pin.repository}@{pin.revision}")
+        return _choose(model, hashes, _origin(pin, address))
 
 
 def missing_bytes(model: str) -> int | None:
     """Bytes of the model's real weights that are to be downloaded yet; None where nothing is pinned, nor here."""
-    chosen, pin = _chosen(model), pins.of(model)
-    if chosen and _intact(chosen):
+    address, chosen, pin = params.model(model).address, _chosen(model), pins.of(model)
+    if fetched(model) if address else chosen and _intact(chosen):
         return 0
-    if pin is None:
+    if pin is None or (address and not _is_of(pin, address)):
         return None
-    paths = {n: folder(model) / Path(n).name for n in pin.files}
-    return sum(f.bytes - _arrived(_begun(paths[n], f)) for n, f in pin.files.items() if not paths[n].exists())
+    return sum(left for left, _ in _missing(model, pin))
+
+
+def _missing(model: str, pin: params.Pin) -> Iterator[tuple[int, Path]]:
+    """(bytes to be downloaded yet, path) of each pinned file that is not here."""
+    for name, want in pin.files.items():
+        path = folder(model) / Path(name).name
+        if not path.exists():
+            yield want.bytes - _arrived(_begun(path, want)), path
 
 
 def _begun(path: Path, want: params.SourceFile) -> Path:

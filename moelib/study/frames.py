@@ -123,8 +123,9 @@ EVERY = against()
 
 
 def offloads(sides: Sequence[Side]) -> list[tuple[Side, Side]]:
-    """(baseline, other) for every side that keeps experts on the CPU."""
-    return [(base, side) for base, side in EVERY(sides) if not Placement.parse(*side).is_baseline]
+    """(baseline, other) for every side that keeps experts on the CPU, in another placement."""
+    every = [(base, side) for base, side in EVERY(sides) if base[0] != side[0]]
+    return [(base, side) for base, side in every if not Placement.parse(*side).is_baseline]
 
 
 def in_one_load_mode(sides: Sequence[Side]) -> list[tuple[Side, Side]]:

@@ -54,7 +54,8 @@ class Card(params.Strict):
     name: str | None
     vram_bytes: Bytes
     """That may be used, of the GPU or less."""
-    ram_bytes: Bytes
+    ram_bytes: Bytes | None
+    """None of a machine that is not known."""
 
 
 class Foreseen(params.Strict):
@@ -89,7 +90,8 @@ class Plan(params.Strict):
 
     def fits(self, parameters: params.Study) -> bool:
         """Whether it is one of a study whose placements are planned where it runs, whatever was planned."""
-        return self.study.model_copy(update={"arms": ()}) == parameters
+        workloads = {w: params.workload(w) for w in parameters.workloads}
+        return self.study.model_copy(update={"arms": ()}) == parameters and self.workloads == workloads
 
 
 def of(study: params.Study, planned: Mapping[str, Sequence[params.PlacementMode]] | None = None) -> Plan:
