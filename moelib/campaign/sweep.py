@@ -135,7 +135,8 @@ def measure(
     total = len(cell.specs)
     for i, r in enumerate(campaign.measure(study, cell, lambda *_: quantised), 1):
         say(f"{i} of {total}: {r.spec.placement}, {r.status}{' ' if r.reasons else ''}{', '.join(r.reasons)}")
-    measured = Measured(plan, study.again(), trials.done)
+    in_order = sorted(trials.done.items(), key=lambda item: item[1].spec.placed.order)
+    measured = Measured(plan, study.again(), dict(in_order))
     files.write_bytes(measured.path, document(measured).encode())
     return measured
 
