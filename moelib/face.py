@@ -96,7 +96,7 @@ def run(
     placement: str = REFERENCE,
     *,
     load_mode: str = "mmap",
-    workloads: Sequence[str] = ("plan-short", "long-512"),
+    workloads: Sequence[str] = bench.WORKLOADS,
     requests: int = 2,
     context: int = 1024,
     device: str = "auto",

@@ -246,7 +246,7 @@ def test_a_card_and_a_ram_that_are_too_small_are_said(own, engine, monkeypatch):
     ]
     assert any(d.startswith("too much RAM: phi-3.5-moe/Q8_0 at cpu-moe, mmap needs") for d in doubts)
     assert set(doubts) <= set(needs.lines())
-    monkeypatch.setattr(preflight.psutil, "disk_usage", lambda _: type("D", (), {"free": MIB}))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: type("D", (), {"free": MIB}))
     lacking = preflight.preflight(preflight.of("mine"), room=room)
     assert next(lacking.doubts()).startswith("too little disk: ")
 

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 import moelib
 from moelib import cli
+from moelib.base import files
 from moelib.base.schema import UserError
 from moelib.campaign import bench
 from moelib.catalogue import params
@@ -100,7 +101,7 @@ def test_slices_are_as_long_as_the_machine_holds(home, monkeypatch):
     monkeypatch.setattr(host, "cache_bytes", lambda: None)
     model = model_of("mixtral-8x7b")
     monkeypatch.setattr(slices.psutil, "virtual_memory", lambda: type("M", (), {"available": 200 * GIB}))
-    monkeypatch.setattr(slices.shutil, "disk_usage", lambda p: type("D", (), {"free": 500 * GIB}))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda p: type("D", (), {"free": 500 * GIB}))
     monkeypatch.setattr(slices.device, "card_bytes", lambda: 80 * GIB)
     settings = Placement(0)
     assert slices.choose(model, settings, "cuda")[0] == (2, 10)
@@ -110,7 +111,7 @@ def test_slices_are_as_long_as_the_machine_holds(home, monkeypatch):
     assert lengths[1] < 10
     monkeypatch.setattr(slices.device, "card_bytes", lambda: int(2.5 * GIB))  # the experts alone do not fit
     assert [str(p) for p in slices.choose(model, settings, "cuda")[1]] == ["cpu-moe"]
-    monkeypatch.setattr(slices.shutil, "disk_usage", lambda p: type("D", (), {"free": GIB}))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda p: type("D", (), {"free": GIB}))
     with pytest.raises(PreviewError, match=r"slices of 2 and 3 layers need [\d.]+ GiB of disk, 1.00 GiB are free"):
         slices.choose(model, settings, "cuda")
 

@@ -220,8 +220,12 @@ def need_space(folder: Path, nbytes: int, subject: str) -> None:
         )
 
 
+def free_bytes(folder: Path) -> int:
+    """Bytes that are free on the disk of a folder, which may not be there yet."""
+    return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+
+
 def full(folder: Path) -> str:
     """The message after a write to `folder` ran out of space: the cause and the next step."""
-    existing = next(p for p in (folder, *folder.parents) if p.exists())  # making the folder may be what failed
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(folder)  # making the folder may be what failed
     return f"no space is left on the disk of {folder} ({free / 2**20:.0f} MiB free, or a quota); {MAKE_ROOM}"

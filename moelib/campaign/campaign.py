@@ -227,14 +227,15 @@ def run_cells(study: Study, cells: list[Cell], say: Callable[[str], object] = lo
     `say` is told of each cell as its turn comes. Returns what has no valid result, run by run, with reasons. Raises
     StudyError for placements that make no sense, ParamsError for a quant that the engine does not make.
     """
-    refuse_senseless(study, [c for c in cells if not _whole(study, c, study.status_now(c))])
+    statuses = {c.name: study.status_now(c) for c in cells}
+    refuse_senseless(study, [c for c in cells if not _whole(study, c, statuses[c.name])])
     with suppress(engine.EngineError):  # cells that are done need none, and the others say so
         quants.check(engine.find(), _to_make(study.parameters))
     problems = []
     study.begin()
     for i, cell in enumerate(cells):
         out = study.path / "notebooks" / f"{cell.file_name}.ipynb"
-        status = study.status_now(cell)
+        status = statuses[cell.name]
         if not (_whole(study, cell, status) and notebooks.is_whole(out)):
             say(f"{cell.name} ({i + 1} of {len(cells)})")
             try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -141,8 +141,7 @@ class Preflight:
 
     @cached_property
     def free_bytes(self) -> int:
-        folder = models.folder()
-        return psutil.disk_usage(str(next(p for p in (folder, *folder.parents) if p.exists()))).free
+        return files.free_bytes(models.folder())
 
     @property
     def vram_bytes(self) -> int:
@@ -219,7 +218,7 @@ def preflight(study: Study, cells: Sequence[Cell] | None = None, room: Room | No
         for quant in quants:
             cell, path = f"{model}/{quant}", _path(p, model, quant)
             header = headers[cell]
-            needs = tuple((one, _need(header, one, p.context, beside, cuda)) for one in placed[cell])
+            needs = tuple((one, memory.need(header, one, p.context, beside, cuda)) for one in placed[cell])
             is_made = path is None or path.exists()
             rows.append(Row(cell, header.file_bytes, needs))
             to_make += 0 if is_made else header.file_bytes
@@ -228,10 +227,6 @@ def preflight(study: Study, cells: Sequence[Cell] | None = None, room: Room | No
         unpinned += [] if pinned else [model]
         disk += to_make + come + _twin_bytes(p, model, bool(to_make))
     return Preflight(study, where, tuple(rows), download, tuple(unpinned), disk)
-
-
-def _need(header: Header, placement: Placement, context: int, beside: int, cuda: bool) -> Need:
-    return memory.need(header, replace(placement, load_mode="mmap"), context, beside, cuda)
 
 
 def _path(p: params.Study, model: str, quant: str) -> Path | None:

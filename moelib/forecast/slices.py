@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +13,7 @@ from tempfile import TemporaryDirectory
 import psutil
 
 from moelib.audit.record import Record
-from moelib.base import stats
+from moelib.base import files, stats
 from moelib.base.bar import tqdm
 from moelib.base.schema import UserError
 from moelib.campaign import bench
@@ -131,7 +130,7 @@ def choose(model: Model, settings: Placement, kind: str) -> tuple[tuple[int, int
     """The two slices that this machine holds, and the placements to run them in: without the baseline, if only the
     experts on the CPU leave room for two slices. Raises PreviewError with what is missing."""
     near, most = model.lengths(host.cache_bytes())
-    free = shutil.disk_usage(next(p for p in (models.folder(), *models.folder().parents) if p.exists())).free
+    free = files.free_bytes(models.folder())
     ram = psutil.virtual_memory().available
     vram = device.card_bytes() if kind == "cuda" else ram
     off, on = (replace(settings, cpu_layers=n, load_mode=LOAD_MODE) for n in (0.0, float("inf")))
@@ -160,36 +159,24 @@ def choose(model: Model, settings: Placement, kind: str) -> tuple[tuple[int, int
 
 
 def measure(
-    model: Model,
-    lengths: Sequence[int],
-    placements: Sequence[Placement],
-    rounds: int,
-    device_kind: str,
-    keep: Path | None = None,
-    done: Sequence[Record] = (),
-    workloads: Sequence[str] = (WORKLOAD,),
+    model: Model, lengths: Sequence[int], placements: Sequence[Placement], rounds: int, device_kind: str
 ) -> list[Record]:
-    """Run every slice in every placement once a round, in random order; the records, with those that are `done`.
+    """The records of every slice in every placement, once a round, in random order.
 
     The slices are removed at the end, also of an interrupted run. Raises PreviewError as soon as a run fails.
     """
     cells = [(n, p) for n in lengths for p in placements]
-    known = {(length(r), r.spec.placement, r.spec.block) for r in done}
-    order, todo = random.Random(0), []
-    for block in range(rounds):
-        shuffled = order.sample(cells, len(cells))
-        todo += [(n, p, block, i) for i, (n, p) in enumerate(shuffled) if (n, str(p), block) not in known]
-    records = list(done)
-    if not todo:
-        return records
+    order = random.Random(0)
+    todo = [(n, p, block, i) for block in range(rounds) for i, (n, p) in enumerate(order.sample(cells, len(cells)))]
+    records = []
     models.folder().mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=TEMPORARY, dir=models.folder()) as scratch:
-        slices = {n: written(model, n, Path(scratch)) for n in dict.fromkeys(n for n, *_ in todo)}
+        slices = {n: written(model, n, Path(scratch)) for n in lengths}
         context = min(RUN_CONTEXT, model.header.number("context_length") or RUN_CONTEXT)
         with bench.opened(list(slices.values()), device_kind) as ready:
             benches = dict(zip(slices, ready, strict=True))
             for n, placement, block, i in tqdm(todo, desc="runs of slices", unit="run", disable=None):
-                at = str(placement), LOAD_MODE, workloads, REQUESTS, context, keep, block, i
+                at = str(placement), LOAD_MODE, (WORKLOAD,), REQUESTS, context, None, block, i
                 records.append(_observed(model, n, benches[n].measure(*at)))
     return records
 

@@ -5,6 +5,7 @@ have F16 in its name, and the model may not. Sizes only tell which files are too
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
@@ -81,10 +82,7 @@ def choose(model: str, repository: str, revision: str, client: "HfApi", named: s
     if len(best) != 1:
         raise ChoiceError(_none(model, listing, best, looked_at[0].names[0] if named else None))
     (one,) = best
-    files = {n: f.model_dump() for n, f in zip(one.names, one.files, strict=True)}
-    return build(
-        Pin, f"the listing of {repository}", {"repository": repository, "revision": listing.commit, "files": files}
-    )
+    return _pin(listing, one.names)
 
 
 def at(address: str, client: "HfApi") -> Pin:
@@ -97,9 +95,13 @@ def at(address: str, client: "HfApi") -> Pin:
     sizes = {name: f.bytes for name, f in listing.files.items()}
     if path in listing.unfit:
         raise ChoiceError(f"{neutral.plain(path)} of {repository} cannot be pinned: {listing.unfit[path]}")
-    found = {name: listing.files[name].model_dump() for name in remote.files_of(path, sizes, repository, revision)}
-    facts = {"repository": repository, "revision": listing.commit, "files": found}
-    return build(Pin, f"the listing of {repository}", facts)
+    return _pin(listing, remote.files_of(path, sizes, repository, revision))
+
+
+def _pin(listing: Listing, names: Iterable[str]) -> Pin:
+    files = {name: listing.files[name].model_dump() for name in names}
+    facts = {"repository": listing.repository, "revision": listing.commit, "files": files}
+    return build(Pin, f"the listing of {listing.repository}", facts)
 
 
 def _listing(client: "HfApi", repository: str, revision: str) -> Listing:

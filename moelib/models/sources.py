@@ -128,7 +128,6 @@ def fetch(model: str, endpoint: str | None = None) -> Source:
     if address is None:
         upstream = _upstream(model)
     elif pin is None or not _is_of(pin, address):
-        pins.read()  # report a damaged file of pins before any request to the Hub
         pin = candidates.at(address, client)
         with models.keeping(pins.path()):
             pins.write(model, pin)

@@ -3,8 +3,6 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import pandas as pd
-
 from moelib.audit.record import Record
 from moelib.base import files, stats
 from moelib.base.neutral import markdown as neutral
@@ -188,39 +186,35 @@ def vram_parts_table(study: Study) -> Table:
     return _table("memory-parts", rows, sources, note)
 
 
-def _mean(runs: pd.DataFrame, column: str) -> stats.Estimate | None:
-    known = list(runs[column].dropna())
-    return stats.mean(known) if known else None
-
-
 def planned(study: Study) -> list[Table | Text]:
     """What was planned for the card before anything was run, beside what was measured; empty where nothing was."""
     card, plan = study.plan.card, study.plan
     if card is None:
         return []
-    rows, sources = [], []
+    vram, rss = (
+        {(s.model, s.quant, "/".join(s.side)): s for s in frames.summaries(study.runs, column)}
+        for column in ("vram_bytes", "host_rss_peak_bytes")
+    )
+    rows, sources, of_plan = [], [], {"plan.json": files.digest(plan.model_dump(mode="json"))}
     for cell, foreseen in plan.foreseen.items():
         model, _, quant = cell.partition("/")
-        runs = study.runs[(study.runs["model"] == model) & (study.runs["quant"] == quant)]
         for label, need in foreseen.items():
-            placement, _, load_mode = label.partition("/")
-            ours = runs[(runs["placement"] == placement) & (runs["load_mode"] == load_mode)]
-            known = ours.dropna(subset=["vram_bytes"])
-            vram = _mean(known, "vram_bytes")
+            took, peak = (known.get((model, quant, label)) for known in (vram, rss))
+            value = took.value if took else None
             rows.append(
                 {
                     "model": neutral(model),
                     "quant": quant,
-                    "placement": Placement.parse(placement, load_mode).label,
+                    "placement": Placement.parse(*label.split("/")).label,
                     "VRAM, planned": size(need.vram_bytes),
-                    "VRAM, measured": stats.sizes(vram),
-                    "off": percent(need.vram_bytes / vram.value - 1) if vram else stats.NONE,
+                    "VRAM, measured": stats.sizes(value),
+                    "off": percent(need.vram_bytes / value.value - 1) if value else stats.NONE,
                     "RAM, planned": size(need.ram_bytes),
-                    "RAM at its peak": stats.sizes(_mean(known, "host_rss_peak_bytes")),
-                    "runs": len(known),
+                    "RAM at its peak": stats.sizes(peak.value if peak else None),
+                    "runs": len(took.runs) if took else 0,
                 }
             )
-            sources.append(frames.sources(known) | {"plan.json": files.digest(plan.model_dump(mode="json"))})
+            sources.append((took.sources if took else {}) | of_plan)
     note = (
         f"Placements were planned from headers alone, before anything was run, for {size(card.vram_bytes)} of VRAM"
         f"{f' ({neutral(card.name)})' if card.name else ''} and {size(card.ram_bytes)} of RAM: the fewest layers' "
