@@ -258,12 +258,16 @@ def study_run(name: str, cell: str | None) -> None:
 
 
 def ahead(asked: "Study", cells: "list[Cell]") -> Iterator[str]:
-    """What a study needs, as text. Raises FileError if the disk is too small for it."""
+    """What a study needs, as text. Raises StudyError if a placement of it makes no sense, FileError if the disk is too
+    small."""
     from moelib.base.schema import UserError
     from moelib.campaign import preflight
+    from moelib.study.plan import StudyError
 
     try:
         needs = preflight.preflight(asked, cells)
+    except StudyError:
+        raise
     except UserError as err:  # what stands in the way of runs is said by these
         yield f"what it needs cannot be foretold: {err}"
         return

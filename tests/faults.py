@@ -661,11 +661,12 @@ def interrupted(folder: Path, chance: random.Random, times: int, stop: Callable)
 def kill(run: subprocess.Popen, chance: random.Random) -> None:
     """Kill the runner, whose kernel must then end by itself, or its kernel, whose death the runner must notice."""
     try:
-        children = psutil.Process(run.pid).children()
+        # not the dry runs before the first notebook: a study whose needs cannot be foretold goes on, to its end
+        kernels = [c.pid for c in psutil.Process(run.pid).children() if "ipykernel_launcher" in c.cmdline()]
     except psutil.NoSuchProcess:
-        children = []
+        kernels = []
     with contextlib.suppress(ProcessLookupError):
-        os.kill(chance.choice([run.pid, *(c.pid for c in children)]), signal.SIGKILL)
+        os.kill(chance.choice([run.pid, *kernels]), signal.SIGKILL)
 
 
 def ctrl_c(run: subprocess.Popen, chance: random.Random) -> None:

@@ -281,3 +281,34 @@ def test_a_download_is_foretold(own, engine, lfs_hub, monkeypatch):
 def test_a_study_that_was_not_planned_for_a_card_has_no_such_table():
     folder = Path(__file__).parents[1] / "docs/example/demo"
     assert findings.planned(Study.read(folder)) == []
+
+
+def test_a_study_whose_needs_cannot_be_foretold_is_run_all_the_same(own, monkeypatch):
+    """Its runs measure what the predictions only foretell; what makes no sense is refused by either."""
+    described(own, twins=None, placements=[{"placement": "baseline"}, {"placement": "n-cpu-moe=1"}])
+
+    def killed(*_):
+        raise quantize.QuantizeError("llama-quantize was killed")
+
+    where = preflight.Room("a card", 1 << 30, 1 << 30, is_cuda=False)
+    monkeypatch.setattr(preflight, "here", lambda _: where)
+    monkeypatch.setattr(named, "headers", killed)
+    ran = []
+    monkeypatch.setattr(campaign, "run_cells", lambda study, cells, say: ran.extend(c.name for c in cells) or [])
+    told = CliRunner().invoke(cli.main, ["study", "run", "mine"])
+    assert "what it needs cannot be foretold: llama-quantize was killed" in told.output
+    assert ran == ["phi-3.5-moe/Q2_K", "phi-3.5-moe/Q8_0"]
+
+
+@pytest.mark.engine
+def test_the_plan_of_a_study_refuses_a_placement_that_moves_nothing(own, engine):
+    described(
+        own,
+        models=["deepseek-moe-16b"],
+        twins=None,
+        placements=[{"placement": "baseline"}, {"placement": "n-cpu-moe=1"}],
+    )
+    told = CliRunner().invoke(cli.main, ["study", "plan", "mine"])
+    assert told.exit_code == 1
+    assert "params/studies/mine.yaml: deepseek-moe-16b: n-cpu-moe=1 moves nothing: layer 0 is dense" in told.output
+    assert not list((own / "m").glob("*"))

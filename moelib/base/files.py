@@ -211,9 +211,8 @@ def _locked(fd: int) -> bool:
 
 
 def need_space(folder: Path, nbytes: int, subject: str) -> None:
-    """Raise FileError if the disk of `folder` has less than `nbytes` plus 64 MiB free."""
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
+    """Raise FileError if the disk of `folder`, which may not be there yet, has less than `nbytes` plus 64 MiB free."""
+    free = free_bytes(folder)
     if free < nbytes + (64 << 20):
         raise FileError(
             f"{subject} needs {nbytes / 2**30:.2f} GiB in {folder.name}/, {free / 2**30:.2f} GiB are free; {MAKE_ROOM}"

@@ -204,8 +204,9 @@ class Preflight:
 
 
 def preflight(study: Study, cells: Sequence[Cell] | None = None, room: Room | None = None) -> Preflight:
-    """What a study, or some cells of it, need here, or in `room`. Raises EngineError, DeviceError; QuantizeError,
-    GGUFError where headers do not tell; HubError for a file on the Hub that cannot be looked at."""
+    """What a study, or some cells of it, need here, or in `room`. Raises StudyError for placements that make no sense;
+    EngineError, DeviceError; QuantizeError, GGUFError where headers do not tell; HubError for a file on the Hub that
+    cannot be looked at."""
     p, asked = study.parameters, study.cells if cells is None else cells
     where = room or here(p.device)
     cuda = where.is_cuda
@@ -218,6 +219,8 @@ def preflight(study: Study, cells: Sequence[Cell] | None = None, room: Room | No
         for quant in quants:
             cell, path = f"{model}/{quant}", _path(p, model, quant)
             header = headers[cell]
+            if fault := header.fault(placed[cell]):
+                raise StudyError(f"params/studies/{p.name}.yaml: {model}: {fault}")
             needs = tuple((one, memory.need(header, one, p.context, beside, cuda)) for one in placed[cell])
             is_made = path is None or path.exists()
             rows.append(Row(cell, header.file_bytes, needs))
