@@ -232,8 +232,8 @@ def log_of(r: record.Record) -> str:
         say(0.007, f"load_tensors: {b.name} {b.kind} buffer size = {b.size_bytes / MIB:8.2f} MiB")
     placed = r.spec.placed
     kv, splits = placed.kv or "f16", o.report.graph_splits
-    say(0.008, f"llama_context: n_ctx                 = {r.spec.context}")
-    say(0.008, f"llama_context: n_ubatch              = {placed.ubatch or min(512, r.spec.context)}")
+    say(0.008, f"llama_context: n_ctx                 = {r.spec.context_tokens}")
+    say(0.008, f"llama_context: n_ubatch              = {placed.ubatch or min(512, r.spec.context_tokens)}")
     say(0.008, f"llama_kv_cache: size = 4.00 MiB ( 1024 cells), K ({kv}):    2.00 MiB, V ({kv}):    2.00 MiB")
     said = f"{splits[0]} / {splits[1]}" if len(splits) > 1 else str(splits[0])
     batches = " (pp bs=512, tg bs=1)" if len(splits) > 1 else ""

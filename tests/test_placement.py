@@ -17,6 +17,7 @@ PLACEMENTS = st.builds(
     op_offload=st.booleans(),
     kv=st.none() | st.sampled_from(KV_TYPES),
     threads=st.none() | st.integers(1, 1 << 16),
+    context=st.none() | st.integers(1, 1 << 24),
 )
 
 
@@ -74,9 +75,12 @@ def test_the_load_modes_flags_are_those_of_the_build():
         ("n-cpu-moe=01", "write it as n-cpu-moe=1"),
         ("n-cpu-moe=²", "is no placement"),
         ("cpu-moe,ubath=64", "did you mean 'ubatch'?"),
-        ("cpu-moe,colour=red", "there are ubatch, op-offload, kv, threads"),
+        ("cpu-moe,colour=red", "there are ubatch, op-offload, kv, threads, context"),
         ("cpu-moe,ubatch=0", "ubatch is a number from 1"),
         ("cpu-moe,ubatch=64,ubatch=64", "gives ubatch twice"),
+        ("cpu-moe,context=4k", "context is a number from 1"),
+        ("cpu-moe,context=99999999", "context is a number from 1"),
+        ("cpu-moe,context=512,threads=8", "write it as cpu-moe,threads=8,context=512"),
         ("cpu-moe,op-offload=on", "on by default"),
         ("cpu-moe,kv=q3", "kv is one of f32"),
         ("cpu-moe,threads=8,kv=f16", "write it as cpu-moe,kv=f16,threads=8"),
@@ -116,3 +120,10 @@ def test_placements_sort_from_most_on_the_gpu_to_least():
 def test_a_placement_that_makes_no_sense_for_a_model(text, layers, experts, fault):
     actual = Placement.parse(text).fault(layers, experts)
     assert (actual is None) if fault is None else (fault in actual)
+
+
+def test_a_context_beyond_the_models_is_refused_with_its_own():
+    long = Placement.parse("cpu-moe,context=8192")
+    assert "goes beyond the 4096 tokens that the model was trained for; take context=4096" in long.fault(4, [1], 4096)
+    assert long.fault(4, [1], 8192) is None
+    assert long.fault(4, [1]) is None  # of a header that does not say it

@@ -62,7 +62,7 @@ def test_the_engines_buffers_of_the_committed_gpu_runs_are_predicted(study):
         if key in seen:
             continue
         seen.add(key)
-        predicted = memory.need(catalogued(r.spec.model, r.spec.quant), r.spec.placed, r.spec.context)
+        predicted = memory.need(catalogued(r.spec.model, r.spec.quant), r.spec.placed, r.spec.context_tokens)
         found = r.observation.report.device_by_kind
         assert predicted.cache_bytes == found["KV"], key
         assert abs(predicted.compute_bytes - found["compute"]) < 0.02 * MIB, key

@@ -387,7 +387,7 @@ def command_as_asked(run: Measured) -> Finding:
     if flags is None:
         return False, "not a list of flags, each once"
     threads = str(run.observation.threads)
-    expected: dict[str, str | None] = {**ALWAYS, **FIXED, "-c": str(spec.context), "-t": threads, "-tb": threads}
+    expected: dict[str, str | None] = {**ALWAYS, **FIXED, "-c": str(spec.context_tokens), "-t": threads, "-tb": threads}
     expected |= {flag: value for flag, value in IF_KNOWN.items() if flag in flags}
     expected |= spec.placed.flags() | spec.placed.load_flags(flags)
     free = {"-m": r".+\.gguf", "--device": {"cuda": r"CUDA0", "none": r"none"}.get(device, r"RPC.*")}

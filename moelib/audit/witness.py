@@ -122,7 +122,7 @@ def log_tells_the_settings(run: Witnessed) -> Finding:
 def _other_values(run: Witnessed) -> Iterator[str]:
     """Settings whose values the engine prints, where it prints others or none."""
     log, spec, placed = run.engine_log, run.record.spec, run.record.spec.placed
-    contexts = {spec.context, -(-spec.context // CONTEXT_STEP) * CONTEXT_STEP}
+    contexts = {spec.context_tokens, -(-spec.context_tokens // CONTEXT_STEP) * CONTEXT_STEP}
     threads = {placed.threads or run.record.observation.threads}
     ubatches = {placed.ubatch} if placed.ubatch else {min(UBATCH, context) for context in contexts}
     for name, active, right, limits in (

@@ -127,7 +127,7 @@ def refuse_senseless(study: Study, cells: Sequence[Cell]) -> None:
         g = params.model(cell.model).at_scale(study.parameters.scale)
         blocks = range(g.leading_dense_block_count, g.block_count)
         for placed in dict.fromkeys(s.placed for s in cell.specs):
-            if fault := placed.fault(g.block_count, blocks):
+            if fault := placed.fault(g.block_count, blocks, g.context_length):
                 raise StudyError(f"params/studies/{study.name}.yaml: {cell.model}: {fault}")
 
 

@@ -27,8 +27,11 @@ SETTINGS = {
     "op-offload": "off: large batches are computed where their weights are, not copied to the GPU",
     "kv": f"type of the KV cache ({KV} by default)",
     "threads": "CPU threads (all usable CPUs by default)",
+    "context": "tokens of prompt and answer that there is room for (the study's by default)",
 }
 """Setting -> its meaning; one text for each placement, so that defaults are left out."""
+MOST = {"ubatch": 1 << 16, "threads": 1 << 16, "context": 1 << 24}
+"""Setting that is a number -> the largest one that is taken."""
 EXAMPLES = "baseline, cpu-moe, n-cpu-moe=12, cpu-moe,ubatch=64"
 
 
@@ -49,6 +52,7 @@ class Placement:
     op_offload: bool = True
     kv: str | None = None
     threads: int | None = None
+    context: int | None = None
 
     @classmethod
     @cache
@@ -65,7 +69,7 @@ class Placement:
             if key in values:
                 raise PlacementError(f"{text!r} gives {key} twice")
             values[key] = _value(text, key, value)
-        known: dict[str, Any] = {key: values.get(key) for key in ("ubatch", "kv", "threads")}
+        known: dict[str, Any] = {key: values.get(key) for key in ("ubatch", "kv", "threads", "context")}
         placement = cls(_cpu_layers(text, name), load_mode, op_offload="op-offload" not in values, **known)
         if str(placement) != text:
             raise PlacementError(f"{text!r}: write it as {placement}, so that one placement has one name")
@@ -83,6 +87,7 @@ class Placement:
         parts += [] if self.op_offload else ["op-offload=off"]
         parts += [f"kv={self.kv}"] if self.kv else []
         parts += [f"threads={self.threads}"] if self.threads else []
+        parts += [f"context={self.context}"] if self.context else []
         return ",".join(parts)
 
     @property
@@ -115,7 +120,7 @@ class Placement:
         return layer < self.cpu_layers
 
     def flags(self) -> dict[str, str | None]:
-        """llama-server's flags for it, without threads and load mode; None for a flag without a value."""
+        """llama-server's flags for it, without threads, context and load mode; None for a flag without a value."""
         flags: dict[str, str | None] = {}
         if self.is_whole:
             flags["--cpu-moe"] = None
@@ -136,9 +141,11 @@ class Placement:
         flags: dict[str, str | None] = {} if self.load_mode == "mmap" else {"--no-mmap": None}
         return flags | ({"--mlock": None} if self.load_mode == "mlock" else {})
 
-    def fault(self, layers: int, expert_layers: Collection[int]) -> str | None:
-        """Why it makes no sense for a model of `layers` layers, of which `expert_layers` have experts, with what would;
-        None if it does."""
+    def fault(self, layers: int, expert_layers: Collection[int], trained: float | None = None) -> str | None:
+        """Why it makes no sense for a model of `layers` layers, of which `expert_layers` have experts, that was trained
+        for `trained` tokens, with what would; None if it does."""
+        if trained is not None and self.context is not None and self.context > trained:
+            return f"{self} goes beyond the {trained:.0f} tokens that the model was trained for; take context={trained:.0f}"
         if self.is_baseline:
             return None
         if not expert_layers:
@@ -171,6 +178,7 @@ def _value(text: str, key: str, value: str) -> int | str | bool:
         if value != "off":
             raise PlacementError(f"{text!r}: op-offload=off turns it off; it is on by default, and then left out")
         return False
-    if not (value.isascii() and value.isdigit() and 1 <= int(value) <= 1 << 16):
-        raise PlacementError(f"{text!r}: {key} is a number from 1 to {1 << 16}")
+    most = MOST[key]
+    if not (value.isascii() and value.isdigit() and len(value) <= len(str(most)) and 1 <= int(value) <= most):
+        raise PlacementError(f"{text!r}: {key} is a number from 1 to {most}")
     return int(value)

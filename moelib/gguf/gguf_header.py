@@ -258,5 +258,7 @@ class Header:
             return str(err).removeprefix(f"{self.path.name}: ")
         if self.layers is None:
             return "corrupt: it has no block_count; take another conversion of the model"
-        faults = (Placement.of(p).fault(self.layers, self.expert_layers) for p in placements)
+        faults = (
+            Placement.of(p).fault(self.layers, self.expert_layers, self.number("context_length")) for p in placements
+        )
         return next(filter(None, faults), None)

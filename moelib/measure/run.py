@@ -53,6 +53,11 @@ class Spec:
     def label(self) -> str:
         return f"{self.placement}/{self.load_mode}"
 
+    @property
+    def context_tokens(self) -> int:
+        """The placement's own context, else the one that all have."""
+        return self.placed.context or self.context
+
 
 @stored
 class Placement:
@@ -176,7 +181,7 @@ def _observe(spec: Spec, quantised: Quantised, runner: Runner, device: devices.D
 
     with device.session(runner.tools, work) as session:
         readings, counters, idle = [], [], session.idle()
-        job = Job(quantised.path, spec.placed, spec.context, spec.placed.threads or device.threads)
+        job = Job(quantised.path, spec.placed, spec.context_tokens, spec.placed.threads or device.threads)
         with runner.start(job, session, work) as server:
 
             def count() -> None:
@@ -189,7 +194,7 @@ def _observe(spec: Spec, quantised: Quantised, runner: Runner, device: devices.D
             ) as monitoring:
                 limit = process.patience(LOAD_S) + quantised.header.file_bytes / LOAD_BYTES_PER_S
                 with server.serving(limit) as load_s:
-                    prompts = server.prompts([params.workload(w) for w in spec.workloads], spec.context)
+                    prompts = server.prompts([params.workload(w) for w in spec.workloads], spec.context_tokens)
                     requests = []
                     for prompt in prompts:
                         for index in range(spec.requests):

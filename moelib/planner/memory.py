@@ -57,12 +57,13 @@ class Need:
 def need(
     header: Header, placement: Placement | str, context: int, context_bytes: int = CONTEXT_BYTES, cuda: bool = True
 ) -> Need:
-    """What `placement` of the file needs for one sequence of `context` tokens.
+    """What `placement` of the file needs for one sequence of `context` tokens, or of as many as it says itself.
 
     cuda: on a GPU with CUDA; else on a device without its peculiarities, such as the loopback one. Raises UnknownCache
     where the header does not tell how large the cache is, GGUFError where it lacks a tensor that the model must have.
     """
     placed, outer = Placement.of(placement), header.of_layer(None)
+    context = placed.context or context
     try:
         graph = Graph(header, placed, context, cuda)
         tied = 0 if "output.weight" in outer else outer["token_embd.weight"].nbytes
