@@ -219,7 +219,7 @@ def study() -> None:
 
 @study.command("run")
 @click.argument("name", shell_complete=STUDIES)
-@click.option("--cell", shell_complete=CELLS, help="Only MODEL/QUANT.")
+@click.option("--cell", shell_complete=CELLS, help="Only MODEL/QUANT, or all of MODEL.")
 def study_run(name: str, cell: str | None) -> None:
     """Do the runs of study NAME that are not done, then write its document."""
     from moelib.base.bar import tqdm
@@ -235,7 +235,8 @@ def study_run(name: str, cell: str | None) -> None:
             say(f"{name} {note}")
         for line in ahead(asked, cells):
             say(line)
-    say(f"{name}: {len(cells)} notebooks, {planned} runs, {before} of them done")
+    books = len({c.model for c in cells} if asked.parameters.interleaved else cells)
+    say(f"{name}: {books} notebooks, {planned} runs, {before} of them done")
     bar = tqdm(total=planned, initial=before, unit="run", disable=None)
     # the bar counts the records on disk: reading them all would disturb the runs
     written = asked.path / "records"
@@ -244,7 +245,8 @@ def study_run(name: str, cell: str | None) -> None:
         problems = campaign.run_cells(asked, cells, say=tqdm.write)
     measured = asked.again()
     if cell:
-        say(f"{cell}: {measured.statuses[cell].summary()}")
+        for one in cells:
+            say(f"{one.name}: {measured.statuses[one.name].summary()}")
     else:
         problems = list(dict.fromkeys([*problems, *measured.problems]))
         say(measured.summary())
@@ -277,7 +279,7 @@ def ahead(asked: "Study", cells: "list[Cell]") -> Iterator[str]:
 
 @study.command("plan")
 @click.argument("name", shell_complete=STUDIES)
-@click.option("--cell", shell_complete=CELLS, help="Only MODEL/QUANT.")
+@click.option("--cell", shell_complete=CELLS, help="Only MODEL/QUANT, or all of MODEL.")
 @click.option("--vram", metavar="SIZE", help="Of a card that is not here, such as 12GiB.")
 def study_plan(name: str, cell: str | None, vram: str | None) -> None:
     """Show what study NAME needs (download, disk, RAM, VRAM) and which placements it runs; nothing is written."""

@@ -166,7 +166,12 @@ def _cells(_: click.Context) -> set[str]:
     from moelib.catalogue import params
 
     studies = map(params.study, params.study_names())
-    return {f"{model}/{quant}" for study in studies for model in study.models for quant in study.quants}
+    return {
+        name
+        for study in studies
+        for model in study.models
+        for name in (model, *(f"{model}/{quant}" for quant in study.quants))
+    }
 
 
 STUDIES, MEASURED, MODELS, QUANTS, CELLS = map(completing, (_studies, _measured, _models, _quants, _cells))

@@ -377,7 +377,7 @@ def hold(home: Path, lab_home: Path, uuid: str) -> None:
     stub = replace(engine.find(), tools={**engine.find().tools, "llama-server": lab_home / "tools/llama-server"})
     with mock.patch.object(engine, "find", return_value=stub), mock.patch.object(llama_server.Serving, "ask", ask):
         with mock.patch.object(device, "choose", return_value=FakeGpu(uuid)), BANDWIDTH:
-            list(campaign.measure(Study.named("smoke"), Study.named("smoke").cells[0]))
+            list(campaign.measure(Study.named("smoke"), Study.named("smoke").cells[:1]))
 
 
 # files

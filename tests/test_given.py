@@ -157,7 +157,7 @@ def test_a_study_measures_a_model_that_is_a_file(own, engine, quant):
     before = looks(path.parent)
     entry(own, "theirs/gpt-oss-MXFP4.gguf", quant=("as-is", quant))
     study, (cell,) = campaign.select("theirs")
-    done = list(campaign.measure(study, cell))
+    done = list(campaign.measure(study, [cell]))
     assert {r.status for r in done} <= {"valid", "degraded"}, [r.reasons for r in done]
     assert {(r.spec.model, r.spec.quant, r.spec.weights) for r in done} == {("theirs", quant, "real")}
     study = study.again()
@@ -200,7 +200,7 @@ def test_a_study_measures_a_file_of_a_repository(own, engine, shelf, monkeypatch
     assert (plan.header.label, str(plan.chosen.placement)) == ("MXFP4", "baseline")
     assert not models.folder().exists() or not list(models.folder().glob("**/*MXFP4.gguf"))
     study, (cell,) = campaign.select("theirs")
-    done = list(campaign.measure(study, cell))
+    done = list(campaign.measure(study, [cell]))
     assert {r.status for r in done} <= {"valid", "degraded"}, [r.reasons for r in done]
     (manifest,) = study.again().manifests
     assert manifest.origin == f"hf:acme/oss-GGUF/all/gpt-oss-MXFP4.gguf@{shelf.first}"

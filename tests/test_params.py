@@ -63,6 +63,16 @@ MISTAKES = [
     ("placements: [{placement: baseline}, {placement: baseline, load_mode: none}]", "must be the only baseline"),
     ("placements: [{placement: baseline}, {placement: n-cpu-moe=0}]", "placements.1.placement: .*N from 1 to 9999"),
     ("placements: [{placement: baseline}, {placement: 'cpu-moe,ubatsh=9'}]", r"did you mean 'ubatch'\?"),
+    (
+        "placements: [{placement: baseline}, {placement: cpu-moe}, {placement: cpu-moe, quants: [Q8_0]}]",
+        "placements names something twice for deepseek-moe-16b/Q8_0",
+    ),
+    (
+        "placements: [{placement: baseline}, {placement: cpu-moe}, {placement: n-cpu-moe=2, models: [phi-3.5-moe]}]",
+        "n-cpu-moe=2/mmap is for phi-3.5-moe, not of the study's models",
+    ),
+    ("placements: [{placement: baseline, rounds: 1}, {placement: cpu-moe}]", "what the others are compared with: of"),
+    ("placements: [{placement: baseline}, {placement: cpu-moe, rounds: 1}]", "needs two that are run in all rounds"),
     ("rounds: 0", "rounds: Input should be greater than 0"),
     ("rounds: 10001", "rounds: Input should be less than or equal to 10000"),
     ("requests: 1001", "requests: Input should be less than or equal to 1000"),

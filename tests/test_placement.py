@@ -124,6 +124,6 @@ def test_a_placement_that_makes_no_sense_for_a_model(text, layers, experts, faul
 
 def test_a_context_beyond_the_models_is_refused_with_its_own():
     long = Placement.parse("cpu-moe,context=8192")
-    assert "goes beyond the 4096 tokens that the model was trained for; take context=4096" in long.fault(4, [1], 4096)
+    assert "goes beyond the 4096 tokens of the model's training; take context=4096" in long.fault(4, [1], 4096)
     assert long.fault(4, [1], 8192) is None
     assert long.fault(4, [1]) is None  # of a header that does not say it

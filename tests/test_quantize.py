@@ -114,7 +114,7 @@ def test_a_study_of_a_quant_beyond_the_three_runs_and_is_ordered_by_its_bits(hom
     text = (home / "params/studies/smoke.yaml").read_text(encoding="utf-8")
     (home / "params/studies/more.yaml").write_text(text.replace("[Q8_0]", "[Q6_K, Q2_K]"), encoding="utf-8")
     study, cells = campaign.select("more")
-    done = [r for cell in cells for r in campaign.measure(study, cell)]
+    done = [r for cell in cells for r in campaign.measure(study, [cell])]
     assert {r.status for r in done} <= {"valid", "degraded"}, [r.reasons for r in done]
     assert {r.spec.quant for r in done} == {"Q2_K", "Q6_K"}
     assert plots._by_bits(study.again()) == ["Q2_K", "Q6_K"]

@@ -55,6 +55,42 @@ def test_a_plan_is_seeded_complete_and_random(home):
             assert {s.block for s in b} == {i}
 
 
+def test_a_placement_may_be_of_some_files_and_of_the_first_rounds(home):
+    demo = params.study("demo")
+    between = [
+        params.PlacementMode(placement="n-cpu-moe=2", quants=["Q4_K_M"], rounds=2),
+        params.PlacementMode(placement="n-cpu-moe=3", models=["phi-3.5-moe"]),
+    ]
+    study = demo.model_copy(update={"arms": (*demo.arms, *between)})
+    runs = {
+        c.name: [sorted(s.placement for s in block if s.placement.startswith("n-")) for block in c.blocks]
+        for c in plan.of(study).cells
+    }
+    both = ["n-cpu-moe=2", "n-cpu-moe=3"]
+    assert runs == {
+        "phi-3.5-moe/Q4_K_M": [both, both, ["n-cpu-moe=3"]],
+        "phi-3.5-moe/Q2_K": [["n-cpu-moe=3"]] * 3,
+        "phi-3.5-moe/Q8_0": [["n-cpu-moe=3"]] * 3,
+        "deepseek-moe-16b/Q4_K_M": [["n-cpu-moe=2"], ["n-cpu-moe=2"], []],
+        "deepseek-moe-16b/Q2_K": [[]] * 3,
+        "deepseek-moe-16b/Q8_0": [[]] * 3,
+    }
+
+
+def test_interleaved_the_quants_of_a_model_take_turns_in_seeded_order(home):
+    demo = params.study("demo")
+    one_by_one = plan.of(demo)
+    in_turns = plan.of(demo.model_copy(update={"interleaved": True}))
+    cells = [c for c in one_by_one.cells if c.model == "phi-3.5-moe"]
+    assert list(one_by_one.turns(cells)) == [(c, b) for c in cells for b in range(3)]
+    order = list(in_turns.turns(cells))
+    assert order == list(in_turns.turns(cells[::-1]))  # whatever the order in which they are given
+    assert [b for _, b in order] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    for b in range(3):
+        assert {c.quant for c, n in order if n == b} == {"Q4_K_M", "Q2_K", "Q8_0"}
+    assert len({tuple(c.quant for c, n in order if n == b) for b in range(3)}) > 1
+
+
 def test_the_plan_is_written_first_and_another_one_is_refused(home):
     folder = Study.named("smoke")
     assert not folder.path.exists()  # opening is reading
@@ -79,7 +115,7 @@ def test_a_cell_that_is_whole_is_read_without_engine_or_device_and_nothing_is_wr
     monkeypatch.setattr(files, "write_bytes", lambda path, _: pytest.fail(f"{path} was written"))
     folder = Study.named(name)
     before = tree(folder.path)
-    records = list(campaign.measure(folder, folder.cells[0]))
+    records = list(campaign.measure(folder, folder.cells[:1]))
     assert [r.spec for r in records] == folder.cells[0].specs
     assert all(r.done for r in records)
     assert tree(folder.path) == before
@@ -209,8 +245,8 @@ def test_status_lists_every_run_that_is_missing_or_wrong():
     bad = record_of(status="failed", placement="cpu-moe", order=1)
     assert status(base, bad).problems[0].endswith("round 1: failed (engine-ended)")
     with pytest.raises(StudyError, match="engine-ended"):
-        campaign.require_complete(status(base, bad))
-    campaign.require_complete(whole)
+        campaign.require_complete([status(base, bad)])
+    campaign.require_complete([whole])
     other = with_observed(with_facts(moe, "sheet", sha256="c" * 64), file_sha256="c" * 64)
     mixed = status(base, other)
     assert mixed.rounds == ()
@@ -274,7 +310,7 @@ def test_without_a_device_nothing_is_made_or_measured(home, monkeypatch):
     monkeypatch.setattr(campaign.device, "choose", lambda *_: campaign.device.NoDevice())
     folder = Study.named("smoke")
     with pytest.raises(StudyError, match="study smoke has no device .*no offload .* could be valid: run `make engine`"):
-        list(campaign.measure(folder, folder.cells[0]))
+        list(campaign.measure(folder, folder.cells[:1]))
     assert not folder.path.exists()
 
 
@@ -387,7 +423,7 @@ def test_runs_of_another_engine_are_not_mixed_in(copy):
     sorted((folder.path / "records").glob("*.json"))[0].unlink()
     rewrite(folder.path, lambda r: with_facts(r, "engine", server_sha256="0" * 64))
     with pytest.raises(StudyError, match="another engine"):
-        list(campaign.measure(folder, cell))
+        list(campaign.measure(folder, [cell]))
 
 
 @pytest.mark.engine
@@ -399,7 +435,7 @@ def test_a_block_that_another_gpu_began_is_done_on_this_one_alone(copy):
     missing.unlink()
     rewrite(folder.path, lambda r: with_facts(r, "device", uuid="GPU-of-another-day"))
     before = {r.run_id for r in record.read_all(folder.path)[0]}
-    records = list(campaign.measure(folder, cell))
+    records = list(campaign.measure(folder, [cell]))
     assert [(r.spec.block, r.device.uuid) for r in records] == [(0, None)] * 2 + [(1, "GPU-of-another-day")] * 2
     assert folder.status_now(cell).complete
     after = {r.run_id for r in record.read_all(folder.path)[0]}
@@ -434,8 +470,12 @@ def test_what_is_done_of_a_block():
 def test_a_cell_can_be_chosen_alone(home):
     _, cells = campaign.select("demo", "phi-3.5-moe/Q2_K")
     assert [c.name for c in cells] == ["phi-3.5-moe/Q2_K"]
-    with pytest.raises(params.ParamsError):
-        campaign.select("demo", "phi-3.5-moe")
+    for all_of_it in ("phi-3.5-moe", "phi-3.5-moe/all"):
+        _, cells = campaign.select("demo", all_of_it)
+        assert [c.name for c in cells] == [f"phi-3.5-moe/{q}" for q in ("Q4_K_M", "Q2_K", "Q8_0")]
+    for unknown in ("phi", "phi-3.5-moe/Q2"):
+        with pytest.raises(params.ParamsError):
+            campaign.select("demo", unknown)
 
 
 def test_a_prompts_length_that_one_runs_server_does_not_tell_leaves_the_others():

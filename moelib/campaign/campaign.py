@@ -7,10 +7,10 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from moelib.catalogue import params
 from moelib.catalogue.facts import Manifest
 from moelib.engine import engine, quants
 from moelib.machine import host, process
-from moelib.measure import device
+from moelib.measure import device, run
 from moelib.measure.llama_server import LlamaServer
 from moelib.models import quantize, remote, sources
 from moelib.study import gather
@@ -35,24 +35,32 @@ from moelib.study.study import Study, same_manifest
 
 log = logging.getLogger(__name__)
 
+EVERY = "all"
+"""Stands for every quant of a model, as a parameter of a notebook."""
 
-Obtain = Callable[[engine.Engine, Path], quantize.Quantised]
+
+Obtain = Callable[[Cell, engine.Engine, Path], quantize.Quantised]
 """What makes a cell's file, or finds it, given the engine and a folder for scratch."""
 
 
-def measure(study: Study, cell: Cell, obtain: Obtain | None = None) -> Iterator[record.Record]:
-    """Make the cell's file, then do every run that has no valid record; yield each run's record as it stands.
+def measure(study: Study, cells: Sequence[Cell], obtain: Obtain | None = None) -> Iterator[record.Record]:
+    """Make the cells' files, then do every run that has no valid record; yield each run's record as it stands.
 
-    obtain: what gives the file; by default it is that of the catalogue's model at the cell's quant. A run that fails is
-    recorded and the next one goes on. A cell that is whole is read, and needs neither engine nor device. Raises what
-    stands in the way of all runs: no engine, no device, no source, no disk.
+    Cells that are whole are read first, and need neither engine nor device. Of the others every round is done in the
+    plan's order, in which the quants of a model may take turns: all their files are made first. A run that fails is
+    recorded and the next one goes on. obtain: what gives a file; by default it is that of the catalogue's model at the
+    cell's quant. Raises what stands in the way of all runs: no engine, no device, no source, no disk.
     """
-    evidence = study.evidence_now(cell)
-    if _whole(study, cell, status := study.status_now(cell, evidence)):
-        yield from (r for block in status.rounds for r in block)
+    left = []
+    for cell in cells:
+        if _whole(study, cell, status := study.status_now(cell)):
+            yield from (r for block in status.rounds for r in block)
+        else:
+            left.append(cell)
+    if not left:
         return
     if obtain is None:
-        refuse_senseless(study, [cell])
+        refuse_senseless(study, left)
     llama = engine.find()
     where = device.choose(study.parameters.device, llama)
     if where.kind == "none":
@@ -63,27 +71,58 @@ def measure(study: Study, cell: Cell, obtain: Obtain | None = None) -> Iterator[
         )
     if obtain is None:
         quants.check(llama, _to_make(study.parameters))
+        obtain = partial(_catalogued, study)
     study.begin()
     study.work.mkdir(parents=True, exist_ok=True)
     with held(where), _scratch(study) as work:
         process.sweep(study.work)
-        quantised = (obtain or partial(_catalogued, study, cell))(llama, work)
-        if study.manifest(cell) != Manifest.model_validate(quantised.manifest):
-            files.write_json(study.manifest_path(cell), quantised.manifest)
-        bench = Bench.ready(quantised, LlamaServer(llama), where, work)
-        evidence = study.evidence_now(cell, set_aside=True)
-        _same_setup([r for r in evidence.records if r.done], bench)
+        begun: dict[str, _Begun] = {}
+        for cell in left:
+            quantised = obtain(cell, llama, work)
+            first = next((b.bench for b in begun.values()), None)  # device and host are measured once
+            bench = first or Bench.ready(quantised, LlamaServer(llama), where, work)
+            begun[cell.name] = _begin(study, cell, bench._replace(quantised=quantised))
+        for cell, b in study.plan.turns(left):
+            yield from begun[cell.name].round(cell.blocks[b])
+
+
+def _begin(study: Study, cell: Cell, bench: Bench) -> "_Begun":
+    """Note the cell's file. Raises StudyError if there are runs of another one, or of another engine or device."""
+    manifest = bench.quantised.manifest
+    if study.manifest(cell) != Manifest.model_validate(manifest):
+        files.write_json(study.manifest_path(cell), manifest)
+    evidence = study.evidence_now(cell, set_aside=True)
+    _same_setup([r for r in evidence.records if r.done], bench)
+    return _Begun(study, bench, evidence)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A cell whose runs can be done: its file on a device, and what there is of it."""
+
+    study: Study
+    bench: Bench
+    evidence: gather.Evidence
+
+    @cached_property
+    def last(self) -> Counter[str]:
+        """Run -> its last attempt."""
         last: Counter[str] = Counter()
-        for r in evidence.records:
+        for r in self.evidence.records:
             last[r.key] = max(last[r.key], r.attempt)
-        for specs in cell.blocks:
-            standing = gather.standing_for(specs, evidence.standing)
-            problems = [evidence.why_not(r) for r in standing]
-            for spec, existing, to_do in zip(specs, standing, _to_do(standing, problems, _machine(bench)), strict=True):
-                if to_do or existing is None:
-                    attempt = 1 + last[record.spec_key(spec)]
-                    existing = record.write(study.path, bench.perform(study.path, spec, attempt))
-                yield existing
+        return last
+
+    def round(self, specs: Sequence[run.Spec]) -> Iterator[record.Record]:
+        """Do what is not done of one round."""
+        standing = gather.standing_for(specs, self.evidence.standing)
+        problems = [self.evidence.why_not(r) for r in standing]
+        for spec, existing, to_do in zip(
+            specs, standing, _to_do(standing, problems, _machine(self.bench)), strict=True
+        ):
+            if to_do or existing is None:
+                attempt = 1 + self.last[record.spec_key(spec)]
+                existing = record.write(self.study.path, self.bench.perform(self.study.path, spec, attempt))
+            yield existing
 
 
 def _catalogued(study: Study, cell: Cell, llama: engine.Engine, work: Path) -> quantize.Quantised:
@@ -200,20 +239,21 @@ def _same_setup(done: list[record.Record], bench: Bench) -> None:
             )
 
 
-def require_complete(status: Status) -> None:
-    """Raise StudyError naming every planned run that has no valid record."""
-    if not status.complete:
-        raise StudyError("not everything that was planned is valid; run again to retry:\n" + "\n".join(status.problems))
+def require_complete(statuses: Iterable[Status]) -> None:
+    """Raise StudyError naming every planned run of some cells that has no valid record."""
+    if problems := [p for status in statuses for p in status.problems]:
+        raise StudyError("not everything that was planned is valid; run again to retry:\n" + "\n".join(problems))
 
 
 def select(name: str, cell: str | None = None, room: preflight.Room | None = None) -> tuple[Study, list[Cell]]:
-    """The study's folder and its cells, or the one named MODEL/QUANT; planned for this machine, or for `room`, where
-    it is to fit. Raises ParamsError, and what `preflight.of` does."""
+    """The study's folder and its cells, or the one named MODEL/QUANT, or all of MODEL; planned for this machine, or for
+    `room`, where it is to fit. Raises ParamsError, and what `preflight.of` does."""
     study = preflight.of(name, room)
     if cell is None:
         return study, study.cells
     model, _, quant = cell.partition("/")
-    return study, [study.cell(model, quant)]
+    names = study.parameters.quants if quant in ("", EVERY) else [quant]
+    return study, [study.cell(model, q) for q in names]
 
 
 def _whole(study: Study, cell: Cell, status: Status) -> bool:
@@ -233,19 +273,30 @@ def run_cells(study: Study, cells: list[Cell], say: Callable[[str], object] = lo
         quants.check(engine.find(), _to_make(study.parameters))
     problems = []
     study.begin()
-    for i, cell in enumerate(cells):
-        out = study.path / "notebooks" / f"{cell.file_name}.ipynb"
-        status = statuses[cell.name]
-        if not (_whole(study, cell, status) and notebooks.is_whole(out)):
-            say(f"{cell.name} ({i + 1} of {len(cells)})")
+    together = _together(study, cells)
+    for i, group in enumerate(together):
+        name = group[0].name if len(group) == 1 else group[0].model
+        out = study.path / "notebooks" / f"{name.replace('/', '-')}.ipynb"
+        if not (all(_whole(study, c, statuses[c.name]) for c in group) and notebooks.is_whole(out)):
+            say(f"{name} ({i + 1} of {len(together)})")
+            quant = group[0].quant if len(group) == 1 else EVERY
+            failed = None
             try:
-                parameters = {"study": study.name, "model": cell.model, "quant": cell.quant}
+                parameters = {"study": study.name, "model": group[0].model, "quant": quant}
                 notebooks.execute("run", out, parameters, progress=False)
-                status = study.status_now(cell)
             except notebooks.NotebookError as err:
-                log.error("%s: %s", cell.name, err)
-                status = study.status_now(cell)
-                if status.complete:
-                    problems.append(f"{cell.name}: its runs are valid, its notebook is not: {err}")
-        problems += status.problems
+                log.error("%s: %s", name, err)
+                failed = err
+            statuses |= {c.name: study.status_now(c) for c in group}
+            if failed and all(statuses[c.name].complete for c in group):
+                problems.append(f"{name}: its runs are valid, its notebook is not: {failed}")
+        problems += [p for c in group for p in statuses[c.name].problems]
     return problems
+
+
+def _together(study: Study, cells: Sequence[Cell]) -> list[list[Cell]]:
+    """The cells of each notebook: one, or all of a model where its quants take turns."""
+    if not study.parameters.interleaved:
+        return [[cell] for cell in cells]
+    models = dict.fromkeys(cell.model for cell in cells)
+    return [[cell for cell in cells if cell.model == model] for model in models]

@@ -133,7 +133,7 @@ def measure(
         raise plans.StudyError(f"{kept} is the plan of other runs: move {study.path} away, and measure again")
     (cell,) = study.cells
     total = len(cell.specs)
-    for i, r in enumerate(campaign.measure(study, cell, lambda *_: quantised), 1):
+    for i, r in enumerate(campaign.measure(study, [cell], lambda *_: quantised), 1):
         say(f"{i} of {total}: {r.spec.placement}, {r.status}{' ' if r.reasons else ''}{', '.join(r.reasons)}")
     in_order = sorted(trials.done.items(), key=lambda item: item[1].spec.placed.order)
     measured = Measured(plan, study.again(), dict(in_order))

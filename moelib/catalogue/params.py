@@ -3,6 +3,7 @@
 No other module reads that folder. Unknown keys and names are refused with the allowed values before any work starts.
 """
 
+import itertools
 import os
 from collections.abc import Sequence
 from functools import cache
@@ -143,10 +144,15 @@ class Workload(Strict):
 
 
 class PlacementMode(Strict):
-    """A placement and a load mode; each round of a study runs every one of them once."""
+    """A placement and a load mode; each round of a study runs every one of them once, of all files or of some."""
 
     placement: Annotated[str, AfterValidator(lambda text: str(Placement.parse(text)))]
     load_mode: Literal["mmap", "none", "mlock"] = "mmap"
+    models: tuple[str, ...] | None = None
+    """Of which models it is run; None: of all."""
+    quants: tuple[Quant, ...] | None = None
+    rounds: PositiveInt | None = None
+    """In how many rounds, the first ones; None: in all."""
 
     @property
     def placed(self) -> Placement:
@@ -155,6 +161,18 @@ class PlacementMode(Strict):
     @property
     def label(self) -> str:
         return f"{self.placement}/{self.load_mode}"
+
+    @property
+    def is_limited(self) -> bool:
+        return (self.models, self.quants, self.rounds) != (None, None, None)
+
+    def is_of(self, model: str, quant: str) -> bool:
+        """Whether it is run of a file."""
+        return model in (self.models or [model]) and quant in (self.quants or [quant])
+
+    def is_in(self, block: int) -> bool:
+        """Whether it is run in a round, counted from 0."""
+        return self.rounds is None or block < self.rounds
 
 
 class Study(Strict):
@@ -180,6 +198,9 @@ class Study(Strict):
     """Requests of each workload in a run, in order; records mark the first one."""
     blocks: Annotated[PositiveInt, Field(le=10_000, validation_alias=AliasChoices("rounds", "blocks"))] = 5
     """Rounds; people write `rounds`, committed plans have `blocks`."""
+    interleaved: bool = False
+    """Whether the quants of a model take turns, round by round, so that they are compared on one machine at about the
+    same time; else one is finished after the other."""
     context: Tokens = 1024
     device: Literal["auto", "cuda", "loopback", "none"] = "auto"
     seed: Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
@@ -205,10 +226,10 @@ class Study(Strict):
 
     @model_validator(mode="after")
     def _unique(self) -> Self:
-        for field in ("models", "quants", "workloads", "arms"):
+        for field in ("models", "quants", "workloads"):
             values = getattr(self, field)
             if len(set(values)) != len(values):
-                raise ValueError(f"{'placements' if field == 'arms' else field} names something twice")
+                raise ValueError(f"{field} names something twice")
         ranks = [a.placed.rank for a in self.arms]
         if ranks and (
             len(ranks) < 2 or ranks[0] != min(ranks) or [a.placement for a in self.arms].count(REFERENCE) > 1
@@ -217,6 +238,18 @@ class Study(Strict):
                 "the first of the placements is what the others are compared with, and at least one must follow it: "
                 "it must be the only baseline or, where no card holds one, what has most on the GPU"
             )
+        if self.arms and self.arms[0].is_limited:
+            raise ValueError("the first of the placements is what the others are compared with: of all, in all rounds")
+        for mode in self.arms:
+            for field, listed in (("models", self.models), ("quants", self.quants)):
+                if other := sorted(set(getattr(mode, field) or ()) - set(listed)):
+                    raise ValueError(f"placements: {mode.label} is for {', '.join(other)}, not of the study's {field}")
+        for model, quant in itertools.product(self.models, self.quants):
+            labels = [m.label for m in self.placements_of(model, quant)]
+            if len(set(labels)) != len(labels):
+                raise ValueError(f"placements names something twice for {model}/{quant}")
+            if labels and sum(m.rounds is None for m in self.placements_of(model, quant)) < 2:
+                raise ValueError(f"placements: {model}/{quant} needs two that are run in all rounds")
         if self.weights == "real" and self.scale != "full":
             raise ValueError("real weights have only the scale full")
         runs = len(self.models) * len(self.quants) * max(2, len(self.arms)) * self.blocks
@@ -225,6 +258,10 @@ class Study(Strict):
                 f"models x quants x placements x rounds is {runs} runs, more than {MAX_RUNS}: make two studies"
             )
         return self
+
+    def placements_of(self, model: str, quant: str) -> tuple[PlacementMode, ...]:
+        """Those that are run of a file."""
+        return tuple(mode for mode in self.arms if mode.is_of(model, quant))
 
 
 class Card(Strict):

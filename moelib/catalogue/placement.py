@@ -145,7 +145,7 @@ class Placement:
         """Why it makes no sense for a model of `layers` layers, of which `expert_layers` have experts, that was trained
         for `trained` tokens, with what would; None if it does."""
         if trained is not None and self.context is not None and self.context > trained:
-            return f"{self} goes beyond the {trained:.0f} tokens that the model was trained for; take context={trained:.0f}"
+            return f"{self} goes beyond the {trained:.0f} tokens of the model's training; take context={trained:.0f}"
         if self.is_baseline:
             return None
         if not expert_layers:

@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,6 +84,16 @@ class Plan(params.Strict):
             raise ValueError("its cells or workloads are not those of its study")
         return self
 
+    def turns(self, cells: Sequence[Cell]) -> Iterator[tuple[Cell, int]]:
+        """The order in which rounds are run: (cell, round from 0); where the quants take turns, in seeded order."""
+        if not self.study.interleaved:
+            yield from ((cell, b) for cell in cells for b in range(len(cell.blocks)))
+            return
+        for b in range(self.study.blocks):
+            shuffled = sorted(cells, key=lambda cell: cell.name)
+            random.Random(f"{self.study.seed}/{b}").shuffle(shuffled)
+            yield from ((cell, b) for cell in shuffled)
+
     def asks_for_the_runs_of(self, other: Plan) -> bool:
         """Whether both ask for the same runs; the number of the records' schema is not of the plan's own."""
         return self.model_copy(update={"schema_version": other.schema_version}) == other
@@ -105,11 +115,13 @@ def of(study: params.Study, planned: Mapping[str, Sequence[params.PlacementMode]
     cells = []
     for model, quant in itertools.product(study.models, study.quants):
         shuffled, blocks = random.Random(f"{study.seed}/{model}/{quant}"), []
+        placements = planned[f"{model}/{quant}"] if planned else study.placements_of(model, quant)
         for b in range(study.blocks):
-            modes = [mode.model_dump() for mode in (planned[f"{model}/{quant}"] if planned else study.arms)]
+            modes = [mode for mode in placements if mode.is_in(b)]
             shuffled.shuffle(modes)
             common = {"model": model, "quant": quant, "block": b, **same}
-            blocks.append(tuple(run.Spec(order=i, **mode, **common) for i, mode in enumerate(modes)))
+            sides = enumerate((mode.placement, mode.load_mode) for mode in modes)
+            blocks.append(tuple(run.Spec(order=i, placement=p, load_mode=load, **common) for i, (p, load) in sides))
         cells.append(Cell(model, quant, tuple(blocks)))
     if not planned:
         random.Random(study.seed).shuffle(cells)
