@@ -34,8 +34,9 @@ demo: ## the whole demo study: from nothing to its document
 	@$(MAKE) --no-print-directory engine
 	@$(BIN)/moelib study run demo
 
-test: engine lint ## the test suite
-	@$(BIN)/python -m pytest
+test: engine lint ## the test suite: what is timed alone, all else side by side
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not alone"; others=$$?; \
+	  $(BIN)/python -m pytest -m alone && exit $$others
 
 quick: setup ## the fast tests that need no engine: under a minute
 	@MOELIB_LLAMA_CPP=/nowhere $(BIN)/python -m pytest -q -m "not engine and not slow"

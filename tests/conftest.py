@@ -79,14 +79,33 @@ SLOW = {
     "test_probe",
 }
 """Files, and tests of other files, that take seconds each; `make quick` leaves them out."""
+ALONE = {
+    # runs are timed, and audited by what else ran meanwhile
+    "test_demo",
+    "test_face",
+    "test_faults",
+    "test_given",
+    "test_notebooks",
+    "test_preflight",
+    "test_preview",
+    "test_reference",
+    "test_run",
+    "test_settings",
+    "test_study",
+    "test_stub",
+    "test_sweep",
+}
+"""Files whose tests with the real engine have the machine for themselves; `make test` runs all others side by side."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever uses the real engine, and whatever is slow, is marked so."""
+    """Whatever uses the real engine, whatever is slow, and whatever needs the machine for itself, is marked so."""
     for item in items:
         if "engine" in getattr(item, "fixturenames", ()):
             item.add_marker("engine")
         name = item.path.stem
+        if name in ALONE and item.get_closest_marker("engine"):
+            item.add_marker("alone")
         if SLOW & {name, f"{name}::{getattr(item, 'originalname', item.name)}"}:
             item.add_marker("slow")
 

@@ -684,11 +684,11 @@ def no_orphans(within_s: float = 15) -> bool:
     return False
 
 
-for _name, _stop in (("kill -9", kill), ("Ctrl-C", ctrl_c)):
+for _name, _stop, _often in (("kill -9", kill, 5), ("Ctrl-C", ctrl_c, 1)):
 
     @fault(f"{_name} at random moments", "kill", "nothing lost", 120)
-    def _(folder, chance, rounds, stop=_stop):
-        return interrupted(folder, chance, rounds, stop)
+    def _(folder, chance, rounds, stop=_stop, often=_often):
+        return interrupted(folder, chance, often * rounds, stop)
 
 
 class Campaign:

@@ -277,6 +277,7 @@ def test_an_absolute_name_is_unpacked_inside_the_folder(tmp_path):
         *((GOOD[:cut] or b"PK", "cannot be unpacked") for cut in (0, 10, 100, 5000)),
         (packed(("x", b"x")), "holds no llama-server"),
     ],
+    ids=["0 bytes", "10 bytes", "100 bytes", "5000 bytes", "another program"],  # the data's own differ by the hour
 )
 def test_a_damaged_archive_is_refused_whatever_its_hash(machine, site, data, words):
     pin = offered(site, machine, data)
