@@ -35,7 +35,8 @@ def test_run_works_by_itself_and_from_a_file_of_parameters(home, models_folder):
     assert sum("image/png" in o.get("data", {}) for o in outputs) == 2
     provenance = [o["metadata"]["moelib"] for o in outputs if "moelib" in o.get("metadata", {})]
     assert {t["name"] for t in provenance if t["kind"] == "table"} == {"sheet", "placement", "runs"}
-    assert {t["name"] for t in provenance if t["kind"] == "figure"} == {"memory", "tokens-smoke"}
+    figures = {"memory-deepseek-moe-16b-Q8_0", "tokens-deepseek-moe-16b-Q8_0-smoke"}
+    assert {t["name"] for t in provenance if t["kind"] == "figure"} == figures
     assert all(row["from"] for t in provenance for row in t.get("rows", [t]))
     assert table.collect(provenance)["sources"]
     assert len(list((home / "outputs/smoke/records").glob("*.json"))) == 4
