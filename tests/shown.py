@@ -10,8 +10,8 @@ from unittest import mock
 
 from conftest import REPO
 
+from moelib.figures import plots
 from moelib.report import document as documents
-from moelib.report import plots
 
 
 def document(name: str, figures: bool = False, book: str = "analysis", **parameters: str) -> str:

@@ -25,8 +25,9 @@ from pydantic import BaseModel
 
 from moelib import cli
 from moelib.base import files, neutral
+from moelib.figures import plots
 from moelib.publish import cards
-from moelib.report import appendix, document, plots, table
+from moelib.report import appendix, document, table
 from moelib.study import study
 
 HOSTILE = (

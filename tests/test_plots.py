@@ -10,7 +10,7 @@ from factory import record_of, with_spec
 from matplotlib.colors import to_hex
 
 from moelib.catalogue.params import PlacementMode
-from moelib.report import axes, plots
+from moelib.figures import axes, plots
 from moelib.study import frames, study
 
 PLACEMENTS = {

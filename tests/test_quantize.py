@@ -13,11 +13,11 @@ from moelib.base import files
 from moelib.campaign import campaign
 from moelib.catalogue.params import ParamsError
 from moelib.engine import quants
+from moelib.figures import plots
 from moelib.gguf import gguf_file
 from moelib.machine import process
 from moelib.models import models, quantize
 from moelib.models.quantize import QuantizeError
-from moelib.report import plots
 from moelib.study import plan
 
 pytestmark = pytest.mark.engine

@@ -66,6 +66,12 @@ def ratio(pairs: Sequence[tuple[float, float]]) -> Estimate:
     return Estimate(math.exp(e.value), low, high, e.n)
 
 
+def inverse(e: Estimate) -> Estimate:
+    """Of a ratio, that of the other side to the one."""
+    low, high = (1 / x if x else None for x in (e.high, e.low))
+    return Estimate(1 / e.value, low, high, e.n)
+
+
 def byte_unit(largest: float) -> tuple[str, int]:
     """(name, bytes) of the unit that suits `largest`: MiB or GiB."""
     return ("GiB", 2**30) if largest >= 2**30 else ("MiB", 2**20)

@@ -19,8 +19,9 @@ from matplotlib.patches import Patch
 from moelib.audit.record import Record
 from moelib.base import files, neutral
 from moelib.base.stats import byte_unit, values
-from moelib.report import axes, table
-from moelib.report.axes import COLOURS, HATCHES, MARKERS, nth
+from moelib.figures import axes
+from moelib.figures.axes import COLOURS, HATCHES, MARKERS, nth
+from moelib.report import table
 from moelib.study import frames
 from moelib.study.study import Study
 

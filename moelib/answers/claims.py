@@ -1,0 +1,167 @@
+"""The plan's three hypotheses, each half by itself, and its six criteria of success, by code from records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+
+from moelib.answers import contrasts
+from moelib.answers.contrasts import Contrast
+from moelib.answers.verdicts import OPEN, Answer, Verdict, merged, offloads
+from moelib.base import stats
+from moelib.base.neutral import markdown as neutral
+from moelib.base.stats import percent, size
+from moelib.study.study import Study
+
+AWAY = ("cpu-moe", "mmap")
+PLANNED = {"baseline", "cpu-moe"}
+PLANNED_ROUNDS = 3
+"""The plan's runs: each of these placements so often."""
+
+
+def hypotheses(study: Study) -> list[Answer]:
+    """H1 to H3, each in the halves that it is made of."""
+    workload = study.parameters.workloads[-1]
+    rate, ttft = f"tokens_per_s/{workload}", f"ttft_warm_s/{workload}"
+    return [
+        _extreme(study, "H1: Q2_K needs the least VRAM with offload", "Q2_K", "vram_bytes", least=True),
+        _extreme(study, "H1: Q2_K decodes fastest with offload", "Q2_K", rate, least=False),
+        _extreme(
+            study, "H1: at Q2_K there is the least to move: TTFT is shortest with offload", "Q2_K", ttft, least=True
+        ),
+        _saves(study, "H2: Q4_K_M saves VRAM with offload", "Q4_K_M"),
+        Answer("H2: Q4_K_M is a good balance of quality and VRAM", "open", (_sentence(OPEN),)),
+        _extreme(study, "H3: Q8_0 needs the most VRAM with offload", "Q8_0", "vram_bytes", least=False),
+        _saves(study, "H3: Q8_0 still benefits: offload saves VRAM", "Q8_0"),
+        Answer("H3: Q8_0 has the highest quality", "open", (_sentence(OPEN),)),
+    ]
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _extreme(study: Study, claim: str, quant: str, column: str, least: bool) -> Answer:
+    """Whether a quant has the least, or the most, of a column with all experts on the CPU, against each other one."""
+    found = [_facing(c, quant) for c in contrasts.of_values(study.runs, column, AWAY) if quant in (c.first, c.second)]
+    if not found:
+        return Answer(claim, "open", (f"The study has no {quant} beside another quant with all experts on the CPU.",))
+    told = {"supported" if (ratio < 1) == least and ratio != 1 else "refuted" for _, ratio, c in found if c.is_told}
+    if any(not c.is_told for _, _, c in found) and "refuted" not in told:
+        verdict: Verdict = "undecided"
+    else:
+        verdict = "refuted" if "refuted" in told else "supported"
+    return Answer(claim, verdict, tuple(text for text, _, _ in found), merged(c for _, _, c in found))
+
+
+def _facing(c: Contrast, quant: str) -> tuple[str, float, Contrast]:
+    """(sentence, ratio of the quant to the other one, the contrast)."""
+    ratio, other = (c.ratio, c.second) if c.first == quant else (stats.inverse(c.ratio), c.first)
+    machines = ", on different machines" if c.apart and c.column != "vram_bytes" else ""
+    return f"{neutral(c.model)}: {quant} / {neutral(other)} {stats.estimate(ratio)}{machines}.", ratio.value, c
+
+
+def _saves(study: Study, claim: str, quant: str) -> Answer:
+    """Whether all experts on the CPU save VRAM at a quant, in every round."""
+    found = [c for c in offloads(study, "vram_bytes") if c.quant == quant and c.ratio and c.difference]
+    if not found:
+        return Answer(claim, "open", (f"The study has no {quant} with a baseline and all experts on the CPU.",))
+    saved = all((c.before["vram_bytes"].to_numpy() > c.after["vram_bytes"].to_numpy()).all() for c in found)
+    sentences = [
+        f"{neutral(c.model)}: {size(c.difference.value)} of {size(c.baseline.value)}, {percent(1 - c.ratio.value)}, in "
+        f"{c.difference.n} rounds."
+        for c in found
+        if c.difference and c.baseline and c.ratio
+    ]
+    return Answer(claim, "supported" if saved else "refuted", tuple(sentences), merged(found))
+
+
+def criteria(study: Study) -> list[Answer]:
+    """The plan's six criteria of success, with their state."""
+    return [test(study) for test in (_files, _runs, _vram, _consistent, _cards, _uploaded)]
+
+
+def _state(asked: str, met: bool, why: str, sources: dict[str, str] | None = None) -> Answer:
+    return Answer(asked, "met" if met else "not met", (why,), sources or {})
+
+
+def _files(study: Study) -> Answer:
+    planned, made = len(study.cells), len({(m.model, m.quant) for m in study.manifests})
+    why = f"{made} of {planned} planned files were made, each with its manifest and SHA-256."
+    return _state("All quantised files are complete", made == planned, why)
+
+
+def _runs(study: Study) -> Answer:
+    asked = [
+        s
+        for c in study.cells
+        for b in c.blocks[:PLANNED_ROUNDS]
+        for s in b
+        if s.placement in PLANNED and s.load_mode == "mmap"
+    ]
+    usable = {(r.spec.model, r.spec.quant, r.spec.label, r.spec.block) for r in study.used}
+    done = sum((s.model, s.quant, s.label, s.block) in usable for s in asked)
+    tally = study.tally
+    why = (
+        f"{done} of the {len(asked)} runs that the plan has (baseline and cpu-moe, {PLANNED_ROUNDS} times each) are "
+        f"usable; of all runs here {tally['usable']} of {tally['planned']}."
+    )
+    return _state("All planned runs went without errors", done == len(asked) and bool(asked), why)
+
+
+def _vram(study: Study) -> Answer:
+    runs = study.runs
+    known = runs["vram_bytes"].notna()
+    below = int((runs["vram_bytes"] < runs["vram_engine_bytes"]).sum())
+    least = f", the least is {size(float(runs['vram_bytes'].min()))}" if known.any() else ""
+    why = (
+        f"{int(known.sum())} of {len(runs)} usable runs have a VRAM on which the driver, the whole device and the "
+        f"engine's buffers agree; in {below} it is below these buffers{least}."
+    )
+    return _state("VRAM is measured accurately (no 0 or 3 MB)", bool(known.all()) and not below and len(runs) > 0, why)
+
+
+def _consistent(study: Study) -> Answer:
+    asked = "CPU offload saves VRAM alike at all quants"
+    found = [c for c in offloads(study, "vram_bytes") if c.difference and len(c.after)]
+    shares = [c.difference.value / float(c.after["moved_bytes"].iloc[0]) for c in found if c.difference]
+    if not shares:
+        return Answer(asked, "open", ("No quant has a baseline and all experts on the CPU.",))
+    met = max(shares) / min(shares) <= 1 + contrasts.MARGIN and min(shares) > 0
+    why = f"What is saved is {stats.span(shares, percent)} of the experts' bytes that are moved, in {len(found)} files."
+    return _state(asked, met, why, merged(found))
+
+
+def _cards(study: Study) -> Answer:
+    """A card is true to the records if each run that it cites has the digest that it had then."""
+    now = {r.run_id: r.digest for r in study.records}
+    pages, cited, changed = 0, 0, 0
+    for path in sorted((study.path / "cards").glob("*/provenance.json")):
+        runs = {(k, v) for k, v in _cited(path.read_bytes()) if k in now}
+        pages += len(list(path.parent.glob("*.md")))
+        cited, changed = cited + len(runs), changed + sum(now[k] != v for k, v in runs)
+    why = (
+        f"{pages} cards cite {cited} runs by digest, of which {changed} changed since."
+        if pages
+        else f"There are none yet: `moelib card {neutral(study.name)}` makes them."
+    )
+    return _state("Model cards are accurate", bool(pages and cited) and not changed, why)
+
+
+def _cited(provenance: bytes) -> Iterator[tuple[str, str]]:
+    for page in json.loads(provenance).values():
+        yield from page["sources"].items()
+
+
+def _uploaded(study: Study) -> Answer:
+    receipts = sorted((study.path / "published").glob("*.json"))
+    asked, twin = "Files and cards are on the Hugging Face Hub", study.parameters.weights == "twin"
+    if receipts:
+        return _state(
+            asked, True, f"{len(receipts)} repositories were read back whole: {', '.join(p.stem for p in receipts)}."
+        )
+    why = "random weights are not to be published" if twin else "nothing was uploaded yet (`moelib publish`)"
+    return _state(asked, False, _sentence(why))
+
+
+CLAIMS: tuple[Callable[[Study], list[Answer]], ...] = (hypotheses, criteria)

@@ -1,0 +1,177 @@
+"""What a study measured of a file in a placement, as one point; which points others dominate; what fits a card."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from moelib.base import stats
+from moelib.base.stats import Estimate
+from moelib.catalogue.facts import Manifest
+from moelib.catalogue.placement import Placement
+from moelib.study import frames
+from moelib.study.study import Study
+
+PROCESS_BYTES = 512 << 20
+"""What the server takes of RAM beside weights: 247 to 512 MiB in the committed runs with a GPU."""
+ALIKE = 0.01
+"""VRAM that differs by less is called equal."""
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """A file in a placement: means over the rounds of a study, or between those of two measured placements."""
+
+    model: str
+    quant: str
+    placement: Placement
+    moved_layers: int
+    """Layers whose experts the CPU keeps."""
+    vram_bytes: float
+    """The most that any of its runs needed; between two placements, of a line through both."""
+    ram_bytes: float
+    """Weights that stay in RAM, and what the server takes."""
+    rate: Estimate
+    """tokens/s; without an interval where it is predicted."""
+    ttft: Estimate | None
+    """Of warm requests, s."""
+    bits_per_weight: float
+    sources: dict[str, str]
+    between: tuple[str, str] | None = None
+    """The placements that it was predicted from; None of what was measured."""
+
+    @property
+    def is_measured(self) -> bool:
+        return self.between is None
+
+    def surely_faster(self, other: Point) -> bool:
+        return _surely_less(other.rate, self.rate)
+
+    def dominates(self, other: Point) -> bool:
+        """Whether it is better than another in VRAM, tokens/s or TTFT beyond doubt, and worse in none."""
+        less_vram = self.vram_bytes < (1 - ALIKE) * other.vram_bytes
+        more_vram = other.vram_bytes < (1 - ALIKE) * self.vram_bytes
+        better = less_vram or self.surely_faster(other) or _surely_less(self.ttft, other.ttft)
+        worse = more_vram or other.surely_faster(self) or _surely_less(other.ttft, self.ttft)
+        return better and not worse
+
+
+def _surely_less(a: Estimate | None, b: Estimate | None) -> bool:
+    """Whether a 95 % interval lies wholly below another."""
+    return bool(a and b and a.high is not None and b.low is not None and a.high < b.low)
+
+
+def measured(study: Study, workload: str) -> list[Point]:
+    """A point for each file and placement with a whole round, a manifest, and known VRAM and tokens/s."""
+    manifests = {(m.model, m.quant): m for m in study.manifests}
+    names = (f"tokens_per_s/{workload}", f"ttft_warm_s/{workload}")
+    found = []
+    for rate, ttft in zip(*(frames.summaries(study.runs, name) for name in names), strict=True):
+        manifest = manifests.get((rate.model, rate.quant))
+        vram = rate.runs["vram_needed_bytes"]
+        if manifest and len(rate.runs) and vram.notna().all():
+            found.append(
+                Point(
+                    rate.model,
+                    rate.quant,
+                    Placement.parse(*rate.side),
+                    int(rate.runs["moved_layers"].iloc[0]),
+                    float(vram.max()),
+                    _ram(rate.runs["moved_bytes"].iloc[0], rate.runs["vram_weights_bytes"].iloc[0], manifest),
+                    stats.geometric_mean(list(rate.runs[names[0]])),
+                    stats.geometric_mean(list(ttft.runs[names[1]])) if len(ttft.runs) else None,
+                    manifest.bits_per_weight,
+                    rate.sources | ttft.sources,
+                )
+            )
+    return found
+
+
+def _ram(moved_bytes: float, device_bytes: float, manifest: Manifest) -> float:
+    """Weights that are not on the device, the input layer's table among them, and the server."""
+    return max(moved_bytes, manifest.file_bytes - device_bytes) + PROCESS_BYTES
+
+
+def front(points: Sequence[Point]) -> dict[Point, Point | None]:
+    """Each point -> the fastest of those that dominate it; None of those on the Pareto front."""
+    by = {p: [q for q in points if q.dominates(p)] for p in points}
+    return {p: max(better, key=lambda q: q.rate.value) if better else None for p, better in by.items()}
+
+
+def between(points: Sequence[Point], vram_bytes: float) -> Iterator[Point]:
+    """Of each file the placement with the fewest layers on the CPU whose VRAM fits, between two that were measured in
+    the same load mode: VRAM, RAM and the time of a token lie on a line through both, as bytes and time are per layer.
+
+    None of files without a measured `n-cpu-moe=N`: how many of the first layers are dense is told by one.
+    """
+    groups: dict[tuple[str, str, str], list[Point]] = {}
+    for p in points:
+        if p.placement == Placement(p.placement.cpu_layers, p.placement.load_mode):  # no other setting
+            groups.setdefault((p.model, p.quant, p.placement.load_mode), []).append(p)
+    for group in groups.values():
+        dense = {p.placement.cpu_layers - p.moved_layers for p in group if _counts(p.placement)}
+        ordered = sorted(group, key=lambda p: p.moved_layers)
+        for before, after in itertools.pairwise(ordered):
+            if not dense or not after.vram_bytes <= vram_bytes < before.vram_bytes:
+                continue
+            share = (before.vram_bytes - vram_bytes) / (before.vram_bytes - after.vram_bytes)
+            layers = math.ceil(before.moved_layers + share * (after.moved_layers - before.moved_layers))
+            if before.moved_layers < layers < after.moved_layers:
+                yield _on_line(before, after, layers, layers + max(dense))
+
+
+def _counts(placement: Placement) -> bool:
+    """Whether it names a number of layers."""
+    return not placement.is_baseline and not placement.is_whole
+
+
+def _on_line(a: Point, b: Point, layers: int, n: float) -> Point:
+    share = (layers - a.moved_layers) / (b.moved_layers - a.moved_layers)
+
+    def mix(x: float, y: float) -> float:
+        return x + share * (y - x)
+
+    rate = 1 / mix(1 / a.rate.value, 1 / b.rate.value)
+    ttft = Estimate(mix(a.ttft.value, b.ttft.value), None, None, 0) if a.ttft and b.ttft else None
+    return replace(
+        a,
+        placement=replace(a.placement, cpu_layers=n),
+        moved_layers=layers,
+        vram_bytes=mix(a.vram_bytes, b.vram_bytes),
+        ram_bytes=mix(a.ram_bytes, b.ram_bytes),
+        rate=Estimate(rate, None, None, 0),
+        ttft=ttft,
+        sources=a.sources | b.sources,
+        between=(str(a.placement), str(b.placement)),
+    )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is fastest on a card of so many GB in a machine with so much RAM."""
+
+    best: Point
+    ties: tuple[Point, ...]
+    """Other quants whose tokens/s cannot be told from the best's."""
+
+
+def choose(points: Sequence[Point], card_bytes: float, ram_bytes: float) -> Choice | None:
+    """The fastest of the points that fit, or that lie between two of them; None where none fits."""
+    fit = [p for p in points if p.vram_bytes <= card_bytes]
+    fit += between(points, card_bytes)
+    fit = [p for p in fit if p.ram_bytes <= ram_bytes]
+    if not fit:
+        return None
+    best = max(fit, key=lambda p: p.rate.value)
+    fastest: dict[str, Point] = {}
+    for p in sorted(fit, key=lambda p: p.rate.value):
+        fastest[p.quant] = p
+    ties = [p for p in fastest.values() if p.quant != best.quant and _alike(best, p)]
+    return Choice(best, tuple(sorted(ties, key=lambda p: -p.rate.value)))
+
+
+def _alike(a: Point, b: Point) -> bool:
+    """Whether two rates, both measured, cannot be told apart."""
+    return a.is_measured and b.is_measured and not a.surely_faster(b) and None not in (a.rate.low, b.rate.low)

@@ -1,0 +1,200 @@
+"""The plan's four questions, each answered by code from records: a verdict, and the numbers for it.
+
+They are those of the public plan that this study follows: does CPU offload work equally well at all quants, is there a
+sweet spot, how does the penalty change with the quant, how little VRAM is enough. What was not measured stays open, and
+the verdict says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from moelib.answers import contrasts, points
+from moelib.answers.contrasts import MARGIN, Contrast
+from moelib.base import stats
+from moelib.base.neutral import markdown as neutral
+from moelib.base.stats import number, percent, size
+from moelib.catalogue.placement import REFERENCE
+from moelib.study import frames
+from moelib.study.frames import Comparison
+from moelib.study.study import Study
+
+Verdict = Literal["yes", "no", "undecided", "supported", "refuted", "met", "not met", "open"]
+OPEN = "quality of the published weights was not measured"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question or claim, the verdict on it, and why."""
+
+    asked: str
+    verdict: Verdict
+    because: tuple[str, ...]
+    """Sentences with numbers."""
+    sources: dict[str, str] = field(default_factory=dict)
+
+
+def merged(of: Iterable[Comparison | Contrast | points.Point]) -> dict[str, str]:
+    return {k: v for one in of for k, v in one.sources.items()}
+
+
+def offloads(study: Study, column: str) -> list[Comparison]:
+    """All experts on the CPU against the baseline, in the baseline's load mode."""
+    compared = frames.comparisons(study.runs, column, frames.in_one_load_mode)
+    return [c for c in compared if c.ratio and c.against[0] == REFERENCE and c.side[0] == "cpu-moe"]
+
+
+def _models(of: Iterable[Comparison]) -> list[str]:
+    return list(dict.fromkeys(c.model for c in of))
+
+
+def _by_size(study: Study) -> dict[str, float]:
+    """Quant -> its bits per weight, the mean over models."""
+    bits: dict[str, list[float]] = {}
+    for m in study.manifests:
+        bits.setdefault(m.quant, []).append(m.bits_per_weight)
+    return {
+        quant: sum(of) / len(of) for quant, of in sorted(bits.items(), key=lambda item: sum(item[1]) / len(item[1]))
+    }
+
+
+def equally_well(study: Study) -> Answer:
+    """1. Whether offload keeps the same share of the speed, and saves the same share of VRAM, at every quant."""
+    asked = "Does CPU offload work equally well across all quants?"
+    workload = study.parameters.workloads[-1]
+    rate = offloads(study, column := f"tokens_per_s/{workload}")
+    vram = offloads(study, "vram_bytes")
+    judged = [c for c in contrasts.of_ratios(study.runs, column) if c.side == ("cpu-moe", "mmap")]
+    if not judged or not vram:
+        return Answer(asked, "undecided", ("No model has two quants with a baseline and all experts on the CPU.",))
+    sentences = []
+    for model in _models(rate):
+        kept = ", ".join(f"{percent(c.ratio.value)} at {c.quant}" for c in rate if c.model == model and c.ratio)
+        saved = ", ".join(f"{percent(1 - c.ratio.value)}" for c in vram if c.model == model and c.ratio)
+        pairs = [c for c in judged if c.model == model]
+        sentences.append(
+            f"{neutral(model)}: decoding kept {kept} of the baseline's tokens/s; {_counted(pairs)}. VRAM saved: "
+            f"{saved}."
+        )
+    outcomes = {c.outcome for c in judged}
+    verdict: Verdict = "no" if "different" in outcomes else "undecided" if "undecided" in outcomes else "yes"
+    sentences.append(
+        f"Equal means within {MARGIN:.0%} by two one-sided tests at 5 %, different at 5 % after Holm's correction for "
+        f"{len(judged)} pairs."
+    )
+    return Answer(asked, verdict, tuple(sentences), merged([*rate, *vram, *judged]))
+
+
+def _counted(pairs: Sequence[Contrast]) -> str:
+    """`Q2_K against Q8_0 2.10 [2.00, 2.20], different; ...`."""
+    return "; ".join(
+        f"{neutral(c.first)} / {neutral(c.second)} {stats.estimate(c.ratio)}, {c.outcome}"
+        f"{' (on different machines)' if c.apart else ''}"
+        for c in pairs
+    )
+
+
+def sweet_spot(study: Study) -> Answer:
+    """2. Which files and placements no other one beats in VRAM, tokens/s and TTFT."""
+    asked = "Is there a sweet spot for local use?"
+    found = points.measured(study, study.parameters.workloads[-1])
+    if len(found) < 2:
+        return Answer(asked, "undecided", ("Fewer than two files and placements were measured.",))
+    sentences, bits = [], _by_size(study)
+    for model in dict.fromkeys(p.model for p in found):
+        judged = points.front([p for p in found if p.model == model])
+        on_it = sorted((p for p, by in judged.items() if by is None), key=lambda p: p.vram_bytes)
+        away = [p for p in on_it if not p.placement.is_baseline]
+        sentences.append(
+            f"{neutral(model)}: of {len(judged)} files and placements {len(on_it)} are beaten by no other in VRAM, "
+            f"tokens/s and TTFT: {_listed(on_it)}."
+        )
+        quants = {p.quant for p in away}
+        if quants and quants <= {next(iter(bits))}:
+            sentences.append(
+                f"With experts on the CPU only {away[0].quant}, the smallest, is among them: it is the sweet spot if "
+                "its text is good enough."
+            )
+    sentences.append(f"Speed and VRAM alone do not make a sweet spot: {OPEN}.")
+    return Answer(asked, "open", tuple(sentences), merged(found))
+
+
+def _listed(some: Sequence[points.Point]) -> str:
+    return "; ".join(
+        f"{p.quant} {p.placement.label} ({size(p.vram_bytes)}, {number(p.rate.value)} tokens/s)" for p in some
+    )
+
+
+def penalty(study: Study) -> Answer:
+    """3. How many times slower decoding is with all experts on the CPU, by quant, and what it follows."""
+    asked = "How does the speed penalty change with the quant?"
+    workload = study.parameters.workloads[-1]
+    rate = offloads(study, f"tokens_per_s/{workload}")
+    if not rate:
+        return Answer(asked, "undecided", ("No quant has both a baseline and all experts on the CPU.",))
+    order, sentences = list(_by_size(study)), []
+    pairs = [c for c in contrasts.of_ratios(study.runs, f"tokens_per_s/{workload}") if c.side == rate[0].side]
+    for model in _models(rate):
+        of = sorted((c for c in rate if c.model == model and c.ratio), key=lambda c: order.index(c.quant))
+        times = ", ".join(f"{stats.estimate(stats.inverse(c.ratio))} times at {c.quant}" for c in of if c.ratio)
+        sentences.append(f"{neutral(model)}: decoding was slower by {times}.")
+        sentences += _why(of)
+    steps = [_step(c, order) for c in pairs]
+    if "falls" in steps:
+        verdict: Verdict = "no"
+        sentences.append("It does not grow with the bits per weight: at some quant with more of them it is smaller.")
+    elif steps and set(steps) == {"grows"}:
+        verdict = "yes"
+        sentences.append(f"It grows with the bits per weight, in each of {len(steps)} pairs of quants.")
+    else:
+        verdict = "undecided"
+        sentences.append(
+            f"It grows with the bits per weight in {steps.count('grows')} of {len(steps)} pairs of quants."
+        )
+    return Answer(asked, verdict, tuple(sentences), merged([*rate, *pairs]))
+
+
+def _step(c: Contrast, order: Sequence[str]) -> str:
+    """Whether the penalty grows or falls from the quant with fewer bits per weight to the one with more."""
+    if not c.is_told:
+        return "unknown"
+    first_keeps_more, first_is_smaller = c.ratio.value > 1, order.index(c.first) < order.index(c.second)
+    return "grows" if first_keeps_more == first_is_smaller else "falls"
+
+
+def _why(of: Sequence[Comparison]) -> Iterator[str]:
+    """What a token takes longer, and what of the experts it reads from RAM for that."""
+    parts, speeds = [], []
+    for c in of:
+        if c.baseline and c.value:
+            extra, read = 1 / c.value.value - 1 / c.baseline.value, float(c.after["ram_read_bytes"].iloc[0])
+            parts.append(f"{number(extra, 1e3)} ms for {size(read)} at {neutral(c.quant)}")
+            speeds.append(read / extra / 1e9)
+    if parts:
+        yield (
+            f"A token took longer by {', '.join(parts)} of experts that it reads from RAM: "
+            f"{stats.span(speeds, number)} GB/s."
+        )
+
+
+def least_vram(study: Study) -> Answer:
+    """4. How little VRAM is enough for each quant with all experts on the CPU."""
+    asked = "What is the minimum VRAM needed for each quant with offload?"
+    runs = study.runs
+    away = runs[runs["moved_bytes"] > 0]
+    if away.empty:
+        return Answer(asked, "undecided", ("No run has its experts on the CPU.",))
+    sentences = []
+    for (model, quant), of_file in away.groupby(["model", "quant"], sort=False):
+        most = of_file.groupby(["context_tokens", "placement", "load_mode"], sort=False)["vram_needed_bytes"].max()
+        told = []
+        for context, values in most.groupby("context_tokens"):
+            _, placement, load_mode = values.idxmin()
+            told.append(f"{size(float(values.min()))} ({placement}, {load_mode}) at {context:.0f} tokens")
+        sentences.append(f"{neutral(model)}/{neutral(quant)}: {'; '.join(told)}.")
+    return Answer(asked, "yes", tuple(sentences), frames.sources(away))
+
+
+ANSWERS = (equally_well, sweet_spot, penalty, least_vram)

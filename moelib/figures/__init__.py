@@ -1,0 +1,1 @@
+"""Figures: on given axes, and whole ones for the document."""
