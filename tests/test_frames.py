@@ -9,6 +9,7 @@ from factory import observation, record_of, request, study_of, with_facts
 from moelib.catalogue import params
 from moelib.catalogue.params import PlacementMode
 from moelib.catalogue.placement import Placement
+from moelib.engine.buffers import Buffer
 from moelib.measure.nvml import Counters
 from moelib.measure.run import PromptTraffic
 from moelib.study import columns, frames
@@ -62,6 +63,32 @@ def test_a_prompts_traffic_is_its_own_workloads():
     traffic = (PromptTraffic("plan-short", 8, 100, 1), PromptTraffic("long-512", 512, 900, 1))
     assert columns.bus_received("long-512")(run_of(request(), prompt_traffic=traffic)) == 900
     assert columns.bus_received("plan-short")(run_of(request())) is None
+
+
+def test_a_machine_is_told_by_its_host_or_in_older_records_by_its_gpu():
+    r = run_of(request())
+    old = with_facts(r, "host", host_id=None)
+    told = [columns.machine(one) for one in (r, with_facts(old, "device", uuid="GPU-12345678-9abc"), old)]
+    assert told == ["d" * 12, "GPU-12345678", "unknown"]
+    assert frames.runs([r]).machine.tolist() == told[:1]
+
+
+def test_buffers_on_the_device_are_summed_by_kind_and_unknown_where_none_was_reported():
+    buffers = [
+        Buffer(*of) for of in (("CUDA0", "KV", 3), ("CUDA0", "RS", 4), ("CPU", "KV", 50), ("CUDA0", "compute", 9))
+    ]
+    report = replace(observation().report, buffers=tuple(buffers))
+    frame = frames.runs([run_of(request(), report=report), run_of(report=replace(report, buffers=()))])
+    assert frame.vram_cache_bytes.tolist()[:1] == [7]
+    assert frame.vram_compute_bytes.tolist()[:1] == [9]
+    assert frame[["vram_cache_bytes", "vram_compute_bytes"]].isna().all(axis=1).tolist() == [False, True]
+
+
+def test_a_prompts_tokens_are_those_that_the_engine_counted():
+    r = run_of(request(0, prompt_n=8), request(1, prompt_n=8), request(0, workload="long-512", prompt_n=512))
+    assert columns.prompt_tokens("long-512")(r) == 512
+    assert columns.prompt_tokens("plan-short")(r) == 8
+    assert columns.prompt_tokens("smoke")(r) is None
 
 
 def test_what_must_be_free_is_known_only_where_the_memory_is():

@@ -30,7 +30,7 @@ def values(estimates: Iterable[Estimate | None]) -> list[float]:
 
 
 @cache
-def student(freedom: int) -> float:
+def student(freedom: float) -> float:
     """Quantile of Student's t at the upper end of the interval, without importing all of `scipy.stats`."""
     from scipy.special import stdtrit
 

@@ -108,6 +108,26 @@ def bus_received(workload: str) -> Quantity:
     return lambda r: _mean(m.received_bytes for m in r.observation.prompt_traffic if m.workload == workload)
 
 
+def prompt_tokens(workload: str) -> Quantity:
+    """Tokens of the workload's prompt, by the engine's count."""
+    return lambda r: _mean(q.prompt_n for q in r.observation.requests if q.workload == workload)
+
+
+def device_buffers(*kinds: str) -> Quantity:
+    """Bytes of the engine's buffers of these kinds on the device; None where it reported no buffers."""
+
+    def total(r: Record) -> float | None:
+        sizes = [r.observation.report.device_bytes(kind) for kind in kinds]
+        return None if None in sizes else sum(n for n in sizes if n is not None)
+
+    return total
+
+
+def machine(r: Record) -> str:
+    """Tells machines apart: the first digits of the host's identity, or in older records of the GPU's."""
+    return (r.host.host_id or r.device.uuid or "unknown")[:12]
+
+
 def monitoring(r: Record) -> float | None:
     """Share of one CPU that monitoring the run took; None in records of earlier code."""
     spent = r.observation.watch_cpu_s
@@ -121,6 +141,7 @@ WHERE: dict[str, Callable[[Record], object]] = {
     "placement": attrgetter("spec.placement"),
     "load_mode": attrgetter("spec.load_mode"),
     "round": lambda r: r.spec.block + 1,
+    "machine": machine,
     "status": attrgetter("status"),
     "run_id": attrgetter("run_id"),
     "digest": attrgetter("digest"),
@@ -131,6 +152,7 @@ SETUP: dict[str, Callable[[Record], object]] = {
     "weights": attrgetter("spec.weights"),
     "scale": attrgetter("spec.scale"),
     "context": attrgetter("spec.context"),
+    "device": attrgetter("device.kind"),
     "gpu": lambda r: r.device.name,
     "engine": attrgetter("engine.version"),
 }
@@ -169,9 +191,43 @@ COLUMNS = (
         "growth of the whole GPU's use",
         "observed.memory.growth_bytes",
     ),
+    Column(
+        "vram_weights_bytes",
+        "weights in VRAM",
+        "bytes",
+        "less",
+        "header of the file",
+        "observed.placement.device_bytes",
+    ),
+    Column(
+        "vram_cache_bytes",
+        "KV cache in VRAM",
+        "bytes",
+        "less",
+        "llama.cpp's load report, with states of recurrent layers",
+        device_buffers("KV", "RS"),
+    ),
+    Column(
+        "vram_compute_bytes",
+        "compute buffer in VRAM",
+        "bytes",
+        "less",
+        "llama.cpp's load report",
+        device_buffers("compute"),
+    ),
     Column("vram_needed_bytes", "VRAM needed", "bytes", "less", "the larger of VRAM and that growth", vram_needed),
     Column("empty_context_bytes", "empty context", "bytes", None, "measured before the runs", "device.context_bytes"),
+    Column("context_tokens", "context", "", None, "the placement's own, else the study's", "spec.context_tokens"),
+    Column(
+        "moved_layers",
+        "layers with experts on the CPU",
+        "",
+        None,
+        "header of the file",
+        "observed.placement.moved_blocks",
+    ),
     Column("moved_bytes", "experts on the CPU", "bytes", None, "header of the file", "observed.placement.moved_bytes"),
+    Column("cpu_threads", "CPU threads", "", None, "llama-server's command line", "observed.threads"),
     Column(
         "host_rss_peak_bytes",
         "host RSS, peak",
@@ -226,6 +282,7 @@ COLUMNS = (
         "measured before the runs",
         "host.ram_read_bytes_per_s",
     ),
+    Column("prompt_tokens", "prompt", "tokens", None, "the engine's count", prompt_tokens, True),
     Column("tokens_per_s", "tokens/s", "1/s", "more", "(n - 1) / (last - first arrival)", tokens_per_s, True),
     Column(
         "ttft_first_s",
