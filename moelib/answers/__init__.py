@@ -1,1 +1,1 @@
-"""What a study says: contrasts, what dominates what, laws with how far they are off, and the plan's questions."""
+"""What a study says: contrasts of quants, what dominates what, and the questions and claims of the plan."""

@@ -18,10 +18,10 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from moelib.answers import fit
-from moelib.answers.laws import Domain, HeldOut, Labelled, Law, Parameter, Residual
 from moelib.base.stats import Estimate
 from moelib.catalogue.placement import Placement
+from moelib.laws import fit
+from moelib.laws.law import Domain, HeldOut, Labelled, Law, Parameter, Residual
 from moelib.planner.graph import OFFLOADED_TOKENS
 from moelib.study.columns import SETUP
 from moelib.study.frames import sources

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from moelib.answers.laws import Domain, HeldOut, Labelled, Law, Parameter, Residual
 from moelib.base import stats
 from moelib.base.stats import Estimate
 from moelib.catalogue.placement import Placement
+from moelib.laws.law import Domain, HeldOut, Labelled, Law, Parameter, Residual
 from moelib.study.columns import SETUP
 from moelib.study.frames import sources
 
