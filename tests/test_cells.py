@@ -276,7 +276,7 @@ def test_one_start_cannot_take_many_times_as_long_as_the_others(check, usual, fi
 
 
 def test_every_invariant_is_broken_in_some_row():
-    elsewhere = {"energy-steady", "energy-as-metered", "energy-between-requests"}
+    elsewhere = {"experts-copied", "energy-steady", "energy-as-metered", "energy-between-requests"}
     rows = {row[0] for row in (*CELLS, *STARTS)} - {"", BOTH}
     assert rows | elsewhere == {i.id for i in INVARIANTS.values() if i.scope == "cell"}
 
@@ -331,3 +331,32 @@ def test_a_cell_that_does_not_hold_together_has_no_usable_run():
     broken = study.Status.of(cell, evidence(copied), LONG)
     assert (broken.usable, broken.tally["invalid"], broken.planned, broken.rounds) == (0, 6, 6, ())
     assert broken.problems[0].startswith("deepseek-moe-16b/Q4_K_M: no-two-alike: ")
+
+
+DRAWN = params.Workload(name="mixed", title="t", drawn=7, prompt_tokens=512, generate_tokens=40)
+ALL = 3 * 30 * MIB // 4  # of 4 layers' experts all but the last one's
+
+
+@pytest.mark.parametrize(
+    ("share", "change", "workload", "flag"),
+    [
+        (1.0, {}, DRAWN, False),
+        (0.96, {}, DRAWN, False),
+        (0.94, {}, DRAWN, True),
+        (0.6, {}, DRAWN.model_copy(update={"drawn": None, "text": "x"}), False),  # nobody says that it needs all
+        (0.6, {"placement": "cpu-moe,op-offload=off"}, DRAWN, False),  # nothing is copied
+        (0.6, {"placement": "cpu-moe,ubatch=31"}, DRAWN, False),
+        (1.88, {"placement": "cpu-moe,ubatch=256"}, DRAWN, True),
+        (2.0, {"placement": "cpu-moe,ubatch=256"}, DRAWN, False),
+    ],
+)
+def test_a_prompt_of_many_different_tokens_copies_all_experts(share, change, workload, flag):
+    observed = observation("cpu-moe")
+    place = replace(observed.placement, moved_blocks=4, moved_bytes=30 * MIB)
+    traffic = (PromptTraffic("mixed", 512, int(share * ALL), 5),)
+    r = record_of(observed, **{"placement": "cpu-moe"} | change)
+    r = r.model_copy(
+        update={"observed": replace(r.observed, device_kind="cuda", placement=place, prompt_traffic=traffic)}
+    )
+    passed, _ = cells.experts_copied(cells.Cell([r], {"mixed": workload}, {}))
+    assert passed != flag

@@ -157,13 +157,17 @@ class Choice:
     """Other quants whose tokens/s cannot be told from the best's."""
 
 
-def choose(points: Sequence[Point], card_bytes: float, ram_bytes: float) -> Choice | None:
-    """The fastest of the points that fit, or that lie between two of them; None where none fits."""
+def choose(points: Sequence[Point], card_bytes: float, ram_bytes: float, finest: bool = False) -> Choice | None:
+    """The fastest of the points that fit, or that lie between two of them; None where none fits. finest: of the quant
+    with most bits per weight of those that fit."""
     fit = [p for p in points if p.vram_bytes <= card_bytes]
     fit += between(points, card_bytes)
     fit = [p for p in fit if p.ram_bytes <= ram_bytes]
     if not fit:
         return None
+    if finest:
+        most = max(p.bits_per_weight for p in fit)
+        fit = [p for p in fit if p.bits_per_weight == most]
     best = max(fit, key=lambda p: p.rate.value)
     fastest: dict[str, Point] = {}
     for p in sorted(fit, key=lambda p: p.rate.value):

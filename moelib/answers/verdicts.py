@@ -34,6 +34,12 @@ class Answer:
     because: tuple[str, ...]
     """Sentences with numbers."""
     sources: dict[str, str] = field(default_factory=dict)
+    says: str = ""
+    """The verdict in words, where yes or no would not answer."""
+
+    @property
+    def headline(self) -> str:
+        return self.says or f"{self.verdict[0].upper()}{self.verdict[1:]}."
 
 
 def merged(of: Iterable[Comparison | Contrast | points.Point]) -> dict[str, str]:
@@ -118,7 +124,8 @@ def sweet_spot(study: Study) -> Answer:
                 "its text is good enough."
             )
     sentences.append(f"Speed and VRAM alone do not make a sweet spot: {OPEN}.")
-    return Answer(asked, "open", tuple(sentences), merged(found))
+    says = "Open for quality; for speed and VRAM see below."
+    return Answer(asked, "open", tuple(sentences), merged(found), says)
 
 
 def _listed(some: Sequence[points.Point]) -> str:
@@ -142,18 +149,15 @@ def penalty(study: Study) -> Answer:
         sentences.append(f"{neutral(model)}: decoding was slower by {times}.")
         sentences += _why(of)
     steps = [_step(c, order) for c in pairs]
+    grown = f"{steps.count('grows')} of {len(steps)} pairs of quants"
     if "falls" in steps:
         verdict: Verdict = "no"
-        sentences.append("It does not grow with the bits per weight: at some quant with more of them it is smaller.")
+        says = "It does not grow with every bit per weight: at some quant with more of them it is smaller."
     elif steps and set(steps) == {"grows"}:
-        verdict = "yes"
-        sentences.append(f"It grows with the bits per weight, in each of {len(steps)} pairs of quants.")
+        verdict, says = "yes", f"It grows with the bits per weight, in each of {len(steps)} pairs of quants."
     else:
-        verdict = "undecided"
-        sentences.append(
-            f"It grows with the bits per weight in {steps.count('grows')} of {len(steps)} pairs of quants."
-        )
-    return Answer(asked, verdict, tuple(sentences), merged([*rate, *pairs]))
+        verdict, says = "undecided", f"It grows with the bits per weight in {grown}; in the others it cannot be told."
+    return Answer(asked, verdict, tuple(sentences), merged([*rate, *pairs]), says)
 
 
 def _step(c: Contrast, order: Sequence[str]) -> str:
@@ -186,15 +190,20 @@ def least_vram(study: Study) -> Answer:
     away = runs[runs["moved_bytes"] > 0]
     if away.empty:
         return Answer(asked, "undecided", ("No run has its experts on the CPU.",))
-    sentences = []
+    sentences, least = [], []
     for (model, quant), of_file in away.groupby(["model", "quant"], sort=False):
         most = of_file.groupby(["context_tokens", "placement", "load_mode"], sort=False)["vram_needed_bytes"].max()
         told = []
         for context, values in most.groupby("context_tokens"):
             _, placement, load_mode = values.idxmin()
-            told.append(f"{size(float(values.min()))} ({placement}, {load_mode}) at {context:.0f} tokens")
-        sentences.append(f"{neutral(model)}/{neutral(quant)}: {'; '.join(told)}.")
-    return Answer(asked, "yes", tuple(sentences), frames.sources(away))
+            told.append(f"{size(float(values.min()))} at {context:.0f} tokens ({placement}, {load_mode})")
+        least.append(float(most.min()))
+        longer = (of_file["vram_cache_bytes"] / of_file["context_tokens"]).max() * 1024
+        more = f"; {size(float(longer))} more for each 1,024 tokens of context" if longer > 0 else ""
+        sentences.append(f"{neutral(model)}/{neutral(quant)}: {'; '.join(told)}{more}.")
+    sentences.append("The cache's share is the engine's buffer over its context: a cache with windows grows less.")
+    says = f"{stats.span(least, size)}, by model and quant."
+    return Answer(asked, "yes", tuple(sentences), frames.sources(away), says)
 
 
 ANSWERS = (equally_well, sweet_spot, penalty, least_vram)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 
 from moelib.audit.invariants import SHOWN, Faults, Finding, Measured, holds
+from moelib.audit.record import Record
 from moelib.measure.nvml import Counters
 
 TICK_S = 0.002  # times are kept to a tenth of a millisecond, and taken one after another
@@ -19,6 +20,7 @@ COURSE_S = 0.35  # of power that the counter may count later than it was drawn: 
 METER = 2.5  # a request's mean power against readings at the ends of requests: 0.73 to 2.3 of their mean seen
 POWER_SHARE = 1.10  # a board steps over its limit for moments
 LINK_SHARE, LINK_BYTES = 1.05, 64 << 20  # page tables and commands go over the bus too
+COPIED_TOKENS = 32  # of a batch, from which on the device computes with weights that are copied to it (op-offload)
 PROMPT_BATCH = 512  # tokens for which the experts are copied once (llama.cpp's ubatch)
 MIB = 1 << 20
 # Of libraries, caches and the driver, beside file and buffers: 247 to 512 MiB seen with a GPU, 2 to 25 MiB without.
@@ -177,6 +179,16 @@ def device_memory_possible(run: Measured) -> Finding:
     sizes += [r.device_bytes for r in (*m.trace.before, *m.trace.during, *m.trace.after)]
     largest = max((n for n in sizes if n is not None), default=0)
     return 0 <= largest <= total, f"{largest} of {total} bytes"
+
+
+def copied_bytes(r: Record, tokens: int) -> float:
+    """Expert weights that llama.cpp copies to the GPU for a prompt that needs all of them: those of the moved layers,
+    once a batch; but not those of a model's last layer, which computes the last token alone."""
+    placed, moved = r.spec.placed, r.observation.placement
+    if not moved.moved_blocks:
+        return 0.0
+    layers = moved.moved_blocks - (1 if placed.is_whole else 0)
+    return math.ceil(tokens / (placed.ubatch or PROMPT_BATCH)) * moved.moved_bytes * layers / moved.moved_blocks
 
 
 @holds("run", "the link's speed, and the experts once a batch")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from moelib.audit.bounds import COPIED_TOKENS
 from moelib.audit.invariants import Faults, Finding, holds, strained
 from moelib.audit.record import Record
 from moelib.base import files
@@ -25,7 +26,6 @@ LAUNCH_S = 2.0  # from the start of the process to the log's first instant: 0.02
 TAKEN_UP_S = 0.050  # between the requests' distances here and in the log: 2.4 ms seen
 ANSWERED_S, ANSWERED_SHARE = 0.025, 0.002  # first to last instant of a request, here and in the log: 4.7 ms seen
 MAX_BATCH, UBATCH, KV = 2048, 512, "f16"  # llama.cpp's defaults, b6666 to b11669
-COPIED_TOKENS = 32  # of a batch, from which on the device computes with weights that are copied to it (op-offload)
 CONTEXT_STEP = 256  # newer builds round a context up
 LOCKED_SHARE = 0.001  # sizes of buffers are printed with two decimals
 REPORTED = ("buffers", "offloaded_layers", "total_layers", "graph_splits", "built")

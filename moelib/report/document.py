@@ -17,6 +17,8 @@ from moelib.study.plan import outputs
 
 INJECTED = "# Parameters"  # papermill's comment on the cell that it adds
 DOCUMENT = "MOE-TECHNICAL-VALIDATION.md"
+EVIDENCE = "EVIDENCE.md"
+"""Of the cells that are tagged `evidence`."""
 FIGURES = "figures"
 TEMPLATE = Path(__file__).with_name("document.md.j2")
 
@@ -47,33 +49,42 @@ class Reported(NamedTuple):
 
 
 def render(executed: Path, folder: Path) -> Reported:
-    """Write the document of an executed notebook into `folder`.
+    """Write the document of an executed notebook into `folder`, and its evidence.
 
-    Beside it: `figures/`, and `provenance.json`, which names the records of every number. Raises NotebookError if the
-    notebook is not whole, shows something that Markdown cannot hold, or does not show its study's problems.
+    Beside them: `figures/`, and `provenance.json`, which names the records of every number of both. Raises
+    NotebookError if the notebook is not whole, shows something that Markdown cannot hold, or does not show its study's
+    problems.
     """
     import nbformat
     from nbconvert import MarkdownExporter
 
     notebooks.require_whole(executed)
     book = nbformat.read(executed, as_version=4)
-    outputs_shown = [out for cell in book.cells for out in cell.get("outputs", [])]
-    provenance = _provenance(executed.name, outputs_shown)
-    verdicts = [v for out in outputs_shown if (v := out.get("metadata", {}).get("moelib-verdict"))]
+    cells: dict[str, list[Any]] = {DOCUMENT: [], EVIDENCE: []}
+    for cell in book.cells:
+        cells[EVIDENCE if "evidence" in cell.metadata.get("tags", []) else DOCUMENT].append(cell)
+    verdicts = [v for out in _shown(book.cells) if (v := out.get("metadata", {}).get("moelib-verdict"))]
     if not verdicts:
-        raise NotebookError(f"{executed.name} does not show its study's problems: it must show `evidence.problems`")
+        raise NotebookError(f"{executed.name} does not show its study's problems: it must show `appendix.problems`")
+    provenance = _provenance(executed.name, _shown(book.cells))
     exporter = MarkdownExporter(raw_template=TEMPLATE.read_text(encoding="utf-8"))
-    text, resources = exporter.from_notebook_node(book, resources={"output_files_dir": FIGURES})
-    text = re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.splitlines())).strip() + "\n"
-    if str(params.root().resolve()) in text:
-        raise NotebookError(f"the document of {executed.name} names a folder of this machine")
     for stale in (folder / FIGURES).glob("*.png"):
         stale.unlink()
-    for figure, data in resources.get("outputs", {}).items():
-        files.write_bytes(folder / figure, data)
+    for name, of in cells.items():
+        part = nbformat.from_dict({**book, "cells": of})
+        text, resources = exporter.from_notebook_node(part, resources={"output_files_dir": FIGURES})
+        text = re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.splitlines())).strip() + "\n"
+        if str(params.root().resolve()) in text:
+            raise NotebookError(f"the document of {executed.name} names a folder of this machine")
+        for figure, data in resources.get("outputs", {}).items():
+            files.write_bytes(folder / figure, data)
+        files.write_bytes(folder / name, text.encode())
     files.write_json(folder / "provenance.json", provenance)
-    files.write_bytes(folder / DOCUMENT, text.encode())
     return Reported(folder / DOCUMENT, **verdicts[0])
+
+
+def _shown(cells: Iterable[Any]) -> list[Any]:
+    return [out for cell in cells for out in cell.get("outputs", [])]
 
 
 def _provenance(name: str, shown: Iterable[Any]) -> dict[str, Any]:

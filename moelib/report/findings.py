@@ -27,7 +27,7 @@ WEIGHTS = {
     "twin": "The weights are **geometry twins**: random numbers in the tensor shapes of the models named, at scale "
     "{scale} ({parameters} parameters). VRAM, load time, tokens/s and time to first token (TTFT) depend on shapes and "
     "types, so these numbers stand for files of the real models at this size. Text, quality and which experts are "
-    "chosen (here nearly evenly) depend on the values of the weights; nothing is said of them.",
+    "chosen depend on the values of the weights; nothing is said of them.",
     "real": "The weights are the **published ones** ({parameters} parameters): {origins}. VRAM, load time, tokens/s "
     "and time to first token (TTFT) are those of these files. Their text was not evaluated, and nothing is said of "
     "quality.",

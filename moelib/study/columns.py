@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Literal
 
+from moelib.audit.bounds import copied_bytes
 from moelib.audit.record import Record
 
 Quantity = Callable[[Record], float | None]
@@ -106,6 +107,25 @@ def bandwidth_share(workload: str) -> Quantity:
 def bus_received(workload: str) -> Quantity:
     """Bytes that the GPU receives over the bus while the warm server processes the workload's prompt."""
     return lambda r: _mean(m.received_bytes for m in r.observation.prompt_traffic if m.workload == workload)
+
+
+def experts_over_bus(workload: str) -> Quantity:
+    """Bytes that crossed the bus for the workload's prompt, of what a prompt that needs all experts makes cross it:
+    about 1.08 where it does, as packets have heads."""
+
+    def share(r: Record) -> float | None:
+        found = [m for m in r.observation.prompt_traffic if m.workload == workload and m.received_bytes is not None]
+        most = [copied_bytes(r, m.prompt_tokens) for m in found]
+        return _mean(m.received_bytes / n for m, n in zip(found, most, strict=True) if n and m.received_bytes)
+
+    return share
+
+
+def token_diversity(workload: str) -> Quantity:
+    """Different tokens generated, as a share of all: a model that repeats itself keeps few experts busy."""
+    return lambda r: _mean(
+        len(set(q.tokens)) / len(q.tokens) for q in r.observation.requests if q.workload == workload and q.tokens
+    )
 
 
 def prompt_tokens(workload: str) -> Quantity:
@@ -304,6 +324,10 @@ COLUMNS = (
     ),
     Column("joule_per_token", "energy per token", "J", "less", "NVML's counter", energy_per_token, True),
     Column("bus_received_bytes", "over PCIe, per prompt", "bytes", "less", "NVML's counter", bus_received, True),
+    Column(
+        "experts_over_bus", "over PCIe, of all experts to copy", "", None, "counter over header", experts_over_bus, True
+    ),
+    Column("token_diversity", "different tokens generated", "", None, "ids as streamed", token_diversity, True),
     Column("bandwidth_share", "share of the memory bound", "", "more", "rate over bandwidths", bandwidth_share, True),
 )
 """Measured columns of the runs' frame, in order."""

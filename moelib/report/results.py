@@ -1,0 +1,172 @@
+"""A study's results as tables, a row for each file and placement: VRAM by parts, speed, and what is odd among them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import pandas as pd
+
+from moelib.base import stats
+from moelib.base.neutral import markdown as neutral
+from moelib.base.stats import Estimate, number, percent
+from moelib.report.table import Table, Text, cite, reference, several_load_modes
+from moelib.study import frames
+from moelib.study.frames import Comparison, Side
+from moelib.study.study import Study
+
+MIB = 1 << 20
+ODD = 3.5
+"""Robust standard deviations (1.4826 times the median distance from the median) beyond which a value is named."""
+ODD_SHARE = 0.05
+"""A value that is nearer to the median is not named: where values hardly vary, each is far in standard deviations."""
+
+
+def placed(study: Study, side: Side) -> str:
+    """A placement, with its load mode where the study has several."""
+    placement, load_mode = side
+    return f"{placement}, {load_mode}" if several_load_modes(study.parameters.arms) else placement
+
+
+def vram(study: Study) -> Table:
+    """VRAM of every file and placement by its parts, in MiB, and what the placement saves."""
+    parts = {
+        "weights": "vram_weights_bytes",
+        "KV cache": "vram_cache_bytes",
+        "compute": "vram_compute_bytes",
+        "rest": "vram_rest_bytes",
+        "VRAM": "vram_bytes",
+        "whole device": "vram_growth_bytes",
+    }
+    saved = {(c.model, c.quant, c.side): c for c in frames.comparisons(study.runs, "vram_bytes")}
+    rows, sources = [], []
+    for cells in zip(*(frames.summaries(study.runs, column) for column in parts.values()), strict=True):
+        first, against = cells[0], saved.get((cells[0].model, cells[0].quant, cells[0].side))
+        row = {"model": neutral(first.model), "quant": neutral(first.quant), "placement": placed(study, first.side)}
+        row |= {name: stats.estimate(_scaled(s.value, MIB)) for name, s in zip(parts, cells, strict=True)}
+        row["saved"] = percent(1 - against.ratio.value) if against and against.ratio else stats.NONE
+        rows.append(row)
+        sources.append(cells[-2].sources)
+    note = (
+        "MiB (2²⁰ bytes), mean of the runs' peaks. *Weights*: by the file's header; *KV cache*, *compute*: by the "
+        "engine; *rest*: what the driver charges the process beyond these: the GPU's context, workspaces, "
+        "code. *Whole device*: by how much the use of the whole GPU grew, page tables of pinned RAM with it. *Saved*: "
+        f"of the VRAM that {reference(study)} takes. No interval where nothing varies."
+    )
+    return Table("vram", rows, sources, note, (*parts, "saved"), "no round is complete.")
+
+
+def _scaled(e: Estimate | None, unit: float) -> Estimate | None:
+    if e is None:
+        return None
+    low, high = (None if x is None else x / unit for x in (e.low, e.high))
+    return Estimate(e.value / unit, low, high, e.n)
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column of runs, compared within rounds."""
+
+    values: dict[tuple[str, Side], Estimate]
+    ratios: dict[tuple[str, Side], Estimate]
+    pooled: bool
+
+    @classmethod
+    def of(cls, runs: pd.DataFrame, name: str) -> _Column:
+        every = frames.comparisons(runs, name)
+        values = {(c.quant, c.side): c.value for c in every if c.value}
+        values |= {(c.quant, c.against): c.baseline for c in every if c.baseline}
+        told = [c for c in every if c.ratio]
+        pooled = stats.pooled_ratios([_pairs(c, name) for c in told])
+        ratios = pooled or [c.ratio for c in told if c.ratio]
+        return cls(values, {(c.quant, c.side): r for c, r in zip(told, ratios, strict=True)}, bool(pooled))
+
+
+def _pairs(c: Comparison, column: str) -> list[tuple[float, float]]:
+    return list(zip(c.before[column], c.after[column], strict=True))
+
+
+def speed(study: Study, model: str, workload: str) -> Table:
+    """tokens/s and TTFT of a model's files in each placement, beside their ratios to the baseline of the same round."""
+    runs = study.runs[study.runs["model"] == model]
+    names = (f"tokens_per_s/{workload}", f"ttft_first_s/{workload}", f"ttft_warm_s/{workload}")
+    rate, first, warm = (_Column.of(runs, name) for name in names)
+    rows, sources, base = [], [], reference(study)
+    for s in frames.summaries(runs, names[0]):
+        key = (s.quant, s.side)
+        rows.append(
+            {
+                "quant": neutral(s.quant),
+                "placement": placed(study, s.side),
+                "tokens/s": stats.estimate(rate.values.get(key)),
+                f"of {base}": stats.estimate(rate.ratios.get(key)) if key in rate.ratios else "",
+                "TTFT, first": _ms(first.values.get(key)),
+                "TTFT, warm": _ms(warm.values.get(key)),
+                f"times {base}": stats.estimate(warm.ratios.get(key)) if key in warm.ratios else "",
+                "rounds": len(s.runs),
+            }
+        )
+        sources.append(s.sources)
+    spreads = [f"{what} by the spread of all placements together" for what, c in _named(rate, warm) if c.pooled]
+    note = (
+        "TTFT in ms: of the first request of a fresh server, and of warm ones. Geometric means [95 % interval], ratios "
+        f"paired within rounds{'; ' if spreads else ''}{', '.join(spreads)}."
+    )
+    return Table(f"speed-{model}-{workload}", rows, sources, note, tuple(rows[0])[2:] if rows else ())
+
+
+def _named(rate: _Column, warm: _Column) -> list[tuple[str, _Column]]:
+    return [("ratios of tokens/s", rate), ("of TTFT", warm)]
+
+
+def _ms(e: Estimate | None) -> str:
+    return number(e.value if e else None, 1e3)
+
+
+def odd(study: Study) -> Text:
+    """Runs whose tokens/s or TTFT is far from those of their placement, by name; they are kept."""
+    found, every = [], 0
+    for column in (f"{c}/{w}" for w in study.parameters.workloads for c in ("tokens_per_s", "ttft_warm_s")):
+        for s in frames.summaries(study.runs, column):
+            every += len(s.runs)
+            found += [f"{name}: {text}" for name, text in _odd(s.runs, column)]
+    listed = f" {len(found)} of {every} are: {'; '.join(found)}." if found else f" None of {every} is."
+    text = (
+        f"A value is named where it is more than {ODD} robust standard deviations and {ODD_SHARE:.0%} from the median "
+        f"of its placement; it is kept in all tables.{listed}"
+    )
+    return Text("odd", text, cite(study.used))
+
+
+def _odd(runs: pd.DataFrame, column: str) -> Iterator[tuple[str, str]]:
+    values: Sequence[float] = list(runs[column])
+    if len(values) < 5:  # of fewer, the median distance is no measure
+        return
+    middle = median(values)
+    spread = 1.4826 * median(abs(x - middle) for x in values)
+    for name, x in zip(runs["run_id"], values, strict=True):
+        if abs(x - middle) > max(ODD * spread, ODD_SHARE * middle):
+            yield neutral(name), f"{column.partition('/')[0]} {number(x)}, median {number(middle)}"
+
+
+def conventions(study: Study) -> Text:
+    """What the tables' words, units and intervals mean."""
+    n = sum(
+        len([c for c in frames.comparisons(study.runs, f"{column}/{w}") if c.ratio])
+        for w in study.parameters.workloads
+        for column in ("tokens_per_s", "ttft_warm_s")
+    )
+    sentences = [
+        "A *round* is one run of every placement, in seeded random order, each a fresh server. *baseline* has all the "
+        "model in VRAM; *cpu-moe* keeps the weights of all experts in RAM, where the CPU computes them; *n-cpu-moe=N* "
+        "those of the first N layers. Load mode *mmap* leaves them in the mapped file, *none* copies them to memory of "
+        "their own, pinned with CUDA.",
+        "tokens/s: (n - 1) / (time of the last token - that of the first), as they arrive at the client. TTFT: from "
+        "sending a request to its first token. VRAM: the peak of the run's processes. GB is 10⁹ bytes, GiB and MiB are "
+        "2³⁰ and 2²⁰.",
+        f"Intervals are 95 % by Student's t over rounds, ratios on logarithms. Of {n} such ratios of speed about "
+        f"{max(1, round(n / 20))} may miss the truth by chance alone; the verdicts above are corrected for that.",
+        "One request at a time, greedy choice of the next token.",
+    ]
+    return Text("conventions", "\n".join(f"- {s}" for s in sentences), cite(study.used))

@@ -1,0 +1,221 @@
+"""The plan's questions, hypotheses and criteria: known worlds, and the committed study against its raw JSON."""
+
+import json
+import math
+import re
+from collections import defaultdict
+from dataclasses import replace
+from statistics import fmean
+
+import pytest
+from conftest import REPO
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moelib.answers import claims, points, verdicts
+from moelib.answers.points import Point
+from moelib.base.stats import Estimate, number, percent
+from moelib.catalogue.placement import Placement
+from moelib.report import conclusions, results
+from moelib.study.study import Study
+
+FULL = REPO / "outputs/h100-twins"
+GIB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def full():
+    return Study.read(FULL)
+
+
+def point(quant="Q4_K_M", n="baseline", layers=0, vram=10.0, rate=100.0, spread=0.01, ttft=0.1, bits=4.8, ram=1.0):
+    def told(x):
+        return Estimate(x, x * (1 - spread), x * (1 + spread), 5)
+
+    placement = Placement.parse(n)
+    sources = {f"{quant} {n}": "digest"}
+    return Point("m", quant, placement, layers, vram * GIB, ram * GIB, told(rate), told(ttft), bits, sources)
+
+
+def test_a_point_dominates_only_beyond_doubt():
+    usual = point()
+    assert point(vram=5).dominates(usual)
+    assert not point(vram=9.95).dominates(usual)  # within a hundredth
+    assert point(rate=110).dominates(usual)
+    assert not point(rate=101).dominates(usual)  # intervals overlap
+    assert not point(rate=110, vram=11).dominates(usual)
+    assert not point(rate=110, ttft=0.2).dominates(usual)
+    assert point(ttft=0.05).dominates(usual)
+    assert not replace(usual, ttft=None).dominates(usual)
+
+
+POINTS = st.lists(
+    st.builds(point, vram=st.floats(1, 80), rate=st.floats(1, 500), ttft=st.floats(0.01, 10), spread=st.floats(0, 0.2)),
+    min_size=1,
+    max_size=8,
+)
+
+
+@given(POINTS)
+def test_the_front_is_never_empty_and_nobody_on_it_is_dominated(some):
+    judged = points.front(some)
+    assert any(by is None for by in judged.values())
+    for p, by in judged.items():
+        assert (by is None) == (not any(q.dominates(p) for q in some))
+        assert by is None or by.dominates(p)
+
+
+SWEEP = [
+    point(n="baseline", layers=0, vram=24, rate=200, ram=1),
+    point(n="n-cpu-moe=9", layers=8, vram=17, rate=60, ram=8),
+    point(n="cpu-moe", layers=27, vram=2, rate=20, ram=23),
+]
+
+
+def test_between_two_measured_placements_bytes_and_time_lie_on_a_line():
+    """One dense layer: N=9 moves 8. 12 GiB are a third of the way from 17 to 2: 6.33 of 19 layers, so 7 are needed."""
+    (one,) = points.between(SWEEP, 12 * GIB)
+    assert (str(one.placement), one.moved_layers, one.between) == ("n-cpu-moe=16", 15, ("n-cpu-moe=9", "cpu-moe"))
+    assert one.vram_bytes == pytest.approx((17 - 15 * 7 / 19) * GIB)
+    assert one.vram_bytes <= 12 * GIB
+    assert 1 / one.rate.value == pytest.approx(1 / 60 + (1 / 20 - 1 / 60) * 7 / 19)
+    assert one.rate.low is None
+    assert not one.is_measured
+    assert list(points.between(SWEEP, 30 * GIB)) == []  # all fits
+    assert list(points.between(SWEEP, 1 * GIB)) == []  # nothing does
+    assert list(points.between([SWEEP[0], SWEEP[2]], 12 * GIB)) == []  # how many layers are dense is not known
+
+
+def test_what_fits_is_chosen_by_speed_or_by_bits_and_ties_are_said():
+    small = [point("Q2_K", n="cpu-moe", layers=27, vram=1.5, rate=20.1, bits=2.9, ram=14)]
+    every = [*SWEEP, *small]
+    best = points.choose(every, 12 * GIB, 64 * GIB)
+    assert (str(best.best.placement), best.best.is_measured) == ("n-cpu-moe=16", False)
+    tied = points.choose(every, 2 * GIB, 64 * GIB)
+    assert (tied.best.quant, [p.quant for p in tied.ties]) == ("Q2_K", ["Q4_K_M"])
+    assert points.choose(every, 2 * GIB, 64 * GIB, finest=True).best.quant == "Q4_K_M"
+    assert points.choose(every, 2 * GIB, 20 * GIB, finest=True).best.quant == "Q2_K"  # its experts do not fit the RAM
+    assert points.choose(every, 1 * GIB, 64 * GIB) is None
+
+
+def raw():
+    """(model, quant, placement, load mode) -> its runs by round, from the JSON alone."""
+    found = defaultdict(dict)
+    for path in FULL.glob("records/*.json"):
+        r = json.loads(path.read_bytes())
+        s = r["spec"]
+        found[s["model"], s["quant"], s["placement"], s["load_mode"]][s["block"]] = r["observed"]
+    return found
+
+
+def rate_of(observed, workload="long-512"):
+    requests = [q for q in observed["requests"] if q["workload"] == workload]
+    return fmean((q["token_n"][-1] - q["token_n"][0]) / (q["token_s"][-1] - q["token_s"][0]) for q in requests)
+
+
+def test_the_committed_answers_are_those_of_a_calculation_by_hand(full):
+    told = {a.asked: a for a in (ask(full) for ask in verdicts.ANSWERS)}
+    equally, _, slower, least = told.values()
+    assert (equally.verdict, slower.verdict) == ("no", "yes")
+    runs = raw()
+    for model in ("phi-3.5-moe", "deepseek-moe-16b"):
+        for quant in ("Q4_K_M", "Q2_K", "Q8_0"):
+            base, away = runs[model, quant, "baseline", "mmap"], runs[model, quant, "cpu-moe", "mmap"]
+            kept = math.exp(fmean(math.log(rate_of(away[b]) / rate_of(base[b])) for b in base))
+            said = next(s for s in equally.because if s.startswith(model))
+            assert f"{percent(kept)} at {quant}" in said
+            said = next(s for s in slower.because if s.startswith(f"{model}: decoding"))
+            assert re.search(rf"{re.escape(number(1 / kept))} \[[\d., ]+\] times at {quant}", said)
+            extra = 1 / math.exp(fmean(math.log(rate_of(o)) for o in away.values()))
+            extra -= 1 / math.exp(fmean(math.log(rate_of(o)) for o in base.values()))
+            assert f"{number(extra, 1e3)} ms for" in " ".join(slower.because)
+            vram = max(max(o["memory"]["value_bytes"], o["memory"]["growth_bytes"]) for o in away.values())
+            assert f"{model}/{quant}: {vram / GIB:.2f} GiB at 1024 tokens (cpu-moe, mmap)" in " ".join(least.because)
+
+
+def test_each_half_of_a_hypothesis_stands_by_itself(full):
+    states = [(a.asked, a.verdict) for a in claims.hypotheses(full)]
+    assert [verdict for _, verdict in states] == [
+        *("supported", "supported", "supported"),
+        *("supported", "open"),
+        *("supported", "supported", "open"),
+    ]
+    assert [asked[:2] for asked, _ in states] == ["H1"] * 3 + ["H2"] * 2 + ["H3"] * 3
+    (quality,) = [a for a in claims.hypotheses(full) if "highest quality" in a.asked]
+    assert "was not measured" in quality.because[0]
+
+
+def swapped(study, column, a, b):
+    """The study whose runs of two quants have each other's values of a column."""
+    runs = study.runs.copy()
+    other = runs.copy()
+    for one, two in ((a, b), (b, a)):
+        to = runs["quant"] == one
+        keys = ["model", "placement", "load_mode", "round"]
+        values = runs[runs["quant"] == two].set_index(keys)[column]
+        other.loc[to, column] = [values.get(tuple(row)) for row in runs.loc[to, keys].itertuples(index=False)]
+    changed = Study(study.path, study.plan, study.contents)
+    changed.__dict__["runs"] = other
+    return changed
+
+
+def test_a_world_in_which_a_hypothesis_is_wrong_refutes_it(full):
+    def states(study):
+        return {a.asked: a.verdict for a in claims.hypotheses(study)}
+
+    slow = states(swapped(full, "tokens_per_s/long-512", "Q2_K", "Q8_0"))
+    assert slow["H1: Q2_K decodes fastest with offload"] == "refuted"
+    assert slow["H1: Q2_K needs the least VRAM with offload"] == "supported"
+    large = states(swapped(full, "vram_bytes", "Q2_K", "Q8_0"))
+    assert large["H3: Q8_0 needs the most VRAM with offload"] == "refuted"
+    assert large["H1: Q2_K needs the least VRAM with offload"] == "refuted"
+
+
+def test_the_criteria_are_computed(full, tmp_path):
+    states = {a.asked: (a.verdict, a.because[0]) for a in claims.criteria(full)}
+    assert [v for v, _ in states.values()] == ["met", "met", "met", "met", "met", "not met"]
+    assert states["All planned runs went without errors"][1].startswith("36 of the 36 runs that the plan has")
+    part = full.part("phi-3.5-moe", ["Q2_K"])
+    lost = Study(tmp_path, part.plan, replace(part.contents, manifests=(), evidence=replace(part.evidence, records=[])))
+    assert [a.verdict for a in claims.criteria(lost)] == ["not met", "not met", "not met", "open", "not met", "not met"]
+
+
+def test_what_to_run_says_it_card_by_card(full):
+    rows = conclusions.what_to_run(full).rows
+    phi = [r for r in rows if r["model"] == "phi-3.5-moe" and r["for"] == "speed"]
+    assert [(r["card"], r["file"]) for r in phi] == [
+        ("8 to 16 GB", "Q2_K"),
+        ("24 GB", "Q2_K"),
+        ("32 GB and more", "Q4_K_M"),
+    ]
+    assert "--cpu-moe" in phi[0]["flags"]
+    assert "--cpu-moe" not in phi[1]["flags"]
+    finest = [r for r in rows if r["model"] == "phi-3.5-moe" and r["for"] == "bits per weight"]
+    assert ("8 to 32 GB", "64 GB and more", "Q8_0") in [(r["card"], r["RAM"], r["file"]) for r in finest]
+    assert {r["by"] for r in rows} == {"measured"}
+
+
+def test_a_repeated_prompt_is_said_first_with_what_it_copied(full):
+    (said,) = conclusions.prompts(full)
+    assert "**Workload long-512 repeats one sentence to its 512 tokens.**" in said.text
+    deepseek = re.search(r"deepseek-moe-16b ([\d.]+) % to ([\d.]+) %", said.text)
+    assert 55 < float(deepseek[1]) <= float(deepseek[2]) < 70
+
+
+def test_nothing_that_does_not_vary_has_an_interval(full):
+    for t in (results.vram(full), *(results.speed(full, m, "long-512") for m in ("phi-3.5-moe", "deepseek-moe-16b"))):
+        for row in t.rows:
+            for value in row.values():
+                m = re.search(r"\[([\d.]+), ([\d.]+)\]", str(value))
+                assert not m or m[1] != m[2], row
+    by_parts = [row for row in results.vram(full).rows if row["placement"] == "baseline, mmap"]
+    for row in by_parts:
+        parts = [float(str(row[k]).split(" ")[0]) for k in ("weights", "KV cache", "compute", "rest", "VRAM")]
+        assert sum(parts[:4]) == pytest.approx(parts[4], abs=2)
+
+
+def test_values_far_from_the_others_are_named_and_kept(full):
+    text = results.odd(full).text
+    m = re.search(r"(\d+) of (\d+) are: (.*)\.$", text)
+    assert (int(m[2]), len(m[3].split("; "))) == (360, int(m[1]))
+    assert 0 < int(m[1]) < 30
