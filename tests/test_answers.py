@@ -44,6 +44,7 @@ def test_a_point_dominates_only_beyond_doubt():
     assert point(rate=110).dominates(usual)
     assert not point(rate=101).dominates(usual)  # intervals overlap
     assert not point(rate=110, vram=11).dominates(usual)
+    assert not point(vram=5, rate=95, spread=0.5).dominates(usual)  # slower, if not beyond doubt
     assert not point(rate=110, ttft=0.2).dominates(usual)
     assert point(ttft=0.05).dominates(usual)
     assert not replace(usual, ttft=None).dominates(usual)

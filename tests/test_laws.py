@@ -12,7 +12,8 @@ from conftest import REPO
 
 from moelib.audit import record
 from moelib.base.stats import Estimate
-from moelib.laws import fit, law, speed
+from moelib.laws import fit, speed
+from moelib.laws.law import errors
 from moelib.laws.speed import NO_LONGER, NOT_TOLD, ONE_QUANT, PACKETS
 from moelib.laws.vram import ONE_CONTEXT, UNSEEN, vram
 from moelib.study import frames
@@ -277,9 +278,9 @@ def test_a_law_goes_to_another_machine_by_the_speed_of_its_ram(two_machines):
     found = [law for law in speed.decode(two_machines, "w") if "cost" not in law.formula]
     residuals = [r for law in found for r in law.residuals]
     assert {(r.machine, r.quant) for r in residuals if r.held_out == "machine"} == set(product(("one", "two"), QUANTS))
-    assert law.errors(residuals, "machine").n == 2 * 3 * 3
-    assert law.errors(residuals, "machine").largest == pytest.approx(0, abs=1e-9)
-    unscaled = law.errors(
+    assert errors(residuals, "machine").n == 2 * 3 * 3
+    assert errors(residuals, "machine").largest == pytest.approx(0, abs=1e-9)
+    unscaled = errors(
         [r for law in speed.decode(two_machines.assign(ram_bytes_per_s=RAM), "w") for r in law.residuals], "machine"
     )
     assert unscaled.median > 0.3
@@ -438,7 +439,7 @@ def test_committed_tokens_of_unseen_placements_are_within_5_percent(whole):
         ("phi-3.5-moe", "Q4_K_M"),
         ("qwen3-30b-a3b", "Q4_K_M"),
     }
-    unseen, ends = law.errors(residuals, "placement"), law.errors(residuals, "ends")
+    unseen, ends = errors(residuals, "placement"), errors(residuals, "ends")
     assert (unseen.n, ends.n) == (12, 12)
     assert unseen.median < 0.03
     assert unseen.largest < 0.05
@@ -450,12 +451,12 @@ def test_committed_prompts_at_none_are_within_5_percent(whole, h100):
     law, *own = speed.ttft(whole, "mixed-512")
     assert law.formula.startswith("GPU time + bytes counted on the bus")
     assert 53e9 < parameter(law, "speed").value.value < 57e9
-    assert law.errors(all_of(own), "placement").median < 0.02
-    assert law.errors(all_of(own), "placement").largest < 0.12, "DeepSeek's first 7 layers"
+    assert errors(all_of(own), "placement").median < 0.02
+    assert errors(all_of(own), "placement").largest < 0.12, "DeepSeek's first 7 layers"
     assert law.errors("placement").median < 0.04
     assert law.errors("cell").median < 0.04
     told = speed.ttft(whole, "mixed-512", counted=False)
-    assert law.errors(all_of(told[1:]), "placement").median < 0.02
+    assert errors(all_of(told[1:]), "placement").median < 0.02
     mapped, none = (one for one in speed.ttft(h100, "long-512") if len(one.cells) > 1)
     assert (mapped.domain.load_mode, none.domain.load_mode) == ("mmap", "none")
     assert 52e9 < parameter(none, "speed").value.value < 56e9
@@ -505,8 +506,8 @@ def test_committed_quants_share_a_law_on_a_quiet_machine_and_not_on_another(h100
 def test_committed_machines_differ_as_their_ram_does(h100, h200):
     """The speed of RAM tells more than half of how machines differ."""
     both = pd.concat([h100, h200])
-    scaled = law.errors(all_of(speed.decode(both, "long-512")), "machine")
-    alike = law.errors(all_of(speed.decode(both.assign(ram_bytes_per_s=1.0), "long-512")), "machine")
+    scaled = errors(all_of(speed.decode(both, "long-512")), "machine")
+    alike = errors(all_of(speed.decode(both.assign(ram_bytes_per_s=1.0), "long-512")), "machine")
     assert scaled.n == alike.n == 28
     assert scaled.median < 0.12
     assert scaled.largest < 0.2
@@ -516,8 +517,8 @@ def test_committed_machines_differ_as_their_ram_does(h100, h200):
 def test_committed_vram_is_within_1_percent(whole, h100, h200):
     for runs, n in ((whole, 16), (h100, None), (h200, None)):
         residuals = all_of(vram(runs))
-        assert law.errors(residuals, "nothing").largest < 0.007
-        held = law.errors(residuals, "placement")
+        assert errors(residuals, "nothing").largest < 0.007
+        held = errors(residuals, "placement")
         assert (held and held.n) == n
         assert held is None or (held.median < 0.001 and held.largest < 0.008)
 

@@ -17,7 +17,7 @@ from moelib.study.study import Study
 PROCESS_BYTES = 512 << 20
 """What the server takes of RAM beside weights: 247 to 512 MiB in the committed runs with a GPU."""
 ALIKE = 0.01
-"""VRAM that differs by less is called equal."""
+"""What differs by less is called equal."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,12 +50,18 @@ class Point:
         return _surely_less(other.rate, self.rate)
 
     def dominates(self, other: Point) -> bool:
-        """Whether it is better than another in VRAM, tokens/s or TTFT beyond doubt, and worse in none."""
-        less_vram = self.vram_bytes < (1 - ALIKE) * other.vram_bytes
-        more_vram = other.vram_bytes < (1 - ALIKE) * self.vram_bytes
-        better = less_vram or self.surely_faster(other) or _surely_less(self.ttft, other.ttft)
-        worse = more_vram or other.surely_faster(self) or _surely_less(other.ttft, self.ttft)
+        """Whether it is better than another in VRAM, tokens/s or TTFT beyond doubt, and in none as much as a hundredth
+        worse: what hardly can be told is not called beaten."""
+        better = _less(self.vram_bytes, other.vram_bytes) or self.surely_faster(other)
+        better = better or _surely_less(self.ttft, other.ttft)
+        worse = _less(other.vram_bytes, self.vram_bytes) or _less(self.rate.value, other.rate.value)
+        if self.ttft and other.ttft:
+            worse = worse or _less(other.ttft.value, self.ttft.value)
         return better and not worse
+
+
+def _less(a: float, b: float) -> bool:
+    return a < (1 - ALIKE) * b
 
 
 def _surely_less(a: Estimate | None, b: Estimate | None) -> bool:

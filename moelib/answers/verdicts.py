@@ -87,8 +87,8 @@ def equally_well(study: Study) -> Answer:
     outcomes = {c.outcome for c in judged}
     verdict: Verdict = "no" if "different" in outcomes else "undecided" if "undecided" in outcomes else "yes"
     sentences.append(
-        f"Equal means within {MARGIN:.0%} by two one-sided tests at 5 %, different at 5 % after Holm's correction for "
-        f"{len(judged)} pairs."
+        f"Equal means within {100 * MARGIN:.0f} % by two one-sided tests at 5 %, different at 5 % after Holm's "
+        f"correction for {len(judged)} pairs."
     )
     return Answer(asked, verdict, tuple(sentences), merged([*rate, *vram, *judged]))
 
@@ -114,8 +114,8 @@ def sweet_spot(study: Study) -> Answer:
         on_it = sorted((p for p, by in judged.items() if by is None), key=lambda p: p.vram_bytes)
         away = [p for p in on_it if not p.placement.is_baseline]
         sentences.append(
-            f"{neutral(model)}: of {len(judged)} files and placements {len(on_it)} are beaten by no other in VRAM, "
-            f"tokens/s and TTFT: {_listed(on_it)}."
+            f"{neutral(model)}: of {len(judged)} files and placements no other one beats these in VRAM, tokens/s and "
+            f"TTFT: {_listed(on_it)}."
         )
         quants = {p.quant for p in away}
         if quants and quants <= {next(iter(bits))}:

@@ -155,12 +155,13 @@ class Preflight:
     def lines(self) -> Iterator[str]:
         """As text, with what is lacking last."""
         width = max(len(row.cell) for row in self.rows)
-        yield f"{'file':<{width}}{'GiB':>9}  {'placement':<24}{'VRAM':>9}{'RAM':>9}  GiB, predicted"
+        wide = max(len(placement.label) for row in self.rows for placement, _ in row.needs)
+        yield f"{'file':<{width}}{'GiB':>9}  {'placement':<{wide}}{'VRAM':>9}{'RAM':>9}  GiB, predicted"
         for row in self.rows:
             for i, (placement, need) in enumerate(row.needs):
                 file = (row.cell, f"{row.file_bytes / GIB:.2f}") if not i else ("", "")
                 sizes_of = f"{need.vram_bytes / GIB:>9.2f}{need.ram_bytes / GIB:>9.2f}"
-                yield f"{file[0]:<{width}}{file[1]:>9}  {placement.label:<24}{sizes_of}".rstrip()
+                yield f"{file[0]:<{width}}{file[1]:>9}  {placement.label:<{wide}}{sizes_of}".rstrip()
         download = stats.size(self.download_bytes) if self.download_bytes else "nothing"
         if self.unpinned:
             download += f" ({', '.join(self.unpinned)} is not pinned yet: by its shape in F16)"

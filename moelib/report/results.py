@@ -131,10 +131,10 @@ def odd(study: Study) -> Text:
         for s in frames.summaries(study.runs, column):
             every += len(s.runs)
             found += [f"{name}: {text}" for name, text in _odd(s.runs, column)]
-    listed = f" {len(found)} of {every} are: {'; '.join(found)}." if found else f" None of {every} is."
+    listed = f" {len(found)} of {every} are: {'; '.join(found)}." if found else f" No value of {every} is."
     text = (
-        f"A value is named where it is more than {ODD} robust standard deviations and {ODD_SHARE:.0%} from the median "
-        f"of its placement; it is kept in all tables.{listed}"
+        f"A value is named where it is more than {ODD} robust standard deviations and {100 * ODD_SHARE:.0f} % from the "
+        f"median of its placement; it is kept in all tables.{listed}"
     )
     return Text("odd", text, cite(study.used))
 
