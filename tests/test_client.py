@@ -5,6 +5,7 @@ import json
 import socket
 import threading
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -214,3 +215,19 @@ def test_the_answer_keeps_status_and_words():
     assert (answer.status_code, answer.json()) == (500, {"error": 1})
     with pytest.raises(httpx.HTTPStatusError):
         answer.raise_for_status()
+
+
+@pytest.mark.parametrize(("count", "length"), [(2048, 512), (512, 512), (300, 512), (100, 512), (512, 1)])
+def test_a_drawn_prompt_is_of_different_tokens_as_far_as_the_vocabulary_goes(count, length):
+    """Of a smaller vocabulary every token comes as often as every other one, or once more."""
+    workload = params.Workload(name="w", title="t", drawn=7, prompt_tokens=length, generate_tokens=8)
+    prompts = []
+    for _ in range(2):
+        with answering(plain(data=[{"meta": {"n_vocab": count}}])) as port, client.connect(port, "k") as c:
+            prompts.append(llama_server.prompt_ids(c, workload))
+    ids, again = prompts
+    assert ids == again
+    assert len(ids) == length
+    assert set(ids) <= set(range(count))
+    times = Counter(ids)
+    assert max(times.values()) - (min(times.values()) if len(times) == count else 0) <= 1
