@@ -373,7 +373,7 @@ def card(name: str, namespace: str, into: Path | None) -> None:
 @click.argument("name", shell_complete=MEASURED)
 @click.option("--to", "namespace", required=True, help="User or organisation on the Hub.")
 @click.option("--yes", is_flag=True, help="Upload; without this, only the plan is shown.")
-@click.option("--public/--private", default=None, help="Public in the end; default: real weights are, twins are not.")
+@click.option("--public/--private", default=None, help="Public in the end; default: yes. Twins stay private.")
 def publish(name: str, namespace: str, yes: bool, public: bool | None) -> None:
     """Upload the files and cards of study NAME to the Hub; they are verified before they become public."""
     from moelib.catalogue import upstream

@@ -75,6 +75,8 @@ def test_known_values():
     assert neutral.markdown("12. x") == r"12\. x"
     assert neutral.markdown("https://x.y www.x.y a@b.c") == "https&#58;//x.y www&#46;x.y a&#64;b.c"
     assert neutral.code("a`b``c") == "`a'b''c`"
+    assert neutral.word("m-Q2_K.gguf") == "m-Q2_K.gguf"
+    assert neutral.word("a b`c`\n; rm x") == "'a b'\"'\"'c'\"'\"' ; rm x'"
     assert neutral.label("$x$") == r"\$x\$"
     assert neutral.lines("  a\n\x1b[2Jb\tc") == "  a\n\N{REPLACEMENT CHARACTER}[2Jb c"
     assert neutral.escaped('{"a": "\u202e\x7f\n\U000e0001"}') == '{"a": "\\u202e\\u007f\n\\udb40\\udc01"}'
@@ -265,7 +267,7 @@ def test_no_string_gets_out_in_a_card(name, monkeypatch):
     for text in pages.values():
         front, body = text.split("\n---\n", 1)
         assert not unseen(text)
-        assert yaml.safe_load(front)["license"]
+        assert yaml.safe_load(front)["library_name"] == "gguf"
         page = MARKDOWN(body)
         elements = {name.lower() for name in re.findall(r"<\s*/?\s*([A-Za-z][\w-]*)", page)}
         assert elements <= TAGS | {"a", "pre", "blockquote", "h4"}

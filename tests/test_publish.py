@@ -18,7 +18,7 @@ from moelib.publish import cards, upload
 from moelib.publish.upload import PublishError
 
 pytestmark = pytest.mark.engine
-REPO = f"{SPACE}/deepseek-moe-16b-cpu-offload-gguf"
+REPO = f"{SPACE}/deepseek-moe-16b-random-weights"
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +75,22 @@ def test_what_is_public_in_the_end_is_what_was_measured(results, server):
     assert sum("reading back" in line for line in progress) == 5
 
 
-def test_a_twin_stays_private_unless_told_otherwise(results, server):
+def test_random_weights_stay_private(results, server):
     go(results, server, public=None)
     assert server.repos[REPO].private
     assert visible(server)[-1] == {}
     server.repos[REPO].private = False
-    with pytest.raises(PublishError, match="is public, and files of twins are not to be"):
+    with pytest.raises(PublishError, match="is public, and what is published now is to stay private"):
         go(results, server, public=None)
+
+
+@pytest.mark.parametrize(
+    "url", ["https://huggingface.co", "https://127.0.0.1.example", "http://127.0.0.2.nip.example:80"]
+)
+def test_random_weights_are_public_on_no_hub_but_one_of_this_machine(results, monkeypatch, url):
+    monkeypatch.setattr(cards, "build", lambda *_: pytest.fail("refused before anything is done"))
+    with pytest.raises(PublishError, match=r"files has geometry twins, .* random: they are not made public on a Hub"):
+        upload.plan(results, SPACE, True, url)
 
 
 def test_unchanged_content_makes_no_commit(results, server):

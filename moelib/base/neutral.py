@@ -5,6 +5,7 @@ ends a table's row. Plain text is returned unchanged. Digests and comparisons us
 """
 
 import re
+import shlex
 import unicodedata
 
 LONGEST = 400
@@ -49,6 +50,11 @@ def markdown(text: object) -> str:
 def code(text: object, longest: int | None = LONGEST) -> str:
     """`text` as inline code; backticks in it become apostrophes."""
     return f"`{plain(text, longest).replace('`', chr(39))}`"
+
+
+def word(name: object) -> str:
+    """A file's name as one word of a command, whatever it holds."""
+    return shlex.quote(plain(name).replace("`", "'"))
 
 
 def escaped(json_text: str) -> str:

@@ -69,6 +69,11 @@ def api(endpoint: str | None = None) -> "HfApi":
     return HfApi(endpoint=endpoint)
 
 
+def is_here(client: "HfApi") -> bool:
+    """Whether the Hub is one on this machine, for tests and rehearsals."""
+    return urlsplit(client.endpoint).hostname in ("127.0.0.1", "::1", "localhost")
+
+
 def locate(client: "HfApi", repository: str, name: str, revision: str) -> tuple[str, dict[str, str]]:
     """(address, headers) to download a file from; storage on another host does not get the token."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url

@@ -1,30 +1,30 @@
-"""Model cards for the Hugging Face Hub, made from records, manifests and `params/cards.yaml` alone.
+"""Model cards for the Hugging Face Hub, made from records, manifests and `params/` alone.
 
 A repository's page on the Hub is its README.md, so each model has that and one linked card for each quant. The same
-records give the same bytes.
+records give the same bytes. Files of random weights have a card too, so that all of it can be seen and rehearsed; it
+says what they are, and nothing in it lists them as files of the model whose shapes they have.
 """
 
 import re
-import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from moelib.base import files, neutral, stats
+from moelib.base import files, neutral
 from moelib.catalogue import params, upstream
 from moelib.catalogue.facts import Manifest
 from moelib.models import hub
 from moelib.report import advice, appendix, findings, table
 from moelib.report.table import Table
-from moelib.study import frames
 from moelib.study.study import Study
 
 ROOT = "README.md"
 SUMS = "SHA256SUMS"
 PROVENANCE = "provenance.json"
 HUB = "https://huggingface.co"
+NAME = re.compile(r"[\w.-]+", re.ASCII)
 
 
 class CardError(params.UserError):
@@ -43,6 +43,11 @@ def quants_of(study: Study, model: str) -> dict[str, Manifest]:
     return {q: manifests[n] for q, n in names.items() if n in study.measured and n in manifests}
 
 
+def repository(study: Study, model: str) -> str:
+    """The repository's name in its namespace: random weights never lie in that of the real ones."""
+    return f"{model}-random-weights" if study.parameters.weights == "twin" else params.card(model).repository
+
+
 def build(study: Study, namespace: str) -> dict[str, str]:
     """Path below the folder of cards -> text, for every model with a measured cell.
 
@@ -53,8 +58,8 @@ def build(study: Study, namespace: str) -> dict[str, str]:
     pages: dict[str, str] = {}
     for model in advice.models(study):
         if quants_of(study, model):
-            repository = params.card(model).repository
-            pages |= {f"{repository}/{name}": text for name, text in _repository(study, model, namespace).items()}
+            folder = repository(study, model)
+            pages |= {f"{folder}/{name}": text for name, text in _repository(study, model, namespace).items()}
     if not pages:
         raise CardError(f"{study.name} has no complete round, so no card can be made: run the study first")
     return pages
@@ -103,8 +108,8 @@ def _holds(path: Path, content: bytes) -> bool:
 
 def planned(study: Study) -> dict[str, str]:
     """Path below the folder of cards -> SHA-256, of the GGUF files that the cards are about."""
-    manifests = [(params.card(m).repository, s) for m in study.parameters.models for s in quants_of(study, m).values()]
-    return {f"{repository}/{s.file_name}": s.sha256 for repository, s in manifests}
+    models = study.parameters.models
+    return {f"{repository(study, m)}/{s.file_name}": s.sha256 for m in models for s in quants_of(study, m).values()}
 
 
 def require_measured(study: Study, path: Path) -> str:
@@ -122,52 +127,69 @@ def require_measured(study: Study, path: Path) -> str:
 
 def _repository(study: Study, model: str, namespace: str) -> dict[str, str]:
     card, manifests = params.card(model), quants_of(study, model)
+    geometry = params.model(model).at_scale(study.parameters.scale)
+    sums = "".join(f"{s.sha256}  {neutral.plain(s.file_name)}\n" for s in manifests.values())
     context = {
         "advice": advice,
         "appendix": appendix,
         "findings": findings,
         "model": model,
         "card": card,
+        "twin": study.parameters.weights == "twin",
         "title": params.model(model).title,
-        "geometry": params.model(model).at_scale(study.parameters.scale),
-        "repository": f"{namespace}/{card.repository}",
+        "geometry": geometry,
+        "between": _between(geometry),
+        "repository": f"{namespace}/{repository(study, model)}",
         "absent": [q for q in study.parameters.quants if q not in manifests],
         "sums": SUMS,
+        "sums_text": sums,
     }
     texts, provenance = {}, {}
     for name, template, of in [
         (ROOT, "root.md.j2", part(study, model)),
         *((f"{q}.md", "card.md.j2", part(study, model, q)) for q in manifests),
     ]:
-        text, shown = _render(template, {**context, "study": of, "manifest": of.manifests[0], "argv": _argv(of)})
-        texts[name] = f"---\n{_metadata(of, model, namespace)}\n---\n\n{text}\n"
+        text, shown = _render(template, {**context, "study": of, "manifest": of.manifests[0], "argv": _argv(of, model)})
+        texts[name] = f"---\n{_metadata(of, card, namespace)}\n---\n\n{text}\n"
         provenance[name] = table.collect(s.provenance() for s in shown)
-    texts[SUMS] = "".join(f"{s.sha256}  {neutral.plain(s.file_name)}\n" for s in manifests.values())
-    return texts | {PROVENANCE: files.pretty(provenance).decode()}
+    return texts | {SUMS: sums, PROVENANCE: files.pretty(provenance).decode()}
 
 
-def _argv(of: Study) -> str:
-    """The command line of the first file's first run with experts on the CPU; names of files, not of folders."""
-    _, side = advice.pairs(of)[0]
-    wanted = (of.manifests[0].quant, *side)
-    return next(
-        " ".join(r.observation.argv) for r in of.used if (r.spec.quant, r.spec.placement, r.spec.load_mode) == wanted
-    )
+def _between(geometry: params.Geometry) -> dict[str, int]:
+    """An N half way, by the layers that hold experts: those before them count among the N, and move nothing."""
+    dense, layers = geometry.leading_dense_block_count, geometry.block_count
+    moved = max(1, (layers - dense) // 2)
+    return {"n": dense + moved, "moved": moved, "holding": layers - dense, "dense": dense}
+
+
+def _argv(of: Study, model: str) -> str:
+    """The command line of a measured run of the first file, in the last of its advised placements; names of files, not
+    of folders."""
+    quant = of.manifests[0].quant
+    runs = [r for r in of.used if r.spec.quant == quant]
+    advised = [c.flags for c in advice.choices(of, model) if c.quant == quant][-1:]
+    return " ".join(next((r for r in runs if advice.flags(r) in advised), runs[0]).observation.argv)
 
 
 def _without(t: Table, *columns: str) -> Table:
-    """A table without the columns that repeat the card's title."""
+    """A table without columns that its page has elsewhere."""
     rows = [{k: v for k, v in row.items() if k not in columns} for row in t.rows]
     return replace(t, rows=rows, numbers=tuple(n for n in t.numbers if n not in columns))
 
 
-def _linked(t: Table) -> Table:
-    """The table of files with links to cards and files."""
-    rows = []
-    for row in t.rows:
-        quant, file = row["quant"], f"[{row['file']}]({row['model']}-{row['quant']}.gguf)"
-        rows.append(row | {"quant": f"[{quant}]({quant}.md)", "file": file})
-    return replace(t, rows=rows, note="")
+def _linked(t: Table, of: Study) -> Table:
+    """The table of files with their names, and links to them and to their cards; the largest first."""
+    files_by_quant = {neutral.markdown(s.quant): s for s in of.manifests}
+
+    def linked(row: dict[str, Any]) -> dict[str, Any]:
+        quant, name = row["quant"], files_by_quant[row["quant"]].file_name
+        link = f"[{name}]({name})" if NAME.fullmatch(name) else neutral.markdown(name)
+        return {"file": link, **row, "quant": f"[{quant}]({quant}.md)"}
+
+    pairs = list(zip(t.rows, t.row_sources, strict=True))
+    pairs.sort(key=lambda pair: -files_by_quant[pair[0]["quant"]].file_bytes)
+    rows, sources = [linked(row) for row, _ in pairs], [cited for _, cited in pairs]
+    return replace(t, rows=rows, row_sources=sources, note=appendix.untold(rows))
 
 
 def _render(template: str, context: dict[str, Any]) -> tuple[str, list[Any]]:
@@ -183,71 +205,24 @@ def _render(template: str, context: dict[str, Any]) -> tuple[str, list[Any]]:
         loader=templates, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"hub": f"{HUB}/{{}}".format, "without": _without, "linked": _linked, "show": show}
-    environment.filters |= {"plain": neutral.markdown, "word": _word, "code": lambda text: neutral.code(text, 4000)}
+    environment.filters |= {"plain": neutral.markdown, "word": neutral.word}
+    environment.filters |= {"code": lambda text: neutral.code(text, 4000), "raw": lambda text: text.replace("`", "'")}
     return re.sub(r"\n{3,}", "\n\n", environment.get_template(template).render(context)).strip(), shown
 
 
-def _word(name: str) -> str:
-    """A file's name as one word of a command, whatever it holds."""
-    return shlex.quote(neutral.plain(name).replace("`", "'"))
-
-
-def _metadata(of: Study, model: str, namespace: str) -> str:
-    """The card's frontmatter, in the Hub's terms."""
+def _metadata(of: Study, card: params.Card, namespace: str) -> str:
+    """The card's frontmatter, in the Hub's terms: the Hub lists a repository by it. Of random weights it says what they
+    are, and names no model, licence, language or task."""
     from huggingface_hub import ModelCardData
 
-    card = params.card(model)
-    twin = ["geometry-twin"] if of.parameters.weights == "twin" else []
-    data = ModelCardData(
+    if of.parameters.weights == "twin":
+        return ModelCardData(library_name="gguf", tags=["gguf", "geometry-twin", "random-weights"]).to_yaml()
+    return ModelCardData(
         **card.model_dump(include={"base_model", "license", "license_name", "license_link"}),
         base_model_relation="quantized",
         library_name="gguf",
         pipeline_tag="text-generation",
         language=list(card.languages),
         quantized_by=card.quantized_by or namespace,
-        tags=["gguf", "llama.cpp", "moe", "cpu-offload", *card.tags, *twin],
-        model_name=card.repository,
-        eval_results=_measured(of, f"{HUB}/{namespace}/{card.repository}"),
-    )
-    return data.to_yaml()
-
-
-def _measured(of: Study, url: str) -> list[Any]:
-    """The model-index: a result for each quant, placement and quantity.
-
-    The Hub's client merges results of equal task and dataset, and keeps one source: so the dataset's configuration
-    names quant and placement, and the source is the quant's card.
-    """
-    from huggingface_hub import EvalResult
-
-    twin = "geometry twin, " if of.parameters.weights == "twin" else ""
-    quantities: list[tuple[str, str, str | None, str, float]]
-    quantities = [("peak_vram_mib", "Peak VRAM, MiB", None, "vram_bytes", 2**-20)]
-    for w in of.parameters.workloads:
-        quantities.append(
-            ("decode_tokens_per_second", f"Decode, {neutral.plain(w)}, tokens/s", w, f"tokens_per_s/{w}", 1)
-        )
-        name = f"TTFT, {neutral.plain(w)}, warm, ms"
-        quantities.append(("warm_ttft_ms", name, w, f"ttft_warm_s/{w}", 1000))
-    entries: dict[tuple[str, str, frames.Side], EvalResult] = {}
-    for metric, name, workload, column, scale in quantities:
-        compared = frames.comparisons(of.runs, column, frames.in_one_load_mode)
-        sides = [(c.quant, *side) for c in compared for side in ((c.against, c.baseline), (c.side, c.value))]
-        for quant, side, e in sides:
-            if e is None:
-                continue
-            interval = [float(stats.number(x, scale)) for x in (e.low, e.high) if x is not None]
-            entries[name, quant, side] = EvalResult(
-                task_type="text-generation",
-                dataset_type=f"moelib-{neutral.plain(of.name)}",
-                dataset_name=f"{twin}on {advice.machine(of)}",
-                dataset_config=f"{quant}, {advice.place(of, side)}",
-                metric_type=metric,
-                metric_name=name,
-                metric_value=float(stats.number(e.value, scale)),
-                metric_config=workload and neutral.plain(workload),
-                metric_args={"rounds": e.n, "interval_95": interval},
-                source_name=f"moelib, study {neutral.plain(of.name)}",
-                source_url=f"{url}/blob/main/{quant}.md",
-            )
-    return list(entries.values())
+        tags=["gguf", "moe", "cpu-offload", *card.tags],
+    ).to_yaml()

@@ -98,10 +98,17 @@ def _message(commit: tuple[Item, ...]) -> str:
 def plan(study: Study, namespace: str, public: bool | None = None, endpoint: str | None = None) -> list[Plan]:
     """What publishing the study would do, by repository; nothing is changed anywhere.
 
-    `public`: whether the repositories are to be seen by all; by default those of real weights are, as a twin's file
-    under a model's name would mislead. Raises CardError for a file that is not the one that was measured, PublishError
-    for one that is not there, HubError.
+    `public`: whether the repositories are to be seen by all; by default those of real weights are. Random weights are
+    seen by nobody but their owner, except where a Hub on this machine plays the real one, as in a rehearsal. Raises
+    CardError for a file that is not the one that was measured, PublishError for one that is not there, and for random
+    weights that are to be public, HubError.
     """
+    client, real = hub.api(endpoint), study.parameters.weights == "real"
+    if public and not real and not hub.is_here(client):
+        raise PublishError(
+            f"{study.name} has geometry twins, whose weights are random: they are not made public on a Hub; without "
+            "--public they go to private repositories, which only you can see"
+        )
     pages, files = cards.build(study, namespace), cards.planned(study)
     at = {s.file_name: quantize.place(s) for s in study.manifests}
     items: dict[str, list[Item]] = {}
@@ -117,8 +124,7 @@ def plan(study: Study, namespace: str, public: bool | None = None, endpoint: str
         repository, name = path.split("/")
         content = text.encode()
         items[repository].append(Item(name, content, len(content), hashlib.sha256(content).hexdigest()))
-    visible = study.parameters.weights == "real" if public is None else public
-    client, title = hub.api(endpoint), f"moelib: study {study.name}"
+    visible, title = real if public is None else public, f"moelib: study {study.name}"
     return [_look(Plan(f"{namespace}/{r}", title, tuple(i), visible), client) for r, i in items.items()]
 
 
@@ -203,7 +209,8 @@ def _upload(client: "HfApi", p: Plan, say: Say) -> tuple[str, int | None] | None
         state = _state(client, p.repository)
     if state == "public" and not p.visible:
         raise PublishError(
-            f"{p.repository} is public, and files of twins are not to be: publish to another namespace, or say --public"
+            f"{p.repository} is public, and what is published now is to stay private: make it private on the Hub, or "
+            "publish to another namespace"
         )
     existing, revision, number = _listing(client, p.repository, MAIN), MAIN, None
     if state == "public":

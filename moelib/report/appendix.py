@@ -2,6 +2,9 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from moelib.audit import audit
 from moelib.audit.invariants import INVARIANTS, KINDS
@@ -9,14 +12,53 @@ from moelib.audit.record import Record
 from moelib.base import stats
 from moelib.base.neutral import code, markdown, plain
 from moelib.base.stats import number, size
-from moelib.catalogue.facts import Manifest
-from moelib.report.table import Table, Text, cite, cite_manifest, cite_overhead, facts, several_load_modes
+from moelib.catalogue.facts import ImatrixFacts, Manifest
+from moelib.report.table import Table, Text, cite, cite_manifest, cite_overhead, facts, merged, several_load_modes
 from moelib.study import overhead
 from moelib.study.study import Study
+
+BITS = ("bits/weight", "of the experts", "of the rest")
 
 
 def _types(count: dict[str, int]) -> str:
     return ", ".join(f"{n}x{markdown(t)}" for t, n in count.items())
+
+
+def bits(manifest: Manifest) -> tuple[str, str]:
+    """Bits per weight of the experts and of the rest; n/a where the manifest does not tell.
+
+    It counts the experts' tensors by type, and not their weights. These follow exactly where all types are one, or all
+    tensors of one size, as in every model that is quantised here: their bytes must then be those of whole blocks. What
+    the rest has follows from the whole, which is known to four decimals: it gets the digits that are certain.
+    """
+    try:
+        blocks = {t: GGML_QUANT_SIZES[GGMLQuantizationType[t]] for t in manifest.expert_types}
+    except KeyError:
+        return stats.NONE, stats.NONE
+    tensors = sum(manifest.expert_types.values())
+    if not tensors or not manifest.expert_bytes:
+        return stats.NONE, f"{manifest.bits_per_weight:.2f}"
+    bytes_of_one = sum(n * Fraction(blocks[t][1], blocks[t][0]) for t, n in manifest.expert_types.items())
+    each = manifest.expert_bytes / bytes_of_one
+    if len(blocks) > 1 and any(each % weights for weights, _ in blocks.values()):
+        return stats.NONE, stats.NONE
+    experts = 8 * manifest.expert_bytes / (each * tensors)
+    left = manifest.parameters - each * tensors
+    if left <= 0:
+        return f"{float(experts):.2f}", stats.NONE
+    low, high = (
+        float(manifest.parameters * (manifest.bits_per_weight + off) - 8 * manifest.expert_bytes) / float(left)
+        for off in (-5e-5, 5e-5)
+    )
+    certain = (f"{low:.{n}f}" for n in (2, 1, 0) if f"{low:.{n}f}" == f"{high:.{n}f}")
+    return f"{float(experts):.2f}", next(certain, stats.NONE)
+
+
+def untold(rows: Iterable[dict[str, object]]) -> str:
+    """Why bits per weight of files are not known, where they are not."""
+    if any(row[name] == stats.NONE for row in rows for name in BITS):
+        return "Bits per weight are n/a where the manifest, which counts tensors by type, does not tell weights."
+    return ""
 
 
 def files_table(study: Study) -> Table:
@@ -27,8 +69,8 @@ def files_table(study: Study) -> Table:
         {
             "model": markdown(s.model),
             "quant": markdown(s.quant),
-            "file": size(s.file_bytes),
-            "bits/weight": f"{s.bits_per_weight:.2f}",
+            "size": size(s.file_bytes),
+            **dict(zip(BITS, (f"{s.bits_per_weight:.2f}", *bits(s)), strict=True)),
             "experts": size(s.expert_bytes),
             "expert tensor types": _types(s.expert_types),
             "other tensor types": _types(Counter(s.tensor_types) - Counter(s.expert_types)),
@@ -41,7 +83,8 @@ def files_table(study: Study) -> Table:
         "A fallback is a tensor whose rows do not fit k-quants, so it has another type; the manifests in `quants/` "
         "list them."
     )
-    return Table("files", rows, [*map(cite_manifest, manifests)], note, ("file", "bits/weight", "experts", "fallbacks"))
+    note = f"{note} {untold(rows)}".strip()
+    return Table("files", rows, [*map(cite_manifest, manifests)], note, ("size", *BITS, "experts", "fallbacks"))
 
 
 def ledger_table(blocks: Sequence[Sequence[Record]]) -> Table:
@@ -282,18 +325,37 @@ def _made_by(manifest: Manifest) -> str:
     return f"{markdown(manifest.engine_version)} in {number(manifest.quantize_s)} s"
 
 
+def made(study: Study) -> Text:
+    """From what and with what the files were made; those of one making share a line."""
+    quants: dict[str, list[str]] = defaultdict(list)
+    for m in study.manifests:
+        how = f"from {markdown(m.origin or 'a source of unknown origin')}"
+        how += f" (SHA-256 `{m.source_sha256}`)" if m.source_sha256 else ""
+        if m.engine_version is not None:
+            matrix = f"with the imatrix {_imatrix(m.imatrix)}" if m.imatrix else "without an imatrix"
+            how += f", with llama.cpp, {markdown(m.engine_version)}, {matrix}"
+        quants[how].append(markdown(m.quant))
+    lines = [f"- {', '.join(of)}: {how}." for how, of in quants.items()]
+    return Text("made", "\n".join(lines), merged(map(cite_manifest, study.manifests)))
+
+
+def _imatrix(matrix: ImatrixFacts) -> str:
+    return f"{markdown(matrix.file_name)}, SHA-256 `{matrix.sha256}`"
+
+
 def manifest_table(manifest: Manifest | None) -> Table:
     """The manifest of a quantised file."""
     if manifest is None:
         return Table("sheet", [], [], why_empty="no readable manifest.")
     counts = (manifest.tensor_types, manifest.expert_types)
     types, experts = (", ".join(f"{n} x {markdown(t)}" for t, n in count.items()) for count in counts)
+    of_experts, of_rest = bits(manifest)
     fell = Counter((f.columns, f.type) for f in manifest.fallbacks)
     values = {
         "file": markdown(manifest.file_name),
         "size": size(manifest.file_bytes),
         "parameters": f"{manifest.parameters:,}",
-        "bits per weight": f"{manifest.bits_per_weight:.2f}",
+        "bits per weight": f"{manifest.bits_per_weight:.2f}; {of_experts} of the experts, {of_rest} of the rest",
         "tensor types": types,
         "expert tensors": experts,
         "expert bytes": size(manifest.expert_bytes),
@@ -303,5 +365,5 @@ def manifest_table(manifest: Manifest | None) -> Table:
         "weights": f"{manifest.weights}, scale {markdown(manifest.scale)}",
     }
     if manifest.imatrix:
-        values["importance matrix"] = f"{markdown(manifest.imatrix.file_name)}, SHA-256 `{manifest.imatrix.sha256}`"
+        values["importance matrix"] = _imatrix(manifest.imatrix)
     return facts("sheet", values, cite_manifest(manifest))
