@@ -35,7 +35,7 @@ COMMITTED = {
 
 
 def products(folder):
-    names = ("MOE-TECHNICAL-VALIDATION.md", "provenance.json")
+    names = ("MOE-TECHNICAL-VALIDATION.md", "EVIDENCE.md", "provenance.json")
     figures = {f"figures/{k}": v for k, v in tree(folder / "figures").items()}
     return {k: v for k, v in tree(folder).items() if k in names} | figures
 

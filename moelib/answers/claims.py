@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from moelib.answers import contrasts
 from moelib.answers.contrasts import Contrast
@@ -137,8 +137,9 @@ def _cards(study: Study) -> Answer:
     now = {r.run_id: r.digest for r in study.records}
     pages, cited, changed = 0, 0, 0
     for path in sorted((study.path / "cards").glob("*/provenance.json")):
-        runs = {(k, v) for k, v in _cited(path.read_bytes()) if k in now}
-        pages += len(list(path.parent.glob("*.md")))
+        by_page = json.loads(path.read_bytes())
+        runs = {(k, v) for page in by_page.values() for k, v in page["sources"].items() if k in now}
+        pages += len(by_page)
         cited, changed = cited + len(runs), changed + sum(now[k] != v for k, v in runs)
     why = (
         f"{pages} cards cite {cited} runs by digest, of which {changed} changed since."
@@ -146,11 +147,6 @@ def _cards(study: Study) -> Answer:
         else f"There are none yet: `moelib card {neutral(study.name)}` makes them."
     )
     return _state("Model cards are accurate", bool(pages and cited) and not changed, why)
-
-
-def _cited(provenance: bytes) -> Iterator[tuple[str, str]]:
-    for page in json.loads(provenance).values():
-        yield from page["sources"].items()
 
 
 def _uploaded(study: Study) -> Answer:
