@@ -447,13 +447,13 @@ def test_committed_tokens_of_unseen_placements_are_within_5_percent(whole):
 
 
 def test_committed_prompts_at_none_are_within_5_percent(whole, h100):
-    law, *own = speed.ttft(whole, "mixed-512")
-    assert law.formula.startswith("GPU time + bytes counted on the bus")
-    assert 53e9 < parameter(law, "speed").value.value < 57e9
+    shared, *own = speed.ttft(whole, "mixed-512")
+    assert shared.formula.startswith("GPU time + bytes counted on the bus")
+    assert 53e9 < parameter(shared, "speed").value.value < 57e9
     assert law.errors(all_of(own), "placement").median < 0.02
     assert law.errors(all_of(own), "placement").largest < 0.12, "DeepSeek's first 7 layers"
-    assert law.errors("placement").median < 0.04
-    assert law.errors("cell").median < 0.04
+    assert shared.errors("placement").median < 0.04
+    assert shared.errors("cell").median < 0.04
     told = speed.ttft(whole, "mixed-512", counted=False)
     assert law.errors(all_of(told[1:]), "placement").median < 0.02
     mapped, none = (one for one in speed.ttft(h100, "long-512") if len(one.cells) > 1)
