@@ -28,7 +28,7 @@ from moelib import cli
 from moelib.base import files, neutral
 from moelib.figures import curves, plots
 from moelib.publish import cards
-from moelib.report import appendix, document, table
+from moelib.report import appendix, document, laws, table
 from moelib.study import study
 
 HOSTILE = (
@@ -263,6 +263,17 @@ def test_no_string_gets_out_in_the_figures_of_a_study(bad):
         said = [t.get_text() for t in figure.findobj(Text)]
         assert any("script" in t for t in said), "the strings are there"
         assert not unseen("".join(said))
+
+
+def test_no_string_gets_out_in_the_tables_of_laws(bad):
+    results, _ = bad
+    for workload in results.parameters.workloads:
+        for of in (laws.decode_table(results, workload), laws.ttft_table(results, workload)):
+            clean(of.markdown())
+        estimated = laws.estimates(results, workload, 50e9, 12e9)
+        assert not unseen(estimated.markdown())
+        if estimated.rows:
+            clean(estimated.markdown())
 
 
 @pytest.mark.parametrize("name", COMMITTED)

@@ -19,7 +19,7 @@ quant with experts on the CPU. machine: that machine; the law of another one is 
 
 
 HELD_OUT: dict[HeldOut, str] = {
-    "nothing": "nothing",
+    "nothing": "nothing: fitted to it",
     "placement": "that placement",
     "ends": "all placements but the ends",
     "cell": "that model and quant on the CPU",
