@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from moelib.measure import run
 from moelib.measure.memory import Reading, Trace, reconcile
 from moelib.measure.nvml import NO_GPU
 from moelib.study import gather, plan
+from moelib.study.status import Status
 from moelib.study.study import Contents, Study
 
 # What a test's real runs may be flagged with: tests share their machine, so others work, and readings take longer.
@@ -275,3 +277,77 @@ def study_of(parameters, cells, records, workloads=None, manifests=(), overhead=
     fields = {"study": parameters, "workloads": WORKLOADS if workloads is None else workloads, "cells": cells}
     the_plan = plan.Plan.model_construct(schema_version=record.SCHEMA_VERSION, **fields)
     return Study(Path(name), the_plan, Contents(of or evidence(records), tuple(manifests), overhead or {}))
+
+
+GIB = 1 << 30
+SWEPT = {"Q2_K": 5, "Q4_K_M": 8, "Q8_0": 14}
+"""Quant -> GiB of the experts of a study made up here; of 28 layers, and 1 GiB for the rest."""
+
+
+def swept(
+    quants=tuple(SWEPT), layers=(0, 7, 14, 21, 28), prompts=(8, 512), load_modes=("mmap", "none"), rounds=3, **device
+) -> Study:
+    """A study of a made-up GPU by exact laws and a scatter of some per cent: `layers` in the first load mode, all of
+    them on the CPU in the others; a workload for each length of a prompt, whose experts are copied from 32 tokens on.
+
+    device: what is different of the GPU.
+    """
+    arms = [("baseline" if not n else "cpu-moe" if n == 28 else f"n-cpu-moe={n}", load_modes[0], n) for n in layers]
+    arms += [("cpu-moe", mode, 28) for mode in load_modes[1:]]
+    cells = {}
+    for quant in quants:
+        cells[f"deepseek-moe-16b/{quant}"] = Status(
+            tuple(tuple(_swept(quant, n, arm, prompts) for arm in arms) for n in range(rounds)), (), Counter()
+        )
+    modes = tuple(params.PlacementMode(placement=placement, load_mode=mode) for placement, mode, _ in arms)
+    names = tuple(f"prompt-{n}" for n in prompts)
+    parameters = params.Study(
+        name="swept",
+        title="t",
+        models=("deepseek-moe-16b",),
+        weights="twin",
+        quants=quants,
+        arms=modes,
+        workloads=names,
+        blocks=rounds,
+        seed=1,
+    )
+    made = study_of(parameters, [], [])
+    facts = DEVICE.model_copy(update={"kind": "cuda", "name": "a GPU", **device})
+    made.__dict__["statuses"] = {
+        name: replace(s, rounds=tuple(tuple(r.model_copy(update={"device": facts}) for r in b) for b in s.rounds))
+        for name, s in cells.items()
+    }
+    return made
+
+
+def _swept(quant, n, arm, prompts) -> record.Record:
+    placement, load_mode, layers = arm
+    scatter = 1 + 0.02 * ((n + layers // 7) % 3 - 1)
+    experts = SWEPT[quant] * GIB * layers // 28
+    weights, kv, compute = (SWEPT[quant] + 1) * GIB - experts, 224 * MIB, (245 if layers else 81) * MIB
+    step = 0.003 + scatter * (layers * 0.0002 + share(experts) / 80e9)
+    requests, traffic = [], []
+    for i, tokens in enumerate(prompts):
+        by_gpu = tokens >= 32
+        moved_s = experts / (54e9 if load_mode == "none" else 9e9) if by_gpu else layers * tokens * 0.25e-3
+        for index in (0, 1):
+            first = 0.01 + tokens * 5e-5 + scatter * moved_s
+            change = {"workload": f"prompt-{tokens}", "prompt_tokens": tokens, "prompt_n": tokens}
+            requests.append(request(index, step=step, first=first, started_s=0.2 * (2 * i + index), **change))
+        traffic.append(run.PromptTraffic(f"prompt-{tokens}", tokens, int(experts * 1.08) if by_gpu else 0, 0))
+    base = observation(placement)
+    sizes = {"model": weights, "KV": kv, "compute": compute}
+    buffers = tuple(Buffer("CUDA0", kind, size) for kind, size in sizes.items())
+    memory = replace(base.memory, value_bytes=weights + kv + compute + 700 * MIB, engine_bytes=weights + kv + compute)
+    observed = replace(
+        base,
+        report=replace(base.report, buffers=buffers),
+        placement=run.Placement(3 * layers, layers, experts, weights, GIB, share(experts)),
+        requests=tuple(requests),
+        prompt_traffic=tuple(traffic),
+        memory=memory,
+    )
+    names = {"placement": placement, "load_mode": load_mode, "quant": quant, "block": n}
+    made = record_of(observed, status="valid", reasons=(), workloads=tuple(f"prompt-{t}" for t in prompts), **names)
+    return with_facts(made, "host", ram_read_bytes_per_s=80e9)

@@ -21,13 +21,14 @@ from conftest import REPO
 from factory import study_of
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.text import Text
 from pydantic import BaseModel
 
 from moelib import cli
 from moelib.base import files, neutral
-from moelib.figures import plots
+from moelib.figures import curves, plots
 from moelib.publish import cards
-from moelib.report import appendix, document, table
+from moelib.report import appendix, document, laws, table
 from moelib.study import study
 
 HOSTILE = (
@@ -249,6 +250,32 @@ def test_no_string_gets_out_in_the_tables_of_a_run(bad):
     clean(appendix.manifest_table(results.manifests[0]).markdown())
     for figure in (plots.vram_over_time(records), plots.tokens_over_time(records, results.parameters.workloads[0])):
         figure.draw_without_rendering()
+
+
+def test_no_string_gets_out_in_the_figures_of_a_study(bad):
+    results, _ = bad
+    workload = results.parameters.workloads[-1]
+    assert "buffers" in curves.memory_stack(results).axes[0].texts[0].get_text(), "their kinds are none that are known"
+    for figure in (
+        curves.rate_over_vram(results, workload),
+        curves.ttft_over_prompt(results),
+        curves.predicted_against_measured(results, workload),
+    ):
+        figure.draw_without_rendering()
+        said = [t.get_text() for t in figure.findobj(Text)]
+        assert any("script" in t for t in said), "the strings are there"
+        assert not unseen("".join(said))
+
+
+def test_no_string_gets_out_in_the_tables_of_laws(bad):
+    results, _ = bad
+    for workload in results.parameters.workloads:
+        for of in (laws.decode_table(results, workload), laws.ttft_table(results, workload)):
+            clean(of.markdown())
+        estimated = laws.estimates(results, workload, 50e9, 12e9)
+        assert not unseen(estimated.markdown())
+        if estimated.rows:
+            clean(estimated.markdown())
 
 
 @pytest.mark.parametrize("name", COMMITTED)

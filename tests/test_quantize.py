@@ -13,7 +13,7 @@ from moelib.base import files
 from moelib.campaign import campaign
 from moelib.catalogue.params import ParamsError
 from moelib.engine import quants
-from moelib.figures import plots
+from moelib.figures import layout
 from moelib.gguf import gguf_file
 from moelib.machine import process
 from moelib.models import models, quantize
@@ -117,7 +117,7 @@ def test_a_study_of_a_quant_beyond_the_three_runs_and_is_ordered_by_its_bits(hom
     done = [r for cell in cells for r in campaign.measure(study, [cell])]
     assert {r.status for r in done} <= {"valid", "degraded"}, [r.reasons for r in done]
     assert {r.spec.quant for r in done} == {"Q2_K", "Q6_K"}
-    assert plots._by_bits(study.again()) == ["Q2_K", "Q6_K"]
+    assert layout.by_bits(study.again()) == ["Q2_K", "Q6_K"]
 
 
 def test_a_study_of_an_unknown_quant_is_refused_before_anything_starts(home, engine):

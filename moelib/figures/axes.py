@@ -4,11 +4,14 @@ state; placements keep colour, hatch and marker by their place in `names`."""
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from moelib.audit.record import Record
+from moelib.base.stats import Estimate
 from moelib.study.frames import Comparison
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#4D4D4D")
@@ -75,4 +78,54 @@ def vram_over_time(records: Iterable[Record], *, names: Sequence[str], ax: Axes,
         points = [(x.t_s, x.process_bytes / unit) for x in r.observation.memory.trace.during if x.process_bytes]
         ax.plot(*zip(*points, strict=True), color=nth(COLOURS, r.spec.placed.label, names), alpha=0.8, lw=1)
     ax.set(xlabel="s since the run's start", ylim=(0, None))
+    return ax
+
+
+def stacks(
+    rows: Sequence[Sequence[float]], at: Sequence[float], *, names: Sequence[str], ax: Axes, colours: Sequence[str]
+) -> Axes:
+    """Bars across, at heights `at`: each row's values side by side, a colour and a hatch for each of `names`."""
+    left = np.zeros(len(rows))
+    for name, values in zip(names, zip(*rows, strict=True), strict=True):
+        form: dict[str, Any] = {"color": nth(colours, name, names), "hatch": nth(HATCHES, name, names), "alpha": 0.75}
+        ax.barh(at, values, left=left, height=0.8, edgecolor="white", linewidth=0.5, **form)
+        left = left + values
+    return ax
+
+
+def curve(
+    across: Sequence[Estimate], up: Sequence[Estimate], *, ax: Axes, units: tuple[float, float] = (1, 1), **style: Any
+) -> Axes:
+    """Points in order with their 95 % intervals, joined by a line. units: what `across` and `up` are divided by."""
+    (x, x_bars), (y, y_bars) = (_points(e, unit) for e, unit in zip((across, up), units, strict=True))
+    ax.errorbar(x, y, xerr=x_bars, yerr=y_bars, **{"capsize": 2.5, "elinewidth": 1, "lw": 1.5, "ms": 5} | style)
+    return ax
+
+
+def _points(estimates: Sequence[Estimate], unit: float) -> tuple[Any, Any]:
+    """(values, lengths of their bars below and above), NaN where there is no interval."""
+    table = np.array([(e.value, e.low, e.high) for e in estimates], float).reshape(-1, 3) / unit
+    value, low, high = table.T
+    return value, np.array([value - low, high - value])
+
+
+def diagonal(band: float, *, ax: Axes) -> Axes:
+    """Where what is predicted is what was measured, and `band` (a share) about it; both axes get the same limits."""
+    low, high = min(ax.get_xlim()[0], ax.get_ylim()[0]), max(ax.get_xlim()[1], ax.get_ylim()[1])
+    ends = np.array([low, high])
+    ax.plot(ends, ends, color="#666666", lw=1, zorder=1)
+    ax.fill_between(ends, ends * (1 - band), ends * (1 + band), color="#999999", alpha=0.3, lw=0, zorder=0)
+    ax.set(xlim=(low, high), ylim=(low, high))
+    return ax
+
+
+def ticks(ax: Axes, of: str = "xy") -> Axes:
+    """Ticks of logarithmic axes, once all is drawn: plain numbers, at more places where an axis is short."""
+    for name in of:
+        low, high = getattr(ax, f"get_{name}lim")()
+        places = (1, 1.5, 2, 3, 4, 6, 8) if high < 6 * low else (1, 2, 5) if high < 100 * low else (1,)
+        axis = getattr(ax, f"{name}axis")
+        axis.set_major_locator(LogLocator(subs=places, numticks=20))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
     return ax

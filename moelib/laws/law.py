@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from statistics import median
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from moelib.base.stats import Estimate, span
 
@@ -16,6 +16,18 @@ HeldOut = Literal["nothing", "placement", "ends", "cell", "machine"]
 """What the fit that predicts a residual had not seen. nothing: it saw all. placement: the runs of that placement of the
 model and quant. ends: all placements but those with least and most on the CPU. cell: all placements of the model and
 quant with experts on the CPU. machine: that machine; the law of another one is scaled by the speed of their RAM."""
+
+
+HELD_OUT: dict[HeldOut, str] = {
+    "nothing": "nothing: fitted to it",
+    "placement": "that placement",
+    "ends": "all placements but the ends",
+    "cell": "that model and quant on the CPU",
+    "machine": "that machine",
+}
+"""Without what a residual was predicted, in words."""
+BEST: tuple[HeldOut, ...] = ("placement", "cell", "machine")
+"""What says most of how a law predicts comes first."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,12 @@ def errors(residuals: Iterable[Residual], held_out: HeldOut) -> Errors | None:
     return Errors(median(off), max(off), len(off)) if off else None
 
 
+def held_out(residuals: Iterable[Residual]) -> HeldOut:
+    """The best kind of residual that there is; `nothing` where the fit saw all that it predicts."""
+    kinds = {r.held_out for r in residuals if r.off is not None}
+    return next((kind for kind in BEST if kind in kinds), "nothing")
+
+
 @dataclass(frozen=True)
 class Domain:
     """What a law is of; of anything else it says nothing."""
@@ -108,6 +126,13 @@ class Domain:
     def question(self) -> tuple[object, ...]:
         """What is asked, wherever it was answered."""
         return self.models, self.quants, self.load_mode, self.workload, self.scale, self.context
+
+    def covers(self, other: Domain) -> bool:
+        """Whether all of another domain is in this one."""
+        same = ("gpu", "load_mode", "workload", "scale", "context")
+        return all(getattr(self, k) == getattr(other, k) for k in same) and all(
+            set(getattr(other, k)) <= set(getattr(self, k)) for k in ("machines", "models", "quants")
+        )
 
     def __str__(self) -> str:
         machines = f"machine{'s' * (len(self.machines) > 1)} {', '.join(self.machines)}"
@@ -149,3 +174,15 @@ class Law:
 
     def errors(self, held_out: HeldOut) -> Errors | None:
         return errors(self.residuals, held_out)
+
+
+AnyLaw = TypeVar("AnyLaw", bound=Law)
+
+
+def standing(laws: Iterable[AnyLaw]) -> list[AnyLaw]:
+    """Of laws with the shared ones first: those that the runs tell, without those of a part of what one before has."""
+    found: list[AnyLaw] = []
+    for law in laws:
+        if law.reason is None and not any(before.domain.covers(law.domain) for before in found):
+            found.append(law)
+    return found
