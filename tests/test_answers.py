@@ -16,7 +16,7 @@ from moelib.answers import claims, points, verdicts
 from moelib.answers.points import Point
 from moelib.base.stats import Estimate, number, percent
 from moelib.catalogue.placement import Placement
-from moelib.report import conclusions, results
+from moelib.report import results
 from moelib.study.study import Study
 
 FULL = REPO / "outputs/h100-twins"
@@ -182,7 +182,7 @@ def test_the_criteria_are_computed(full, tmp_path):
 
 
 def test_what_to_run_says_it_card_by_card(full):
-    rows = conclusions.what_to_run(full).rows
+    rows = results.what_to_run(full).rows
     phi = [r for r in rows if r["model"] == "phi-3.5-moe" and r["for"] == "speed"]
     assert [(r["card"], r["file"]) for r in phi] == [
         ("8 to 16 GB", "Q2_K"),
@@ -197,7 +197,7 @@ def test_what_to_run_says_it_card_by_card(full):
 
 
 def test_a_repeated_prompt_is_said_first_with_what_it_copied(full):
-    (said,) = conclusions.prompts(full)
+    (said,) = results.prompts(full)
     assert "**Workload long-512 repeats one sentence to its 512 tokens.**" in said.text
     deepseek = re.search(r"deepseek-moe-16b ([\d.]+) % to ([\d.]+) %", said.text)
     assert 55 < float(deepseek[1]) <= float(deepseek[2]) < 70
