@@ -71,6 +71,7 @@ def test_the_committed_laws_are_few_rows_with_their_records(h100):
     assert table.rows[3]["error"] == f"{100 * off.median:.1f} % ({100 * off.largest:.1f} %)" == "5.1 % (5.2 %)"
     assert table.rows[4]["predicted without"] == "nothing: fitted to it"
     assert table.rows[4]["per layer, ms"] == "n/a"
+    assert "No law" not in table.note, "that of one quant stands where there is none to share"
     assert table.note.endswith(
         "No cost per layer on the CPU for phi-3.5-moe (Q2_K), load mode mmap and none: the layers of one quant do not "
         "tell a cost per layer from one per byte: it is in the speed."
@@ -113,6 +114,7 @@ def test_vram_is_by_parts_in_mib_without_an_interval_where_nothing_varies(points
         "error": "0.0 % (0.0 %)",
         "predicted without": "that placement",
     }
+    assert "No " not in table.note, "that there is one context is seen"
     assert laws.vram_table(h100).rows[0]["rest"] == "710 [706, 714]"
     assert "On the loopback device (" in laws.vram_table(demo).note
     assert "load mode" not in table.rows[0], "it is the same in all rows, and in the note"
@@ -163,6 +165,8 @@ def test_what_cannot_be_estimated_is_not(h100, demo, points):
     mapped = swept(quants=("Q4_K_M",), layers=(0, 28), load_modes=("mmap",), rounds=2)
     table = laws.estimates(mapped, "prompt-512", *DDR4)
     assert table.why_empty == "no run of cpu-moe at load mode none on a GPU gives a law to go by."
+    loopback = swept(quants=("Q4_K_M",), layers=(0, 28), rounds=2, kind="loopback")
+    assert laws.estimates(loopback, "prompt-512", *DDR4).why_empty == table.why_empty
     blind = study.Study(points.path, points.plan, points.contents)
     blind.__dict__["runs"] = points.runs.assign(ram_bytes_per_s=float("nan"))
     assert {r["tokens/s, estimated"] for r in laws.estimates(blind, "prompt-512", *DDR4).rows} == {"n/a"}

@@ -4,7 +4,6 @@ length, and what laws predict against what was measured."""
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,6 +42,8 @@ SHORT = 0.25
 NEAR = 0.15
 """Two points whose logarithms differ by less are at one place."""
 Point = tuple[float, float]
+PANEL = 3.2
+"""Inches of usual letters whose number fits a third of a figure, in small letters."""
 HOLLOW = ("D", "s", "v", "P", "X", "o")
 STEP = f"from {OFFLOADED_TOKENS} tokens on\nexperts are copied\nto the GPU"
 
@@ -61,7 +62,8 @@ def _mean(frame: pd.DataFrame, column: str) -> Estimate:
 
 
 def _offset(ax: Any, text: str, at: Point, by: Point, **how: Any) -> None:
-    ax.annotate(text, at, textcoords="offset points", xytext=by, **{"fontsize": SMALL, "color": DARK} | how)
+    usual = {"fontsize": SMALL, "color": DARK, "textcoords": "offset points"}
+    ax.annotate(text, at, xytext=by, **usual | how)
 
 
 @layout.styled
@@ -216,7 +218,8 @@ def ttft_over_prompt(study: Study) -> Any:
     for ax, (model, quant) in zip(panels, ((m, q) for m in models for q in quants), strict=True):
         own = frame[(frame["model"] == model) & (frame["quant"] == quant)]
         ax.set_visible(not own.empty)
-        ax.set(xscale="log", yscale="log", title=f"{neutral.label(model)}, {neutral.label(quant)}")
+        ax.set(xscale="log", yscale="log")
+        ax.set_title(layout.wrapped(f"{neutral.label(model)}, {neutral.label(quant)}", layout.WIDTH / len(quants)))
         for label, side in own.groupby("label", sort=False):
             form = {"color": nth(COLOURS, label, names), "marker": nth(MARKERS, label, names)}
             ends[label] = _ttft_line(side, ax, **form)
@@ -264,14 +267,16 @@ def _ttft_line(own: pd.DataFrame, ax: Any, color: str, marker: str) -> Point:
 
 
 def _beside(ends: dict[str, Point], ax: Any) -> None:
-    """A name beside the end of each line, as far apart as letters are high."""
+    """A name beside the end of each line, as far apart as letters are high, and led to it."""
     (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
     ax.set_xlim(left, right * (right / left) ** 0.22)
     lowest = 0.0
     for name, (x, y) in sorted(ends.items(), key=lambda end: end[1][1]):
-        y = max(y, lowest)
-        lowest = y * (high / low) ** 0.06
-        _offset(ax, neutral.label(name), (x, y), (9, 0), va="center", weight="bold")
+        beside = x * (right / left) ** 0.03, max(y, lowest)
+        lowest = beside[1] * (high / low) ** 0.06
+        leader = {"arrowstyle": "-", "color": "#999999", "lw": 0.8, "shrinkA": 0, "shrinkB": 4}
+        how = {"textcoords": "data", "va": "center", "weight": "bold", "arrowprops": leader}
+        _offset(ax, neutral.label(name), (x, y), beside, **how)
 
 
 def _copies(own: pd.DataFrame) -> bool:
@@ -322,7 +327,15 @@ def _predicted(laws: Sequence[Law], kinds: Sequence[str], what: str, scale: floa
     if unseen == "nothing":
         why = next((law.reason for law in laws if law.reason), None) or "nothing was held out that the rest tells"
         ax.set_axis_off()
-        ax.text(0.5, 0.5, textwrap.fill(f"{what}: {why}", 30), ha="center", va="center", transform=ax.transAxes)
+        ax.text(
+            0.5,
+            0.5,
+            layout.wrapped(f"{what}: {why}", PANEL),
+            ha="center",
+            fontsize=SMALL + 1,
+            va="center",
+            transform=ax.transAxes,
+        )
         return
     ax.set(xscale="log", yscale="log", xlabel=f"measured {what}")
     for kind in kinds:
@@ -334,4 +347,4 @@ def _predicted(laws: Sequence[Law], kinds: Sequence[str], what: str, scale: floa
     if of := errors(told, unseen):
         text = f"median error {stats.percent(of.median)}\nlargest {stats.percent(of.largest)}"
         ax.text(0.04, 0.96, text, va="top", fontsize=SMALL, transform=ax.transAxes)
-    ax.set_title(textwrap.fill(f"{len(told)} predicted without {HELD_OUT[unseen]}", 34), fontsize=SMALL + 1)
+    ax.set_title(layout.wrapped(f"{len(told)} predicted without {HELD_OUT[unseen]}", PANEL), fontsize=SMALL + 1)

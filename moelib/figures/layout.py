@@ -47,6 +47,11 @@ def panels(columns: int, height: float = 3.4, rows: int = 1, width: float | None
     return figure, list(figure.subplots(rows, columns, squeeze=False, **how).flat)
 
 
+def wrapped(text: str, inches: float) -> str:
+    """In lines of this width; a long name stays whole, as one that is escaped must."""
+    return textwrap.fill(text, int(inches * LETTERS), break_long_words=False, break_on_hyphens=False)
+
+
 def title(figure: Any, what: str, frame: pd.DataFrame, n: str) -> None:
     """Above all panels: what is shown, on which GPU and how many machines, and n; in as many lines as it takes, by
     which the figure grows. frame: the runs that are shown."""
@@ -55,9 +60,9 @@ def title(figure: Any, what: str, frame: pd.DataFrame, n: str) -> None:
     of = f"{gpus} ({machines}{HARD}machine{'s' * (machines > 1)})"
     of = of if (frame["device"] == "cuda").all() else f"no GPU: {of}"
     width, height = figure.get_size_inches()
-    lines = textwrap.wrap(f"{what}; {of}; {n.replace(' ', HARD)}", int(width * LETTERS), break_on_hyphens=False)
-    figure.set_size_inches(width, height + 0.22 * len(lines))
-    figure.suptitle("\n".join(lines), fontsize="medium")
+    text = wrapped(f"{what}; {of}; {n.replace(' ', HARD)}", width)
+    figure.set_size_inches(width, height + 0.22 * (1 + text.count("\n")))
+    figure.suptitle(text, fontsize="medium")
 
 
 def rounds(frame: pd.DataFrame) -> str:
