@@ -229,5 +229,5 @@ def test_a_name_that_cannot_be_completed_is_no_error(monkeypatch, tmp_path):
 def test_the_answer_comes_first(monkeypatch):
     monkeypatch.setenv("MOELIB_OUTPUTS", str(REPO / "docs/example"))
     for argv in (["study", "status", "demo"], ["audit", "demo"]):
-        assert call(*argv).output.startswith("36 of 36 runs usable: 36 valid, 0 degraded\n")
+        assert call(*argv).output.startswith("60 of 60 runs usable: 60 valid, 0 degraded\n")
     assert re.match(r"all that a study needs is here|\d+ to fix: ", call("doctor").output)

@@ -100,7 +100,7 @@ def test_an_unknown_name_gets_the_nearest_one_or_the_list(study):
 
 def test_a_study_reads_short_and_leads_to_its_records(study):
     assert repr(study) == (
-        "<Study demo: 36 of 36 runs usable: 36 valid, 0 degraded; 6 cells, columns in .runs and .requests>"
+        "<Study demo: 60 of 60 runs usable: 60 valid, 0 degraded; 6 cells, columns in .runs and .requests>"
     )
     html = study._repr_html_()
     assert html.count("<tr>") == 7
