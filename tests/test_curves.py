@@ -69,9 +69,9 @@ def test_a_title_has_the_gpu_the_machines_and_n(h100, demo, name):
     ):
         title = titled(FIGURES[name](results))
         assert of in title
-        n = {"h100-twins": ("90 runs", "n = 5 rounds"), "demo": ("36 runs", "n = 3 rounds")}[results.name]
+        n = {"h100-twins": ("90 runs", "n = 5 rounds"), "demo": ("60 runs", "n = 3 rounds")}[results.name]
         assert n[0 if name == "predicted" else 1] in title
-        assert "long-512" in title or name in ("memory", "ttft")
+        assert results.parameters.workloads[-1] in title or name in ("memory", "ttft")
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -256,7 +256,7 @@ def test_without_a_gpu_nothing_is_said_of_copying(demo):
     ]
     runs = demo.runs
     own = runs[(runs.model == "phi-3.5-moe") & (runs.quant == "Q2_K") & (runs.placement == "cpu-moe")]
-    known = [geometric_mean(1000 * own[f"ttft_warm_s/{w}"]) for w in ("plan-short", "long-512")]
+    known = [geometric_mean(1000 * own[f"ttft_warm_s/{w}"]) for w in ("plan-short", "mixed-512")]
     (drawn,) = [line for line in lines(figure.axes[0]) if line[0][1] == pytest.approx(known[0])]
     assert drawn[0] == pytest.approx([8, known[0]])
     assert drawn[1] == pytest.approx([512, known[1]])

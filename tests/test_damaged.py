@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import shown
 from click.testing import CliRunner, Result
-from conftest import REPO, furnish
+from conftest import FIXTURES, REPO, furnish
 
 from moelib import cli
 from moelib.base import files
@@ -32,17 +32,11 @@ READERS = {
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A home whose study is one cell of the committed demo: nine runs, their logs and their manifest."""
+    """A home whose study is one cell of an earlier demo: six runs, their logs and their manifest."""
     home = furnish(tmp_path_factory.mktemp("small"))
-    path = home / "params/studies/demo.yaml"
-    text = re.sub(r"models: .*", "models: [deepseek-moe-16b]", path.read_text(encoding="utf-8"))
-    text = re.sub(r"^quants: .*", "quants: [Q2_K]", text, flags=re.M)
-    path.write_text(re.sub(r"^  - .*quants: .*\n", "", text, flags=re.M), encoding="utf-8")
+    shutil.copy(FIXTURES / "cell/demo.yaml", home / "params/studies/demo.yaml")
     for kind in ("records", "raw", "quants"):
-        for source in (REPO / "docs/example/demo" / kind).glob(f"{CELL.replace('-Q', '[-_]Q')}*"):
-            target = home / "outputs/demo" / kind / source.name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source, target)
+        shutil.copytree(FIXTURES / "cell" / kind, home / "outputs/demo" / kind)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOELIB_HOME", str(home))
         patch.delenv("MOELIB_OUTPUTS", raising=False)
@@ -205,21 +199,21 @@ HARMS = {
     "manifest a folder": Harm(lambda f: (remove(manifest(f)), manifest(f).mkdir()), "not the manifest of its records"),
     "manifest of no cell": Harm(
         lambda f: write(f / "quants/other.json", json.dumps(json.loads(manifest(f).read_bytes()) | {"model": "other"})),
-        "9 of 9 runs usable",
+        "6 of 6 runs usable",
     ),
     "harness of words": Harm(lambda f: write(f / "harness/x.json", "none"), "harness/x.json: not what was written"),
     "harness deep": Harm(lambda f: write(f / "harness/x.json", DEEP), "harness/x.json: not what was written"),
-    "harness of nothing": Harm(lambda f: harness(f, lambda d: d.update(rounds=[])), "9 of 9 runs usable"),
+    "harness of nothing": Harm(lambda f: harness(f, lambda d: d.update(rounds=[])), "6 of 6 runs usable"),
     "harness about nothing": Harm(lambda f: harness(f, lambda d: d.update(about={})), "not what was written"),
     "harness that stood still": Harm(
         lambda f: harness(f, lambda d: d["rounds"][0]["watched"].update(client=[0.0])), "not what was written"
     ),
     "no logs": Harm(lambda f: shutil.rmtree(f / "raw"), "log-kept", True, 0),
     "a log of bytes": Harm(lambda f: write(next((f / "raw").glob("*server*")), b"\xff"), "log-kept|unpacked", True, 5),
-    "notebooks a file": Harm(lambda f: write(f / "notebooks", "x"), "9 of 9 runs usable"),
-    "a damaged notebook": Harm(lambda f: write(f / f"notebooks/{CELL}.ipynb", DEEP), "9 of 9 runs usable"),
-    "a damaged provenance": Harm(lambda f: write(f / "provenance.json", b"\xff"), "9 of 9 runs usable"),
-    "figures a file": Harm(lambda f: write(f / "figures", "x"), "9 of 9 runs usable"),
+    "notebooks a file": Harm(lambda f: write(f / "notebooks", "x"), "6 of 6 runs usable"),
+    "a damaged notebook": Harm(lambda f: write(f / f"notebooks/{CELL}.ipynb", DEEP), "6 of 6 runs usable"),
+    "a damaged provenance": Harm(lambda f: write(f / "provenance.json", b"\xff"), "6 of 6 runs usable"),
+    "figures a file": Harm(lambda f: write(f / "figures", "x"), "6 of 6 runs usable"),
     "memory unknown": Harm(lambda f: unknown(f, "host_rss_peak_bytes"), "runs usable"),
 }
 

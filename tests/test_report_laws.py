@@ -97,7 +97,7 @@ def test_a_prompts_law_has_the_speed_of_the_bus_or_the_reason_why_not(h100, demo
         "No law for phi-3.5-moe (Q4_K_M, Q2_K, Q8_0), deepseek-moe-16b (Q4_K_M, Q2_K, Q8_0), load mode mmap and none: "
         "llama.cpp copies experts to the GPU for prompts from 32 tokens on; this has 8."
     )
-    assert "without a GPU no experts are copied" in laws.ttft_table(demo, "long-512").why_empty
+    assert "without a GPU no experts are copied" in laws.ttft_table(demo, "mixed-512").why_empty
 
 
 def test_vram_is_by_parts_in_mib_without_an_interval_where_nothing_varies(points, h100, demo):

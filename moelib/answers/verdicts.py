@@ -7,6 +7,7 @@ the verdict says so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -57,13 +58,13 @@ def _models(of: Iterable[Comparison]) -> list[str]:
 
 
 def _by_size(study: Study) -> dict[str, float]:
-    """Quant -> its bits per weight, the mean over models."""
+    """Quant -> its bits per weight, the mean over models; infinite, so that it comes last, where no manifest is left."""
     bits: dict[str, list[float]] = {}
     for m in study.manifests:
         bits.setdefault(m.quant, []).append(m.bits_per_weight)
-    return {
-        quant: sum(of) / len(of) for quant, of in sorted(bits.items(), key=lambda item: sum(item[1]) / len(item[1]))
-    }
+    mean = {quant: sum(of) / len(of) for quant, of in bits.items()}
+    quants = sorted(study.parameters.quants, key=lambda quant: mean.get(quant, math.inf))
+    return {quant: mean.get(quant, math.inf) for quant in quants}
 
 
 def equally_well(study: Study) -> Answer:
