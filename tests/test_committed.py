@@ -111,7 +111,8 @@ def test_all_of_a_studys_evidence_is_cited_with_its_digest(name, provenance):
         evidence |= cite_manifest(manifest)
     assert evidence.items() <= provenance["sources"].items()
     tables = provenance["tables"]
-    assert {"device-memory", "ttft-warm-long-512", "load", "placement", "environment"} <= set(tables)
+    last = results.parameters.workloads[-1]
+    assert {"vram", "device-memory", f"ttft-warm-{last}", "load", "placement", "environment"} <= set(tables)
     used = {r.run_id for r in results.used}
     assert {k for row in tables["device-memory"]["rows"] for k in resolved(row["from"], provenance)} == used
     rows = [row for table in tables.values() for row in table["rows"]]

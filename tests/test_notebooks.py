@@ -52,7 +52,10 @@ def test_run_works_by_itself_and_from_a_file_of_parameters(home, models_folder):
         (["-p", "qaunt", "Q2_K"], "unknown parameter qaunt; this notebook has: study, model, quant"),
         (["-p", "quant", "Q3_K"], "study demo has no cell phi-3.5-moe/Q3_K; did you mean"),
         (["-p", "model", "phi"], "allowed: deepseek-moe-16b, gpt-oss-20b, phi-3.5-moe"),
-        (["-p", "study", "dmeo"], "allowed: demo, full, h100-twins, h200-twins, local, local-twins, smoke"),
+        (
+            ["-p", "study", "dmeo"],
+            "allowed: demo, full, h100, h100-context, h100-least-vram, h100-prompts, h100-threads, h100-twins, h200-twins",
+        ),
         (["-p", "model", "gpt-oss-20b"], "MXFP4"),
     ],
 )
@@ -166,7 +169,7 @@ def test_a_document_made_elsewhere_leaves_the_studys_folder_alone(home, tmp_path
     assert executed[1] == home / "outputs/smoke/notebooks/analysis.ipynb"
     assert executed[1].exists()
     verdict.clear()
-    with pytest.raises(notebooks.NotebookError, match="it must show `evidence.problems`"):
+    with pytest.raises(notebooks.NotebookError, match="it must show `appendix.problems`"):
         document.report("smoke")
 
 

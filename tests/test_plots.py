@@ -56,7 +56,9 @@ def test_quants_come_by_their_bits_in_figures():
 
 def test_a_bar_in_a_placements_colour_is_the_mean_of_its_requests():
     results = study.Study.read(REPO / "outputs/h100-twins")
-    axis = plots.ttft(results, results.parameters.workloads[-1]).axes[1]  # deepseek-moe-16b, whose placements came in another order
+    axis = plots.ttft(results, results.parameters.workloads[-1]).axes[
+        1
+    ]  # deepseek-moe-16b, whose placements came in another order
     for colour, label in zip(axes.COLOURS, layout.placements(results), strict=False):
         bars = [p for p in axis.patches if to_hex(p.get_facecolor()).upper() == colour and p.get_height()]
         for quant, bar in zip(("Q2_K", "Q4_K_M", "Q8_0"), sorted(bars, key=lambda p: p.get_x()), strict=True):

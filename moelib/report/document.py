@@ -63,10 +63,10 @@ def render(executed: Path, folder: Path) -> Reported:
     cells: dict[str, list[Any]] = {DOCUMENT: [], EVIDENCE: []}
     for cell in book.cells:
         cells[EVIDENCE if "evidence" in cell.metadata.get("tags", []) else DOCUMENT].append(cell)
+    provenance = _provenance(executed.name, _shown(book.cells))
     verdicts = [v for out in _shown(book.cells) if (v := out.get("metadata", {}).get("moelib-verdict"))]
     if not verdicts:
         raise NotebookError(f"{executed.name} does not show its study's problems: it must show `appendix.problems`")
-    provenance = _provenance(executed.name, _shown(book.cells))
     exporter = MarkdownExporter(raw_template=TEMPLATE.read_text(encoding="utf-8"))
     for stale in (folder / FIGURES).glob("*.png"):
         stale.unlink()
