@@ -54,7 +54,7 @@ def test_run_works_by_itself_and_from_a_file_of_parameters(home, models_folder):
         (["-p", "model", "phi"], "allowed: deepseek-moe-16b, gpt-oss-20b, phi-3.5-moe"),
         (
             ["-p", "study", "dmeo"],
-            "allowed: demo, full, h100, h100-context, h100-least-vram, h100-prompts, h100-threads, h100-twins, h200-twins",
+            "allowed: demo, full, h100, h100-context, h100-least-vram, h100-prompts",
         ),
         (["-p", "model", "gpt-oss-20b"], "MXFP4"),
     ],

@@ -58,7 +58,7 @@ def _models(of: Iterable[Comparison]) -> list[str]:
 
 
 def _by_size(study: Study) -> dict[str, float]:
-    """Quant -> its bits per weight, the mean over models; infinite, so that it comes last, where no manifest is left."""
+    """Quant -> its bits per weight, the mean over models; infinite, so that it comes last, without a manifest."""
     bits: dict[str, list[float]] = {}
     for m in study.manifests:
         bits.setdefault(m.quant, []).append(m.bits_per_weight)
