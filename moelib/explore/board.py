@@ -1,0 +1,210 @@
+"""The board: controls of JupyterLab wired to the tables and figures of this package. It shows and computes nothing of
+its own; a panel is made when it is looked at."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ipywidgets as widgets
+import pandas as pd
+from itables.widget import ITable
+
+from moelib.base import neutral
+from moelib.base.schema import UserError
+from moelib.explore import draw, fits, runs, two
+from moelib.explore.view import GB, View, at, code
+from moelib.study import plan as plans
+from moelib.study import study as studies
+from moelib.study.study import Study
+
+MEASURED, ALL = "as measured", "all"
+CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768)
+RAM_GB_PER_S = (20, 30, 40, 50, 60, 80, 100, 150, 200, 300, 400, 600)
+CARD_GB = 12.0
+Widgets = Sequence[widgets.Widget]
+
+
+def show(study: str | None = None) -> Board:
+    """The board on a study, by default the first that can be loaded; all others can be chosen on it."""
+    return Board(study)
+
+
+class Board(widgets.VBox):
+    """Controls above, panels below."""
+
+    def __init__(self, study: str | None = None):
+        names = sorted(plans.folders())
+        self._loaded: dict[str, Study] = {}
+        self._changing = False
+        self.run_id: str | None = None
+        """Of the row that was clicked last."""
+        self.study = _dropdown("study", names, study or next(iter(names), None))
+        self.model = _dropdown("model", [])
+        self.quant = _dropdown("quant", [])
+        self.vram = widgets.FloatSlider(description="VRAM, GB", continuous_update=False, readout_format=".3g")
+        self.context = _steps("context", CONTEXTS, "{:,}")
+        self.ram = _steps("RAM, GB/s", RAM_GB_PER_S, "{}")
+        self.other = _dropdown("with study", names, next((n for n in names if n != self.study.value), None))
+        self.column = _dropdown("column", [])
+        controls = [self.study, self.model, self.quant, self.vram, self.context, self.ram]
+        self.panels = {
+            "What fits": self._what_fits,
+            "Curves over N": self._curves,
+            "Pareto front": self._front,
+            "Memory": self._memory,
+            "Token intervals": self._intervals,
+            "Two studies": self._two,
+            "Runs, checks": self._runs,
+        }
+        self.tab = widgets.Tab([widgets.VBox() for _ in self.panels], titles=list(self.panels), selected_index=0)
+        grid = widgets.Layout(grid_template_columns="repeat(3, minmax(0, 1fr))", width="100%")
+        super().__init__([widgets.GridBox(controls, layout=grid), self.tab])
+        self._choices()
+        for control in (*controls, self.other, self.column):
+            control.observe(self._changed, "value")
+        self.tab.observe(lambda _: self._draw(), "selected_index")
+        self._draw()
+
+    @property
+    def view(self) -> View:
+        """What is chosen."""
+        quant = None if self.quant.value == ALL else self.quant.value
+        other = _not_measured(self.context), _not_measured(self.ram)
+        return at(self._study(), self.model.value, quant, self.vram.value, *other)
+
+    def _study(self) -> Study:
+        name = self.study.value
+        if name not in self._loaded:
+            self._loaded[name] = studies.load(name)
+        return self._loaded[name]
+
+    def _changed(self, change: Any) -> None:
+        if self._changing:
+            return
+        if change["owner"] in (self.study, self.model):
+            self._choices()
+        self._draw()
+
+    def _choices(self) -> None:
+        """Offer what the study has; keep what was chosen, where it has that too."""
+        self._changing = True
+        try:
+            measured = self._study().runs
+            _offer(self.model, list(measured["model"].unique()))
+            of_model = measured[measured["model"] == self.model.value]
+            _offer(self.quant, [ALL, *of_model["quant"].unique()])
+            most = float(of_model["vram_needed_bytes"].max()) / GB
+            fits_in = CARD_GB if most > CARD_GB else most / 2
+            self.vram.min, self.vram.max, self.vram.step = 0, 1.05 * most, most / 200
+            self.vram.value = fits_in
+            _offer(self.column, list(two.columns(self.view).items()))
+        finally:
+            self._changing = False
+
+    def _draw(self) -> None:
+        """Make the panel that is looked at."""
+        index = self.tab.selected_index or 0
+        make = list(self.panels.values())[index]
+        try:
+            shown = make(self.view)
+        except UserError as err:
+            shown = [_said(str(err))]
+        self.tab.children[index].children = tuple(shown)
+
+    def _what_fits(self, view: View) -> Widgets:
+        return [_said(fits.in_words(view)), _table(fits.what_fits(view)), *_notes(view), _code(view, fits.what_fits)]
+
+    def _curves(self, view: View) -> Widgets:
+        return [*_figure(view, draw.curves), *_notes(view)]
+
+    def _front(self, view: View) -> Widgets:
+        text = "Dominated: another has less VRAM, more tokens/s or less TTFT beyond doubt, and nothing worse."
+        return [*_figure(view, draw.front), _said(text), _table(fits.pareto(view)), _code(view, fits.pareto)]
+
+    def _memory(self, view: View) -> Widgets:
+        return [*_figure(view, draw.memory), *_notes(view)]
+
+    def _intervals(self, view: View) -> Widgets:
+        of_view = {r.run_id for r in view.study.records if r.spec.model == view.model and r.spec.quant in view.quants}
+        chosen = self.run_id if self.run_id in of_view else str(view.runs["run_id"].iloc[0])
+        return [*_figure(view, draw.intervals, chosen), _said("The run is the one clicked in the last tab.")]
+
+    def _two(self, view: View) -> Widgets:
+        asked = [widgets.HBox([self.other, self.column])]
+        other, column = self.other.value, self.column.value
+        try:
+            found = two.compare(view, other, column)
+            return [*asked, _said(two.differ(view, other)), _table(found), _code(view, two.compare, other, column)]
+        except UserError as err:
+            return [*asked, _said(str(err))]
+
+    def _runs(self, view: View) -> Widgets:
+        frame, below = runs.table(view), widgets.VBox()
+        table = _table(frame, select="single")
+
+        def clicked(change: Any) -> None:
+            if change["new"]:
+                self.run_id = str(frame["run"].iloc[change["new"][0]])
+                below.children = tuple(_record(view, self.run_id))
+
+        table.observe(clicked, "selected_rows")
+        return [_said("Click a row: its record, and every check with its verdict."), table, below]
+
+
+def _record(view: View, run_id: str) -> Widgets:
+    shown = [_table(runs.facts(view, run_id), paging=False), _code(view, runs.facts, run_id)]
+    return [*shown, _table(runs.checks(view, run_id), paging=False), _code(view, runs.checks, run_id)]
+
+
+def _dropdown(name: str, options: Sequence[Any], value: Any = None) -> Any:
+    return widgets.Dropdown(description=name, options=options, value=value)
+
+
+def _steps(name: str, values: Sequence[int], text: str) -> Any:
+    """A slider over values that were not measured; its first step is what was."""
+    options = [(MEASURED, MEASURED), *((text.format(v), v) for v in values)]
+    return widgets.SelectionSlider(description=name, options=options, continuous_update=False)
+
+
+def _not_measured(control: Any) -> int | None:
+    """The value of such a slider; None where it is what was measured."""
+    return None if control.value == MEASURED else int(control.value)
+
+
+def _offer(control: Any, options: Sequence[Any]) -> None:
+    """Set what can be chosen; what was chosen stays, if it can, else it is the first."""
+    values = [o[1] if isinstance(o, tuple) else o for o in options]
+    kept = control.value if control.value in values else values[0]
+    control.options = options
+    control.value = kept
+
+
+def _said(text: str) -> Any:
+    return widgets.HTML(html.escape(neutral.plain(text, None)))
+
+
+def _notes(view: View) -> Widgets:
+    """What the laws say of themselves, folded away where it is long."""
+    if not view.notes:
+        return []
+    items = "".join(f"<li>{html.escape(neutral.plain(note, None))}</li>" for note in view.notes)
+    opened = " open" if len(view.notes) < 3 or any("not told" in note for note in view.notes) else ""
+    return [
+        widgets.HTML(f"<details{opened}><summary>Estimates: of what, from what</summary><ul>{items}</ul></details>")
+    ]
+
+
+def _code(view: View, make: Callable[..., object], *args: object) -> Any:
+    return widgets.HTML(f"<pre>{html.escape(code(view, make, *args))}</pre>")
+
+
+def _figure(view: View, make: Callable[..., Any], *args: object) -> Widgets:
+    """A figure as PNG, and the lines that make it."""
+    return [widgets.Image(value=draw.png(make(view, *args)), format="png"), _code(view, make, *args)]
+
+
+def _table(frame: pd.DataFrame, **options: Any) -> Any:
+    shown = frame.astype(object).where(frame.notna(), "")
+    return ITable(shown, showIndex=False, classes="display compact", style="width:100%", maxBytes=0, **options)
