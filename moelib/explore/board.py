@@ -19,7 +19,7 @@ from moelib.study import plan as plans
 from moelib.study import study as studies
 from moelib.study.study import Study
 
-MEASURED, ALL = "as measured", "all"
+AS_RUN, ALL = "as run", "all"
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768)
 RAM_GB_PER_S = (20, 30, 40, 50, 60, 80, 100, 150, 200, 300, 400, 600)
 CARD_GB = 12.0
@@ -43,7 +43,8 @@ class Board(widgets.VBox):
         self.study = _dropdown("study", names, study or next(iter(names), None))
         self.model = _dropdown("model", [])
         self.quant = _dropdown("quant", [])
-        self.vram = widgets.FloatSlider(description="VRAM, GB", continuous_update=False, readout_format=".3g")
+        how = {"readout_format": ".3g", "continuous_update": False}
+        self.vram = widgets.FloatSlider(description="VRAM, GB", **how, **_wide())
         self.context = _steps("context", CONTEXTS, "{:,}")
         self.ram = _steps("RAM, GB/s", RAM_GB_PER_S, "{}")
         self.other = _dropdown("with study", names, next((n for n in names if n != self.study.value), None))
@@ -114,14 +115,16 @@ class Board(widgets.VBox):
         self.tab.children[index].children = tuple(shown)
 
     def _what_fits(self, view: View) -> Widgets:
-        return [_said(fits.in_words(view)), _table(fits.what_fits(view)), *_notes(view), _code(view, fits.what_fits)]
+        table = _table(fits.what_fits(view), "nowrap")
+        return [_said(fits.in_words(view)), table, *_notes(view), _code(view, fits.what_fits)]
 
     def _curves(self, view: View) -> Widgets:
         return [*_figure(view, draw.curves), *_notes(view)]
 
     def _front(self, view: View) -> Widgets:
         text = "Dominated: another has less VRAM, more tokens/s or less TTFT beyond doubt, and nothing worse."
-        return [*_figure(view, draw.front), _said(text), _table(fits.pareto(view)), _code(view, fits.pareto)]
+        text += " Speeds are as measured, not for the chosen RAM." * (view.ram_bytes_per_s is not None)
+        return [*_figure(view, draw.front), _said(text), _table(fits.pareto(view), "nowrap"), _code(view, fits.pareto)]
 
     def _memory(self, view: View) -> Widgets:
         return [*_figure(view, draw.memory), *_notes(view)]
@@ -135,14 +138,15 @@ class Board(widgets.VBox):
         asked = [widgets.HBox([self.other, self.column])]
         other, column = self.other.value, self.column.value
         try:
-            found = two.compare(view, other, column)
+            found = two.short(two.compare(view, other, column), column)
             return [*asked, _said(two.differ(view, other)), _table(found), _code(view, two.compare, other, column)]
         except UserError as err:
             return [*asked, _said(str(err))]
 
     def _runs(self, view: View) -> Widgets:
         frame, below = runs.table(view), widgets.VBox()
-        table = _table(frame, select="single")
+        short = frame.assign(run=frame["run"].str.split("_").str[-2:].str.join("_"))  # a digest, and the attempt
+        table = _table(short, "nowrap", select="single")
 
         def clicked(change: Any) -> None:
             if change["new"]:
@@ -158,19 +162,24 @@ def _record(view: View, run_id: str) -> Widgets:
     return [*shown, _table(runs.checks(view, run_id), paging=False), _code(view, runs.checks, run_id)]
 
 
+def _wide() -> dict[str, Any]:
+    """As wide as its column."""
+    return {"layout": widgets.Layout(width="auto"), "style": {"description_width": "80px"}}
+
+
 def _dropdown(name: str, options: Sequence[Any], value: Any = None) -> Any:
-    return widgets.Dropdown(description=name, options=options, value=value)
+    return widgets.Dropdown(description=name, options=options, value=value, **_wide())
 
 
 def _steps(name: str, values: Sequence[int], text: str) -> Any:
     """A slider over values that were not measured; its first step is what was."""
-    options = [(MEASURED, MEASURED), *((text.format(v), v) for v in values)]
-    return widgets.SelectionSlider(description=name, options=options, continuous_update=False)
+    options = [(AS_RUN, AS_RUN), *((text.format(v), v) for v in values)]
+    return widgets.SelectionSlider(description=name, options=options, continuous_update=False, **_wide())
 
 
 def _not_measured(control: Any) -> int | None:
     """The value of such a slider; None where it is what was measured."""
-    return None if control.value == MEASURED else int(control.value)
+    return None if control.value == AS_RUN else int(control.value)
 
 
 def _offer(control: Any, options: Sequence[Any]) -> None:
@@ -205,6 +214,12 @@ def _figure(view: View, make: Callable[..., Any], *args: object) -> Widgets:
     return [widgets.Image(value=draw.png(make(view, *args)), format="png"), _code(view, make, *args)]
 
 
-def _table(frame: pd.DataFrame, **options: Any) -> Any:
-    shown = frame.astype(object).where(frame.notna(), "")
-    return ITable(shown, showIndex=False, classes="display compact", style="width:100%", maxBytes=0, **options)
+def _table(frame: pd.DataFrame, classes: str = "", **options: Any) -> Any:
+    """With what is not known left empty, and no decimals of whole numbers from 100 up."""
+    shown = frame.astype(object).where(frame.notna(), "").map(_whole)
+    style = "width:100%; font-size:90%"
+    return ITable(shown, showIndex=False, classes=f"display compact {classes}", style=style, maxBytes=0, **options)
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value >= 100 and value.is_integer() else value

@@ -100,7 +100,7 @@ def curves(view: View) -> Picture:
     memory.set(xlabel=across, ylabel=_vram(view), ylim=(0, None))
     how = [Line2D([], [], color=FAINT, ls="--", label="law of the measured machine")]
     if view.ram_bytes_per_s is not None:
-        ram = f"{number(view.ram_bytes_per_s / GB)} GB/s"
+        ram = f"{view.ram_bytes_per_s / GB:g} GB/s"
         how.append(Line2D([], [], color=FAINT, ls="-", label=f"estimated for RAM of {ram}"))
     _finish(figure, view, [*_quant_handles(view), *_mode_handles(modes), *how])
     return figure

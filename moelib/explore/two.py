@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from moelib.explore.view import View
+from moelib.explore.view import GB, View
 from moelib.study import study as studies
 from moelib.study.frames import FrameError
 from moelib.study.study import Study
@@ -15,13 +15,13 @@ from moelib.study.study import Study
 SAME = ("weights", "scale", "context", "device")
 """What two studies must have in common; what else of their setup differs, the ratios are of all of it together."""
 SIDE = ["quant", "placement", "load_mode"]
-UNWATCHED = "how much of the CPU its monitoring took is not known of {}, and it slows experts on the CPU"
+UNWATCHED = "not known how much monitoring slowed the CPU in {}"
 
 
 def columns(view: View) -> dict[str, str]:
     """What can be compared: label -> column."""
-    of = {"tokens/s": f"tokens_per_s/{view.workload}", "TTFT, warm": f"ttft_warm_s/{view.workload}"}
-    return {"VRAM": "vram_bytes", **of, "load time": "load_s"}
+    of = {"tokens/s": f"tokens_per_s/{view.workload}", "TTFT, s": f"ttft_warm_s/{view.workload}"}
+    return {"VRAM, GB": "vram_bytes", **of, "load time, s": "load_s"}
 
 
 def compare(view: View, other: Study | str, column: str = "vram_bytes") -> pd.DataFrame:
@@ -44,6 +44,13 @@ def compare(view: View, other: Study | str, column: str = "vram_bytes") -> pd.Da
     if not rows:
         raise FrameError(f"{names[0]} and {names[1]} have no placement of {view.model} in common")
     return pd.DataFrame(rows)
+
+
+def short(compared: pd.DataFrame, column: str) -> pd.DataFrame:
+    """What `compare` gives, for people: bytes in GB, and four significant figures."""
+    means = compared.columns[len(SIDE) : len(SIDE) + 2]
+    shown = compared.assign(**{name: compared[name] / (GB if column.endswith("_bytes") else 1) for name in means})
+    return shown.map(lambda x: float(f"{x:.4g}") if isinstance(x, float) else x)
 
 
 def differ(view: View, other: Study | str) -> str:

@@ -11,7 +11,6 @@ import pandas as pd
 from moelib.answers import points
 from moelib.answers.points import Point
 from moelib.base.schema import near
-from moelib.base.stats import number
 from moelib.laws import speed
 from moelib.laws.law import Labelled
 from moelib.laws.speed import TimeLaw
@@ -130,7 +129,7 @@ class View:
         if self.ram_bytes_per_s is None or not p.moved_layers:
             return Placed(p, p.rate.value, between or f"measured, n = {p.rate.n}")
         told = self.estimate(p.quant, p.placement.load_mode, p.moved_layers)
-        known = f"estimated for RAM of {number(self.ram_bytes_per_s / GB)} GB/s"
+        known = f"estimated, RAM of {self.ram_bytes_per_s / GB:g} GB/s"
         return None if told is None else Placed(p, told.value, known)
 
     @property
