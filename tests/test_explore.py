@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import browser
@@ -15,6 +16,7 @@ from moelib.explore import board, draw, fits, runs, two, view
 from moelib.explore.view import GB
 from moelib.study import plan as plans
 from moelib.study.frames import FrameError
+from moelib.study.plan import StudyError
 from moelib.study.study import Study, UnknownName
 
 H100 = REPO / "outputs/h100-twins"
@@ -281,11 +283,31 @@ def test_a_clicked_row_shows_its_checks_and_its_intervals(shown):
     assert shown.run_id in _panel(shown, "Token intervals")[1].value
 
 
+def test_a_study_without_a_whole_round_is_refused(h100, monkeypatch):
+    contents = replace(h100.contents, evidence=replace(h100.evidence, records=[]))
+    monkeypatch.setattr(view.studies, "load", lambda name: Study(H100, h100.plan, contents))
+    with pytest.raises(StudyError, match="no whole round that is usable; `moelib study status h100-twins`"):
+        view.at("h100-twins")
+
+
+def test_what_is_not_told_is_a_figure_that_says_so(h100):
+    untold = view.at(h100, vram_gb=12, context=4096)
+    assert [t.get_text() for t in draw.memory(untold).axes[0].texts] == ["not told for this context"]
+    for make in (draw.curves, draw.front):
+        assert len(draw.png(make(untold))) > 5000
+
+
 def test_a_study_that_cannot_be_read_is_told_on_the_board(shown, tmp_path, monkeypatch):
+    shown.study.options = [*shown.study.options, "lost"]
+    shown.study.value = "lost"
+    assert "no study &#x27;lost&#x27; was measured here" in shown.tab.children[0].children[0].value
+    shown.study.value = "demo"
+    assert "the fastest in" in shown.tab.children[0].children[0].value
     monkeypatch.setattr(plans, "folders", lambda: {"demo": tmp_path})
     shown._loaded.clear()
     shown.quant.value = "Q2_K"
     assert "holds no plan" in shown.tab.children[0].children[0].value
+    assert "holds no plan" in board.show("demo").tab.children[0].children[0].value
 
 
 @pytest.mark.slow

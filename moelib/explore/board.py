@@ -14,15 +14,13 @@ from itables.widget import ITable
 from moelib.base import neutral
 from moelib.base.schema import UserError
 from moelib.explore import draw, fits, runs, two
-from moelib.explore.view import GB, View, at, code
+from moelib.explore.view import CARD_GB, GB, View, at, code, load, most_bytes
 from moelib.study import plan as plans
-from moelib.study import study as studies
 from moelib.study.study import Study
 
 AS_RUN, ALL = "as run", "all"
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768)
 RAM_GB_PER_S = (20, 30, 40, 50, 60, 80, 100, 150, 200, 300, 400, 600)
-CARD_GB = 12.0
 Widgets = Sequence[widgets.Widget]
 
 
@@ -78,7 +76,7 @@ class Board(widgets.VBox):
     def _study(self) -> Study:
         name = self.study.value
         if name not in self._loaded:
-            self._loaded[name] = studies.load(name)
+            self._loaded[name] = load(name)
         return self._loaded[name]
 
     def _changed(self, change: Any) -> None:
@@ -89,14 +87,18 @@ class Board(widgets.VBox):
         self._draw()
 
     def _choices(self) -> None:
-        """Offer what the study has; keep what was chosen, where it has that too."""
-        self._changing = True
+        """Offer what the study has; keep what was chosen, where it has that too. Why a study cannot be read is said by
+        the panel."""
         try:
             measured = self._study().runs
+        except UserError:
+            return
+        self._changing = True
+        try:
             _offer(self.model, list(measured["model"].unique()))
             of_model = measured[measured["model"] == self.model.value]
             _offer(self.quant, [ALL, *of_model["quant"].unique()])
-            most = float(of_model["vram_needed_bytes"].max()) / GB
+            most = most_bytes(of_model) / GB
             fits_in = CARD_GB if most > CARD_GB else most / 2
             self.vram.min, self.vram.max, self.vram.step = 0, 1.05 * most, most / 200
             self.vram.value = fits_in

@@ -7,8 +7,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from moelib.explore.view import GB, View
-from moelib.study import study as studies
+from moelib.explore.view import GB, View, load
 from moelib.study.frames import FrameError
 from moelib.study.study import Study
 
@@ -31,7 +30,7 @@ def compare(view: View, other: Study | str, column: str = "vram_bytes") -> pd.Da
     interval (Welch's t on logarithms; what another day or machine changes is not in it), runs of each, and `why` there
     is no ratio. Raises FrameError where the studies cannot be compared, with what differs.
     """
-    second = studies.load(other) if isinstance(other, str) else other
+    second = load(other) if isinstance(other, str) else other
     ours, theirs = view.runs, second.runs
     theirs = theirs[(theirs["model"] == view.model) & theirs["quant"].isin(view.quants)]
     names = view.study.name, second.name
@@ -55,7 +54,7 @@ def short(compared: pd.DataFrame, column: str) -> pd.DataFrame:
 
 def differ(view: View, other: Study | str) -> str:
     """What else differs between the studies, in a sentence; empty where nothing does."""
-    second = studies.load(other) if isinstance(other, str) else other
+    second = load(other) if isinstance(other, str) else other
     theirs = second.runs[second.runs["model"] == view.model]
     told = []
     for name in ("gpu", "engine", "machine"):

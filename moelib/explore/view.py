@@ -16,10 +16,12 @@ from moelib.laws.law import Labelled
 from moelib.laws.speed import TimeLaw
 from moelib.laws.vram import Parts, VramLaw, vram
 from moelib.study import study as studies
+from moelib.study.plan import StudyError
 from moelib.study.study import Study, UnknownName
 
 GB = 10**9
 """Bytes of a GB of the budget; most cards' GB have 2^30."""
+CARD_GB = 12.0
 NO_LAW = "no runs of this load mode with experts on the CPU, and none without"
 NO_RAM = "its records do not have the speed of their machine's RAM"
 
@@ -172,18 +174,32 @@ def at(
 ) -> View:
     """The view of a study, by its name or as it was loaded: its first model, all quants, a budget that all of it fits.
 
-    context, ram_gb_per_s: of a machine that was not measured, for estimates. Raises UnknownName.
+    context, ram_gb_per_s: of a machine that was not measured, for estimates. Raises UnknownName, StudyError.
     """
-    loaded = studies.load(study) if isinstance(study, str) else study
+    loaded = load(study) if isinstance(study, str) else study
     models = list(loaded.runs["model"].unique())
     chosen = _one_of(models, model or models[0], f"model of {loaded.name}")
     of_model = loaded.runs[loaded.runs["model"] == chosen]
     quants = tuple(of_model["quant"].unique())
     if quant:
         quants = (_one_of(list(quants), quant, f"quant of {chosen} in {loaded.name}"),)
-    budget = vram_gb * GB if vram_gb else float(of_model["vram_needed_bytes"].max())
+    budget = vram_gb * GB if vram_gb else most_bytes(of_model)
     ram = ram_gb_per_s * GB if ram_gb_per_s else None
     return View(loaded, chosen, quants, budget, context, ram)
+
+
+def load(name: str) -> Study:
+    """The study, if it has what can be looked at. Raises UnknownName, StudyError."""
+    study = studies.load(name)
+    if study.runs.empty:
+        raise StudyError(f"{name} has no whole round that is usable; `moelib study status {name}` says why")
+    return study
+
+
+def most_bytes(runs: pd.DataFrame) -> float:
+    """The most VRAM that any of the runs needed; of a usual card, where that is known of none."""
+    known = runs["vram_needed_bytes"].dropna()
+    return float(known.max()) if len(known) else CARD_GB * GB
 
 
 def code(view: View, make: Callable[..., object], *args: object) -> str:
