@@ -256,10 +256,11 @@ def test_the_board_offers_the_committed_studies_and_the_demo(shown):
 
 
 def test_a_control_changes_the_figure_and_only_what_is_looked_at_is_made(shown):
-    image, lines = _panel(shown, "Curves over N")
+    image, lines, said = _panel(shown, "Curves over N")
+    assert "predicted from them, not measured" in said.value
     before = image.value
     shown.quant.value = "Q2_K"
-    image, lines = _panel(shown, "Curves over N")
+    image, lines, _ = _panel(shown, "Curves over N")
     assert image.value != before
     assert "&#x27;Q2_K&#x27;" in lines.value
     assert shown.tab.children[3].children == ()

@@ -121,7 +121,8 @@ class Board(widgets.VBox):
         return [_said(fits.in_words(view)), table, *_notes(view), _code(view, fits.what_fits)]
 
     def _curves(self, view: View) -> Widgets:
-        return [*_figure(view, draw.curves), *_notes(view)]
+        text = "Points: measured. Dashed, and the lines between points of VRAM: predicted from them, not measured."
+        return [*_figure(view, draw.curves), _said(text), *_notes(view)]
 
     def _front(self, view: View) -> Widgets:
         text = "Dominated: another has less VRAM, more tokens/s or less TTFT beyond doubt, and nothing worse."

@@ -189,7 +189,8 @@ def intervals(view: View, run_id: str | None = None) -> Picture:
 
 
 def _name(ax: Any, best: list[Point]) -> None:
-    """Write what the points of a front are beside them; what lies close together is written once, in several lines."""
+    """Write what the points of a front are beside them; what lies close together is written once, in several lines.
+    Above and below in turn, for the sake of neighbours."""
     groups: list[list[Point]] = []
     for p in sorted(best, key=lambda p: -p.rate.value):
         near = (g for g in groups if max(_apart(g[0].rate.value, p.rate.value), _apart(*_vrams(g[0], p))) < CLOSE)
@@ -198,10 +199,11 @@ def _name(ax: Any, best: list[Point]) -> None:
             groups.append([p])
         else:
             group.append(p)
-    for group in groups:
+    for i, group in enumerate(sorted(groups, key=lambda g: g[0].vram_bytes)):
+        where = {"xytext": (0, -9), "va": "top"} if i % 2 else {"xytext": (0, 9), "va": "bottom"}
         text = "\n".join(neutral.label(name(p)) for p in group)
         at = group[0].vram_bytes / GB, group[0].rate.value
-        ax.annotate(text, at, textcoords="offset points", xytext=(0, 9), ha="center", fontsize="small")
+        ax.annotate(text, at, textcoords="offset points", ha="center", fontsize="small", **where)
 
 
 def _apart(a: float, b: float) -> float:
@@ -226,8 +228,8 @@ def _is_plain(p: Point) -> bool:
 
 
 def _log_ticks(axis: Any) -> None:
-    """Plain numbers at 1, 2 and 5 of each decade: the data seldom span several."""
-    axis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+    """Plain numbers at some of each decade: the data seldom span several."""
+    axis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
     axis.set_major_formatter(lambda y, _: f"{y:g}")
     axis.set_minor_formatter(mpl.ticker.NullFormatter())
 
