@@ -8,7 +8,6 @@ from pathlib import Path
 import pandas as pd
 
 from moelib.audit.record import Record as Record
-from moelib.base.schema import near
 from moelib.campaign import bench
 from moelib.catalogue import params, sizes
 from moelib.catalogue.placement import REFERENCE
@@ -19,20 +18,15 @@ from moelib.models import remote
 from moelib.planner import budget, named
 from moelib.study import frames
 from moelib.study import plan as plans
-from moelib.study.study import Study, UnknownName
-
-
-def _folders() -> dict[str, Path]:
-    """Name -> folder of every study that has a plan: in outputs/ (or $MOELIB_OUTPUTS), then the committed example."""
-    places = (plans.outputs(), params.root() / "docs" / "example")
-    folders = [p.parent for place in places for p in sorted(place.glob("*/plan.json"))]
-    return {folder.name: folder for folder in reversed(folders)}
+from moelib.study import study as studies_on_disk
+from moelib.study.study import Study
+from moelib.study.study import UnknownName as UnknownName
 
 
 def studies() -> pd.DataFrame:
     """Every study that can be loaded, by name: its title, weights, models, quants, records and folder."""
     rows = {}
-    for name, folder in sorted(_folders().items()):
+    for name, folder in sorted(plans.folders().items()):
         parameters = plans.read(folder / "plan.json").study
         rows[name] = {
             "title": parameters.title,
@@ -47,10 +41,7 @@ def studies() -> pd.DataFrame:
 
 def load(name: str) -> Study:
     """The study `name`, read, verified and audited with its logs. Raises UnknownName, or StudyError without records."""
-    folders = _folders()
-    if name not in folders:
-        raise UnknownName(f"no study {name!r} was measured here{near(name, sorted(folders))}")
-    return Study.read(folders[name])
+    return studies_on_disk.load(name)
 
 
 def frame(records: Iterable[Record]) -> pd.DataFrame:

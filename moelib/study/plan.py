@@ -133,6 +133,13 @@ def outputs() -> Path:
     return Path(os.environ.get("MOELIB_OUTPUTS") or params.root() / "outputs")
 
 
+def folders() -> dict[str, Path]:
+    """Name -> folder of every study that has a plan: in `outputs()`, then the committed example."""
+    places = (outputs(), params.root() / "docs" / "example")
+    found = [p.parent for place in places for p in sorted(place.glob("*/plan.json"))]
+    return {folder.name: folder for folder in reversed(found)}
+
+
 def write(path: Path, plan: Plan) -> None:
     """Write the plan to `path` with its digest, if there is none."""
     if not path.exists():

@@ -346,6 +346,14 @@ class Study:
         )
 
 
+def load(name: str) -> Study:
+    """The study `name` of `plans.folders()`, read. Raises UnknownName, or StudyError without records."""
+    folders = plans.folders()
+    if name not in folders:
+        raise UnknownName(f"no study {name!r} was measured here{near(name, sorted(folders))}")
+    return Study.read(folders[name])
+
+
 def require_results(path: Path) -> None:
     """Raise StudyError where `Study.read` would; of the records no more are read than until one is done."""
     _plan_in(path)
