@@ -6,6 +6,8 @@ The rule: a file fits a GPU of N GB if no run of it took more than N * 10^9 byte
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import pandas as pd
+
 from moelib.audit.record import Record
 from moelib.base import stats
 from moelib.base.neutral import markdown
@@ -209,19 +211,26 @@ def verdict(study: Study, model: str) -> Text:
         f"{span(experts, size) if experts else stats.NONE}, must then fit in host RAM.",
     ]
     modes = [
-        [c for c in _compare(study, model, column, frames.load_modes) if c.ratio and not c.placement.is_baseline]
+        [c for c in _compare(study, model, column, frames.load_modes) if c.ratio and _is_offload(c)]
         for column in (f"ttft_warm_s/{workload}", "load_s")
     ]
     if all(modes):
         ttft, load = (span(stats.values(c.ratio for c in comparisons), number) for comparisons in modes)
         sooner = all(c.ratio and (c.ratio.high or 1) < 1 for c in modes[0])
+        loads = pd.concat([side for c in modes[1] for side in (c.before, c.after)])
         sentences.append(
             f"**{'For long prompts, copy' if sooner else 'Copying'} the experts** to memory of their own instead of "
             "mapping the file (`--load-mode none`; older builds `--no-mmap`): TTFT of warm "
-            f"{markdown(workload)} requests was then {ttft} times, and load time {load} times, that of the mapped file."
+            f"{markdown(workload)} requests was then {ttft} times, and load time {load} times, that of the mapped file"
+            f"{f' (files {findings.cache(loads)})' if findings.cache_known(study) else ''}."
         )
         used += [c for comparisons in modes for c in comparisons]
     return Text(name, "\n".join(f"- {s}" for s in sentences), merged(c.sources for c in used))
+
+
+def _is_offload(c: Comparison) -> bool:
+    """Of a cached file: that one is cold is no choice of whoever is advised."""
+    return not c.placement.is_baseline and not c.placement.cold
 
 
 def limits(study: Study) -> Text:
