@@ -171,7 +171,7 @@ def host_memory_possible(run: Measured) -> Faults:
 
 @holds(
     "run",
-    f"{CACHED:.0%} of the file; read from disks: the rest and {RSS_SMALL_BYTES >> 20} MiB "
+    f"where recorded, {CACHED:.0%} of the file; read from disks: the rest and {RSS_SMALL_BYTES >> 20} MiB "
     f"({RSS_BYTES['cuda'] >> 20} with a GPU)",
     degrades=True,
 )
