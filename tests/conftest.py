@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from hub import Hub, official_client
 
@@ -156,6 +157,14 @@ def copy_of(llama: engines.Engine, folder: Path) -> engines.Engine:
         script.write_text(f'#!/bin/sh\nLD_LIBRARY_PATH={real} exec {real / tool.name} "$@"\n', encoding="utf-8")
         script.chmod(0o755)
     return engines.load(folder, "a copy")
+
+
+def need_disk(folder: Path) -> None:
+    """Skip the test where the files of `folder` are nowhere but in RAM: they cannot be dropped from the page cache."""
+    mounts = {Path(p.mountpoint): p.fstype for p in psutil.disk_partitions(all=True)}
+    kind = next((mounts[f] for f in (folder.resolve(), *folder.resolve().parents) if f in mounts), "")
+    if kind in ("tmpfs", "ramfs"):
+        pytest.skip(f"{folder} is a {kind}, and needs to be on a disk: pytest --basetemp=FOLDER")
 
 
 LIBRARY = "libggml-base"

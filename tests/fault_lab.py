@@ -146,10 +146,12 @@ class Lab:
         """The smallest quant, in a folder of its own."""
         return quantize.make(models.make_twin("deepseek-moe-16b", "nano"), "Q8_0", llama or self.stub, self.home / "q")
 
-    def execute(self, file: quantize.Quantised, llama: engine.Engine | None = None) -> runs.Outcome:
+    def execute(
+        self, file: quantize.Quantised, llama: engine.Engine | None = None, asked: runs.Spec | None = None
+    ) -> runs.Outcome:
         """One run, of no study."""
         runner = llama_server.LlamaServer(llama or self.stub)
-        outcome = runs.execute(RUN, file, runner, self.where, self.home / "run")
+        outcome = runs.execute(asked or RUN, file, runner, self.where, self.home / "run")
         shutil.rmtree(self.home / "run")
         return outcome
 

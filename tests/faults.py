@@ -16,6 +16,7 @@ import contextlib
 import functools
 import json
 import logging
+import mmap
 import os
 import random
 import resource
@@ -262,6 +263,19 @@ def _(lab, chance, rounds):
         outcome = lab.execute(file, llama)
     assert library.name in outcome.message
     again = lab.execute(file, llama)
+    assert again.reason is None, again.message
+    return outcome.reason
+
+
+@fault("a cold file that somebody has mapped", "files", "file-not-cold", lab="real")
+def _(lab, chance, rounds):
+    """It cannot be dropped from the page cache, and its load would be one from there."""
+    file = lab.nano()
+    with file.path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as held:
+        assert sum(held[i] for i in range(0, len(held), mmap.PAGESIZE))
+        outcome = lab.execute(file, asked=replace(RUN, placement="cpu-moe,cache=cold"))
+    assert "$MOELIB_MODELS" in outcome.message
+    again = lab.execute(file)
     assert again.reason is None, again.message
     return outcome.reason
 

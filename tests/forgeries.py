@@ -47,6 +47,7 @@ def published(runs: Runs) -> dict[str, float | None]:
         add("rest", m["value_bytes"] - m["engine_bytes"])
         add("device in all", m["growth_bytes"])
         add("load", o["load_s"])
+        add("file cached", o["cached_bytes"] / r["sheet"]["file_bytes"] if o.get("cached_bytes") is not None else None)
         add("host RSS", o["host_rss_peak_bytes"])
         add("major page faults", host["major_faults"])
         add("moved", p["moved_bytes"])
@@ -132,6 +133,8 @@ def put(record_part: Any, path: str, change: Callable[[Any], Any]) -> None:
 FIELDS = {
     "load": ["observed/load_s"],
     "RSS": ["observed/host_rss_peak_bytes"],
+    "page cache": ["observed/cached_bytes"],
+    "page cache and disk": ["observed/cached_bytes", "observed/disk_read_bytes"],
     "energy of requests": ["observed/requests/*/energy_joule"],
     "energy, counters too": ["observed/requests/*/energy_joule", "observed/counters/*/energy_joule"],
     "energy, counters and meter": [
@@ -224,6 +227,15 @@ def _(chance, runs, logs):
         for q in r["observed"]["requests"]:
             q |= dict.fromkeys(("prompt_n", "cache_n", "predicted_n", "engine_prompt_s", "engine_predicted_s"))
             q["token_s"] = [round(t * by, 6) for t in q["token_s"]]
+
+
+@family("page cache, made up or left out")
+def _(chance, runs, logs):
+    """Of all where nobody looked, or of nothing where somebody did; the disk was idle, or read all of it."""
+    share, disk = chance.choice((None, 0, 1)), chance.choice((None, 0, 1))
+    for r in some(chance, runs):
+        for name, part in (("cached_bytes", share), ("disk_read_bytes", disk)):
+            r["observed"][name] = None if part is None else part * r["sheet"]["file_bytes"]
 
 
 @family("half the tokens")

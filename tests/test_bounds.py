@@ -11,7 +11,7 @@ from moelib.audit.invariants import INVARIANTS
 from moelib.engine.buffers import Buffer
 from moelib.measure.memory import Reading
 from moelib.measure.nvml import Counters
-from moelib.measure.run import PromptTraffic
+from moelib.measure.run import UNCOUNTED, PromptTraffic
 
 OWN = {i.id for i in INVARIANTS.values() if i.find.__module__ == bounds.__name__}
 GPU = DEVICE.model_copy(
@@ -172,7 +172,39 @@ OFFLOADED = [
 ]
 
 
+SIZE = MANIFEST.file_bytes
+
+
+def of_file(cached, read, **change):
+    """A run of whose file so many bytes were cached, and so many read from disks."""
+    return observation(cached_bytes=cached, disk_read_bytes=read, **change)
+
+
+WHERE_THE_FILE_WAS = [
+    ("", "baseline", of_file(None, None)),  # of earlier code
+    ("", "baseline", of_file(None, 0, absent={"cached_bytes": "this system does not tell"})),
+    ("", "baseline", of_file(SIZE, 0)),
+    ("", "baseline", of_file(SIZE, None, absent=UNCOUNTED)),  # of a server that was not started here
+    ("file-cached", "baseline", of_file(SIZE, None)),  # nobody looks at one alone
+    ("file-cached", "baseline", of_file(None, SIZE)),
+    ("", "baseline", of_file(SIZE - SIZE // 100, SIZE // 100)),
+    ("file-cached", "baseline", of_file(SIZE - SIZE // 100 - 1, SIZE // 100)),
+    ("file-cached", "baseline", of_file(0, SIZE)),
+    ("file-cached", "baseline", of_file(SIZE + 1, 0)),  # more than there is
+    ("", "baseline", of_file(SIZE, 256 * MIB)),  # its libraries
+    ("file-cached", "baseline", of_file(SIZE, 257 * MIB)),  # of the file, after all
+    ("", "baseline,cache=cold", of_file(0, SIZE)),
+    ("", "baseline,cache=cold", of_file(SIZE // 100, SIZE * 9 // 10)),
+    ("file-cold", "baseline,cache=cold", of_file(SIZE // 100 + 1, SIZE)),
+    ("file-cold", "baseline,cache=cold", of_file(0, SIZE * 9 // 10 - 1)),  # from a cache that nobody sees
+    ("file-cold", "baseline,cache=cold", of_file(None, None)),
+    ("file-cold", "baseline,cache=cold", of_file(None, SIZE, absent={"cached_bytes": "this system does not tell"})),
+    ("file-cold", "baseline,cache=cold", of_file(0, None, absent=UNCOUNTED)),
+]
+
+
 ROWS = [
+    *((check, failed(observed, placement)) for check, placement, observed in WHERE_THE_FILE_WAS),
     *((check, failed(observed)) for check, observed in RUNS),
     *((check, failed(observed, device=device)) for check, observed, device in ON_GPU),
     *((check, failed(observed, "cpu-moe", host=host)) for check, observed, host in OFFLOADED),
@@ -200,4 +232,32 @@ def test_no_token_comes_before_its_weights_can_be_read(rate, device, host, right
 
 def test_every_limit_is_broken_in_some_row():
     assert {check for check, _ in ROWS} - {""} | {"below-memory-bound"} == OWN
-    assert not any(INVARIANTS[name].degrades for name in OWN)
+    assert {name for name in OWN if INVARIANTS[name].degrades} == {"file-cached"}
+
+
+def said(name, observed, placement="baseline", host=HOST):
+    (check,) = [c for c in audit.run(measured(spec(placement=placement), observed, host=host)) if c.id == name]
+    return check.passed, check.measured
+
+
+def test_where_the_file_was_is_said_with_its_numbers():
+    small = HOST.model_copy(update={"ram_bytes": SIZE - 1})
+    numbers = f"5 of {SIZE} bytes were cached, {SIZE} read from disks"
+    assert said("file-cached", of_file(5, SIZE)) == (False, numbers)
+    assert said("file-cached", of_file(5, SIZE), host=small) == (False, f"{numbers}: RAM has {SIZE - 1}")
+    assert said("file-cached", of_file(None, None)) == (True, "not recorded")
+    assert said("file-cached", of_file(None, 0, absent={"cached_bytes": "no"})) == (True, "no")
+    assert said("file-cold", of_file(5, SIZE), "baseline,cache=cold") == (True, numbers)
+    passed, why = said("file-cold", of_file(5, None, absent=UNCOUNTED), "baseline,cache=cold")
+    assert (passed, why.endswith("no account was kept of what the server read from disks")) == (None, True)
+    assert said("file-cached", of_file(None, 7))[1].endswith("7 read from disks: one was taken out, or put in")
+
+
+def test_a_run_of_a_file_that_was_not_cached_is_degraded_and_a_cold_one_that_was_is_invalid():
+    def verdict(placement, cached):
+        run = measured(spec(placement=placement), of_file(cached, SIZE))
+        return audit.verdict(audit.run(run))
+
+    assert verdict("baseline", SIZE // 2) == ("degraded", ("file-cached",))
+    assert verdict("baseline,cache=cold", 0) == ("valid", ())
+    assert verdict("baseline,cache=cold", SIZE) == ("invalid", ("file-cold",))

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from factory import observation, record_of, request, study_of, with_facts
+from factory import observation, record_of, request, study_of, with_facts, with_observed
 
 from moelib.catalogue import params
 from moelib.catalogue.params import PlacementMode
@@ -12,7 +12,7 @@ from moelib.catalogue.placement import Placement
 from moelib.engine.buffers import Buffer
 from moelib.measure.nvml import Counters
 from moelib.measure.run import PromptTraffic
-from moelib.study import columns, frames
+from moelib.study import columns, frames, plan
 from moelib.study.status import Status
 
 
@@ -129,7 +129,7 @@ def measured(*values, modes=("baseline/mmap", "cpu-moe/mmap")):
             where = {"placement": mode.placement, "load_mode": mode.load_mode, "workloads": TWO}
             runs.append(record_of(observed, block=b, **where))
         rounds.append(tuple(runs))
-    of_one = study_of(parameters, [], [r for runs in rounds for r in runs])
+    of_one = study_of(parameters, plan.of(parameters).cells, [r for runs in rounds for r in runs])
     of_one.__dict__["statuses"] = {CELL: Status(tuple(rounds), (), Counter())}
     return of_one
 
@@ -148,6 +148,19 @@ def test_runs_and_requests_are_tidy_frames():
     assert requests.ttft_s.tolist() == [q.ttft_s for r in study.records for q in r.observed.requests]
     assert len(frames.runs([])) == len(frames.requests([])) == 0
     assert list(frames.requests([])) == [*columns.WHERE, *columns.REQUESTS]
+
+
+def test_the_cached_share_of_a_file_is_a_column_and_is_compared():
+    study = measured((1.0, 4.0), modes=("baseline/mmap", "cpu-moe,cache=cold/mmap"))
+    assert study.runs.cached_share.isna().all()  # of earlier code
+    size = study.records[0].sheet.file_bytes
+    known = [with_observed(r, cached_bytes=n) for r, n in zip(study.records, (size, 0), strict=True)]
+    runs = frames.runs(known)
+    assert runs.cached_share.tolist() == [1.0, 0.0]
+    (row,) = frames.compare(runs, "cached_share").itertuples()
+    assert (row.placement, row.baseline, row.value, row.n) == ("cpu-moe,cache=cold", 1.0, 0.0, 1)
+    (row,) = frames.compare(runs, "load_s").itertuples()
+    assert row.ratio == pytest.approx(4.0)
 
 
 def test_a_quantity_is_of_its_own_workload():
@@ -200,6 +213,7 @@ def test_a_summary_is_of_its_own_placement():
 
 BASE, MAPPED, COPIED = ("baseline", "mmap"), ("cpu-moe", "mmap"), ("cpu-moe", "none")
 SMALL = ("baseline,ubatch=64", "mmap")
+COLD = [(f"{placement},cache=cold", mode) for placement, mode in (BASE, MAPPED, COPIED)]
 
 
 @pytest.mark.parametrize(
@@ -218,6 +232,15 @@ def test_the_placements_that_are_compared(pairs, expected):
 def test_where_the_baselines_load_mode_has_no_offload_any_other_is_taken():
     assert frames.in_one_load_mode([BASE, COPIED]) == [(BASE, COPIED)]
     assert frames.load_modes([BASE, COPIED]) == []
+
+
+def test_what_offload_costs_is_told_of_files_that_are_alike_in_the_cache():
+    """A cold one is compared with the baseline as any other, and its own load modes with each other."""
+    every = [BASE, COLD[0], MAPPED, *COLD[1:]]
+    assert list(frames.EVERY(every)) == [(BASE, side) for side in every[1:]]
+    assert frames.offloads(every) == frames.in_one_load_mode(every) == [(BASE, MAPPED)]
+    assert frames.load_modes(every) == [(COLD[1], COLD[2])]
+    assert frames.offloads(COLD) == [(COLD[0], COLD[1]), (COLD[0], COLD[2])]  # of a study without a cached one
 
 
 def test_locked_weights_are_not_taken_for_copied_ones():

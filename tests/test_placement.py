@@ -18,6 +18,7 @@ PLACEMENTS = st.builds(
     kv=st.none() | st.sampled_from(KV_TYPES),
     threads=st.none() | st.integers(1, 1 << 16),
     context=st.none() | st.integers(1, 1 << 24),
+    cold=st.booleans(),
 )
 
 
@@ -44,6 +45,7 @@ def test_flags_say_which_layers_stay_on_the_cpu(p, layer):
         ("n-cpu-moe=12", {"--n-cpu-moe": "12"}),
         ("cpu-moe,ubatch=64,op-offload=off", {"--cpu-moe": None, "-ub": "64", "--no-op-offload": None}),
         ("baseline,kv=q8_0,threads=8", {"-ctk": "q8_0", "-ctv": "q8_0"}),
+        ("cpu-moe,ubatch=64,cache=cold", {"--cpu-moe": None, "-ub": "64"}),  # the engine is told nothing of it
     ],
 )
 def test_flags_of_llama_server(text, flags):
@@ -75,13 +77,16 @@ def test_the_load_modes_flags_are_those_of_the_build():
         ("n-cpu-moe=01", "write it as n-cpu-moe=1"),
         ("n-cpu-moe=²", "is no placement"),
         ("cpu-moe,ubath=64", "did you mean 'ubatch'?"),
-        ("cpu-moe,colour=red", "there are ubatch, op-offload, kv, threads, context"),
+        ("cpu-moe,colour=red", "there are ubatch, op-offload, kv, threads, context, cache"),
         ("cpu-moe,ubatch=0", "ubatch is a number from 1"),
         ("cpu-moe,ubatch=64,ubatch=64", "gives ubatch twice"),
         ("cpu-moe,context=4k", "context is a number from 1"),
         ("cpu-moe,context=99999999", "context is a number from 1"),
         ("cpu-moe,context=512,threads=8", "write it as cpu-moe,threads=8,context=512"),
         ("cpu-moe,op-offload=on", "on by default"),
+        ("cpu-moe,cache=warm", "cache=cold drops the file from the cache"),
+        ("cpu-moe,cache", "cache=cold drops the file from the cache"),
+        ("cpu-moe,cache=cold,threads=8", "write it as cpu-moe,threads=8,cache=cold"),
         ("cpu-moe,kv=q3", "kv is one of f32"),
         ("cpu-moe,threads=8,kv=f16", "write it as cpu-moe,kv=f16,threads=8"),
     ],
@@ -97,9 +102,9 @@ def test_load_modes_are_three():
 
 
 def test_placements_sort_from_most_on_the_gpu_to_least():
-    texts = ["cpu-moe", "n-cpu-moe=12", "baseline", "n-cpu-moe=4", "cpu-moe,ubatch=64"]
+    texts = ["cpu-moe", "n-cpu-moe=12", "baseline,cache=cold", "baseline", "n-cpu-moe=4", "cpu-moe,ubatch=64"]
     order = [str(p) for p in sorted(map(Placement.parse, texts), key=lambda p: p.order)]
-    assert order == ["baseline", "n-cpu-moe=4", "n-cpu-moe=12", "cpu-moe", "cpu-moe,ubatch=64"]
+    assert order == ["baseline", "baseline,cache=cold", "n-cpu-moe=4", "n-cpu-moe=12", "cpu-moe", "cpu-moe,ubatch=64"]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ import json
 
 import pytest
 from conftest import FIXTURES
-from factory import record_of, spec
+from factory import observation, record_of, spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +22,12 @@ def test_a_record_is_never_overwritten(tmp_path):
     record.write(tmp_path, record_of())
     with pytest.raises(record.RecordError, match="never overwritten"):
         record.write(tmp_path, record_of())
+
+
+def test_where_the_file_was_is_kept(tmp_path):
+    written = record.write(tmp_path, record_of(observation(cached_bytes=7, disk_read_bytes=9)))
+    read = record.read(tmp_path / "records" / f"{written.run_id}.json")
+    assert (read.observed.cached_bytes, read.observed.disk_read_bytes) == (7, 9)
 
 
 def test_only_a_run_that_showed_something_has_an_observation():
@@ -93,6 +99,8 @@ def forge(path, change):
         lambda d: d.update(raw={"../../etc/passwd": "a" * 64}),
         lambda d: d["observed"]["requests"][0].update(prompt_n=8.0),
         lambda d: d["observed"].update(load_s="0.1"),
+        lambda d: d["observed"].update(cached_bytes=-1),
+        lambda d: d["observed"].update(disk_read_bytes=0.5),
     ],
 )
 def test_what_the_schema_does_not_know_is_refused(written, change):
@@ -233,6 +241,7 @@ def test_a_record_of_this_schema_can_be_read_as_long_as_it_lasts(tmp_path):
     r = record.read(path)
     assert (r.status, r.spec.quant, r.device.kind) == ("valid", "Q4_K_M", "loopback")
     assert len(r.observed.requests) == 4
+    assert (r.observed.cached_bytes, r.observed.disk_read_bytes) == (None, None)  # nobody looked
     assert r.observed.memory.value_bytes > r.observed.memory.engine_bytes
     assert r.observed.requests[1].tps == pytest.approx(
         99 / (r.observed.requests[1].token_s[-1] - r.observed.requests[1].token_s[0])

@@ -2,15 +2,18 @@
 
 import itertools
 import json
+import mmap
 from contextlib import contextmanager
 
 import pytest
+from conftest import need_disk
 from factory import SHARED, measured, spec
 
 from moelib.audit import audit
 from moelib.catalogue import params
 from moelib.catalogue.facts import Manifest
 from moelib.gguf import twin
+from moelib.machine import pagecache
 from moelib.measure import device, run
 from moelib.measure.llama_server import LlamaServer, Serving, read_stream
 from moelib.measure.nvml import Counters, Traffic
@@ -98,6 +101,52 @@ def test_load_mode_none_is_obeyed(engine, quantised, loopback, tmp_path):
     )
     assert failed(checks) == set()
     assert "CPU_Mapped" not in {b.name for b in observed.report.buffers}
+
+
+@pytest.mark.parametrize("load_mode", ["mmap", "none"])
+def test_a_cold_run_reads_its_file_from_the_disk_and_any_other_finds_it_cached(
+    engine, quantised, loopback, tmp_path, load_mode
+):
+    need_disk(quantised.path.parent)
+    how = {"load_mode": load_mode, "workloads": ("smoke",)}
+    size = quantised.header.file_bytes
+    for _ in range(2):  # each of them after the other
+        cold, checks = execute(engine, quantised, loopback, tmp_path, placement="cpu-moe,cache=cold", **how)
+        assert failed(checks) == set()
+        assert cold.cached_bytes <= pagecache.COLD * size
+        assert size <= cold.disk_read_bytes
+        pagecache.drop([quantised.path])
+        cached, checks = execute(engine, quantised, loopback, tmp_path, placement="cpu-moe", **how)
+        assert failed(checks) == set()
+        assert cached.cached_bytes == size
+        assert cached.disk_read_bytes < size
+    assert cold.report.device_by_kind == cached.report.device_by_kind
+    assert {a for a in cold.argv if ":" not in a} == {a for a in cached.argv if ":" not in a}  # but for the port
+
+
+def test_a_cold_run_of_a_file_that_somebody_holds_fails_with_what_to_do(engine, quantised, loopback, tmp_path):
+    with quantised.path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as held:
+        assert sum(held[i] for i in range(0, len(held), mmap.PAGESIZE))
+        outcome = run.execute(
+            spec_of(placement="baseline,cache=cold"), quantised, LlamaServer(engine), loopback, tmp_path / "work"
+        )
+    assert (outcome.observation, outcome.reason) == (None, "file-not-cold")
+    assert "put $MOELIB_MODELS on a disk" in outcome.message
+    assert "no other process has the file mapped" in outcome.message
+    assert not outcome.logs[0].exists()  # no server was started for it
+
+
+def test_where_the_system_does_not_tell_a_run_says_why_and_a_cold_one_fails(
+    engine, quantised, loopback, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(pagecache, "_untold", lambda path: f"nobody tells of {path.name}")
+    observed, checks = execute(engine, quantised, loopback, tmp_path, workloads=("smoke",))
+    assert failed(checks) == set()
+    assert (observed.cached_bytes, observed.absent["cached_bytes"]) == (None, f"nobody tells of {quantised.path.name}")
+    cold = spec_of(placement="baseline,cache=cold")
+    outcome = run.execute(cold, quantised, LlamaServer(engine), loopback, tmp_path / "work")
+    assert outcome.reason == "file-not-cold"
+    assert outcome.message.startswith("cache=cold cannot be shown here, leave it out: nobody tells")
 
 
 def test_the_bus_is_watched_through_each_prompt_or_the_record_says_why_not(engine, quantised, tmp_path):

@@ -83,7 +83,8 @@ def test_a_large_file_has_longer_to_load(tmp_path, monkeypatch, size, patience, 
             raise process.ProcessError("engine-timeout", "was not ready")
 
     monkeypatch.setattr(process, "Child", Child)
-    file = SimpleNamespace(path=Path("m.gguf"), header=SimpleNamespace(file_bytes=size))
+    content = SimpleNamespace(paths=())
+    file = SimpleNamespace(path=Path("m.gguf"), content=content, header=SimpleNamespace(file_bytes=size))
     llama = SimpleNamespace(server_argv=lambda *_: ["llama-server", "-m", "m.gguf"])
     outcome = run.execute(spec(), file, llama_server.LlamaServer(llama), device.NoDevice(), tmp_path / "work")
     assert outcome.reason == "engine-killed", outcome.message

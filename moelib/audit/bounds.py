@@ -1,4 +1,5 @@
-"""Invariants of a run that follow from the order of time and from what the hardware can do at most.
+"""Invariants of a run that follow from the order of time, from what the hardware can do at most, and from where the
+file was when its load began.
 
 They ask nothing of an instrument that it did not say of itself: a link's speed, a card's power limit, the host's RAM.
 """
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 
 from moelib.audit.invariants import SHOWN, Faults, Finding, Measured, holds
 from moelib.audit.record import Record
+from moelib.machine.pagecache import CACHED, COLD
 from moelib.measure.nvml import Counters
 
 TICK_S = 0.002  # times are kept to a tenth of a millisecond, and taken one after another
@@ -33,6 +35,7 @@ READING_S = {"cuda": 1.2e-4}  # of CPU at the least, for a look at the card: 3.7
 READING_SMALL_S = 2e-5  # for one at a process alone: 2.2e-4 seen
 SM_MHZ, MEMORY_MHZ = 4000, 25000  # no card comes near
 BUS_BITS = (32, 16384)  # of a memory bus, at two transfers a clock
+DISK_SHARE = 0.9  # of a cold file: tensors that the engine does not use are not read; 1.00 seen
 
 
 @holds("run", f"in order, the last reading within {LAST_READING_S:g} s of the end")
@@ -166,6 +169,46 @@ def host_memory_possible(run: Measured) -> Faults:
     if peak <= 0:
         yield f"{peak} bytes"
     return f"{peak} bytes"
+
+
+@holds(
+    "run",
+    f"where recorded, {CACHED:.0%} of the file; read from disks: the rest and {RSS_SMALL_BYTES >> 20} MiB "
+    f"({RSS_BYTES['cuda'] >> 20} with a GPU)",
+    degrades=True,
+)
+def file_cached(run: Measured) -> Finding:
+    """Unless its placement is cold, a run loads its file from the page cache, as all others do: else its load time is
+    the disk's. Where RAM cannot hold the file, no run does. Records of earlier code do not say."""
+    o, size, finding = run.observation, run.sheet.file_bytes, _where_the_file_was(run)
+    told = {name for name in ("cached_bytes", "disk_read_bytes") if getattr(o, name) is not None or name in o.absent}
+    if len(told) == 1:
+        return False, f"{finding}: one was taken out, or put in"
+    if run.spec.placed.cold or o.cached_bytes is None:
+        return True, "a cold one" if run.spec.placed.cold else o.absent.get("cached_bytes", "not recorded")
+    most = (1 - CACHED) * size + RSS_BYTES.get(o.device_kind, RSS_SMALL_BYTES)  # the rest, and its libraries
+    if size > run.host.ram_bytes:
+        finding += f": RAM has {run.host.ram_bytes}"
+    return CACHED * size <= o.cached_bytes <= size and (o.disk_read_bytes or 0) <= most, finding
+
+
+def _where_the_file_was(run: Measured) -> str:
+    cached, read = run.observation.cached_bytes, run.observation.disk_read_bytes
+    return f"{cached} of {run.sheet.file_bytes} bytes were cached, {read} read from disks"
+
+
+@holds("run", f"{COLD:.0%} of the file; read from disks: {DISK_SHARE:.0%} of it")
+def file_cold(run: Measured) -> Finding:
+    """A run with cache=cold found nothing of its file in the page cache, and its server read it from the disk."""
+    o, size = run.observation, run.sheet.file_bytes
+    if not run.spec.placed.cold:
+        return True, "not a cold one"
+    finding = _where_the_file_was(run)
+    if o.cached_bytes is None or o.cached_bytes > COLD * size:
+        return False, finding
+    if o.disk_read_bytes is None:  # page faults do not tell: pages that were read ahead count as minor ones
+        return None, f"{finding}: {o.absent.get('disk_read_bytes', 'not recorded')}"
+    return o.disk_read_bytes >= DISK_SHARE * size, finding
 
 
 @holds("run", "the card's memory")

@@ -1,7 +1,7 @@
 """One file on one device: what all of its runs share, and a run made into an audited record."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +14,7 @@ from moelib.catalogue import params
 from moelib.catalogue.facts import DeviceFacts, HostFacts, Manifest
 from moelib.catalogue.placement import Placement
 from moelib.engine import engine
-from moelib.machine import host, process
+from moelib.machine import host, pagecache, process
 from moelib.measure import device, run
 from moelib.measure.device import Device
 from moelib.measure.llama_server import LlamaServer
@@ -53,6 +53,9 @@ class Bench(NamedTuple):
             private.append(self.runner.tools.folder)
         # a full disk is said here: the engine's log would be cut short, and be taken for an engine that fails
         files.need_space(folder, RUN_BYTES, "a run")
+        if not spec.placed.cold:  # so that all other runs load a cached file
+            with suppress(OSError):  # the run says what became of the file
+                pagecache.warm(self.quantised.content.paths)
         started = datetime.now(UTC).isoformat(timespec="seconds")
         outcome = run.execute(spec, self.quantised, self.runner, self.where, self.work)
         result = record.Record(

@@ -1,4 +1,4 @@
-"""A placement: where a run keeps the model's weights, and with which settings of llama.cpp.
+"""A placement: where a run keeps the model's weights, with which settings of llama.cpp, its file cached or cold.
 
 Written as `baseline`, `cpu-moe` or `n-cpu-moe=12`, with settings after commas: `cpu-moe,ubatch=64,kv=q8_0`. The load
 mode (mmap, none or mlock) stands beside it in a study and in a record.
@@ -28,6 +28,7 @@ SETTINGS = {
     "kv": f"type of the KV cache ({KV} by default)",
     "threads": "CPU threads (all usable CPUs by default)",
     "context": "tokens of prompt and answer that there is room for (the study's by default)",
+    "cache": "cold: the file is dropped from the system's page cache before the server starts (else it is read in)",
 }
 """Setting -> its meaning; one text for each placement, so that defaults are left out."""
 MOST = {"ubatch": 1 << 16, "threads": 1 << 16, "context": 1 << 24}
@@ -41,7 +42,7 @@ class PlacementError(ValueError):
 
 @dataclass(frozen=True)
 class Placement:
-    """How many layers' experts the CPU keeps, and what else of the engine differs from its defaults."""
+    """How many layers' experts the CPU keeps, and what else of a run differs from its defaults."""
 
     cpu_layers: float
     """The experts of so many first layers are on the CPU: 0 in a baseline, infinity for all."""
@@ -53,6 +54,8 @@ class Placement:
     kv: str | None = None
     threads: int | None = None
     context: int | None = None
+    cold: bool = False
+    """Whether the file is loaded from the disk, not from the page cache: the run's affair, not the engine's."""
 
     @classmethod
     @cache
@@ -70,7 +73,8 @@ class Placement:
                 raise PlacementError(f"{text!r} gives {key} twice")
             values[key] = _value(text, key, value)
         known: dict[str, Any] = {key: values.get(key) for key in ("ubatch", "kv", "threads", "context")}
-        placement = cls(_cpu_layers(text, name), load_mode, op_offload="op-offload" not in values, **known)
+        known |= {"op_offload": "op-offload" not in values, "cold": "cache" in values}
+        placement = cls(_cpu_layers(text, name), load_mode, **known)
         if str(placement) != text:
             raise PlacementError(f"{text!r}: write it as {placement}, so that one placement has one name")
         return placement
@@ -88,6 +92,7 @@ class Placement:
         parts += [f"kv={self.kv}"] if self.kv else []
         parts += [f"threads={self.threads}"] if self.threads else []
         parts += [f"context={self.context}"] if self.context else []
+        parts += ["cache=cold"] if self.cold else []
         return ",".join(parts)
 
     @property
@@ -178,6 +183,10 @@ def _value(text: str, key: str, value: str) -> int | str | bool:
         if value != "off":
             raise PlacementError(f"{text!r}: op-offload=off turns it off; it is on by default, and then left out")
         return False
+    if key == "cache":
+        if value != "cold":
+            raise PlacementError(f"{text!r}: cache=cold drops the file from the cache; else it is there, and left out")
+        return True
     most = MOST[key]
     if not (value.isascii() and value.isdigit() and len(value) <= len(str(most)) and 1 <= int(value) <= most):
         raise PlacementError(f"{text!r}: {key} is a number from 1 to {most}")

@@ -309,6 +309,13 @@ def locked(pid: int) -> int | None:
     return _memory(pid, "VmLck")
 
 
+def disk_reads(pid: int) -> int | None:
+    """Bytes that a process had the system read from disks, as its own or as a mapped file's; None if the system does
+    not say (proc_pid_io(5))."""
+    read = re.search(r"^read_bytes: (\d+)$", system_text(f"/proc/{pid}/io"), re.M)
+    return int(read[1]) if read else None
+
+
 def _memory(pid: int, key: str) -> int | None:
     kib = re.search(rf"^{key}:\s+(\d+) kB", system_text(f"/proc/{pid}/status"), re.M)
     return int(kib[1]) * 1024 if kib else None

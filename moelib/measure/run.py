@@ -13,13 +13,14 @@ from moelib.catalogue import placement as placements
 from moelib.engine.buffers import Report
 from moelib.engine.client import Answer, Request, RunError
 from moelib.engine.engine import EngineError
-from moelib.machine import host, monitor, process
+from moelib.machine import host, monitor, pagecache, process
 from moelib.measure import device as devices
 from moelib.measure.memory import Memory, Trace, reconcile
 from moelib.measure.nvml import Counters
 from moelib.measure.runner import Job, Prompt, Runner, Server
 from moelib.models.quantize import Quantised
 
+UNCOUNTED = {"disk_read_bytes": "no account was kept of what the server read from disks"}
 LOAD_S, LOAD_BYTES_PER_S = 120.0, 50e6  # a cold disk and a slow link at the very worst
 
 
@@ -138,6 +139,12 @@ class Observation:
     host_locked_bytes: Bytes | None = None
     """Memory that llama-server had locked, for load mode mlock; None in records of earlier code, and where the system
     does not say."""
+    cached_bytes: Bytes | None = None
+    """Of the file, in the system's page cache just before the server was started; None in records of earlier code, and
+    where the system does not tell (`absent` has why)."""
+    disk_read_bytes: Bytes | None = None
+    """What llama-server had the system read from disks until its last request; None in records of earlier code, and
+    where the system keeps no account of it (`absent` has why)."""
 
     @property
     def engine_digest(self) -> str | None:
@@ -182,6 +189,7 @@ def _observe(spec: Spec, quantised: Quantised, runner: Runner, device: devices.D
     with device.session(runner.tools, work) as session:
         readings, counters, idle = [], [], session.idle()
         job = Job(quantised.path, spec.placed, spec.context_tokens, spec.placed.threads or device.threads)
+        cached, untold = _cached(spec, quantised)
         with runner.start(job, session, work) as server:
 
             def count() -> None:
@@ -204,6 +212,7 @@ def _observe(spec: Spec, quantised: Quantised, runner: Runner, device: devices.D
                     traffic, no_bus = _prompt_traffic(server, prompts, session, now)
             peak, rss = session.peak_bytes(), None if server.pid is None else process.peak_rss(server.pid)
             locked = None if server.pid is None else process.locked(server.pid)
+            disk_reads = None if server.pid is None else process.disk_reads(server.pid)
             use = monitor_host.stop(server.pid, session.pid)
             digests, unread = server.files(session.pid, since)
             ended = server.stop()
@@ -235,7 +244,7 @@ def _observe(spec: Spec, quantised: Quantised, runner: Runner, device: devices.D
         top_logprobs=top,
         memory=reconcile(device.kind, trace, *buffers, header_bytes[1], device.context_bytes, peak),
         counters=tuple(counters),
-        absent=device.absent | no_bus | unread,
+        absent=device.absent | no_bus | unread | untold | ({} if disk_reads is not None else UNCOUNTED),
         host=use,
         host_rss_peak_bytes=rss,
         exit_code=ended.code,
@@ -246,7 +255,32 @@ def _observe(spec: Spec, quantised: Quantised, runner: Runner, device: devices.D
         device_files=mapped.get("device_files"),
         system_files=mapped.get("system_files"),
         host_locked_bytes=locked,
+        cached_bytes=cached,
+        disk_read_bytes=disk_reads,
     )
+
+
+def _cached(spec: Spec, quantised: Quantised) -> tuple[int | None, dict[str, str]]:
+    """(bytes of the file that are in the page cache as its server is about to start, why that is not known): all of it
+    where RAM has room, or next to nothing, as the placement asks. Raises RunError where it cannot be dropped."""
+    name, paths, cold = quantised.path.name, quantised.content.paths, spec.placed.cold
+    try:
+        if not cold:
+            pagecache.warm(paths)  # again: a system may take back what nobody has used for seconds
+        cached = pagecache.drop(paths) if cold else pagecache.cached_bytes(paths)
+    except pagecache.NotTold as err:
+        if cold:
+            raise RunError("file-not-cold", f"cache=cold cannot be shown here, leave it out: {err}") from None
+        return None, {"cached_bytes": str(err)}
+    except OSError as err:
+        raise RunError("file-gone", f"{name} cannot be read before the run: {err.strerror}") from None
+    if cold and cached > pagecache.COLD * quantised.header.file_bytes:
+        raise RunError(
+            "file-not-cold",
+            f"{cached / quantised.header.file_bytes:.0%} of {name} stays in the page cache when it is dropped: put "
+            "$MOELIB_MODELS on a disk (/dev/shm is none), and see that no other process has the file mapped",
+        )
+    return cached, {}
 
 
 def _request(server: Server, prompt: Prompt, index: int, started: float, energy: Callable[[], float | None]) -> Request:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import pandas as pd
+
 from moelib.audit.record import Record
 from moelib.base import neutral, stats
 from moelib.base.neutral import markdown
@@ -350,14 +352,21 @@ def verdict(study: Study, model: str) -> Text:
     ]
     modes = [_load_modes(study, model, column) for column in (f"ttft_warm_s/{workload}", "load_s")]
     if all(modes):
+        loads = pd.concat([side for c in modes[1] for side in (c.before, c.after)])
         ttft, load = (span(stats.values(c.ratio for c in comparisons), number) for comparisons in modes)
         sentences.append(
             f"**{'For long prompts, copy' if copied(study, model) else 'Copying'} the experts** to memory of their own "
             "instead of mapping the file (`--load-mode none`; older builds `--no-mmap`): TTFT of warm "
-            f"{markdown(workload)} requests was then {ttft} times, and load time {load} times, that of the mapped file."
+            f"{markdown(workload)} requests was then {ttft} times, and load time {load} times, that of the mapped file"
+            f"{f' (files {findings.cache(loads)})' if findings.cache_known(study) else ''}."
         )
         used += [c for comparisons in modes for c in comparisons]
     return Text(name, "\n".join(f"- {s}" for s in sentences), merged(c.sources for c in used))
+
+
+def _is_offload(c: Comparison) -> bool:
+    """Of a cached file: that one is cold is no choice of whoever is advised."""
+    return not c.placement.is_baseline and not c.placement.cold
 
 
 def limits(study: Study) -> Text:

@@ -13,8 +13,9 @@ from moelib.base import stats
 from moelib.base.neutral import code, markdown, plain
 from moelib.base.stats import number, size
 from moelib.catalogue.facts import ImatrixFacts, Manifest
+from moelib.machine import pagecache
 from moelib.report.table import Table, Text, cite, cite_manifest, cite_overhead, facts, merged, several_load_modes
-from moelib.study import overhead
+from moelib.study import columns, overhead
 from moelib.study.study import Study
 
 BITS = ("bits/weight", "of the experts", "of the rest")
@@ -134,11 +135,17 @@ def runs_table(records: Sequence[Record]) -> Table:
         row = {"round": r.spec.block + 1, **_placement(r, several), "status": r.status}
         row["reasons"] = ", ".join(map(markdown, r.reasons)) or "-"
         row |= {k: size(getattr(o.memory, name) if o else None) for k, name in sizes.items()}
-        row["load, s"] = number(o.load_s) if o else stats.NONE
+        row["load, s"] = _load(r) if o else stats.NONE
         for q in o.requests if o else ():
             row[f"{markdown(q.workload)} #{q.index + 1}"] = f"{number(q.tps)} tokens/s, {number(q.ttft_s, 1000)} ms"
         rows.append(row)
     return Table("runs", rows, [cite([r]) for r in ordered], numbers=("round", *sizes, "load, s"))
+
+
+def _load(r: Record) -> str:
+    """Load time, and whether the file was cached, where the record says it."""
+    share = columns.cached_share(r)
+    return number(r.observation.load_s) + ("" if share is None else f", {pagecache.state(share)}")
 
 
 def completeness_table(study: Study) -> Table:

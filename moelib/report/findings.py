@@ -3,11 +3,14 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pandas as pd
+
 from moelib.audit.record import Record
 from moelib.base import files, stats
 from moelib.base.neutral import markdown as neutral
 from moelib.base.stats import percent, size
 from moelib.catalogue.placement import REFERENCE, Placement
+from moelib.machine import pagecache
 from moelib.report.table import (
     Sources,
     Table,
@@ -107,7 +110,7 @@ def answer(study: Study) -> Text:
     return Text("answer", "\n".join(f"- {s}" for s in sentences), sources)
 
 
-WHERE = ("model", "quant", "placement", "load mode")
+WHERE = ("model", "quant", "placement", "load mode", "page cache")
 """Columns that say what a row is about; the others are values."""
 Show = Callable[[Comparison], dict[str, str]]
 
@@ -246,8 +249,29 @@ def ttft_table(study: Study, workload: str, warm: bool) -> Table:
 
 
 def load_table(study: Study) -> Table:
+    """With where each file was when its load began, where a record of the study says it."""
     note = "Load time in ms, from process start until the server accepts requests; geometric mean [95 % interval]."
-    return _compared("load", study, "load_s", _rates(study, 1000), note)
+    rates = _rates(study, 1000)
+    if not cache_known(study):
+        return _compared("load", study, "load_s", rates, note)
+    base = {cache(c.before) for c in frames.comparisons(study.runs, "load_s")}
+    note += (
+        " *Page cache*: where the file was when the server was started. *cached*: in RAM, as after a load before "
+        f"({percent(pagecache.CACHED)} of it or more); *cold*: not in RAM ({percent(pagecache.COLD)} at most), so that "
+        "it was read from the disk, which may have a cache of its own, or a host that has one. The file of "
+        f"{reference(study)} was {' or '.join(sorted(base))}."
+    )
+    return _compared("load", study, "load_s", lambda c: {"page cache": cache(c.after)} | rates(c), note)
+
+
+def cache_known(study: Study) -> bool:
+    """Whether any run says where its file was; those of earlier code do not."""
+    return bool(study.runs["cached_share"].notna().any())
+
+
+def cache(runs: pd.DataFrame) -> str:
+    """Where the file was when the loads of some runs began, in words."""
+    return ", ".join(sorted(set(map(pagecache.state, runs["cached_share"])))) or stats.NONE
 
 
 def load_mode_table(study: Study) -> Table:
@@ -269,6 +293,8 @@ def load_mode_table(study: Study) -> Table:
     )
     if any(mode.load_mode == "mlock" for mode in study.parameters.arms):
         note += " *mlock*, *none* with its memory locked, is in the other tables."
+    if cache_known(study):
+        note += " Files were cached, or cold, as the table of load times says."
     return _table("load-mode", rows, sources, note, "the study has no placement in both load modes.")
 
 

@@ -148,6 +148,12 @@ def machine(r: Record) -> str:
     return (r.host.host_id or r.device.uuid or "unknown")[:12]
 
 
+def cached_share(r: Record) -> float | None:
+    """Share of the file that was in the system's page cache as the server was started: 1 cached, 0 cold."""
+    cached = r.observation.cached_bytes
+    return None if cached is None else cached / r.sheet.file_bytes
+
+
 def monitoring(r: Record) -> float | None:
     """Share of one CPU that monitoring the run took; None in records of earlier code."""
     spent = r.observation.watch_cpu_s
@@ -257,6 +263,8 @@ COLUMNS = (
         "observed.host_rss_peak_bytes",
     ),
     Column("load_s", "load time", "s", "less", "start of the process to the first request taken", "observed.load_s"),
+    Column("cached_share", "file in the page cache", "", None, "mincore, as the server was started", cached_share),
+    Column("disk_read_bytes", "read from disks", "bytes", "less", "/proc of the server", "observed.disk_read_bytes"),
     Column("wall_s", "whole run", "s", "less", "this program's clock", "observed.wall_s"),
     Column("engine_s", "load and requests", "s", None, "the engine's timings", "observed.engine_s"),
     Column("major_faults", "major page faults", "", "less", "/proc of the server", "observed.host.major_faults"),

@@ -123,9 +123,11 @@ EVERY = against()
 
 
 def offloads(sides: Sequence[Side]) -> list[tuple[Side, Side]]:
-    """(baseline, other) for every side that keeps experts on the CPU, in another placement."""
+    """(baseline, other) for every side that keeps experts on the CPU, in another placement; a cold one only where the
+    baseline is, as it differs in nothing but its load."""
     every = [(base, side) for base, side in EVERY(sides) if base[0] != side[0]]
-    return [(base, side) for base, side in every if not Placement.parse(*side).is_baseline]
+    placed = [(base, side, Placement.parse(*base), Placement.parse(*side)) for base, side in every]
+    return [(base, side) for base, side, a, b in placed if not b.is_baseline and a.cold == b.cold]
 
 
 def in_one_load_mode(sides: Sequence[Side]) -> list[tuple[Side, Side]]:
