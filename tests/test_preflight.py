@@ -108,8 +108,6 @@ def test_a_study_is_planned_for_the_card_run_in_its_order_and_reported(own, room
     assert len(rows) == 4
     assert all(any(name == "plan.json" or name.startswith("set ") for name in row["from"]) for row in rows)
     assert "the fitting placement" in text
-    assert "with as much on the GPU as fits, decoding was" in text
-    assert "times as fast as with experts on the CPU." in text
 
 
 @pytest.mark.engine
