@@ -158,7 +158,7 @@ def _ends(sides: Sequence[Side]) -> list[tuple[Side, Side]]:
 def _load_modes(study: Study, model: str, column: str) -> list[Comparison]:
     """Load mode none against mmap, of every placement with experts on the CPU that has both."""
     compared = _compare(study, model, column, frames.load_modes)
-    return [c for c in compared if c.ratio and not c.placement.is_baseline]
+    return [c for c in compared if c.ratio and _is_offload(c)]
 
 
 def copied(study: Study, model: str) -> bool:
