@@ -118,7 +118,8 @@ def test_a_cold_run_reads_its_file_from_the_disk_and_any_other_finds_it_cached(
         pagecache.drop([quantised.path])
         cached, checks = execute(engine, quantised, loopback, tmp_path, placement="cpu-moe", **how)
         assert failed(checks) == set()
-        assert cached.cached_bytes == size
+        # the system may take back a page at any time: what counts as cached is what the word says, not every page
+        assert pagecache.CACHED * size <= cached.cached_bytes <= size
         assert cached.disk_read_bytes < size
     assert cold.report.device_by_kind == cached.report.device_by_kind
     assert {a for a in cold.argv if ":" not in a} == {a for a in cached.argv if ":" not in a}  # but for the port
