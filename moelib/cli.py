@@ -392,7 +392,7 @@ def publish(name: str, namespace: str, yes: bool, public: bool | None) -> None:
     if not yes:
         say("nothing was changed; add --yes to upload")
         return
-    publishing.publish(plans, say)
+    publishing.publish(plans, say, receipts=measured.path / "published")
     say("done")
 
 

@@ -7,6 +7,7 @@ The commands are real, and so are the files; the Hub is tests/hub.py.
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,9 @@ from pathlib import Path
 
 from hub import Hub, official_client
 from hub_state import MAIN
+
+from moelib.catalogue.facts import Receipt
+from moelib.study import plan
 
 TOKEN, SPACE, WAIT_S = "hf_write", "alice", 300
 INTRO = """# A publication, rehearsed
@@ -30,8 +34,9 @@ only a Hub on the same machine is asked to show them (`--public`); to another th
 class Stage:
     """The transcript, and what the Hub saw meanwhile."""
 
-    def __init__(self, server, study):
-        self.server, self.study, self.lines, self.seen = server, study, [INTRO], 0
+    def __init__(self, server, study, outputs):
+        self.server, self.study, self.outputs = server, study, outputs
+        self.lines, self.seen = [INTRO], 0
 
     def say(self, text):
         self.lines.append(text)
@@ -40,7 +45,9 @@ class Stage:
         """Run `moelib publish STUDY --to SPACE *args`; `interrupt`: send it Ctrl-C once this is so."""
         argv = [sys.executable, "-m", "moelib.cli", "publish", self.study, "--to", SPACE, *args]
         off = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-        env = os.environ | {"HF_ENDPOINT": self.server.url, "HF_TOKEN": TOKEN} | off
+        env = (
+            os.environ | {"HF_ENDPOINT": self.server.url, "HF_TOKEN": TOKEN, "MOELIB_OUTPUTS": str(self.outputs)} | off
+        )
         # a shell starts what it puts into the background with Ctrl-C ignored, and children inherit that
         signal.signal(signal.SIGINT, signal.default_int_handler)
         with (
@@ -84,9 +91,13 @@ class Stage:
 
 
 def rehearse(study, folder, stop_at=3):
-    """The transcript, and (bytes stored until the interruption, after it, after that)."""
+    """The transcript, and (bytes stored until the interruption, after it, after that).
+
+    Of a copy of the study: a receipt of a stand-in has no place among what was measured.
+    """
+    copy = shutil.copytree(plan.outputs() / study, folder / "outputs" / study)
     with Hub(folder, silence_s=WAIT_S, part_bytes=1 << 30) as server, official_client(server):
-        stage = Stage(server, study)
+        stage = Stage(server, study, copy.parent)
         stage.say("## The plan\n")
         code, _ = stage.command()
         assert (code, stage.hub(), server.repos) == (0, (0, {}), {})
@@ -111,6 +122,9 @@ def rehearse(study, folder, stop_at=3):
         assert code == 0, text
         third, again = stage.hub()
         assert again == public
+        receipts = [Receipt.model_validate_json(p.read_bytes()) for p in (copy / "published").glob("*.json")]
+        assert {r.repository: len(r.files) + 1 for r in receipts} == public
+        assert all(r.here and r.public for r in receipts)
         return "\n".join(stage.lines), (first, second, third)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from collections import defaultdict
 from dataclasses import replace
 from statistics import fmean
@@ -179,6 +180,32 @@ def test_the_criteria_are_computed(full, tmp_path):
     part = full.part("phi-3.5-moe", ["Q2_K"])
     lost = Study(tmp_path, part.plan, replace(part.contents, manifests=(), evidence=replace(part.evidence, records=[])))
     assert [a.verdict for a in claims.criteria(lost)] == ["not met", "not met", "not met", "open", "not met", "not met"]
+
+
+def receipt(study, **how):
+    files = {m.file_name: m.sha256 for m in study.manifests}
+    known = {"hub": "https://hub", "here": False, "repository": "a/b", "public": True, "at": "2026", "files": files}
+    return json.dumps(known | how)
+
+
+def test_an_upload_counts_by_its_receipt(full, tmp_path):
+    def state(**left):
+        shutil.rmtree(tmp_path / "published", ignore_errors=True)
+        for name, text in left.items():
+            (tmp_path / "published").mkdir(exist_ok=True)
+            (tmp_path / "published" / f"{name}.json").write_text(text, encoding="utf-8")
+        told = claims.criteria(Study(tmp_path, full.plan, full.contents))[-1]
+        return told.verdict, told.because[0]
+
+    assert state() == ("not met", "Random weights are not to be published.")
+    assert state(b=receipt(full)) == ("met", "Public, and read back whole: a/b.")
+    verdict, why = state(b=receipt(full, here=True), c=receipt(full, public=False), d="{}")
+    assert verdict == "not met"
+    assert "The file d.json is no receipt; a/b was read back whole, but is on a stand-in of the Hub" in why
+    assert "a/b was read back whole, but is private; in no public repository: " in why
+    assert all(m.file_name in why.replace("\\", "") for m in full.manifests)
+    one = full.manifests[0]
+    assert state(b=receipt(full, files={one.file_name: "0" * 64})) == ("not met", state(b=receipt(full, files={}))[1])
 
 
 def test_what_to_run_says_it_card_by_card(full):

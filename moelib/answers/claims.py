@@ -11,6 +11,7 @@ from moelib.answers.verdicts import OPEN, Answer, Verdict, merged, offloads
 from moelib.base import stats
 from moelib.base.neutral import markdown as neutral
 from moelib.base.stats import percent, size
+from moelib.catalogue.facts import Receipt
 from moelib.study.study import Study
 
 AWAY = ("cpu-moe", "mmap")
@@ -150,14 +151,38 @@ def _cards(study: Study) -> Answer:
 
 
 def _uploaded(study: Study) -> Answer:
-    receipts = sorted((study.path / "published").glob("*.json"))
-    asked, twin = "Files and cards are on the Hugging Face Hub", study.parameters.weights == "twin"
-    if receipts:
-        return _state(
-            asked, True, f"{len(receipts)} repositories were read back whole: {', '.join(p.stem for p in receipts)}."
-        )
+    """Publishing leaves a receipt of each repository; it counts if it is on the Hub itself, seen by all, and holds the
+    files that were measured."""
+    asked = "Files and cards are on the Hugging Face Hub"
+    left, unreadable = _receipts(study)
+    there = [r for r in left if r.public and not r.here]
+    held = {sha256 for r in there for sha256 in r.files.values()}
+    missing = sorted(neutral(m.file_name) for m in study.manifests if m.sha256 not in held)
+    if there and not missing:
+        names = ", ".join(neutral(r.repository) for r in there)
+        return _state(asked, True, f"Public, and read back whole: {names}.")
+    if left or unreadable:
+        told = [f"the file {name} is no receipt" for name in unreadable]
+        told += [
+            f"{neutral(r.repository)} was read back whole, but is {'on a stand-in of the Hub' if r.here else 'private'}"
+            for r in left
+            if r not in there
+        ]
+        return _state(asked, False, _sentence("; ".join([*told, f"in no public repository: {', '.join(missing)}"])))
+    twin = study.parameters.weights == "twin"
     why = "random weights are not to be published" if twin else "nothing was uploaded yet (`moelib publish`)"
     return _state(asked, False, _sentence(why))
+
+
+def _receipts(study: Study) -> tuple[list[Receipt], list[str]]:
+    """What publishing left, and the names of files beside it that are none."""
+    told, unreadable = [], []
+    for path in sorted((study.path / "published").glob("*.json")):
+        try:
+            told.append(Receipt.model_validate_json(path.read_bytes()))
+        except ValueError:
+            unreadable.append(neutral(path.name))
+    return told, unreadable
 
 
 CLAIMS: tuple[Callable[[Study], list[Answer]], ...] = (hypotheses, criteria)

@@ -70,6 +70,20 @@ class Manifest(Facts):
     """None in manifests of files that were quantised without one, and where moelib did not make the file."""
 
 
+class Receipt(Facts):
+    """A repository on a Hub, after every file of it was read back."""
+
+    hub: Name
+    """Its address."""
+    here: bool
+    """Whether that Hub is one on the machine that published, as in a rehearsal."""
+    repository: Name
+    public: bool
+    at: Name
+    """When it was read back, in UTC."""
+    files: dict[Name, Sha256]
+
+
 LLAMA_SERVER = "llama-server"
 
 

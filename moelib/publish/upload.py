@@ -8,13 +8,15 @@ public already, everything goes through a pull request that is merged when it wa
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moelib.base import neutral
+from moelib.base import files, neutral
 from moelib.catalogue import params
+from moelib.catalogue.facts import Receipt
 from moelib.models import hub, quantize
 from moelib.publish import cards
 from moelib.study.study import Study
@@ -109,10 +111,10 @@ def plan(study: Study, namespace: str, public: bool | None = None, endpoint: str
             f"{study.name} has geometry twins, whose weights are random: they are not made public on a Hub; without "
             "--public they go to private repositories, which only you can see"
         )
-    pages, files = cards.build(study, namespace), cards.planned(study)
+    pages, models = cards.build(study, namespace), cards.planned(study)
     at = {s.file_name: quantize.place(s) for s in study.manifests}
     items: dict[str, list[Item]] = {}
-    for path, sha256 in files.items():
+    for path, sha256 in models.items():
         repository, name = path.split("/")
         if not at[name].is_file():
             raise PublishError(
@@ -153,29 +155,55 @@ def _listing(client: "HfApi", repository: str, revision: str) -> dict[str, str]:
 
     with hub.asking(f"listing {repository}"):
         entries = list(islice(client.list_repo_tree(repository, recursive=True, revision=revision), hub.MAX_FILES + 1))
-        files = {f.path: f.lfs.sha256 if f.lfs else f.blob_id for f in entries if isinstance(f, RepoFile)}
-        if len(entries) > hub.MAX_FILES or not all(isinstance(x, str) for pair in files.items() for x in pair):
+        listed = {f.path: f.lfs.sha256 if f.lfs else f.blob_id for f in entries if isinstance(f, RepoFile)}
+        if len(entries) > hub.MAX_FILES or not all(isinstance(x, str) for pair in listed.items() for x in pair):
             raise TypeError(f"a listing of {len(entries)} paths")
-    files.pop(".gitattributes", None)  # the Hub's own
-    return files
+    listed.pop(".gitattributes", None)  # the Hub's own
+    return listed
 
 
 Say = Callable[[str], object]
 
 
-def publish(plans: list[Plan], say: Say, endpoint: str | None = None) -> None:
+def publish(plans: list[Plan], say: Say, endpoint: str | None = None, receipts: Path | None = None) -> None:
     """Do what was planned: upload, read everything back, and only then let it be seen.
 
-    Running it again after an interruption sends only what is not there. Raises HubError, or PublishError if what the
-    Hub gives back is not what was sent; nothing of it has become public then.
+    Running it again after an interruption sends only what is not there. Each repository that is as planned leaves a
+    receipt in the folder `receipts`. Raises HubError, or PublishError if what the Hub gives back is not what was sent;
+    nothing of it has become public then.
     """
     client = hub.api(endpoint)
     require_rights(client, {p.repository.split("/")[0] for p in plans})
-    ready = [(p, *sent) for p in plans if (sent := _upload(client, p, say))]
-    for p, revision, _ in ready:
-        _read_back(client, p, revision, say)
-    for p, revision, number in ready:
-        _show(client, p, revision, number, say)
+    ready = [(p, _upload(client, p, say)) for p in plans]
+    for p, sent in ready:
+        if sent:
+            _read_back(client, p, sent[0], say)
+    for p, sent in ready:
+        if sent:
+            _show(client, p, *sent, say)
+        if receipts:
+            _acknowledge(client, p, receipts)
+
+
+def _acknowledge(client: "HfApi", p: Plan, folder: Path) -> None:
+    """Write down what is on the Hub now. Raises PublishError if it cannot be written, or is not what was planned."""
+    state = _state(client, p.repository)
+    _require(p, state, _listing(client, p.repository, MAIN), state == "new")
+    receipt = Receipt(
+        hub=client.endpoint,
+        here=hub.is_here(client),
+        repository=p.repository,
+        public=state == "public",
+        at=datetime.now(UTC).isoformat(timespec="seconds"),
+        files={i.name: i.sha256 for i in p.items},
+    )
+    try:
+        files.write_json(folder / f"{p.repository.replace('/', '--')}.json", receipt.model_dump())
+    except OSError as err:
+        raise PublishError(
+            f"{p.repository} is {state} on the Hub and complete, but its receipt cannot be written into {folder} "
+            f"({err.strerror or err}): fix its permissions and run the same command again"
+        ) from None
 
 
 def require_rights(client: "HfApi", namespaces: set[str]) -> None:
