@@ -5,8 +5,6 @@ A record is done when it parses, validates and carries its digest. Failed and in
 
 import contextlib
 import gzip
-import hashlib
-import json
 import logging
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -125,15 +123,11 @@ def run_id(s: Spec, attempt: int) -> str:
     return f"{s.model}_{s.quant}_{s.placement}_{s.load_mode}_b{s.block}_{spec_key(s)}_a{attempt}"
 
 
-def _digest(data: dict[str, Any]) -> str:
-    return files.digest({k: v for k, v in data.items() if k != "digest"})
-
-
 def sealed(record: Record) -> Record:
     """The record with its digest. Raises RecordError if it holds what `read` would refuse."""
     data = record.model_dump(mode="json")
     try:
-        data["digest"] = _digest(data)
+        data["digest"] = files.own_digest(data)
         Record.model_validate_json(files.canonical(data), strict=True)
     except ValueError as err:
         raise RecordError(f"{record.run_id} would not be read back: {' '.join(str(err).split())[:300]}") from None
@@ -146,13 +140,10 @@ def write(folder: Path, record: Record) -> Record:
     Raises RecordError if it is there, or holds what `read` would refuse.
     """
     record = sealed(record)
-    data = record.model_dump(mode="json")
     path = folder / "records" / f"{record.run_id}.json"
     if path.exists():
         raise RecordError(f"{path.name} exists; records are never overwritten")
-    # one line a top-level key: a table of contents for people, and measurements that do not fill screens
-    lines = [f" {json.dumps(k)}: {files.canonical(v).decode()}" for k, v in sorted(data.items())]
-    files.write_bytes(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+    files.write_bytes(path, files.sealed(record.model_dump(mode="json")))
     return record
 
 
@@ -163,22 +154,13 @@ def read(path: Path) -> Record:
         if len(raw) > MAX_BYTES:
             raise RecordError(f"more than {MAX_BYTES >> 20} MiB are no record of a run")
         loaded = Record.model_validate_json(raw, strict=True)
-        if loaded.digest != _digest_as_written(raw) and loaded.digest != _digest(json.loads(raw)):
+        if not files.is_sealed(raw, loaded.digest):
             raise RecordError("its digest does not fit its content")
     except (OSError, ValueError, ValidationError, RecursionError) as err:
         raise RecordError(f"{path.name}: {' '.join(str(err).split())[:300]}") from None
     if loaded.run_id != path.stem or loaded.run_id != run_id(loaded.spec, loaded.attempt):
         raise RecordError(f"{path.name}: it is the record of {loaded.run_id}")
     return loaded
-
-
-def _digest_as_written(raw: bytes) -> str | None:
-    """The digest of a file that has the layout of `write`, whose lines are canonical already; None for another."""
-    if not (raw.startswith(b"{\n ") and raw.endswith(b"\n}\n")):
-        return None
-    lines = [line.removesuffix(b",")[1:].replace(b'": ', b'":', 1) for line in raw[2:-3].split(b"\n")]
-    content = b",".join(line for line in lines if not line.startswith(b'"digest":'))
-    return hashlib.sha256(b"{" + content + b"}").hexdigest()
 
 
 class Lightener:
@@ -207,7 +189,7 @@ class Lightener:
         if (o := r.observed) is not None:
             small(o.memory.trace, "during", o.memory.trace.during[-1:])
             for q in o.requests:
-                small(q, "tokens", ())
+                small(q, "tokens", array("I", q.tokens))
                 small(q, "token_s", array("d", q.token_s))
                 small(q, "token_n", array("I", q.token_n))
             for k in ("argv", "env", "report", "placement", "top_logprobs"):

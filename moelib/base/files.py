@@ -146,6 +146,33 @@ def write_json(path: Path, data: Any) -> None:
     write_bytes(path, pretty(data))
 
 
+def own_digest(data: dict[str, Any]) -> str:
+    """The digest that JSON of records carries of itself: of all but the key `digest`."""
+    return digest({k: v for k, v in data.items() if k != "digest"})
+
+
+def sealed(data: dict[str, Any]) -> bytes:
+    """JSON with its own digest. One line a top-level key: a table of contents for people, and measurements that do not
+    fill screens."""
+    data = {**data, "digest": own_digest(data)}
+    lines = [f" {json.dumps(k)}: {canonical(v).decode()}" for k, v in sorted(data.items())]
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+
+def is_sealed(raw: bytes, with_digest: str) -> bool:
+    """Whether JSON has that digest of its own."""
+    return with_digest == _digest_as_written(raw) or with_digest == own_digest(json.loads(raw))
+
+
+def _digest_as_written(raw: bytes) -> str | None:
+    """The digest of a file that has the layout of `sealed`, whose lines are canonical already; None for another."""
+    if not (raw.startswith(b"{\n ") and raw.endswith(b"\n}\n")):
+        return None
+    lines = [line.removesuffix(b",")[1:].replace(b'": ', b'":', 1) for line in raw[2:-3].split(b"\n")]
+    content = b",".join(line for line in lines if not line.startswith(b'"digest":'))
+    return hashlib.sha256(b"{" + content + b"}").hexdigest()
+
+
 OWNER = b"process "
 
 

@@ -71,10 +71,10 @@ def measure(study: Study, cells: Sequence[Cell], obtain: Obtain | None = None) -
         )
     if obtain is None:
         quants.check(llama, _to_make(study.parameters))
-        obtain = partial(_catalogued, study)
+        obtain = partial(catalogued, study)
     study.begin()
     study.work.mkdir(parents=True, exist_ok=True)
-    with held(where), _scratch(study) as work:
+    with held(where), scratch(study) as work:
         process.sweep(study.work)
         begun: dict[str, _Begun] = {}
         for cell in left:
@@ -125,7 +125,8 @@ class _Begun:
             yield existing
 
 
-def _catalogued(study: Study, cell: Cell, llama: engine.Engine, work: Path) -> quantize.Quantised:
+def catalogued(study: Study, cell: Cell, llama: engine.Engine, work: Path) -> quantize.Quantised:
+    """The file of a cell, made if it is not there."""
     if path := sources.file_of(cell.model):
         return given.catalogued(path, cell, llama)
     p = study.parameters
@@ -187,7 +188,7 @@ def _to_do(
 
 
 @contextmanager
-def _scratch(study: Study) -> Iterator[Path]:
+def scratch(study: Study) -> Iterator[Path]:
     """A working folder of this process, removed at the end."""
     for left in study.work.glob("[0-9]*"):  # by a process that was killed
         if left.name.isdigit() and not psutil.pid_exists(int(left.name)):

@@ -143,10 +143,13 @@ class Workload(Strict):
         return self
 
 
+Placed = Annotated[str, AfterValidator(lambda text: str(Placement.parse(text)))]
+
+
 class PlacementMode(Strict):
     """A placement and a load mode; each round of a study runs every one of them once, of all files or of some."""
 
-    placement: Annotated[str, AfterValidator(lambda text: str(Placement.parse(text)))]
+    placement: Placed
     load_mode: Literal["mmap", "none", "mlock"] = "mmap"
     models: tuple[str, ...] | None = None
     """Of which models it is run; None: of all."""
@@ -173,6 +176,19 @@ class PlacementMode(Strict):
     def is_in(self, block: int) -> bool:
         """Whether it is run in a round, counted from 0."""
         return self.rounds is None or block < self.rounds
+
+
+class Quality(Strict):
+    """What a study compares token by token, beside its runs."""
+
+    corpora: tuple[str, ...] = Field(min_length=1, max_length=MAX_NAMES)
+    context: Annotated[int, Field(ge=64, le=1 << 16)] = 512
+    chunks: Annotated[PositiveInt, Field(le=10_000)] = 32
+    """Pieces of `context` tokens; each is one observation."""
+    placement_chunks: Annotated[PositiveInt, Field(le=10_000)] = 4
+    """The same for placements, whose results should not differ."""
+    placement: Placed = "baseline"
+    """Where all files are compared, the unquantised one too: cpu-moe where the card does not hold that."""
 
 
 class Study(Strict):
@@ -202,6 +218,8 @@ class Study(Strict):
     """Whether the quants of a model take turns, round by round, so that they are compared on one machine at about the
     same time; else one is finished after the other."""
     context: Tokens = 1024
+    quality: Quality | None = None
+    """None: neither what quantising costs nor whether placements change what a model says is measured."""
     device: Literal["auto", "cuda", "loopback", "none"] = "auto"
     seed: Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
 
@@ -321,23 +339,24 @@ def entries(file: str) -> dict[str, Any]:
     return mapping
 
 
-def _entry(cls: type[T], kind: str, file: str, name: str) -> T:
+def entry(cls: type[T], kind: str, file: str, name: str) -> T:
+    """The entry `name` of `params/FILE`, checked. Raises ParamsError for an unknown name, or a wrong entry."""
     listed = entries(file)
     return build(cls, f"params/{file}, {name}", listed[_known(kind, name, sorted(listed))], name=name)
 
 
 def model(name: str) -> Model:
     """The entry of a model in the catalogue. Raises ParamsError for an unknown name."""
-    return _entry(Model, "model", "models.yaml", name)
+    return entry(Model, "model", "models.yaml", name)
 
 
 def workload(name: str) -> Workload:
-    return _entry(Workload, "workload", "workloads.yaml", name)
+    return entry(Workload, "workload", "workloads.yaml", name)
 
 
 def card(name: str) -> Card:
     """The hand-written part of the card of model `name`. Raises ParamsError."""
-    return _entry(Card, "model with a card", "cards.yaml", name)
+    return entry(Card, "model with a card", "cards.yaml", name)
 
 
 def study_names() -> list[str]:

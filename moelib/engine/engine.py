@@ -31,6 +31,8 @@ TOOLS = {
     "llama-server": ("llama-server",),
     "llama-quantize": ("llama-quantize",),
     "rpc-server": ("ggml-rpc-server", "rpc-server"),  # renamed in 2026
+    "llama-perplexity": ("llama-perplexity",),
+    "llama-imatrix": ("llama-imatrix",),
 }
 OLDEST_BUILD = 6686  # October 2025; help texts of b6666, b11434 and b11669 are in tests/
 

@@ -294,6 +294,22 @@ def told(header: gguf_file.Header, quant: str, sha256: str) -> dict[str, Any]:
     }
 
 
+def unquantised(source: models.Source) -> Quantised:
+    """A source as a file that is compared with others, with a manifest. Raises QuantizeError if it is quantised."""
+    refuse_quantised(source.header)
+    names = {"model": source.model, "quant": source.header.label, "scale": source.scale, "weights": source.weights}
+    manifest = (
+        told(source.header, source.header.label, source.sha256)
+        | names
+        | {
+            "origin": source.origin,
+            "file_name": source.path.name,
+            **dict.fromkeys(("predicted_bytes", "source_sha256", "engine_build", "engine_version", "quantize_s")),
+        }
+    )
+    return Quantised(source.header, manifest, files.Hashed(*gguf_file.split_paths(source.path), known=source.sha256))
+
+
 def types(engine: Engine, shape: Outline, quant: str, scratch: Path) -> Outline:
     """An unquantised outline with the types, and the order of tensors, that `llama-quantize` gives it at `quant`.
 

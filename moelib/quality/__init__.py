@@ -1,0 +1,1 @@
+"""What quantising costs in quality, and whether a placement changes what a model says: log-probabilities, compared."""

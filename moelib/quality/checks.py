@@ -1,0 +1,110 @@
+"""What is believed of a comparison: the invariants that it must hold, and what it says of a placement.
+
+A placement is judged by what rounding alone does to the same file, so that neither rounding is called a defect nor a
+defect rounding.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from moelib.audit.record import Check
+from moelib.gguf.gguf_header import UNQUANTISED
+from moelib.quality import score
+from moelib.quality.comparison import Comparison, Found, Spec
+from moelib.quality.score import Chunks, Scores
+
+AGREE = {"perplexity": 1e-4, "base_perplexity": 1e-4, "kld": 0.01, "kld_99": 0.01, "kld_999": 0.01, "rms_p_diff": 0.01}
+"""How far, as a share, the tool's own figures may be from those computed here: it rounds what it prints, and writes
+log-probabilities with 16 bits."""
+ROUNDED = {"kld": 2e-5, "kld_99": 1e-4, "kld_999": 1e-4, "rms_p_diff": 1e-4, "same_top": 0.005}
+"""The same, absolutely."""
+OWN_TOLERANCE = 5e-4
+"""NMSE up to which llama.cpp's own tests take two backends' results of a matrix product for the same."""
+TIMES_FLOOR = 3.0
+Verdict = Literal["identical", "rounding", "differs"]
+
+
+def of(spec: Spec, found: Found, base_types: Sequence[str], scores: Scores | None) -> tuple[Check, ...]:
+    """The checks of a comparison; `scores`: its tokens, where they are at hand."""
+    return tuple(_each(spec, found, base_types, scores))
+
+
+def _each(spec: Spec, found: Found, base_types: Sequence[str], scores: Scores | None) -> Iterator[Check]:
+    n = len(found.chunks.kld)
+    yield Check("all-chunks", n == spec.chunks, f"{n} of {spec.chunks} chunks of {found.scored} scored tokens")
+    least, most = min(found.chunks.kld), max(found.chunks.same_top)
+    possible = least >= -1e-5 and 0 <= min(found.chunks.same_top) <= most <= 1 and min(found.chunks.nll) > 0
+    yield Check(
+        "possible", possible, f"smallest mean divergence of a chunk {least:.2g} nats, same top at most {most:.3f}"
+    )
+    if spec.kind == "quality":
+        wrong = sorted(set(base_types) - UNQUANTISED)
+        said = f"{spec.base.quant} has {', '.join(sorted(set(base_types)))}"
+        yield Check("base-unquantised", not wrong, said)
+        base = score.perplexity(_swapped(found.chunks)).value
+        yield Check(
+            "base-knows-the-text",
+            base < found.vocabulary / 2,
+            f"perplexity of the base {base:.4g}, of chance {found.vocabulary}",
+        )
+        yield _accounts(found)
+    if scores is not None:
+        yield _recomputed(found, scores)
+
+
+def _swapped(c: Chunks) -> Chunks:
+    return Chunks(c.nll, c.base_nll, c.kld, c.same_top, c.p_diff_squared, c.error, c.power)
+
+
+def own(found: Found) -> dict[str, float]:
+    """What is computed here, by the names of what the tool tells."""
+    c = found.chunks
+    return {
+        "perplexity": score.perplexity(c).value,
+        "base_perplexity": score.perplexity(_swapped(c)).value,
+        "kld": score.divergence(c).value,
+        "kld_99": found.tails["kld_99"].value,
+        "kld_999": found.tails["kld_999"].value,
+        "rms_p_diff": score.rms_p_diff(c).value,
+        "same_top": score.same_top(c).value,
+    }
+
+
+def _accounts(found: Found) -> Check:
+    """The tool computes the same, from its own logits of the other file, which are not rounded to 16 bits."""
+    if found.tool is None:
+        return Check("two-accounts", False, "llama-perplexity's own comparison is missing")
+    here = own(found)
+    off = {
+        name: (found.tool.get(name), value)
+        for name, value in here.items()
+        if name not in found.tool
+        or abs(found.tool[name] - value) > AGREE.get(name, 0) * abs(value) + ROUNDED.get(name, 0)
+    }
+    told = ", ".join(
+        f"{name} {a} by the tool, {b:.6g} here"
+        for name, (a, b) in (off or {"kld": (found.tool.get("kld"), here["kld"])}).items()
+    )
+    return Check("two-accounts", not off, told)
+
+
+def _recomputed(found: Found, scores: Scores) -> Check:
+    """The stored means are those of the stored tokens."""
+    again, off = Chunks.of(scores), 0.0
+    for name in Chunks.__dataclass_fields__:
+        for a, b in zip(getattr(again, name), getattr(found.chunks, name), strict=True):
+            off = max(off, abs(a - b) / max(abs(b), 1e-3))
+    return Check("tokens-fit", off < 1e-3, f"chunk means from the stored tokens are within {off:.1g} of those recorded")
+
+
+def verdict(placement: Comparison, floors: Sequence[Comparison]) -> tuple[Verdict, float, float]:
+    """(verdict, NMSE of the logits, its limit) of one file at two placements, by the same file in other batches."""
+    limit = max([OWN_TOLERANCE, *(TIMES_FLOOR * _nmse(f) for f in floors)])
+    value = _nmse(placement)
+    return "identical" if value == 0 else "rounding" if value <= limit else "differs", value, limit
+
+
+def _nmse(c: Comparison) -> float:
+    if c.found is None:
+        raise ValueError(f"{c.run_id} found nothing")
+    return score.nmse(c.found.chunks).value

@@ -1,0 +1,226 @@
+"""Comparisons by the real llama-perplexity on the loopback device, what stands in their way, and what they decide."""
+
+from dataclasses import replace
+
+import gguf
+import numpy as np
+import pytest
+import texts
+from conftest import furnish
+
+from moelib.audit.record import RecordError
+from moelib.base import files
+from moelib.campaign import assess, campaign
+from moelib.catalogue import corpora, params
+from moelib.catalogue.facts import DeviceFacts, HostFacts
+from moelib.machine import host
+from moelib.measure import device
+from moelib.models import models, quantize
+from moelib.quality import checks, comparison, logprobs, wanted
+from moelib.quality.comparison import Side, Spec
+from moelib.quality.desk import Desk
+
+STUDY = """
+title: Words
+models: [deepseek-moe-16b]
+weights: twin
+scale: nano
+quants: [Q8_0, Q2_K]
+placements: [{placement: baseline}, {placement: cpu-moe}]
+workloads: [smoke]
+rounds: 2
+context: 256
+quality: {corpora: [words], context: 64, chunks: 6, placement_chunks: 3}
+device: loopback
+seed: 1
+"""
+
+
+def give_text(home, name="words", text=None):
+    """Put a corpus into the home's catalogue."""
+    path = home / "params/corpora" / f"{name}.txt"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(texts.prose() if text is None else text, encoding="utf-8")
+    entry = f"title: W\n  file: corpora/{name}.txt\n  sha256: {files.sha256(path)}\n  licence: MIT\n  source: here\n"
+    with (home / "params/corpora.yaml").open("a", encoding="utf-8") as f:
+        f.write(f"{name}:\n  {entry}  calibration: false\n")
+    params._yaml.cache_clear()
+    return path
+
+
+@pytest.fixture
+def words(home):
+    give_text(home)
+    (home / "params/studies/words.yaml").write_text(STUDY, encoding="utf-8")
+    return home
+
+
+def spec_of(base, other, chunks=3, **change):
+    known = {"study": "s", "model": "deepseek-moe-16b", "weights": "twin", "scale": "nano", "corpus": "words"}
+    known |= {"corpus_sha256": "0" * 64, "context": 64, "chunks": chunks, "device": "loopback"}
+    return Spec(**known | change, base=side(base), other=side(other))
+
+
+def side(text):
+    quant, placement = text.split(" ")
+    return Side(quant, placement, "mmap")
+
+
+@pytest.fixture
+def desk(engine, home, tmp_path):
+    where = device.Loopback()
+    facts = HostFacts(**host.facts(), host_id=host.identity())
+    (tmp_path / "work").mkdir()
+    return Desk(tmp_path / "out", engine, where, DeviceFacts(**where.identity()), facts, tmp_path / "work")
+
+
+@pytest.fixture
+def made(engine, home, tmp_path):
+    """Quant -> file."""
+    source = models.make_twin("deepseek-moe-16b", "nano")
+
+    def make(quant):
+        if quant == wanted.SOURCE:
+            return quantize.unquantised(source)
+        return quantize.make(source, quant, engine, tmp_path / "q")
+
+    return make
+
+
+def compare(desk, made, text, *specs):
+    return list(desk.compare(specs[0].base, [(s, 1) for s in specs], made, text))
+
+
+@pytest.mark.engine
+def test_both_accounts_agree_and_quantising_costs_more_the_fewer_bits(desk, made, home):
+    text = give_text(home)
+    asked = [spec_of("F16 baseline", f"{q} baseline", chunks=6) for q in ("Q8_0", "Q4_K_M", "Q2_K")]
+    found = compare(desk, made, text, *asked)
+    # a twin's perplexity is that of chance, which the check of the base says
+    assert {c.reasons for c in found} == {("base-knows-the-text",)}
+    for c in found:
+        said = {k.id: k for k in c.audit}
+        assert said["two-accounts"].passed, said["two-accounts"].measured
+        assert said["tokens-fit"].passed
+        assert set(c.found.tool) == set(checks.own(c.found))
+    nmse = [checks._nmse(c) for c in found]
+    assert nmse == sorted(nmse)
+    assert nmse[0] < 0.01 < nmse[-1]
+    assert not list(desk.work.glob("*.logprobs"))
+
+
+@pytest.mark.engine
+def test_a_placement_changes_nothing_but_rounding(desk, made, home):
+    text = give_text(home)
+    for quant in ("F16", "Q4_K_M"):
+        asked = [spec_of(f"{quant} baseline", f"{quant} {p}") for p in ("baseline,ubatch=8", "cpu-moe")]
+        floor, moved = compare(desk, made, text, *asked)
+        assert (floor.spec.kind, moved.spec.kind) == ("floor", "placement")
+        assert (floor.status, moved.status) == ("valid", "valid"), (floor.message, moved.message)
+        verdict, nmse, limit = checks.verdict(moved, [floor])
+        assert verdict in ("identical", "rounding"), (nmse, limit)
+
+
+def harmed(file, path, tensor, change):
+    """A copy of a file in which one tensor's data is another."""
+    data = bytearray(file.path.read_bytes())
+    reader = gguf.GGUFReader(file.path)
+    (found,) = [t for t in reader.tensors if t.name == tensor]
+    start, n = found.data_offset, found.n_bytes
+    data[start : start + n] = change(np.frombuffer(bytes(data[start : start + n]), np.uint8)).tobytes()
+    path.write_bytes(data)
+    sha256 = files.sha256(path)
+    manifest = file.manifest | {"sha256": sha256}
+    return replace(
+        file, header=replace(file.header, path=path), manifest=manifest, content=files.Hashed(path, known=sha256)
+    )
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("quant", ["F16", "Q8_0", "Q2_K"])
+def test_an_offload_that_reads_the_wrong_experts_is_no_rounding(desk, made, home, tmp_path, quant):
+    """Experts of the last layer in another order: what a wrong stride or index would do."""
+    text, good = give_text(home), made(quant)
+    tensor = [t.name for t in good.header.tensors if "down_exps" in t.name][-1]
+    wrong = harmed(good, tmp_path / "wrong.gguf", tensor, lambda b: np.roll(b.reshape(16, -1), 1, axis=0))
+    turns = iter([good, good, wrong])
+    asked = [spec_of(f"{quant} baseline", f"{quant} {p}") for p in ("baseline,ubatch=8", "cpu-moe")]
+    floor, moved = compare(desk, lambda _: next(turns), text, *asked)
+    verdict, nmse, limit = checks.verdict(moved, [floor])
+    assert verdict == "differs", (nmse, limit)
+
+
+@pytest.mark.engine
+def test_weights_that_are_no_numbers_give_a_failed_record(desk, made, home, tmp_path):
+    text, good = give_text(home), made("F16")
+    nan = np.frombuffer(np.float16("nan").tobytes(), np.uint8)
+    wrong = harmed(good, tmp_path / "nan.gguf", "output.weight", lambda b: np.tile(nan, len(b) // 2))
+    turns = iter([good, wrong])
+    (c,) = compare(desk, lambda _: next(turns), text, spec_of("F16 baseline", "F16 cpu-moe"))
+    assert (c.status, c.reasons, c.found) == ("failed", ("not-a-number",), None), c.message
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("text", "chunks", "why"), [("A few words.", 3, "text-too-short"), (None, 500, "text-too-short")]
+)
+def test_a_text_that_is_too_short_gives_failed_records_and_no_number(desk, made, home, text, chunks, why):
+    path = give_text(home, text=text)
+    asked = [spec_of("Q8_0 baseline", f"Q8_0 {p}", chunks) for p in ("baseline,ubatch=8", "cpu-moe")]
+    found = compare(desk, made, path, *asked)
+    assert [(c.status, c.reasons, c.found) for c in found] == [("failed", (why,), None)] * 2
+    assert not list(desk.work.glob("*.logprobs"))
+
+
+@pytest.mark.engine
+def test_a_disk_without_room_is_told_before_anything(desk, made, home, monkeypatch):
+    text = give_text(home)
+    monkeypatch.setattr(files, "free_bytes", lambda folder: 1 << 20)
+    with pytest.raises(files.FileError, match="comparing deepseek-moe-16b over words"):
+        compare(desk, made, text, spec_of("Q8_0 baseline", "Q8_0 cpu-moe"))
+    assert not (desk.folder / comparison.FOLDER).exists()
+
+
+@pytest.mark.engine
+def test_a_study_compares_once_and_goes_on_where_it_was_stopped(words, monkeypatch):
+    study, cells = campaign.select("words")
+    asked = assess.planned(study, cells)
+    assert {s.kind for s in asked} == {"floor", "placement"}
+    assert len(assess.missing(study, cells)) == len(asked) == 9
+    first = [next(assess.assess(study, cells))]
+    assert len(assess.missing(study, cells)) == 8
+    every = list(assess.assess(study, cells))
+    assert [c.run_id for c in every[:1]] == [c.run_id for c in first]
+    assert {c.status for c in every} == {"valid"}
+    assert assess.missing(study, cells) == []
+    monkeypatch.setenv("MOELIB_LLAMA_CPP", "/nowhere")
+    assert [c.digest for c in assess.assess(study, cells)] == [c.digest for c in every]
+    assert not list(study.path.rglob("*.logprobs"))
+    read, damaged = comparison.read_all(study.path)
+    assert (len(read), damaged) == (9, [])
+
+
+def test_what_quantising_costs_is_asked_of_real_weights_alone(words):
+    (words / "params/studies/real.yaml").write_text(
+        STUDY.replace("weights: twin\nscale: nano", "weights: real"), encoding="utf-8"
+    )
+    params._yaml.cache_clear()
+    kinds = {}
+    for name in ("words", "real"):
+        study, cells = campaign.select(name)
+        kinds[name] = {(s.kind, s.base.quant, s.other.quant) for s in assess.planned(study, cells)}
+    assert {k for k, *_ in kinds["words"]} == {"floor", "placement"}
+    assert kinds["real"] - kinds["words"] == {("quality", "F16", "Q8_0"), ("quality", "F16", "Q2_K")}
+    assert "random" in wanted.TWIN
+
+
+def test_a_corpus_is_the_text_of_its_hash(words):
+    assert corpora.corpus("words").verified() == words / "params/corpora/words.txt"
+    (words / "params/corpora/words.txt").write_text("Another text.", encoding="utf-8")
+    with pytest.raises(params.ParamsError, match="is not corpus words"):
+        corpora.corpus("words").verified()
+    (words / "params/corpora/words.txt").unlink()
+    with pytest.raises(params.ParamsError, match="cannot be read"):
+        corpora.corpus("words").verified()
+    with pytest.raises(params.ParamsError, match="unknown corpus 'wordz'; did you mean 'words'"):
+        corpora.corpus("wordz")
