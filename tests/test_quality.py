@@ -6,7 +6,6 @@ import gguf
 import numpy as np
 import pytest
 import texts
-from conftest import furnish
 
 from moelib.audit.record import RecordError
 from moelib.base import files
@@ -16,7 +15,7 @@ from moelib.catalogue.facts import DeviceFacts, HostFacts
 from moelib.machine import host
 from moelib.measure import device
 from moelib.models import models, quantize
-from moelib.quality import checks, comparison, logprobs, wanted
+from moelib.quality import checks, comparison, score, wanted
 from moelib.quality.comparison import Side, Spec
 from moelib.quality.desk import Desk
 
@@ -224,3 +223,103 @@ def test_a_corpus_is_the_text_of_its_hash(words):
         corpora.corpus("words").verified()
     with pytest.raises(params.ParamsError, match="unknown corpus 'wordz'; did you mean 'words'"):
         corpora.corpus("wordz")
+
+
+@pytest.fixture
+def one(desk, made, home):
+    """A comparison that was written, and its folder."""
+    (c,) = compare(desk, made, give_text(home), spec_of("Q2_K baseline", "Q2_K baseline,ubatch=8"))
+    return desk.folder, c
+
+
+@pytest.mark.engine
+def test_a_comparison_is_read_as_it_was_written_with_its_tokens(one):
+    folder, c = one
+    path = folder / comparison.FOLDER / f"{c.run_id}.json"
+    assert comparison.read(path) == c
+    scores = comparison.tokens(folder, c)
+    assert scores.kld.shape == (3, c.found.scored)
+    assert np.allclose(scores.kld.mean(1), c.found.chunks.kld, rtol=1e-4, atol=1e-9)
+    text = path.read_text(encoding="utf-8")
+    for old, new in (('"valid"', '"invalid"'), (f'"chunks":{c.spec.chunks}', '"chunks":9'), ("{", "")):
+        path.write_text(text.replace(old, new, 1), encoding="utf-8")
+        with pytest.raises(RecordError):
+            comparison.read(path)
+    path.write_text(text, encoding="utf-8")
+    evidence = next((path.parent / "raw").glob("*.csv.gz"))
+    evidence.write_bytes(evidence.read_bytes()[:-9])
+    with pytest.raises(RecordError, match="is not what it names"):
+        comparison.read(path)
+    assert comparison.read_all(folder)[0] == []
+    with pytest.raises(RecordError, match="never overwritten"):
+        comparison.write(folder, c)
+
+
+def harmful(found, how):
+    chunks = {name: getattr(found.chunks, name) for name in found.chunks.__dataclass_fields__}
+    if how == "all-chunks":
+        return replace(found, chunks=replace(found.chunks, **{k: v[:-1] for k, v in chunks.items()}))
+    if how == "possible":
+        return replace(found, chunks=replace(found.chunks, kld=(-0.1, *found.chunks.kld[1:])))
+    if how == "base-knows-the-text":
+        return replace(found, chunks=replace(found.chunks, base_nll=(9.0,) * len(found.chunks.kld)))
+    return replace(found, tool=found.tool | {"kld": found.tool["kld"] * 1.1 + 1e-3})
+
+
+def believable():
+    """What a comparison of real weights could have found, with its tokens."""
+    chance, shape = np.random.default_rng(3), (4, 31)
+    base = chance.gamma(2, 1.0, shape)
+    s = score.Scores(
+        base, base + 0.01, np.full(shape, 0.02), chance.random(shape) < 0.9, np.ones(shape), np.full(shape, 50.0)
+    )
+    found = comparison.Found(
+        tokens_sha256="0" * 64,
+        vocabulary=2000,
+        scored=31,
+        chunks=score.Chunks.of(s),
+        tails=score.tails(s),
+        tool=None,
+        argv=(),
+        seconds=1.0,
+    )
+    return replace(found, tool=checks.own(found)), s
+
+
+def test_every_check_can_fail():
+    spec, (found, scores) = spec_of("F16 baseline", "Q8_0 baseline", chunks=4), believable()
+    assert {c.id for c in checks.of(spec, found, ["F16", "F32"], scores) if not c.passed} == set()
+    for how in ("all-chunks", "possible", "base-knows-the-text", "two-accounts"):
+        failed = {c.id for c in checks.of(spec, harmful(found, how), ["F16", "F32"], None) if not c.passed}
+        assert how in failed
+    assert "base-unquantised" in {c.id for c in checks.of(spec, found, ["F16", "Q8_0"], None) if not c.passed}
+    assert "two-accounts" in {c.id for c in checks.of(spec, replace(found, tool=None), ["F16"], None) if not c.passed}
+    other = replace(scores, kld=scores.kld * 1.01)
+    assert {c.id for c in checks.of(spec, found, ["F16"], other) if not c.passed} == {"tokens-fit"}
+
+
+@pytest.mark.engine
+def test_the_command_and_the_notebook_compare_too(words):
+    from click.testing import CliRunner
+
+    from moelib import cli
+
+    said = CliRunner().invoke(cli.main, ["quality", "words", "--cell", "deepseek-moe-16b/Q8_0"])
+    assert said.exit_code == 0, said.output
+    assert "their weights are random" in said.output
+    assert "6 of 6 comparisons are valid" in said.output
+    study, cells = campaign.select("words")
+    assert campaign.run_cells(study, cells) == []
+    assert assess.missing(study, cells) == []
+    executed = (study.path / "notebooks/deepseek-moe-16b-Q2_K.ipynb").read_text(encoding="utf-8")
+    assert "Q2_K cpu-moe, mmap against Q2_K baseline, mmap: valid" in executed
+
+
+def test_a_study_without_texts_says_what_to_do(home):
+    from click.testing import CliRunner
+
+    from moelib import cli
+
+    said = CliRunner().invoke(cli.main, ["quality", "smoke"])
+    assert said.exit_code != 0
+    assert "names no texts to compare over" in said.output

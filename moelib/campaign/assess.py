@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from moelib.campaign import campaign
-from moelib.campaign.bench import held
+from moelib.campaign import given
+from moelib.campaign.bench import held, scratch
 from moelib.catalogue import corpora
 from moelib.catalogue.facts import DeviceFacts, HostFacts
 from moelib.engine import engine
@@ -18,7 +18,7 @@ from moelib.models.quantize import Quantised
 from moelib.quality import comparison, wanted
 from moelib.quality.comparison import Comparison, Spec
 from moelib.quality.desk import Desk
-from moelib.study.plan import Cell
+from moelib.study.plan import Cell, StudyError
 from moelib.study.study import Study
 
 
@@ -44,6 +44,12 @@ def missing(study: Study, cells: Sequence[Cell]) -> list[str]:
             why = "not done" if c is None else f"{c.status} ({', '.join(c.reasons)}) {c.message or ''}".rstrip()
             problems.append(f"{spec.model}, {spec.corpus}, {spec.base} against {spec.other}: {why}")
     return problems
+
+
+def require_complete(study: Study, cells: Sequence[Cell]) -> None:
+    """Raise StudyError naming every planned comparison without a valid record."""
+    if problems := missing(study, cells):
+        raise StudyError("not every comparison is valid; run again to retry:\n" + "\n".join(problems))
 
 
 def assess(study: Study, cells: Sequence[Cell]) -> Iterator[Comparison]:
@@ -72,7 +78,7 @@ def assess(study: Study, cells: Sequence[Cell]) -> Iterator[Comparison]:
     last: Counter[str] = Counter()
     for c in known:
         last[c.key] = max(last[c.key], c.attempt)
-    with held(where), campaign.scratch(study) as work:
+    with held(where), scratch(study) as work:
         process.sweep(study.work)
         facts = HostFacts(**host.facts(), host_id=host.identity())
         desk = Desk(study.path, llama, where, DeviceFacts(**where.identity()), facts, work)
@@ -82,7 +88,7 @@ def assess(study: Study, cells: Sequence[Cell]) -> Iterator[Comparison]:
             def file(quant: str, cells_of: dict[str, Cell] = cells_of, model: str = model) -> Quantised:
                 if quant == wanted.SOURCE:
                     return _source(study, model)
-                return campaign.catalogued(study, cells_of[quant], llama, work)
+                return given.of_cell(study, cells_of[quant], llama, work)
 
             attempts = [(spec, 1 + last[comparison.spec_key(spec)]) for spec in group]
             yield from desk.compare(base, attempts, file, texts[corpus])

@@ -1,11 +1,15 @@
 """One file on one device: what all of its runs share, and a run made into an audited record."""
 
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
+
+import psutil
 
 from moelib.audit import audit, record, witness
 from moelib.base import claim, files
@@ -21,6 +25,7 @@ from moelib.measure.llama_server import LlamaServer
 from moelib.measure.runner import Runner
 from moelib.models import quantize
 from moelib.study import gather
+from moelib.study.study import Study
 
 LOCK_S = 30.0  # for another process's last run on the device
 RUN_BYTES = 1 << 20  # a run's logs and record
@@ -124,6 +129,20 @@ def held(where: device.Device) -> Iterator[None]:
     """The device for this process alone. Raises FileError, which names the process that has it."""
     with claim.device(where.uuid, f"device {where.kind}", process.patience(LOCK_S)):
         yield
+
+
+@contextmanager
+def scratch(study: Study) -> Iterator[Path]:
+    """A working folder of this process, removed at the end."""
+    for left in study.work.glob("[0-9]*"):  # by a process that was killed
+        if left.name.isdigit() and not psutil.pid_exists(int(left.name)):
+            shutil.rmtree(left, ignore_errors=True)
+    work = study.work / str(os.getpid())
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 @contextmanager

@@ -4,23 +4,19 @@ A run that fails is recorded and the rest go on; running again repeats nothing t
 """
 
 import logging
-import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from moelib.audit import audit, record
 from moelib.audit.invariants import reconciled
 from moelib.base import files
-from moelib.campaign import given, notebooks, preflight
-from moelib.campaign.bench import Bench, audited, held
+from moelib.campaign import assess, given, notebooks, preflight
+from moelib.campaign.bench import Bench, audited, held, scratch
 from moelib.catalogue import params
 from moelib.catalogue.facts import Manifest
 from moelib.engine import engine, quants
@@ -71,7 +67,7 @@ def measure(study: Study, cells: Sequence[Cell], obtain: Obtain | None = None) -
         )
     if obtain is None:
         quants.check(llama, _to_make(study.parameters))
-        obtain = partial(catalogued, study)
+        obtain = partial(given.of_cell, study)
     study.begin()
     study.work.mkdir(parents=True, exist_ok=True)
     with held(where), scratch(study) as work:
@@ -125,17 +121,6 @@ class _Begun:
             yield existing
 
 
-def catalogued(study: Study, cell: Cell, llama: engine.Engine, work: Path) -> quantize.Quantised:
-    """The file of a cell, made if it is not there."""
-    if path := sources.file_of(cell.model):
-        return given.catalogued(path, cell, llama)
-    p = study.parameters
-    if p.twins == "direct":
-        return quantize.twin(*quantize.outline_of(cell.model, p.scale), cell.quant, scale=p.scale)
-    source = sources.obtain(cell.model, p.weights, p.scale, needed=False)
-    return quantize.make(source, cell.quant, llama, work)
-
-
 def _to_make(parameters: params.Study) -> Sequence[str]:
     """The study's quants that llama-quantize must know: none where all models are files."""
     return () if all(params.model(m).file for m in parameters.models) else parameters.quants
@@ -185,20 +170,6 @@ def _to_do(
         return [False] * len(records)
     to_do = [bool(w) or r is None or _machine(r) != machine for r, w in zip(records, problems, strict=True)]
     return to_do if any(to_do) else [True] * len(records)
-
-
-@contextmanager
-def scratch(study: Study) -> Iterator[Path]:
-    """A working folder of this process, removed at the end."""
-    for left in study.work.glob("[0-9]*"):  # by a process that was killed
-        if left.name.isdigit() and not psutil.pid_exists(int(left.name)):
-            shutil.rmtree(left, ignore_errors=True)
-    work = study.work / str(os.getpid())
-    work.mkdir(parents=True, exist_ok=True)
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def reaudit(study: Study) -> list[record.Record]:
@@ -278,7 +249,8 @@ def run_cells(study: Study, cells: list[Cell], say: Callable[[str], object] = lo
     for i, group in enumerate(together):
         name = group[0].name if len(group) == 1 else group[0].model
         out = study.path / "notebooks" / f"{name.replace('/', '-')}.ipynb"
-        if not (all(_whole(study, c, statuses[c.name]) for c in group) and notebooks.is_whole(out)):
+        done = all(_whole(study, c, statuses[c.name]) for c in group) and not assess.missing(study, group)
+        if not (done and notebooks.is_whole(out)):
             say(f"{name} ({i + 1} of {len(together)})")
             quant = group[0].quant if len(group) == 1 else EVERY
             failed = None
@@ -289,7 +261,9 @@ def run_cells(study: Study, cells: list[Cell], say: Callable[[str], object] = lo
                 log.error("%s: %s", name, err)
                 failed = err
             statuses |= {c.name: study.status_now(c) for c in group}
-            if failed and all(statuses[c.name].complete for c in group):
+            without = assess.missing(study, group)
+            problems += without
+            if failed and not without and all(statuses[c.name].complete for c in group):
                 problems.append(f"{name}: its runs are valid, its notebook is not: {failed}")
         problems += [p for c in group for p in statuses[c.name].problems]
     return problems

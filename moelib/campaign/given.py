@@ -13,6 +13,7 @@ from moelib.gguf import gguf_file
 from moelib.models import models, quantize, remote, sources, weights
 from moelib.models.quantize import Quantised, QuantizeError
 from moelib.study.plan import Cell
+from moelib.study.study import Study
 
 CACHED = re.compile(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})/(.+)$")
 """Where the Hub's own cache has a file of a repository."""
@@ -44,6 +45,17 @@ def catalogued(path: Path, cell: Cell, llama: Engine) -> Quantised:
     if source := sources.fetched(cell.model):
         names["origin"] = source.origin
     return replace(found, manifest=found.manifest | names)
+
+
+def of_cell(study: Study, cell: Cell, llama: Engine, work: Path) -> Quantised:
+    """The file of a cell, made if it is not there."""
+    if path := sources.file_of(cell.model):
+        return catalogued(path, cell, llama)
+    p = study.parameters
+    if p.twins == "direct":
+        return quantize.twin(*quantize.outline_of(cell.model, p.scale), cell.quant, scale=p.scale)
+    source = sources.obtain(cell.model, p.weights, p.scale, needed=False)
+    return quantize.make(source, cell.quant, llama, work)
 
 
 def refuse_other(header: gguf_file.Header, cell: Cell, weights: str) -> None:

@@ -14,13 +14,13 @@ import numpy as np
 from pydantic import ConfigDict, Field, ValidationError
 
 from moelib.audit.record import MAX_BYTES, Check, RecordError
-from moelib.base import files
+from moelib.base import files, neutral, stats
 from moelib.base.files import stored
 from moelib.base.schema import Count, Seconds, Sha256
 from moelib.catalogue import params
 from moelib.catalogue.facts import DeviceFacts, EngineFacts, HostFacts, Manifest
 from moelib.catalogue.placement import Placement
-from moelib.quality.score import Chunks, Scores, Tail
+from moelib.quality.score import Chunks, Scores, Tail, divergence, nmse
 
 SCHEMA_VERSION = 1
 FOLDER = "quality"
@@ -119,6 +119,17 @@ class Comparison(params.Strict):
     @property
     def key(self) -> str:
         return spec_key(self.spec)
+
+    @property
+    def line(self) -> str:
+        """One line for people who wait."""
+        s, found = self.spec, self.found
+        what = f"{s.model}, {s.corpus}: {s.other} against {s.base}: {self.status}"
+        what += f" ({', '.join(self.reasons)})" if self.reasons else ""
+        if found is None:
+            return neutral.plain(what)
+        mean = stats.estimate(divergence(found.chunks))
+        return neutral.plain(f"{what}, divergence {mean} nats, NMSE {nmse(found.chunks).value:.2g}")
 
 
 def spec_key(spec: Spec) -> str:

@@ -19,6 +19,14 @@ TWIN = (
 )
 
 
+def none(study: params.Study) -> str:
+    """Why a study has nothing to compare, with what to do."""
+    return (
+        f"study {study.name} names no texts to compare over: give it `quality: {{corpora: [NAME]}}` in "
+        f"params/studies/{study.name}.yaml under another name; params/corpora.yaml has the texts"
+    )
+
+
 def of(study: params.Study, model: str, quants: Sequence[str], header: Header) -> list[Spec]:
     """The comparisons of some quants of a model, those of one base together; `header`: of any of its files.
 
