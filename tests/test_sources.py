@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import published
 import pytest
+import yaml
 from conftest import SMOKE
 from hub import HOWS, Hub, official_client
 from huggingface_hub import constants
@@ -540,3 +541,42 @@ def test_real_weights_have_no_scale(home):
     params._yaml.cache_clear()
     with pytest.raises(params.ParamsError, match="real weights have only the scale full"):
         params.study("smoke")
+
+
+@pytest.fixture
+def held(home, tmp_path, monkeypatch):
+    """A model `toy` whose weights lie in the repository."""
+    monkeypatch.setenv("MOELIB_MODELS", str(tmp_path / "m"))
+    geometry = params.model("deepseek-moe-16b").at_scale("nano")
+    path = home / "training/toy-F16.gguf"
+    path.parent.mkdir()
+    published.twin_as_a_model(path, geometry)
+    held = {"file": "training/toy-F16.gguf", "sha256": files.sha256(path), "origin": "trained here"}
+    entry = {"toy": {"title": "Toy", "geometry": geometry.model_dump(), "held": held}}
+    catalogue = home / "params/models.yaml"
+    catalogue.write_text(catalogue.read_text(encoding="utf-8") + yaml.safe_dump(entry), encoding="utf-8")
+    params._yaml.cache_clear()
+    return path
+
+
+def test_weights_that_the_repository_holds_need_no_download(held):
+    source = sources.obtain("toy", "real", "full")
+    assert source.path.resolve() == held.resolve()
+    assert source.path.parent == sources.folder("toy")
+    assert (source.weights, source.origin, source.sha256) == ("real", "trained here", files.sha256(held))
+    assert sources.missing_bytes("toy") == 0
+    assert sources.obtain("toy", "real", "full", needed=False) == source == sources.whole(source)
+    with pytest.raises(SourceError, match="there is nothing to fetch"):
+        sources.fetch("toy")
+
+
+def test_held_weights_that_are_missing_or_changed_are_told(held):
+    sources.obtain("toy", "real", "full")
+    with held.open("r+b") as f:
+        f.seek(-1, os.SEEK_END)
+        f.write(b"\x7f")
+    with pytest.raises(SourceError, match="is not the file that params/models.yaml names"):
+        sources.obtain("toy", "real", "full")
+    held.unlink()
+    with pytest.raises(SourceError, match="is missing: restore it"):
+        sources.obtain("toy", "real", "full")

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, AliasChoices, Field, PositiveInt, model_validator
 
 from moelib.base import yaml_file
-from moelib.base.schema import ParamsError, Strict, T, build, closest
+from moelib.base.schema import ParamsError, Sha256, Strict, T, build, closest
 from moelib.base.schema import UserError as UserError
 from moelib.catalogue import sizes
 from moelib.catalogue.placement import REFERENCE, Placement
@@ -71,6 +71,15 @@ class Geometry(Strict):
         return self
 
 
+class Held(Strict):
+    """An unquantised file that lies in this repository, such as that of a model that was trained for it."""
+
+    file: Annotated[str, Field(pattern=r"^[\w./-]+\.gguf$")]
+    """Its path, from where params/ lies."""
+    sha256: Sha256
+    origin: str = Field(min_length=1)
+
+
 class Model(Strict):
     name: str
     title: str
@@ -80,14 +89,18 @@ class Model(Strict):
     """Name -> what a smaller twin changes of the geometry."""
     excluded: str | None = None
     """Why this model cannot be quantised; such a model can be named but not used."""
+    held: Held | None = None
+    """Its weights, where this repository has them."""
     file: str | None = Field(None, pattern=r"^hf:|\.gguf$")
     """A GGUF that is measured as it is: a path, where a relative one begins where params/ lies, or its address on the
     Hub, hf:OWNER/REPO/PATH[@REVISION]."""
 
     @model_validator(mode="after")
     def _is_one_thing(self) -> Self:
-        if self.file and (self.geometry or self.upstream or self.scales or self.excluded):
-            raise ValueError("a model that is a file has no geometry, scales, upstream or exclusion")
+        if self.file and (self.geometry or self.upstream or self.scales or self.excluded or self.held):
+            raise ValueError("a model that is a file has no geometry, scales, upstream, held weights or exclusion")
+        if self.held and (self.geometry is None or self.upstream):
+            raise ValueError("a model whose weights are held here has a geometry, and no upstream")
         return self
 
     @property

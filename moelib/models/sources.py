@@ -35,6 +35,8 @@ def obtain(model: str, weights: str, scale: str, needed: bool = True) -> Source:
     """
     if weights == "twin":
         return models.make_twin(model, scale, needed=needed)
+    if params.model(model).held:
+        return _held(model)
     chosen = _chosen(model)
     return chosen if chosen and not needed else _restored(chosen) if chosen else fetch(model)
 
@@ -43,7 +45,31 @@ def whole(source: Source) -> Source:
     """`source`, with its files made or downloaded again if they are missing or changed."""
     if source.weights == "twin":
         return models.make_twin(source.model, source.scale)
-    return _restored(source)
+    return _held(source.model) if params.model(source.model).held else _restored(source)
+
+
+def _held(model: str) -> Source:
+    """The weights that the repository holds, linked to from where quantised files go. Raises SourceError."""
+    held = params.model(model).held
+    if held is None:
+        raise SourceError(f"this repository does not hold the weights of {model}")
+    original, place = params.root() / held.file, folder(model)
+    restore = "restore it from the repository (`git checkout` brings it back)"
+    if not original.is_file():
+        raise SourceError(f"{held.file}, the weights of {model}, is missing: {restore}")
+    path = place / original.name
+
+    def link() -> dict[str, Any]:
+        if (sha256 := weights.digest(original)) != held.sha256:
+            raise SourceError(
+                f"{held.file} is not the file that params/models.yaml names ({sha256[:12]}...): {restore}"
+            )
+        _link(path, original.resolve())
+        return held.model_dump()
+
+    with models.keeping(place):
+        models.once(path, held.model_dump(), link)
+        return _choose(model, {path: held.sha256}, held.origin)
 
 
 def _restored(source: Source) -> Source:
@@ -108,6 +134,10 @@ def _is_of(pin: params.Pin, address: str) -> bool:
 
 def _upstream(model: str) -> params.Upstream:
     entry = params.model(model)
+    if entry.held:
+        raise SourceError(
+            f"the weights of {model} lie in this repository ({entry.held.file}): there is nothing to fetch"
+        )
     if entry.file:
         where = f"`moelib fetch {model}` downloads it" if entry.address else "there is nothing to fetch"
         raise SourceError(f"{model} is the file {entry.file}, by params/models.yaml: {where}")
@@ -152,7 +182,7 @@ def fetch(model: str, endpoint: str | None = None) -> Source:
 def missing_bytes(model: str) -> int | None:
     """Bytes of the model's real weights that are to be downloaded yet; None where nothing is pinned, nor here."""
     address, chosen, pin = params.model(model).address, _chosen(model), pins.of(model)
-    if fetched(model) if address else chosen and _intact(chosen):
+    if params.model(model).held or (fetched(model) if address else chosen and _intact(chosen)):
         return 0
     if pin is None or (address and not _is_of(pin, address)):
         return None
