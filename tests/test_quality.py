@@ -116,8 +116,8 @@ def test_a_placement_changes_nothing_but_rounding(desk, made, home):
         floor, moved = compare(desk, made, text, *asked)
         assert (floor.spec.kind, moved.spec.kind) == ("floor", "placement")
         assert (floor.status, moved.status) == ("valid", "valid"), (floor.message, moved.message)
-        verdict, nmse, limit = checks.verdict(moved, [floor])
-        assert verdict in ("identical", "rounding"), (nmse, limit)
+        (judged,) = checks.sameness([floor, moved])
+        assert judged.verdict in ("identical", "rounding"), judged.line
 
 
 def harmed(file, path, tensor, change):
@@ -145,8 +145,8 @@ def test_an_offload_that_reads_the_wrong_experts_is_no_rounding(desk, made, home
     turns = iter([good, good, wrong])
     asked = [spec_of(f"{quant} baseline", f"{quant} {p}") for p in ("baseline,ubatch=8", "cpu-moe")]
     floor, moved = compare(desk, lambda _: next(turns), text, *asked)
-    verdict, nmse, limit = checks.verdict(moved, [floor])
-    assert verdict == "differs", (nmse, limit)
+    (judged,) = checks.sameness([floor, moved])
+    assert judged.verdict == "differs", judged.line
 
 
 @pytest.mark.engine

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from moelib.answers import contrasts
+from moelib.answers import contrasts, quality
 from moelib.answers.contrasts import Contrast
 from moelib.answers.verdicts import OPEN, Answer, Verdict, merged, offloads
 from moelib.base import stats
 from moelib.base.neutral import markdown as neutral
-from moelib.base.stats import percent, size
+from moelib.base.stats import number, percent, size
 from moelib.catalogue.facts import Receipt
 from moelib.study.study import Study
 
@@ -31,10 +31,10 @@ def hypotheses(study: Study) -> list[Answer]:
             study, "H1: at Q2_K there is the least to move: TTFT is shortest with offload", "Q2_K", ttft, least=True
         ),
         _saves(study, "H2: Q4_K_M saves VRAM with offload", "Q4_K_M"),
-        Answer("H2: Q4_K_M is a good balance of quality and VRAM", "open", (_sentence(OPEN),)),
+        _balance(study, "H2: Q4_K_M is a good balance of quality and VRAM", "Q4_K_M"),
         _extreme(study, "H3: Q8_0 needs the most VRAM with offload", "Q8_0", "vram_bytes", least=False),
         _saves(study, "H3: Q8_0 still benefits: offload saves VRAM", "Q8_0"),
-        Answer("H3: Q8_0 has the highest quality", "open", (_sentence(OPEN),)),
+        _finest(study, "H3: Q8_0 has the highest quality", "Q8_0"),
     ]
 
 
@@ -75,6 +75,55 @@ def _saves(study: Study, claim: str, quant: str) -> Answer:
         if c.difference and c.baseline and c.ratio
     ]
     return Answer(claim, "supported" if saved else "refuted", tuple(sentences), merged(found))
+
+
+def _balance(study: Study, claim: str, quant: str) -> Answer:
+    """Whether a quant's quality is good, and no smaller file's is."""
+    lost = quality.by_file(study)
+    found = {m: x for (m, q), x in lost.items() if q == quant}
+    if not found:
+        return Answer(claim, "open", (_sentence(OPEN),))
+    bits = {(m.model, m.quant): m.bits_per_weight for m in study.manifests}
+    sentences, told = [], set()
+    for model, own in found.items():
+        most = bits.get((model, quant), 0.0)
+        smaller = [x for (m, q), x in lost.items() if m == model and bits.get((m, q), most) < most]
+        others = ", ".join(f"{neutral(x.quant)} {stats.estimate(x.perplexity_ratio)}" for x in smaller)
+        sentences.append(
+            f"{neutral(model)}: its perplexity is {stats.estimate(own.perplexity_ratio)} times that of the unquantised "
+            f"file{f', that of smaller files {others}' if others else ''}."
+        )
+        states = [own.is_good, *(None if x.is_good is None else not x.is_good for x in smaller)]
+        told.add("refuted" if False in states else "undecided" if None in states else "supported")
+    good = percent(quality.GOOD - 1)
+    sentences.append(f"A good balance: at most {good} above the unquantised file's, and no smaller file as good.")
+    verdict: Verdict = "refuted" if "refuted" in told else "undecided" if "undecided" in told else "supported"
+    return Answer(claim, verdict, tuple(sentences), _of_losses(lost.values()))
+
+
+def _finest(study: Study, claim: str, quant: str) -> Answer:
+    """Whether a quant diverges least from the unquantised file, against each other one, paired by chunk."""
+    lost = quality.by_file(study)
+    pairs = [(lost[m, quant], x) for (m, q), x in lost.items() if q != quant and (m, quant) in lost]
+    if not pairs:
+        return Answer(claim, "open", (_sentence(OPEN),))
+    sentences, told = [], set()
+    for own, other in pairs:
+        more = quality.differs(own, other)
+        sentences.append(
+            f"{neutral(own.model)}: {neutral(other.quant)} diverges {number(other.divergence.value)} nats a token, "
+            f"{quant} {number(own.divergence.value)}; difference {stats.estimate(more)}."
+        )
+        if more.low is None or more.high is None or more.low <= 0 <= more.high:
+            told.add("undecided")
+        else:
+            told.add("supported" if more.low > 0 else "refuted")
+    verdict: Verdict = "refuted" if "refuted" in told else "undecided" if "undecided" in told else "supported"
+    return Answer(claim, verdict, tuple(sentences), _of_losses(x for pair in pairs for x in pair))
+
+
+def _of_losses(of: Iterable[quality.Loss]) -> dict[str, str]:
+    return {k: v for x in of for k, v in x.sources.items()}
 
 
 def criteria(study: Study) -> list[Answer]:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from moelib.answers import quality
 from moelib.base import stats
 from moelib.base.stats import Estimate
 from moelib.catalogue.facts import Manifest
@@ -39,6 +40,8 @@ class Point:
     """Of warm requests, s."""
     bits_per_weight: float
     sources: dict[str, str]
+    divergence: Estimate | None = None
+    """From the unquantised file, in nats a token; None where it was not measured."""
     between: tuple[str, str] | None = None
     """The placements that it was predicted from; None of what was measured."""
 
@@ -50,13 +53,13 @@ class Point:
         return _surely_less(other.rate, self.rate)
 
     def dominates(self, other: Point) -> bool:
-        """Whether it is better than another in VRAM, tokens/s or TTFT beyond doubt, and in none as much as a hundredth
-        worse: what hardly can be told is not called beaten."""
+        """Whether it is better than another in VRAM, tokens/s, TTFT or quality beyond doubt, and in none as much as a
+        hundredth worse: what hardly can be told is not called beaten. Quality counts where both were measured."""
         better = _less(self.vram_bytes, other.vram_bytes) or self.surely_faster(other)
-        better = better or _surely_less(self.ttft, other.ttft)
         worse = _less(other.vram_bytes, self.vram_bytes) or _less(self.rate.value, other.rate.value)
-        if self.ttft and other.ttft:
-            worse = worse or _less(other.ttft.value, self.ttft.value)
+        for mine, its in ((self.ttft, other.ttft), (self.divergence, other.divergence)):
+            better = better or _surely_less(mine, its)
+            worse = worse or bool(mine and its and _less(its.value, mine.value))
         return better and not worse
 
 
@@ -73,10 +76,12 @@ def measured(study: Study, workload: str) -> list[Point]:
     """A point for each file and placement with a whole round, a manifest, and known VRAM and tokens/s."""
     manifests = {(m.model, m.quant): m for m in study.manifests}
     names = (f"tokens_per_s/{workload}", f"ttft_warm_s/{workload}")
+    lost = quality.by_file(study)
     found = []
     for rate, ttft in zip(*(frames.summaries(study.runs, name) for name in names), strict=True):
         manifest = manifests.get((rate.model, rate.quant))
         vram = rate.runs["vram_needed_bytes"]
+        loss = lost.get((rate.model, rate.quant))
         if manifest and len(rate.runs) and vram.notna().all():
             found.append(
                 Point(
@@ -89,7 +94,8 @@ def measured(study: Study, workload: str) -> list[Point]:
                     stats.geometric_mean(list(rate.runs[names[0]])),
                     stats.geometric_mean(list(ttft.runs[names[1]])) if len(ttft.runs) else None,
                     manifest.bits_per_weight,
-                    rate.sources | ttft.sources,
+                    rate.sources | ttft.sources | (loss.sources if loss else {}),
+                    loss.divergence if loss else None,
                 )
             )
     return found

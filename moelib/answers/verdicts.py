@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moelib.answers import contrasts, points
+from moelib.answers import contrasts, points, quality
 from moelib.answers.contrasts import MARGIN, Contrast
 from moelib.base import stats
 from moelib.base.neutral import markdown as neutral
@@ -115,23 +115,52 @@ def sweet_spot(study: Study) -> Answer:
         on_it = sorted((p for p, by in judged.items() if by is None), key=lambda p: p.vram_bytes)
         away = [p for p in on_it if not p.placement.is_baseline]
         sentences.append(
-            f"{neutral(model)}: of {len(judged)} files and placements no other one beats these in VRAM, tokens/s and "
-            f"TTFT: {_listed(on_it)}."
+            f"{neutral(model)}: of {len(judged)} files and placements no other one beats these in VRAM, tokens/s"
+            f"{', TTFT and quality' if any(p.divergence for p in on_it) else ' and TTFT'}: {_listed(on_it)}."
         )
         quants = {p.quant for p in away}
-        if quants and quants <= {next(iter(bits))}:
+        if quants and quants <= {next(iter(bits))} and not quality.by_file(study):
             sentences.append(
                 f"With experts on the CPU only {away[0].quant}, the smallest, is among them: it is the sweet spot if "
                 "its text is good enough."
             )
-    sentences.append(f"Speed and VRAM alone do not make a sweet spot: {OPEN}.")
-    says = "Open for quality; for speed and VRAM see below."
-    return Answer(asked, "open", tuple(sentences), merged(found), says)
+    verdict, says, told, sources = _good_enough(study)
+    return Answer(asked, verdict, (*sentences, *told), merged(found) | sources, says)
+
+
+def _good_enough(study: Study) -> tuple[Verdict, str, list[str], dict[str, str]]:
+    """(verdict, in words, sentences, records) on the smallest quant of each model whose quality is good."""
+    lost = quality.by_file(study)
+    if not lost:
+        says = "Open for quality; for speed and VRAM see below."
+        return "open", says, [f"Speed and VRAM alone do not make a sweet spot: {OPEN}."], {}
+    chosen: dict[str, str | None] = {}
+    sentences = []
+    for model in dict.fromkeys(m for m, _ in lost):
+        of = [lost[model, q] for q in _by_size(study) if (model, q) in lost]
+        chosen[model] = next((x.quant for x in of if x.is_good), None)
+        told = ", ".join(f"{stats.estimate(x.perplexity_ratio)} at {neutral(x.quant)}" for x in of)
+        sentences.append(f"{neutral(model)}: perplexity against that of the unquantised file {told}.")
+    allowed = f"perplexity at most {percent(quality.GOOD - 1)} above that of the unquantised file"
+    sentences.append(
+        f"Good means {allowed}, with 95 % confidence, over the text {neutral(quality.first_text(study) or '')}."
+    )
+    quants = set(chosen.values())
+    sources = {k: v for x in lost.values() for k, v in x.sources.items()}
+    if None in quants:
+        some = [neutral(m) for m, q in chosen.items() if q is None]
+        return "no", f"No quant of {', '.join(some)} is the smallest of good quality: none has it.", sentences, sources
+    if len(quants) == 1:
+        return "yes", f"{neutral(quants.pop() or '')} is the smallest file of good quality.", sentences, sources
+    each = "; ".join(f"{neutral(q or '')} for {neutral(m)}" for m, q in chosen.items())
+    return "yes", f"By model, the smallest file of good quality: {each}.", sentences, sources
 
 
 def _listed(some: Sequence[points.Point]) -> str:
     return "; ".join(
-        f"{p.quant} {p.placement.label} ({size(p.vram_bytes)}, {number(p.rate.value)} tokens/s)" for p in some
+        f"{p.quant} {p.placement.label} ({size(p.vram_bytes)}, {number(p.rate.value)} tokens/s"
+        f"{f', {number(p.divergence.value)} nats lost' if p.divergence else ''})"
+        for p in some
     )
 
 

@@ -5,6 +5,7 @@ defect rounding.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from moelib.audit.record import Check
@@ -97,11 +98,48 @@ def _recomputed(found: Found, scores: Scores) -> Check:
     return Check("tokens-fit", off < 1e-3, f"chunk means from the stored tokens are within {off:.1g} of those recorded")
 
 
-def verdict(placement: Comparison, floors: Sequence[Comparison]) -> tuple[Verdict, float, float]:
-    """(verdict, NMSE of the logits, its limit) of one file at two placements, by the same file in other batches."""
+@dataclass(frozen=True)
+class Sameness:
+    """One file at two placements: whether both say the same."""
+
+    comparison: Comparison
+    verdict: Verdict
+    nmse: float
+    """Of the logits."""
+    limit: float
+    """Up to which it is rounding."""
+    floors: tuple[Comparison, ...]
+    """The same file in other batches."""
+
+    @property
+    def line(self) -> str:
+        s = self.comparison.spec
+        return (
+            f"{s.model}, {s.other} against {s.base}: {self.verdict}, NMSE of the logits {self.nmse:.2g} "
+            f"(rounding up to {self.limit:.2g})"
+        )
+
+
+def sameness(comparisons: Sequence[Comparison]) -> list[Sameness]:
+    """Every placement that was compared with the same file all on the device, judged by what rounding alone does."""
+    done = [c for c in comparisons if c.done]
+    floors: dict[tuple[str, str], list[Comparison]] = {}
+    for c in done:
+        if c.spec.kind == "floor":
+            floors.setdefault((c.spec.model, c.spec.other.quant), []).append(c)
+    return [
+        _judged(c, tuple(floors.get((c.spec.model, c.spec.other.quant), ())))
+        for c in done
+        if c.spec.kind == "placement"
+    ]
+
+
+def _judged(placement: Comparison, floors: tuple[Comparison, ...]) -> Sameness:
     limit = max([OWN_TOLERANCE, *(TIMES_FLOOR * _nmse(f) for f in floors)])
     value = _nmse(placement)
-    return "identical" if value == 0 else "rounding" if value <= limit else "differs", value, limit
+    return Sameness(
+        placement, "identical" if value == 0 else "rounding" if value <= limit else "differs", value, limit, floors
+    )
 
 
 def _nmse(c: Comparison) -> float:

@@ -21,6 +21,9 @@ from moelib.base import files, neutral
 from moelib.base.schema import closest, near
 from moelib.catalogue import params
 from moelib.catalogue.facts import Manifest
+from moelib.quality import comparison
+from moelib.quality.checks import sameness
+from moelib.quality.comparison import Comparison
 from moelib.study import plan as plans
 from moelib.study.gather import Evidence, gather
 from moelib.study.overhead import FOLDER as OVERHEAD
@@ -58,6 +61,8 @@ class Contents:
     manifests: tuple[Manifest, ...]
     overhead: dict[str, Overhead]
     """How much measuring changes what is measured, by file; empty where nobody measured it."""
+    comparisons: tuple[Comparison, ...] = ()
+    """Of what its files say, those that stand."""
 
     @classmethod
     def read(cls, path: Path) -> Contents:
@@ -82,7 +87,10 @@ class Contents:
                 overhead[f"{OVERHEAD}/{p.name}"] = read_overhead(p)
             except files.FileError:
                 damaged.append(f"{OVERHEAD}/{p.name}: not what was written")
-        return cls(replace(evidence, damaged=[*evidence.damaged, *damaged]), tuple(good), overhead)
+        comparisons, unread = comparison.read_all(path)
+        standing = tuple(comparison.standing(comparisons).values())
+        evidence = replace(evidence, damaged=[*evidence.damaged, *damaged, *unread])
+        return cls(evidence, tuple(good), overhead, standing)
 
 
 class Study:
@@ -153,6 +161,7 @@ class Study:
             self.contents,
             evidence=replace(self.evidence, records=[r for r in self.records if r.cell in names]),
             manifests=tuple(manifests[n] for n in names if n in self.measured and n in manifests),
+            comparisons=tuple(c for c in self.comparisons if c.spec.model == model and c.spec.other.quant in quants),
         )
         return Study(self.path, plan, contents)
 
@@ -227,6 +236,11 @@ class Study:
         return self.contents.overhead
 
     @property
+    def comparisons(self) -> tuple[Comparison, ...]:
+        """What its files say, compared token by token; by id."""
+        return self.contents.comparisons
+
+    @property
     def done(self) -> list[Record]:
         """The records of runs that came to a result, whole round or not."""
         return [r for r in self.records if r.done]
@@ -292,6 +306,7 @@ class Study:
         """Every planned run without a usable result, and what the study as a whole shows; empty if there is nothing."""
         problems = [p for s in self.statuses.values() for p in s.problems]
         problems += [f"damaged: {d}" for d in self.evidence.damaged]
+        problems += [one.line for one in sameness(self.comparisons) if one.verdict == "differs"]
         # a matrix that is not complete has said so, run by run
         return problems + [f"{c.id}: {c.measured}" for c in self.audit if c.failed and c.id != "matrix-complete"]
 
