@@ -263,3 +263,12 @@ def test_a_stream_is_read_by_the_engines_counts_not_by_events():
     assert (r.engine_prompt_s, r.engine_predicted_s) == (0.09, None)
     cut = read_stream(lines[:3], workload.generate_tokens)
     assert (cut.finished, cut.prompt_n, cut.predicted_n) == (False, None, None)
+
+
+def test_what_was_generated_is_kept_as_text(engine, quantised, loopback, tmp_path):
+    observed, _ = execute(engine, quantised, loopback, tmp_path, workloads=("smoke", "code"))
+    texts = {(q.workload, q.index): q.text for q in observed.requests}
+    assert set(texts) == {(w, i) for w in ("smoke", "code") for i in (0, 1)}
+    assert all(isinstance(t, str) for t in texts.values())
+    assert texts["code", 0] == texts["code", 1]  # the likeliest token each time
+    assert any(texts.values())

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import field
 from itertools import pairwise
 from typing import Any
 
@@ -52,6 +53,8 @@ class Answer:
     """Token ids as streamed; the first tokens of an incomplete character have no event and are missing."""
     finished: bool
     """The engine's own final event arrived."""
+    text: str | None = field(default=None, kw_only=True)
+    """What was generated; None in records of earlier code, and where the runner sent none."""
 
 
 @stored

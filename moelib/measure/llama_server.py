@@ -204,12 +204,15 @@ def read_stream(lines: Lines, generate_tokens: int) -> Answer:
     """A stream's lines -> Answer. Raises RunError if the engine sent an error, or more than was asked."""
     arrived: list[tuple[float, int]] = []
     tokens: list[int] = []
+    text: list[str] = []
     final: dict[str, Any] | None = None
     for t, event in client.events(lines):
         if event is None:
             continue
         if event.get("stop"):
             final = event
+        if event.get("content"):
+            text.append(event["content"])
         if event.get("tokens"):
             tokens += event["tokens"]
             if len(tokens) > SPARE_LINES + EVENT_LINES * generate_tokens:
@@ -222,5 +225,5 @@ def read_stream(lines: Lines, generate_tokens: int) -> Answer:
         {k: timings.get(k) for k in ("prompt_n", "cache_n", "predicted_n")}
         | {k: None if v is None else round(v / 1000, 6) for k, v in ms.items()}
         | {"token_s": tuple(t for t, _ in arrived), "token_n": tuple(n for _, n in arrived)}
-        | {"tokens": tuple(tokens), "finished": final is not None}
+        | {"tokens": tuple(tokens), "finished": final is not None, "text": "".join(text)}
     )
