@@ -9,7 +9,7 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform
 
@@ -36,7 +36,7 @@ class FileError(UserError):
     """Disk space, a lock or a file prevents the operation; the message says what to do."""
 
 
-@dataclass_transform(frozen_default=True)
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
 def stored(cls: type[T]) -> type[T]:
     """A frozen dataclass that is stored on disk: when reading it, pydantic refuses unknown keys, NaN and infinity."""
     cls.__pydantic_config__ = {"extra": "forbid", "allow_inf_nan": False}  # type: ignore[attr-defined]  # pydantic's own name

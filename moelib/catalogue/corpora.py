@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from moelib.base import files
 from moelib.base.schema import ParamsError, Sha256, Strict
@@ -18,10 +18,14 @@ class Corpus(Strict):
     file: Annotated[str, Field(pattern=r"^[\w./-]+\.txt$")]
     """Below params/."""
     sha256: Sha256
+    bytes: PositiveInt | None = None
+    language: str | None = None
     licence: str = Field(min_length=1)
     source: str = Field(min_length=1)
     calibration: bool
-    """Whether a set of texts that importance matrices are made of is known to hold it."""
+    """Whether importance matrices of this project are made of it."""
+    training: str | None = None
+    """What of it, or like it, this project's own models have seen."""
 
     @property
     def path(self) -> Path:
