@@ -31,15 +31,17 @@ FOR_USERS = re.compile(r"prompt format|ollama|lm studio|\blms\b|shimmy|hf downlo
 """What only a card of real weights speaks of."""
 USE = ["Prompt format", "Use it from Python and other programs"]
 FIRST = {
-    "README.md": ["Which file for which GPU", "Files", "VRAM and speed with offload"],
-    "quant": ["Run it", "File", "VRAM", "Decode speed (tokens/s)", "Time to first token (TTFT)"],
+    "README.md": ["Which file for which GPU", "Files", "VRAM", "Speed"],
+    "quant": ["Run it", "File", "VRAM", "Speed"],
 }
 LAST = ["How it was measured", "Reproduce it"]
 COMMAND = re.compile(r"llama-server -m (\S+\.gguf) -ngl 99 -c (\d+) -np 1 -fa on( .*)?")
 FLAGS = re.compile(
     r"--cpu-moe|--n-cpu-moe \d+|-ub \d+|--no-op-offload|-ct[kv] \S+|--load-mode (?!mmap)\w+|--no-mmap|--mlock"
 )
-SHARED = re.compile(r"which-file-|comparison-|files$|device-memory$|speed-|ttft-")
+SHARED = re.compile(r"what-to-run$|files$|vram$|speed-")
+OF_ROOT = {"what-to-run", "files"}
+"""Tables of the document that only the page of a model has."""
 
 
 def metadata(page):
@@ -114,7 +116,7 @@ def layers(page):
     """N is told by the layers that hold experts: those that hold none count among the N, and move nothing."""
     dense, count = page.geometry.leading_dense_block_count, page.geometry.block_count
     told = re.findall(r"^# .*experts of (\d+) layers? on the CPU.*\n.*--n-cpu-moe (\d+)", page.body, re.M)
-    told += [(k, n) for n, k in re.findall(r"^\|.*`--n-cpu-moe (\d+)\b.*, (\d+) layers? *\|", page.body, re.M)]
+    told += [(k, n) for n, k in re.findall(r"^\|.*--n-cpu-moe (\d+)\b[^|]*\| *(\d+) layers? *\|", page.body, re.M)]
     bare = len(re.findall(r"--n-cpu-moe \d", re.sub(r"`llama-server [^`]*`", "", page.body))) - len(told)
     half = re.findall(r"N = (\d+) moves the experts of (\d+) of the (\d+) layers that hold some", page.body)
     problems = [f"{bare} times --n-cpu-moe without its layers"] if bare else []
@@ -184,17 +186,35 @@ def tables(page):
 
 
 def same(page):
-    """The tables are those of the document, cell by cell; a card leaves out columns, and links to files."""
-    problems = []
+    """The tables are those of the document, cell by cell: all rows of the page's model and quant, and no others. A card
+    leaves out the columns that are alike in all of these, and links to files; of these it leaves out more."""
     if page.document is None:
-        return problems
-    for name in filter(SHARED.match, page.provenance["tables"]):
-        rows = [row["cells"] for row in page.document["tables"].get(name, {"rows": []})["rows"]]
-        for row in page.provenance["tables"][name]["rows"]:
-            cells = {k: re.sub(r"^\[(.*)\]\(.*\)$", r"\1", v) for k, v in row["cells"].items() if k != "file"}
+        return []
+    about = {"model": page.model} if page.name == cards.ROOT else {"model": page.model, "quant": page.name[:-3]}
+    shown = {name: t["rows"] for name, t in page.provenance["tables"].items() if SHARED.match(name)}
+    wanted = {name: t["rows"] for name, t in page.document["tables"].items() if SHARED.match(name)}
+    wanted = {k: v for k, v in wanted.items() if not k.startswith("speed-") or k.startswith(f"speed-{page.model}-")}
+    if "quant" in about:
+        wanted = {name: rows for name, rows in wanted.items() if name not in OF_ROOT}
+    problems = [f"tables {sorted(shown)}, not {sorted(wanted)}"] if shown.keys() != wanted.keys() else []
+    for name in shown.keys() & wanted.keys():
+        rows = [row["cells"] for row in wanted[name]]
+        rows = [cells for cells in rows if all(cells.get(k, v) == v for k, v in about.items())]
+        cells_of = [
+            {k: _unlinked(v) for k, v in row["cells"].items() if (name, k) != ("files", "file")} for row in shown[name]
+        ]
+        if len(cells_of) != len(rows):
+            problems.append(f"table {name} has {len(cells_of)} of the document's {len(rows)} rows")
+        for cells in cells_of:
             if not any(cells.items() <= other.items() for other in rows):
                 problems.append(f"table {name} is not the document's: {cells}")
+            if name != "files" and any(other.keys() - about.keys() - cells.keys() for other in rows):
+                problems.append(f"table {name} lacks columns: {cells}")
     return problems
+
+
+def _unlinked(text):
+    return re.sub(r"^\[(.*)\]\(.*\)$", r"\1", text)
 
 
 RULES = (
@@ -209,6 +229,7 @@ class Page:
 
     def __init__(self, name, text, beside, provenance, document, study, model):
         self.name, self.text, self.beside, self.provenance, self.document = name, text, beside, provenance, document
+        self.model = model
         _, self.front, self.body = text.split("---\n", 2)
         self.tokens = list(_walk(mistune.create_markdown(renderer=None, plugins=["table"])(self.body)))
         self.prose = "\n".join(t["raw"] for t in self.of("text", "inline_html", "block_html"))

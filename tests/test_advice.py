@@ -1,15 +1,14 @@
-"""Which quant, which placement: the rule, and the tables that the document and the cards share."""
+"""Which quant, which placement: the tables that the document and the cards share, against the records."""
 
 import json
 import re
 from itertools import cycle
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from conftest import REPO
 from factory import MANIFEST, record_of, with_observed
-from hypothesis import given
-from hypothesis import strategies as st
 
 from moelib.base import stats
 from moelib.catalogue import params
@@ -19,31 +18,12 @@ from moelib.gguf.gguf_header import Header, Tensor
 from moelib.models import quantize
 from moelib.planner.describe import describe
 from moelib.publish import cards
-from moelib.report import advice, appendix
-from moelib.report.advice import GB, Choice
+from moelib.report import advice, appendix, results
+from moelib.report.advice import GB
 from moelib.study import study
 
 FULL = REPO / "outputs/h100-twins"
 MODEL = "deepseek-moe-16b"
-GIB = 1 << 30
-
-
-def choice(quant, vram_bytes, bits, rate, flags="", spread=None):
-    """A choice; `spread`: half of the interval of its tokens/s."""
-    bounds = (rate - spread, rate + spread, 5) if spread is not None else (None, None, 1)
-    return Choice(
-        quant=quant,
-        file_name=f"m-{quant}.gguf",
-        place="experts on the CPU" if flags else "all on the GPU",
-        flags=flags,
-        context=1024,
-        vram_bytes=vram_bytes,
-        cpu_layers=27 if flags else 0,
-        cpu_bytes=GIB if flags else 0,
-        bits_per_weight=bits,
-        rate=stats.Estimate(rate, *bounds),
-        sources={quant: "a digest"},
-    )
 
 
 @pytest.fixture(scope="module")
@@ -56,170 +36,129 @@ def demo():
     return study.Study.read(REPO / "docs/example/demo")
 
 
-CHOICES = st.lists(
-    st.builds(choice, st.sampled_from("ABC"), st.integers(1, 100 * GB), st.floats(1, 16), st.floats(0.1, 1e4)),
-    min_size=1,
-)
-
-
-@given(CHOICES, st.integers(1, 100 * GB), st.integers(0, 100 * GB))
-def test_more_vram_never_makes_the_advice_slower_or_coarser(choices, gpu, more):
-    small, large = advice.fitting(choices, gpu), advice.fitting(choices, gpu + more)
-    assert all(c.vram_bytes <= gpu for c in small)
-    assert len(small) == sum(c.vram_bytes <= gpu for c in choices)
-    if small:
-        assert advice.fastest(large).rate.value >= advice.fastest(small).rate.value == max(c.rate.value for c in small)
-        assert advice.finest(large).bits_per_weight >= advice.finest(small).bits_per_weight
-        assert advice.finest(small).bits_per_weight == max(c.bits_per_weight for c in small)
-
-
-def test_a_file_fits_to_the_byte_and_the_faster_of_equal_bits_is_taken():
-    whole, part = choice("Q8_0", 8 * GB, 8.5, 300), choice("Q8_0", 2 * GB, 8.5, 30, "--cpu-moe")
-    assert advice.fitting([whole, part], 8 * GB) == [whole, part]
-    assert advice.fitting([whole, part], 8 * GB - 1) == [part]
-    assert advice.finest([part, whole]) is whole
-    assert advice.fitting([], GB) == []
-    assert advice.answers([]) == []
-
-
-def test_files_whose_speed_the_data_do_not_tell_apart_are_both_named():
-    two, four, eight = (
-        choice("Q2_K", GB, 3.3, 325, spread=5),
-        choice("Q4_K_M", GB, 5.3, 322, spread=3),
-        choice("Q8_0", GB, 8.5, 290, spread=4),
-    )
-    assert advice.answers([two, four, eight]) == [
-        advice.Answer("most tokens/s", four, ("Q2_K",)),
-        advice.Answer("most bits per weight", eight),
-    ]
-    assert advice.answers([two, four]) == [advice.Answer("both", four, ("Q2_K",))]
-    slower = choice("Q4_K_M", GB, 5.3, 316, spread=3.9)
-    assert advice.answers([two, slower])[0] == advice.Answer("most tokens/s", two)
-    once = choice("Q4_K_M", GB, 5.3, 322)  # without an interval nothing is said of a tie
-    assert advice.answers([two, once])[0] == advice.Answer("most tokens/s", two)
-    tied = choice("Q2_K", GB, 3.3, 322, "--n-cpu-moe 2", spread=4)
-    assert advice.answers([two, tied]) == [advice.Answer("both", two)], "another placement of a file is no other file"
-
-
-def test_which_file_says_it_gpu_by_gpu(full, monkeypatch):
-    away = "--cpu-moe --load-mode none"
-    listed = [
-        choice("Q8_0", 18 * GB, 8.5, 290, spread=3),
-        choice("Q2_K", 7 * GB, 3.3, 320, spread=3),
-        choice("Q8_0", 5 * GB, 8.5, 30, away),
-        choice("Q2_K", 5 * GB - 1, 3.3, 40.04, away),
-    ]
-    monkeypatch.setattr(advice, "choices", lambda results, model: listed)
-    table, ram = advice.which_file(full, MODEL), "1.00 GiB, 27 layers"
-    first = ("most tokens/s", "**Q2_K**", f"`{away}`", ram, "4.66 GiB", "40.0 (n = 1)")
-    second = ("most bits per weight", "**Q8_0**", f"`{away}`", ram, "4.66 GiB", "30.0 (n = 1)")
-    whole = ("most tokens/s", "**Q2_K**", "none", "none", "6.52 GiB", "320 [317, 323]")
-    assert [tuple(row.values()) for row in table.rows] == [
-        ("4 GB", "both", "none fits", *["n/a"] * 4),
-        ("6 GB", *first),
-        ("6 GB", *second),
-        ("8 to 16 GB", *whole),
-        ("8 to 16 GB", *second),
-        ("20 GB and more", *whole),
-        ("20 GB and more", "most bits per weight", "**Q8_0**", "none", "none", "16.76 GiB", "290 [287, 293]"),
-    ]
-    assert table.sources == {"Q8_0": "a digest", "Q2_K": "a digest"}
-    assert "Where two files are named" not in table.note
-
-    lines = advice.commands(full, MODEL).text.splitlines()
-    assert (lines[0], lines[-1]) == ("```bash", "```")
-    assert lines[1:3] == [
-        "# Q2_K, experts on the CPU: 4.66 GiB of VRAM, 1.00 GiB of experts in RAM, 40.0 tokens/s",
-        f"llama-server -m m-Q2_K.gguf -ngl 99 -c 1024 -np 1 -fa on {away}",
-    ]
-    assert [line.split(" -m ")[1] for line in lines if not line.startswith(("#", "`"))] == [
-        f"m-Q2_K.gguf -ngl 99 -c 1024 -np 1 -fa on {away}",
-        f"m-Q8_0.gguf -ngl 99 -c 1024 -np 1 -fa on {away}",
-        "m-Q2_K.gguf -ngl 99 -c 1024 -np 1 -fa on",
-        "m-Q8_0.gguf -ngl 99 -c 1024 -np 1 -fa on",
-    ]
-    assert "Q8_0" not in advice.commands(full, MODEL, "Q2_K").text
-
-
-def raw(table):
-    """(quant, flags) -> the most VRAM, and the experts' layers on the CPU, by the files of the records of a table."""
+def taken(study):
+    """(quant, flags) -> the most VRAM, the experts' layers and their bytes on the CPU, by the files of the records."""
     found = {}
-    for run_id in (k for k in table.sources if not k.startswith("quants/")):
+    for run_id in (r.run_id for r in study.used if r.spec.model == MODEL):
         record = json.loads((FULL / "records" / f"{run_id}.json").read_text(encoding="utf-8"))
         spec, observed = record["spec"], record["observed"]
-        flags = {"baseline": "none", "cpu-moe": "`--cpu-moe --load-mode none`"}[spec["placement"]]
-        assert spec["load_mode"] == ("mmap" if flags == "none" else "none"), "copying the experts is advised"
-        memory, key = observed["memory"], (spec["quant"], flags)
-        taken = max(memory["value_bytes"], memory["growth_bytes"])
-        found[key] = max(taken, found.get(key, (0, 0))[0]), observed["placement"]["moved_blocks"]
+        flags = {"baseline/mmap": "", "cpu-moe/mmap": " --cpu-moe", "cpu-moe/none": " --cpu-moe --load-mode none"}
+        key = spec["quant"], flags[f"{spec['placement']}/{spec['load_mode']}"]
+        memory, moved = observed["memory"], observed["placement"]
+        vram = max(memory["value_bytes"], memory["growth_bytes"], found.get(key, (0,))[0])
+        found[key] = vram, moved["moved_blocks"], moved["moved_bytes"]
     return found
 
 
-def test_the_committed_advice_is_what_the_records_say(full):
-    table = advice.which_file(full, MODEL)
-    known, sizes = raw(table), []
-    assert len(known) == 6
-    for row in table.rows:
-        gpus, quant = row["VRAM of the GPU"], re.match(r"\*\*(\w+)\*\*", row["take"])[1]
-        low, high = (re.findall(r"\d+", gpus) * 2)[:2] if "more" not in gpus else (gpus[:2], "80")
-        taken, layers = known[quant, row["flags"]]
-        assert taken <= int(low) * 10**9
-        assert row["VRAM needed"] == stats.size(taken)
-        assert row["experts in RAM"].endswith(f", {layers} layers" if layers else "none")
-        fits = [q for (q, _), (nbytes, _) in known.items() if nbytes <= int(high) * 10**9]
-        if row["wanted"] == "most bits per weight":
-            assert quant == max(fits, key=["Q2_K", "Q4_K_M", "Q8_0"].index)
-            sizes += [gb for gb in advice.GPUS_GB if int(low) <= gb <= int(high)]
-    assert sizes == list(advice.GPUS_GB)
+def test_what_to_run_is_what_the_records_say(full):
+    """Of each card and RAM; with load mode none, as copying the experts is advised."""
+    known = taken(full)
+    table = advice.what_to_run(full)
+    rows = [row for row in table.rows if row["model"] == MODEL]
+    advised = {key: v for key, v in known.items() if key[1] != " --cpu-moe"}
+    assert len(known) == 9
+    for row in rows:
+        quant, flags = re.match(r"\w+", row["file"])[0], row["flags"].strip("`").removeprefix("-ngl 99 -c 1024")
+        vram, layers, _ = advised[quant, flags]
+        low, high = (re.findall(r"\d+", row["card"]) * 2)[:2]
+        high = "80" if "more" in row["card"] else high
+        assert vram <= int(low) * GB
+        assert row["VRAM"] == stats.size(vram)
+        assert row["experts in RAM"] == (f"{layers} layers" if layers else "none")
+        if row["for"] == "bits per weight":
+            fits = [q for (q, _), (nbytes, *_) in advised.items() if nbytes <= int(high) * GB]
+            best = max(fits, key=["Q2_K", "Q4_K_M", "Q8_0"].index)
+            assert quant == best or row["RAM"] == "16 GB and more", "Q8_0's experts need more than 16 GB"
+    for aim in ("speed", "bits per weight"):
+        cards = {gb for row in rows if row["for"] == aim for gb in covered(row["card"])}
+        assert cards == set(advice.CARDS_GB)
 
 
-def test_the_comparison_has_a_row_for_each_placement_of_each_quant_with_known_values(full):
-    table = advice.comparison(full, MODEL)
+def covered(cards):
+    """The sizes that a row is about."""
+    low, *more = map(int, re.findall(r"\d+", cards))
+    high = more[0] if more else max(advice.CARDS_GB) if "more" in cards else low
+    return [gb for gb in advice.CARDS_GB if low <= gb <= high]
+
+
+def test_each_measured_answer_has_its_whole_command(full):
+    lines = advice.commands(full, MODEL).text.splitlines()
+    assert (lines[0], lines[-1]) == ("```bash", "```")
+    known = taken(full)
+    said = re.findall(
+        r"^# (\w+), (.*): (.*) of VRAM(?:, (.*) of experts in RAM)?, .* tokens/s$", "\n".join(lines), re.M
+    )
+    commands = [line for line in lines if line.startswith("llama-server")]
+    assert len(said) == len(commands) == len(set(commands)) == 6
+    for (quant, place, vram, away), line in zip(said, commands, strict=True):
+        start = f"llama-server -m {MODEL}-{quant}.gguf -ngl 99 -c 1024 -np 1 -fa on"
+        assert line.startswith(start)
+        most, layers, nbytes = known[quant, line.removeprefix(start)]
+        assert (vram, away) == (stats.size(most), stats.size(nbytes) if layers else "")
+        assert place == ("experts on the CPU" if layers else "all on the GPU")
+    rows = [row for row in advice.what_to_run(full).rows if row["model"] == MODEL]
+    assert {line.split(" -fa on")[1] for line in commands} == {row["flags"].strip("`")[15:] for row in rows}
+    of_one = advice.commands(full.part(MODEL, ("Q2_K",)), MODEL, "Q2_K").text
+    assert [line.split(" -fa on")[1] for line in of_one.splitlines() if line.startswith("llama")] == [
+        "",
+        " --cpu-moe --load-mode none",
+    ]
+    assert "Q8_0" not in of_one
+
+
+def test_speed_has_a_row_for_each_placement_of_each_quant_with_known_values(full):
+    table = results.speed(full, MODEL, "long-512")
     quants = [q for q in full.parameters.quants if f"{MODEL}/{q}" in full.measured]
-    away = {"`--cpu-moe`": "mmap", "`--cpu-moe --load-mode none`": "none"}
-    assert [(row["quant"], row["flags"]) for row in table.rows] == [(q, flags) for q in quants for flags in away]
+    sides = {"baseline, mmap": ("baseline", "mmap"), "cpu-moe, mmap": ("cpu-moe", "mmap")}
+    sides |= {"cpu-moe, none": ("cpu-moe", "none")}
+    assert [(row["quant"], row["placement"]) for row in table.rows] == [(q, side) for q in quants for side in sides]
     by_id = {r.run_id: r for r in full.records}
+    base = {}
     for row, sources in zip(table.rows, table.row_sources, strict=True):
         runs = [by_id[k] for k in sources]
         assert {r.spec.quant for r in runs} == {row["quant"]}
-        sides = [("baseline", "mmap"), ("cpu-moe", away[row["flags"]])]
-        assert {(r.spec.placement, r.spec.load_mode) for r in runs} == {*sides}
+        assert {(r.spec.placement, r.spec.load_mode) for r in runs} == {sides[row["placement"]]}
         assert row["rounds"] == len({r.spec.block for r in runs})
-        means = []
-        for side in sides:
-            placed = [r for r in runs if (r.spec.placement, r.spec.load_mode) == side]
-            rates = [[q.tps for q in r.observed.requests if q.workload == "long-512"] for r in placed]
-            means.append(stats.geometric_mean([sum(v) / len(v) for v in rates]).value)
-        assert row["tokens/s"] == f"{stats.number(means[0])} → {stats.number(means[1])}"
-        assert row["tokens/s, ratio"].startswith(stats.number(means[1] / means[0]))
-        assert row["experts in RAM"] == f"{stats.size(placed[0].observed.placement.moved_bytes)}, 27 layers"
+        of_runs = [[q for q in r.observed.requests if q.workload == "long-512"] for r in runs]
+        rate = stats.geometric_mean([fmean(q.tps for q in of) for of in of_runs])
+        first, warm = (stats.geometric_mean([fmean(q.ttft_s for q in of[part]) for of in of_runs]) for part in PARTS)
+        assert row["tokens/s"] == stats.estimate(rate)
+        assert (row["TTFT, first"], row["TTFT, warm"]) == (stats.estimate(first, 1e3), stats.estimate(warm, 1e3))
+        base.setdefault(row["quant"], (rate.value, warm.value))
+        if row["placement"] != "baseline, mmap":
+            assert row["of baseline"].startswith(stats.number(rate.value / base[row["quant"]][0]))
+            assert row["times baseline"].startswith(stats.number(warm.value / base[row["quant"]][1]))
+
+
+PARTS = (slice(0, 1), slice(1, None))
+"""Of a run's requests: the first, and the warm ones."""
 
 
 def test_without_a_gpu_none_is_advised_and_nothing_is_called_one(demo):
-    table = advice.which_file(demo, MODEL)
+    table = advice.what_to_run(demo)
     assert not table.rows
     assert "no GPU took part" in table.markdown()
-    assert "no GPU took part" in advice.comparison(demo, MODEL).note
     assert "all on the device" in advice.verdict(demo, MODEL).text
-    assert "fits" not in advice.limits(demo).text
+    assert "all on the device" in advice.commands(demo, MODEL).text
+    assert "GPU" not in advice.commands(demo, MODEL).text
+    assert "driver" not in results.limits(demo).text
 
 
 def test_sentences_follow_from_the_comparisons(full):
     table = advice.verdict(full, MODEL)
-    rows = [r for r in advice.comparison(full, MODEL).rows if r["flags"] == "`--cpu-moe`"]
-    ratios = [float(r["tokens/s, ratio"].split()[0]) for r in rows]
+    rows = [r for r in results.speed(full, MODEL, "long-512").rows if r["placement"] == "cpu-moe, mmap"]
+    ratios = [float(r["of baseline"].split()[0]) for r in rows]
     low, high = map(float, re.search(r"decoding was ([\d.]+) to ([\d.]+) times", table.text).groups())
     assert low == pytest.approx(1 / max(ratios), rel=0.01)
     assert high == pytest.approx(1 / min(ratios), rel=0.01)
     assert table.sources
-    assert advice.limits(full).text.count("Quality was not measured") == 1
+    assert results.limits(full).text.count("quality were not measured") == 1
 
 
 def test_a_model_of_which_nothing_is_measured_is_recommended_nothing(full):
     assert "nothing is recommended" in advice.verdict(full, "gpt-oss-20b").text
-    assert not advice.comparison(full, "gpt-oss-20b").rows
-    assert advice.choices(full, "gpt-oss-20b") == []
-    assert "no run has VRAM" in advice.which_file(full, "gpt-oss-20b").markdown()
+    assert not results.speed(full, "gpt-oss-20b", "long-512").rows
+    assert "gpt-oss-20b" not in {row["model"] for row in advice.what_to_run(full).rows}
     assert "No command is advised" in advice.commands(full, "gpt-oss-20b").text
 
 
@@ -299,7 +238,7 @@ def test_what_files_were_made_of_is_told_once_for_those_made_alike(full):
 )
 def test_a_placement_in_words_and_in_flags(placement, load_mode, words, flags):
     run = record_of(placement=placement, load_mode=load_mode)
-    assert (advice.place(run), advice.flags(run)) == (words, flags)
+    assert (advice.place(run), advice.flags(run.spec.placed, run)) == (words, flags)
 
 
 def test_one_layer_is_one_layer():

@@ -17,7 +17,7 @@ from moelib.answers import claims, points, verdicts
 from moelib.answers.points import Point
 from moelib.base.stats import Estimate, number, percent
 from moelib.catalogue.placement import Placement
-from moelib.report import results
+from moelib.report import advice, results
 from moelib.study.study import Study
 
 FULL = REPO / "outputs/h100-twins"
@@ -98,6 +98,43 @@ def test_what_fits_is_chosen_by_speed_or_by_bits_and_ties_are_said():
     assert points.choose(every, 2 * GIB, 64 * GIB, finest=True).best.quant == "Q4_K_M"
     assert points.choose(every, 2 * GIB, 20 * GIB, finest=True).best.quant == "Q2_K"  # its experts do not fit the RAM
     assert points.choose(every, 1 * GIB, 64 * GIB) is None
+
+
+@given(POINTS, st.floats(1, 80), st.floats(0, 80), st.floats(0.5, 2))
+def test_more_vram_or_ram_never_makes_the_choice_slower_or_coarser(some, card, more, ram):
+    for larger in ((card + more, ram), (card, ram + more)):
+        for finest in (False, True):
+            small = points.choose(some, card * GIB, ram * GIB, finest=finest)
+            large = points.choose(some, *(x * GIB for x in larger), finest=finest)
+            fit = [p for p in some if p.vram_bytes <= card * GIB and p.ram_bytes <= ram * GIB]
+            assert (small is None) == (not fit)
+            if small:
+                assert small.best in fit
+                assert large.best.bits_per_weight >= small.best.bits_per_weight or not finest
+                assert large.best.rate.value >= small.best.rate.value or finest
+
+
+def test_of_several_load_modes_one_is_taken():
+    """Though another one is 5 % faster; where there is no other, that one is."""
+    labels = {"baseline": "mmap none", "n-cpu-moe=9": "mmap", "n-cpu-moe=20": "mmap none", "cpu-moe": "mmap none mlock"}
+    sweep = [*SWEEP[:2], point(n="n-cpu-moe=20", layers=19, vram=8, rate=28), SWEEP[2]]
+    some = [
+        replace(p, placement=replace(p.placement, load_mode=mode), rate=Estimate(rate, None, None, 1))
+        for p in sweep
+        for mode in labels[str(p.placement)].split()
+        for rate in [p.rate.value * (1.05 if mode == "mmap" else 1)]
+    ]
+    for mode in ("none", "mmap"):
+        kept = [p.placement.label for p in points.in_load_mode(some, mode)]
+        assert kept == ["baseline, mmap", "n-cpu-moe=9, mmap", f"n-cpu-moe=20, {mode}", f"cpu-moe, {mode}"]
+
+        def chosen(gib, of=some, mode=mode, **options):
+            best = points.choose(of, gib * GIB, 64 * GIB, load_mode=mode, **options).best
+            return best.placement.load_mode, best.is_measured
+
+        assert [chosen(gib) for gib in (2, 5, 12)] == [(mode, True), (mode, False), (mode, False)]
+        assert chosen(12, of=[p for p in some if p.placement.label != "baseline, none"]) == ("mmap", False)
+        assert chosen(12, predicted=False) == (mode, True)
 
 
 def raw():
@@ -209,18 +246,24 @@ def test_an_upload_counts_by_its_receipt(full, tmp_path):
 
 
 def test_what_to_run_says_it_card_by_card(full):
-    rows = results.what_to_run(full).rows
+    rows = advice.what_to_run(full).rows
     phi = [r for r in rows if r["model"] == "phi-3.5-moe" and r["for"] == "speed"]
     assert [(r["card"], r["file"]) for r in phi] == [
-        ("8 to 16 GB", "Q2_K"),
+        ("4 to 16 GB", "Q2_K"),
         ("24 GB", "Q2_K"),
         ("32 GB and more", "Q4_K_M"),
     ]
     assert "--cpu-moe" in phi[0]["flags"]
     assert "--cpu-moe" not in phi[1]["flags"]
     finest = [r for r in rows if r["model"] == "phi-3.5-moe" and r["for"] == "bits per weight"]
-    assert ("8 to 32 GB", "64 GB and more", "Q8_0") in [(r["card"], r["RAM"], r["file"]) for r in finest]
+    assert ("4 to 32 GB", "64 GB and more", "Q8_0") in [(r["card"], r["RAM"], r["file"]) for r in finest]
     assert {r["by"] for r in rows} == {"measured"}
+    deepseek = [(r["card"], r["file"]) for r in rows if r["model"] == "deepseek-moe-16b" and r["for"] == "speed"]
+    assert deepseek == [
+        ("4 to 6 GB", "Q2_K"),
+        ("8 GB", "Q2_K"),
+        ("12 GB and more", "Q2_K, or Q4_K_M: not distinguishable"),  # which does not fit 8 GB
+    ]
 
 
 def test_a_repeated_prompt_is_said_first_with_what_it_copied(full):
@@ -240,6 +283,23 @@ def test_nothing_that_does_not_vary_has_an_interval(full):
     for row in by_parts:
         parts = [float(str(row[k]).split(" ")[0]) for k in ("weights", "KV cache", "compute", "rest", "VRAM")]
         assert sum(parts[:4]) == pytest.approx(parts[4], abs=2)
+
+
+def test_vram_and_what_is_saved_are_means_over_the_rounds(full):
+    rows, mib = {(r["model"], r["quant"], r["placement"]): r for r in results.vram(full).rows}, 1 << 20
+    for (model, quant, placement, load_mode), rounds in raw().items():
+        row = rows.pop((model, quant, f"{placement}, {load_mode}"))
+        base = raw_vram(model, quant)
+        vram = {b: o["memory"]["value_bytes"] for b, o in rounds.items()}
+        assert row["VRAM"].split(" ")[0] == number(fmean(vram.values()), 1 / mib)
+        assert row["weights"] == number(rounds[0]["placement"]["device_bytes"], 1 / mib)
+        saved = 1 - math.exp(fmean(math.log(vram[b] / base[b]) for b in vram))
+        assert row["saved"] == (percent(saved) if placement == "cpu-moe" else "n/a")
+    assert not rows
+
+
+def raw_vram(model, quant):
+    return {b: o["memory"]["value_bytes"] for b, o in raw()[model, quant, "baseline", "mmap"].items()}
 
 
 def test_values_far_from_the_others_are_named_and_kept(full):

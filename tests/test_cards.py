@@ -139,7 +139,7 @@ COMMAND = "llama-server -m deepseek-moe-16b-Q2_K.gguf -ngl 99 -c 1024 -np 1 -fa 
         ("layers", QUANT, "of the 27 layers", "of the 28 layers"),
         ("layers", ROOT, "so that N moves those of N - 1 layers", "so that N moves fewer"),
         ("hashed", REAL_ROOT, "\ne6ed9aa26886", "\nf6ed9aa26886"),
-        ("hashed", REAL_ROOT, "## VRAM and", "Begins with `e6ed9aa26886`.\n\n## VRAM and"),
+        ("hashed", REAL_ROOT, "## VRAM\n", "Begins with `e6ed9aa26886`.\n\n## VRAM\n"),
         ("links", QUANT, "](README.md)", "](CARD.md)"),
         ("links", QUANT, "https://github.com/ggml-org/llama.cpp", "https://github"),
         ("links", REAL_QUANT, f"acme/{DEEPSEEK} deepseek-moe-16b-Q2_K.gguf", f"acme/{DEEPSEEK} x.gguf"),
@@ -169,23 +169,54 @@ def test_bits_per_weight_that_are_not_told_apart_are_seen(pages, full, swept):
         assert broken_by(changed, full, swept, page, row, row.replace(*instead)) == {"split"}
 
 
+def test_a_row_whose_n_moves_another_number_of_layers_is_seen(pages, full, swept):
+    path, row = f"{DEEPSEEK}/provenance.json", "`-ngl 99 -c 1024 --n-cpu-moe 18`"
+    assert row in pages[path]
+    changed = pages | {path: pages[path].replace(row, row.replace("18", "19"))}
+    text = pages[REAL_ROOT].replace(row, row.replace("18", "19"))
+    folder = {name: page for name, page in (changed | {REAL_ROOT: text}).items() if name.startswith(f"{DEEPSEEK}/")}
+    assert {rule for _, rule, _ in card_rules.broken(folder, swept)} == {"layers"}
+
+
 def test_a_table_that_is_not_the_documents_is_seen(pages, full, swept, document):
     changed = json.loads(json.dumps(document["full"]))
     assert broken_by(pages, full, swept, ROOT, "\n- Measured", "\n- Written", changed) == set()
-    for name, head in (
-        ("files", "of the experts"),
-        ("device-memory", "saved"),
-        ("which-file-deepseek-moe-16b", "take"),
-        ("comparison-deepseek-moe-16b", "VRAM"),
+    for page, name, head in (
+        (ROOT, "files", "of the experts"),
+        (ROOT, "what-to-run", "flags"),
+        (ROOT, "vram", "VRAM"),
+        (ROOT, "speed-deepseek-moe-16b-long-512", "tokens/s"),
+        (QUANT, "vram", "saved"),
+        (QUANT, "speed-deepseek-moe-16b-plan-short", "TTFT, warm"),
     ):
         changed = json.loads(json.dumps(document["full"]))
         for row in changed["tables"][name]["rows"]:
             row["cells"][head] = "9"
-        assert broken_by(pages, full, swept, ROOT, "\n- Measured", "\n- Written", changed) == {"same"}
+        assert broken_by(pages, full, swept, page, "\n- Measured", "\n- Written", changed) == {"same"}
+
+
+@pytest.mark.parametrize(
+    ("change", "seen"),
+    [
+        (lambda tables: tables.pop("speed-deepseek-moe-16b-long-512"), [ROOT, QUANT]),
+        (lambda tables: tables.pop("what-to-run"), [ROOT]),
+        (lambda tables: tables["vram"]["rows"].pop(), [ROOT]),  # of another quant
+        (lambda tables: [row["cells"].update(quant="Q2_K") for row in tables["vram"]["rows"]], [ROOT, QUANT]),
+        (lambda tables: [row["cells"].update(new="1") for row in tables["vram"]["rows"]], [ROOT, QUANT]),
+    ],
+    ids=["a-table", "the-answer", "a-row", "a-quant", "a-column"],
+)
+def test_what_a_card_lacks_of_the_documents_tables_is_seen(pages, full, document, change, seen):
+    changed = json.loads(json.dumps(document["full"]))
+    change(changed["tables"])
+    twins = {name: text for name, text in pages.items() if name.startswith(f"{TWIN}/")}
+    found = card_rules.broken(twins, full, changed)
+    assert {rule for _, rule, _ in found} == {"same"}
+    assert [name for name in (ROOT, QUANT) if name in {page for page, *_ in found}] == seen
 
 
 def test_a_table_with_another_number_or_no_ruler_is_seen(pages, full, swept):
-    row = re.search(r"\| cpu-moe +\| mmap +\| +([\d.]+)", pages[QUANT])[0]
+    row = re.search(r"\| cpu-moe, mmap +\| +([\d.]+)", pages[QUANT])[0]
     assert broken_by(pages, full, swept, QUANT, row, row[:-1] + str((int(row[-1]) + 1) % 10)) == {"tables"}
     ruler = next(line for line in pages[QUANT].splitlines() if line.startswith("|:-"))
     assert broken_by(pages, full, swept, QUANT, ruler + "\n", "") == {"tables"}
@@ -248,8 +279,9 @@ def test_random_weights_are_listed_as_no_model(pages):
 
 def test_the_answer_for_a_gpu_has_the_whole_command(pages):
     answer = pages[REAL_ROOT].split("## Files")[0]
-    (row,) = re.findall(r"^\| 4 GB +\| most tokens/s +\| \*\*Q2_K\*\* +\| (.*?) +\| (.*?) +\|", answer, re.M)
-    assert row == ("`--n-cpu-moe 21 --load-mode none`", "4.19 GiB, 20 layers")
+    (row,) = re.findall(r"^\| 4 GB +\| 16 GB .*?\| speed +\| Q2_K +\| (.*?) +\| (.*?) +\|.*\| (.*?) +\|$", answer, re.M)
+    between = "predicted between n-cpu-moe=14 and n-cpu-moe=21"
+    assert row == ("`-ngl 99 -c 1024 --n-cpu-moe 18`", "17 layers", between)
     told = r"# Q2_K, experts of 20 layers on the CPU: .* 4\.19 GiB of experts in RAM, .* tokens/s"
     assert re.search(rf"^{told}\n{COMMAND} --n-cpu-moe 21 --load-mode none$", answer, re.M)
     assert "N = 14 moves the experts of 13 of the 27 layers that hold some.\n" in answer
@@ -353,10 +385,10 @@ def test_every_flag_of_the_commands_is_known_to_old_and_new_builds(pages):
 
 def test_a_command_has_the_load_mode_in_the_words_of_the_build_that_was_measured(full):
     run = next(r for r in full.used if r.spec.label == "cpu-moe/none")
-    assert advice.flags(run) == "--cpu-moe --load-mode none"
+    assert advice.flags(run.spec.placed, run) == "--cpu-moe --load-mode none"
     line = " ".join(run.observation.argv).replace("--load-mode none", "--no-mmap")
     older = run.model_copy(update={"observed": dataclasses.replace(run.observed, argv=tuple(line.split()))})
-    assert advice.flags(older) == "--cpu-moe --no-mmap"
+    assert advice.flags(run.spec.placed, older) == "--cpu-moe --no-mmap"
 
 
 @pytest.mark.engine

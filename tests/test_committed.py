@@ -111,10 +111,12 @@ def test_all_of_a_studys_evidence_is_cited_with_its_digest(name, provenance):
         evidence |= cite_manifest(manifest)
     assert evidence.items() <= provenance["sources"].items()
     tables = provenance["tables"]
-    last = results.parameters.workloads[-1]
-    assert {"vram", "device-memory", f"ttft-warm-{last}", "load", "placement", "environment"} <= set(tables)
+    speed = {f"speed-{m}-{w}" for m in results.parameters.models for w in results.parameters.workloads}
+    assert {"what-to-run", "vram", "load", "placement", "environment", *speed} <= set(tables)
     used = {r.run_id for r in results.used}
-    assert {k for row in tables["device-memory"]["rows"] for k in resolved(row["from"], provenance)} == used
+    for names in ({"vram"}, speed):
+        rows = [row for name in names for row in tables[name]["rows"]]
+        assert {k for row in rows for k in resolved(row["from"], provenance)} == used
     rows = [row for table in tables.values() for row in table["rows"]]
     assert all(row["from"] for row in rows if row["cells"].get("missing", "0") == "0"), "what was not run has none"
     assert {k for row in rows for k in resolved(row["from"], provenance)} <= set(provenance["sources"])

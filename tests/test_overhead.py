@@ -9,7 +9,8 @@ from conftest import REPO
 from factory import HOST, request
 
 from moelib.base import files
-from moelib.report import advice, appendix, findings
+from moelib.report import appendix
+from moelib.report import results as report
 from moelib.study import overhead, study
 
 ABOUT = {
@@ -155,12 +156,12 @@ def test_the_committed_documents_say_what_their_files_hold(name):
     assert table.row_sources[0] == {first: kept.digest}
     assert table.sources == {name: a.digest for name, a in files_of.items()}
     slowed = overhead.bias(files_of.values())
-    for text in (findings.answer(results), advice.limits(results)):
-        assert ("Monitoring slowed" in text.text) is bool(slowed)
-        assert files_of.keys() & text.sources.keys() == (files_of.keys() if slowed else set())
+    text = report.limits(results)
+    assert ("Monitoring slowed" in text.text) is bool(slowed)
+    assert files_of.keys() & text.sources.keys() == (files_of.keys() if slowed else set())
     without = study.Study(results.path, results.plan, replace(results.contents, overhead={}))
     assert "not measured in this study" in appendix.harness_table(without).markdown()
-    assert "Monitoring slowed" not in findings.answer(without).text
+    assert "Monitoring slowed" not in report.limits(without).text
 
 
 def test_a_damaged_file_is_told_with_the_study(tmp_path):

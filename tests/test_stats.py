@@ -28,15 +28,6 @@ def test_known_ratio():
     assert stats.geometric_mean([1, 10, 100]).value == pytest.approx(10)
 
 
-def test_intervals_that_overlap_settle_nothing():
-    def estimate(low, high):
-        return stats.Estimate((low + high) / 2, low, high, 3)
-
-    for a, b, overlap in (((1, 2), (2, 3), True), ((1, 2), (2.01, 3), False), ((1, 9), (2, 3), True)):
-        assert stats.overlap(estimate(*a), estimate(*b)) == stats.overlap(estimate(*b), estimate(*a)) == overlap
-    assert not stats.overlap(estimate(1, 2), stats.Estimate(1.5, None, None, 1)), "one value has none"
-
-
 def test_one_value_has_no_interval():
     assert stats.mean([5.0]) == stats.Estimate(5.0, None, None, 1)
     assert stats.ratio([(2.0, 1.0)]) == stats.Estimate(0.5, None, None, 1)

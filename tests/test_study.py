@@ -30,8 +30,9 @@ from moelib.audit import record
 from moelib.base import files
 from moelib.campaign import campaign, notebooks
 from moelib.catalogue import params
-from moelib.report import advice, document
 from moelib.report import appendix as evidences
+from moelib.report import document
+from moelib.report import results as report
 from moelib.study import gather, plan, study
 from moelib.study.plan import StudyError
 from moelib.study.study import Study
@@ -288,8 +289,8 @@ def test_what_was_measured_on_several_machines_is_said(home):
     several = results(Q4_K_M="AAA", Q2_K="BBB", Q8_0="AAA")
     groups = f"{model}/Q4_K_M, {model}/Q8_0, RAM read at 50.0 GB/s; {model}/Q2_K, RAM read at 100 GB/s."
     assert evidences.apart(several).startswith(f"Measured on one machine each: {groups}")
-    assert groups in advice.limits(several).text
-    assert "one machine each" not in advice.limits(alone).text
+    assert groups in report.limits(several).text
+    assert "one machine each" not in report.limits(alone).text
     assert evidences.machines(several).text == text
     cpus = several.records[0].host.cpus
     row = f"A, {cpus} usable ({model}/Q4_K_M, {model}/Q8_0); B, {cpus} usable ({model}/Q2_K)"

@@ -169,11 +169,33 @@ class Choice:
     """Other quants whose tokens/s cannot be told from the best's."""
 
 
-def choose(points: Sequence[Point], card_bytes: float, ram_bytes: float, finest: bool = False) -> Choice | None:
-    """The fastest of the points that fit, or that lie between two of them; None where none fits. finest: of the quant
-    with most bits per weight of those that fit."""
-    fit = [p for p in points if p.vram_bytes <= card_bytes]
-    fit += between(points, card_bytes)
+def in_load_mode(points: Sequence[Point], load_mode: str) -> list[Point]:
+    """Of a file in a placement that was measured in several load modes, the point in this one. A baseline's is mmap: it
+    leaves nothing in RAM that could be copied."""
+    known = {(p.model, p.quant, p.placement) for p in points}
+
+    def wanted(p: Point) -> Placement:
+        return replace(p.placement, load_mode="mmap" if p.placement.is_baseline else load_mode)
+
+    return [p for p in points if p.placement == wanted(p) or (p.model, p.quant, wanted(p)) not in known]
+
+
+def choose(
+    points: Sequence[Point],
+    card_bytes: float,
+    ram_bytes: float,
+    *,
+    finest: bool = False,
+    load_mode: str = "mmap",
+    predicted: bool = True,
+) -> Choice | None:
+    """The fastest of the points that fit, or that lie between two of them if predicted ones may be chosen; None where
+    none fits. finest: of the quant with most bits per weight of those that fit. load_mode: taken where there are
+    several."""
+    fit = [p for p in in_load_mode(points, load_mode) if p.vram_bytes <= card_bytes]
+    told = list(between(points, card_bytes)) if predicted else []
+    in_mode = {p.quant for p in told if p.placement.load_mode == load_mode}
+    fit += [p for p in told if p.placement.load_mode == load_mode or p.quant not in in_mode]
     fit = [p for p in fit if p.ram_bytes <= ram_bytes]
     if not fit:
         return None

@@ -92,14 +92,6 @@ def pooled_ratios(groups: Sequence[Sequence[tuple[float, float]]]) -> list[Estim
     return found
 
 
-def overlap(a: Estimate, b: Estimate) -> bool:
-    """Whether the intervals of two estimates overlap, so that the data do not settle which is larger; False where one
-    has no interval."""
-    if a.low is None or a.high is None or b.low is None or b.high is None:
-        return False
-    return a.low <= b.high and b.low <= a.high
-
-
 def byte_unit(largest: float) -> tuple[str, int]:
     """(name, bytes) of the unit that suits `largest`: MiB or GiB."""
     return ("GiB", 2**30) if largest >= 2**30 else ("MiB", 2**20)

@@ -16,7 +16,7 @@ from moelib.base import files, neutral
 from moelib.catalogue import params, upstream
 from moelib.catalogue.facts import Manifest
 from moelib.models import hub
-from moelib.report import advice, appendix, findings, table
+from moelib.report import advice, appendix, findings, results, table
 from moelib.report.table import Table
 from moelib.study.study import Study
 
@@ -133,6 +133,8 @@ def _repository(study: Study, model: str, namespace: str) -> dict[str, str]:
         "advice": advice,
         "appendix": appendix,
         "findings": findings,
+        "results": results,
+        "whole": study,
         "model": model,
         "card": card,
         "twin": study.parameters.weights == "twin",
@@ -149,7 +151,7 @@ def _repository(study: Study, model: str, namespace: str) -> dict[str, str]:
         (ROOT, "root.md.j2", part(study, model)),
         *((f"{q}.md", "card.md.j2", part(study, model, q)) for q in manifests),
     ]:
-        text, shown = _render(template, {**context, "study": of, "manifest": of.manifests[0], "argv": _argv(of, model)})
+        text, shown = _render(template, {**context, "study": of, "manifest": of.manifests[0], "argv": _argv(of)})
         texts[name] = f"---\n{_metadata(of, card, namespace)}\n---\n\n{text}\n"
         provenance[name] = table.collect(s.provenance() for s in shown)
     return texts | {SUMS: sums, PROVENANCE: files.pretty(provenance).decode()}
@@ -162,13 +164,17 @@ def _between(geometry: params.Geometry) -> dict[str, int]:
     return {"n": dense + moved, "moved": moved, "holding": layers - dense, "dense": dense}
 
 
-def _argv(of: Study, model: str) -> str:
-    """The command line of a measured run of the first file, in the last of its advised placements; names of files, not
-    of folders."""
-    quant = of.manifests[0].quant
-    runs = [r for r in of.used if r.spec.quant == quant]
-    advised = [c.flags for c in advice.choices(of, model) if c.quant == quant][-1:]
-    return " ".join(next((r for r in runs if advice.flags(r) in advised), runs[0]).observation.argv)
+def _argv(of: Study) -> str:
+    """The command line of the last run of the first file; names of files, not of folders."""
+    return " ".join([r for r in of.used if r.spec.quant == of.manifests[0].quant][-1].observation.argv)
+
+
+def _of(t: Table, model: str, quant: str | None = None) -> Table:
+    """A table of the document without the rows of other models, or of other quants."""
+    about = {"model": neutral.markdown(model)} | ({"quant": neutral.markdown(quant)} if quant else {})
+    pairs = zip(t.rows, t.row_sources, strict=True)
+    kept = [pair for pair in pairs if all(pair[0].get(k, v) == v for k, v in about.items())]
+    return replace(t, rows=[row for row, _ in kept], row_sources=[cited for _, cited in kept])
 
 
 def _without(t: Table, *columns: str) -> Table:
@@ -204,7 +210,13 @@ def _render(template: str, context: dict[str, Any]) -> tuple[str, list[Any]]:
     environment = jinja2.Environment(
         loader=templates, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"hub": f"{HUB}/{{}}".format, "without": _without, "linked": _linked, "show": show}
+    environment.filters |= {
+        "hub": f"{HUB}/{{}}".format,
+        "of": _of,
+        "without": _without,
+        "linked": _linked,
+        "show": show,
+    }
     environment.filters |= {"plain": neutral.markdown, "word": neutral.word}
     environment.filters |= {"code": lambda text: neutral.code(text, 4000), "raw": lambda text: text.replace("`", "'")}
     return re.sub(r"\n{3,}", "\n\n", environment.get_template(template).render(context)).strip(), shown

@@ -9,20 +9,19 @@ from moelib.audit.record import Record
 from moelib.base import files, stats
 from moelib.base.neutral import markdown as neutral
 from moelib.base.stats import percent, size
-from moelib.catalogue.placement import REFERENCE, Placement
+from moelib.catalogue.placement import Placement
 from moelib.machine import pagecache
 from moelib.report.table import (
     Sources,
     Table,
     Text,
     cite,
-    cite_overhead,
     heading,
     merged,
     reference,
     several_load_modes,
 )
-from moelib.study import frames, overhead
+from moelib.study import frames
 from moelib.study.frames import Comparison, Summary
 from moelib.study.study import Study
 
@@ -64,52 +63,6 @@ def machine(r: Record) -> str:
     return name or f"no device ({neutral(r.host.cpu or 'CPU unknown')})"
 
 
-def answer(study: Study) -> Text:
-    """The study in a few sentences, from the same comparisons as the tables."""
-
-    def compare(column: str) -> list[Comparison]:
-        return [c for c in frames.comparisons(study.runs, column, frames.offloads) if c.ratio]
-
-    rates = [c for w in study.parameters.workloads for c in compare(f"tokens_per_s/{w}")]
-    memory = compare("vram_bytes")
-    if not rates or not memory:
-        text = (
-            f"No complete round has a {reference(study)} and a CPU offload run with known VRAM and tokens/s: nothing "
-            "can be compared."
-        )
-        return Text("answer", text, cite(study.used))
-    saved = stats.span([1 - x for x in stats.values(c.ratio for c in memory)], percent)
-    kept = stats.span(stats.values(c.ratio for c in rates), percent)
-    base = reference(study)
-    sentences = [f"CPU offload of the experts saved {saved} of VRAM."]
-    if base != REFERENCE:
-        sentences = [f"CPU offload of more experts saved {saved} of the VRAM that {base} takes."]
-    of = f"the {base}'s" if base == REFERENCE else f"{base}'s"
-    sentences.append(f"Decoding then ran at {kept} of {of} tokens/s.")
-    used = [*rates, *memory]
-    for workload in study.parameters.workloads:
-        comparisons = compare(f"ttft_warm_s/{workload}")
-        for mode in dict.fromkeys(m.load_mode for m in study.parameters.arms[1:]):
-            of_mode = [c for c in comparisons if c.side[1] == mode]
-            if of_mode:
-                times = stats.span(stats.values(c.ratio for c in of_mode), stats.number)
-                what = f"TTFT of warm {neutral(workload)} requests"
-                sentences.append(f"{what} was then {times} times {of} (load mode {mode}).")
-                used += of_mode
-    rest = [s for s in frames.summaries(study.runs, "vram_rest_bytes") if s.value]
-    if rest:
-        more = stats.span(stats.values(s.value for s in rest), size)
-        sentences.append(f"VRAM was {more} more than the sum of the engine's own buffers.")
-    sentences.append(
-        "Ranges are over models, quants, placements and load modes; the tables give the interval of each value."
-    )
-    sources = merged([*(c.sources for c in used), *(s.sources for s in rest)])
-    if slowed := overhead.bias(study.overhead.values()):
-        sentences.append(slowed)
-        sources |= cite_overhead(study.overhead)
-    return Text("answer", "\n".join(f"- {s}" for s in sentences), sources)
-
-
 WHERE = ("model", "quant", "placement", "load mode", "page cache")
 """Columns that say what a row is about; the others are values."""
 Show = Callable[[Comparison], dict[str, str]]
@@ -143,50 +96,6 @@ def _absent(study: Study, *counters: str) -> str:
     """Why the runs have no value of a counter."""
     why = {r.observed.absent.get(c) for c in counters for r in study.done if r.observed} - {None}
     return f"not measured: {'; '.join(sorted(map(neutral, why))) or 'no run has a value'}."
-
-
-def vram_table(study: Study) -> Table:
-    expert_bytes = {(s.model, s.quant): s.expert_bytes for s in study.manifests}
-
-    def show(c: Comparison) -> dict[str, str]:
-        return {
-            reference(study): stats.sizes(c.baseline),
-            "CPU offload": stats.sizes(c.value),
-            "saved": stats.sizes(c.difference),
-            "saved, share": percent(1 - c.ratio.value if c.ratio else None),
-            "experts in the file": size(expert_bytes.get((c.model, c.quant))),
-        }
-
-    note = "Peak VRAM of the run's processes, mean [95 % interval]; *saved* is paired within rounds."
-    return _compared("device-memory", study, "vram_bytes", show, note)
-
-
-def vram_parts_table(study: Study) -> Table:
-    """VRAM against the buffers that the engine reports."""
-    columns = ("vram_bytes", "vram_engine_bytes", "vram_rest_bytes", "vram_growth_bytes")
-    parts = zip(*(frames.summaries(study.runs, column) for column in columns), strict=True)
-    rows, sources = [], []
-    for whole, engine, rest, grown in parts:
-        contexts = set(whole.runs["empty_context_bytes"].dropna())
-        share = rest.value.value / whole.value.value if rest.value and whole.value else None
-        rows.append(
-            {
-                **_where(whole, study),
-                "VRAM": stats.sizes(whole.value),
-                "engine's buffers": stats.sizes(engine.value),
-                "rest": stats.sizes(rest.value),
-                "rest, share": percent(share),
-                "empty context, part of the rest": ", ".join(size(c) for c in sorted(contexts)) or stats.NONE,
-                "whole device": size(grown.value.value if grown.value else None),
-            }
-        )
-        sources.append(whole.sources)
-    note = (
-        "Mean [95 % interval]. *Rest* is the VRAM that a sum of the engine's log lines misses: context, workspaces, "
-        "pools, code. *Whole device* is how much memory in use on the whole device grew. It includes what the driver "
-        "charges to no process: the page tables of pinned host memory (load mode none) take 8 bytes for each 4 KiB."
-    )
-    return _table("memory-parts", rows, sources, note)
 
 
 def planned(study: Study) -> list[Table | Text]:
@@ -234,18 +143,6 @@ def _rates(study: Study, scale: float) -> Show:
         "CPU offload": stats.estimate(c.value, scale),
         f"CPU offload / {base}": stats.estimate(c.ratio),
     }
-
-
-def speed_table(study: Study, workload: str) -> Table:
-    note = "Decode rate in tokens/s, geometric mean [95 % interval]; ratios are paired within rounds."
-    return _compared(f"speed-{workload}", study, f"tokens_per_s/{workload}", _rates(study, 1), note)
-
-
-def ttft_table(study: Study, workload: str, warm: bool) -> Table:
-    which = "warm" if warm else "first"
-    what = "**Warm requests**" if warm else "**The first request of a fresh server**"
-    note = f"{what}: TTFT in ms, from request sent to first token; geometric mean [95 % interval]."
-    return _compared(f"ttft-{which}-{workload}", study, f"ttft_{which}_s/{workload}", _rates(study, 1000), note)
 
 
 def load_table(study: Study) -> Table:
@@ -338,7 +235,7 @@ def _percents(e: stats.Estimate) -> str:
 def energy_table(study: Study, workload: str) -> Table:
     note = (
         "Joules of the GPU board per generated token, prompt included, geometric mean [95 % interval]; the energy of "
-        "the CPU is not included."
+        "the CPU is not included. The board's counter moves about ten times a second."
     )
     why = _absent(study, "energy_joule")
     return _compared(f"energy-{workload}", study, f"joule_per_token/{workload}", _rates(study, 1), note, why)

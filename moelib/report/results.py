@@ -1,4 +1,4 @@
-"""What a study concludes and its results: what to run, answers, claims, VRAM by parts, speed, and what is odd."""
+"""What a study concludes and its results: answers, claims, VRAM by parts, speed, and what is odd."""
 
 from __future__ import annotations
 
@@ -8,112 +8,16 @@ from statistics import median
 
 import pandas as pd
 
-from moelib.answers import claims, points, verdicts
-from moelib.answers.points import Choice, Point
+from moelib.answers import claims, verdicts
 from moelib.answers.verdicts import Answer
 from moelib.base import stats
-from moelib.base.neutral import code
 from moelib.base.neutral import markdown as neutral
-from moelib.base.stats import Estimate, number, percent, size
-from moelib.report import advice, appendix
+from moelib.base.stats import Estimate, number, percent
+from moelib.report import appendix, findings
 from moelib.report.table import Table, Text, cite, cite_overhead, reference, several_load_modes
 from moelib.study import frames, overhead
 from moelib.study.frames import Comparison, Side
 from moelib.study.study import Study
-
-CARDS_GB = (8, 12, 16, 24, 32, 48, 80)
-RAM_GB = (16, 32, 64, 128)
-GB = 10**9
-"""Bytes that count as one GB of a card or of RAM: most have 2^30, and the difference is left to driver and desktop."""
-
-
-def what_to_run(study: Study) -> Table:
-    """For cards and RAM that people own: of each model the fastest file and placement, and that with most bits."""
-    workload = study.parameters.workloads[-1]
-    found = points.measured(study, workload)
-    if {r.device.kind for r in study.used} != {"cuda"}:
-        return Table("what-to-run", [], [], why_empty="no GPU took part in this study, so no card is advised for.")
-    rows, sources = [], []
-    for model in dict.fromkeys(p.model for p in found):
-        of_model = [p for p in found if p.model == model]
-        for card, ram, aim, chosen in _grid(of_model):
-            rows.append({"model": neutral(model), "card": card, "RAM": ram, "for": aim, **_chosen(study, chosen)})
-            sources.append(_cited(chosen, of_model))
-    note = (
-        f"Of what fits the fastest, and the fastest with most bits per weight; tokens/s of {neutral(workload)}. GB are "
-        "10⁹ bytes here, 7 % less than most cards have. *Predicted*: on a line between two measured placements. Ties "
-        "cannot be told from it by their 95 % intervals. Speeds are those of the machine measured, not of yours."
-    )
-    return Table("what-to-run", rows, sources, note, ("tokens/s", "VRAM", "RAM used"))
-
-
-def _grid(found: Sequence[Point]) -> list[tuple[str, str, str, Choice | None]]:
-    """(cards, RAM, what it is best for, choice), neighbouring cards of one choice together, and of RAM the least."""
-    told: list[tuple[list[int], int, str, Choice | None]] = []
-    finest = max((p.bits_per_weight for p in found), default=0.0)
-    for aim in ("speed", "bits per weight"):
-        for card in CARDS_GB:
-            last: str | None = None
-            for ram in RAM_GB:
-                chosen = points.choose(found, card * GB, ram * GB, finest=aim != "speed")
-                label = _label(chosen)
-                if label != last:
-                    same = (t for t in told if t[1:3] == (ram, aim) and _label(t[3]) == label)
-                    joined = next((t for t in same if t[0][-1] == _before(card)), None)
-                    if joined:
-                        joined[0].append(card)
-                    else:
-                        told.append(([card], ram, aim, chosen))
-                last = label
-                if chosen and chosen.best.bits_per_weight == finest and aim != "speed":
-                    break
-    return [(_range(cards), f"{ram} GB and more", aim, chosen) for cards, ram, aim, chosen in told]
-
-
-def _before(card: int) -> int | None:
-    i = CARDS_GB.index(card)
-    return CARDS_GB[i - 1] if i else None
-
-
-def _label(chosen: Choice | None) -> str:
-    return f"{chosen.best.quant} {chosen.best.placement.label}" if chosen else "none"
-
-
-def _range(cards: Sequence[int]) -> str:
-    if cards[-1] == CARDS_GB[-1]:
-        return f"{cards[0]} GB and more"
-    return f"{cards[0]} GB" if len(cards) == 1 else f"{cards[0]} to {cards[-1]} GB"
-
-
-def _chosen(study: Study, chosen: Choice | None) -> dict[str, str]:
-    if chosen is None:
-        return dict.fromkeys(("file", "flags", "tokens/s", "VRAM", "RAM used", "by"), stats.NONE) | {
-            "file": "none fits"
-        }
-    best = chosen.best
-    ties = f", or {' or '.join(neutral(p.quant) for p in chosen.ties)}: not distinguishable" if chosen.ties else ""
-    by = "measured" if best.between is None else f"predicted between {' and '.join(best.between)}"
-    return {
-        "file": f"{neutral(best.quant)}{ties}",
-        "flags": code(_flags(study, best)),
-        "tokens/s": stats.estimate(best.rate) if best.is_measured else number(best.rate.value),
-        "VRAM": size(best.vram_bytes),
-        "RAM used": size(best.ram_bytes),
-        "by": by,
-    }
-
-
-def _flags(study: Study, best: Point) -> str:
-    """Of llama-server, beside the model's file."""
-    flags = {"-ngl": "99", "-c": str(study.parameters.context), **best.placement.flags()}
-    if best.placement.load_mode != "mmap":
-        flags["--load-mode"] = best.placement.load_mode
-    return " ".join(part for flag, value in flags.items() for part in (flag, value) if part is not None)
-
-
-def _cited(chosen: Choice | None, found: Sequence[Point]) -> dict[str, str]:
-    of = (chosen.best, *chosen.ties) if chosen else tuple(found)
-    return {k: v for p in of for k, v in p.sources.items()}
 
 
 def answers(study: Study) -> list[Text]:
@@ -156,11 +60,7 @@ def prompts(study: Study) -> list[Text]:
             f"{neutral(model)} {_span(s for s in moved if s.model == model)}"
             for model in dict.fromkeys(s.model for s in moved)
         )
-        told = (
-            f" Of the experts' bytes that a prompt of all experts copies to the GPU it copied {shares}."
-            if moved
-            else ""
-        )
+        told = f" It copied this share of what a prompt of all experts copies to the GPU: {shares}." if moved else ""
         sentences.append(
             f"**Workload {neutral(name)} repeats one sentence to its {study.workloads[name].prompt_tokens} tokens.** "
             f"Such a prompt needs few of the experts: with experts on the CPU its TTFT may be too short.{told}"
@@ -172,8 +72,8 @@ def prompts(study: Study) -> list[Text]:
 def limits(study: Study) -> Text:
     """What the study does not tell."""
     cpus = "; ".join(sorted({f"{neutral(r.host.cpu)}, {r.host.cpus} usable" for r in study.used}))
-    kinds = {r.device.kind for r in study.used}
-    sentences = ["Text and quality were not measured, and nothing is said of them."]
+    kinds, devices = {r.device.kind for r in study.used}, "; ".join(sorted(set(map(findings.machine, study.used))))
+    sentences = ["Text and quality were not measured: more bits per weight do not guarantee better text."]
     sources = cite(study.used)
     if slowed := overhead.bias(study.overhead.values()):
         sentences.append(slowed)
@@ -183,9 +83,8 @@ def limits(study: Study) -> Text:
     if "cuda" in kinds:
         sentences += [
             "VRAM is what the driver reports for a process that is alone on the GPU; the driver's list and the growth "
-            "of the whole GPU must agree. Energy is that of the GPU board, by a counter that moves about ten "
-            "times a second.",
-            f"Speeds are those of {advice.machine(study)} with its CPU ({cpus}): they compare files and placements, "
+            "of the whole GPU must agree.",
+            f"Speeds are those of {devices} with its CPU ({cpus}): they compare files and placements, "
             "and do not predict the speed of your machine. Experts on the CPU are computed by the CPU from RAM.",
         ]
     if "loopback" in kinds:
@@ -194,13 +93,11 @@ def limits(study: Study) -> Text:
             "caches and workspaces count once they are touched. Both processes share the cores and memory bandwidth of "
             "one machine, so the speed penalty of CPU offload is not that of a GPU."
         )
-    sentences.append(f"Measured with a context of {study.parameters.context} tokens, one request at a time.")
+    sentences.append(
+        f"Measured with a context of {study.parameters.context} tokens, one request at a time: a longer context, or "
+        "more requests at once, takes more VRAM."
+    )
     return Text("limits", "\n".join(f"- {s}" for s in sentences), sources)
-
-
-def models(study: Study) -> list[str]:
-    """The models with a measured cell, in the study's order."""
-    return advice.models(study)
 
 
 MIB = 1 << 20
@@ -288,27 +185,20 @@ def speed(study: Study, model: str, workload: str) -> Table:
                 "placement": placed(study, s.side),
                 "tokens/s": stats.estimate(rate.values.get(key)),
                 f"of {base}": stats.estimate(rate.ratios.get(key)) if key in rate.ratios else "",
-                "TTFT, first": _ms(first.values.get(key)),
-                "TTFT, warm": _ms(warm.values.get(key)),
+                "TTFT, first": stats.estimate(first.values.get(key), 1e3),
+                "TTFT, warm": stats.estimate(warm.values.get(key), 1e3),
                 f"times {base}": stats.estimate(warm.ratios.get(key)) if key in warm.ratios else "",
                 "rounds": len(s.runs),
             }
         )
         sources.append(s.sources)
-    spreads = [f"{what} by the spread of all placements together" for what, c in _named(rate, warm) if c.pooled]
+    pooled = " and ".join(what for what, c in (("tokens/s", rate), ("TTFT", warm)) if c.pooled)
+    spread = f", those of {pooled} with the spread of all quants and placements together" if pooled else ""
     note = (
-        "TTFT in ms: of the first request of a fresh server, and of warm ones. Geometric means [95 % interval], ratios "
-        f"paired within rounds{'; ' if spreads else ''}{', '.join(spreads)}."
+        "TTFT in ms: of the first request of a fresh server, and of warm ones. Geometric means [95 % interval]; ratios "
+        f"are paired within rounds{spread}."
     )
     return Table(f"speed-{model}-{workload}", rows, sources, note, tuple(rows[0])[2:] if rows else ())
-
-
-def _named(rate: _Column, warm: _Column) -> list[tuple[str, _Column]]:
-    return [("ratios of tokens/s", rate), ("of TTFT", warm)]
-
-
-def _ms(e: Estimate | None) -> str:
-    return number(e.value if e else None, 1e3)
 
 
 def odd(study: Study) -> Text:
