@@ -102,7 +102,7 @@ def test_both_accounts_agree_and_quantising_costs_more_the_fewer_bits(desk, made
         assert said["two-accounts"].passed, said["two-accounts"].measured
         assert said["tokens-fit"].passed
         assert set(c.found.tool) == set(checks.own(c.found))
-    nmse = [checks._nmse(c) for c in found]
+    nmse = [checks.nmse(c) for c in found]
     assert nmse == sorted(nmse)
     assert nmse[0] < 0.01 < nmse[-1]
     assert not list(desk.work.glob("*.logprobs"))

@@ -62,7 +62,7 @@ class Loss:
 
     @property
     def sources(self) -> dict[str, str]:
-        return {f"quality/{self.comparison.run_id}": self.comparison.digest}
+        return self.comparison.cited
 
 
 def losses(study: Study, corpus: str | None = None) -> list[Loss]:

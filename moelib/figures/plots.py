@@ -22,13 +22,15 @@ DPI = 144
 
 
 @layout.styled
-def show(figure: Any, name: str, alt: str, records: Iterable[Record] = ()) -> None:
-    """Display the figure as PNG; `name` becomes its file beside the document, `alt` describes it, `records` are
-    what it was drawn from."""
+def show(
+    figure: Any, name: str, alt: str, records: Iterable[Record] = (), sources: dict[str, str] | None = None
+) -> None:
+    """Display the figure as PNG; `name` becomes its file beside the document, `alt` describes it, `records` and other
+    `sources` (path -> digest) are what it was drawn from."""
     out, name, alt = io.BytesIO(), _file_name(name), neutral.markdown(alt)
     figure.savefig(out, format="png", dpi=DPI, metadata={"Software": None})
     data = {"image/png": base64.b64encode(out.getvalue()).decode(), "text/plain": alt}
-    provenance = table.part("figure", name, table.cite(records))
+    provenance = table.part("figure", name, table.cite(records) | (sources or {}))
     display(data, raw=True, metadata={"filename": name, "alt": alt, "moelib": table.once(provenance)})
 
 

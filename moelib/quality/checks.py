@@ -42,7 +42,7 @@ def _each(spec: Spec, found: Found, base_types: Sequence[str], scores: Scores | 
         wrong = sorted(set(base_types) - UNQUANTISED)
         said = f"{spec.base.quant} has {', '.join(sorted(set(base_types)))}"
         yield Check("base-unquantised", not wrong, said)
-        base = score.perplexity(_swapped(found.chunks)).value
+        base = score.base_perplexity(found.chunks).value
         yield Check(
             "base-knows-the-text",
             base < found.vocabulary / 2,
@@ -53,16 +53,12 @@ def _each(spec: Spec, found: Found, base_types: Sequence[str], scores: Scores | 
         yield _recomputed(found, scores)
 
 
-def _swapped(c: Chunks) -> Chunks:
-    return Chunks(c.nll, c.base_nll, c.kld, c.same_top, c.p_diff_squared, c.error, c.power)
-
-
 def own(found: Found) -> dict[str, float]:
     """What is computed here, by the names of what the tool tells."""
     c = found.chunks
     return {
         "perplexity": score.perplexity(c).value,
-        "base_perplexity": score.perplexity(_swapped(c)).value,
+        "base_perplexity": score.base_perplexity(c).value,
         "kld": score.divergence(c).value,
         "kld_99": found.tails["kld_99"].value,
         "kld_999": found.tails["kld_999"].value,
@@ -112,6 +108,10 @@ class Sameness:
     """The same file in other batches."""
 
     @property
+    def sources(self) -> dict[str, str]:
+        return {name: digest for c in (self.comparison, *self.floors) for name, digest in c.cited.items()}
+
+    @property
     def line(self) -> str:
         s = self.comparison.spec
         return (
@@ -135,14 +135,15 @@ def sameness(comparisons: Sequence[Comparison]) -> list[Sameness]:
 
 
 def _judged(placement: Comparison, floors: tuple[Comparison, ...]) -> Sameness:
-    limit = max([OWN_TOLERANCE, *(TIMES_FLOOR * _nmse(f) for f in floors)])
-    value = _nmse(placement)
+    limit = max([OWN_TOLERANCE, *(TIMES_FLOOR * nmse(f) for f in floors)])
+    value = nmse(placement)
     return Sameness(
         placement, "identical" if value == 0 else "rounding" if value <= limit else "differs", value, limit, floors
     )
 
 
-def _nmse(c: Comparison) -> float:
+def nmse(c: Comparison) -> float:
+    """Error of the logits, as a share of their variance."""
     if c.found is None:
         raise ValueError(f"{c.run_id} found nothing")
     return score.nmse(c.found.chunks).value

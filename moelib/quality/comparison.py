@@ -121,6 +121,11 @@ class Comparison(params.Strict):
         return spec_key(self.spec)
 
     @property
+    def cited(self) -> dict[str, str]:
+        """Its path in the study's folder -> its digest, for provenance."""
+        return {f"{FOLDER}/{self.run_id}.json": self.digest}
+
+    @property
     def line(self) -> str:
         """One line for people who wait."""
         s, found = self.spec, self.found

@@ -116,6 +116,10 @@ def perplexity(c: Chunks) -> Estimate:
     return _exp(stats.mean(c.nll))
 
 
+def base_perplexity(c: Chunks) -> Estimate:
+    return _exp(stats.mean(c.base_nll))
+
+
 def perplexity_ratio(c: Chunks) -> Estimate:
     """Of the other to the base."""
     return _exp(stats.mean([q - p for p, q in zip(c.base_nll, c.nll, strict=True)]))

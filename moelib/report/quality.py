@@ -1,0 +1,156 @@
+"""Tables of what a study's files say: what quantising costs, whether placements change it, and samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moelib.answers import quality as losses
+from moelib.answers.quality import Loss
+from moelib.base import stats
+from moelib.base.neutral import code
+from moelib.base.neutral import markdown as neutral
+from moelib.base.stats import number, size
+from moelib.catalogue import corpora
+from moelib.catalogue.placement import Placement
+from moelib.quality import checks, score, wanted
+from moelib.quality.comparison import Spec
+from moelib.report.table import Table, Text, heading, reference
+from moelib.study import frames
+from moelib.study.study import Study
+
+SHOWN = 160
+"""Characters of a sample."""
+
+
+def lost(study: Study) -> list[Table | Text]:
+    """What quantising costs in what the files say, and whether placements change it; empty where nobody asked."""
+    asked = study.parameters.quality
+    if asked is None:
+        return []
+    shown: list[Table | Text] = [heading("h-quality", "Quality")]
+    every = losses.losses(study)
+    shown += [_lost(study, corpus, [x for x in every if x.corpus == corpus]) for corpus in asked.corpora]
+    return [*shown, _samples(study)] if any(q.text for r in study.used for q in r.observation.requests) else shown
+
+
+def sources(study: Study) -> dict[str, str]:
+    """The comparisons with the unquantised files, path -> digest; empty where there is none."""
+    return {name: digest for x in losses.losses(study) for name, digest in x.sources.items()}
+
+
+def _lost(study: Study, corpus: str, lost: Sequence[Loss]) -> Table:
+    """What each quant lost over one text."""
+    text = corpora.corpus(corpus)
+    offloaded = {
+        (c.model, c.quant): c.value
+        for c in frames.comparisons(study.runs, "vram_bytes")
+        if Placement.parse(*c.side).is_whole and c.side[1] == "mmap"
+    }
+    rows = []
+    for x in lost:
+        c = x.found.chunks
+        vram = offloaded.get((x.model, x.quant))
+        rows.append(
+            {
+                "model": neutral(x.model),
+                "quant": neutral(x.quant),
+                "perplexity / unquantised": stats.estimate(x.perplexity_ratio),
+                "mean KLD": stats.estimate(x.divergence),
+                "99 % KLD": number(x.tail("kld_99").value),
+                "99.9 % KLD": stats.estimate(x.tail("kld_999")),
+                "RMS Δp": f"{stats.estimate(score.rms_p_diff(c), 100)} %",
+                "same top": f"{stats.estimate(score.same_top(c), 100)} %",
+                "VRAM, offload": size(vram.value if vram else None),
+            }
+        )
+    found = [x.found for x in lost]
+    note = f"Text *{neutral(corpus)}*: {neutral(text.title)} ({neutral(text.licence)})"
+    if found:
+        chunks, each = (stats.span(n, str) for n in ([len(f.chunks.kld) for f in found], [f.scored for f in found]))
+        base = stats.span([score.base_perplexity(f.chunks).value for f in found], number)
+        note += f", {chunks} chunks of {each} scored tokens, after as many of context; perplexity unquantised {base}"
+    note += (
+        ". KLD: Kullback-Leibler divergence of a token's distribution from the unquantised "
+        "file's, in nats; *99 %*, *99.9 %*: what one token in a hundred, in a thousand exceeds. *RMS Δp*: of the "
+        "probability of the token that follows. *Same top*: tokens of which both find the same one likeliest. 95 % "
+        "intervals take a chunk as one observation: tokens of one chunk are not independent."
+    )
+    why = wanted.TWIN if study.parameters.weights == "twin" else "no comparison with the unquantised file is valid."
+    return Table(f"quality-{corpus}", rows, [x.sources for x in lost], note, tuple(rows[0])[2:] if rows else (), why)
+
+
+def sameness(study: Study) -> list[Table | Text]:
+    """Whether a placement changes what a file says, by its logits and by its likeliest tokens."""
+    judged = checks.sameness(study.comparisons)
+    if not judged:
+        return []
+    rows = []
+    for one in judged:
+        spec, found = one.comparison.spec, one.comparison.found
+        rows.append(
+            {
+                "model": neutral(spec.model),
+                "file": neutral(spec.other.quant),
+                "placement": spec.other.placed.label,
+                "NMSE of logits": f"{one.nmse:.1e}" if one.nmse else "0",
+                "in other batches": f"{max(map(checks.nmse, one.floors)):.1e}" if one.floors else stats.NONE,
+                "rounding up to": f"{one.limit:.1e}",
+                "largest KLD": f"{found.tails['kld_max'].value:.1e}" if found else stats.NONE,
+                "first other token": _first_other(study, spec),
+                "verdict": one.verdict,
+            }
+        )
+    note = (
+        "The same file at two placements: its logits against those with everything on the GPU. *In other batches*: the "
+        f"same file all on the GPU, its tokens taken {' and '.join(map(str, wanted.OTHER_BATCHES))} at a time instead "
+        "of 512, which changes nothing but rounding. What is within three times that, or within the 5e-4 that "
+        "llama.cpp's own tests allow a matrix product, is called rounding. *First other token*: where the likeliest "
+        "tokens first differ from the baseline's, of how many generated, over all requests of the study."
+    )
+    table = Table("sameness", rows, [one.sources for one in judged], note, tuple(rows[0])[3:])
+    return [heading("h-sameness", "What offload changes in what is said"), table]
+
+
+def _first_other(study: Study, spec: Spec) -> str:
+    """`none of 400`, or `at 12 of 400`: of the study's requests at a placement against the baseline of their round."""
+    runs = [r for r in study.used if (r.spec.model, r.spec.quant) == (spec.model, spec.other.quant)]
+    base = {r.spec.block: r for r in runs if r.spec.placement == spec.base.placement and r.spec.load_mode == "mmap"}
+    firsts, total = [], 0
+    for r in runs:
+        if r.spec.placement == spec.other.placement and r.spec.block in base:
+            for mine, its in zip(r.observation.requests, base[r.spec.block].observation.requests, strict=False):
+                total += len(mine.tokens)
+                first = next((i for i, (a, b) in enumerate(zip(mine.tokens, its.tokens, strict=False)) if a != b), None)
+                firsts += [] if first is None else [first + 1]
+    if not total:
+        return stats.NONE
+    return f"none of {total}" if not firsts else f"token {min(firsts)}, in {len(firsts)} requests"
+
+
+def _samples(study: Study) -> Table:
+    """What files wrote after prompts of text, the first request of the first round, everything on the GPU."""
+    rows, sources = [], []
+    for name, workload in study.workloads.items():
+        if workload.text is None:
+            continue
+        for r in study.used:
+            if r.spec.block or r.spec.placement != reference(study):
+                continue
+            for q in r.observation.requests:
+                if q.workload == name and q.index == 0 and q.text is not None:
+                    rows.append(
+                        {
+                            "model": neutral(r.spec.model),
+                            "quant": neutral(r.spec.quant),
+                            "prompt": code(_short(workload.text, 60)),
+                            "continued": code(_short(q.text, SHOWN)),
+                        }
+                    )
+                    sources.append({r.run_id: r.digest})
+    note = f"The likeliest token each time; at most {SHOWN} characters are shown, the records have all."
+    return Table("samples", rows, sources, note)
+
+
+def _short(text: str, most: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[: most - 1]}…"
