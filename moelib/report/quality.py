@@ -27,10 +27,12 @@ def lost(study: Study) -> list[Table | Text]:
     asked = study.parameters.quality
     if asked is None:
         return []
-    shown: list[Table | Text] = [heading("h-quality", "Quality")]
+    shown: list[Table | Text] = [heading("h-quality", "Quality", 2)]
     every = losses.losses(study)
     shown += [_lost(study, corpus, [x for x in every if x.corpus == corpus]) for corpus in asked.corpora]
-    return [*shown, _samples(study)] if any(q.text for r in study.used for q in r.observation.requests) else shown
+    if study.parameters.weights == "real" and any(q.text for r in study.used for q in r.observation.requests):
+        shown.append(_samples(study))
+    return shown
 
 
 def sources(study: Study) -> dict[str, str]:
@@ -79,6 +81,23 @@ def _lost(study: Study, corpus: str, lost: Sequence[Loss]) -> Table:
     return Table(f"quality-{corpus}", rows, [x.sources for x in lost], note, tuple(rows[0])[2:] if rows else (), why)
 
 
+def same(study: Study) -> list[Text]:
+    """Whether offload changed what files say, in a sentence; empty where nobody compared."""
+    judged = checks.sameness(study.comparisons)
+    if not judged:
+        return []
+    off = [one for one in judged if one.verdict == "differs"]
+    most = max(one.nmse for one in judged)
+    sentence = (
+        f"**Offload changed what {len(off)} of {len(judged)} files and placements say**: "
+        f"{'; '.join(neutral(one.line) for one in off)}."
+        if off
+        else f"**Offload changed nothing but rounding** in {len(judged)} files and placements: the logits' error was at "
+        f"most {most:.1e} of their variance, and {sum(one.verdict == 'identical' for one in judged)} were identical."
+    )
+    return [Text("same", sentence, {k: v for one in judged for k, v in one.sources.items()})]
+
+
 def sameness(study: Study) -> list[Table | Text]:
     """Whether a placement changes what a file says, by its logits and by its likeliest tokens."""
     judged = checks.sameness(study.comparisons)
@@ -108,7 +127,7 @@ def sameness(study: Study) -> list[Table | Text]:
         "tokens first differ from the baseline's, of how many generated, over all requests of the study."
     )
     table = Table("sameness", rows, [one.sources for one in judged], note, tuple(rows[0])[3:])
-    return [heading("h-sameness", "What offload changes in what is said"), table]
+    return [heading("h-sameness", "What offload changes in what is said", 2), table]
 
 
 def _first_other(study: Study, spec: Spec) -> str:
