@@ -92,8 +92,8 @@ def same(study: Study) -> list[Text]:
         f"**Offload changed what {len(off)} of {len(judged)} files and placements say**: "
         f"{'; '.join(neutral(one.line) for one in off)}."
         if off
-        else f"**Offload changed nothing but rounding** in {len(judged)} files and placements: the logits' error was at "
-        f"most {most:.1e} of their variance, and {sum(one.verdict == 'identical' for one in judged)} were identical."
+        else f"**Offload changed nothing but rounding** in {len(judged)} files and placements: the error of the logits "
+        f"was at most {most:.1e} of their variance, and {sum(one.verdict == 'identical' for one in judged)} were identical."
     )
     return [Text("same", sentence, {k: v for one in judged for k, v in one.sources.items()})]
 
