@@ -117,7 +117,7 @@ def study_status(name: str) -> None:
 def audit(name: str, re_audit: bool) -> None:
     """Check every record of study NAME against every invariant again, and show the result."""
     from moelib.campaign import campaign
-    from moelib.report import appendix
+    from moelib.evidence import appendix
     from moelib.study.plan import outputs
     from moelib.study.study import Study
 

@@ -10,8 +10,8 @@ from huggingface_hub import ModelCard
 
 from moelib.base import files
 from moelib.catalogue import params
+from moelib.evidence import table
 from moelib.publish import cards
-from moelib.report import table
 
 LICENSES = """apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigcode-openrail-m bsd-2-clause
 bsd-3-clause cc-by-4.0 cc-by-sa-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 cc0-1.0 gpl-3.0 lgpl-3.0 agpl-3.0 mpl-2.0 unlicense

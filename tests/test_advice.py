@@ -13,12 +13,13 @@ from factory import MANIFEST, record_of, with_observed
 from moelib.base import stats
 from moelib.catalogue import params
 from moelib.catalogue.facts import ImatrixFacts
+from moelib.evidence import appendix
 from moelib.gguf import gguf_file, twin
 from moelib.gguf.gguf_header import Header, Tensor
 from moelib.models import quantize
 from moelib.planner.describe import describe
 from moelib.publish import cards
-from moelib.report import advice, appendix, results
+from moelib.report import advice, results
 from moelib.report.advice import GB
 from moelib.study import study
 

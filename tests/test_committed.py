@@ -14,9 +14,9 @@ from test_study import tree
 
 from moelib.audit import record
 from moelib.catalogue import params
+from moelib.evidence.table import cite, cite_manifest, cite_overhead, resolved
 from moelib.publish import cards
 from moelib.report import document
-from moelib.report.table import cite, cite_manifest, cite_overhead, resolved
 from moelib.study import study
 
 

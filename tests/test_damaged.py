@@ -17,7 +17,8 @@ from conftest import FIXTURES, REPO, furnish
 from moelib import cli
 from moelib.base import files
 from moelib.catalogue import params
-from moelib.report import appendix, document
+from moelib.evidence import appendix
+from moelib.report import document
 from moelib.study import plan, study
 
 CELL = "deepseek-moe-16b-Q2_K"

@@ -14,11 +14,11 @@ import moelib
 from moelib.base import files
 from moelib.campaign import campaign, given
 from moelib.catalogue import params, pins
+from moelib.evidence import appendix
 from moelib.gguf.gguf_header import TWIN_NAME
 from moelib.models import hub as client
 from moelib.models import models, quantize, sources, weights
 from moelib.models.quantize import QuantizeError
-from moelib.report import appendix
 
 SHORT = {"workloads": ["smoke"], "context": 256, "device": "loopback"}
 KINDS = {"qwen3moe": ("Q4_K", "Q6_K"), "gpt-oss": ("MXFP4", "Q8_0")}

@@ -12,11 +12,11 @@ import moelib
 from moelib import cli
 from moelib.base import files
 from moelib.catalogue.facts import Manifest
+from moelib.evidence import appendix, table
 from moelib.gguf import gguf_file, imatrix
 from moelib.gguf.gguf_file import GGUFError
 from moelib.models import models
 from moelib.models.quantize import QuantizeError
-from moelib.report import appendix, table
 
 MODEL = "deepseek-moe-16b"
 

@@ -8,8 +8,9 @@ from factory import DEVICE, ENGINE, HOST, MANIFEST, spec
 from test_frames import CELL, measured
 
 from moelib.campaign import bench
+from moelib.evidence import appendix
 from moelib.measure import run
-from moelib.report import advice, appendix, findings
+from moelib.report import advice, findings
 
 MODES = ("baseline/mmap", "cpu-moe/mmap", "cpu-moe,cache=cold/mmap", "cpu-moe/none", "cpu-moe,cache=cold/none")
 WARM, COLD = 1.0, 0.0

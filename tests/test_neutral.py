@@ -26,9 +26,10 @@ from pydantic import BaseModel
 
 from moelib import cli
 from moelib.base import files, neutral
+from moelib.evidence import appendix, table
 from moelib.figures import curves, plots
 from moelib.publish import cards
-from moelib.report import appendix, document, laws, table
+from moelib.report import document, laws
 from moelib.study import study
 
 HOSTILE = (

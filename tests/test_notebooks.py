@@ -14,7 +14,8 @@ from moelib.base import files
 from moelib.campaign import notebooks
 from moelib.catalogue import params
 from moelib.catalogue.params import ParamsError
-from moelib.report import document, table
+from moelib.evidence import table
+from moelib.report import document
 
 PAPERMILL = [sys.executable, "-m", "papermill", "--no-progress-bar"]
 

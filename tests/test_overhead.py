@@ -9,7 +9,7 @@ from conftest import REPO
 from factory import HOST, request
 
 from moelib.base import files
-from moelib.report import appendix
+from moelib.evidence import appendix
 from moelib.report import results as report
 from moelib.study import overhead, study
 

@@ -30,7 +30,7 @@ from moelib.audit import record
 from moelib.base import files
 from moelib.campaign import campaign, notebooks
 from moelib.catalogue import params
-from moelib.report import appendix as evidences
+from moelib.evidence import appendix as evidences
 from moelib.report import document
 from moelib.report import results as report
 from moelib.study import gather, plan, study

@@ -15,8 +15,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from moelib.base import neutral, stats
+from moelib.evidence import table
 from moelib.figures.axes import COLOURS, HATCHES, MARKERS, nth
-from moelib.report import table
 from moelib.study.study import Study
 
 LETTERS = 9  # of a legend or a title that fit an inch

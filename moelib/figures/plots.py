@@ -12,9 +12,9 @@ from IPython.display import display
 from moelib.audit.record import Record
 from moelib.base import files, neutral
 from moelib.base.stats import byte_unit, values
+from moelib.evidence import table
 from moelib.figures import axes, layout
 from moelib.figures.axes import COLOURS, nth
-from moelib.report import table
 from moelib.study import frames
 from moelib.study.study import Study
 

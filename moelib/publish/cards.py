@@ -15,9 +15,10 @@ import jinja2
 from moelib.base import files, neutral
 from moelib.catalogue import params, upstream
 from moelib.catalogue.facts import Manifest
+from moelib.evidence import appendix, table
+from moelib.evidence.table import Table
 from moelib.models import hub
-from moelib.report import advice, appendix, findings, results, table
-from moelib.report.table import Table
+from moelib.report import advice, findings, results
 from moelib.study.study import Study
 
 ROOT = "README.md"

@@ -14,8 +14,8 @@ from moelib.base.neutral import code, word
 from moelib.base.neutral import markdown as neutral
 from moelib.base.stats import number, size, span
 from moelib.catalogue.placement import REFERENCE, Placement
+from moelib.evidence.table import Table, Text, merged, reference, several_load_modes
 from moelib.report import findings
-from moelib.report.table import Table, Text, merged, reference, several_load_modes
 from moelib.study import frames
 from moelib.study.frames import Comparison, Pairs, Side
 from moelib.study.study import Study

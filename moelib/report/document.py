@@ -11,7 +11,7 @@ from moelib.base import files
 from moelib.campaign import notebooks
 from moelib.campaign.notebooks import NotebookError
 from moelib.catalogue import params
-from moelib.report import table
+from moelib.evidence import table
 from moelib.study import study
 from moelib.study.plan import outputs
 

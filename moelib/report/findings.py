@@ -10,8 +10,7 @@ from moelib.base import files, stats
 from moelib.base.neutral import markdown as neutral
 from moelib.base.stats import percent, size
 from moelib.catalogue.placement import Placement
-from moelib.machine import pagecache
-from moelib.report.table import (
+from moelib.evidence.table import (
     Sources,
     Table,
     Text,
@@ -21,6 +20,7 @@ from moelib.report.table import (
     reference,
     several_load_modes,
 )
+from moelib.machine import pagecache
 from moelib.study import frames
 from moelib.study.frames import Comparison, Summary
 from moelib.study.study import Study

@@ -8,10 +8,10 @@ from typing import Any
 from moelib.base import stats
 from moelib.base.neutral import markdown as neutral
 from moelib.base.stats import NONE, number, percent, span
+from moelib.evidence.table import Table, merged
 from moelib.laws import speed, vram
 from moelib.laws.law import HELD_OUT, AnyLaw, Domain, Law, Parameter, held_out, standing
 from moelib.laws.speed import TimeLaw
-from moelib.report.table import Table, merged
 from moelib.study.study import Study
 
 MIB = 1 << 20

@@ -12,9 +12,9 @@ from moelib.base.neutral import markdown as neutral
 from moelib.base.stats import number, size
 from moelib.catalogue import corpora
 from moelib.catalogue.placement import Placement
+from moelib.evidence.table import Table, Text, heading, reference
 from moelib.quality import checks, score, wanted
 from moelib.quality.comparison import Spec
-from moelib.report.table import Table, Text, heading, reference
 from moelib.study import frames
 from moelib.study.study import Study
 
@@ -87,13 +87,13 @@ def same(study: Study) -> list[Text]:
     if not judged:
         return []
     off = [one for one in judged if one.verdict == "differs"]
-    most = max(one.nmse for one in judged)
+    most, same = max(one.nmse for one in judged), sum(one.verdict == "identical" for one in judged)
     sentence = (
         f"**Offload changed what {len(off)} of {len(judged)} files and placements say**: "
         f"{'; '.join(neutral(one.line) for one in off)}."
         if off
         else f"**Offload changed nothing but rounding** in {len(judged)} files and placements: the error of the logits "
-        f"was at most {most:.1e} of their variance, and {sum(one.verdict == 'identical' for one in judged)} were identical."
+        f"was at most {most:.1e} of their variance, and {same} were identical."
     )
     return [Text("same", sentence, {k: v for one in judged for k, v in one.sources.items()})]
 

@@ -13,8 +13,9 @@ from moelib.answers.verdicts import Answer
 from moelib.base import stats
 from moelib.base.neutral import markdown as neutral
 from moelib.base.stats import Estimate, number, percent
-from moelib.report import appendix, findings
-from moelib.report.table import Table, Text, cite, cite_overhead, reference, several_load_modes
+from moelib.evidence import appendix
+from moelib.evidence.table import Table, Text, cite, cite_overhead, reference, several_load_modes
+from moelib.report import findings
 from moelib.study import frames, overhead
 from moelib.study.frames import Comparison, Side
 from moelib.study.study import Study

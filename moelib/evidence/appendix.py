@@ -13,8 +13,8 @@ from moelib.base import stats
 from moelib.base.neutral import code, markdown, plain
 from moelib.base.stats import number, size
 from moelib.catalogue.facts import ImatrixFacts, Manifest
+from moelib.evidence.table import Table, Text, cite, cite_manifest, cite_overhead, facts, merged, several_load_modes
 from moelib.machine import pagecache
-from moelib.report.table import Table, Text, cite, cite_manifest, cite_overhead, facts, merged, several_load_modes
 from moelib.study import columns, overhead
 from moelib.study.study import Study
 

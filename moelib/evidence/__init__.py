@@ -1,0 +1,1 @@
+"""Tables and sentences with the records that each number came from, and those of the evidence itself."""
