@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from shapes import RMS_EPS, ROPE_BASE, ROUTER_SUM_LEAST, Shape
+from recipes import RMS_EPS, ROPE_BASE, ROUTER_SUM_LEAST, Shape
 from torch import Tensor, nn
 
 
@@ -78,7 +78,8 @@ class Block(nn.Module):
             f(x).unflatten(-1, (-1, s.head_length)).transpose(1, 2) for f in (self.attn_q, self.attn_k, self.attn_v)
         )
         q, k = (rope(y, turns, s.rope_pairs_halves).to(v.dtype) for y in (q, k))
-        k, v = (y.repeat_interleave(s.head_count // s.head_count_kv, 1) for y in (k, v))
+        group = s.head_count // s.head_count_kv
+        k, v = (y[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2) for y in (k, v))
         seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.attn_output(seen.transpose(1, 2).flatten(-2))
 
@@ -144,11 +145,13 @@ class Transformer(nn.Module):
         self.output = nn.Linear(s.embedding_length, s.vocab_size, bias=s.has_biases)
 
     def begin(self, seed: int) -> None:
-        """Fill the weights from `seed`: normal, as wide as keeps a signal's size; what adds to the stream narrower."""
+        """Fill all weights from `seed` alone: normal, as wide as keeps a signal's size, narrower what adds to the stream;
+        biases are 0."""
         random = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             with torch.no_grad():
                 if p.ndim < 2:
+                    p.fill_(float(name.endswith("norm.weight")))
                     continue
                 adds = any(part in name for part in ("attn_output", "ffn_down"))
                 wide = 0.02 if name == "token_embd.weight" else p.shape[-1] ** -0.5

@@ -1,4 +1,4 @@
-"""Files written so that a kill loses nothing, and weights in pieces. Standard library and numpy only, as training needs."""
+"""Files written so that a kill loses nothing, and weights in pieces. Of the standard library and numpy alone."""
 
 import hashlib
 import json
@@ -47,7 +47,8 @@ def sha256(path: Path) -> str:
 def stored(name: str, values: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
     """`values` in the type that an F16 GGUF has for the tensor `name`: vectors and routers stay F32."""
     small = values.ndim == 1 or name.endswith("ffn_gate_inp.weight")
-    return np.ascontiguousarray(values, np.float32 if small else np.float16)
+    with np.errstate(over="ignore"):  # `save` says which
+        return np.ascontiguousarray(values, np.float32 if small else np.float16)
 
 
 def save(folder: Path, weights: Weights) -> dict[str, str]:

@@ -16,7 +16,7 @@ import fetch
 import numpy as np
 import yaml
 from pieces import replacing, sha256, write_json
-from shapes import BEGIN, PHI
+from recipes import BEGIN, PHI
 from tqdm import tqdm
 
 DATA = fetch.HERE / "data"

@@ -1,9 +1,9 @@
 """Train one of the two models from its token ids: `python training/train.py phi|deepseek`.
 
 Needs torch and numpy alone, so that this folder's *.py, data/train.npy, data/valid.npy and data/meta.json are all that
-a machine with a GPU must have. Ctrl-C or a kill loses at most SAVE_S seconds; the same command goes on, and does nothing
-once it is done. Batches and dropout depend on the seed and the step alone, so that a run with interruptions is the run
-without. What is kept are the weights with the lowest loss on `valid`.
+a machine with a GPU must have. Ctrl-C loses nothing, a kill at most SAVE_S seconds; the same command goes on, and does
+nothing once it is done. Batches and dropout depend on the seed and the step alone, so that a run with interruptions is
+the run without. What is kept are the weights with the lowest loss on `valid`.
 """
 
 import argparse
@@ -23,12 +23,7 @@ import numpy.typing as npt
 import pieces
 import torch
 from model import Transformer, loss
-from shapes import BEGIN, MODELS, Model, Recipe
-
-try:
-    from tqdm import tqdm
-except ImportError:  # a bare machine
-    tqdm = None
+from recipes import BEGIN, MODELS, Model, Recipe
 
 HERE = Path(__file__).resolve().parent
 SAVE_S = 60.0
@@ -166,8 +161,8 @@ class Run:
         with pieces.replacing(self.state) as partial:
             torch.save(state, partial)
 
-    def one(self) -> dict[str, float]:
-        """Take a step; return its losses."""
+    def one(self) -> dict[str, torch.Tensor]:
+        """Take a step; return its losses, left on the device until they are noted."""
         recipe = self.model.recipe
         torch.manual_seed(recipe.seed * 1_000_003 + self.step)  # of dropout
         ids, targets = batch_at(self.train, self.step, recipe, self.model.shape.context_length)
@@ -183,9 +178,9 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return {"train_nats": nats.detach(), "balance": balance.detach()}  # type: ignore[dict-item]  # read when noted
+        return {"train_nats": nats.detach(), "balance": balance.detach()}
 
-    def note(self, losses: dict[str, float]) -> dict[str, Any]:
+    def note(self, losses: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Measure on `valid`, keep the weights if they are the best yet, and add a line to the log."""
         nats, load = validate(self.net, self.valid, self.device)
         if not math.isfinite(nats):
@@ -218,13 +213,22 @@ class Run:
         return facts
 
 
+def progress(run: Run) -> Any:
+    """A bar of the run's steps; None where there is no tqdm."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm(total=run.model.recipe.steps, initial=run.step, desc=run.model.name, unit="step", disable=None)
+
+
 def go(run: Run, minutes: float | None) -> bool:
     """Train until the last step, a signal, or `minutes` are over; whether it is done. Saves in any case."""
     stop: list[int] = []
     before = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     steps, every = run.model.recipe.steps, run.model.recipe.valid_every
     began = saved = last = time.monotonic()
-    bar = tqdm(total=steps, initial=run.step, desc=run.model.name, unit="step", disable=None) if tqdm else None
+    bar = progress(run)
     try:
         while run.step < steps and not stop and (minutes is None or time.monotonic() - began < 60 * minutes):
             losses = run.one()
