@@ -7,10 +7,10 @@ SAMPLE ?= 0
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engine demo test quick faults forgeries hubfaults lint docs validation cards residuals rehearsal mutation lab layers doctor bench scale clean
+.PHONY: help setup engine demo test quick faults forgeries hubfaults lint docs validation cards residuals rehearsal mutation lab layers doctor bench scale training-data trained clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
 $(VENV)/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -96,6 +96,17 @@ bench: demo ## the benchmarks: ratios within one run
 	@$(BIN)/python benchmarks/twin_write.py
 	@$(BIN)/python benchmarks/run_overhead.py outputs/$(STUDY)
 	@$(BIN)/python benchmarks/overhead.py
+
+$(VENV)/.training: $(VENV)/.ready
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[test,training]'
+	@touch $@
+
+training-data: $(VENV)/.training ## texts, tokenizer and token ids of the small trained models, about 2 minutes
+	@$(BIN)/python training/prepare.py
+
+trained: training-data engine ## train both small models, export, check, and write their cards: minutes with a GPU, days without
+	@for model in phi deepseek; do for step in train export check card; do \
+	  $(BIN)/python training/$$step.py $$model || exit 1; done; done
 
 clean: ## remove the environment, models and the demo's products
 	rm -rf $(VENV) models outputs/demo
