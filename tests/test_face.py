@@ -142,6 +142,8 @@ def test_compare_pairs_within_rounds(study):
     assert (ratios["n"] == 3).all()
     assert ((ratios["low"] <= ratios["ratio"]) & (ratios["ratio"] <= ratios["high"])).all()
     assert (ratios["ratio"] < 1).sum() > 10
+    still = study.runs.assign(vram_bytes=1e9)
+    assert moelib.compare(still, "vram_bytes")[["low", "high"]].isna().all(axis=None)
     one = moelib.compare(study.runs[study.runs["round"] == 1], "vram_bytes")
     assert (one["n"] == 1).all()
     assert one["low"].isna().all()

@@ -279,6 +279,13 @@ def test_no_string_gets_out_in_the_tables_of_laws(bad):
             clean(estimated.markdown())
 
 
+def test_no_string_gets_out_in_the_table_of_vram_laws():
+    """Of a frame, as buffers with hostile names are none that a law of VRAM counts."""
+    results = study.Study.read(COMMITTED["h100-twins"])
+    results.__dict__["runs"] = results.runs.assign(model=HOSTILE, gpu=HOSTILE)
+    clean(laws.vram_table(results).markdown())
+
+
 @pytest.mark.parametrize("name", COMMITTED)
 def test_no_string_gets_out_in_a_card(name, monkeypatch):
     results, _ = poisoned(name, models=False)

@@ -112,3 +112,43 @@ def test_numbers_as_people_read_them(function, arguments, text):
 def test_an_estimate_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         stats.mean([1, 2, 3]).value = 7
+
+
+def coverage(groups, rounds, short=None, families=1, tries=1200):
+    """Share of pooled 95 % intervals that hold the true ratio, of worlds in which rounds differ and values vary alike.
+
+    short: rounds of every second group, where those are fewer.
+    """
+    chance, held, every = np.random.default_rng([groups, rounds, short or 0, families]), 0, 0
+    for _ in range(tries):
+        tables, of = [], []
+        for family in range(families):
+            noise = np.exp(0.05 * chance.normal(size=(groups + 1, rounds)) + 0.3 * chance.normal(size=rounds))
+            for g in range(1, groups + 1):
+                n = short if short and g % 2 else rounds
+                tables.append({r: (float(noise[0, r]), 2 * float(noise[g, r])) for r in range(n)})
+                of.append(family)
+        for e in stats.pooled_ratios(tables, of) or ():
+            every += 1
+            held += e.low <= 2 <= e.high
+    return held / every
+
+
+@pytest.mark.parametrize(
+    ("groups", "rounds", "short", "families"),
+    [(3, 3, None, 1), (8, 3, None, 1), (2, 5, None, 2), (8, 5, None, 1), (6, 5, 3, 1), (4, 3, None, 3)],
+)
+def test_pooled_intervals_of_ratios_with_one_baseline_cover(groups, rounds, short, families):
+    assert 0.935 <= coverage(groups, rounds, short, families) <= 0.97
+
+
+def test_pooled_ratios_of_a_whole_table_are_those_of_its_two_way_analysis():
+    chance = np.random.default_rng(2)
+    logs = chance.normal(size=(5, 4)) + 3 * chance.normal(size=4)  # baseline first
+    groups = [{r: (math.exp(logs[0, r]), math.exp(logs[g, r])) for r in range(4)} for g in range(1, 5)]
+    found = stats.pooled_ratios(groups, ["b"] * 4)
+    rest = logs - logs.mean(1, keepdims=True) - logs.mean(0) + logs.mean()
+    half = stats.student(12) * math.sqrt(2 * (rest**2).sum() / 12 / 4)
+    for g, e in enumerate(found, 1):
+        centre = (logs[g] - logs[0]).mean()
+        assert (e.value, e.low, e.high) == pytest.approx(tuple(map(math.exp, (centre, centre - half, centre + half))))

@@ -88,9 +88,9 @@ def _balance(study: Study, claim: str, quant: str) -> Answer:
     for model, own in found.items():
         most = bits.get((model, quant), 0.0)
         smaller = [x for (m, q), x in lost.items() if m == model and bits.get((m, q), most) < most]
-        others = ", ".join(f"{neutral(x.quant)} {stats.estimate(x.perplexity_ratio)}" for x in smaller)
+        others = ", ".join(f"{neutral(x.quant)} {stats.close(x.perplexity_ratio)}" for x in smaller)
         sentences.append(
-            f"{neutral(model)}: its perplexity is {stats.estimate(own.perplexity_ratio)} times that of the unquantised "
+            f"{neutral(model)}: its perplexity is {stats.close(own.perplexity_ratio)} times that of the unquantised "
             f"file{f', that of smaller files {others}' if others else ''}."
         )
         states = [own.is_good, *(None if x.is_good is None else not x.is_good for x in smaller)]

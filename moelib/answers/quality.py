@@ -11,7 +11,7 @@ from moelib.quality import score
 from moelib.quality.comparison import Comparison, Found
 from moelib.study.study import Study
 
-GOOD = 1.05
+GOOD = 1.02
 """Perplexity, as a multiple of the unquantised file's, up to which a quant's quality is called good."""
 
 

@@ -139,7 +139,7 @@ def _good_enough(study: Study) -> tuple[Verdict, str, list[str], dict[str, str]]
     for model in dict.fromkeys(m for m, _ in lost):
         of = [lost[model, q] for q in _by_size(study) if (model, q) in lost]
         chosen[model] = next((x.quant for x in of if x.is_good), None)
-        told = ", ".join(f"{stats.estimate(x.perplexity_ratio)} at {neutral(x.quant)}" for x in of)
+        told = ", ".join(f"{stats.close(x.perplexity_ratio)} at {neutral(x.quant)}" for x in of)
         sentences.append(f"{neutral(model)}: perplexity against that of the unquantised file {told}.")
     allowed = f"perplexity at most {percent(quality.GOOD - 1)} above that of the unquantised file"
     sentences.append(

@@ -5,9 +5,10 @@ Student's t on logarithms 94 to 96 %.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import permutations
 from statistics import fmean, stdev
 
 LEVEL = 0.95
@@ -72,24 +73,42 @@ def inverse(e: Estimate) -> Estimate:
     return Estimate(1 / e.value, low, high, e.n)
 
 
-def pooled_ratios(groups: Sequence[Sequence[tuple[float, float]]]) -> list[Estimate] | None:
+def pooled_ratios(groups: Sequence[Mapping[int, tuple[float, float]]], of: Sequence[object]) -> list[Estimate] | None:
     """As `ratio` of each group of pairs, with the spread of all of them together; None where their spreads are not
     alike by Bartlett's test at 5 %, or fewer than three groups have three pairs, and more than one value.
 
-    Few pairs of their own give a wide interval: at n = 3, Student's t is 4.3.
+    groups: round -> (baseline, value). of: of each group, what those have alike that share their baselines. Few pairs
+    of their own give a wide interval: at n = 3, Student's t is 4.3. Values are taken to vary alike, on logarithms,
+    beside what a whole round has in common. Ratios with one baseline vary together by it, which their spread is
+    corrected for: in simulations of two to eight of them, in three and five rounds, the interval covers 94 to 96 %.
     """
     from scipy.stats import bartlett
 
-    logs = [[math.log(b / a) for a, b in pairs] for pairs in groups]
-    if len(logs) < 3 or any(len(x) < 3 or stdev(x) == 0 for x in logs) or bartlett(*logs).pvalue < 1 - LEVEL:
+    logs = [{r: math.log(b / a) for r, (a, b) in pairs.items()} for pairs in groups]
+    values = [list(x.values()) for x in logs]
+    if len(logs) < 3 or any(len(x) < 3 or stdev(x) == 0 for x in values) or bartlett(*values).pvalue < 1 - LEVEL:
         return None
+    off = [{r: v - fmean(x.values()) for r, v in x.items()} for x in logs]
+    squares = expected = 0.0
+    for family in dict.fromkeys(of):
+        its = [x for x, name in zip(off, of, strict=True) if name == family]
+        for r in dict.fromkeys(r for x in its for r in x):
+            there = [x for x in its if r in x]
+            # of d = value - baseline, whose covariance is s^2 (1 + [same]): this form is s^2 chi^2 in whole tables
+            squares += sum(x[r] ** 2 for x in there) - sum(x[r] for x in there) ** 2 / (len(there) + 1)
+            alone = sum(2 * (1 - 1 / len(x)) for x in there)
+            expected += alone - (alone + sum(_shared(x, y) for x, y in permutations(there, 2))) / (len(there) + 1)
+    spread, found = math.sqrt(2 * squares / expected), []
     freedom = sum(len(x) - 1 for x in logs)
-    spread = math.sqrt(sum((len(x) - 1) * stdev(x) ** 2 for x in logs) / freedom)
-    found = []
-    for x in logs:
+    for x in values:
         centre, half = fmean(x), student(freedom) * spread / math.sqrt(len(x))
         found.append(Estimate(math.exp(centre), math.exp(centre - half), math.exp(centre + half), len(x)))
     return found
+
+
+def _shared(x: Mapping[int, float], y: Mapping[int, float]) -> float:
+    """Covariance, in s^2, of two groups' distances from their means in one round, by their common baseline."""
+    return 1 - 1 / len(x) - 1 / len(y) + len(x.keys() & y.keys()) / (len(x) * len(y))
 
 
 def byte_unit(largest: float) -> tuple[str, int]:
@@ -136,7 +155,7 @@ def sizes(e: Estimate | None) -> str:
 
 
 def close(e: Estimate | None) -> str:
-    """An estimate with four decimals, for ratios that should be 1."""
+    """An estimate with four decimals, for ratios that are near 1."""
     return _interval(e, lambda x: f"{x:.4f}")
 
 

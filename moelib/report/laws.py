@@ -46,6 +46,10 @@ def ttft_table(study: Study, workload: str) -> Table:
     of = {law.formula.removeprefix("GPU time + ").removesuffix(" / speed") for law in standing(laws)}
     what = f"TTFT of a warm prompt of {neutral(workload)}: GPU time + {' or '.join(sorted(of))} / their speed"
 
+    asked = study.workloads.get(workload)
+    if asked and asked.text and asked.prompt_tokens:
+        what += "; this prompt repeats one sentence and needs few of the experts, so that its times may be too short"
+
     def row(law: TimeLaw) -> dict[str, Any]:
         return {"machines": len(law.domain.machines), **_gpu(law), **_bytes(law)}
 

@@ -48,7 +48,8 @@ def _lost(study: Study, corpus: str, lost: Sequence[Loss]) -> Table:
         for c in frames.comparisons(study.runs, "vram_bytes")
         if Placement.parse(*c.side).is_whole and c.side[1] == "mmap"
     }
-    rows = []
+    rows, bits = [], {(m.model, m.quant): m.bits_per_weight for m in study.manifests}
+    lost = sorted(lost, key=lambda x: (study.parameters.models.index(x.model), bits.get((x.model, x.quant), 0.0)))
     for x in lost:
         c = x.found.chunks
         vram = offloaded.get((x.model, x.quant))
@@ -56,7 +57,7 @@ def _lost(study: Study, corpus: str, lost: Sequence[Loss]) -> Table:
             {
                 "model": neutral(x.model),
                 "quant": neutral(x.quant),
-                "perplexity / unquantised": stats.estimate(x.perplexity_ratio),
+                "perplexity ratio": stats.close(x.perplexity_ratio),
                 "mean KLD": stats.estimate(x.divergence),
                 "99 % KLD": number(x.tail("kld_99").value),
                 "99.9 % KLD": stats.estimate(x.tail("kld_999")),
@@ -72,7 +73,7 @@ def _lost(study: Study, corpus: str, lost: Sequence[Loss]) -> Table:
         base = stats.span([score.base_perplexity(f.chunks).value for f in found], number)
         note += f", {chunks} chunks of {each} scored tokens, after as many of context; perplexity unquantised {base}"
     note += (
-        ". KLD: Kullback-Leibler divergence of a token's distribution from the unquantised "
+        ". *Perplexity ratio*: to the unquantised file's. KLD: Kullback-Leibler divergence of a token's distribution from the unquantised "
         "file's, in nats; *99 %*, *99.9 %*: what one token in a hundred, in a thousand exceeds. *RMS Δp*: of the "
         "probability of the token that follows. *Same top*: tokens of which both find the same one likeliest. 95 % "
         "intervals take a chunk as one observation: tokens of one chunk are not independent."

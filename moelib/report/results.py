@@ -8,7 +8,7 @@ from statistics import median
 
 import pandas as pd
 
-from moelib.answers import claims, verdicts
+from moelib.answers import claims, quality, verdicts
 from moelib.answers.verdicts import Answer
 from moelib.base import stats
 from moelib.base.neutral import markdown as neutral
@@ -74,8 +74,7 @@ def limits(study: Study) -> Text:
     """What the study does not tell."""
     cpus = "; ".join(sorted({f"{neutral(r.host.cpu)}, {r.host.cpus} usable" for r in study.used}))
     kinds, devices = {r.device.kind for r in study.used}, "; ".join(sorted(set(map(findings.machine, study.used))))
-    sentences = ["Text and quality were not measured: more bits per weight do not guarantee better text."]
-    sources = cite(study.used)
+    sentences, sources = [_quality(study)], cite(study.used)
     if slowed := overhead.bias(study.overhead.values()):
         sentences.append(slowed)
         sources |= cite_overhead(study.overhead)
@@ -99,6 +98,17 @@ def limits(study: Study) -> Text:
         "more requests at once, takes more VRAM."
     )
     return Text("limits", "\n".join(f"- {s}" for s in sentences), sources)
+
+
+def _quality(study: Study) -> str:
+    """What is and is not known of the text."""
+    lost = quality.by_file(study)
+    if not lost:
+        return "Text and quality were not measured: more bits per weight do not guarantee better text."
+    return (
+        f"Quality is that of {len({m for m, _ in lost})} models over the texts named: other models, and other texts, "
+        "lose more or less at the same quant."
+    )
 
 
 MIB = 1 << 20
@@ -163,13 +173,14 @@ class _Column:
         values = {(c.quant, c.side): c.value for c in every if c.value}
         values |= {(c.quant, c.against): c.baseline for c in every if c.baseline}
         told = [c for c in every if c.ratio]
-        pooled = stats.pooled_ratios([_pairs(c, name) for c in told])
+        pooled = stats.pooled_ratios([_pairs(c, name) for c in told], [(c.quant, c.against) for c in told])
         ratios = pooled or [c.ratio for c in told if c.ratio]
         return cls(values, {(c.quant, c.side): r for c, r in zip(told, ratios, strict=True)}, bool(pooled))
 
 
-def _pairs(c: Comparison, column: str) -> list[tuple[float, float]]:
-    return list(zip(c.before[column], c.after[column], strict=True))
+def _pairs(c: Comparison, column: str) -> dict[int, tuple[float, float]]:
+    """Round -> (baseline, value)."""
+    return dict(zip(c.after["round"], zip(c.before[column], c.after[column], strict=True), strict=True))
 
 
 def speed(study: Study, model: str, workload: str) -> Table:
@@ -228,6 +239,13 @@ def _odd(runs: pd.DataFrame, column: str) -> Iterator[tuple[str, str]]:
             yield neutral(name), f"{column.partition('/')[0]} {number(x)}, median {number(middle)}"
 
 
+def _diversity(study: Study) -> str:
+    """How many of the tokens that were generated are different ones: few of them keep few experts busy."""
+    columns = [c for c in study.runs if str(c).startswith("token_diversity/")]
+    shares = [float(x) for c in columns for x in study.runs[c].dropna()]
+    return f": of a request's generated tokens {stats.span(shares, percent)} were different ones" if shares else ""
+
+
 def conventions(study: Study) -> Text:
     """What the tables' words, units and intervals mean."""
     n = sum(
@@ -245,6 +263,6 @@ def conventions(study: Study) -> Text:
         "2³⁰ and 2²⁰.",
         f"Intervals are 95 % by Student's t over rounds, ratios on logarithms. Of {n} such ratios of speed about "
         f"{max(1, round(n / 20))} may miss the truth by chance alone; the verdicts above are corrected for that.",
-        "One request at a time, greedy choice of the next token.",
+        f"One request at a time, greedy choice of the next token{_diversity(study)}.",
     ]
     return Text("conventions", "\n".join(f"- {s}" for s in sentences), cite(study.used))
