@@ -73,7 +73,8 @@ def _lost(study: Study, corpus: str, lost: Sequence[Loss]) -> Table:
         base = stats.span([score.base_perplexity(f.chunks).value for f in found], number)
         note += f", {chunks} chunks of {each} scored tokens, after as many of context; perplexity unquantised {base}"
     note += (
-        ". *Perplexity ratio*: to the unquantised file's. KLD: Kullback-Leibler divergence of a token's distribution from the unquantised "
+        ". *Perplexity ratio*: to the unquantised file's. KLD: Kullback-Leibler divergence of a token's distribution "
+        "from the unquantised "
         "file's, in nats; *99 %*, *99.9 %*: what one token in a hundred, in a thousand exceeds. *RMS Δp*: of the "
         "probability of the token that follows. *Same top*: tokens of which both find the same one likeliest. 95 % "
         "intervals take a chunk as one observation: tokens of one chunk are not independent."
