@@ -89,6 +89,7 @@ ALONE = {
     "test_notebooks",
     "test_preflight",
     "test_preview",
+    "test_quality",
     "test_reference",
     "test_run",
     "test_settings",
