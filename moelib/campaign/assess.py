@@ -1,16 +1,21 @@
-"""Comparing what a study's files say: the comparisons that have no valid record, base by base."""
+"""Beside a study's runs: comparing what its files say, base by base, and following which experts they use; what has a
+valid record is not done again."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
 
 from moelib.campaign import given
 from moelib.campaign.bench import held, scratch
 from moelib.catalogue import corpora
 from moelib.catalogue.facts import DeviceFacts, HostFacts
 from moelib.engine import engine
+from moelib.engine.engine import Engine
 from moelib.machine import host, process
 from moelib.measure import device
 from moelib.models import quantize, remote, sources
@@ -18,6 +23,9 @@ from moelib.models.quantize import Quantised
 from moelib.quality import comparison, wanted
 from moelib.quality.comparison import Comparison, Spec
 from moelib.quality.desk import Desk
+from moelib.routing import checks, routed
+from moelib.routing import desk as routing
+from moelib.routing.routed import Routed
 from moelib.study.plan import Cell, StudyError
 from moelib.study.study import Study
 
@@ -70,28 +78,104 @@ def assess(study: Study, cells: Sequence[Cell]) -> Iterator[Comparison]:
             left.append(spec)
     if not left:
         return
-    llama = engine.find()
-    llama.tool("llama-perplexity")
-    where = device.choose(study.parameters.device, llama)
-    study.begin()
-    study.work.mkdir(parents=True, exist_ok=True)
     last: Counter[str] = Counter()
     for c in known:
         last[c.key] = max(last[c.key], c.attempt)
-    with held(where), scratch(study) as work:
-        process.sweep(study.work)
-        facts = HostFacts(**host.facts(), host_id=host.identity())
-        desk = Desk(study.path, llama, where, DeviceFacts(**where.identity()), facts, work)
+    with _ready(study, "llama-perplexity") as place:
+        desk = Desk(study.path, *place)
         for (model, corpus, _, base), group in groupby(left, key=lambda s: (s.model, s.corpus, s.chunks, s.base)):
             cells_of = {c.quant: c for c in cells if c.model == model}
 
             def file(quant: str, cells_of: dict[str, Cell] = cells_of, model: str = model) -> Quantised:
                 if quant == wanted.SOURCE:
                     return _source(study, model)
-                return given.of_cell(study, cells_of[quant], llama, work)
+                return given.of_cell(study, cells_of[quant], place.llama, place.work)
 
             attempts = [(spec, 1 + last[comparison.spec_key(spec)]) for spec in group]
             yield from desk.compare(base, attempts, file, texts[corpus])
+
+
+class _Place(NamedTuple):
+    """What desks share."""
+
+    llama: Engine
+    where: device.Device
+    device: DeviceFacts
+    host: HostFacts
+    work: Path
+
+
+@contextmanager
+def _ready(study: Study, tool: str) -> Iterator[_Place]:
+    """The engine, the device, held, and a folder for scratch. Raises EngineError where the build lacks the tool,
+    DeviceError, FileError where another process has the device."""
+    llama = engine.find()
+    llama.tool(tool)
+    where = device.choose(study.parameters.device, llama)
+    study.begin()
+    study.work.mkdir(parents=True, exist_ok=True)
+    with held(where), scratch(study) as work:
+        process.sweep(study.work)
+        facts = HostFacts(**host.facts(), host_id=host.identity())
+        yield _Place(llama, where, DeviceFacts(**where.identity()), facts, work)
+
+
+def first_quants(study: Study) -> list[Cell]:
+    """A cell of each model: that of the first quant that the study names."""
+    order = study.parameters.quants.index
+    return [
+        min((c for c in study.cells if c.model == m), key=lambda c: order(c.quant)) for m in study.parameters.models
+    ]
+
+
+def routes(study: Study, cells: Sequence[Cell], tokens: int) -> list[routed.Spec]:
+    """What is asked to follow the experts of some cells' files over the study's first text, `tokens` tokens one by one;
+    empty where the study names no text. Raises ParamsError for an unknown one."""
+    asked, p = study.parameters.quality, study.parameters
+    if asked is None:
+        return []
+    text = corpora.corpus(asked.corpora[0])
+    return [
+        routed.Spec(
+            study=p.name,
+            model=c.model,
+            quant=c.quant,
+            weights=p.weights,
+            scale=p.scale,
+            corpus=text.name,
+            corpus_sha256=text.sha256,
+            context=asked.context,
+            chunks=asked.chunks,
+            tokens=tokens,
+            device=p.device,
+            placement=asked.placement,
+            load_mode="mmap",
+        )
+        for c in cells
+    ]
+
+
+def route(study: Study, cells: Sequence[Cell], tokens: int) -> Iterator[Routed]:
+    """Follow the experts of every cell's file that has no record that holds; yield each record as it stands.
+
+    Raises what stands in the way of all: no engine, no device, no source, no disk.
+    """
+    specs = routes(study, cells, tokens)
+    standing, left = routed.standing(routed.read_all(study.path)[0]), []
+    for spec, cell in zip(specs, cells, strict=False):
+        r = standing.get(routed.spec_key(spec))
+        if r is not None and not checks.again(study.path, r):
+            yield r
+        else:
+            left.append((spec, cell))
+    if not left:
+        return
+    text = corpora.corpus(specs[0].corpus).verified()
+    with _ready(study, "llama-imatrix") as place:
+        desk = routing.Desk(study.path, *place)
+        for spec, cell in left:
+            file = given.of_cell(study, cell, place.llama, place.work)
+            yield desk.follow(spec, routed.next_attempt(study.path, spec), file, text)
 
 
 def _source(study: Study, model: str) -> Quantised:

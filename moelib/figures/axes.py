@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from moelib.audit.record import Record
@@ -116,6 +117,17 @@ def diagonal(band: float, *, ax: Axes) -> Axes:
     ax.plot(ends, ends, color="#666666", lw=1, zorder=1)
     ax.fill_between(ends, ends * (1 - band), ends * (1 + band), color="#999999", alpha=0.3, lw=0, zorder=0)
     ax.set(xlim=(low, high), ylim=(low, high))
+    return ax
+
+
+def heat(table: Any, *, ax: Axes, most: float, colours: str) -> Axes:
+    """Cells of a table [row, column] coloured from 0 to `most`, by their roots, as most are small, and a cross in those
+    that are exactly 0."""
+    norm = PowerNorm(0.5, vmin=0, vmax=most)
+    ax.imshow(table, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
+    rows, columns = np.nonzero(np.asarray(table) == 0)
+    ax.scatter(columns, rows, marker="x", color="white", s=9, linewidths=0.8)
+    ax.grid(visible=False)
     return ax
 
 

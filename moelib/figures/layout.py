@@ -59,8 +59,13 @@ def title(figure: Any, what: str, frame: pd.DataFrame, n: str) -> None:
     machines = frame["machine"].nunique()
     of = f"{gpus} ({machines}{HARD}machine{'s' * (machines > 1)})"
     of = of if (frame["device"] == "cuda").all() else f"no GPU: {of}"
+    headed(figure, f"{what}; {of}; {n.replace(' ', HARD)}")
+
+
+def headed(figure: Any, text: str) -> None:
+    """A title above all panels, in as many lines as it takes, by which the figure grows."""
     width, height = figure.get_size_inches()
-    text = wrapped(f"{what}; {of}; {n.replace(' ', HARD)}", width)
+    text = wrapped(text, width)
     figure.set_size_inches(width, height + 0.22 * (1 + text.count("\n")))
     figure.suptitle(text, fontsize="medium")
 
@@ -100,6 +105,11 @@ def point_handles(names: Sequence[str], marked: bool) -> list[Any]:
 def hollow(marker: str, name: str) -> Any:
     """Of a legend: points that no line joins."""
     return Line2D([], [], color="#444444", linestyle="", marker=marker, mfc="none", ms=8, label=neutral.label(name))
+
+
+def line(name: str, colour: str, **form: Any) -> Any:
+    """Of a legend: a line as it is drawn."""
+    return Line2D([], [], color=colour, label=neutral.label(name), **form)
 
 
 def legend(figure: Any, handles: Sequence[Any]) -> None:

@@ -22,14 +22,21 @@ DPI = 144
 
 
 @layout.styled
+def png(figure: Any) -> bytes:
+    """The figure as a file, the same bytes each time."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=DPI, metadata={"Software": None})
+    return out.getvalue()
+
+
+@layout.styled
 def show(
     figure: Any, name: str, alt: str, records: Iterable[Record] = (), sources: dict[str, str] | None = None
 ) -> None:
     """Display the figure as PNG; `name` becomes its file beside the document, `alt` describes it, `records` and other
     `sources` (path -> digest) are what it was drawn from."""
-    out, name, alt = io.BytesIO(), _file_name(name), neutral.markdown(alt)
-    figure.savefig(out, format="png", dpi=DPI, metadata={"Software": None})
-    data = {"image/png": base64.b64encode(out.getvalue()).decode(), "text/plain": alt}
+    name, alt = _file_name(name), neutral.markdown(alt)
+    data = {"image/png": base64.b64encode(png(figure)).decode(), "text/plain": alt}
     provenance = table.part("figure", name, table.cite(records) | (sources or {}))
     display(data, raw=True, metadata={"filename": name, "alt": alt, "moelib": table.once(provenance)})
 

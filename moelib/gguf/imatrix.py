@@ -1,5 +1,6 @@
-"""Importance matrices of llama-imatrix: whether a file is one, and of which model."""
+"""Importance matrices of llama-imatrix: whether a file is one, of which model, and what was counted for it."""
 
+import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -10,7 +11,9 @@ from moelib.gguf.gguf_file import GGUFError
 from moelib.gguf.gguf_header import Header
 
 MOST_BYTES = 4 << 30
-SUMS = ".in_sum2"
+MAX_HEADER_BYTES = 1 << 26
+SUMS, COUNTS = ".in_sum2", ".counts"
+MOST_COUNT = 1 << 24  # from there on a 32-bit float no longer counts by one
 
 
 @dataclass(frozen=True)
@@ -56,3 +59,29 @@ def read(path: Path) -> Imatrix:
     if header.kind != "imatrix" or not found:
         raise GGUFError(f"{path.name} is no importance matrix, but of the kind {header.kind}: {make}")
     return Imatrix(path, sha256, found)
+
+
+def counts(path: Path) -> dict[str, tuple[int, ...]]:
+    """How many rows of each weight the matrix was made of: of an expert tensor, those of each expert.
+
+    Only the counts are read. Raises GGUFError for what is no matrix, or has what is no count.
+    """
+    try:
+        size = path.stat().st_size
+        header = gguf_file.from_bytes(files.head(path, min(size, MAX_HEADER_BYTES)), path.name, size)
+        of = {t.name.removesuffix(COUNTS): t for t in header.tensors if t.name.endswith(COUNTS)}
+        found = {}
+        with path.open("rb") as f:
+            for name, t in sorted(of.items(), key=lambda item: item[1].offset):
+                if t.type != "F32":
+                    raise GGUFError(f"{path.name}: corrupt: the counts of {name} are {t.type}, not F32")
+                f.seek(t.offset)
+                values = [v for (v,) in struct.iter_unpack("<f", f.read(t.nbytes))]
+                if len(values) != prod(t.shape) or not all(0 <= v < MOST_COUNT and v.is_integer() for v in values):
+                    raise GGUFError(f"{path.name}: corrupt: the counts of {name} are no whole numbers")
+                found[name] = tuple(map(int, values))
+    except OSError as err:
+        raise GGUFError(f"{path.name} cannot be read ({err.strerror or err})") from None
+    if header.kind != "imatrix" or not found:
+        raise GGUFError(f"{path.name} is no importance matrix with counts, but of the kind {header.kind}")
+    return found

@@ -1,0 +1,1 @@
+"""Which experts tokens use, by the engine's own routing: counted, followed in order, and what a cache would hit."""
