@@ -323,3 +323,21 @@ def test_a_study_without_texts_says_what_to_do(home):
     said = CliRunner().invoke(cli.main, ["quality", "smoke"])
     assert said.exit_code != 0
     assert "names no texts to compare over" in said.output
+
+
+@pytest.mark.engine
+def test_a_comparison_whose_tokens_say_otherwise_does_not_stand(words):
+    study, cells = campaign.select("words", "deepseek-moe-16b/Q8_0")
+    first = next(assess.assess(study, cells))
+    path = study.path / comparison.FOLDER / f"{first.run_id}.json"
+    chunks = first.found.chunks
+    forged = replace(first.found, chunks=replace(chunks, kld=tuple(k + 1e-3 for k in chunks.kld)))
+    path.unlink()
+    comparison.write(study.path, first.model_copy(update={"found": forged}))
+    assert "tokens-fit" in checks.again(study.path, comparison.read(path))[0]
+    (problem,) = [p for p in study.again().problems if first.run_id in p]
+    assert "tokens-fit" in problem
+    done = next(assess.assess(study, cells))
+    assert (done.spec, done.attempt) == (first.spec, 2)
+    path.write_text("{}", encoding="utf-8")  # damaged: its number is not taken again
+    assert comparison.next_attempt(study.path, first.spec) == 3

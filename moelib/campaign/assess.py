@@ -3,7 +3,6 @@ valid record is not done again."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -20,6 +19,7 @@ from moelib.machine import host, process
 from moelib.measure import device
 from moelib.models import quantize, remote, sources
 from moelib.models.quantize import Quantised
+from moelib.quality import checks as quality_checks
 from moelib.quality import comparison, wanted
 from moelib.quality.comparison import Comparison, Spec
 from moelib.quality.desk import Desk
@@ -44,7 +44,7 @@ def planned(study: Study, cells: Sequence[Cell]) -> list[Spec]:
 def missing(study: Study, cells: Sequence[Cell]) -> list[str]:
     """Every planned comparison without a valid record, with the reason."""
     specs = planned(study, cells)
-    standing = comparison.standing(comparison.read_all(study.path)[0]) if specs else {}
+    standing = _standing(study) if specs else {}
     problems = []
     for spec in specs:
         c = standing.get(comparison.spec_key(spec))
@@ -52,6 +52,12 @@ def missing(study: Study, cells: Sequence[Cell]) -> list[str]:
             why = "not done" if c is None else f"{c.status} ({', '.join(c.reasons)}) {c.message or ''}".rstrip()
             problems.append(f"{spec.model}, {spec.corpus}, {spec.base} against {spec.other}: {why}")
     return problems
+
+
+def _standing(study: Study) -> dict[str, Comparison]:
+    """The record that stands for each comparison and holds by the checks of today."""
+    held = [c for c in comparison.read_all(study.path)[0] if not c.done or not quality_checks.again(study.path, c)]
+    return comparison.standing(held)
 
 
 def require_complete(study: Study, cells: Sequence[Cell]) -> None:
@@ -68,8 +74,7 @@ def assess(study: Study, cells: Sequence[Cell]) -> Iterator[Comparison]:
     """
     specs = planned(study, cells)
     texts = {name: corpora.corpus(name).verified() for name in dict.fromkeys(s.corpus for s in specs)}
-    known = comparison.read_all(study.path)[0] if specs else []
-    standing, left = comparison.standing(known), []
+    standing, left = _standing(study) if specs else {}, []
     for spec in specs:
         c = standing.get(comparison.spec_key(spec))
         if c is not None and c.done:
@@ -78,9 +83,6 @@ def assess(study: Study, cells: Sequence[Cell]) -> Iterator[Comparison]:
             left.append(spec)
     if not left:
         return
-    last: Counter[str] = Counter()
-    for c in known:
-        last[c.key] = max(last[c.key], c.attempt)
     with _ready(study, "llama-perplexity") as place:
         desk = Desk(study.path, *place)
         for (model, corpus, _, base), group in groupby(left, key=lambda s: (s.model, s.corpus, s.chunks, s.base)):
@@ -91,7 +93,7 @@ def assess(study: Study, cells: Sequence[Cell]) -> Iterator[Comparison]:
                     return _source(study, model)
                 return given.of_cell(study, cells_of[quant], place.llama, place.work)
 
-            attempts = [(spec, 1 + last[comparison.spec_key(spec)]) for spec in group]
+            attempts = [(spec, comparison.next_attempt(study.path, spec)) for spec in group]
             yield from desk.compare(base, attempts, file, texts[corpus])
 
 

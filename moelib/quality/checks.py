@@ -6,11 +6,12 @@ defect rounding.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from moelib.audit.record import Check
+from moelib.audit.record import Check, RecordError
 from moelib.gguf.gguf_header import UNQUANTISED
-from moelib.quality import score
+from moelib.quality import comparison, score
 from moelib.quality.comparison import Comparison, Found, Spec
 from moelib.quality.score import Chunks, Scores
 
@@ -51,6 +52,18 @@ def _each(spec: Spec, found: Found, base_types: Sequence[str], scores: Scores | 
         yield _accounts(found)
     if scores is not None:
         yield _recomputed(found, scores)
+
+
+def again(folder: Path, c: Comparison) -> list[str]:
+    """What does not hold of a valid comparison by the checks of today, from its record and its tokens; empty if all
+    does."""
+    if c.found is None:
+        return ["it found nothing"]
+    try:
+        scores = comparison.tokens(folder, c)
+    except RecordError as err:
+        return [str(err)]
+    return [f"{k.id}: {k.measured}" for k in of(c.spec, c.found, tuple(c.base.tensor_types), scores) if k.failed]
 
 
 def own(found: Found) -> dict[str, float]:

@@ -197,6 +197,13 @@ def read_all(folder: Path) -> tuple[list[Comparison], list[str]]:
     return good, damaged
 
 
+def next_attempt(folder: Path, spec: Spec) -> int:
+    """The number of an attempt that has no file yet, of a record that can be read or not."""
+    stem = run_id(spec, 1).removesuffix("1")
+    made = [p.stem.removeprefix(stem) for p in (folder / FOLDER).glob("*.json") if p.stem.startswith(stem)]
+    return 1 + max((int(n) for n in made if n.isascii() and n.isdigit()), default=0)
+
+
 def standing(comparisons: Sequence[Comparison]) -> dict[str, Comparison]:
     """The record that stands for each comparison, by its key: the last one that is valid, else the last attempt."""
     return {c.key: c for c in sorted(comparisons, key=lambda c: (c.done, c.attempt))}

@@ -21,8 +21,7 @@ from moelib.base import files, neutral
 from moelib.base.schema import closest, near
 from moelib.catalogue import params
 from moelib.catalogue.facts import Manifest
-from moelib.quality import comparison
-from moelib.quality.checks import sameness
+from moelib.quality import checks, comparison
 from moelib.quality.comparison import Comparison
 from moelib.study import plan as plans
 from moelib.study.gather import Evidence, gather
@@ -88,7 +87,9 @@ class Contents:
             except files.FileError:
                 damaged.append(f"{OVERHEAD}/{p.name}: not what was written")
         comparisons, unread = comparison.read_all(path)
-        standing = tuple(comparison.standing(comparisons).values())
+        off = {c.run_id: wrong for c in comparisons if c.done and (wrong := checks.again(path, c))}
+        unread += [f"{name}: {'; '.join(wrong)}" for name, wrong in off.items()]
+        standing = tuple(comparison.standing([c for c in comparisons if c.run_id not in off]).values())
         evidence = replace(evidence, damaged=[*evidence.damaged, *damaged, *unread])
         return cls(evidence, tuple(good), overhead, standing)
 
@@ -306,7 +307,7 @@ class Study:
         """Every planned run without a usable result, and what the study as a whole shows; empty if there is nothing."""
         problems = [p for s in self.statuses.values() for p in s.problems]
         problems += [f"damaged: {d}" for d in self.evidence.damaged]
-        problems += [one.line for one in sameness(self.comparisons) if one.verdict == "differs"]
+        problems += [one.line for one in checks.sameness(self.comparisons) if one.verdict == "differs"]
         # a matrix that is not complete has said so, run by run
         return problems + [f"{c.id}: {c.measured}" for c in self.audit if c.failed and c.id != "matrix-complete"]
 
