@@ -202,7 +202,9 @@ def test_the_parameters_cell_is_a_plain_signature(path):
         assert "=" not in comment
 
 
-SOURCES = sorted(p for folder in ("moelib", "tools", "benchmarks", "tests") for p in (REPO / folder).rglob("*.py"))
+SOURCES = sorted(
+    p for folder in ("moelib", "tools", "benchmarks", "training", "tests") for p in (REPO / folder).rglob("*.py")
+)
 
 
 def test_text_is_read_and_written_as_utf_8_whatever_the_locale():

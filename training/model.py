@@ -145,8 +145,8 @@ class Transformer(nn.Module):
         self.output = nn.Linear(s.embedding_length, s.vocab_size, bias=s.has_biases)
 
     def begin(self, seed: int) -> None:
-        """Fill all weights from `seed` alone: normal, as wide as keeps a signal's size, narrower what adds to the
-        stream; biases are 0."""
+        """Fill all weights from `seed` alone: normal, as wide as keeps a signal's size, or narrower where they add to
+        the stream; biases are 0."""
         random = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             with torch.no_grad():

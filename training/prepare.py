@@ -89,9 +89,10 @@ def load(path: Path) -> Any:
 
 
 def corpora(parts: dict[str, list[str]]) -> dict[str, str]:
-    """The two texts that quality is measured on, by name."""
+    """The two texts that quality is measured on, and the one that importance matrices are made of, by name."""
     scripture = [text for _, text in fetch.documents("genesis")]
-    return {"prose": BETWEEN.join(parts["heldout"]) + "\n", "scripture": BETWEEN.join(scripture) + "\n"}
+    of = {"prose": parts["heldout"], "scripture": scripture, "calibration": parts["valid"]}
+    return {name: BETWEEN.join(texts) + "\n" for name, texts in of.items()}
 
 
 def main() -> None:

@@ -123,7 +123,8 @@ class _Begun:
 
 def _to_make(parameters: params.Study) -> Sequence[str]:
     """The study's quants that llama-quantize must know: none where all models are files."""
-    return () if all(params.model(m).file for m in parameters.models) else parameters.quants
+    named = [params.plain(q) for q in parameters.quants]
+    return () if all(params.model(m).file for m in parameters.models) else named
 
 
 def device_note(study: Study) -> str | None:

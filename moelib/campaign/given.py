@@ -5,16 +5,22 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from moelib.base import files
-from moelib.catalogue import params
+from moelib.catalogue import corpora, params
+from moelib.catalogue.placement import Placement
 from moelib.engine.engine import Engine
-from moelib.gguf import gguf_file
+from moelib.gguf import gguf_file, imatrix
+from moelib.measure import device
 from moelib.models import models, quantize, remote, sources, weights
 from moelib.models.quantize import Quantised, QuantizeError
+from moelib.routing.passes import How, count
 from moelib.study.plan import Cell
 from moelib.study.study import Study
 
+MATRIX_CONTEXT, MATRIX_CHUNKS = 512, 100
+"""Of the text that an importance matrix is made of."""
 CACHED = re.compile(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})/(.+)$")
 """Where the Hub's own cache has a file of a repository."""
 
@@ -55,7 +61,38 @@ def of_cell(study: Study, cell: Cell, llama: Engine, work: Path) -> Quantised:
     if p.twins == "direct":
         return quantize.twin(*quantize.outline_of(cell.model, p.scale), cell.quant, scale=p.scale)
     source = sources.obtain(cell.model, p.weights, p.scale, needed=False)
-    return quantize.make(source, cell.quant, llama, work)
+    if p.imatrix is None or cell.quant == (quant := params.plain(cell.quant)):
+        return quantize.make(source, cell.quant, llama, work)
+    matrix = imatrix.read(_matrix(source, p.imatrix, llama, device.choose(p.device, llama), work))
+    found = quantize.make(source, quant, llama, work, matrix)
+    return replace(found, manifest=found.manifest | {"quant": cell.quant})
+
+
+def _matrix(source: models.Source, corpus: str, llama: Engine, where: device.Device, work: Path) -> Path:
+    """The importance matrix of a source over a text, made unless it is there.
+
+    Raises ParamsError for a text that matrices are not made of, RunError where llama-imatrix fails, SourceError.
+    """
+    text = corpora.corpus(corpus)
+    if not text.calibration:
+        raise params.ParamsError(
+            f"{corpus} is a text to measure on, by params/corpora.yaml: a matrix made of it would be tried on what it "
+            "was made of; name one with `calibration: true`"
+        )
+    path = source.path.with_name(f"{source.model}-{corpus}.imatrix.gguf")
+    expected = {"source_sha256": source.sha256, "corpus_sha256": text.sha256, "engine_build": llama.build}
+    expected |= {"context": MATRIX_CONTEXT, "chunks": MATRIX_CHUNKS}
+
+    def make() -> dict[str, Any]:
+        whole = sources.whole(source)
+        with where.session(llama, work) as session, files.replacing(path) as partial:
+            how = How(text.verified(), Placement.parse("baseline"), session, where.threads, work)
+            count(llama, whole.header, how, MATRIX_CONTEXT, MATRIX_CHUNKS, name="imatrix", keep=partial)
+            sha256 = files.sha256(partial)
+        return expected | {"sha256": sha256}
+
+    models.once(path, expected, make)
+    return path
 
 
 def refuse_other(header: gguf_file.Header, cell: Cell, weights: str) -> None:

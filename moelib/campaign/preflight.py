@@ -111,7 +111,7 @@ def _headers(parameters: params.Study, cells: Sequence[tuple[str, str]]) -> dict
     headers: dict[str, Header] = {}
     for model in dict.fromkeys(m for m, _ in cells):
         quants = [q for m, q in cells if m == model]
-        listed = named.headers(model, quants, parameters.scale)
+        listed = named.headers(model, [params.plain(q) for q in quants], parameters.scale)
         headers |= {f"{model}/{quant}": h for quant, h in zip(quants, listed, strict=True)}
     return headers
 

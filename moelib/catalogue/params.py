@@ -13,12 +13,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, AliasChoices, Field, PositiveInt, model_validator
 
 from moelib.base import yaml_file
-from moelib.base.schema import ParamsError, Sha256, Strict, T, build, closest
+from moelib.base.schema import ParamsError, Strict, T, build, closest
 from moelib.base.schema import UserError as UserError
 from moelib.catalogue import sizes
 from moelib.catalogue.placement import REFERENCE, Placement
+from moelib.catalogue.upstream import Held, Repository, Upstream
 from moelib.catalogue.upstream import Pin as Pin
-from moelib.catalogue.upstream import Repository, Upstream
 from moelib.catalogue.upstream import SourceFile as SourceFile
 
 Quant = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,39}$")]
@@ -29,6 +29,8 @@ FITTING = "fitting"
 """What a study has for placements that are planned where it runs."""
 AS_IS = "as-is"
 """The quant of a model that is a file."""
+IMATRIX = "-imatrix"
+"""At the end of a quant's name: made with an importance matrix of the study's own text."""
 
 # Limits are far above any real model or study and far below what would exhaust memory: a larger value is a mistake.
 Width = Annotated[PositiveInt, Field(le=1 << 20)]
@@ -69,15 +71,6 @@ class Geometry(Strict):
         if self.leading_dense_block_count > self.block_count:
             raise ValueError("leading_dense_block_count is more than block_count")
         return self
-
-
-class Held(Strict):
-    """An unquantised file that lies in this repository, such as that of a model that was trained for it."""
-
-    file: Annotated[str, Field(pattern=r"^[\w./-]+\.gguf$")]
-    """Its path, from where params/ lies."""
-    sha256: Sha256
-    origin: str = Field(min_length=1)
 
 
 class Model(Strict):
@@ -191,6 +184,11 @@ class PlacementMode(Strict):
         return self.rounds is None or block < self.rounds
 
 
+def plain(quant: str) -> str:
+    """The quant that llama-quantize knows, with an importance matrix or without."""
+    return quant.removesuffix(IMATRIX)
+
+
 class Quality(Strict):
     """What a study compares token by token, beside its runs."""
 
@@ -231,6 +229,8 @@ class Study(Strict):
     """Whether the quants of a model take turns, round by round, so that they are compared on one machine at about the
     same time; else one is finished after the other."""
     context: Tokens = 1024
+    imatrix: str | None = None
+    """The corpus of importance matrices, for quants such as `Q2_K-imatrix`."""
     quality: Quality | None = None
     """None: neither what quantising costs nor whether placements change what a model says is measured."""
     device: Literal["auto", "cuda", "loopback", "none"] = "auto"
@@ -251,6 +251,10 @@ class Study(Strict):
             sizes.parse(self.vram)
             if not self.fitting:
                 raise ValueError(f"vram is what placements are planned for: write `placements: {FITTING}`")
+        if any(q.endswith(IMATRIX) for q in self.quants) != (self.imatrix is not None):
+            raise ValueError(f"quants that end in {IMATRIX} and `imatrix: CORPUS`, of which it is made, go together")
+        if self.twins == "direct" and self.imatrix:
+            raise ValueError("twins: direct is of types alone, which an importance matrix does not change")
         if self.twins == "direct" and self.weights == "real":
             raise ValueError("twins: direct is for `weights: twin`")
         return self

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, PositiveInt
 
-from moelib.base.schema import ParamsError, Strict
+from moelib.base.schema import ParamsError, Sha256, Strict
 
 NAMESPACE = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
 
@@ -76,3 +76,12 @@ class Upstream(Strict):
     """The publisher of the F16 files that the study's plan names."""
     original: str
     """Repository of the safetensors that they were converted from."""
+
+
+class Held(Strict):
+    """An unquantised file that lies in this repository, such as that of a model that was trained for it."""
+
+    file: Annotated[str, Field(pattern=r"^[\w./-]+\.gguf$")]
+    """Its path, from where params/ lies."""
+    sha256: Sha256
+    origin: str = Field(min_length=1)

@@ -6,6 +6,7 @@ for, and refuses one of less than two: the sums say how many there were.
 """
 
 import re
+import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -92,9 +93,17 @@ def argv(llama: Engine, file: Path, how: How, context: int, chunks: int, ubatch:
 
 
 def count(
-    llama: Engine, header: Header, how: How, context: int, chunks: int = 1, ubatch: int | None = None, name: str = ""
+    llama: Engine,
+    header: Header,
+    how: How,
+    context: int,
+    chunks: int = 1,
+    ubatch: int | None = None,
+    name: str = "",
+    keep: Path | None = None,
 ) -> Pass:
-    """How often each expert was used over the first chunks of a text. ubatch: tokens that are computed at once.
+    """How often each expert was used over the first chunks of a text. ubatch: tokens that are computed at once. keep:
+    where the importance matrix goes, which is removed otherwise.
 
     Raises RunError: text-too-short, no-counts, counts-misfit, not-a-number, out-of-memory, engine-ended; and
     ProcessError, EngineError.
@@ -114,9 +123,11 @@ def count(
         if code:
             raise RunError("engine-ended", f"llama-imatrix ended with {code}; its log ends:\n{_end(text)}")
         found = _selections(into, Experts.in_file(header))
+        _refuse_misfit(found, Experts.in_file(header), how, context, chunks)
+        if keep:
+            shutil.copyfile(into, keep)
     finally:
         into.unlink(missing_ok=True)
-    _refuse_misfit(found, Experts.in_file(header), how, context, chunks)
     return Pass(found, tuple(Path(a).name if a.startswith("/") else a for a in args), log)
 
 
