@@ -9,7 +9,7 @@ import texts
 
 from moelib.audit.record import RecordError
 from moelib.base import files
-from moelib.campaign import assess, campaign
+from moelib.campaign import assess, campaign, given
 from moelib.catalogue import corpora, params
 from moelib.catalogue.facts import DeviceFacts, HostFacts
 from moelib.machine import host
@@ -197,6 +197,33 @@ def test_a_study_compares_once_and_goes_on_where_it_was_stopped(words, monkeypat
     assert not list(study.path.rglob("*.logprobs"))
     read, damaged = comparison.read_all(study.path)
     assert (len(read), damaged) == (9, [])
+
+
+@pytest.mark.engine
+def test_a_quant_with_a_matrix_of_the_studys_text(words, engine, tmp_path):
+    for name, calibration in (("matter", "true"), ("other", "false")):
+        give_text(words, name, texts.prose(12_000))
+        catalogue = words / "params/corpora.yaml"
+        text = catalogue.read_text(encoding="utf-8")
+        catalogue.write_text(text[: text.rindex("calibration:")] + f"calibration: {calibration}\n", encoding="utf-8")
+    asked = STUDY.replace("[Q8_0, Q2_K]", "[Q2_K, Q2_K-imatrix]")
+    for name, corpus in (("good", "matter"), ("bad", "other")):
+        text = f"{asked}imatrix: {corpus}\n"
+        (words / f"params/studies/{name}.yaml").write_text(text, encoding="utf-8")
+    (words / "params/studies/lone.yaml").write_text(asked, encoding="utf-8")
+    params._yaml.cache_clear()
+    with pytest.raises(params.ParamsError, match="go together"):
+        params.study("lone")
+    study, cells = campaign.select("good")
+    files_by = {c.quant: given.of_cell(study, c, engine, tmp_path) for c in cells}
+    plain, made = files_by["Q2_K"], files_by["Q2_K-imatrix"]
+    assert (made.manifest["quant"], made.path.name) == ("Q2_K-imatrix", "deepseek-moe-16b-Q2_K-imatrix.gguf")
+    assert made.manifest["imatrix"]["file_name"] == "deepseek-moe-16b-matter.imatrix.gguf"
+    assert made.header.type_counts == plain.header.type_counts
+    assert made.manifest["sha256"] != plain.manifest["sha256"]
+    study, cells = campaign.select("bad")
+    with pytest.raises(params.ParamsError, match="other is a text to measure on"):
+        given.of_cell(study, next(c for c in cells if c.quant != "Q2_K"), engine, tmp_path)
 
 
 def test_what_quantising_costs_is_asked_of_real_weights_alone(words):

@@ -20,7 +20,7 @@ from moelib.study.plan import Cell
 from moelib.study.study import Study
 
 MATRIX_CONTEXT, MATRIX_CHUNKS = 512, 100
-"""Of the text that an importance matrix is made of."""
+"""Of the text that an importance matrix is made of, which must have as much."""
 CACHED = re.compile(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})/(.+)$")
 """Where the Hub's own cache has a file of a repository."""
 

@@ -10,7 +10,7 @@ from moelib.base import stats
 from moelib.base.neutral import code
 from moelib.base.neutral import markdown as neutral
 from moelib.base.stats import number, size
-from moelib.catalogue import corpora
+from moelib.catalogue import corpora, params
 from moelib.catalogue.placement import Placement
 from moelib.evidence.table import Table, Text, heading, reference
 from moelib.quality import checks, score, wanted
@@ -30,6 +30,7 @@ def lost(study: Study) -> list[Table | Text]:
     shown: list[Table | Text] = [heading("h-quality", "Quality", 2)]
     every = losses.losses(study)
     shown += [_lost(study, corpus, [x for x in every if x.corpus == corpus]) for corpus in asked.corpora]
+    shown += _matrices(every)
     if study.parameters.weights == "real" and any(q.text for r in study.used for q in r.observation.requests):
         shown.append(_samples(study))
     return shown
@@ -81,6 +82,26 @@ def _lost(study: Study, corpus: str, lost: Sequence[Loss]) -> Table:
     )
     why = wanted.TWIN if study.parameters.weights == "twin" else "no comparison with the unquantised file is valid."
     return Table(f"quality-{corpus}", rows, [x.sources for x in lost], note, tuple(rows[0])[2:] if rows else (), why)
+
+
+def _matrices(lost: Sequence[Loss]) -> list[Text]:
+    """What an importance matrix changed, of every quant that there is with one and without."""
+    by = {(x.corpus, x.model, x.quant): x for x in lost}
+    sentences, found = [], []
+    for (corpus, model, quant), x in by.items():
+        without = by.get((corpus, model, params.plain(quant)))
+        if quant == params.plain(quant) or without is None:
+            continue
+        more = losses.differs(without, x)
+        sentences.append(
+            f"- {neutral(model)}, {neutral(corpus)}: {neutral(quant)} diverges {stats.estimate(more)} nats a token "
+            f"more than {neutral(without.quant)}, whose mean is {number(without.divergence.value)}; paired by chunk."
+        )
+        found += [x, without]
+    if not sentences:
+        return []
+    text = "\n".join(["What an importance matrix changes (less than 0: it helps):", "", *sentences])
+    return [Text("matrices", text, {k: v for x in found for k, v in x.sources.items()})]
 
 
 def same(study: Study) -> list[Text]:
