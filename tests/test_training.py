@@ -411,10 +411,10 @@ def test_a_divergence_that_is_not_a_number_is_no_order():
 def test_the_card_says_data_licences_and_figures():
     text = card.markdown(said() | {"verdicts": check.verdicts(said())}, "deepseek")
     assert "do not**" not in text
-    for word in ("CC0-1.0", "r-cran-janeaustenr", "| Q2_K | 9.0 | 23.000 | 0.0100 ± 0.0010 |", "2 x Q2_K, 1 x Q4_0"):
+    for word in ("CC0-1.0", "r-cran-janeaustenr", "| Q2_K | 9.0 | 23.000 | 0.01000 ± 0.00100 |", "2 x Q2_K, 1 x Q4_0"):
         assert word in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert all(row.rstrip().endswith("|") for row in rows)
+    assert all(row.endswith(" |") for row in rows)
 
 
 def test_the_curve_is_drawn_the_same_twice(tmp_path):
@@ -480,6 +480,28 @@ def test_torch_computes_what_the_reference_does(torch, name):
     x = torch.randn(50, shape.embedding_length)
     _, chosen, weights = block.route(x)
     assert torch.allclose(block.all_experts(x, chosen, weights), block.chosen_experts(x, chosen, weights), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", reference.TINY)
+def test_a_gpus_way_works_in_bf16_and_gives_about_the_same(torch, name, monkeypatch):
+    """All experts at once, and products in bf16, as far as a CPU can try it."""
+    from model import Block, Transformer, loss
+
+    ids = torch.arange(4 * 64).reshape(4, 64) * 7 % 320
+    found = []
+    for way in ("cpu", "gpu"):
+        net = Transformer(reference.TINY[name])
+        net.begin(1)
+        if way == "gpu":
+            monkeypatch.setattr(Block, "chosen_experts", Block.all_experts)
+        with torch.autocast("cpu", torch.bfloat16, enabled=way == "gpu"):
+            logits, _ = net(ids)
+        assert logits.dtype == torch.float32
+        value = loss(logits, ids)
+        value.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+        found.append(float(value.detach()))
+    assert found[0] == pytest.approx(found[1], rel=0.01)
 
 
 @pytest.mark.parametrize("name", reference.TINY)

@@ -23,7 +23,7 @@ def curve(lines: list[dict[str, float]], kept_step: int, title: str, path: Path)
     figure = Figure(figsize=(7.6, 3.8), layout="constrained")
     ax = figure.add_subplot()
     steps = [line["step"] for line in lines]
-    ax.plot(steps, [line["train_nats"] for line in lines], color="0.6", label="a batch of training text, with dropout")
+    ax.plot(steps, [line["train_nats"] for line in lines], color="0.6", label="a batch of training text")
     ax.plot(steps, [line["valid_nats"] for line in lines], color="C0", label="validation text")
     ax.axvline(kept_step, color="C1", linestyle="--", linewidth=1, label=f"kept: step {kept_step}")
     ax.set(xlabel="step", ylabel="loss (nats a token)", title=title)

@@ -144,7 +144,7 @@ class Run:
         if not self.state.exists():
             self.log.unlink(missing_ok=True)
             return
-        saved = torch.load(self.state, map_location=self.device, weights_only=True)
+        saved = torch.load(self.state, map_location="cpu", weights_only=True)
         self._same(json.loads(saved["settings"]))
         self.net.load_state_dict(saved["net"])
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -283,7 +283,9 @@ def main(argv: list[str] | None = None) -> None:
     device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise TrainError("torch sees no GPU: use --device cpu")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # sums in one order, as far as there is a choice
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
     torch.set_float32_matmul_precision("high")
     run = Run(model, a.data, a.out or HERE / "runs" / model.name, device, a.compile)
     if run.done():
