@@ -39,7 +39,7 @@ COMMAND = re.compile(r"llama-server -m (\S+\.gguf) -ngl 99 -c (\d+) -np 1 -fa on
 FLAGS = re.compile(
     r"--cpu-moe|--n-cpu-moe \d+|-ub \d+|--no-op-offload|-ct[kv] \S+|--load-mode (?!mmap)\w+|--no-mmap|--mlock"
 )
-SHARED = re.compile(r"what-to-run$|files$|vram$|speed-")
+SHARED = re.compile(r"what-to-run$|files$|vram$|speed-|quality-")
 OF_ROOT = {"what-to-run", "files"}
 """Tables of the document that only the page of a model has."""
 
@@ -194,6 +194,8 @@ def same(page):
     shown = {name: t["rows"] for name, t in page.provenance["tables"].items() if SHARED.match(name)}
     wanted = {name: t["rows"] for name, t in page.document["tables"].items() if SHARED.match(name)}
     wanted = {k: v for k, v in wanted.items() if not k.startswith("speed-") or k.startswith(f"speed-{page.model}-")}
+    if page.twin:  # what random weights say has no quality
+        wanted = {k: v for k, v in wanted.items() if not k.startswith("quality-")}
     if "quant" in about:
         wanted = {name: rows for name, rows in wanted.items() if name not in OF_ROOT}
     problems = [f"tables {sorted(shown)}, not {sorted(wanted)}"] if shown.keys() != wanted.keys() else []

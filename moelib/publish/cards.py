@@ -18,7 +18,7 @@ from moelib.catalogue.facts import Manifest
 from moelib.evidence import appendix, table
 from moelib.evidence.table import Table
 from moelib.models import hub
-from moelib.report import advice, findings, results
+from moelib.report import advice, findings, quality, results
 from moelib.study.study import Study
 
 ROOT = "README.md"
@@ -134,6 +134,7 @@ def _repository(study: Study, model: str, namespace: str) -> dict[str, str]:
         "advice": advice,
         "appendix": appendix,
         "findings": findings,
+        "quality": quality,
         "results": results,
         "whole": study,
         "model": model,

@@ -27,13 +27,17 @@ def lost(study: Study) -> list[Table | Text]:
     asked = study.parameters.quality
     if asked is None:
         return []
-    shown: list[Table | Text] = [heading("h-quality", "Quality", 2)]
-    every = losses.losses(study)
-    shown += [_lost(study, corpus, [x for x in every if x.corpus == corpus]) for corpus in asked.corpora]
-    shown += _matrices(every)
+    shown: list[Table | Text] = [heading("h-quality", "Quality", 2), *tables(study)]
+    shown += _matrices(losses.losses(study))
     if study.parameters.weights == "real" and any(q.text for r in study.used for q in r.observation.requests):
         shown.append(_samples(study))
     return shown
+
+
+def tables(study: Study) -> list[Table]:
+    """What each quant lost, a table for each text; empty where nobody asked."""
+    asked, every = study.parameters.quality, losses.losses(study)
+    return [_lost(study, name, [x for x in every if x.corpus == name]) for name in asked.corpora] if asked else []
 
 
 def sources(study: Study) -> dict[str, str]:
