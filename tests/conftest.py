@@ -58,6 +58,7 @@ SLOW = {
     "test_committed",
     "test_notebooks",
     "test_cards",
+    "test_losses",
     "test_plots",
     "test_twin",
     # commands run as processes of their own, or through whole studies
