@@ -52,6 +52,8 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
 def compare(runs: pd.DataFrame, column: str, baseline: str | None = None) -> pd.DataFrame:
     """`column` of every placement against `baseline`, paired within rounds: ratio, low and high (95 %), n.
 
+    low, high: NaN where there is one round alone, and where nothing varies: there is no interval then.
+
     baseline: by default the placement `baseline` or, where there is none, the one with most on the GPU.
 
     runs: a frame of runs, such as `load("h100-twins").runs`. Raises FrameError where they cannot be compared.

@@ -16,12 +16,20 @@ NONE = "n/a"
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its two-sided 95 % confidence interval; the bounds are None if n is below 2."""
+    """A value with its two-sided 95 % confidence interval; the bounds are None if n is below 2, and the value itself
+    where nothing varies."""
 
     value: float
     low: float | None
     high: float | None
     n: int
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """What a reader is told of the bounds: None where one value gives none, and where nothing varies."""
+        if self.low is None or self.high is None or self.low == self.high:
+            return None
+        return self.low, self.high
 
 
 def values(estimates: Iterable[Estimate | None]) -> list[float]:
