@@ -270,8 +270,9 @@ class _Column:
         return cls(values, {(c.quant, c.side): r for c, r in zip(told, ratios, strict=True)}, bool(pooled))
 
 
-def _pairs(c: Comparison, column: str) -> list[tuple[float, float]]:
-    return list(zip(c.before[column], c.after[column], strict=True))
+def _pairs(c: Comparison, column: str) -> dict[str, tuple[float, float]]:
+    """By the run of the baseline, which the placements of a quant have in common."""
+    return {run: (a, b) for run, a, b in zip(c.before["run_id"], c.before[column], c.after[column], strict=True)}
 
 
 def speed(study: Study, model: str, workload: str) -> Table:
