@@ -16,6 +16,7 @@ from moelib.study.study import Study
 
 MIB = 1 << 20
 NO_ROUND = "no round is complete."
+NO_PARTS = "the records lack VRAM or a part of it: weights, KV cache or compute buffer."
 EXAMPLES = {"dual-channel DDR4, PCIe 3.0 x16": (50e9, 12e9), "dual-channel DDR5, PCIe 4.0 x16": (80e9, 25e9)}
 """Machines that readers have -> bytes/s that their RAM and their bus give: what is reached of what is on the box."""
 MODE = "none"
@@ -75,7 +76,7 @@ def vram_table(study: Study) -> Table:
             "rest": stats.estimate(rest, 1 / MIB) if varies else number(law.told.rest.value, 1 / MIB),
         }
 
-    return _table("laws-vram", what, study, laws, row)
+    return _table("laws-vram", what, study, laws, row, NO_PARTS if len(study.runs) else NO_ROUND)
 
 
 def _has(study: Study, workload: str) -> bool:
@@ -95,13 +96,18 @@ def _bytes(law: TimeLaw) -> dict[str, Any]:
 
 
 def _table(
-    name: str, what: str, study: Study, laws: Sequence[AnyLaw], terms: Callable[[AnyLaw], dict[str, Any]]
+    name: str,
+    what: str,
+    study: Study,
+    laws: Sequence[AnyLaw],
+    terms: Callable[[AnyLaw], dict[str, Any]],
+    no_law: str = NO_ROUND,
 ) -> Table:
     """A row for each law that stands; in the note the formula, what it is of, and what is not told with the reason."""
     told = standing(laws)
     reasons = [*_untold(laws, told), *_unknown(told)]
     if not told:
-        return Table(name, [], [], why_empty=" ".join(reasons) or NO_ROUND)
+        return Table(name, [], [], why_empty=" ".join(reasons) or no_law)
     rows = [_row(law, terms(law)) for law in told]
     if len({row["load mode"] for row in rows}) == 1:
         rows = [{k: v for k, v in row.items() if k != "load mode"} for row in rows]
