@@ -142,6 +142,11 @@ class Workload(Strict):
             raise ValueError("a drawn prompt needs its prompt_tokens")
         return self
 
+    @property
+    def repeats(self) -> bool:
+        """Whether its text is repeated to fill its tokens: such a prompt needs few of the experts."""
+        return self.text is not None and self.prompt_tokens is not None
+
 
 class PlacementMode(Strict):
     """A placement and a load mode; each round of a study runs every one of them once, of all files or of some."""

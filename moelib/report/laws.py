@@ -50,7 +50,7 @@ def ttft_table(study: Study, workload: str) -> Table:
     def row(law: TimeLaw) -> dict[str, Any]:
         return {"machines": len(law.domain.machines), **_gpu(law), **_bytes(law)}
 
-    return _table(f"laws-ttft-{workload}", what, study, laws, row)
+    return _table(f"laws-ttft-{workload}", f"{what}.{_repeated(study, workload)}".removesuffix("."), study, laws, row)
 
 
 def vram_table(study: Study) -> Table:
@@ -77,6 +77,14 @@ def vram_table(study: Study) -> Table:
         }
 
     return _table("laws-vram", what, study, laws, row, NO_PARTS if len(study.runs) else NO_ROUND)
+
+
+def _repeated(study: Study, workload: str) -> str:
+    """A sentence on a prompt that may need few of the experts; empty for another."""
+    known = study.workloads.get(workload)
+    if not (known and known.repeats):
+        return ""
+    return f" {neutral(workload)} repeats one sentence: it may need few of the experts, and its TTFT be too short."
 
 
 def _has(study: Study, workload: str) -> bool:
@@ -219,6 +227,7 @@ def estimates(study: Study, workload: str, ram_bytes_per_s: float, bus_bytes_per
         f"time is that of {gpu} and is not scaled: a slower GPU takes longer."
     )
     note += f" On their own machine the laws were off by {off}." if off else ""
+    note += _repeated(study, workload) if times else ""
     reasons = [] if times else _untold([law for law in prompts if law.domain.load_mode == MODE], [], "TTFT")
     return Table(name, rows, sources, " ".join([note, *reasons]), (RATE, TTFT))
 

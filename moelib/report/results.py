@@ -150,7 +150,7 @@ def prompts(study: Study) -> list[Text]:
     """Of workloads that repeat a text: what that does to the numbers; empty where none does."""
     sentences: list[str] = []
     sources: dict[str, str] = {}
-    for name in (n for n, w in study.workloads.items() if w.text and w.prompt_tokens):
+    for name in (n for n, w in study.workloads.items() if w.repeats):
         moved = [s for s in frames.summaries(study.runs, f"experts_over_bus/{name}") if s.value]
         shares = ", ".join(
             f"{neutral(model)} {_span(s for s in moved if s.model == model)}"
