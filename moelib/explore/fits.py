@@ -17,7 +17,8 @@ SIDE = ("quant", "placement", "load mode")
 def what_fits(view: View) -> pd.DataFrame:
     """Placements whose VRAM is within the budget, the fastest first; empty where none is.
 
-    TTFT is of warm requests; None beside tokens/s that are estimated, as nothing tells it for other RAM.
+    TTFT is of warm requests; beside tokens/s that are estimated it is too, and None where no law tells it: the view's
+    notes say why.
     """
     fit = [one for one in view.placed if one.point.vram_bytes <= view.vram_bytes]
     rows = []
@@ -32,7 +33,7 @@ def what_fits(view: View) -> pd.DataFrame:
                 "95 %": _interval(p) if here else NONE,
                 "VRAM, GB": _short(p.vram_bytes / GB),
                 "RAM, GB": _short(p.ram_bytes / GB),
-                "TTFT, ms": _short(p.ttft.value * 1000) if here and p.ttft else None,
+                "TTFT, ms": None if one.ttft_s is None else _short(one.ttft_s * 1000),
                 "known by": one.known if view.context is None else f"{one.known}; VRAM estimated",
             }
         )
