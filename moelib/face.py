@@ -52,7 +52,7 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
 def compare(runs: pd.DataFrame, column: str, baseline: str | None = None) -> pd.DataFrame:
     """`column` of every placement against `baseline`, paired within rounds: ratio, low and high (95 %), n.
 
-    There is no interval (NaN) of one round, or where nothing varies.
+    low, high: NaN where there is one round alone, and where nothing varies: there is no interval then.
 
     baseline: by default the placement `baseline` or, where there is none, the one with most on the GPU.
 

@@ -65,10 +65,11 @@ SLOW = {
     "test_cli",
     "test_damaged",
     "test_demo",
-    # campaigns: of faults, of forgeries, of hostile strings
+    # campaigns: of faults, of forgeries, of hostile strings, of simulated studies
     "test_forgeries",
     "test_neutral::test_no_string_gets_out_in_the_document",
     "test_neutral::test_no_string_gets_out_in_a_card",
+    "test_stats::test_a_pooled_95_percent_interval_covers_95_percent",
     "test_sources",
     "test_hub_limits",
     "test_hub",

@@ -78,11 +78,34 @@ def test_slower_ram_makes_estimates_that_say_so_and_leaves_what_is_on_the_gpu(h1
     on_gpu = after.index.get_level_values("placement") == "baseline"
     assert (after["tokens/s"][on_gpu] == before["tokens/s"][after.index[on_gpu]]).all()
     assert (after["tokens/s"][~on_gpu] < 0.7 * before["tokens/s"][after.index[~on_gpu]]).all()
-    assert set(after["known by"][~on_gpu]) == {"estimated, RAM of 50 GB/s; TTFT by the bus, as measured"}
-    assert (after["TTFT, ms"] == before["TTFT, ms"][after.index]).all()
+    assert set(after["known by"][~on_gpu]) == {"estimated, RAM of 50 GB/s"}
+    copied = after.index.get_level_values("load mode") == "none"
+    assert after["TTFT, ms"][~on_gpu & ~copied].isna().all()
+    assert after["TTFT, ms"][~on_gpu & copied].notna().all()
+    assert (after["TTFT, ms"][on_gpu] == before["TTFT, ms"][after.index[on_gpu]]).all()
     assert here.notes == []
-    assert len(there.notes) == 6
-    assert all("estimated for RAM of 50 GB/s from a law fitted on NVIDIA H100" in note for note in there.notes)
+    rates, prompts = ([n for n in there.notes if n.startswith(what)] for what in ("tokens/s", "TTFT"))
+    assert len(rates) == len(prompts) == 6
+    assert all("estimated for RAM of 50 GB/s from a law fitted on NVIDIA H100" in note for note in rates)
+    assert sum(note.endswith(f"mmap: not told: {view.NOT_COPIED}.") for note in prompts) == 3
+    assert sum("none: estimated for a bus" in note for note in prompts) == 3
+
+
+def test_other_ram_leaves_the_time_of_a_prompt_to_the_bus_unless_it_is_slower(h100, demo):
+    """By hand: of the file's bytes over the bus, 1.08 are counted for each."""
+    fast = view.at(h100, "deepseek-moe-16b", "Q8_0", ram_gb_per_s=200)
+    law = fast.prompt_laws["Q8_0", "none"]
+    (measured,) = [p for p in fast.measured if (p.moved_layers, p.placement.load_mode) == (27, "none")]
+    told = fast.estimate_ttft("Q8_0", "none", 27)
+    assert math.isclose(told.value, law.at(fast.model, "Q8_0", 27))
+    assert math.isclose(told.value, measured.ttft.value, rel_tol=0.05)
+    slow = view.at(h100, "deepseek-moe-16b", "Q8_0", ram_gb_per_s=20).estimate_ttft("Q8_0", "none", 27)
+    on_gpu = law.at(fast.model, "Q8_0", 0)
+    counted = fast.runs_of(measured)[f"bus_received_bytes/{fast.workload}"].mean()
+    assert math.isclose(slow.value, on_gpu + counted / 1.08 / (20 * GB))
+    assert "estimated for a bus that waits for RAM of 20 GB/s from a law fitted on NVIDIA H100" in slow.label
+    loopback = view.at(demo, ram_gb_per_s=20)
+    assert any("TTFT" in n and "not told: without a GPU no experts are copied to one" in n for n in loopback.notes)
 
 
 def test_an_estimate_is_the_law_by_hand(h100):
@@ -101,7 +124,8 @@ def test_what_no_law_tells_is_left_out_with_its_reason(h100):
     assert fits.in_words(seen) == "Nothing tells what phi-3.5-moe takes with these choices."
     assert seen.notes[0] == "VRAM of Q4_K_M at 4,096 tokens: not told: one context does not tell what another takes."
     one_side = view.at(h100, quant="Q2_K", ram_gb_per_s=50)
-    one_side.__dict__["laws"] = {}
+    one_side.__dict__["laws"] = one_side.__dict__["prompt_laws"] = {}
+    assert one_side.notes[1] == f"TTFT of Q2_K, mmap: not told: {view.NO_LAW}."
     assert one_side.notes[0] == f"tokens/s of Q2_K, mmap: not told: {view.NO_LAW}."
     assert {p.point.moved_layers for p in one_side.placed} == {0}
 

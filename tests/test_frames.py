@@ -1,5 +1,6 @@
 """Quantities of a run, by hand."""
 
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -198,6 +199,16 @@ def test_a_zero_has_a_difference_and_no_ratio():
     (c,) = frames.comparisons(runs, "load_s")
     assert (c.ratio, c.baseline.value, c.value.value, c.difference.value) == (None, 0.0, 3.0, -3.0)
     assert frames.compare(runs, "load_s")["ratio"].isna().all()
+
+
+def test_there_is_no_interval_where_nothing_varies():
+    runs = measured((1.0, 2.0), (1.1, 2.2), (3.0, 6.0)).runs
+    (same,) = frames.compare(runs, "load_s").itertuples()
+    assert (same.ratio, same.n) == (pytest.approx(2.0), 3)
+    assert math.isnan(same.low)
+    assert math.isnan(same.high)
+    (other,) = frames.compare(measured((1.0, 2.0), (1.0, 2.1)).runs, "load_s").itertuples()
+    assert other.low < other.ratio < other.high
 
 
 def test_a_summary_is_of_its_own_placement():

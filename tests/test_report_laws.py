@@ -89,9 +89,11 @@ def test_a_prompts_law_has_the_speed_of_the_bus_or_the_reason_why_not(h100, demo
     assert table.rows[1]["bytes, GB/s"] == "53.8 [52.5, 55.3]"
     assert table.rows[1]["GPU time, ms"] == "39.1 to 128"
     assert table.note.startswith(
-        "TTFT of a warm prompt of long-512: GPU time + bytes counted on the bus / their speed; this prompt repeats one "
-        "sentence and needs few of the experts, so that its times may be too short. On"
+        "TTFT of a warm prompt of long-512: GPU time + bytes counted on the bus / their speed. long-512 repeats one "
+        "sentence: it may need few of the experts, and its TTFT be too short. On"
     )
+    assert "repeats one sentence" in laws.estimates(h100, "long-512", *DDR4).note
+    assert "repeats" not in laws.decode_table(h100, "long-512").note
     short = laws.ttft_table(h100, "plan-short")
     assert not short.rows
     assert short.why_empty == (
@@ -150,6 +152,7 @@ def test_an_estimate_scales_what_it_says_and_says_what_it_is(points, ram, bus):
     assert table.note.endswith(
         "On their own machine the laws were off by up to 0.0 % for a token and up to 0.0 % for TTFT."
     )
+    assert "repeats" not in laws.ttft_table(points, "prompt-512").note, "its text is not known"
     none = points.runs[(points.runs.load_mode == "none") | (points.runs.placement == "baseline")]
     assert table.sources == frames.sources(none)
 

@@ -74,6 +74,76 @@ def test_a_95_percent_interval_covers_95_percent(n):
     assert 0.938 < inside / 3000 < 0.962
 
 
+def pairs(logs, runs=""):
+    return {f"{runs}{i}": (10.0, 10 * math.exp(x)) for i, x in enumerate(logs)}
+
+
+def test_ratios_that_share_no_run_are_pooled_as_independent_ones():
+    """Variances 1, 4 and 9 of three values each: 14/3 by 6 degrees of freedom, at which t is 2.446912 (its tables)."""
+    groups = [pairs((1 - s, 1, 1 + s), runs=s) for s in (1, 2, 3)]
+    told = stats.pooled_ratios(groups)
+    half = 2.446912 * math.sqrt(14 / 3 / 3)
+    for e in told:
+        assert (math.log(e.low), math.log(e.value), math.log(e.high)) == pytest.approx(
+            (1 - half, 1, 1 + half), rel=1e-6
+        )
+        assert e.n == 3
+    assert stats.pooled_ratios(groups[:2]) is None
+    assert stats.pooled_ratios([*groups, pairs((1, 2), "few")]) is None
+    assert stats.pooled_ratios([*groups, pairs((1, 1, 1), "constant")]) is None
+    assert stats.pooled_ratios([*groups, pairs((1, 1.0001, 1.0002), "unlike")]) is None
+
+
+def test_ratios_to_the_same_runs_tell_less_of_their_spread():
+    """Three that rise and fall together have the two degrees of freedom of one, at which t is 4.302653; three that do
+    not, with the least correlation of a half, 6**2 / (6 + 12 / 4) = 4, at which it is 2.776445 (its tables)."""
+    together = stats.pooled_ratios([pairs((0, 1, 2)), pairs((1, 2, 3)), pairs((2, 3, 4))])
+    assert [math.log(e.high / e.value) for e in together] == pytest.approx([4.302653 / math.sqrt(3)] * 3, rel=1e-6)
+    apart = stats.pooled_ratios([pairs((0, 1, 2)), pairs((2, 1, 0)), pairs((0, 1, 2))])
+    assert [math.log(e.high / e.value) for e in apart] == pytest.approx([2.776445 / math.sqrt(3)] * 3, rel=1e-6)
+    lame = stats.pooled_ratios([pairs((0, 1, 2, 3)), pairs((1, 2, 3)), pairs((2, 3, 4))])
+    assert [e.n for e in lame] == [4, 3, 3], "one was run in fewer rounds"
+
+
+def placements(chance, quants, placements, rounds, baseline, common):
+    """Pairs of each placement of each quant by the baseline's run, all true ratios 1: noise of 3 % in each placement,
+    of `baseline` in the baseline, of `common` in all placements of a round, and 5 % of drift in all of the round."""
+    groups = []
+    for quant in range(quants):
+        drift, shared = chance.normal(0, 0.05, rounds), chance.normal(0, common, rounds)
+        base = np.exp(drift + chance.normal(0, baseline, rounds))
+        for _ in range(placements):
+            moved = np.exp(drift + shared + chance.normal(0, 0.03, rounds))
+            groups.append({f"{quant}-{n}": (base[n], moved[n]) for n in range(rounds)})
+    return groups
+
+
+ALIKE = (0.03, 0.0, 0.93, 0.97)
+WORLDS = (ALIKE, (0.006, 0.0, 0.92, 0.98), (0.09, 0.0, 0.92, 0.98), (0.01, 0.06, 0.92, 0.98))
+"""(noise of the baseline, noise that placements have in common, least and most that a 95 % interval may cover)."""
+
+
+@pytest.mark.parametrize("n", [3, 5])
+@pytest.mark.parametrize(
+    ("k", "quants", "world"),
+    [
+        *((k, 3 if k == 2 else 1, ALIKE) for k in range(2, 9)),
+        *((k, 3 if k == 2 else 1, w) for k in (2, 8) for w in WORLDS[1:]),
+    ],
+)
+def test_a_pooled_95_percent_interval_covers_95_percent(k, quants, n, world):
+    """k placements of one file, or of three files where k is 2, against one baseline in each of n rounds."""
+    baseline, common, least, most = world
+    chance, studies, inside, pooled = np.random.default_rng(20261127), 500, 0, 0
+    for _ in range(studies):
+        groups = placements(chance, quants, k, n, baseline, common)
+        told = stats.pooled_ratios(groups)
+        pooled += told is not None
+        inside += sum(e.low <= 1 <= e.high for e in told or [stats.ratio(list(g.values())) for g in groups])
+    assert least < inside / (studies * k * quants) < most
+    assert pooled / studies > 0.85
+
+
 E = stats.Estimate
 MIB, GIB = 2.0**20, 2.0**30
 TEXTS = [
@@ -112,43 +182,3 @@ def test_numbers_as_people_read_them(function, arguments, text):
 def test_an_estimate_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         stats.mean([1, 2, 3]).value = 7
-
-
-def coverage(groups, rounds, short=None, families=1, tries=1200):
-    """Share of pooled 95 % intervals that hold the true ratio, of worlds in which rounds differ and values vary alike.
-
-    short: rounds of every second group, where those are fewer.
-    """
-    chance, held, every = np.random.default_rng([groups, rounds, short or 0, families]), 0, 0
-    for _ in range(tries):
-        tables, of = [], []
-        for family in range(families):
-            noise = np.exp(0.05 * chance.normal(size=(groups + 1, rounds)) + 0.3 * chance.normal(size=rounds))
-            for g in range(1, groups + 1):
-                n = short if short and g % 2 else rounds
-                tables.append({r: (float(noise[0, r]), 2 * float(noise[g, r])) for r in range(n)})
-                of.append(family)
-        for e in stats.pooled_ratios(tables, of) or ():
-            every += 1
-            held += e.low <= 2 <= e.high
-    return held / every
-
-
-@pytest.mark.parametrize(
-    ("groups", "rounds", "short", "families"),
-    [(3, 3, None, 1), (8, 3, None, 1), (2, 5, None, 2), (8, 5, None, 1), (6, 5, 3, 1), (4, 3, None, 3)],
-)
-def test_pooled_intervals_of_ratios_with_one_baseline_cover(groups, rounds, short, families):
-    assert 0.935 <= coverage(groups, rounds, short, families) <= 0.97
-
-
-def test_pooled_ratios_of_a_whole_table_are_those_of_its_two_way_analysis():
-    chance = np.random.default_rng(2)
-    logs = chance.normal(size=(5, 4)) + 3 * chance.normal(size=4)  # baseline first
-    groups = [{r: (math.exp(logs[0, r]), math.exp(logs[g, r])) for r in range(4)} for g in range(1, 5)]
-    found = stats.pooled_ratios(groups, ["b"] * 4)
-    rest = logs - logs.mean(1, keepdims=True) - logs.mean(0) + logs.mean()
-    half = stats.student(12) * math.sqrt(2 * (rest**2).sum() / 12 / 4)
-    for g, e in enumerate(found, 1):
-        centre = (logs[g] - logs[0]).mean()
-        assert (e.value, e.low, e.high) == pytest.approx(tuple(map(math.exp, (centre, centre - half, centre + half))))

@@ -148,6 +148,11 @@ class Workload(Strict):
             raise ValueError("a drawn prompt needs its prompt_tokens")
         return self
 
+    @property
+    def repeats(self) -> bool:
+        """Whether its text is repeated to fill its tokens: such a prompt needs few of the experts."""
+        return self.text is not None and self.prompt_tokens is not None
+
 
 Placed = Annotated[str, AfterValidator(lambda text: str(Placement.parse(text)))]
 

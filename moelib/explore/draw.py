@@ -19,9 +19,8 @@ from moelib.answers import points
 from moelib.answers.points import Point
 from moelib.base import neutral
 from moelib.base.stats import number
-from moelib.catalogue.placement import Placement
 from moelib.explore.fits import name
-from moelib.explore.view import GB, View
+from moelib.explore.view import GB, View, is_plain
 from moelib.figures.axes import COLOURS, HATCHES, MARKERS, nth
 from moelib.study.study import UnknownName
 
@@ -89,7 +88,7 @@ def curves(view: View) -> Picture:
             speed.plot(layers, [one.value for one in told if one], **style)
     for quant, mode in view.laws:
         of = [p for p in view.points if p.quant == quant and (p.placement.load_mode == mode or not p.moved_layers)]
-        of = sorted((p for p in of if _is_plain(p)), key=lambda p: p.moved_layers)
+        of = sorted((p for p in of if is_plain(p.placement)), key=lambda p: p.moved_layers)
         style = {"color": _colour(view, quant), "marker": nth(MARKERS, mode, modes), "lw": 0.8}
         memory.plot([p.moved_layers for p in of], [p.vram_bytes / GB for p in of], **style)
     memory.axhline(view.vram_bytes / GB, color=FAINT, ls=":")
@@ -220,11 +219,6 @@ def _colour(view: View, quant: str) -> str:
 
 def _modes(view: View) -> list[str]:
     return list(dict.fromkeys(p.placement.load_mode for p in view.measured))
-
-
-def _is_plain(p: Point) -> bool:
-    """Whether it has no setting beside layers and load mode, as laws are of such."""
-    return p.placement == Placement(p.placement.cpu_layers, p.placement.load_mode)
 
 
 def _log_ticks(axis: Any) -> None:

@@ -10,7 +10,6 @@ from moelib.answers import points
 from moelib.answers.points import Point
 from moelib.base.stats import NONE, estimate, number
 from moelib.explore.view import GB, View
-from moelib.planner.graph import OFFLOADED_TOKENS
 
 SIDE = ("quant", "placement", "load mode")
 
@@ -18,16 +17,13 @@ SIDE = ("quant", "placement", "load mode")
 def what_fits(view: View) -> pd.DataFrame:
     """Placements whose VRAM is within the budget, the fastest first; empty where none is.
 
-    TTFT is of warm requests. Beside tokens/s that are estimated for other RAM it is as measured where the prompt's
-    experts are copied to the GPU, which the bus decides, and None where the CPU computes them.
+    TTFT is of warm requests; beside tokens/s that are estimated it is too, and None where no law tells it: the view's
+    notes say why.
     """
     fit = [one for one in view.placed if one.point.vram_bytes <= view.vram_bytes]
     rows = []
-    copied = _copied(view)
     for one in sorted(fit, key=lambda one: -one.rate):
         p, here = one.point, one.known.startswith(("measured", "predicted"))
-        by_bus = copied and p.placement.op_offload and p.ttft is not None
-        known = one.known if here else f"{one.known}; TTFT {'by the bus, as measured' if by_bus else 'not told'}"
         rows.append(
             {
                 "quant": p.quant,
@@ -37,18 +33,12 @@ def what_fits(view: View) -> pd.DataFrame:
                 "95 %": _interval(p) if here else NONE,
                 "VRAM, GB": _short(p.vram_bytes / GB),
                 "RAM, GB": _short(p.ram_bytes / GB),
-                "TTFT, ms": _short(p.ttft.value * 1000) if p.ttft and (here or by_bus) else None,
-                "known by": known if view.context is None else f"{known}; VRAM estimated",
+                "TTFT, ms": None if one.ttft_s is None else _short(one.ttft_s * 1000),
+                "known by": one.known if view.context is None else f"{one.known}; VRAM estimated",
             }
         )
     heads = [*SIDE, "tokens/s", "95 %", "VRAM, GB", "RAM, GB", "TTFT, ms", "known by"]
     return pd.DataFrame(rows, columns=heads)
-
-
-def _copied(view: View) -> bool:
-    """Whether prompts of the view's workload are long enough that llama.cpp copies their experts to the GPU."""
-    tokens = view.runs[f"prompt_tokens/{view.workload}"]
-    return bool((view.runs["device"] == "cuda").all() and (tokens >= OFFLOADED_TOKENS).all())
 
 
 def in_words(view: View) -> str:

@@ -11,6 +11,7 @@ import pandas as pd
 from moelib.answers import points
 from moelib.answers.points import Point
 from moelib.base.schema import near
+from moelib.catalogue.placement import Placement
 from moelib.laws import speed
 from moelib.laws.law import Labelled
 from moelib.laws.speed import TimeLaw
@@ -24,6 +25,9 @@ GB = 10**9
 CARD_GB = 12.0
 NO_LAW = "no runs of this load mode with experts on the CPU, and none without"
 NO_RAM = "its records do not have the speed of their machine's RAM"
+COPIED = "none"
+"""The load mode whose experts go to the GPU at the speed of the bus."""
+NOT_COPIED = f"only of load mode {COPIED} is it known that what is copied to the GPU goes at the speed of the bus"
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Placed:
     point: Point
     rate: float
     """tokens/s."""
+    ttft_s: float | None
+    """Of warm requests; None where nothing tells it."""
     known: str
     """measured, predicted, or estimated for other RAM."""
 
@@ -122,6 +128,24 @@ class View:
         return None if told is None else Labelled(1 / told.value, "tokens/s", told.label)
 
     @cached_property
+    def prompt_laws(self) -> dict[tuple[str, str], TimeLaw]:
+        """Quant and load mode -> the law of a warm prompt's TTFT, told or not; of all machines together."""
+        every = (speed.ttft(self.runs[self.runs["quant"] == quant], self.workload) for quant in self.quants)
+        return {(law.domain.quants[0], law.domain.load_mode): law for of in every for law in reversed(of)}
+
+    def estimate_ttft(self, quant: str, load_mode: str, layers: float) -> Labelled | None:
+        """TTFT in s with the experts of so many layers on the CPU, for the chosen RAM and the bus as it was measured:
+        copying goes at the slower of both. None where it is not told."""
+        law = self.prompt_laws.get((quant, load_mode))
+        if not self.ram_bytes_per_s or law is None or law.reason or load_mode != COPIED:
+            return None
+        bus = 1 / (law.per_byte * law.per_byte_s)
+        told = law.estimate(self.model, quant, layers, bus_bytes_per_s=min(bus, self.ram_bytes_per_s))
+        if told is None or self.ram_bytes_per_s >= bus:
+            return told
+        return replace(told, label=told.label.replace("a bus of", "a bus that waits for RAM of", 1))
+
+    @cached_property
     def placed(self) -> list[Placed]:
         """What was measured and what lies between two of it at the budget, with tokens/s here or for the chosen RAM."""
         return [one for p in [*self.points, *points.between(self.points, self.vram_bytes)] if (one := self._placed(p))]
@@ -129,10 +153,12 @@ class View:
     def _placed(self, p: Point) -> Placed | None:
         between = None if p.between is None else f"predicted between {' and '.join(p.between)}"
         if self.ram_bytes_per_s is None or not p.moved_layers:
-            return Placed(p, p.rate.value, between or f"measured, n = {p.rate.n}")
-        told = self.estimate(p.quant, p.placement.load_mode, p.moved_layers)
+            ttft_s = p.ttft.value if p.ttft else None
+            return Placed(p, p.rate.value, ttft_s, between or f"measured, n = {p.rate.n}")
+        where = p.quant, p.placement.load_mode, p.moved_layers
+        told, ttft = self.estimate(*where), self.estimate_ttft(*where) if is_plain(p.placement) else None
         known = f"estimated, RAM of {self.ram_bytes_per_s / GB:g} GB/s"
-        return None if told is None else Placed(p, told.value, known)
+        return None if told is None else Placed(p, told.value, ttft.value if ttft else None, known)
 
     @property
     def notes(self) -> list[str]:
@@ -149,6 +175,10 @@ class View:
                 law = self.laws.get((quant, mode))
                 why = NO_LAW if law is None else law.reason or NO_RAM
                 yield f"tokens/s of {quant}, {mode}: {told.label if told else 'not told: ' + why}."
+                ttft = self.estimate_ttft(quant, mode, 1)
+                prompt = self.prompt_laws.get((quant, mode))
+                why = NO_LAW if prompt is None else prompt.reason or NOT_COPIED
+                yield f"TTFT of {quant}, {mode}: {ttft.label if ttft else 'not told: ' + why}."
 
     def _on_context(self) -> Iterator[str]:
         if self.context is None:
@@ -162,6 +192,11 @@ class View:
             else:
                 why = next((p.reason for p in law.parameters if p.reason), "no run shows it")
                 yield f"VRAM of {quant} at {self.context:,} tokens: not told: {why}."
+
+
+def is_plain(placement: Placement) -> bool:
+    """Whether it has no setting beside layers and load mode, as laws are of such."""
+    return placement == Placement(placement.cpu_layers, placement.load_mode)
 
 
 def at(

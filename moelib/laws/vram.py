@@ -173,7 +173,7 @@ def _parameters(rows: pd.DataFrame, told: _Told) -> Iterator[Parameter]:
         name = f"{name}, per {STEP:,} tokens more"
         yield Parameter(name, "bytes", more, "engine's report", None if more else ONE_CONTEXT)
     rest = told.rest
-    if rest.low == rest.high:
+    if rest.interval is None:
         rest = replace(rest, low=None, high=None)
     yield Parameter("rest", "bytes", rest, "peak of the processes less these")
 

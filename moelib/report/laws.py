@@ -16,6 +16,7 @@ from moelib.study.study import Study
 
 MIB = 1 << 20
 NO_ROUND = "no round is complete."
+NO_PARTS = "the records lack VRAM or a part of it: weights, KV cache or compute buffer."
 EXAMPLES = {"dual-channel DDR4, PCIe 3.0 x16": (50e9, 12e9), "dual-channel DDR5, PCIe 4.0 x16": (80e9, 25e9)}
 """Machines that readers have -> bytes/s that their RAM and their bus give: what is reached of what is on the box."""
 MODE = "none"
@@ -46,14 +47,10 @@ def ttft_table(study: Study, workload: str) -> Table:
     of = {law.formula.removeprefix("GPU time + ").removesuffix(" / speed") for law in standing(laws)}
     what = f"TTFT of a warm prompt of {neutral(workload)}: GPU time + {' or '.join(sorted(of))} / their speed"
 
-    asked = study.workloads.get(workload)
-    if asked and asked.text and asked.prompt_tokens:
-        what += "; this prompt repeats one sentence and needs few of the experts, so that its times may be too short"
-
     def row(law: TimeLaw) -> dict[str, Any]:
         return {"machines": len(law.domain.machines), **_gpu(law), **_bytes(law)}
 
-    return _table(f"laws-ttft-{workload}", what, study, laws, row)
+    return _table(f"laws-ttft-{workload}", f"{what}.{_repeated(study, workload)}".removesuffix("."), study, laws, row)
 
 
 def vram_table(study: Study) -> Table:
@@ -79,7 +76,15 @@ def vram_table(study: Study) -> Table:
             "rest": stats.estimate(rest, 1 / MIB) if varies else number(law.told.rest.value, 1 / MIB),
         }
 
-    return _table("laws-vram", what, study, laws, row)
+    return _table("laws-vram", what, study, laws, row, NO_PARTS if len(study.runs) else NO_ROUND)
+
+
+def _repeated(study: Study, workload: str) -> str:
+    """A sentence on a prompt that may need few of the experts; empty for another."""
+    known = study.workloads.get(workload)
+    if not (known and known.repeats):
+        return ""
+    return f" {neutral(workload)} repeats one sentence: it may need few of the experts, and its TTFT be too short."
 
 
 def _has(study: Study, workload: str) -> bool:
@@ -99,13 +104,18 @@ def _bytes(law: TimeLaw) -> dict[str, Any]:
 
 
 def _table(
-    name: str, what: str, study: Study, laws: Sequence[AnyLaw], terms: Callable[[AnyLaw], dict[str, Any]]
+    name: str,
+    what: str,
+    study: Study,
+    laws: Sequence[AnyLaw],
+    terms: Callable[[AnyLaw], dict[str, Any]],
+    no_law: str = NO_ROUND,
 ) -> Table:
     """A row for each law that stands; in the note the formula, what it is of, and what is not told with the reason."""
     told = standing(laws)
     reasons = [*_untold(laws, told), *_unknown(told)]
     if not told:
-        return Table(name, [], [], why_empty=" ".join(reasons) or NO_ROUND)
+        return Table(name, [], [], why_empty=" ".join(reasons) or no_law)
     rows = [_row(law, terms(law)) for law in told]
     if len({row["load mode"] for row in rows}) == 1:
         rows = [{k: v for k, v in row.items() if k != "load mode"} for row in rows]
@@ -217,6 +227,7 @@ def estimates(study: Study, workload: str, ram_bytes_per_s: float, bus_bytes_per
         f"time is that of {gpu} and is not scaled: a slower GPU takes longer."
     )
     note += f" On their own machine the laws were off by {off}." if off else ""
+    note += _repeated(study, workload) if times else ""
     reasons = [] if times else _untold([law for law in prompts if law.domain.load_mode == MODE], [], "TTFT")
     return Table(name, rows, sources, " ".join([note, *reasons]), (RATE, TTFT))
 

@@ -55,7 +55,7 @@ def prompts(study: Study) -> list[Text]:
     """Of workloads that repeat a text: what that does to the numbers; empty where none does."""
     sentences: list[str] = []
     sources: dict[str, str] = {}
-    for name in (n for n, w in study.workloads.items() if w.text and w.prompt_tokens):
+    for name in (n for n, w in study.workloads.items() if w.repeats):
         moved = [s for s in frames.summaries(study.runs, f"experts_over_bus/{name}") if s.value]
         shares = ", ".join(
             f"{neutral(model)} {_span(s for s in moved if s.model == model)}"
@@ -173,14 +173,14 @@ class _Column:
         values = {(c.quant, c.side): c.value for c in every if c.value}
         values |= {(c.quant, c.against): c.baseline for c in every if c.baseline}
         told = [c for c in every if c.ratio]
-        pooled = stats.pooled_ratios([_pairs(c, name) for c in told], [(c.quant, c.against) for c in told])
+        pooled = stats.pooled_ratios([_pairs(c, name) for c in told])
         ratios = pooled or [c.ratio for c in told if c.ratio]
         return cls(values, {(c.quant, c.side): r for c, r in zip(told, ratios, strict=True)}, bool(pooled))
 
 
-def _pairs(c: Comparison, column: str) -> dict[int, tuple[float, float]]:
-    """Round -> (baseline, value)."""
-    return dict(zip(c.after["round"], zip(c.before[column], c.after[column], strict=True), strict=True))
+def _pairs(c: Comparison, column: str) -> dict[str, tuple[float, float]]:
+    """By the run of the baseline, which the placements of a quant have in common."""
+    return {run: (a, b) for run, a, b in zip(c.before["run_id"], c.before[column], c.after[column], strict=True)}
 
 
 def speed(study: Study, model: str, workload: str) -> Table:

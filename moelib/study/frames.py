@@ -185,9 +185,10 @@ def compare(frame: pd.DataFrame, column: str, baseline: str | None = None) -> pd
 
     frame: as `runs` gives it. Returns one row for each study, model, quant, placement and load mode that has a value:
     geometric means of both sides (`baseline`, `value`), `ratio` (value / baseline) with its 95 % interval `low` to
-    `high` (Student's t on logarithms; NaN where one round gives none, or nothing varies), and `n`, of rounds. Where a
-    value is not above 0, means are arithmetic and there is no ratio. Raises FrameError for an unknown column, for runs
-    that cannot be compared (what differs is said), and where no round has both sides.
+    `high` (Student's t on logarithms; NaN where one round gives none, and where the ratio is the same in every round),
+    and `n`, the number of rounds. Where a value is not above 0, means are arithmetic and there is no ratio. Raises
+    FrameError for an unknown column, for runs that cannot be compared (what differs is said), and where no round has
+    both sides.
     """
     _known(frame, column)
     for names, cell, sides in _cells(frame):
@@ -198,9 +199,7 @@ def compare(frame: pd.DataFrame, column: str, baseline: str | None = None) -> pd
     rows = []
     for c in comparisons(frame, column, against(baseline)):
         if c.baseline and c.value and c.difference:
-            r = c.ratio
-            varies = r is not None and r.low != r.high
-            ratio = (r and r.value, r.low if r and varies else None, r.high if r and varies else None)
+            ratio = (c.ratio.value, *(c.ratio.interval or (None, None))) if c.ratio else (None, None, None)
             rows.append((c.study, c.model, c.quant, *c.side, c.baseline.value, c.value.value, *ratio, c.difference.n))
     if not rows:
         raise FrameError(
