@@ -268,6 +268,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="windows a step, in place of the recipe's")
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--dropout", type=float)
+    parser.add_argument("--balance", type=float, help="weight of the load-balancing loss: more if an expert is dead")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--valid-every", type=int, help="steps between two points of the curve")
     parser.add_argument("--compile", action="store_true", help="with torch.compile: a minute's start, faster steps")
