@@ -39,9 +39,11 @@ COMMAND = re.compile(r"llama-server -m (\S+\.gguf) -ngl 99 -c (\d+) -np 1 -fa on
 FLAGS = re.compile(
     r"--cpu-moe|--n-cpu-moe \d+|-ub \d+|--no-op-offload|-ct[kv] \S+|--load-mode (?!mmap)\w+|--no-mmap|--mlock"
 )
-SHARED = re.compile(r"what-to-run$|files$|vram$|speed-|quality-")
-OF_ROOT = {"what-to-run", "files"}
+SHARED = re.compile(r"what-to-run-|files$|vram-|speed-|quality-")
+OF_ROOT = re.compile(r"what-to-run-|files$")
 """Tables of the document that only the page of a model has."""
+OF_MODEL = re.compile(r"what-to-run-|vram-|speed-")
+"""Before the name of the model that a table is of."""
 
 
 def metadata(page):
@@ -116,7 +118,7 @@ def layers(page):
     """N is told by the layers that hold experts: those that hold none count among the N, and move nothing."""
     dense, count = page.geometry.leading_dense_block_count, page.geometry.block_count
     told = re.findall(r"^# .*experts of (\d+) layers? on the CPU.*\n.*--n-cpu-moe (\d+)", page.body, re.M)
-    told += [(k, n) for n, k in re.findall(r"^\|.*--n-cpu-moe (\d+)\b[^|]*\| *(\d+) layers? *\|", page.body, re.M)]
+    told += [(k, n) for n, k in re.findall(r"^\|.*--n-cpu-moe (\d+)\b[^|]*\| *(\d+) *\|", page.body, re.M)]
     bare = len(re.findall(r"--n-cpu-moe \d", re.sub(r"`llama-server [^`]*`", "", page.body))) - len(told)
     half = re.findall(r"N = (\d+) moves the experts of (\d+) of the (\d+) layers that hold some", page.body)
     problems = [f"{bare} times --n-cpu-moe without its layers"] if bare else []
@@ -193,11 +195,11 @@ def same(page):
     about = {"model": page.model} if page.name == cards.ROOT else {"model": page.model, "quant": page.name[:-3]}
     shown = {name: t["rows"] for name, t in page.provenance["tables"].items() if SHARED.match(name)}
     wanted = {name: t["rows"] for name, t in page.document["tables"].items() if SHARED.match(name)}
-    wanted = {k: v for k, v in wanted.items() if not k.startswith("speed-") or k.startswith(f"speed-{page.model}-")}
+    wanted = {k: v for k, v in wanted.items() if not OF_MODEL.match(k) or OF_MODEL.sub("", k).startswith(page.model)}
     if page.twin:  # what random weights say has no quality
         wanted = {k: v for k, v in wanted.items() if not k.startswith("quality-")}
     if "quant" in about:
-        wanted = {name: rows for name, rows in wanted.items() if name not in OF_ROOT}
+        wanted = {name: rows for name, rows in wanted.items() if not OF_ROOT.match(name)}
     problems = [f"tables {sorted(shown)}, not {sorted(wanted)}"] if shown.keys() != wanted.keys() else []
     for name in shown.keys() & wanted.keys():
         rows = [row["cells"] for row in wanted[name]]

@@ -54,23 +54,22 @@ def taken(study):
 def test_what_to_run_is_what_the_records_say(full):
     """Of each card and RAM; with load mode none, as copying the experts is advised."""
     known = taken(full)
-    table = advice.what_to_run(full)
-    rows = [row for row in table.rows if row["model"] == MODEL]
+    rows = advice.of_model(full, MODEL).rows
     advised = {key: v for key, v in known.items() if key[1] != " --cpu-moe"}
     assert len(known) == 9
     for row in rows:
-        quant, flags = re.match(r"\w+", row["file"])[0], row["flags"].strip("`").removeprefix("-ngl 99 -c 1024")
-        vram, layers, _ = advised[quant, flags]
+        quant, flags = re.match(r"\w+", row["file"])[0], row["flags"].strip("`")
+        vram, layers, _ = advised[quant, f" {flags}" if flags else ""]
         low, high = (re.findall(r"\d+", row["card"]) * 2)[:2]
-        high = "80" if "more" in row["card"] else high
+        high = "80" if "from" in row["card"] else high
         assert vram <= int(low) * GB
-        assert row["VRAM"] == stats.size(vram)
-        assert row["experts in RAM"] == (f"{layers} layers" if layers else "none")
-        if row["for"] == "bits per weight":
+        assert row["VRAM"] == stats.number(vram, 2**-30)
+        assert row["layers"] == (str(layers) if layers else "")
+        if row["for"] == "bits":
             fits = [q for (q, _), (nbytes, *_) in advised.items() if nbytes <= int(high) * GB]
             best = max(fits, key=["Q2_K", "Q4_K_M", "Q8_0"].index)
-            assert quant == best or row["RAM"] == "16 GB and more", "Q8_0's experts need more than 16 GB"
-    for aim in ("speed", "bits per weight"):
+            assert quant == best or row["RAM"] == "16", "Q8_0's experts need more than 16 GB"
+    for aim in ("speed", "bits"):
         cards = {gb for row in rows if row["for"] == aim for gb in covered(row["card"])}
         assert cards == set(advice.CARDS_GB)
 
@@ -78,7 +77,7 @@ def test_what_to_run_is_what_the_records_say(full):
 def covered(cards):
     """The sizes that a row is about."""
     low, *more = map(int, re.findall(r"\d+", cards))
-    high = more[0] if more else max(advice.CARDS_GB) if "more" in cards else low
+    high = more[0] if more else max(advice.CARDS_GB) if "from" in cards else low
     return [gb for gb in advice.CARDS_GB if low <= gb <= high]
 
 
@@ -97,8 +96,8 @@ def test_each_measured_answer_has_its_whole_command(full):
         most, layers, nbytes = known[quant, line.removeprefix(start)]
         assert (vram, away) == (stats.size(most), stats.size(nbytes) if layers else "")
         assert place == ("experts on the CPU" if layers else "all on the GPU")
-    rows = [row for row in advice.what_to_run(full).rows if row["model"] == MODEL]
-    assert {line.split(" -fa on")[1] for line in commands} == {row["flags"].strip("`")[15:] for row in rows}
+    rows = advice.of_model(full, MODEL).rows
+    assert {line.split(" -fa on")[1].strip() for line in commands} == {row["flags"].strip("`") for row in rows}
     of_one = advice.commands(full.part(MODEL, ("Q2_K",)), MODEL, "Q2_K").text
     assert [line.split(" -fa on")[1] for line in of_one.splitlines() if line.startswith("llama")] == [
         "",
@@ -114,20 +113,21 @@ def test_speed_has_a_row_for_each_placement_of_each_quant_with_known_values(full
     sides |= {"cpu-moe, none": ("cpu-moe", "none")}
     assert [(row["quant"], row["placement"]) for row in table.rows] == [(q, side) for q in quants for side in sides]
     by_id = {r.run_id: r for r in full.records}
+    assert "[95 % interval] of 5 rounds" in table.note
     base = {}
     for row, sources in zip(table.rows, table.row_sources, strict=True):
         runs = [by_id[k] for k in sources]
         assert {r.spec.quant for r in runs} == {row["quant"]}
         assert {(r.spec.placement, r.spec.load_mode) for r in runs} == {sides[row["placement"]]}
-        assert row["rounds"] == len({r.spec.block for r in runs})
+        assert len({r.spec.block for r in runs}) == 5
         of_runs = [[q for q in r.observed.requests if q.workload == "long-512"] for r in runs]
         rate = stats.geometric_mean([fmean(q.tps for q in of) for of in of_runs])
         first, warm = (stats.geometric_mean([fmean(q.ttft_s for q in of[part]) for of in of_runs]) for part in PARTS)
         assert row["tokens/s"] == stats.estimate(rate)
-        assert (row["TTFT, first"], row["TTFT, warm"]) == (stats.estimate(first, 1e3), stats.estimate(warm, 1e3))
+        assert (row["TTFT, first"], row["TTFT, warm"]) == (stats.number(first.value, 1e3), stats.estimate(warm, 1e3))
         base.setdefault(row["quant"], (rate.value, warm.value))
         if row["placement"] != "baseline, mmap":
-            assert row["of baseline"].startswith(stats.number(rate.value / base[row["quant"]][0]))
+            assert row["% of baseline"].startswith(stats.number(rate.value / base[row["quant"]][0], 100))
             assert row["times baseline"].startswith(stats.number(warm.value / base[row["quant"]][1]))
 
 
@@ -136,7 +136,7 @@ PARTS = (slice(0, 1), slice(1, None))
 
 
 def test_without_a_gpu_none_is_advised_and_nothing_is_called_one(demo):
-    table = advice.what_to_run(demo)
+    (table,) = advice.what_to_run(demo)
     assert not table.rows
     assert "no GPU took part" in table.markdown()
     assert "all on the device" in advice.verdict(demo, MODEL).text
@@ -148,7 +148,7 @@ def test_without_a_gpu_none_is_advised_and_nothing_is_called_one(demo):
 def test_sentences_follow_from_the_comparisons(full):
     table = advice.verdict(full, MODEL)
     rows = [r for r in results.speed(full, MODEL, "long-512").rows if r["placement"] == "cpu-moe, mmap"]
-    ratios = [float(r["of baseline"].split()[0]) for r in rows]
+    ratios = [float(r["% of baseline"].split()[0]) / 100 for r in rows]
     low, high = map(float, re.search(r"decoding was ([\d.]+) to ([\d.]+) times", table.text).groups())
     assert low == pytest.approx(1 / max(ratios), rel=0.01)
     assert high == pytest.approx(1 / min(ratios), rel=0.01)
@@ -159,7 +159,7 @@ def test_sentences_follow_from_the_comparisons(full):
 def test_a_model_of_which_nothing_is_measured_is_recommended_nothing(full):
     assert "nothing is recommended" in advice.verdict(full, "gpt-oss-20b").text
     assert not results.speed(full, "gpt-oss-20b", "long-512").rows
-    assert "gpt-oss-20b" not in {row["model"] for row in advice.what_to_run(full).rows}
+    assert not any("gpt-oss-20b" in one.name for one in advice.what_to_run(full))
     assert "No command is advised" in advice.commands(full, "gpt-oss-20b").text
 
 

@@ -17,6 +17,7 @@ from moelib.answers import claims, points, verdicts
 from moelib.answers.points import Point
 from moelib.base.stats import Estimate, number, percent
 from moelib.catalogue.placement import Placement
+from moelib.evidence.table import Table
 from moelib.report import advice, results
 from moelib.study.study import Study
 
@@ -245,25 +246,40 @@ def test_an_upload_counts_by_its_receipt(full, tmp_path):
     assert state(b=receipt(full, files={one.file_name: "0" * 64})) == ("not met", state(b=receipt(full, files={}))[1])
 
 
+def tables(shown):
+    return {t.name: t for t in shown if isinstance(t, Table)}
+
+
 def test_what_to_run_says_it_card_by_card(full):
-    rows = advice.what_to_run(full).rows
-    phi = [r for r in rows if r["model"] == "phi-3.5-moe" and r["for"] == "speed"]
-    assert [(r["card"], r["file"]) for r in phi] == [
-        ("4 to 16 GB", "Q2_K"),
-        ("24 GB", "Q2_K"),
-        ("32 GB and more", "Q4_K_M"),
+    shown = tables(advice.what_to_run(full))
+    assert list(shown) == ["what-to-run-phi-3.5-moe", "what-to-run-deepseek-moe-16b"]
+    phi, deepseek = shown.values()
+    assert "`llama-server -m FILE -ngl 99 -c 1024 -np 1 -fa on`" in phi.note
+    assert not deepseek.note, "it is the same"
+    fastest = [r for r in phi.rows if r["for"] == "speed"]
+    assert [(r["card"], r["file"]) for r in fastest] == [("4 to 16", "Q2_K"), ("24", "Q2_K"), ("from 32", "Q4_K_M")]
+    assert [r["flags"] for r in fastest] == ["`--cpu-moe --load-mode none`", "", ""]
+    assert (fastest[0]["VRAM"], fastest[0]["RAM used"]) == ("1.70", "14.1")
+    assert ("4 to 32", "64", "Q8_0") in [(r["card"], r["RAM"], r["file"]) for r in phi.rows if r["for"] == "bits"]
+    assert not any("predicted" in r["tokens/s"] for t in shown.values() for r in t.rows)
+    assert [(r["card"], r["file"]) for r in deepseek.rows if r["for"] == "speed"] == [
+        ("4 to 6", "Q2_K"),
+        ("8", "Q2_K"),
+        ("from 12", "Q2_K, or Q4_K_M: not distinguishable"),  # which does not fit 8 GB
     ]
-    assert "--cpu-moe" in phi[0]["flags"]
-    assert "--cpu-moe" not in phi[1]["flags"]
-    finest = [r for r in rows if r["model"] == "phi-3.5-moe" and r["for"] == "bits per weight"]
-    assert ("4 to 32 GB", "64 GB and more", "Q8_0") in [(r["card"], r["RAM"], r["file"]) for r in finest]
-    assert {r["by"] for r in rows} == {"measured"}
-    deepseek = [(r["card"], r["file"]) for r in rows if r["model"] == "deepseek-moe-16b" and r["for"] == "speed"]
-    assert deepseek == [
-        ("4 to 6 GB", "Q2_K"),
-        ("8 GB", "Q2_K"),
-        ("12 GB and more", "Q2_K, or Q4_K_M: not distinguishable"),  # which does not fit 8 GB
-    ]
+
+
+@pytest.mark.parametrize("study", ["outputs/h100-twins", "outputs/h200-twins", "docs/example/demo"])
+def test_the_first_tables_fit_a_page_of_760_pixels(study):
+    """As GitHub shows them: at 16 pixels letters and digits take 8 in the mean, and a cell 27 more for its margins and
+    border; a line ends at a space or a hyphen."""
+    of = Study.read(REPO / study)
+    speeds = [results.speed(of, model, w) for model in advice.models(of) for w in of.parameters.workloads]
+    for table in (*tables([*advice.what_to_run(of), *results.vram(of)]).values(), *speeds):
+        rows = [row["cells"] for row in table.provenance()["rows"]]
+        columns = ([head, *(row[head] for row in rows)] for head in (rows[0] if rows else ()))
+        parts = ([len(part) for cell in cells for part in re.findall(r"[^ -]*-|[^ -]+", cell)] for cells in columns)
+        assert sum(27 + 8 * max(lengths) for lengths in parts) <= 760, table.name
 
 
 def test_a_repeated_prompt_is_said_first_with_what_it_copied(full):
@@ -274,19 +290,24 @@ def test_a_repeated_prompt_is_said_first_with_what_it_copied(full):
 
 
 def test_nothing_that_does_not_vary_has_an_interval(full):
-    for t in (results.vram(full), *(results.speed(full, m, "long-512") for m in ("phi-3.5-moe", "deepseek-moe-16b"))):
+    parts = tables(results.vram(full)).values()
+    for t in (*parts, *(results.speed(full, m, "long-512") for m in ("phi-3.5-moe", "deepseek-moe-16b"))):
         for row in t.rows:
             for value in row.values():
                 m = re.search(r"\[([\d.]+), ([\d.]+)\]", str(value))
                 assert not m or m[1] != m[2], row
-    by_parts = [row for row in results.vram(full).rows if row["placement"] == "baseline, mmap"]
-    for row in by_parts:
-        parts = [float(str(row[k]).split(" ")[0]) for k in ("weights", "KV cache", "compute", "rest", "VRAM")]
-        assert sum(parts[:4]) == pytest.approx(parts[4], abs=2)
+    every = [row for t in parts for row in t.rows]
+    assert [row["VRAM"] for row in every if "[" in row["VRAM"]] == ["2855 [2853, 2857]"]
+    for row in (row for row in every if row["placement"] == "baseline, mmap"):
+        terms = [float(str(row[k]).split(" ")[0]) for k in ("weights", "KV", "compute", "rest", "VRAM")]
+        assert sum(terms[:4]) == pytest.approx(terms[4], abs=2)
+    demo = Study.read(REPO / "docs/example/demo")
+    assert not any("device" in row for t in tables(results.vram(demo)).values() for row in t.rows), "it is not known"
 
 
 def test_vram_and_what_is_saved_are_means_over_the_rounds(full):
-    rows, mib = {(r["model"], r["quant"], r["placement"]): r for r in results.vram(full).rows}, 1 << 20
+    models, mib = ("phi-3.5-moe", "deepseek-moe-16b"), 1 << 20
+    rows = {(m, r["quant"], r["placement"]): r for m in models for r in results.vram_of(full, m).rows}
     for (model, quant, placement, load_mode), rounds in raw().items():
         row = rows.pop((model, quant, f"{placement}, {load_mode}"))
         base = raw_vram(model, quant)

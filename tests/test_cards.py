@@ -170,7 +170,7 @@ def test_bits_per_weight_that_are_not_told_apart_are_seen(pages, full, swept):
 
 
 def test_a_row_whose_n_moves_another_number_of_layers_is_seen(pages, full, swept):
-    path, row = f"{DEEPSEEK}/provenance.json", "`-ngl 99 -c 1024 --n-cpu-moe 18`"
+    path, row = f"{DEEPSEEK}/provenance.json", "`--n-cpu-moe 18`"
     assert row in pages[path]
     changed = pages | {path: pages[path].replace(row, row.replace("18", "19"))}
     text = pages[REAL_ROOT].replace(row, row.replace("18", "19"))
@@ -178,15 +178,18 @@ def test_a_row_whose_n_moves_another_number_of_layers_is_seen(pages, full, swept
     assert {rule for _, rule, _ in card_rules.broken(folder, swept)} == {"layers"}
 
 
+TO_RUN, VRAM = "what-to-run-deepseek-moe-16b", "vram-deepseek-moe-16b"
+
+
 def test_a_table_that_is_not_the_documents_is_seen(pages, full, swept, document):
     changed = json.loads(json.dumps(document["full"]))
     assert broken_by(pages, full, swept, ROOT, "\n- Measured", "\n- Written", changed) == set()
     for page, name, head in (
         (ROOT, "files", "of the experts"),
-        (ROOT, "what-to-run", "flags"),
-        (ROOT, "vram", "VRAM"),
+        (ROOT, TO_RUN, "flags"),
+        (ROOT, VRAM, "VRAM"),
         (ROOT, "speed-deepseek-moe-16b-long-512", "tokens/s"),
-        (QUANT, "vram", "saved"),
+        (QUANT, VRAM, "saved"),
         (QUANT, "speed-deepseek-moe-16b-plan-short", "TTFT, warm"),
     ):
         changed = json.loads(json.dumps(document["full"]))
@@ -199,10 +202,16 @@ def test_a_table_that_is_not_the_documents_is_seen(pages, full, swept, document)
     ("change", "seen"),
     [
         (lambda tables: tables.pop("speed-deepseek-moe-16b-long-512"), [ROOT, QUANT]),
-        (lambda tables: tables.pop("what-to-run"), [ROOT]),
-        (lambda tables: tables["vram"]["rows"].pop(), [ROOT]),  # of another quant
-        (lambda tables: [row["cells"].update(quant="Q2_K") for row in tables["vram"]["rows"]], [ROOT, QUANT]),
-        (lambda tables: [row["cells"].update(new="1") for row in tables["vram"]["rows"]], [ROOT, QUANT]),
+        (lambda tables: tables.pop(TO_RUN), [ROOT]),
+        (lambda tables: tables[VRAM]["rows"].pop(), [ROOT]),  # of another quant
+        (
+            lambda tables: [row["cells"].update(quant="Q2_K") for row in tables[VRAM]["rows"]],
+            [ROOT, QUANT],
+        ),
+        (
+            lambda tables: [row["cells"].update(new="1") for row in tables[VRAM]["rows"]],
+            [ROOT, QUANT],
+        ),
     ],
     ids=["a-table", "the-answer", "a-row", "a-quant", "a-column"],
 )
@@ -281,7 +290,7 @@ def test_the_answer_for_a_gpu_has_the_whole_command(pages):
     answer = pages[REAL_ROOT].split("## Files")[0]
     (row,) = re.findall(r"^\| 4 GB +\| 16 GB .*?\| speed +\| Q2_K +\| (.*?) +\| (.*?) +\|.*\| (.*?) +\|$", answer, re.M)
     between = "predicted between n-cpu-moe=14 and n-cpu-moe=21"
-    assert row == ("`-ngl 99 -c 1024 --n-cpu-moe 18`", "17 layers", between)
+    assert row == ("`--n-cpu-moe 18`", "17 layers", between)
     told = r"# Q2_K, experts of 20 layers on the CPU: .* 4\.19 GiB of experts in RAM, .* tokens/s"
     assert re.search(rf"^{told}\n{COMMAND} --n-cpu-moe 21 --load-mode none$", answer, re.M)
     assert "N = 14 moves the experts of 13 of the 27 layers that hold some.\n" in answer

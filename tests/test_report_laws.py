@@ -43,17 +43,17 @@ def test_the_terms_of_a_token_are_those_that_the_runs_were_made_with(points):
     assert mmap["GPU time, ms"] == "3.00"
     assert mmap["per layer, ms"].startswith("0.200 [")
     assert mmap["bytes, GB/s"].startswith("80.0 [")
-    assert (mmap["runs"], none["runs"]) == (45, 18)
-    assert (mmap["predicted without"], none["predicted without"]) == (
+    assert (mmap["without"], none["without"]) == (
         "that placement",
         "that model and quant on the CPU",
     )
     assert table.note.startswith(
         "A token of prompt-512 takes: GPU time + cost per layer × layers with experts on the CPU + bytes that it reads "
         "of host RAM / their speed. On a GPU; scale tiny, load mode mmap and none, context 1,024, 1 CPU threads, RAM "
-        "that reads 80.0 GB/s; intervals 95 %; error: median (largest) of what is predicted without what the last"
+        "that reads 80.0 GB/s; each fitted to 18 to 45 runs; intervals 95 %; error: median (largest) of what is "
+        "predicted without what the last"
     )
-    assert table.numbers == ("GPU time, ms", "per layer, ms", "bytes, GB/s", "runs", "error")
+    assert table.numbers == ("GPU time, ms", "per layer, ms", "bytes, GB/s", "error, %")
 
 
 def test_the_committed_laws_are_few_rows_with_their_records(h100):
@@ -64,12 +64,13 @@ def test_the_committed_laws_are_few_rows_with_their_records(h100):
         ("phi-3.5-moe", "Q2_K"),
     ]
     told = law.standing(speed.decode(h100.runs, "long-512"))
-    assert [r["runs"] for r in table.rows] == [one.n for one in told] == [20, 20, 30, 30, 10, 10]
+    assert [one.n for one in told] == [20, 20, 30, 30, 10, 10]
+    assert "; each fitted to 10 to 30 runs; " in table.note
     assert list(table.row_sources) == [one.sources for one in told]
     assert table.sources == frames.sources(h100.runs)
     off = told[3].errors("cell")
-    assert table.rows[3]["error"] == f"{100 * off.median:.1f} % ({100 * off.largest:.1f} %)" == "5.1 % (5.2 %)"
-    assert table.rows[4]["predicted without"] == "nothing: fitted to it"
+    assert table.rows[3]["error, %"] == f"{100 * off.median:.1f} ({100 * off.largest:.1f})" == "5.1 (5.2)"
+    assert table.rows[4]["without"] == "nothing: fitted to it"
     assert table.rows[4]["per layer, ms"] == "n/a"
     assert "No law" not in table.note, "that of one quant stands where there is none to share"
     assert table.note.endswith(
@@ -85,7 +86,7 @@ def test_the_committed_laws_are_few_rows_with_their_records(h100):
 
 def test_a_prompts_law_has_the_speed_of_the_bus_or_the_reason_why_not(h100, demo):
     table = laws.ttft_table(h100, "long-512")
-    assert [(r["load mode"], r["machines"], r["runs"]) for r in table.rows] == [("mmap", 2, 60), ("none", 2, 60)]
+    assert [(r["load mode"], r["machines"]) for r in table.rows] == [("mmap", 2), ("none", 2)]
     assert table.rows[1]["bytes, GB/s"] == "53.8 [52.5, 55.3]"
     assert table.rows[1]["GPU time, ms"] == "39.1 to 128"
     assert table.note.startswith(
@@ -113,9 +114,8 @@ def test_vram_is_by_parts_in_mib_without_an_interval_where_nothing_varies(points
         "compute, all on GPU": "81.0",
         "compute, experts on CPU": "245",
         "rest": "700",
-        "runs": 18,
-        "error": "0.0 % (0.0 %)",
-        "predicted without": "that placement",
+        "error, %": "0.0 (0.0)",
+        "without": "that placement",
     }
     assert "No " not in table.note, "that there is one context is seen"
     assert laws.vram_table(h100).rows[0]["rest"] == "710 [706, 714]"

@@ -1,5 +1,6 @@
 """Tables and sentences as Markdown, with the records that each of their numbers came from."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ Sources = dict[str, str]
 
 FEW = 4
 """Sources that are named one by one; more are named as a set, by its digest."""
+_BREAKS = re.compile(r"(?<=\d,) (?=[-\d.e+]+\])|(?<=\d) (?=%)")
+"""Spaces of an interval and before %."""
 _already_shown: set[str] = set()
 """Sets and sources that outputs of this notebook have named."""
 
@@ -150,6 +153,8 @@ class Table(_Shown):
     """Right-aligned columns."""
     why_empty: str = "nothing to show."
     """Printed instead of a table without rows."""
+    unbroken: bool = False
+    """Whether intervals and percentages stay on one line of a narrow cell: with no-break spaces in them."""
 
     @cached_property
     def sources(self) -> Sources:
@@ -160,11 +165,14 @@ class Table(_Shown):
         from tabulate import tabulate
 
         columns = list(self.rows[0]) if self.rows else []
-        rows = [{_cell(k): _cell(v) for k, v in row.items()} for row in self.rows]
+        rows = [{_cell(k): self._kept(_cell(v)) for k, v in row.items()} for row in self.rows]
         heads = list(dict.fromkeys(k for row in rows for k in row))
         cells = [[row.get(k, "nan") for k in heads] for row in rows]
         align = ["right" if c in self.numbers else "left" for c in columns]
         return tabulate(cells, heads, tablefmt="pipe", colalign=align, disable_numparse=True)
+
+    def _kept(self, cell: str) -> str:
+        return _BREAKS.sub("\u00a0", cell) if self.unbroken else cell
 
     def markdown(self) -> str:
         """The table, then how many sources it has and the digest of their set, which changes if one of them does."""
@@ -178,7 +186,7 @@ class Table(_Shown):
     def provenance(self) -> dict[str, Any]:
         names, sets_and_digests = cited(self.row_sources)
         rows = [
-            {"cells": {neutral.lines(k): neutral.lines(v) for k, v in row.items()}, "from": row_names}
+            {"cells": {neutral.lines(k): self._kept(neutral.lines(v)) for k, v in row.items()}, "from": row_names}
             for row, row_names in zip(self.rows, names, strict=True)
         ]
         return {"kind": "table", "name": self.name, "note": neutral.lines(self.note), "rows": rows, **sets_and_digests}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pandas as pd
 
@@ -14,7 +15,7 @@ from moelib.base.neutral import code, word
 from moelib.base.neutral import markdown as neutral
 from moelib.base.stats import number, size, span
 from moelib.catalogue.placement import REFERENCE, Placement
-from moelib.evidence.table import Table, Text, merged, reference, several_load_modes
+from moelib.evidence.table import Table, Text, heading, merged, reference, several_load_modes
 from moelib.report import findings
 from moelib.study import frames
 from moelib.study.frames import Comparison, Pairs, Side
@@ -22,6 +23,7 @@ from moelib.study.study import Study
 
 CARDS_GB = (4, 6, 8, 12, 16, 24, 32, 48, 80)
 RAM_GB = (16, 32, 64, 128)
+GIB = 1 << 30
 GB = 10**9
 """Bytes that count as one GB of a card or of RAM: most have 2^30, and the difference is left to driver and desktop."""
 COMMAND = "llama-server -m {file} -ngl 99 -c {context} -np 1 -fa on"
@@ -35,36 +37,45 @@ def models(study: Study) -> list[str]:
     return list(dict.fromkeys(name.rsplit("/", 1)[0] for name in study.measured))
 
 
-def what_to_run(study: Study) -> Table:
-    """For cards and RAM that people own: of each model the fastest file and placement, and that with most bits."""
+def what_to_run(study: Study) -> list[Text | Table]:
+    """`of_model` of each model, below its name; what the columns mean is said once."""
     if not _gpu(study):
-        return Table("what-to-run", [], [], why_empty="no GPU took part in this study, so no card is advised for.")
+        return [Table("what-to-run", [], [], why_empty="no GPU took part in this study, so no card is advised for.")]
+    tables = [of_model(study, model) for model in models(study)]
+    tables = [tables[0], *(replace(t, note="") for t in tables[1:])]
+    named = zip(models(study), tables, strict=True)
+    return [shown for model, t in named for shown in (heading(f"h-run-{model}", model), t)]
+
+
+def of_model(study: Study, model: str) -> Table:
+    """For cards and RAM that people own: the fastest file and placement of a model, and that with most bits."""
+    name = f"what-to-run-{model}"
+    if not _gpu(study):
+        return Table(name, [], [], why_empty="no GPU took part in this study, so no card is advised for.")
     rows, sources, runs = [], [], {r.run_id: r for r in study.used}
-    for model in models(study):
-        found = _measured(study, model)
-        for cards, ram, aim, chosen in _grid(study, model, found):
-            row = {"model": neutral(model), "card": _range(cards), "RAM": f"{ram} GB and more", "for": aim}
-            rows.append(row | _chosen(chosen, runs))
-            sources.append(_cited(chosen, found))
-    return Table("what-to-run", rows, sources, _note(study, rows), ("tokens/s", "VRAM", "RAM used"))
+    found = _measured(study, model)
+    for cards, ram, aim, chosen in _grid(study, model, found):
+        rows.append({"card": _range(cards), "RAM": str(ram), "for": aim, **_chosen(chosen, runs)})
+        sources.append(_cited(chosen, found))
+    return Table(name, rows, sources, _note(study), ("layers", "tokens/s", "VRAM", "RAM used"), unbroken=True)
 
 
-def _note(study: Study, rows: Sequence[dict[str, str]]) -> str:
-    """What the columns mean, of what there is in them."""
+def _note(study: Study) -> str:
+    """What the columns mean, of all models, so that it can be said once."""
+    command = COMMAND.format(file="FILE", context=study.parameters.context)
     sentences = [
-        "Of what fits the fastest, and the fastest with most bits per weight; tokens/s of "
-        f"{neutral(study.parameters.workloads[-1])}. VRAM is that of the run that needed most; RAM holds the weights "
-        f"that are not in VRAM, and {points.PROCESS_BYTES >> 20} MiB for the server. GB are 10⁹ bytes here, 7 % less "
-        "than most cards have. Speeds are those of the machine measured, not of yours."
+        "Of what fits the fastest, and the fastest with most bits per weight (*bits*); tokens/s of "
+        f"{neutral(study.parameters.workloads[-1])}. The command is `{command}` with the flags. Card and RAM, so much "
+        "of it or more, are in GB of 10⁹ bytes, 7 % less than most cards have; *layers* have their experts in RAM; "
+        f"VRAM (of the run that needed most) and RAM used (weights that are not in VRAM, and "
+        f"{points.PROCESS_BYTES >> 20} MiB for the server) in GiB. Speeds "
+        "are those of the machine measured, not of yours. *Predicted*: on a line between two measured placements, not "
+        f"run. *{TIE.capitalize()}*: the 95 % intervals of tokens/s overlap."
     ]
     if several_load_modes(study.parameters.arms):
         sentences.append(
             "Load mode *none* where a warm request then has its first token sooner in every placement, else *mmap*."
         )
-    if any(row["by"].startswith("predicted") for row in rows):
-        sentences.append("*Predicted*: on a line between two measured placements, not run.")
-    if any(TIE in row["file"] for row in rows):
-        sentences.append(f"*{TIE.capitalize()}*: the 95 % intervals of tokens/s overlap.")
     return " ".join(sentences)
 
 
@@ -108,7 +119,7 @@ def _grid(
     told: list[tuple[list[int], int, str, Choice | None]] = []
     mode = load_mode(study, model)
     finest = max((p.bits_per_weight for p in found), default=0.0)
-    for aim in ("speed", "bits per weight") if found else ():
+    for aim in ("speed", "bits") if found else ():
         for card in CARDS_GB:
             last: str | None = None
             for ram in RAM_GB:
@@ -140,25 +151,25 @@ def _label(chosen: Choice | None) -> str:
 
 def _range(cards: Sequence[int]) -> str:
     if cards[-1] == CARDS_GB[-1]:
-        return f"{cards[0]} GB and more"
-    return f"{cards[0]} GB" if len(cards) == 1 else f"{cards[0]} to {cards[-1]} GB"
+        return f"from {cards[0]}"
+    return str(cards[0]) if len(cards) == 1 else f"{cards[0]} to {cards[-1]}"
 
 
 def _chosen(chosen: Choice | None, runs: Mapping[str, Record]) -> dict[str, str]:
     if chosen is None:
-        columns = ("file", "flags", "experts in RAM", "tokens/s", "VRAM", "RAM used", "by")
-        return dict.fromkeys(columns, stats.NONE) | {"file": "none fits"}
+        return dict.fromkeys(("file", "flags", "layers", "tokens/s", "VRAM", "RAM used"), stats.NONE) | {
+            "file": "none fits"
+        }
     best, r = chosen.best, runs[next(iter(chosen.best.sources))]
     ties = " or ".join(f"{neutral(p.quant)}{_elsewhere(p, best)}" for p in chosen.ties)
-    by = "measured" if best.between is None else f"predicted between {' and '.join(best.between)}"
+    given = flags(best.placement, r)
     return {
         "file": neutral(best.quant) + (f", or {ties}: {TIE}" if ties else ""),
-        "flags": code(f"-ngl 99 -c {r.spec.context_tokens} {flags(best.placement, r)}".rstrip()),
-        "experts in RAM": layers(best.moved_layers) if best.moved_layers else "none",
-        "tokens/s": stats.estimate(best.rate) if best.is_measured else number(best.rate.value),
-        "VRAM": size(best.vram_bytes),
-        "RAM used": size(best.ram_bytes),
-        "by": by,
+        "flags": code(given) if given else "",
+        "layers": str(best.moved_layers or ""),
+        "tokens/s": stats.estimate(best.rate) if best.is_measured else f"{number(best.rate.value)}, predicted",
+        "VRAM": number(best.vram_bytes, 1 / GIB),
+        "RAM used": number(best.ram_bytes, 1 / GIB),
     }
 
 

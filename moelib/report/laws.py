@@ -22,7 +22,7 @@ EXAMPLES = {"dual-channel DDR4, PCIe 3.0 x16": (50e9, 12e9), "dual-channel DDR5,
 MODE = "none"
 RATE, TTFT = "tokens/s, estimated", "TTFT in s, estimated"
 ERRORS = "error: median (largest) of what is predicted without what the last column names"
-WORDS = ("model", "quant", "load mode", "machine", "predicted without")
+WORDS = ("model", "quant", "load mode", "machine", "without")
 """Columns that hold no numbers."""
 
 
@@ -119,7 +119,8 @@ def _table(
     rows = [_row(law, terms(law)) for law in told]
     if len({row["load mode"] for row in rows}) == 1:
         rows = [{k: v for k, v in row.items() if k != "load mode"} for row in rows]
-    note = " ".join([f"{what}. {_where(study, told)}; intervals 95 %; {ERRORS}.", *reasons])
+    fitted = f"each fitted to {span([law.n for law in told], str)} runs"
+    note = " ".join([f"{what}. {_where(study, told)}; {fitted}; intervals 95 %; {ERRORS}.", *reasons])
     return Table(name, rows, [law.sources for law in told], note, tuple(k for k in rows[0] if k not in WORDS))
 
 
@@ -131,9 +132,8 @@ def _row(law: Law, terms: dict[str, Any]) -> dict[str, Any]:
         "quant": neutral(", ".join(law.domain.quants)),
         "load mode": neutral(law.domain.load_mode),
         **terms,
-        "runs": law.n,
-        "error": f"{percent(off.median)} ({percent(off.largest)})" if off else NONE,
-        "predicted without": HELD_OUT[kind],
+        "error, %": f"{100 * off.median:.1f} ({100 * off.largest:.1f})" if off else NONE,
+        "without": HELD_OUT[kind],
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import pandas as pd
@@ -14,7 +14,7 @@ from moelib.base import stats
 from moelib.base.neutral import markdown as neutral
 from moelib.base.stats import Estimate, number, percent
 from moelib.evidence import appendix
-from moelib.evidence.table import Table, Text, cite, cite_overhead, reference, several_load_modes
+from moelib.evidence.table import Table, Text, cite, cite_overhead, heading, reference, several_load_modes
 from moelib.report import findings
 from moelib.study import frames, overhead
 from moelib.study.frames import Comparison, Side
@@ -124,39 +124,51 @@ def placed(study: Study, side: Side) -> str:
     return f"{placement}, {load_mode}" if several_load_modes(study.parameters.arms) else placement
 
 
-def vram(study: Study) -> Table:
-    """VRAM of every file and placement by its parts, in MiB, and what the placement saves."""
-    parts = {
-        "weights": "vram_weights_bytes",
-        "KV cache": "vram_cache_bytes",
-        "compute": "vram_compute_bytes",
-        "rest": "vram_rest_bytes",
-        "VRAM": "vram_bytes",
-        "whole device": "vram_growth_bytes",
-    }
-    saved = {(c.model, c.quant, c.side): c for c in frames.comparisons(study.runs, "vram_bytes")}
+PARTS = {
+    "weights": "vram_weights_bytes",
+    "KV": "vram_cache_bytes",
+    "compute": "vram_compute_bytes",
+    "rest": "vram_rest_bytes",
+    "VRAM": "vram_bytes",
+    "device": "vram_growth_bytes",
+}
+"""Heads -> columns of runs."""
+
+
+def vram(study: Study) -> list[Text | Table]:
+    """`vram_of` each model, below its name; what the columns mean is said once."""
+    names = list(study.runs["model"].unique())
+    tables = [vram_of(study, model) for model in names]
+    tables = [*tables[:1], *(replace(t, note="") for t in tables[1:])]
+    shown = [(heading(f"h-vram-{model}", model), t) for model, t in zip(names, tables, strict=True)]
+    none = Table("vram", [], [], why_empty="no round is complete.")
+    return [one for pair in shown for one in pair] or [none]
+
+
+def vram_of(study: Study, model: str) -> Table:
+    """VRAM of every file and placement of a model by its parts, in MiB, and what the placement saves; without parts
+    that are not known of any. An interval is that of VRAM: other parts vary with it or not at all."""
+    runs = study.runs[study.runs["model"] == model]
+    saved = {(c.quant, c.side): c.ratio for c in frames.comparisons(runs, "vram_bytes")}
     rows, sources = [], []
-    for cells in zip(*(frames.summaries(study.runs, column) for column in parts.values()), strict=True):
-        first, against = cells[0], saved.get((cells[0].model, cells[0].quant, cells[0].side))
-        row = {"model": neutral(first.model), "quant": neutral(first.quant), "placement": placed(study, first.side)}
-        row |= {name: stats.estimate(_scaled(s.value, MIB)) for name, s in zip(parts, cells, strict=True)}
-        row["saved"] = percent(1 - against.ratio.value) if against and against.ratio else stats.NONE
+    for cells in zip(*(frames.summaries(runs, column) for column in PARTS.values()), strict=True):
+        first, ratio = cells[0], saved.get((cells[0].quant, cells[0].side))
+        row = {"quant": neutral(first.quant), "placement": placed(study, first.side)}
+        row |= {name: number(s.value.value if s.value else None, 1 / MIB) for name, s in zip(PARTS, cells, strict=True)}
+        row["VRAM"] = stats.estimate(cells[-2].value, 1 / MIB)
+        row["saved"] = percent(1 - ratio.value) if ratio else stats.NONE
         rows.append(row)
         sources.append(cells[-2].sources)
+    unknown = {name for name in PARTS if all(row[name] == stats.NONE for row in rows)} - {"VRAM"}
+    rows = [{k: v for k, v in row.items() if k not in unknown} for row in rows]
     note = (
-        "MiB (2²⁰ bytes), mean of the runs' peaks. *Weights*: by the file's header; *KV cache*, *compute*: by the "
-        "engine; *rest*: what the driver charges the process beyond these: the GPU's context, workspaces, "
-        "code. *Whole device*: by how much the use of the whole GPU grew, page tables of pinned RAM with it. *Saved*: "
+        "MiB (2²⁰ bytes), mean of the runs' peaks. *Weights*: by the file's header; *KV* cache, *compute* buffer: by "
+        "the engine; *rest*: what the driver charges the process beyond these: the GPU's context, workspaces, code. "
+        "*Device*: by how much the use of the whole GPU grew, page tables of pinned RAM with it. *Saved*: "
         f"of the VRAM that {reference(study)} takes. No interval where nothing varies."
     )
-    return Table("vram", rows, sources, note, (*parts, "saved"), "no round is complete.")
-
-
-def _scaled(e: Estimate | None, unit: float) -> Estimate | None:
-    if e is None:
-        return None
-    low, high = (None if x is None else x / unit for x in (e.low, e.high))
-    return Estimate(e.value / unit, low, high, e.n)
+    numbers = tuple(rows[0])[2:] if rows else ()
+    return Table(f"vram-{model}", rows, sources, note, numbers, "no round is complete.", unbroken=True)
 
 
 @dataclass(frozen=True)
@@ -196,21 +208,25 @@ def speed(study: Study, model: str, workload: str) -> Table:
                 "quant": neutral(s.quant),
                 "placement": placed(study, s.side),
                 "tokens/s": stats.estimate(rate.values.get(key)),
-                f"of {base}": stats.estimate(rate.ratios.get(key)) if key in rate.ratios else "",
-                "TTFT, first": stats.estimate(first.values.get(key), 1e3),
+                f"% of {base}": stats.estimate(rate.ratios.get(key), 100) if key in rate.ratios else "",
+                "TTFT, first": number(e.value if (e := first.values.get(key)) else None, 1e3),
                 "TTFT, warm": stats.estimate(warm.values.get(key), 1e3),
                 f"times {base}": stats.estimate(warm.ratios.get(key)) if key in warm.ratios else "",
-                "rounds": len(s.runs),
+                "n": len(s.runs),
             }
         )
         sources.append(s.sources)
     pooled = " and ".join(what for what, c in (("tokens/s", rate), ("TTFT", warm)) if c.pooled)
     spread = f", those of {pooled} with the spread of all quants and placements together" if pooled else ""
+    counts = {row["n"] for row in rows}
+    if len(counts) == 1:  # said once, and not in each row
+        rows = [{k: v for k, v in row.items() if k != "n"} for row in rows]
     note = (
-        "TTFT in ms: of the first request of a fresh server, and of warm ones. Geometric means [95 % interval]; ratios "
-        f"are paired within rounds{spread}."
+        "TTFT in ms: of the first request of a fresh server, and of warm ones. Geometric means [95 % interval] of "
+        f"{counts.pop() if len(counts) == 1 else 'n'} rounds; ratios are paired within them{spread}."
     )
-    return Table(f"speed-{model}-{workload}", rows, sources, note, tuple(rows[0])[2:] if rows else ())
+    numbers = tuple(rows[0])[2:] if rows else ()
+    return Table(f"speed-{model}-{workload}", rows, sources, note, numbers, unbroken=True)
 
 
 def odd(study: Study) -> Text:
