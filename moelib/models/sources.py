@@ -45,7 +45,13 @@ def whole(source: Source) -> Source:
     """`source`, with its files made or downloaded again if they are missing or changed."""
     if source.weights == "twin":
         return models.make_twin(source.model, source.scale)
-    return _held(source.model) if params.model(source.model).held else _restored(source)
+    return _held(source.model) if _is_held(source.model) else _restored(source)
+
+
+def _is_held(model: str) -> bool:
+    """Whether the repository has the weights of a model; a source may be of one that the catalogue does not have."""
+    entry = params.entries("models.yaml").get(model)
+    return isinstance(entry, dict) and "held" in entry
 
 
 def _held(model: str) -> Source:

@@ -30,6 +30,7 @@ COMMAND = "llama-server -m {file} -ngl 99 -c {context} -np 1 -fa on"
 """What every advised command begins with: the engine's settings of the measured runs that matter to others."""
 TIE = "not distinguishable"
 """Of files whose tokens/s cannot be told apart."""
+NO_GPU = Table("what-to-run", [], [], why_empty="no GPU took part in this study, so no card is advised for.")
 
 
 def models(study: Study) -> list[str]:
@@ -40,7 +41,7 @@ def models(study: Study) -> list[str]:
 def what_to_run(study: Study) -> list[Text | Table]:
     """`of_model` of each model, below its name; what the columns mean is said once."""
     if not _gpu(study):
-        return [Table("what-to-run", [], [], why_empty="no GPU took part in this study, so no card is advised for.")]
+        return [NO_GPU]
     tables = [of_model(study, model) for model in models(study)]
     tables = [tables[0], *(replace(t, note="") for t in tables[1:])]
     named = zip(models(study), tables, strict=True)
@@ -49,15 +50,16 @@ def what_to_run(study: Study) -> list[Text | Table]:
 
 def of_model(study: Study, model: str) -> Table:
     """For cards and RAM that people own: the fastest file and placement of a model, and that with most bits."""
-    name = f"what-to-run-{model}"
     if not _gpu(study):
-        return Table(name, [], [], why_empty="no GPU took part in this study, so no card is advised for.")
+        return NO_GPU
     rows, sources, runs = [], [], {r.run_id: r for r in study.used}
     found = _measured(study, model)
     for cards, ram, aim, chosen in _grid(study, model, found):
         rows.append({"card": _range(cards), "RAM": str(ram), "for": aim, **_chosen(chosen, runs)})
         sources.append(_cited(chosen, found))
-    return Table(name, rows, sources, _note(study), ("layers", "tokens/s", "VRAM", "RAM used"), unbroken=True)
+    return Table(
+        f"what-to-run-{model}", rows, sources, _note(study), ("layers", "tokens/s", "VRAM", "RAM used"), unbroken=True
+    )
 
 
 def _note(study: Study) -> str:
