@@ -23,7 +23,7 @@ def test_a_study_without_a_baseline_says_what_it_compares_with(home, engine):
     assert not [p for p in measured.problems if "busy" not in p and "quiet" not in p], measured.problems
     text = document.report("tight", progress=False).path.read_text(encoding="utf-8")
     assert "of the VRAM that n-cpu-moe=1 takes" in text
-    assert re.search(r"\| +of n-cpu-moe=1 +\|", text)
+    assert re.search(r"\| +% of n-cpu-moe=1 +\|", text)
     assert re.search(r"\| +times n-cpu-moe=1 +\|", text)
     speed = text.split("## Speed")[1].split("## Laws")[0]
     assert "baseline" not in speed
