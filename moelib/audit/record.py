@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError
 
@@ -46,6 +46,10 @@ class Check:
         return self.passed is False
 
 
+K = TypeVar("K", bound="Kept")
+B = TypeVar("B", bound="Beside")
+
+
 class Reaudit(params.Strict):
     """Readings audited again by later rules."""
 
@@ -56,39 +60,59 @@ class Reaudit(params.Strict):
     """Of the rules."""
 
 
-class Record(params.Strict):
-    """One run: what was asked, of which file, engine, device and host, what was observed, and its audit."""
+class Kept(params.Strict):
+    """What every record has, whatever it is of: who measured, when, and what is believed of it."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
-    schema_version: Annotated[int, Field(ge=OLDEST, le=SCHEMA_VERSION)] = SCHEMA_VERSION
-    """See `facts.HISTORY`; records of an older one are read as they are."""
+    FOLDER: ClassVar[str]
+    """Of a study's folder, where records of this kind are."""
+
     run_id: str
     attempt: Annotated[int, Field(ge=1, le=10_000)]
-    status: Literal["valid", "degraded", "invalid", "failed"]
+    status: str
     reasons: tuple[str, ...]
     """Ids of the checks that failed or could not be made, or the code of what ended a failed run."""
     message: str | None
     """What the engine or the harness said of a failure."""
-    spec: Spec
-    sheet: Manifest
     engine: EngineFacts
     device: DeviceFacts
     host: HostFacts
     started_utc: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00$")]
-    observed: Observation | None
     audit: tuple[Check, ...]
+    digest: str = ""
+
+    @property
+    def done(self) -> bool:
+        return self.status in DONE
+
+    @property
+    def own_id(self) -> str:
+        """The id that its content gives it."""
+        raise NotImplementedError
+
+
+class Record(Kept):
+    """One run: what was asked, of which file, engine, device and host, what was observed, and its audit."""
+
+    FOLDER = "records"
+
+    schema_version: Annotated[int, Field(ge=OLDEST, le=SCHEMA_VERSION)] = SCHEMA_VERSION
+    """See `facts.HISTORY`; records of an older one are read as they are."""
+    status: Literal["valid", "degraded", "invalid", "failed"]
+    spec: Spec
+    sheet: Manifest
+    observed: Observation | None
     raw: dict[Annotated[str, Field(pattern=r"^[\w.=,-]+\.log\.gz$")], Sha256]
     """Compressed logs beside the record: file name -> SHA-256."""
     judged: Reaudit | None = None
-    digest: str = ""
 
     def __repr__(self) -> str:
         return f"<Record {self.run_id}: {self.status}{' ' if self.reasons else ''}{', '.join(self.reasons)}>"
 
     @property
-    def done(self) -> bool:
-        return self.status in DONE
+    def own_id(self) -> str:
+        return run_id(self.spec, self.attempt)
 
     @property
     def observation(self) -> Observation:
@@ -123,44 +147,107 @@ def run_id(s: Spec, attempt: int) -> str:
     return f"{s.model}_{s.quant}_{s.placement}_{s.load_mode}_b{s.block}_{spec_key(s)}_a{attempt}"
 
 
-def sealed(record: Record) -> Record:
-    """The record with its digest. Raises RecordError if it holds what `read` would refuse."""
+def sealed(record: K) -> K:
+    """The record with its digest. Raises RecordError if it holds what reading would refuse."""
     data = record.model_dump(mode="json")
     try:
         data["digest"] = files.own_digest(data)
-        Record.model_validate_json(files.canonical(data), strict=True)
+        type(record).model_validate_json(files.canonical(data), strict=True)
     except ValueError as err:
-        raise RecordError(f"{record.run_id} would not be read back: {' '.join(str(err).split())[:300]}") from None
+        raise RecordError(f"{record.run_id} would not be read back: {_words(err)}") from None
     return record.model_copy(update={"digest": data["digest"]})
 
 
-def write(folder: Path, record: Record) -> Record:
-    """Write the record with its digest to `folder/records/` and return it.
+def write(folder: Path, record: K) -> K:
+    """Write the record with its digest to its place in a study's `folder` and return it.
 
-    Raises RecordError if it is there, or holds what `read` would refuse.
+    Raises RecordError if it is there, or holds what reading would refuse.
     """
     record = sealed(record)
-    path = folder / "records" / f"{record.run_id}.json"
+    path = folder / record.FOLDER / f"{record.run_id}.json"
     if path.exists():
         raise RecordError(f"{path.name} exists; records are never overwritten")
     files.write_bytes(path, files.sealed(record.model_dump(mode="json")))
     return record
 
 
-def read(path: Path) -> Record:
-    """The record at `path`, verified. Raises RecordError."""
+def verified(kind: type[K], path: Path) -> K:
+    """The record of a kind at `path`: whole, with its own digest, under its own name. Raises RecordError."""
     try:
         raw = files.head(path, MAX_BYTES + 1)
         if len(raw) > MAX_BYTES:
-            raise RecordError(f"more than {MAX_BYTES >> 20} MiB are no record of a run")
-        loaded = Record.model_validate_json(raw, strict=True)
+            raise RecordError(f"more than {MAX_BYTES >> 20} MiB are no record")
+        loaded = kind.model_validate_json(raw, strict=True)
         if not files.is_sealed(raw, loaded.digest):
             raise RecordError("its digest does not fit its content")
+        if loaded.run_id != path.stem or loaded.run_id != loaded.own_id:
+            raise RecordError(f"it is the record of {loaded.run_id}")
     except (OSError, ValueError, ValidationError, RecursionError) as err:
-        raise RecordError(f"{path.name}: {' '.join(str(err).split())[:300]}") from None
-    if loaded.run_id != path.stem or loaded.run_id != run_id(loaded.spec, loaded.attempt):
-        raise RecordError(f"{path.name}: it is the record of {loaded.run_id}")
+        raise RecordError(f"{path.name}: {_words(err)}") from None
     return loaded
+
+
+def _words(err: Exception) -> str:
+    return " ".join(str(err).split())[:300]
+
+
+def read(path: Path) -> Record:
+    """The record of a run at `path`, verified. Raises RecordError."""
+    return verified(Record, path)
+
+
+class Beside(Kept):
+    """A record of something else than a run, with its evidence in raw/ beside it."""
+
+    status: Literal["valid", "invalid", "failed"]
+    raw: dict[Annotated[str, Field(pattern=r"^[\w.=,-]+\.(log|csv)\.gz$")], Sha256]
+    """Compressed logs and values: file name -> SHA-256."""
+
+    @property
+    def key(self) -> str:
+        """Attempts at the same share it."""
+        raise NotImplementedError
+
+    @property
+    def cited(self) -> dict[str, str]:
+        """Its path in the study's folder -> its digest, for provenance."""
+        return {f"{self.FOLDER}/{self.run_id}.json": self.digest}
+
+
+def read_beside(kind: type[B], path: Path) -> B:
+    """The record of a kind at `path`, verified, its evidence too. Raises RecordError."""
+    loaded = verified(kind, path)
+    try:
+        for name, sha256 in loaded.raw.items():
+            if files.sha256(path.parent / "raw" / name) != sha256:
+                raise RecordError(f"raw/{name} is not what it names")
+    except (OSError, RecordError) as err:
+        raise RecordError(f"{path.name}: {_words(err)}") from None
+    return loaded
+
+
+def all_beside(kind: type[B], folder: Path) -> tuple[list[B], list[str]]:
+    """All records of a kind in a study's folder, by id, and what was wrong with the others."""
+    good, damaged = [], []
+    for path in sorted((folder / kind.FOLDER).glob("*.json")):
+        try:
+            good.append(read_beside(kind, path))
+        except RecordError as err:
+            damaged.append(str(err))
+    return good, damaged
+
+
+def standing(every: Iterable[B]) -> dict[str, B]:
+    """The record that stands for what was asked, by its key: the last one that is valid, else the last attempt."""
+    return {r.key: r for r in sorted(every, key=lambda r: (r.done, r.attempt))}
+
+
+def next_attempt(folder: Path, first: str) -> int:
+    """The number of an attempt that has no file yet in `folder`, of a record that can be read or not; `first`: the id
+    of attempt 1."""
+    stem = first.removesuffix("1")
+    made = [p.stem.removeprefix(stem) for p in folder.glob("*.json") if p.stem.startswith(stem)]
+    return 1 + max((int(n) for n in made if n.isascii() and n.isdigit()), default=0)
 
 
 class Lightener:

@@ -4,18 +4,18 @@ What is stored is counted; balance and hits are computed from it whenever they a
 """
 
 import gzip
-from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from moelib.audit.record import MAX_BYTES, Check, RecordError
+from moelib.audit import record
+from moelib.audit.record import RecordError
 from moelib.base import files, neutral
 from moelib.base.files import stored
 from moelib.base.schema import Seconds, Sha256
-from moelib.catalogue import params
-from moelib.catalogue.facts import DeviceFacts, EngineFacts, HostFacts, Manifest
+from moelib.catalogue.facts import Manifest
 from moelib.catalogue.placement import Placement
 from moelib.routing import trace as traces
 from moelib.routing.passes import Experts, Selections
@@ -67,42 +67,24 @@ class Found:
     """All passes together."""
 
 
-class Routed(params.Strict):
-    """What was asked, of which file, engine, device and host, what was counted, and its checks."""
+class Routed(record.Beside):
+    """What was asked, of which file, engine, device and host, what was counted, and its checks. The engine is told by
+    its server; the tool that counts is llama-imatrix of the same build. The trace is in raw/."""
 
-    model_config = ConfigDict(allow_inf_nan=False)
+    FOLDER = FOLDER
 
     schema_version: Annotated[int, Field(ge=1, le=SCHEMA_VERSION)] = SCHEMA_VERSION
-    run_id: str
-    attempt: Annotated[int, Field(ge=1, le=10_000)]
-    status: Literal["valid", "invalid", "failed"]
-    reasons: tuple[str, ...]
-    message: str | None
     spec: Spec
     sheet: Manifest
-    engine: EngineFacts
-    """Its build; the tool that counts is llama-imatrix of the same."""
-    device: DeviceFacts
-    host: HostFacts
-    started_utc: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00$")]
     found: Found | None
-    audit: tuple[Check, ...]
-    raw: dict[Annotated[str, Field(pattern=r"^[\w.=,-]+\.(log|csv)\.gz$")], Sha256]
-    """Compressed logs, and the trace, in raw/ beside the record: file name -> SHA-256."""
-    digest: str = ""
 
     @property
-    def done(self) -> bool:
-        return self.status == "valid"
+    def own_id(self) -> str:
+        return run_id(self.spec, self.attempt)
 
     @property
     def key(self) -> str:
         return spec_key(self.spec)
-
-    @property
-    def cited(self) -> dict[str, str]:
-        """Its path in the study's folder -> its digest, for provenance."""
-        return {f"{FOLDER}/{self.run_id}.json": self.digest}
 
     @property
     def line(self) -> str:
@@ -114,68 +96,29 @@ class Routed(params.Strict):
 
 def spec_key(spec: Spec) -> str:
     """Digest of what defines it; attempts at the same share it."""
-    return files.digest({name: getattr(spec, name) for name in Spec.__dataclass_fields__})[:12]
+    return files.digest(asdict(spec))[:12]
 
 
 def run_id(s: Spec, attempt: int) -> str:
     return f"{s.model}_{s.quant}_{s.corpus}_{spec_key(s)}_a{attempt}"
 
 
-def write(folder: Path, routed: Routed) -> Routed:
-    """Write it with its digest to `folder`/routing/ and return it. Raises RecordError if it is there already, or holds
-    what `read` would refuse."""
-    path = folder / FOLDER / f"{routed.run_id}.json"
-    data = routed.model_dump(mode="json")
-    try:
-        Routed.model_validate_json(files.canonical(data), strict=True)
-    except ValueError as err:
-        raise RecordError(f"{path.name} would not be read back: {' '.join(str(err).split())[:300]}") from None
-    if path.exists():
-        raise RecordError(f"{path.name} exists; records are never overwritten")
-    files.write_bytes(path, files.sealed(data))
-    return routed.model_copy(update={"digest": files.own_digest(data)})
+write, standing = record.write, record.standing
 
 
 def read(path: Path) -> Routed:
     """The record at `path`, verified, its evidence too. Raises RecordError."""
-    try:
-        raw = files.head(path, MAX_BYTES + 1)
-        if len(raw) > MAX_BYTES:
-            raise RecordError(f"more than {MAX_BYTES >> 20} MiB are no record")
-        loaded = Routed.model_validate_json(raw, strict=True)
-        if not files.is_sealed(raw, loaded.digest):
-            raise RecordError("its digest does not fit its content")
-        if loaded.run_id != path.stem or loaded.run_id != run_id(loaded.spec, loaded.attempt):
-            raise RecordError(f"it is the record of {loaded.run_id}")
-        for name, sha256 in loaded.raw.items():
-            if files.sha256(path.parent / "raw" / name) != sha256:
-                raise RecordError(f"raw/{name} is not what it names")
-    except (OSError, ValueError, ValidationError, RecursionError) as err:
-        raise RecordError(f"{path.name}: {' '.join(str(err).split())[:300]}") from None
-    return loaded
+    return record.read_beside(Routed, path)
 
 
 def read_all(folder: Path) -> tuple[list[Routed], list[str]]:
-    """All records of a study's folder, by id, and what was wrong with the others."""
-    good, damaged = [], []
-    for path in sorted((folder / FOLDER).glob("*.json")):
-        try:
-            good.append(read(path))
-        except RecordError as err:
-            damaged.append(str(err))
-    return good, damaged
-
-
-def standing(every: Sequence[Routed]) -> dict[str, Routed]:
-    """The record that stands for what was asked, by its key: the last one that is valid, else the last attempt."""
-    return {r.key: r for r in sorted(every, key=lambda r: (r.done, r.attempt))}
+    """All of a study's folder, by id, and what was wrong with the others."""
+    return record.all_beside(Routed, folder)
 
 
 def next_attempt(folder: Path, spec: Spec) -> int:
-    """The number of an attempt that has no file yet, of a record that can be read or not."""
-    stem = run_id(spec, 1).removesuffix("1")
-    made = [p.stem.removeprefix(stem) for p in (folder / FOLDER).glob("*.json") if p.stem.startswith(stem)]
-    return 1 + max((int(n) for n in made if n.isascii() and n.isdigit()), default=0)
+    """The number of an attempt that has no file yet."""
+    return record.next_attempt(folder / FOLDER, run_id(spec, 1))
 
 
 def keep_trace(folder: Path, name: str, trace: Trace, experts: Experts) -> dict[str, str]:
