@@ -7,28 +7,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from routes import found_of, made, sample, spec_of
-from test_quality import give_text
+from test_quality import STUDY, give_text
 
 from moelib import cli
 from moelib.answers import experts as answers
 from moelib.campaign import assess, campaign
 from moelib.catalogue import params
 from moelib.figures import routing
-
-STUDY = """
-title: Words
-models: [deepseek-moe-16b]
-weights: twin
-scale: nano
-quants: [Q8_0, Q2_K]
-placements: [{placement: baseline}, {placement: cpu-moe}]
-workloads: [smoke]
-rounds: 2
-context: 256
-quality: {corpora: [words], context: 64, chunks: 6, placement_chunks: 3}
-device: loopback
-seed: 1
-"""
 
 
 @pytest.fixture

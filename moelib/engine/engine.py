@@ -154,9 +154,14 @@ class Engine:
         # newer builds print buffer sizes at verbosity 4; older ones always print them, and log every response at 4
         newer |= {"-lv": "4"} if "- 4: trace" in self.help.text else {}
         argv += [part for flag, value in newer.items() if flag in self.help.flags for part in (flag, value)]
+        return argv + self.placement_argv(placement) + device_args
+
+    def placement_argv(self, placement: Placement) -> list[str]:
+        """A placement's flags, which all tools that load a model share. Raises EngineError for one that is missing."""
+        argv: list[str] = []
         for flag, value in (placement.load_flags(self.help.flags) | placement.flags()).items():
             argv += [self.need(flag)] if value is None else [self.need(flag), value]
-        return argv + device_args
+        return argv
 
 
 SIGNALS: dict[int, str] = {

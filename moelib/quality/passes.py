@@ -68,9 +68,7 @@ def argv(llama: Engine, file: Path, placed: Placement, how: How, base: Path, com
     args += ["-t", str(placed.threads or how.threads), "-tb", str(placed.threads or how.threads)]
     args += ["--fit", "off"] if "--fit" in llama.help.flags else []
     args += ["--kl-divergence-base", str(base), *(["--kl-divergence"] if compares else [])]
-    for flag, value in (placed.load_flags(llama.help.flags) | placed.flags()).items():
-        args += [llama.need(flag)] if value is None else [llama.need(flag), value]
-    return args + how.session.args
+    return args + llama.placement_argv(placed) + how.session.args
 
 
 def write(llama: Engine, file: Path, placed: Placement, how: How, into: Path) -> tuple[LogProbs, Pass]:
@@ -78,7 +76,7 @@ def write(llama: Engine, file: Path, placed: Placement, how: How, into: Path) ->
 
     Raises RunError: text-too-short, not-a-number, no-result; and ProcessError, EngineError.
     """
-    done = _run(argv(llama, file, placed, how, into, compares=False), how, f"{into.stem}", _final, (file, into))
+    done = _run(argv(llama, file, placed, how, into, compares=False), how, into.stem, _final)
     try:
         written = LogProbs.read(into)
         _ = written.sha256_of_tokens
@@ -105,7 +103,7 @@ def compare(llama: Engine, file: Path, placed: Placement, how: How, base: LogPro
         told.update({name: float(m[1]) for name, m in found.items() if m})
         return all(found.values())
 
-    done = _run(argv(llama, file, placed, how, base.path, compares=True), how, f"{file.stem}-divergence", look, (file,))
+    done = _run(argv(llama, file, placed, how, base.path, compares=True), how, f"{file.stem}-divergence", look)
     _finite(told, file)
     return {name: value / 100 if name in PERCENT else value for name, value in told.items()}, done
 
@@ -130,7 +128,7 @@ def _finite(values: dict[str, float], file: Path | None) -> None:
         )
 
 
-def _run(args: list[str], how: How, name: str, whole: Callable[[str], bool], own: tuple[Path, ...]) -> Pass:
+def _run(args: list[str], how: How, name: str, whole: Callable[[str], bool]) -> Pass:
     """Run the tool to its end, with a bar over the chunks; again if it has not said all that it should."""
     started, logs = time.monotonic(), []
     for attempt in range(TRIES):
@@ -138,14 +136,13 @@ def _run(args: list[str], how: How, name: str, whole: Callable[[str], bool], own
         logs.append(log)
         code, text = _once(args, how, log, name)
         if code:
-            raise RunError("engine-ended", f"llama-perplexity ended with {code}; its log ends:\n{_end(text)}")
+            raise RunError("engine-ended", f"llama-perplexity ended with {code}; its log ends:\n{ending(text)}")
         if whole(text):
-            shown = tuple(Path(a).name if a.startswith("/") else a for a in args)
-            return Pass(shown, round(time.monotonic() - started, 3), tuple(logs))
+            return Pass(names_alone(args), round(time.monotonic() - started, 3), tuple(logs))
         if re.search(r"need at least|too short|you need", text):
             break
     reason = "text-too-short" if re.search(r"need at least|you need", text) else "no-result"
-    raise RunError(reason, f"llama-perplexity ended without a result; its log ends:\n{_end(text)}")
+    raise RunError(reason, f"llama-perplexity ended without a result; its log ends:\n{ending(text)}")
 
 
 def _once(args: list[str], how: How, log: Path, name: str) -> tuple[int | None, str]:
@@ -167,5 +164,11 @@ def _once(args: list[str], how: How, log: Path, name: str) -> tuple[int | None, 
         return ended.code, child.text()
 
 
-def _end(text: str) -> str:
+def names_alone(args: list[str]) -> tuple[str, ...]:
+    """A command line for a record: names of files, not of folders."""
+    return tuple(Path(a).name if a.startswith("/") else a for a in args)
+
+
+def ending(text: str) -> str:
+    """The last lines of a log, for people."""
     return "\n".join(text.splitlines()[-8:])[-2000:]

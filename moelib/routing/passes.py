@@ -7,7 +7,6 @@ for, and refuses one of less than two: the sums say how many there were.
 
 import re
 import shutil
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from moelib.gguf.gguf_reader import GGUFError
 from moelib.machine import process
 from moelib.measure.device import Session
 from moelib.measure.llama_server import OUT_OF_MEMORY
+from moelib.quality.passes import ending, names_alone
 
 LIMIT_S = 6 * 3600.0  # for one pass: the tool says nothing between chunks
 COUNTED = re.compile(r"^blk\.(\d{1,9})\.ffn_(?:gate|up|down|gate_up)_exps\.weight$")
@@ -87,9 +87,7 @@ def argv(llama: Engine, file: Path, how: How, context: int, chunks: int, ubatch:
     args += ["-c", str(context), "-b", str(context), "--chunks", str(chunks), "-ngl", "999"]
     args += [llama.need("-fa", "--flash-attn"), "on", "-t", threads, "-tb", threads]
     args += ["--fit", "off"] if "--fit" in llama.help.flags else []
-    for flag, value in (placed.load_flags(llama.help.flags) | placed.flags()).items():
-        args += [llama.need(flag)] if value is None else [llama.need(flag), value]
-    return args + how.session.args
+    return args + llama.placement_argv(placed) + how.session.args
 
 
 def count(
@@ -114,21 +112,21 @@ def count(
     try:
         code, text = _once(args, how, log)
         if TOO_SHORT.search(text):
-            raise RunError("text-too-short", f"{_least(how, context, 2)}; its log ends:\n{_end(text)}")
+            raise RunError("text-too-short", f"{_least(how, context, 2)}; its log ends:\n{ending(text)}")
         if m := NO_NUMBER.search(text):
             raise RunError("not-a-number", f"{header.path.name} computes what is no number in {m[1]}: it is damaged")
         if OUT_OF_MEMORY.search(text):
             hint = "set `placement: cpu-moe` under `quality` in the study"
             raise RunError("out-of-memory", f"{header.path.name} does not fit at {how.placed}: {hint}")
         if code:
-            raise RunError("engine-ended", f"llama-imatrix ended with {code}; its log ends:\n{_end(text)}")
+            raise RunError("engine-ended", f"llama-imatrix ended with {code}; its log ends:\n{ending(text)}")
         found = _selections(into, Experts.in_file(header))
         _refuse_misfit(found, Experts.in_file(header), how, context, chunks)
         if keep:
             shutil.copyfile(into, keep)
     finally:
         into.unlink(missing_ok=True)
-    return Pass(found, tuple(Path(a).name if a.startswith("/") else a for a in args), log)
+    return Pass(found, names_alone(args), log)
 
 
 def _selections(path: Path, experts: Experts) -> Selections:
@@ -171,19 +169,8 @@ def _least(how: How, context: int, chunks: int) -> str:
 
 def _once(args: list[str], how: How, log: Path) -> tuple[int | None, str]:
     with process.Child(args, log, process.environment(how.work, dict(how.session.env)), how.session.cpus) as child:
-        deadline = time.monotonic() + process.patience(LIMIT_S)
-        while child.running():
-            if time.monotonic() > deadline:
-                raise RunError("engine-timeout", f"{child.name} did not end in {LIMIT_S:.0f} s:\n{child.tail()}")
-            child.check_log()
-            time.sleep(process.POLL_S)
-        ended = child.stop()
-        child.check_log()
-        return ended.code, child.text()
-
-
-def _end(text: str) -> str:
-    return "\n".join(text.splitlines()[-8:])[-2000:]
+        child.wait_end(process.patience(LIMIT_S))
+        return child.stop().code, child.text()
 
 
 def total(every: Iterable[Selections]) -> int:
