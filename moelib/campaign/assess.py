@@ -6,15 +6,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
-from pathlib import Path
-from typing import NamedTuple
+from typing import TypeVar
 
 from moelib.campaign import given
 from moelib.campaign.bench import held, scratch
 from moelib.catalogue import corpora
 from moelib.catalogue.facts import DeviceFacts, HostFacts
 from moelib.engine import engine
-from moelib.engine.engine import Engine
 from moelib.machine import host, process
 from moelib.measure import device
 from moelib.models import quantize, remote, sources
@@ -22,12 +20,14 @@ from moelib.models.quantize import Quantised
 from moelib.quality import checks as quality_checks
 from moelib.quality import comparison, wanted
 from moelib.quality.comparison import Comparison, Spec
-from moelib.quality.desk import Desk
+from moelib.quality.desk import Desk, Place
 from moelib.routing import checks, routed
 from moelib.routing import desk as routing
 from moelib.routing.routed import Routed
 from moelib.study.plan import Cell, StudyError
 from moelib.study.study import Study
+
+P = TypeVar("P", bound=Place)
 
 
 def planned(study: Study, cells: Sequence[Cell]) -> list[Spec]:
@@ -83,34 +83,25 @@ def assess(study: Study, cells: Sequence[Cell]) -> Iterator[Comparison]:
             left.append(spec)
     if not left:
         return
-    with _ready(study, "llama-perplexity") as place:
-        desk = Desk(study.path, *place)
+    with _ready(study, "llama-perplexity", Desk) as desk:
         for (model, corpus, _, base), group in groupby(left, key=lambda s: (s.model, s.corpus, s.chunks, s.base)):
             cells_of = {c.quant: c for c in cells if c.model == model}
 
             def file(quant: str, cells_of: dict[str, Cell] = cells_of, model: str = model) -> Quantised:
                 if quant == wanted.SOURCE:
                     return _source(study, model)
-                return given.of_cell(study, cells_of[quant], place.llama, place.work)
+                return given.of_cell(study, cells_of[quant], desk.llama, desk.work)
 
             attempts = [(spec, comparison.next_attempt(study.path, spec)) for spec in group]
             yield from desk.compare(base, attempts, file, texts[corpus])
 
 
-class _Place(NamedTuple):
-    """What desks share."""
-
-    llama: Engine
-    where: device.Device
-    device: DeviceFacts
-    host: HostFacts
-    work: Path
-
-
 @contextmanager
-def _ready(study: Study, tool: str) -> Iterator[_Place]:
-    """The engine, the device, held, and a folder for scratch. Raises EngineError where the build lacks the tool,
-    DeviceError, FileError where another process has the device."""
+def _ready(study: Study, tool: str, kind: type[P]) -> Iterator[P]:
+    """A desk of that kind: the engine, the device, held, and a folder for scratch.
+
+    Raises EngineError where the build lacks the tool, DeviceError, FileError where another process has the device.
+    """
     llama = engine.find()
     llama.tool(tool)
     where = device.choose(study.parameters.device, llama)
@@ -119,7 +110,7 @@ def _ready(study: Study, tool: str) -> Iterator[_Place]:
     with held(where), scratch(study) as work:
         process.sweep(study.work)
         facts = HostFacts(**host.facts(), host_id=host.identity())
-        yield _Place(llama, where, DeviceFacts(**where.identity()), facts, work)
+        yield kind(study.path, llama, where, DeviceFacts(**where.identity()), facts, work)
 
 
 def first_quants(study: Study) -> list[Cell]:
@@ -173,10 +164,9 @@ def route(study: Study, cells: Sequence[Cell], tokens: int) -> Iterator[Routed]:
     if not left:
         return
     text = corpora.corpus(specs[0].corpus).verified()
-    with _ready(study, "llama-imatrix") as place:
-        desk = routing.Desk(study.path, *place)
+    with _ready(study, "llama-imatrix", routing.Desk) as desk:
         for spec, cell in left:
-            file = given.of_cell(study, cell, place.llama, place.work)
+            file = given.of_cell(study, cell, desk.llama, desk.work)
             yield desk.follow(spec, routed.next_attempt(study.path, spec), file, text)
 
 

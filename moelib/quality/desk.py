@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moelib.audit import record
 from moelib.base import files
@@ -38,8 +38,8 @@ class _Written(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Desk:
-    """What all comparisons share."""
+class Place:
+    """What records share that are made beside runs."""
 
     folder: Path
     """Of the study: records go below it."""
@@ -48,6 +48,27 @@ class Desk:
     device: DeviceFacts
     host: HostFacts
     work: Path
+
+    def facts(self, run_id: str, attempt: int) -> dict[str, Any]:
+        """Of a record that begins: failed, until something was found."""
+        return {
+            "run_id": run_id,
+            "attempt": attempt,
+            "status": "failed",
+            "reasons": (),
+            "message": None,
+            "engine": LlamaServer(self.llama).facts(),
+            "device": self.device,
+            "host": self.host,
+            "started_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+            "found": None,
+            "audit": (),
+            "raw": {},
+        }
+
+
+class Desk(Place):
+    """Where comparisons are made."""
 
     def compare(self, base: Side, specs: Sequence[tuple[Spec, int]], file: Files, text: Path) -> Iterator[Comparison]:
         """Do comparisons of one base over one text, (what, which attempt) each; every one becomes a record.
@@ -97,23 +118,12 @@ class Desk:
         begun: _Written | process.ProcessError | EngineError,
         text: Path,
     ) -> Comparison:
-        name, started = comparison.run_id(spec, attempt), datetime.now(UTC).isoformat(timespec="seconds")
+        name = comparison.run_id(spec, attempt)
         made = Comparison(
-            run_id=name,
-            attempt=attempt,
-            status="failed",
-            reasons=(),
-            message=None,
             spec=spec,
             base=Manifest.model_validate(base.manifest),
             other=Manifest.model_validate(other.manifest),
-            engine=LlamaServer(self.llama).facts(),
-            device=self.device,
-            host=self.host,
-            started_utc=started,
-            found=None,
-            audit=(),
-            raw={},
+            **self.facts(name, attempt),
         )
         path = self.work / "other.logprobs"
         try:
@@ -129,7 +139,7 @@ class Desk:
             made = self._failed(made, err.reason, err, (base, other))
         except LogProbsError as err:
             made = self._failed(made, "not-a-number", err, (base, other))
-        except EngineError as err:
+        except (EngineError, device.DeviceError) as err:
             made = self._failed(made, "engine-unusable", err, (base, other))
         finally:
             path.unlink(missing_ok=True)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from moelib.audit import record
 from moelib.base import files
-from moelib.catalogue.facts import DeviceFacts, HostFacts, Manifest
+from moelib.catalogue.facts import Manifest
 from moelib.engine.client import RunError
-from moelib.engine.engine import Engine, EngineError
+from moelib.engine.engine import EngineError
 from moelib.machine import process
 from moelib.measure import device
-from moelib.measure.llama_server import LlamaServer
 from moelib.models.quantize import Quantised
+from moelib.quality.desk import Place
 from moelib.routing import checks, routed
 from moelib.routing.passes import Experts, How, count
 from moelib.routing.routed import Found, Routed, Spec
@@ -25,17 +23,8 @@ SPARE_BYTES = 16 << 20  # for logs and the trace
 SUMS_BYTES = 8  # of values and of their squares, of each column of each expert's weights
 
 
-@dataclass(frozen=True)
-class Desk:
-    """What all records share."""
-
-    folder: Path
-    """Of the study: records go below it."""
-    llama: Engine
-    where: device.Device
-    device: DeviceFacts
-    host: HostFacts
-    work: Path
+class Desk(Place):
+    """Where the use of experts is counted."""
 
     def follow(self, spec: Spec, attempt: int, of: Quantised, text: Path) -> Routed:
         """Count and follow; whatever comes of it becomes a record.
@@ -45,22 +34,7 @@ class Desk:
         columns = sum(t.shape[0] * t.shape[-1] for t in of.header.moved("cpu-moe"))
         files.need_space(self.work, SUMS_BYTES * columns + SPARE_BYTES, f"following the experts of {spec.model}")
         name = routed.run_id(spec, attempt)
-        made = Routed(
-            run_id=name,
-            attempt=attempt,
-            status="failed",
-            reasons=(),
-            message=None,
-            spec=spec,
-            sheet=Manifest.model_validate(of.manifest),
-            engine=LlamaServer(self.llama).facts(),
-            device=self.device,
-            host=self.host,
-            started_utc=datetime.now(UTC).isoformat(timespec="seconds"),
-            found=None,
-            audit=(),
-            raw={},
-        )
+        made = Routed(spec=spec, sheet=Manifest.model_validate(of.manifest), **self.facts(name, attempt))
         for log in self.work.glob("*.log"):  # of the one before
             log.unlink()
         try:
