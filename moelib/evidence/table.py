@@ -2,8 +2,8 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -200,6 +200,14 @@ def _cell(value: Any) -> str:
 def heading(name: str, text: str, level: int = 3) -> Text:
     """A heading that contains a name chosen by somebody else."""
     return Text(name, f"{'#' * level} {neutral.markdown(text)}")
+
+
+def below_names(kind: str, named: Mapping[str, Table]) -> list[Text | Table]:
+    """Tables below headings of what they are of, such as models; the note, which all have, is said once."""
+    shown: list[Text | Table] = []
+    for name, one in named.items():
+        shown += [heading(f"h-{kind}-{name}", name), replace(one, note="") if shown else one]
+    return shown
 
 
 def collect(parts: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:

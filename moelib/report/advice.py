@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import pandas as pd
 
@@ -15,7 +14,7 @@ from moelib.base.neutral import code, word
 from moelib.base.neutral import markdown as neutral
 from moelib.base.stats import number, size, span
 from moelib.catalogue.placement import REFERENCE, Placement
-from moelib.evidence.table import Table, Text, heading, merged, reference, several_load_modes
+from moelib.evidence.table import Table, Text, below_names, merged, reference, several_load_modes
 from moelib.report import findings
 from moelib.study import frames
 from moelib.study.frames import Comparison, Pairs, Side
@@ -42,10 +41,7 @@ def what_to_run(study: Study) -> list[Text | Table]:
     """`of_model` of each model, below its name; what the columns mean is said once."""
     if not _gpu(study):
         return [NO_GPU]
-    tables = [of_model(study, model) for model in models(study)]
-    tables = [tables[0], *(replace(t, note="") for t in tables[1:])]
-    named = zip(models(study), tables, strict=True)
-    return [shown for model, t in named for shown in (heading(f"h-run-{model}", model), t)]
+    return below_names("run", {model: of_model(study, model) for model in models(study)})
 
 
 def of_model(study: Study, model: str) -> Table:

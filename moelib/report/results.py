@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 
 import pandas as pd
@@ -14,7 +14,7 @@ from moelib.base import stats
 from moelib.base.neutral import markdown as neutral
 from moelib.base.stats import Estimate, number, percent
 from moelib.evidence import appendix
-from moelib.evidence.table import Table, Text, cite, cite_overhead, heading, reference, several_load_modes
+from moelib.evidence.table import Table, Text, below_names, cite, cite_overhead, reference, several_load_modes
 from moelib.report import findings
 from moelib.study import frames, overhead
 from moelib.study.frames import Comparison, Side
@@ -137,12 +137,8 @@ PARTS = {
 
 def vram(study: Study) -> list[Text | Table]:
     """`vram_of` each model, below its name; what the columns mean is said once."""
-    names = list(study.runs["model"].unique())
-    tables = [vram_of(study, model) for model in names]
-    tables = [*tables[:1], *(replace(t, note="") for t in tables[1:])]
-    shown = [(heading(f"h-vram-{model}", model), t) for model, t in zip(names, tables, strict=True)]
-    none = Table("vram", [], [], why_empty="no round is complete.")
-    return [one for pair in shown for one in pair] or [none]
+    shown = below_names("vram", {model: vram_of(study, model) for model in study.runs["model"].unique()})
+    return shown or [Table("vram", [], [], why_empty="no round is complete.")]
 
 
 def vram_of(study: Study, model: str) -> Table:
