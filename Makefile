@@ -28,7 +28,7 @@ engine: setup ## llama.cpp's tools: show which are used; if there are none, down
 	@$(BIN)/python tools/build_engine.py
 
 demo: ## the whole demo study: from nothing to its document
-	@echo "demo: two small MoE models in F16, six quantised files, 60 measured runs, two notebooks, one document."
+	@echo "demo: two small trained MoE models, six quantised files, 60 measured runs, 38 comparisons of what they say, two notebooks, one document."
 	@echo "On 2 cores: about 1 minute to set up, 2 to measure, and 7 to build llama.cpp where no build or release archive can be used."
 	@echo "Ctrl-C is safe; run again to continue."
 	@$(MAKE) --no-print-directory engine

@@ -232,14 +232,15 @@ def quality(name: str, cell: str | None) -> None:
 @click.argument("name", shell_complete=STUDIES)
 @click.option("--cell", shell_complete=CELLS, help="Only MODEL/QUANT, or all of MODEL; default: one quant of each.")
 @click.option("--tokens", default=128, show_default=True, type=click.IntRange(8, 4096), help="Followed one by one.")
+@click.option("--twins", is_flag=True, help="Also of each file's twin: the same shapes and tokenizer, random weights.")
 @click.option("--beside", shell_complete=STUDIES, help="Also show what another study has, such as its twins.")
 @click.option("--into", type=click.Path(file_okay=False, path_type=Path), help="Folder that figures are drawn into.")
-def experts(name: str, cell: str | None, tokens: int, beside: str | None, into: Path | None) -> None:
+def experts(name: str, cell: str | None, tokens: int, twins: bool, beside: str | None, into: Path | None) -> None:
     """Show which experts a text uses in the files of study NAME: how evenly, and what a cache of some would hit.
 
     By the engine's own routing, outside of all timed runs, over the first text that the study names. Each token that is
     followed takes a start of the engine: 128 of a file of 100 MB some 20 s without a device, and two minutes on
-    loopback. What is done is not repeated; a file that was stopped begins anew.
+    loopback. What is done is not repeated; a file that was stopped begins anew. `moelib report NAME` shows it.
     """
     from moelib.answers import experts as answers
     from moelib.base.bar import tqdm
@@ -253,14 +254,14 @@ def experts(name: str, cell: str | None, tokens: int, beside: str | None, into: 
     asked, cells = campaign.select(name, cell)
     if cell is None:
         cells = assess.first_quants(asked)
-    specs = assess.routes(asked, cells, tokens)
+    specs = assess.routes(asked, cells, tokens, twins)
     if not specs:
         raise click.ClickException(wanted.none(asked.parameters))
     done = 0
-    for r in tqdm(assess.route(asked, cells, tokens), total=len(specs), unit="file", disable=None):
+    for r in tqdm(assess.route(asked, specs), total=len(specs), unit="file", disable=None):
         tqdm.write(f"{r.line}{'' if r.done else f': {r.message}'}")
         done += r.done
-    shown = answers.used(asked.path, {*map(spec_key, specs)})
+    shown = answers.used(asked.path, {spec_key(spec) for _, spec in specs})
     shown += answers.used(outputs() / beside) if beside else []
     table = Table("experts", answers.rows(shown), [u.routed.cited for u in shown], answers.NOTE)
     say(table.markdown())

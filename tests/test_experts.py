@@ -174,8 +174,9 @@ def test_a_study_without_texts_says_what_to_do(home):
 def test_what_is_asked_is_of_the_first_text_and_of_each_file(words):
     study, cells = campaign.select("words")
     asked = assess.routes(study, cells, 100)
-    assert [(s.model, s.quant, s.corpus, s.tokens) for s in asked] == [
-        ("deepseek-moe-16b", c.quant, "words", 100) for c in cells
+    assert [(c.quant, s.model, s.quant, s.corpus, s.tokens, s.weights) for c, s in asked] == [
+        (c.quant, "deepseek-moe-16b", c.quant, "words", 100, "twin") for c in cells
     ]
+    assert assess.routes(study, cells, 100, twins=True) == asked, "a study of twins has no others"
     assert [c.quant for c in assess.first_quants(study)] == ["Q8_0"]
     assert not (study.path / "routing").exists()

@@ -530,7 +530,7 @@ def test_a_study_of_real_weights_says_whose(pinned, lfs_hub, home, monkeypatch):
     assert {r.sheet.weights for r in records} == {"real"}
     assert {r.sheet.origin for r in records} == {source.origin}
     text = document.report("smoke", progress=False).path.read_text(encoding="utf-8")
-    assert "The weights are the **published ones** (" in text
+    assert "The weights are **real** (" in text
     assert neutral.markdown(source.origin) in text
     assert "geometry twins" not in text
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,13 @@ def log(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def plus(value: dict[str, Any], digits: int) -> str:
-    """A mean and its standard error; the mean alone where there is none."""
+def plus(value: dict[str, Any]) -> str:
+    """A mean and its standard error, to two figures of the error; the mean alone where there is none."""
     error = value["standard_error"]
-    return f"{value['mean']:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+    if not error:
+        return f"{value['mean']:.5f}"
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value['mean']:.{digits}f} ± {error:.{digits}f}"
 
 
 def markdown(said: dict[str, Any], name: str) -> str:
@@ -56,7 +60,8 @@ def markdown(said: dict[str, Any], name: str) -> str:
     room.filters["plus"] = plus
     sources = yaml.safe_load(SOURCES.read_text(encoding="utf-8"))
     used = [s for s in sources.values() if s["use"] == "training"]
-    return room.get_template("card.md.j2").render(**said, name=name, sources=used)
+    texts = [name for name in yaml.safe_load(CORPORA.read_text(encoding="utf-8")) if name in said["corpora"]]
+    return room.get_template("card.md.j2").render(**said, name=name, sources=used, texts=texts)
 
 
 def main(argv: list[str] | None = None) -> None:

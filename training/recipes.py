@@ -61,7 +61,7 @@ class Recipe:
     warmup_steps: int = 150
     weight_decay: float = 0.1
     """Of matrices alone."""
-    dropout: float = 0.1
+    dropout: float = 0.2
     """Of what attention and feed-forward networks add."""
     balance: float = 0.01
     """Weight of the load-balancing loss: 1 for even use of the experts, up to their number for one expert alone."""

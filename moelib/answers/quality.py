@@ -7,7 +7,7 @@ from functools import cached_property
 
 from moelib.base import stats
 from moelib.base.stats import Estimate
-from moelib.quality import score
+from moelib.quality import score, wanted
 from moelib.quality.comparison import Comparison, Found
 from moelib.study.study import Study
 
@@ -78,6 +78,19 @@ def losses(study: Study, corpus: str | None = None) -> list[Loss]:
         if c.done and c.spec.kind == "quality" and corpus in (None, c.spec.corpus) and c.spec.corpus in texts
     ]
     return sorted(found, key=lambda x: (texts[x.corpus], *order.get((x.model, x.quant), (0, 0))))
+
+
+def floors(study: Study, corpus: str) -> list[Loss]:
+    """Every unquantised file against itself, its tokens taken in smaller batches: what rounding alone changes. Over the
+    chunks that placements are compared over, of the study's first text."""
+    found = [
+        Loss(c)
+        for c in study.comparisons
+        if c.done
+        and (c.spec.kind, c.spec.base.quant, c.spec.corpus) == ("floor", wanted.SOURCE, corpus)
+        and c.spec.other.placed.ubatch == wanted.OTHER_BATCHES[0]
+    ]
+    return sorted(found, key=lambda x: study.parameters.models.index(x.model))
 
 
 def first_text(study: Study) -> str | None:

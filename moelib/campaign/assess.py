@@ -10,9 +10,10 @@ from typing import TypeVar
 
 from moelib.campaign import given
 from moelib.campaign.bench import held, scratch
-from moelib.catalogue import corpora
+from moelib.catalogue import corpora, params
 from moelib.catalogue.facts import DeviceFacts, HostFacts
 from moelib.engine import engine
+from moelib.gguf import outline
 from moelib.machine import host, process
 from moelib.measure import device
 from moelib.models import quantize, remote, sources
@@ -121,41 +122,44 @@ def first_quants(study: Study) -> list[Cell]:
     ]
 
 
-def routes(study: Study, cells: Sequence[Cell], tokens: int) -> list[routed.Spec]:
+def routes(study: Study, cells: Sequence[Cell], tokens: int, twins: bool = False) -> list[tuple[Cell, routed.Spec]]:
     """What is asked to follow the experts of some cells' files over the study's first text, `tokens` tokens one by one;
-    empty where the study names no text. Raises ParamsError for an unknown one."""
+    with `twins` also of each one's twin. Empty where the study names no text. Raises ParamsError for an unknown one."""
     asked, p = study.parameters.quality, study.parameters
     if asked is None:
         return []
     text = corpora.corpus(asked.corpora[0])
-    return [
-        routed.Spec(
-            study=p.name,
-            model=c.model,
-            quant=c.quant,
-            weights=p.weights,
-            scale=p.scale,
-            corpus=text.name,
-            corpus_sha256=text.sha256,
-            context=asked.context,
-            chunks=asked.chunks,
-            tokens=tokens,
-            device=p.device,
-            placement=asked.placement,
-            load_mode="mmap",
-        )
-        for c in cells
-    ]
+    every = dict.fromkeys([p.weights, *(["twin"] if twins else [])])
+    return [(c, _route(study, c, weights, text, tokens)) for weights in every for c in cells]
 
 
-def route(study: Study, cells: Sequence[Cell], tokens: int) -> Iterator[Routed]:
-    """Follow the experts of every cell's file that has no record that holds; yield each record as it stands.
+def _route(study: Study, c: Cell, weights: str, text: corpora.Corpus, tokens: int) -> routed.Spec:
+    p, asked = study.parameters, study.parameters.quality
+    assert asked is not None
+    return routed.Spec(
+        study=p.name,
+        model=c.model,
+        quant=c.quant,
+        weights=weights,
+        scale=p.scale,
+        corpus=text.name,
+        corpus_sha256=text.sha256,
+        context=asked.context,
+        chunks=asked.chunks,
+        tokens=tokens,
+        device=p.device,
+        placement=asked.placement,
+        load_mode="mmap",
+    )
+
+
+def route(study: Study, asked: Sequence[tuple[Cell, routed.Spec]]) -> Iterator[Routed]:
+    """Follow the experts of every file that has no record that holds; yield each record as it stands.
 
     Raises what stands in the way of all: no engine, no device, no source, no disk.
     """
-    specs = routes(study, cells, tokens)
     standing, left = routed.standing(routed.read_all(study.path)[0]), []
-    for spec, cell in zip(specs, cells, strict=False):
+    for cell, spec in asked:
         r = standing.get(routed.spec_key(spec))
         if r is not None and not checks.again(study.path, r):
             yield r
@@ -163,11 +167,21 @@ def route(study: Study, cells: Sequence[Cell], tokens: int) -> Iterator[Routed]:
             left.append((spec, cell))
     if not left:
         return
-    text = corpora.corpus(specs[0].corpus).verified()
+    text = corpora.corpus(left[0][0].corpus).verified()
     with _ready(study, "llama-imatrix", routing.Desk) as desk:
         for spec, cell in left:
-            file = given.of_cell(study, cell, desk.llama, desk.work)
+            other = spec.weights != study.parameters.weights
+            file = _twin(study, cell) if other else given.of_cell(study, cell, desk.llama, desk.work)
             yield desk.follow(spec, routed.next_attempt(study.path, spec), file, text)
+
+
+def _twin(study: Study, cell: Cell) -> Quantised:
+    """A file with the header of the cell's, its tokenizer too, and random weights."""
+    p = study.parameters
+    if path := sources.file_of(cell.model):
+        return quantize.twin(cell.model, outline.read(path))
+    source = sources.whole(sources.obtain(cell.model, p.weights, p.scale))
+    return quantize.twin(cell.model, outline.read(source.path), params.plain(cell.quant), scale=p.scale)
 
 
 def _source(study: Study, model: str) -> Quantised:

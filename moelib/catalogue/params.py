@@ -309,7 +309,8 @@ class Card(Strict):
 
     name: str
     repository: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}$")
-    base_model: Repository
+    base_model: Repository | None = None
+    """None: of a model that was made for this project."""
     license: str = Field(min_length=1)
     """The Hub's identifier; `other` needs a name and a link."""
     license_name: str | None = None

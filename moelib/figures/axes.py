@@ -9,7 +9,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from moelib.audit.record import Record
 from moelib.base.stats import Estimate
@@ -129,6 +129,11 @@ def heat(table: Any, *, ax: Axes, most: float, colours: str) -> Axes:
     ax.scatter(columns, rows, marker="x", color="white", s=9, linewidths=0.8)
     ax.grid(visible=False)
     return ax
+
+
+def whole_numbers(ax: Axes) -> None:
+    """Ticks of what is counted along x."""
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def ticks(ax: Axes, of: str = "xy") -> Axes:

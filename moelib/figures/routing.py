@@ -44,6 +44,7 @@ def use(every: Sequence[Used]) -> Any:
         axes.heat(s, ax=ax, most=top, colours=MAP)
         _layers(ax, u)
         ax.set(xlabel="expert", title=_title(u, f"evenness {u.overall.evenness:.2f}"))
+        axes.whole_numbers(ax)
     for ax in panels[len(every) :]:
         figure.delaxes(ax)
     figure.colorbar(panels[0].images[0], ax=panels[: len(every)], label="times the mean", aspect=30, pad=0.01)
@@ -63,6 +64,7 @@ def hits(every: Sequence[Used]) -> Any:
         for (name, form), ys in zip(STYLES.items(), (c.lru, c.shuffled, c.static), strict=True):
             every_nth = max(1, len(c.k) // MARKS)
             ax.plot(c.k, [100 * y for y in ys], color=LINES[name], lw=1.6, ms=4.5, markevery=every_nth, **form)
+        axes.whole_numbers(ax)
         ax.set(ylim=(0, 103), xlim=(0, c.k[-1] * 1.02), xlabel="experts in each layer's cache (k)")
         ax.set(ylabel="" if i % columns else "accesses that hit, %", title=_title(u, f"{c.k[0]} used by a token"))
     for ax in panels[len(shown) :]:

@@ -141,6 +141,7 @@ def _repository(study: Study, model: str, namespace: str) -> dict[str, str]:
         "card": card,
         "twin": study.parameters.weights == "twin",
         "title": params.model(model).title,
+        "original": f"[{card.base_model}]({HUB}/{card.base_model})" if card.base_model else params.model(model).title,
         "geometry": geometry,
         "between": _between(geometry),
         "repository": f"{namespace}/{repository(study, model)}",
@@ -233,7 +234,7 @@ def _metadata(of: Study, card: params.Card, namespace: str) -> str:
         return ModelCardData(library_name="gguf", tags=["gguf", "geometry-twin", "random-weights"]).to_yaml()
     return ModelCardData(
         **card.model_dump(include={"base_model", "license", "license_name", "license_link"}),
-        base_model_relation="quantized",
+        base_model_relation="quantized" if card.base_model else None,
         library_name="gguf",
         pipeline_tag="text-generation",
         language=list(card.languages),

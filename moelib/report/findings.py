@@ -30,10 +30,11 @@ WEIGHTS = {
     "{scale} ({parameters} parameters). VRAM, load time, tokens/s and time to first token (TTFT) depend on shapes and "
     "types, so these numbers stand for files of the real models at this size. Text, quality and which experts are "
     "chosen depend on the values of the weights; nothing is said of them.",
-    "real": "The weights are the **published ones** ({parameters} parameters): {origins}. VRAM, load time, tokens/s "
-    "and time to first token (TTFT) are those of these files. Their text was not evaluated, and nothing is said of "
-    "quality.",
+    "real": "The weights are **real** ({parameters} parameters): {origins}. VRAM, load time, tokens/s and time to "
+    "first token (TTFT) are those of these files. {quality}",
 }
+JUDGED = "What quantising changes in what they say was measured over the texts named below."
+UNJUDGED = "Their text was not evaluated, and nothing is said of quality."
 
 
 def headline(study: Study) -> Text:
@@ -42,6 +43,7 @@ def headline(study: Study) -> Text:
     parameters = " and ".join(f"{n / 1e6:,.0f} M" for n in sorted({s.parameters for s in study.manifests}))
     origins = "; ".join(sorted({neutral(s.origin) for s in study.manifests if s.origin})) or "of unknown origin"
     values = {"scale": neutral(study.parameters.scale), "parameters": parameters or "unknown", "origins": origins}
+    values["quality"] = JUDGED if study.parameters.quality else UNJUDGED
     text = (
         f"{WEIGHTS[study.parameters.weights].format(**values)}\n\nStudy **{neutral(study.name)}**: "
         f"{neutral(study.parameters.title)}. {neutral(study.summary())}. Measured on "

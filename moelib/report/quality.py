@@ -18,6 +18,7 @@ from moelib.quality.comparison import Spec
 from moelib.study import frames
 from moelib.study.study import Study
 
+FLOOR = "F16, other batches"
 SHOWN = 160
 """Characters of a sample."""
 
@@ -54,14 +55,17 @@ def _lost(study: Study, corpus: str, lost: Sequence[Loss]) -> Table:
         if Placement.parse(*c.side).is_whole and c.side[1] == "mmap"
     }
     rows, bits = [], {(m.model, m.quant): m.bits_per_weight for m in study.manifests}
-    lost = sorted(lost, key=lambda x: (study.parameters.models.index(x.model), bits.get((x.model, x.quant), 0.0)))
-    for x in lost:
+    floors = losses.floors(study, corpus) if lost else []
+    shown = sorted(
+        [*lost, *floors], key=lambda x: (study.parameters.models.index(x.model), bits.get((x.model, x.quant), 99.0))
+    )
+    for x in shown:
         c = x.found.chunks
         vram = offloaded.get((x.model, x.quant))
         rows.append(
             {
                 "model": neutral(x.model),
-                "quant": neutral(x.quant),
+                "quant": FLOOR if x in floors else neutral(x.quant),
                 "perplexity ratio": stats.close(x.perplexity_ratio),
                 "mean KLD": stats.estimate(x.divergence),
                 "99 % KLD": number(x.tail("kld_99").value),
@@ -84,8 +88,14 @@ def _lost(study: Study, corpus: str, lost: Sequence[Loss]) -> Table:
         "probability of the token that follows. *Same top*: tokens of which both find the same one likeliest. 95 % "
         "intervals take a chunk as one observation: tokens of one chunk are not independent."
     )
+    if floors:
+        n = len(floors[0].found.chunks.kld)
+        note += (
+            f" *{FLOOR}*: the unquantised file against itself, {wanted.OTHER_BATCHES[0]} tokens at a time instead of "
+            f"512, over {n} chunks: what rounding alone changes."
+        )
     why = wanted.TWIN if study.parameters.weights == "twin" else "no comparison with the unquantised file is valid."
-    return Table(f"quality-{corpus}", rows, [x.sources for x in lost], note, tuple(rows[0])[2:] if rows else (), why)
+    return Table(f"quality-{corpus}", rows, [x.sources for x in shown], note, tuple(rows[0])[2:] if rows else (), why)
 
 
 def _matrices(lost: Sequence[Loss]) -> list[Text]:
