@@ -71,8 +71,8 @@ residuals: engine ## rebuild docs/PLANNER.md and docs/PREVIEW.md from the commit
 	@$(BIN)/python benchmarks/preview_residuals.py show outputs/preview > docs/PREVIEW.md
 
 rehearsal: engine ## publish the committed demo study to a Hub on loopback, with an interruption; writes its transcript
-	@for model in phi-3.5-moe deepseek-moe-16b; do for quant in Q4_K_M Q2_K Q8_0; do \
-	  $(BIN)/moelib quantize $$model $$quant --scale tiny > /dev/null || exit 1; done; done
+	@for model in trained-phimoe trained-deepseek; do for quant in Q4_K_M Q2_K Q8_0; do \
+	  $(BIN)/moelib quantize $$model $$quant --real > /dev/null || exit 1; done; done
 	@MOELIB_OUTPUTS=docs/example $(BIN)/python tests/rehearsal.py demo docs/example/publication.md
 
 mutation: engine ## mutation testing of the code that decides whether a number is accepted, hours (SAMPLE=N for a part)

@@ -28,7 +28,7 @@ from moelib.measure.run import Spec
 from moelib.study import study
 
 ROOT = Path(__file__).resolve().parent.parent
-DEMO = ROOT / "docs/example/demo"
+DEMO = ROOT / "tests/fixtures/twins"
 COMMANDS = {"status": ["study", "status"], "audit": ["audit"], "report": ["report"]}
 AIM = {"status": (10, 400), "audit": (10, 400), "report": (40, 600)}
 """CPU seconds and MB at 9,000 records."""

@@ -17,7 +17,9 @@ LICENSES = """apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-
 bsd-3-clause cc-by-4.0 cc-by-sa-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 cc0-1.0 gpl-3.0 lgpl-3.0 agpl-3.0 mpl-2.0 unlicense
 llama2 llama3 llama3.1 llama3.2 llama3.3 gemma other""".split()
 """Of the Hub's identifiers (huggingface.co/docs/hub/repositories-licenses) those that models' weights come under."""
-REQUIRED = "base_model base_model_relation library_name license quantized_by tags language".split()
+REQUIRED = "library_name license quantized_by tags language".split()
+BASE = ["base_model", "base_model_relation"]
+"""Of all real weights but those that were made for this project."""
 LONGEST = 24
 """Lines of a short frontmatter."""
 UNFINISHED = re.compile(
@@ -52,7 +54,7 @@ def metadata(page):
     front = yaml.safe_load(page.front)
     if page.twin:
         return [] if front == {"library_name": "gguf", "tags": ["gguf", "geometry-twin", "random-weights"]} else [front]
-    missing = [key for key in REQUIRED if not front.get(key)]
+    missing = [key for key in [*REQUIRED, *(BASE if page.card.base_model else ())] if not front.get(key)]
     if missing:
         return [f"lacks {', '.join(missing)}"]
     problems = []
@@ -62,7 +64,8 @@ def metadata(page):
         problems.append("license other needs license_name and license_link")
     if front["pipeline_tag"] != "text-generation":
         problems.append("pipeline_tag is not that of a language model")
-    if ModelCard(page.text).data.base_model != page.card.base_model or front["base_model_relation"] != "quantized":
+    relation = "quantized" if page.card.base_model else None
+    if ModelCard(page.text).data.base_model != page.card.base_model or front.get("base_model_relation") != relation:
         problems.append("it is not listed as a quantisation of its model")
     return problems
 

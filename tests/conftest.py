@@ -115,9 +115,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def furnish(home: Path, smoke: str = SMOKE) -> Path:
-    """Copy the repository's params and notebooks to `home` and add the study `smoke`."""
+    """Copy the repository's params and notebooks to `home` and add the study `smoke`; the models that it holds are
+    linked."""
     for name in ("params", "notebooks"):
         shutil.copytree(REPO / name, home / name)
+    (home / "training").symlink_to(REPO / "training")
     (home / "params/studies/smoke.yaml").write_text(smoke, encoding="utf-8")
     return home
 

@@ -24,7 +24,7 @@ from moelib.base import files
 from moelib.study import gather, study
 
 ROOT = Path(__file__).resolve().parent.parent
-STUDIES = {"h100-twins": ROOT / "outputs/h100-twins", "demo": ROOT / "docs/example/demo"}
+STUDIES = {"h100-twins": ROOT / "outputs/h100-twins", "demo": ROOT / "tests/fixtures/twins"}
 MOVED = 0.05
 FACTORS = (0.1, 0.5, 0.7, 0.8, 0.9, 1.1, 1.2, 1.5, 2.0, 10.0, 1000.0)
 

@@ -26,8 +26,7 @@ INTRO = """# A publication, rehearsed
 
 Written by `make rehearsal`. The files are the six of the committed demo study, made again by llama.cpp and byte for
 byte those that its records measured; the commands are the real ones, with Hugging Face's own client. The Hub is a
-stand-in on loopback (`tests/hub.py`): the real one was not reached. `$PORT` is the stand-in's. The weights are random:
-only a Hub on the same machine is asked to show them (`--public`); to another they would go as private repositories.
+stand-in on loopback (`tests/hub.py`): the real one was not reached. `$PORT` is the stand-in's.
 """
 
 

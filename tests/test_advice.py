@@ -34,7 +34,7 @@ def full():
 
 @pytest.fixture(scope="module")
 def demo():
-    return study.Study.read(REPO / "docs/example/demo")
+    return study.Study.read(REPO / "tests/fixtures/twins")
 
 
 def taken(study):
@@ -222,7 +222,7 @@ def test_what_files_were_made_of_is_told_once_for_those_made_alike(full):
     parts = study.Study(full.path, full.plan, study.Contents(full.evidence, (with_matrix, found), {}))
     lines = appendix.made(parts).text.splitlines()
     assert lines[0].endswith(f"with the imatrix m.imatrix, SHA-256 `{'c' * 64}`.")
-    assert lines[1] == "- as-is: from a source of unknown origin."
+    assert lines[1] == "- as-is: source: of unknown origin."
 
 
 @pytest.mark.parametrize(

@@ -301,7 +301,7 @@ def test_nothing_that_does_not_vary_has_an_interval(full):
     for row in (row for row in every if row["placement"] == "baseline, mmap"):
         terms = [float(str(row[k]).split(" ")[0]) for k in ("weights", "KV", "compute", "rest", "VRAM")]
         assert sum(terms[:4]) == pytest.approx(terms[4], abs=2)
-    demo = Study.read(REPO / "docs/example/demo")
+    demo = Study.read(REPO / "tests/fixtures/twins")
     assert not any("device" in row for t in tables(results.vram(demo)).values() for row in t.rows), "it is not known"
 
 

@@ -30,7 +30,7 @@ def h100():
 
 @pytest.fixture(scope="module")
 def demo():
-    return study.Study.read(REPO / "docs/example/demo")
+    return study.Study.read(REPO / "tests/fixtures/twins")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_a_title_has_the_gpu_the_machines_and_n(h100, demo, name):
     ):
         title = titled(FIGURES[name](results))
         assert of in title
-        n = {"h100-twins": ("90 runs", "n = 5 rounds"), "demo": ("60 runs", "n = 3 rounds")}[results.name]
+        n = {"h100-twins": ("90 runs", "n = 5 rounds"), "twins": ("60 runs", "n = 3 rounds")}[results.name]
         assert n[0 if name == "predicted" else 1] in title
         assert results.parameters.workloads[-1] in title or name in ("memory", "ttft")
 

@@ -14,6 +14,7 @@ from moelib.answers import experts as answers
 from moelib.campaign import assess, campaign
 from moelib.catalogue import params
 from moelib.figures import routing
+from moelib.report import experts
 
 
 @pytest.fixture
@@ -180,3 +181,34 @@ def test_what_is_asked_is_of_the_first_text_and_of_each_file(words):
     assert assess.routes(study, cells, 100, twins=True) == asked, "a study of twins has no others"
     assert [c.quant for c in assess.first_quants(study)] == ["Q8_0"]
     assert not (study.path / "routing").exists()
+
+
+def test_the_document_has_the_table_the_cache_and_their_records(shown):
+    said = experts.used(shown)
+    table, cache = said[1], said[2]
+    assert [row["weights"] for row in table.rows] == ["trained", "geometry twin"]
+    assert table.row_sources == [u.routed.cited for u in shown]
+    assert set(table.rows[0]) == set(experts.COLUMNS)
+    c = shown[0].curve
+    gain = f"{100 * (c.lru[6] - c.shuffled[6]):+.1f} points"
+    assert f"8 of 16 experts of each layer would serve {c.lru[6]:.0%} of all accesses, {gain}" in cache.text
+    assert cache.sources == experts.sources(shown)
+    assert "hits over its first 96 tokens, one by one" in table.note
+    assert experts.used([]) == []
+
+
+@pytest.mark.engine
+def test_a_twin_of_trained_weights_has_their_header_and_is_followed_beside_them(words, engine):
+    path = words / "params/studies/words.yaml"
+    text = path.read_text(encoding="utf-8").replace("weights: twin", "weights: real").replace("scale: nano\n", "")
+    text = text.replace("models: [deepseek-moe-16b]", "models: [trained-phimoe]").replace("Q2_K", "Q4_K_M")
+    path.write_text(text, encoding="utf-8")
+    said = run("words", "--tokens", "8", "--twins")
+    assert said.exit_code == 0, said.output
+    folder = campaign.select("words")[0].path
+    real, twin = answers.used(folder)
+    assert (real.is_twin, twin.is_twin) == (False, True)
+    assert real.routed.sheet.weights == "real"
+    assert twin.routed.sheet.weights == "twin"
+    assert real.routed.sheet.tensor_types == twin.routed.sheet.tensor_types
+    assert real.counts != twin.counts

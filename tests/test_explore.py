@@ -44,7 +44,7 @@ def h200():
 
 @pytest.fixture(scope="module")
 def demo():
-    return Study.read(REPO / "docs/example/demo")
+    return Study.read(REPO / "tests/fixtures/twins")
 
 
 def test_a_view_is_of_what_the_study_has(h100):

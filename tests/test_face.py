@@ -53,7 +53,7 @@ def test_from_nothing_to_a_plot_in_four_lines(tmp_path):
         "import matplotlib; matplotlib.use('Agg')\n"
         "import moelib, seaborn\n"
         "runs = moelib.load('demo').runs\n"
-        "plot = seaborn.scatterplot(runs, x='vram_bytes', y='tokens_per_s/mixed-512', hue='quant', style='placement')\n"
+        "plot = seaborn.scatterplot(runs, x='vram_bytes', y='tokens_per_s/prose', hue='quant', style='placement')\n"
         f"plot.figure.savefig({str(tmp_path / 'plot.png')!r}); print(len(runs))"
     )
     env = {
@@ -83,18 +83,18 @@ def test_a_playground_runs_from_top_to_bottom(tmp_path, monkeypatch, name):
 def test_studies_lists_what_can_be_loaded(study):
     frame = moelib.studies()
     assert frame.loc["demo", "records"] == 60
-    assert frame.loc["demo", "models"] == "phi-3.5-moe, deepseek-moe-16b"
+    assert frame.loc["demo", "models"] == "trained-phimoe, trained-deepseek"
 
 
 def test_an_unknown_name_gets_the_nearest_one_or_the_list(study):
     with pytest.raises(UnknownName, match="did you mean 'demo'"):
         moelib.load("demmo")
-    with pytest.raises(UnknownName, match="did you mean 'phi-3.5-moe/Q4_K_M'"):
-        study.why("phi-3.5-moe/Q4_K")
+    with pytest.raises(UnknownName, match="did you mean 'trained-phimoe/Q4_K_M'"):
+        study.why("trained-phimoe/Q4_K")
     with pytest.raises(UnknownName, match="no record of demo match"):
         study.record("nothing")
     with pytest.raises(UnknownName, match="30 records"):
-        study.record("phi-3.5-moe")
+        study.record("trained-phimoe")
     assert issubclass(UnknownName, params.UserError)
 
 
@@ -104,11 +104,11 @@ def test_a_study_reads_short_and_leads_to_its_records(study):
     )
     html = study._repr_html_()
     assert html.count("<tr>") == 7
-    assert "phi-3.5-moe/Q4_K_M" in html
+    assert "trained-phimoe/Q4_K_M" in html
     run_id = study.runs["run_id"][0]
     assert study.record(run_id).run_id == run_id
     assert study.record(run_id[-15:]).digest == study.record(run_id).digest
-    assert study.why("phi-3.5-moe/Q2_K") == "phi-3.5-moe/Q2_K: 9 of 9 runs usable"
+    assert study.why("trained-phimoe/Q2_K") == "trained-phimoe/Q2_K: 9 of 9 runs usable"
     assert study.problems == []
 
 
@@ -117,7 +117,7 @@ def test_every_measured_column_is_declared_and_every_declared_one_is_there(study
     assert list(columns.columns) == ["label", "unit", "better", "source"]
     assert set(study.runs.columns) == set(columns.index) | set(frames.WHERE) | set(frames.SETUP)
     assert columns["label"].notna().all()
-    assert columns.loc["tokens_per_s/mixed-512", "better"] == "more"
+    assert columns.loc["tokens_per_s/prose", "better"] == "more"
     for name, unit in (("vram_bytes", "bytes"), ("load_s", "s"), ("ttft_warm_s/plan-short", "s")):
         assert columns.loc[name, "unit"] == unit
 
@@ -125,7 +125,7 @@ def test_every_measured_column_is_declared_and_every_declared_one_is_there(study
 def test_what_was_not_measured_is_not_0(study):
     """Loopback has no board whose energy could be counted."""
     assert study.runs["board_watt"].isna().all()
-    assert study.runs["joule_per_token/mixed-512"].isna().all()
+    assert study.runs["joule_per_token/prose"].isna().all()
     measured = study.runs.drop(columns=[*frames.WHERE, *frames.SETUP])
     assert (measured.dtypes == "float64").all()
 
@@ -137,7 +137,7 @@ def test_requests_have_a_row_each(study):
 
 
 def test_compare_pairs_within_rounds(study):
-    ratios = moelib.compare(study.runs, "tokens_per_s/mixed-512")
+    ratios = moelib.compare(study.runs, "tokens_per_s/prose")
     assert len(ratios) == 14  # two placements between the ends at Q4_K_M, else one, and all experts on the CPU
     assert (ratios["n"] == 3).all()
     assert ((ratios["low"] <= ratios["ratio"]) & (ratios["ratio"] <= ratios["high"])).all()
@@ -151,13 +151,13 @@ def test_compare_pairs_within_rounds(study):
     lame = study.runs.drop(study.runs.index[(study.runs["round"] == 1) & (study.runs["placement"] == "baseline")])
     assert (moelib.compare(lame, "vram_bytes")["n"] == 2).all()
     shuffled = study.runs.sample(frac=1, random_state=1)
-    merged = ratios.merge(moelib.compare(shuffled, "tokens_per_s/mixed-512"), on=["model", "quant", "placement"])
+    merged = ratios.merge(moelib.compare(shuffled, "tokens_per_s/prose"), on=["model", "quant", "placement"])
     assert (abs(merged["ratio_x"] - merged["ratio_y"]) < 1e-12).all()
 
 
 def test_compare_refuses_what_cannot_be_compared(study):
-    with pytest.raises(frames.FrameError, match="did you mean 'tokens_per_s/mixed-512'"):
-        moelib.compare(study.runs, "tokens_per_s/mixd-512")
+    with pytest.raises(frames.FrameError, match="did you mean 'tokens_per_s/prose'"):
+        moelib.compare(study.runs, "tokens_per_s/prse")
     with pytest.raises(frames.FrameError, match="lacks model, round"):
         moelib.compare(study.runs.drop(columns=["round", "model"]), "vram_bytes")
     mixed = pd.concat([study.runs, study.runs.assign(gpu="another card", round=study.runs["round"] + 3)])

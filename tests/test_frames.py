@@ -114,7 +114,7 @@ def measured(*values, modes=("baseline/mmap", "cpu-moe/mmap")):
     """A study of one cell; `values` are load times by round and placement, s; None where a run has no known VRAM."""
     named = [PlacementMode(placement=a.split("/")[0], load_mode=a.split("/")[1]) for a in modes]
     change = {"models": ("deepseek-moe-16b",), "quants": ("Q4_K_M",), "arms": tuple(named), "workloads": TWO}
-    parameters = params.study("demo").model_copy(update=change)
+    parameters = params.study("demo-twins").model_copy(update=change)
     rounds = []
     for b, loads in enumerate(values):
         runs = []

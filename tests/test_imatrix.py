@@ -60,7 +60,7 @@ def test_what_is_no_matrix_is_refused_in_a_sentence(tmp_path):
 
 def test_manifests_without_a_matrix_keep_their_bytes():
     """What is None as nothing was given is not written, and not counted in a digest."""
-    for path in sorted((REPO / "docs/example/demo/quants").glob("*.json")):
+    for path in sorted((REPO / "tests/fixtures/twins/quants").glob("*.json")):
         raw = json.loads(path.read_bytes())
         manifest = Manifest.model_validate_json(path.read_bytes(), strict=True)
         assert manifest.imatrix is None

@@ -127,3 +127,24 @@ def test_a_card_of_real_weights_has_quality_and_a_twins_has_none(full):
     assert "## Quality" in root
     assert "1.0800" in root
     assert not any("## Quality" in text for text in cards.build(full, "alice").values())
+
+
+def test_the_floor_is_the_unquantised_file_against_itself_where_it_differs_most(full):
+    study = world(full)
+    assert quality.floors(study, "prose") == []
+    made = [
+        compared.compared(study, ("F16", "baseline"), ("phi-3.5-moe", "Q8_0", placement), compared.scores(off, 1.0))
+        for placement, off in (("baseline,ubatch=64", 1e-6), ("baseline,ubatch=8", 2e-6))
+    ]
+    sides = [replace(c.spec.other, quant="F16") for c in made]
+    both = [c.model_copy(update={"spec": replace(c.spec, other=other)}) for c, other in zip(made, sides, strict=True)]
+    floored = Study(study.path, study.plan, replace(study.contents, comparisons=(*study.comparisons, *both)))
+    (one,) = quality.floors(floored, "prose")
+    assert one.comparison.spec.other.placement == "baseline,ubatch=8"
+    assert quality.floors(floored, "scripture") == []
+    (table,) = tables.tables(floored)
+    rows = [r for r in table.rows if r["model"] == "phi-3.5-moe"]
+    assert [r["quant"].replace("\\", "") for r in rows] == ["Q2_K", "Q4_K_M", "Q8_0", tables.FLOOR]
+    assert rows[-1]["mean KLD"] == stats.estimate(one.divergence)
+    assert "64 or 8 tokens at a time instead of 512, over 12 chunks" in table.note
+    assert len(quality.losses(floored)) == len(quality.losses(study)), "a floor is no loss of a quant"

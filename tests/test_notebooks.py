@@ -53,7 +53,7 @@ def test_run_works_by_itself_and_from_a_file_of_parameters(home, models_folder):
     ("args", "words"),
     [
         (["-p", "qaunt", "Q2_K"], "unknown parameter qaunt; this notebook has: study, model, quant"),
-        (["-p", "quant", "Q3_K"], "study demo has no cell phi-3.5-moe/Q3_K; did you mean"),
+        (["-p", "quant", "Q3_K"], "study demo has no cell trained-phimoe/Q3_K; did you mean"),
         (["-p", "model", "phi"], f"allowed: {', '.join(sorted(params.entries('models.yaml')))}"),
         (
             ["-p", "study", "dmeo"],

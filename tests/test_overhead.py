@@ -168,7 +168,7 @@ def test_a_damaged_file_is_told_with_the_study(tmp_path):
     import shutil
 
     copy = tmp_path / "demo"
-    shutil.copytree(REPO / "docs/example/demo", copy, ignore=shutil.ignore_patterns("raw", "figures"))
+    shutil.copytree(REPO / "tests/fixtures/twins", copy, ignore=shutil.ignore_patterns("raw", "figures"))
     measurement = kept(copy, rounds())
     assert study.Study.read(copy).overhead == {NAME: measurement}
     data = json.loads((copy / NAME).read_text(encoding="utf-8"))

@@ -15,7 +15,7 @@ from moelib.study import frames, study
 
 PLACEMENTS = {
     "outputs/h100-twins": ["baseline, mmap", "cpu-moe, mmap", "cpu-moe, none"],
-    "docs/example/demo": ["baseline", "n-cpu-moe=2", "n-cpu-moe=3", "cpu-moe"],
+    "tests/fixtures/twins": ["baseline", "n-cpu-moe=2", "n-cpu-moe=3", "cpu-moe"],
 }
 FIGURES = {
     "vram": plots.vram,
@@ -46,7 +46,7 @@ def changed(results, **contents):
 
 
 def test_quants_come_by_their_bits_in_figures():
-    results = study.Study.read(REPO / "docs/example/demo")
+    results = study.Study.read(REPO / "tests/fixtures/twins")
     axis = plots.vram(results).axes[0]
     assert [t.get_text() for t in axis.get_xticklabels()] == ["Q2_K", "Q4_K_M", "Q8_0"]
     assert list(results.parameters.quants) == ["Q4_K_M", "Q2_K", "Q8_0"]
@@ -79,7 +79,7 @@ def test_figures_leave_the_sessions_settings_alone_and_are_not_changed_by_them(m
 
     shown = []
     monkeypatch.setattr(plots, "display", lambda data, **_: shown.append(data["image/png"]))
-    results = study.Study.read(REPO / "docs/example/demo")
+    results = study.Study.read(REPO / "tests/fixtures/twins")
     records = results.used
 
     def draw():
@@ -100,7 +100,7 @@ def test_figures_leave_the_sessions_settings_alone_and_are_not_changed_by_them(m
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_figure_without_data_says_why(name):
-    results = study.Study.read(REPO / "docs/example/demo")
+    results = study.Study.read(REPO / "tests/fixtures/twins")
     empty = changed(results)
     empty.__dict__["statuses"] = {k: dataclasses.replace(s, rounds=()) for k, s in results.statuses.items()}
     figure = FIGURES[name](empty)
@@ -117,7 +117,7 @@ def test_a_run_without_records_has_figures_that_say_so():
 
 
 def test_more_placements_than_colours_are_all_in_the_legend():
-    results = study.Study.read(REPO / "docs/example/demo")
+    results = study.Study.read(REPO / "tests/fixtures/twins")
     modes = [PlacementMode(placement="baseline")] + [PlacementMode(placement=f"n-cpu-moe={n}") for n in range(1, 10)]
     parameters = results.parameters.model_copy(update={"arms": tuple(modes)})
     many = changed(results)
@@ -159,7 +159,7 @@ def test_a_figures_file_stays_in_its_folder(name, safe):
 def test_each_draws_on_the_axes_it_is_given_and_on_no_other():
     from matplotlib.figure import Figure
 
-    results = study.Study.read(REPO / "docs/example/demo")
+    results = study.Study.read(REPO / "tests/fixtures/twins")
     runs, records = results.runs, results.used[:2]
     sides = [mode.label for mode in results.parameters.arms]
     memory, rate = (frames.comparisons(runs, c) for c in ("vram_bytes", "tokens_per_s/plan-short"))

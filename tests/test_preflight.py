@@ -277,7 +277,7 @@ def test_a_download_is_foretold(own, engine, lfs_hub, monkeypatch):
 
 
 def test_a_study_that_was_not_planned_for_a_card_has_no_such_table():
-    folder = Path(__file__).parents[1] / "docs/example/demo"
+    folder = Path(__file__).parents[1] / "tests/fixtures/twins"
     assert findings.planned(Study.read(folder)) == []
 
 

@@ -325,6 +325,20 @@ def test_every_check_can_fail():
     assert {c.id for c in checks.of(spec, found, ["F16"], other) if not c.passed} == {"tokens-fit"}
 
 
+@pytest.mark.parametrize(
+    ("deep", "times", "holds"), [(0, 1.002, False), (1, 1.002, True), (1, 0.998, False), (1, 1.2, False)]
+)
+def test_tokens_cut_off_in_the_file_may_make_the_tools_perplexity_higher_and_no_more(deep, times, holds):
+    spec, (found, scores) = spec_of("F16 baseline", "Q8_0 baseline", chunks=4), believable()
+    nll = scores.nll.copy()
+    nll[0, :deep] = checks.DEPTH + 1
+    scores = replace(scores, nll=nll)
+    found = replace(found, chunks=score.Chunks.of(scores), tool=None)
+    told = checks.own(found) | {"perplexity": checks.own(found)["perplexity"] * times}
+    audit = checks.of(spec, replace(found, tool=told), ["F16", "F32"], scores)
+    assert ("two-accounts" not in {c.id for c in audit if not c.passed}) is holds
+
+
 @pytest.mark.engine
 def test_the_command_and_the_notebook_compare_too(words):
     from click.testing import CliRunner

@@ -20,7 +20,7 @@ def h100():
 
 @pytest.fixture(scope="module")
 def demo():
-    return study.Study.read(REPO / "docs/example/demo")
+    return study.Study.read(REPO / "tests/fixtures/twins")
 
 
 @pytest.fixture(scope="module")

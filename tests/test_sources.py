@@ -548,10 +548,10 @@ def held(home, tmp_path, monkeypatch):
     """A model `toy` whose weights lie in the repository."""
     monkeypatch.setenv("MOELIB_MODELS", str(tmp_path / "m"))
     geometry = params.model("deepseek-moe-16b").at_scale("nano")
-    path = home / "training/toy-F16.gguf"
+    path = home / "held/toy-F16.gguf"
     path.parent.mkdir()
     published.twin_as_a_model(path, geometry)
-    held = {"file": "training/toy-F16.gguf", "sha256": files.sha256(path), "origin": "trained here"}
+    held = {"file": "held/toy-F16.gguf", "sha256": files.sha256(path), "origin": "trained here"}
     entry = {"toy": {"title": "Toy", "geometry": geometry.model_dump(), "held": held}}
     catalogue = home / "params/models.yaml"
     catalogue.write_text(catalogue.read_text(encoding="utf-8") + yaml.safe_dump(entry), encoding="utf-8")

@@ -35,7 +35,7 @@ def results(*rounds):
     """A study of these rounds: (baseline, offload), where None was not run."""
     specs = tuple((spec(block=b), spec(block=b, placement="cpu-moe", order=1)) for b in range(len(rounds)))
     change = {"models": ("deepseek-moe-16b",), "quants": ("Q4_K_M",)}
-    parameters = params.study("demo").model_copy(update=change)
+    parameters = params.study("demo-twins").model_copy(update=change)
     return study_of(parameters, [Cell("deepseek-moe-16b", "Q4_K_M", specs)], [r for runs in rounds for r in runs if r])
 
 

@@ -41,7 +41,7 @@ MOELIB = [sys.executable, "-m", "moelib.cli"]
 
 
 def test_a_plan_is_seeded_complete_and_random(home):
-    demo = params.study("demo")
+    demo = params.study("demo-twins")
     cells = plan.of(demo).cells
     assert plan.of(demo).cells == cells
     assert plan.of(demo.model_copy(update={"seed": 2})).cells != cells
@@ -59,7 +59,7 @@ def test_a_plan_is_seeded_complete_and_random(home):
 
 
 def test_a_placement_may_be_of_some_files_and_of_the_first_rounds(home):
-    demo = params.study("demo")
+    demo = params.study("demo-twins")
     between = [
         params.PlacementMode(placement="n-cpu-moe=2", quants=["Q4_K_M"], rounds=2),
         params.PlacementMode(placement="n-cpu-moe=3", models=["phi-3.5-moe"]),
@@ -82,7 +82,7 @@ def test_a_placement_may_be_of_some_files_and_of_the_first_rounds(home):
 
 
 def test_interleaved_the_quants_of_a_model_take_turns_in_seeded_order(home):
-    demo = params.study("demo")
+    demo = params.study("demo-twins")
     one_by_one = plan.of(demo.model_copy(update={"interleaved": False}))
     in_turns = plan.of(demo)
     cells = [c for c in one_by_one.cells if c.model == "phi-3.5-moe"]
@@ -275,7 +275,7 @@ def test_what_was_measured_on_several_machines_is_said(home):
                     speed = 50e9 if uuid == "A" else 100e9
                     moved = with_facts(with_facts(r, "device", uuid=uuid), "host", cpu=uuid, ram_read_bytes_per_s=speed)
                     runs.append(with_spec(moved, quant=quant).model_copy(update={"run_id": f"{quant} {r.run_id}"}))
-        demo = params.study("demo").model_copy(update={"models": [model], "quants": list(uuids)})
+        demo = params.study("demo-twins").model_copy(update={"models": [model], "quants": list(uuids)})
         return study_of(demo, cells, runs)
 
     alone = results(Q4_K_M="AAA", Q2_K="AAA")
@@ -472,14 +472,14 @@ def test_what_is_done_of_a_block():
 
 
 def test_a_cell_can_be_chosen_alone(home):
-    _, cells = campaign.select("demo", "phi-3.5-moe/Q2_K")
+    _, cells = campaign.select("demo-twins", "phi-3.5-moe/Q2_K")
     assert [c.name for c in cells] == ["phi-3.5-moe/Q2_K"]
     for all_of_it in ("phi-3.5-moe", "phi-3.5-moe/all"):
-        _, cells = campaign.select("demo", all_of_it)
+        _, cells = campaign.select("demo-twins", all_of_it)
         assert [c.name for c in cells] == [f"phi-3.5-moe/{q}" for q in ("Q4_K_M", "Q2_K", "Q8_0")]
     for unknown in ("phi", "phi-3.5-moe/Q2"):
         with pytest.raises(params.ParamsError):
-            campaign.select("demo", unknown)
+            campaign.select("demo-twins", unknown)
 
 
 def test_a_prompts_length_that_one_runs_server_does_not_tell_leaves_the_others():

@@ -411,7 +411,7 @@ def test_a_divergence_that_is_not_a_number_is_no_order():
 def test_the_card_says_data_licences_and_figures():
     text = card.markdown(said() | {"verdicts": check.verdicts(said())}, "deepseek")
     assert "do not**" not in text
-    for word in ("CC0-1.0", "r-cran-janeaustenr", "| Q2_K | 9.0 | 23.000 | 0.01000 ± 0.00100 |", "2 x Q2_K, 1 x Q4_0"):
+    for word in ("CC0-1.0", "r-cran-janeaustenr", "| Q2_K | 9.0 | 23.000 | 0.0100 ± 0.0010 |", "2 x Q2_K, 1 x Q4_0"):
         assert word in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert all(row.endswith(" |") for row in rows)

@@ -168,7 +168,7 @@ def _vram(study: Study) -> Answer:
     least = f", the least is {size(float(runs['vram_bytes'].min()))}" if known.any() else ""
     why = (
         f"{int(known.sum())} of {len(runs)} usable runs have a VRAM on which the driver, the whole device and the "
-        f"engine's buffers agree; in {below} it is more than {1 - SLACK:.0%} below these buffers{least}."
+        f"engine's buffers agree; in {below} it is more than {100 * (1 - SLACK):.0f} % below these buffers{least}."
     )
     return _state("VRAM is measured accurately (no 0 or 3 MB)", bool(known.all()) and not below and len(runs) > 0, why)
 

@@ -81,16 +81,15 @@ def losses(study: Study, corpus: str | None = None) -> list[Loss]:
 
 
 def floors(study: Study, corpus: str) -> list[Loss]:
-    """Every unquantised file against itself, its tokens taken in smaller batches: what rounding alone changes. Over the
-    chunks that placements are compared over, of the study's first text."""
-    found = [
-        Loss(c)
-        for c in study.comparisons
-        if c.done
-        and (c.spec.kind, c.spec.base.quant, c.spec.corpus) == ("floor", wanted.SOURCE, corpus)
-        and c.spec.other.placed.ubatch == wanted.OTHER_BATCHES[0]
-    ]
-    return sorted(found, key=lambda x: study.parameters.models.index(x.model))
+    """Every unquantised file against itself, its tokens taken in smaller batches: what rounding alone changes, where it
+    changes most. Over the chunks that placements are compared over, of the study's first text."""
+    most: dict[str, Loss] = {}
+    for c in study.comparisons:
+        if c.done and (c.spec.kind, c.spec.base.quant, c.spec.corpus) == ("floor", wanted.SOURCE, corpus):
+            one, known = Loss(c), most.get(c.spec.model)
+            if known is None or one.divergence.value > known.divergence.value:
+                most[c.spec.model] = one
+    return sorted(most.values(), key=lambda x: study.parameters.models.index(x.model))
 
 
 def first_text(study: Study) -> str | None:

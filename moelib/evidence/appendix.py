@@ -336,7 +336,7 @@ def made(study: Study) -> Text:
     """From what and with what the files were made; those of one making share a line."""
     quants: dict[str, list[str]] = defaultdict(list)
     for m in study.manifests:
-        how = f"from {markdown(m.origin or 'a source of unknown origin')}"
+        how = f"source: {markdown(m.origin or 'of unknown origin')}"
         how += f" (SHA-256 `{m.source_sha256}`)" if m.source_sha256 else ""
         if m.engine_version is not None:
             matrix = f"with the imatrix {_imatrix(m.imatrix)}" if m.imatrix else "without an imatrix"

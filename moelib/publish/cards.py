@@ -140,6 +140,7 @@ def _repository(study: Study, model: str, namespace: str) -> dict[str, str]:
         "model": model,
         "card": card,
         "twin": study.parameters.weights == "twin",
+        "held": params.model(model).held is not None,
         "title": params.model(model).title,
         "original": f"[{card.base_model}]({HUB}/{card.base_model})" if card.base_model else params.model(model).title,
         "geometry": geometry,

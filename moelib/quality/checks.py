@@ -4,6 +4,7 @@ A placement is judged by what rounding alone does to the same file, so that neit
 defect rounding.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,10 @@ AGREE = {"perplexity": 1e-4, "base_perplexity": 1e-4, "kld": 0.01, "kld_99": 0.0
 log-probabilities with 16 bits."""
 ROUNDED = {"kld": 2e-5, "kld_99": 1e-4, "kld_999": 1e-4, "rms_p_diff": 1e-4, "same_top": 0.005}
 """The same, absolutely."""
+DEPTH = 16.0
+"""Nats below the likeliest token at which llama-perplexity cuts off what it writes."""
+MOST_DEEPER = 10.0
+"""Nats by which such tokens may be deeper, in the mean: 2.2 was seen."""
 OWN_TOLERANCE = 5e-4
 """NMSE up to which llama.cpp's own tests take two backends' results of a matrix product for the same."""
 TIMES_FLOOR = 3.0
@@ -49,7 +54,7 @@ def _each(spec: Spec, found: Found, base_types: Sequence[str], scores: Scores | 
             base < found.vocabulary / 2,
             f"perplexity of the base {base:.4g}, of chance {found.vocabulary}",
         )
-        yield _accounts(found)
+        yield _accounts(found, scores)
     if scores is not None:
         yield _recomputed(found, scores)
 
@@ -80,20 +85,24 @@ def own(found: Found) -> dict[str, float]:
     }
 
 
-def _accounts(found: Found) -> Check:
-    """The tool computes the same, from its own logits of the other file, which are not rounded to 16 bits."""
+def _accounts(found: Found, scores: Scores | None) -> Check:
+    """The tool computes the same, from its own logits of the other file, which are neither rounded to 16 bits nor cut
+    off: a token that lies deeper than DEPTH is as deep as it is in its perplexity, and DEPTH deep in what it writes."""
     if found.tool is None:
         return Check("two-accounts", False, "llama-perplexity's own comparison is missing")
-    here = own(found)
-    off = {
-        name: (found.tool.get(name), value)
-        for name, value in here.items()
-        if name not in found.tool
-        or abs(found.tool[name] - value) > AGREE.get(name, 0) * abs(value) + ROUNDED.get(name, 0)
-    }
+    here, tool, deep = own(found), found.tool, 0.0
+    if scores is not None:
+        deep = MOST_DEEPER * float((scores.nll > DEPTH - 0.01).mean())
+
+    def agrees(name: str, value: float) -> bool:
+        most = AGREE.get(name, 0) * abs(value) + ROUNDED.get(name, 0)
+        above = value * math.expm1(deep) if name == "perplexity" else 0.0
+        return name in tool and -most <= tool[name] - value <= most + above
+
+    off = {name: (tool.get(name), value) for name, value in here.items() if not agrees(name, value)}
     told = ", ".join(
         f"{name} {a} by the tool, {b:.6g} here"
-        for name, (a, b) in (off or {"kld": (found.tool.get("kld"), here["kld"])}).items()
+        for name, (a, b) in (off or {"kld": (tool.get("kld"), here["kld"])}).items()
     )
     return Check("two-accounts", not off, told)
 

@@ -88,14 +88,30 @@ def _lost(study: Study, corpus: str, lost: Sequence[Loss]) -> Table:
         "probability of the token that follows. *Same top*: tokens of which both find the same one likeliest. 95 % "
         "intervals take a chunk as one observation: tokens of one chunk are not independent."
     )
+    note += _cut_off(lost)
     if floors:
-        n = len(floors[0].found.chunks.kld)
+        n, batches = len(floors[0].found.chunks.kld), " or ".join(map(str, wanted.OTHER_BATCHES))
         note += (
-            f" *{FLOOR}*: the unquantised file against itself, {wanted.OTHER_BATCHES[0]} tokens at a time instead of "
-            f"512, over {n} chunks: what rounding alone changes."
+            f" *{FLOOR}*: the unquantised file against itself, {batches} tokens at a time instead of 512, "
+            f"over {n} chunks: what rounding alone changes, where it changes most."
         )
     why = wanted.TWIN if study.parameters.weights == "twin" else "no comparison with the unquantised file is valid."
     return Table(f"quality-{corpus}", rows, [x.sources for x in shown], note, tuple(rows[0])[2:] if rows else (), why)
+
+
+def _cut_off(lost: Sequence[Loss]) -> str:
+    """By how much the tool's own ratio of perplexities is off, where that can be seen."""
+    off = []
+    for x in lost:
+        if (tool := x.found.tool) and {"perplexity", "base_perplexity"} <= set(tool):
+            off.append(tool["perplexity"] / tool["base_perplexity"] / x.perplexity_ratio.value - 1)
+    if max(off, default=0.0) < 1e-4:
+        return ""
+    return (
+        f" A token more than {checks.DEPTH:.0f} nats below the likeliest counts as that deep in both files; "
+        f"llama-perplexity's own ratio cuts off the unquantised file alone, and is up to {100 * max(off):.2g} % higher "
+        "in these rows."
+    )
 
 
 def _matrices(lost: Sequence[Loss]) -> list[Text]:

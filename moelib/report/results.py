@@ -105,9 +105,10 @@ def _quality(study: Study) -> str:
     lost = quality.by_file(study)
     if not lost:
         return "Text and quality were not measured: more bits per weight do not guarantee better text."
+    models = sorted(neutral(m) for m in {m for m, _ in lost})
     return (
-        f"Quality is that of {len({m for m, _ in lost})} models over the texts named: other models, and other texts, "
-        "lose more or less at the same quant."
+        f"Quality is that of {' and '.join(models)} over the texts named: other models, and other texts, lose more or "
+        "less at the same quant."
     )
 
 

@@ -1,0 +1,151 @@
+"""The table that llama.cpp publishes of quants (its tools/perplexity, LLaMA 3 8B), of a study's files, computed twice.
+
+    python benchmarks/scoreboard.py FOLDER
+
+Once as llama-perplexity printed it, from the logs kept with each comparison; once from the values of each token, by
+estimators written here. Both must print the same, or this ends with 1. Its errors take every token for an independent
+one; the last columns say by how much that is too little, against errors by chunk.
+"""
+
+from __future__ import annotations
+
+import gzip
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from tabulate import tabulate
+
+from moelib.answers import quality
+from moelib.answers.quality import Loss
+from moelib.quality import checks, comparison
+from moelib.quality.score import Scores
+from moelib.study.study import Study
+
+Pair = tuple[float, float]
+"""A mean, and its standard error where tokens are independent."""
+PRINTED = {
+    "PPL": (r"Mean PPL\(Q\) *: +(\S+) ± +(\S+)", 6),
+    "ΔPPL": (r"Mean PPL\(Q\)-PPL\(base\) *: +(\S+) ± +(\S+)", 6),
+    "KLD": (r"Mean +KLD: +(\S+) ± +(\S+)", 6),
+    "Mean Δp, %": (r"Mean +Δp: +(\S+) ± +(\S+) %", 3),
+    "RMS Δp, %": (r"RMS Δp *: +(\S+) ± +(\S+) %", 3),
+    "Same top, %": (r"Same top p: +(\S+) ± +(\S+) %", 3),
+}
+"""Column -> how the tool prints it, and with how many decimals."""
+LAST_DIGITS = {"ΔPPL": 40, "PPL": 40, "KLD": 15}
+"""By how many of the last printed digits both may differ: the tool takes log-probabilities of 16 bits, and adds up in
+another order."""
+TIES = 2
+"""Tokens of which 16 bits may make another one the likeliest."""
+
+
+def mean(values: np.ndarray) -> Pair:
+    """As the tool has it: the variance by n - 1 of single tokens."""
+    n = len(values)
+    return float(values.mean()), float(np.sqrt((np.mean(values**2) - values.mean() ** 2) / (n - 1)))
+
+
+def again(s: Scores) -> dict[str, Pair]:
+    """The table's columns from the tokens."""
+    q, p, kld = s.nll.ravel(), s.base_nll.ravel(), s.kld.ravel()
+    n, (mean_q, sem_q), (mean_p, sem_p) = len(q), mean(q), mean(p)
+    ppl, base = np.exp(mean_q), np.exp(mean_p)
+    shared = (np.mean(q * p) - mean_q * mean_p) / (n - 1)
+    spread = (ppl * sem_q) ** 2 + (base * sem_p) ** 2 - 2 * ppl * base * shared
+    moved = 100 * s.p_diff.ravel()
+    square, of_square = mean(moved**2)
+    same = s.same_top.ravel().astype(float)
+    return {
+        "PPL": (float(ppl), float(ppl * sem_q)),
+        "ΔPPL": (float(ppl - base), float(np.sqrt(max(0.0, spread)))),
+        "KLD": mean(kld),
+        "Mean Δp, %": mean(moved),
+        "RMS Δp, %": (float(np.sqrt(square)), float(of_square / (2 * np.sqrt(square)))),
+        "Same top, %": (100 * same.mean(), 100 * float(np.sqrt(same.mean() * (1 - same.mean()) / (n - 1)))),
+    }
+
+
+def printed(folder: Path, loss: Loss) -> dict[str, Pair]:
+    """The same as the tool printed it."""
+    (name,) = [n for n in loss.comparison.raw if n.endswith("-divergence.log.gz")]
+    text = gzip.decompress((folder / comparison.FOLDER / "raw" / name).read_bytes()).decode()
+    found = {column: re.search(pattern, text) for column, (pattern, _) in PRINTED.items()}
+    return {column: (float(m[1]), float(m[2])) for column, m in found.items() if m}
+
+
+def cut_off(s: Scores, own: dict[str, Pair]) -> Pair:
+    """By how much the tool's perplexity and its error may be above those of the tokens, which are cut off at DEPTH in
+    what it writes: (0, 0) where no token lies so deep."""
+    share = float((s.nll > checks.DEPTH - 0.01).mean())
+    return own["PPL"][0] * float(np.expm1(checks.MOST_DEEPER * share)), 0.1 * own["PPL"][1] * (share > 0)
+
+
+def by_chunk(loss: Loss) -> float:
+    """Standard error of the mean divergence where a chunk is one observation, over that where a token is."""
+    kld = np.array(loss.found.chunks.kld)
+    return float(kld.std(ddof=1) / np.sqrt(len(kld)))
+
+
+def rows(folder: Path, study: Study) -> Iterator[tuple[str, dict[str, str], list[str]]]:
+    """(text, row, what differs) of every comparison with an unquantised file."""
+    sizes = {(m.model, m.quant): m.file_bytes for m in study.manifests}
+    for loss in quality.losses(study):
+        told, own = printed(folder, loss), again(comparison.tokens(folder, loss.comparison))
+        wrong = [f"{loss.model} {loss.quant}: no {c} in the log" for c in PRINTED if c not in told]
+        row = {"model": loss.model, "quantization": loss.quant.removesuffix("-imatrix")}
+        deep = cut_off(comparison.tokens(folder, loss.comparison), own)
+        row["imatrix"] = study.parameters.imatrix or "" if loss.quant.endswith("-imatrix") else "none"
+        row["MB"] = f"{sizes[loss.model, loss.quant] / 1e6:.2f}"
+        for column, (_, digits) in PRINTED.items():
+            if column not in told:
+                continue
+            most = LAST_DIGITS.get(column, 2) * 10.0**-digits
+            if column.startswith("Same"):
+                most += 100 * TIES / (loss.found.scored * len(loss.found.chunks.kld))
+            deeper = deep if column in ("PPL", "ΔPPL") else (0.0, 0.0)
+            whats = (column, f"error of {column}")
+            for one, two, what, more in zip(told[column], own[column], whats, deeper, strict=True):
+                if not -most - (more if what != column else 0) <= one - two <= most + more:
+                    wrong.append(f"{loss.model} {loss.quant}, {what}: {one} by the tool, {two} here")
+            shown = {"KLD": 6, "PPL": 4, "ΔPPL": 4}.get(column, 2)
+            row[column] = f"{own[column][0]:.{shown}f} ± {own[column][1]:.{shown}f}"
+        row["error of KLD by chunk / by token"] = f"{by_chunk(loss) / own['KLD'][1]:.1f}"
+        yield loss.corpus, row, wrong
+
+
+INTRO = """# The table that llama.cpp publishes of quants, of the two trained models
+
+Columns and estimators are those of llama.cpp's own table (tools/perplexity, LLaMA 3 8B): *PPL* perplexity, *ΔPPL* its
+difference to F16's on the same tokens, *KLD* mean Kullback-Leibler divergence from F16, *Δp* what the probability of
+the token that follows gains. Every number, {count} with the errors, was computed twice: by llama-perplexity, as in
+its kept log, and from the values of each token by `benchmarks/scoreboard.py`. {verdict} But for PPL and ΔPPL where a
+token lies more than {depth:.0f} nats below the likeliest: the tool's log has it as deep as it is in the quant, and
+cut off in F16, so that its ΔPPL is too large; here it is cut off in both.
+
+After ± is one standard error that takes every token for an independent observation, as in that table; the last column
+is by how much an error by chunks is larger: the study's document has those.
+"""
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    study = Study.read(folder)
+    every = list(rows(folder, study))
+    wrong = [w for _, _, found in every for w in found]
+    verdict = f"**{len(wrong)} differ.**" if wrong else "Both print the same, to what the tool's 16 bits allow."
+    print(INTRO.format(count=2 * len(every) * len(PRINTED), verdict=verdict, depth=checks.DEPTH))
+    for corpus in dict.fromkeys(c for c, _, _ in every):
+        print(f"## Text {corpus}\n")
+        table = [row for c, row, _ in every if c == corpus]
+        print(tabulate(table, headers="keys", tablefmt="pipe", disable_numparse=True), "\n")
+    print(f"Records: `{folder}`; llama.cpp b{', b'.join(sorted({str(m.engine_build) for m in study.manifests}))}.")
+    if wrong:
+        print("\n".join(wrong), file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
