@@ -58,17 +58,18 @@ lint: setup ## ruff, types, and notebooks without outputs
 docs: setup ## rebuild the document of STUDY from its records alone
 	@$(BIN)/moelib report $(STUDY)
 
-validation: setup ## rebuild docs/MOE-TECHNICAL-VALIDATION.md and the H200's document from the committed records
+validation: setup ## rebuild docs/MOE-TECHNICAL-VALIDATION.md and the other committed studies' documents from their records
 	@$(BIN)/moelib report h100-twins --into docs
-	@$(BIN)/moelib report h200-twins
+	@for study in h200-twins local-12gib trained; do $(BIN)/moelib report $$study || [ $$? = 1 ] || exit 1; done
 
 cards: setup ## rebuild the model cards of the committed studies from their records (NAMESPACE=user on the Hub)
 	@$(BIN)/moelib card h100-twins --namespace $(NAMESPACE)
 	@MOELIB_OUTPUTS=docs/example $(BIN)/moelib card demo --namespace $(NAMESPACE)
 
-residuals: engine ## rebuild docs/PLANNER.md and docs/PREVIEW.md from the committed records behind them
+residuals: engine ## rebuild docs/PLANNER.md, docs/PREVIEW.md and docs/QUALITY.md from the committed records behind them
 	@$(BIN)/python benchmarks/plan_residuals.py show outputs/planner > docs/PLANNER.md
 	@$(BIN)/python benchmarks/preview_residuals.py show outputs/preview > docs/PREVIEW.md
+	@$(BIN)/python benchmarks/scoreboard.py outputs/trained > docs/QUALITY.md
 
 rehearsal: engine ## publish the committed demo study to a Hub on loopback, with an interruption; writes its transcript
 	@for model in trained-phimoe trained-deepseek; do for quant in Q4_K_M Q2_K Q8_0; do \

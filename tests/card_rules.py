@@ -44,7 +44,7 @@ FLAGS = re.compile(
 SHARED = re.compile(r"what-to-run-|files$|vram-|speed-|quality-")
 OF_ROOT = re.compile(r"what-to-run-|files$")
 """Tables of the document that only the page of a model has."""
-OF_MODEL = re.compile(r"what-to-run-|vram-|speed-")
+OF_MODEL = re.compile(r"what-to-run-|vram-|speed-|quality-\w+-")
 """Before the name of the model that a table is of."""
 
 
@@ -91,7 +91,8 @@ def silent(page):
 
 def answered(page):
     """The answer comes first, with its commands; then files, VRAM and speed, how it was measured and is reproduced."""
-    first, credits = FIRST.get(page.name, FIRST["quant"]), ["Credits" if page.twin else "Licence and credits"]
+    first, credits = [*FIRST.get(page.name, FIRST["quant"])], ["Credits" if page.twin else "Licence and credits"]
+    first[3:3] = ["Quality"] if page.quality else []
     problems = []
     use = USE if page.name == "README.md" and not page.twin else []
     if page.headings != first + use + LAST + credits:
@@ -243,6 +244,7 @@ class Page:
         self.headings = re.findall(r"^## (.+)$", self.body, re.M)
         self.commands = re.findall(r"^llama-server .*$", self.body, re.M)
         self.twin, self.card = study.parameters.weights == "twin", params.card(model)
+        self.quality = study.parameters.quality is not None and not self.twin
         self.title, self.geometry = params.model(model).title, params.model(model).at_scale(study.parameters.scale)
         manifests = cards.quants_of(study, model)
         shown = manifests if name == cards.ROOT else {name[:-3]: manifests[name[:-3]]}

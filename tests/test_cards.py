@@ -377,7 +377,7 @@ def test_the_command_writes_checks_and_names_what_it_needs(tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
     done = CliRunner().invoke(cli.main, [*command, "--namespace", "acme"])
     assert done.exit_code == 0, done.output
-    assert (tmp_path / ROOT).exists()
+    assert (tmp_path / "trained-deepseek-12m-gguf/README.md").exists()
     (tmp_path / "stray.md").write_text("# stray\n", encoding="utf-8")
     done = CliRunner().invoke(cli.main, [*command, "--namespace", "acme"])
     assert done.exit_code == 1

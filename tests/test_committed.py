@@ -31,6 +31,8 @@ COMMITTED = {
     "demo": Committed(REPO / "docs/example/demo", REPO / "docs/example/demo"),
     "h100-twins": Committed(REPO / "outputs/h100-twins", REPO / "docs"),
     "h200-twins": Committed(REPO / "outputs/h200-twins", REPO / "outputs/h200-twins", cards=False),
+    "local-12gib": Committed(REPO / "outputs/local-12gib", REPO / "outputs/local-12gib", cards=False),
+    "trained": Committed(REPO / "outputs/trained", REPO / "outputs/trained", cards=False),
 }
 
 

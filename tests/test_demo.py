@@ -33,15 +33,22 @@ def test_the_demo_from_nothing_to_its_document(home, models_folder):
         file = models_folder / row.model / "real" / f"{row.model}-{row.quant}.gguf"
         assert row.difference.value >= gguf_file.read_header(file).moved_bytes("cpu-moe") > 2 << 20
     text = (home / "outputs/demo/MOE-TECHNICAL-VALIDATION.md").read_text(encoding="utf-8")
+    evidence = (home / "outputs/demo/EVIDENCE.md").read_text(encoding="utf-8")
     for model in ("trained-phimoe", "trained-deepseek"):
         for quant in ("Q4_K_M", "Q2_K", "Q8_0"):
             assert re.search(rf"^\| {model} +\| {quant} +\| n-cpu-moe=2 ", text, re.M)  # VRAM
-            for workload in ("plan-short", "prose"):
-                part = text.split(f"### {model}, {workload}")[1].split("###")[0]
+            for workload, where in (("plan-short", evidence), ("prose", text)):
+                part = where.split(f"### {model}, {workload}")[1].split("###")[0]
                 assert len(re.findall(rf"^\| {quant} +\| (?:baseline|n-cpu-moe=2|cpu-moe) ", part, re.M)) == 3
     assert "### 4. What is the minimum VRAM" in text
+    for shown in (
+        "| F16, other batches |",
+        "99.9 % KLD",
+        "It was late in the evening",
+        "Offload changed nothing but rounding",
+    ):
+        assert shown in text
     assert len(text.splitlines()) <= 350
-    evidence = (home / "outputs/demo/EVIDENCE.md").read_text(encoding="utf-8")
     assert all(r.run_id in evidence for r in results.records)
     for told in (text, evidence):
         assert not re.search(r"\b(nan|None|inf)\b", told)

@@ -55,7 +55,7 @@ def test_the_estimators_are_those_of_independent_tokens(demo):
 def test_the_command_prints_the_tables_and_ends_with_1_where_they_differ(damaged, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["scoreboard.py", str(DEMO)])
     if damaged:
-        monkeypatch.setattr(scoreboard, "TIES", -500)
+        monkeypatch.setattr(scoreboard, "TIES", -1.0)
         with pytest.raises(SystemExit, match="1"):
             scoreboard.main()
     else:
@@ -64,3 +64,10 @@ def test_the_command_prints_the_tables_and_ends_with_1_where_they_differ(damaged
     assert "72 with the errors" in out
     assert ("Both print the same" in out) is not damaged
     assert ("differ.**" in out) is damaged
+
+
+def test_the_committed_table_is_that_of_the_committed_records(monkeypatch, capsys):
+    monkeypatch.chdir(REPO)
+    monkeypatch.setattr(sys, "argv", ["scoreboard.py", "outputs/trained"])
+    scoreboard.main()
+    assert capsys.readouterr().out == (REPO / "docs/QUALITY.md").read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ from moelib.base.neutral import markdown as neutral
 from moelib.base.stats import number, size
 from moelib.catalogue import corpora, params
 from moelib.catalogue.placement import Placement
-from moelib.evidence.table import Table, Text, heading, reference
+from moelib.evidence.table import Table, Text, below_names, heading, reference
 from moelib.quality import checks, score, wanted
 from moelib.quality.comparison import Spec
 from moelib.study import frames
@@ -28,17 +28,18 @@ def lost(study: Study) -> list[Table | Text]:
     asked = study.parameters.quality
     if asked is None:
         return []
-    shown: list[Table | Text] = [heading("h-quality", "Quality", 2), *tables(study)]
+    shown: list[Table | Text] = [heading("h-quality", "Quality", 2)]
+    for corpus in asked.corpora:
+        by_model = {f"{m}, {corpus}": _lost(study, corpus, m) for m in study.parameters.models}
+        shown += below_names("quality", by_model)
     shown += _matrices(losses.losses(study))
-    if study.parameters.weights == "real" and any(q.text for r in study.used for q in r.observation.requests):
-        shown.append(_samples(study))
-    return shown
+    return [*shown, *samples(study)[-1:]]
 
 
-def tables(study: Study) -> list[Table]:
-    """What each quant lost, a table for each text; empty where nobody asked."""
-    asked, every = study.parameters.quality, losses.losses(study)
-    return [_lost(study, name, [x for x in every if x.corpus == name]) for name in asked.corpora] if asked else []
+def tables(study: Study, model: str) -> list[Table]:
+    """What each quant of a model lost, a table for each text; empty where nobody asked."""
+    asked = study.parameters.quality
+    return [_lost(study, corpus, model) for corpus in asked.corpora] if asked else []
 
 
 def sources(study: Study) -> dict[str, str]:
@@ -46,32 +47,29 @@ def sources(study: Study) -> dict[str, str]:
     return {name: digest for x in losses.losses(study) for name, digest in x.sources.items()}
 
 
-def _lost(study: Study, corpus: str, lost: Sequence[Loss]) -> Table:
-    """What each quant lost over one text."""
-    text = corpora.corpus(corpus)
+def _lost(study: Study, corpus: str, model: str) -> Table:
+    """What each quant of a model lost over one text, the smallest first. The note is of all models."""
+    text, lost = corpora.corpus(corpus), losses.losses(study, corpus)
     offloaded = {
-        (c.model, c.quant): c.value
+        c.quant: c.value
         for c in frames.comparisons(study.runs, "vram_bytes")
-        if Placement.parse(*c.side).is_whole and c.side[1] == "mmap"
+        if c.model == model and Placement.parse(*c.side).is_whole and c.side[1] == "mmap"
     }
-    rows, bits = [], {(m.model, m.quant): m.bits_per_weight for m in study.manifests}
+    rows, bits = [], {m.quant: m.bits_per_weight for m in study.manifests if m.model == model}
     floors = losses.floors(study, corpus) if lost else []
-    shown = sorted(
-        [*lost, *floors], key=lambda x: (study.parameters.models.index(x.model), bits.get((x.model, x.quant), 99.0))
-    )
+    shown = sorted((x for x in [*lost, *floors] if x.model == model), key=lambda x: bits.get(x.quant, 99.0))
     for x in shown:
         c = x.found.chunks
-        vram = offloaded.get((x.model, x.quant))
+        vram = offloaded.get(x.quant)
         rows.append(
             {
-                "model": neutral(x.model),
                 "quant": FLOOR if x in floors else neutral(x.quant),
                 "perplexity ratio": stats.close(x.perplexity_ratio),
                 "mean KLD": stats.estimate(x.divergence),
                 "99 % KLD": number(x.tail("kld_99").value),
                 "99.9 % KLD": stats.estimate(x.tail("kld_999")),
-                "RMS Δp": f"{stats.estimate(score.rms_p_diff(c), 100)} %",
-                "same top": f"{stats.estimate(score.same_top(c), 100)} %",
+                "RMS Δp, %": stats.estimate(score.rms_p_diff(c), 100),
+                "same top, %": stats.estimate(score.same_top(c), 100),
                 "VRAM, offload": size(vram.value if vram else None),
             }
         )
@@ -96,7 +94,8 @@ def _lost(study: Study, corpus: str, lost: Sequence[Loss]) -> Table:
             f"over {n} chunks: what rounding alone changes, where it changes most."
         )
     why = wanted.TWIN if study.parameters.weights == "twin" else "no comparison with the unquantised file is valid."
-    return Table(f"quality-{corpus}", rows, [x.sources for x in shown], note, tuple(rows[0])[2:] if rows else (), why)
+    numbers = tuple(rows[0])[1:] if rows else ()
+    return Table(f"quality-{corpus}-{model}", rows, [x.sources for x in shown], note, numbers, why)
 
 
 def _cut_off(lost: Sequence[Loss]) -> str:
@@ -199,28 +198,35 @@ def _first_other(study: Study, spec: Spec) -> str:
     return f"none of {total}" if not firsts else f"token {min(firsts)}, in {len(firsts)} requests"
 
 
-def _samples(study: Study) -> Table:
-    """What files wrote after prompts of text, the first request of the first round, everything on the GPU."""
+def samples(study: Study) -> list[Table]:
+    """What files of real weights wrote after each prompt of text: the first request of the first round, everything on
+    the GPU; a table for each workload that has one."""
+    if study.parameters.weights != "real":
+        return []
+    made = [_samples(study, name, w.text) for name, w in study.workloads.items() if w.text is not None]
+    return [t for t in made if t.rows]
+
+
+def other_samples(study: Study) -> list[Table | Text]:
+    """Those of all but the last, below a heading; nothing where there are none."""
+    others: list[Table | Text] = [*samples(study)[:-1]]
+    return [heading("h-samples", "What files write after other prompts", 2), *others] if others else []
+
+
+def _samples(study: Study, workload: str, prompt: str) -> Table:
+    first = [r for r in study.used if not r.spec.block and r.spec.placement == reference(study)]
     rows, sources = [], []
-    for name, workload in study.workloads.items():
-        if workload.text is None:
-            continue
-        for r in study.used:
-            if r.spec.block or r.spec.placement != reference(study):
-                continue
-            for q in r.observation.requests:
-                if q.workload == name and q.index == 0 and q.text is not None:
-                    rows.append(
-                        {
-                            "model": neutral(r.spec.model),
-                            "quant": neutral(r.spec.quant),
-                            "prompt": code(_short(workload.text, 60)),
-                            "continued": code(_short(q.text, SHOWN)),
-                        }
-                    )
-                    sources.append({r.run_id: r.digest})
-    note = f"The likeliest token each time; at most {SHOWN} characters are shown, the records have all."
-    return Table("samples", rows, sources, note)
+    for r in first:
+        for q in r.observation.requests:
+            if q.workload == workload and q.index == 0 and q.text is not None:
+                told = {"continued": code(_short(q.text, SHOWN))}
+                rows.append({"model": neutral(r.spec.model), "quant": neutral(r.spec.quant)} | told)
+                sources.append({r.run_id: r.digest})
+    note = (
+        f"What they write after {code(_short(prompt, SHOWN))}: the likeliest token each time; at most {SHOWN} "
+        "characters are shown, the records have all."
+    )
+    return Table(f"samples-{workload}", rows, sources, note)
 
 
 def _short(text: str, most: int) -> str:
