@@ -39,7 +39,7 @@ LAST_DIGITS = {"ΔPPL": 40, "PPL": 40, "KLD": 15}
 """By how many of the last printed digits both may differ: the tool takes log-probabilities of 16 bits, and adds up in
 another order."""
 TIES = 3e-4
-"""Share of tokens of which 16 bits may make another one the likeliest."""
+"""Share of tokens of which 16 bits may make another one the likeliest, or two of few tokens."""
 
 
 def mean(values: np.ndarray) -> Pair:
@@ -104,7 +104,7 @@ def rows(folder: Path, study: Study) -> Iterator[tuple[str, dict[str, str], list
                 continue
             most = LAST_DIGITS.get(column, 2) * 10.0**-digits
             if column.startswith("Same"):
-                most += 100 * TIES
+                most += 100 * max(TIES, 2 / (loss.found.scored * len(loss.found.chunks.kld)))
             deeper = deep if column in ("PPL", "ΔPPL") else (0.0, 0.0)
             whats = (column, f"error of {column}")
             for one, two, what, more in zip(told[column], own[column], whats, deeper, strict=True):

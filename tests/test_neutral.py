@@ -19,7 +19,7 @@ import yaml
 from click.testing import CliRunner
 from conftest import REPO
 from factory import study_of
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from matplotlib.text import Text
 from pydantic import BaseModel
@@ -101,6 +101,7 @@ def test_any_text_is_the_same_in_json_spelt_out(text):
     assert not unseen(written)
 
 
+@example("", "\\|")
 @given(st.text(max_size=100), st.text(max_size=100))
 def test_any_cell_and_any_column_keep_the_tables_shape(value, column):
     plain = table.Table("t", [{"x": 1, f"c{column}": neutral.markdown(value)}] * 2, [{}] * 2)

@@ -55,7 +55,7 @@ def test_the_estimators_are_those_of_independent_tokens(demo):
 def test_the_command_prints_the_tables_and_ends_with_1_where_they_differ(damaged, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["scoreboard.py", str(DEMO)])
     if damaged:
-        monkeypatch.setattr(scoreboard, "TIES", -1.0)
+        monkeypatch.setattr(scoreboard, "LAST_DIGITS", {"KLD": -1})
         with pytest.raises(SystemExit, match="1"):
             scoreboard.main()
     else:

@@ -193,8 +193,8 @@ class Table(_Shown):
 
 
 def _cell(value: Any) -> str:
-    """Text that ends neither its cell nor its row."""
-    return neutral.plain(value, None).replace("|", "\\|")
+    """Text that ends neither its cell nor its row. After a backslash, readers differ in whether another one escapes."""
+    return neutral.plain(value, None).replace("\\|", "\\&#124;").replace("|", "\\|")
 
 
 def heading(name: str, text: str, level: int = 3) -> Text:

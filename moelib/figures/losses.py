@@ -7,6 +7,7 @@ from typing import Any
 from moelib.answers import quality
 from moelib.base import neutral, stats
 from moelib.base.stats import byte_unit
+from moelib.catalogue import params
 from moelib.catalogue.placement import Placement
 from moelib.figures import axes, layout
 from moelib.figures.axes import COLOURS, MARKERS, nth
@@ -43,8 +44,10 @@ def loss_over_vram(study: Study) -> Any:
             axes.curve([x], [mean], ax=ax, units=(unit[1], 1), **form, mfc="none", ms=7)
             axes.curve([x], [tail], ax=ax, units=(unit[1], 1), **form, ms=7)
             above = (x.value / unit[1], tail.high or tail.value)
-            how = {"textcoords": "offset points", "ha": "center", "weight": "bold", "fontsize": 8.5}
-            ax.annotate(neutral.label(quant), above, xytext=(0, 6), **how)
+            # with an importance matrix it lies near the same quant without
+            at, ha = ((0, 6), "center") if quant == params.plain(quant) else ((9, 4), "left")
+            how = {"textcoords": "offset points", "ha": ha, "weight": "bold", "fontsize": 8.5}
+            ax.annotate(neutral.label(quant), above, xytext=at, **how)
         ax.margins(0.2)
     panels[0].set_ylabel("divergence from the unquantised file,\nnats a token")
     for ax in panels:
