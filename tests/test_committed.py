@@ -89,6 +89,7 @@ def test_the_cards_are_rebuilt_byte_by_byte_and_have_no_fault(name):
 
 
 @pytest.mark.parametrize("harm", ["deleted", "changed"])
+@pytest.mark.parametrize("name", ["demo", "h100-twins", "h200-twins"], indirect=True)
 def test_a_cited_record_that_is_gone_or_changed_shows(name, copy, tmp_path, harm, provenance):
     path = sorted((copy / "records").glob("*.json"))[-1]
     assert path.stem in provenance["sources"]
