@@ -29,7 +29,7 @@ engine: setup ## llama.cpp's tools: show which are used; if there are none, down
 
 demo: ## the whole demo study: from nothing to its document
 	@echo "demo: two small trained MoE models, six quantised files, 60 measured runs, 38 comparisons of what they say, two notebooks, one document."
-	@echo "On 2 cores: about 1 minute to set up, 2 to measure, and 7 to build llama.cpp where no build or release archive can be used."
+	@echo "On 2 cores: about 1 minute to set up, 3 to measure, and 7 to build llama.cpp where no build or release archive can be used."
 	@echo "Ctrl-C is safe; run again to continue."
 	@$(MAKE) --no-print-directory engine
 	@$(BIN)/moelib study run demo

@@ -12,7 +12,7 @@ import pytest
 from conftest import REPO
 
 import moelib
-from moelib.explore import board, draw, fits, runs, two, view
+from moelib.explore import board, draw, fits, runs, said, two, view
 from moelib.explore.view import GB
 from moelib.study import plan as plans
 from moelib.study.frames import FrameError
@@ -40,6 +40,12 @@ def h100():
 @pytest.fixture(scope="module")
 def h200():
     return Study.read(REPO / "outputs/h200-twins")
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """The committed demo, as the lines of code read it."""
+    return view.load("demo")
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +267,31 @@ def test_the_three_lines_make_what_is_above_them(h100, panel):
         assert draw.png(again) == draw.png(made)
 
 
+@pytest.mark.parametrize("make", [said.lost, said.written])
+def test_what_files_say_is_shown_by_three_lines_or_refused_with_the_reason(trained, h100, make):
+    seen = view.at(trained, "trained-deepseek")
+    names = {}
+    lines = view.code(seen, make).splitlines()
+    exec("\n".join(lines[:2]), names)
+    pd.testing.assert_frame_equal(eval(lines[2], names), make(seen))
+    with pytest.raises(said.NothingSaid, match="random"):
+        make(view.at(h100))
+
+
+def test_quality_has_a_row_a_quant_and_text_and_what_was_written_a_column_a_quant(trained):
+    lost = said.lost(view.at(trained, "trained-phimoe"))
+    assert list(zip(lost["text"], lost["quant"], strict=True)) == [("prose", q) for q in ("Q4_K_M", "Q2_K", "Q8_0")]
+    assert (lost["mean KLD, low"] <= lost["mean KLD"]).all()
+    assert lost.set_index("quant")["mean KLD"].idxmax() == "Q2_K"
+    written = said.written(view.at(trained, "trained-phimoe", "Q2_K"))
+    assert list(written.columns) == ["prompt", "Q2_K"]
+    assert len(written) == 2
+    assert written["Q2_K"].str.len().min() > 50
+    bare = view.at(Study(trained.path, trained.plan, replace(trained.contents, comparisons=())))
+    with pytest.raises(said.NothingSaid, match="`moelib quality NAME` does"):
+        said.lost(bare)
+
+
 @pytest.fixture
 def shown():
     return board.show("demo")
@@ -367,8 +398,10 @@ def test_the_notebook_in_a_browser(tmp_path):
             tabs.filter(has_text=name).click()
             assert (last := seen.image(last)) not in (before, of_one), name
             page.screenshot(path=kept / f"{name.split()[0]}.png")
+        tabs.filter(has_text="Quality").click()
+        page.get_by_text("what quantising costs is not measured on geometry twins").wait_for()
         tabs.filter(has_text="Two studies").click()
-        page.get_by_text("cannot be compared, as they differ in scale").wait_for()
+        page.get_by_text("demo has no runs of").wait_for()
         page.locator(".widget-tab .widget-dropdown select").nth(0).select_option("h200-twins")
         page.locator(".widget-dropdown select").nth(2).select_option("Q8_0")
         page.locator(".widget-tab .widget-dropdown select").nth(1).select_option("tokens/s")
@@ -379,5 +412,10 @@ def test_the_notebook_in_a_browser(tmp_path):
         page.screenshot(path=kept / "row.png")
         page.locator(".widget-tab").get_by_text("requests-complete").scroll_into_view_if_needed()
         page.screenshot(path=kept / "runs.png")
+        page.locator(".widget-dropdown select").nth(0).select_option("demo")
+        tabs.filter(has_text="Quality").click()
+        page.locator(".widget-tab").get_by_text("It was late in the evening").first.wait_for()
+        page.locator(".widget-tab").scroll_into_view_if_needed()
+        page.screenshot(path=kept / "quality.png")
         assert seen.errors == []
         assert seen.elsewhere == []

@@ -13,7 +13,7 @@ from itables.widget import ITable
 
 from moelib.base import neutral
 from moelib.base.schema import UserError
-from moelib.explore import draw, fits, runs, two
+from moelib.explore import draw, fits, runs, said, two
 from moelib.explore.view import CARD_GB, GB, View, at, code, load, most_bytes
 from moelib.study import plan as plans
 from moelib.study.study import Study
@@ -54,6 +54,7 @@ class Board(widgets.VBox):
             "Pareto front": self._front,
             "Memory": self._memory,
             "Token intervals": self._intervals,
+            "Quality": self._quality,
             "Two studies": self._two,
             "Runs, checks": self._runs,
         }
@@ -136,6 +137,15 @@ class Board(widgets.VBox):
         of_view = {r.run_id for r in view.study.records if r.spec.model == view.model and r.spec.quant in view.quants}
         chosen = self.run_id if self.run_id in of_view else str(view.runs["run_id"].iloc[0])
         return [*_figure(view, draw.intervals, chosen), _said("The run is the one clicked in the last tab.")]
+
+    def _quality(self, view: View) -> Widgets:
+        shown: list[widgets.Widget] = []
+        for make in (said.lost, said.written):
+            try:
+                shown += [_table(make(view)), _code(view, make)]
+            except said.NothingSaid as err:
+                shown.append(_said(str(err)))
+        return shown
 
     def _two(self, view: View) -> Widgets:
         asked = [widgets.HBox([self.other, self.column])]
