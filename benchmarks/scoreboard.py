@@ -79,12 +79,12 @@ def printed(folder: Path, loss: Loss) -> dict[str, Pair]:
 def cut_off(s: Scores, own: dict[str, Pair]) -> Pair:
     """By how much the tool's perplexity and its error may be above those of the tokens, which are cut off at DEPTH in
     what it writes: (0, 0) where no token lies so deep."""
-    share = float((s.nll > checks.DEPTH - 0.01).mean())
-    return own["PPL"][0] * float(np.expm1(checks.MOST_DEEPER * share)), 0.1 * own["PPL"][1] * (share > 0)
+    deeper = checks.deeper(s)
+    return own["PPL"][0] * float(np.expm1(deeper)), 0.1 * own["PPL"][1] * (deeper > 0)
 
 
 def by_chunk(loss: Loss) -> float:
-    """Standard error of the mean divergence where a chunk is one observation, over that where a token is."""
+    """Standard error of the mean divergence where a chunk is one observation."""
     kld = np.array(loss.found.chunks.kld)
     return float(kld.std(ddof=1) / np.sqrt(len(kld)))
 
@@ -93,10 +93,11 @@ def rows(folder: Path, study: Study) -> Iterator[tuple[str, dict[str, str], list
     """(text, row, what differs) of every comparison with an unquantised file."""
     sizes = {(m.model, m.quant): m.file_bytes for m in study.manifests}
     for loss in quality.losses(study):
-        told, own = printed(folder, loss), again(comparison.tokens(folder, loss.comparison))
+        scores = comparison.tokens(folder, loss.comparison)
+        told, own = printed(folder, loss), again(scores)
         wrong = [f"{loss.model} {loss.quant}: no {c} in the log" for c in PRINTED if c not in told]
         row = {"model": loss.model, "quantization": loss.quant.removesuffix("-imatrix")}
-        deep = cut_off(comparison.tokens(folder, loss.comparison), own)
+        deep = cut_off(scores, own)
         row["imatrix"] = study.parameters.imatrix or "" if loss.quant.endswith("-imatrix") else "none"
         row["MB"] = f"{sizes[loss.model, loss.quant] / 1e6:.2f}"
         for column, (_, digits) in PRINTED.items():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from moelib.audit.record import Record
 from moelib.base import stats
 from moelib.base.stats import Estimate
 from moelib.quality import score, wanted
@@ -90,6 +92,15 @@ def floors(study: Study, corpus: str) -> list[Loss]:
             if known is None or one.divergence.value > known.divergence.value:
                 most[c.spec.model] = one
     return sorted(most.values(), key=lambda x: study.parameters.models.index(x.model))
+
+
+def written(study: Study, placement: str) -> Iterator[tuple[Record, str, str]]:
+    """(run, workload, text) of each file's first requests at a placement, in the first round."""
+    for r in study.used:
+        if not r.spec.block and r.spec.placement == placement:
+            for q in r.observation.requests:
+                if q.index == 0 and q.text is not None:
+                    yield r, q.workload, q.text
 
 
 def first_text(study: Study) -> str | None:

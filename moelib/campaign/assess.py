@@ -130,27 +130,28 @@ def routes(study: Study, cells: Sequence[Cell], tokens: int, twins: bool = False
         return []
     text = corpora.corpus(asked.corpora[0])
     every = dict.fromkeys([p.weights, *(["twin"] if twins else [])])
-    return [(c, _route(study, c, weights, text, tokens)) for weights in every for c in cells]
-
-
-def _route(study: Study, c: Cell, weights: str, text: corpora.Corpus, tokens: int) -> routed.Spec:
-    p, asked = study.parameters, study.parameters.quality
-    assert asked is not None
-    return routed.Spec(
-        study=p.name,
-        model=c.model,
-        quant=c.quant,
-        weights=weights,
-        scale=p.scale,
-        corpus=text.name,
-        corpus_sha256=text.sha256,
-        context=asked.context,
-        chunks=asked.chunks,
-        tokens=tokens,
-        device=p.device,
-        placement=asked.placement,
-        load_mode="mmap",
-    )
+    return [
+        (
+            c,
+            routed.Spec(
+                study=p.name,
+                model=c.model,
+                quant=c.quant,
+                weights=weights,
+                scale=p.scale,
+                corpus=text.name,
+                corpus_sha256=text.sha256,
+                context=asked.context,
+                chunks=asked.chunks,
+                tokens=tokens,
+                device=p.device,
+                placement=asked.placement,
+                load_mode="mmap",
+            ),
+        )
+        for weights in every
+        for c in cells
+    ]
 
 
 def route(study: Study, asked: Sequence[tuple[Cell, routed.Spec]]) -> Iterator[Routed]:

@@ -45,13 +45,10 @@ def written(view: View) -> pd.DataFrame:
     round, with most of it on the GPU. Raises NothingSaid."""
     if view.study.parameters.weights == "twin":
         raise NothingSaid("what random weights write is noise")
-    first = [r for r in view.study.used if not r.spec.block and r.spec.placement == reference(view.study)]
     told = {
-        (q.workload, r.spec.quant): " ".join((q.text or "").split())
-        for r in first
+        (workload, r.spec.quant): " ".join(text.split())
+        for r, workload, text in quality.written(view.study, reference(view.study))
         if r.spec.model == view.model and r.spec.quant in view.quants
-        for q in r.observation.requests
-        if q.index == 0 and q.text is not None
     }
     prompts = {name: w.text for name, w in view.study.workloads.items() if w.text is not None}
     rows: list[dict[str, str | None]] = [

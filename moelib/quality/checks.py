@@ -85,14 +85,17 @@ def own(found: Found) -> dict[str, float]:
     }
 
 
+def deeper(s: Scores) -> float:
+    """Nats by which the mean over all tokens may be more than is told of them, as some are cut off; 0 where none is."""
+    return MOST_DEEPER * float((s.nll > DEPTH - 0.01).mean())
+
+
 def _accounts(found: Found, scores: Scores | None) -> Check:
     """The tool computes the same, from its own logits of the other file, which are neither rounded to 16 bits nor cut
     off: a token that lies deeper than DEPTH is as deep as it is in its perplexity, and DEPTH deep in what it writes."""
     if found.tool is None:
         return Check("two-accounts", False, "llama-perplexity's own comparison is missing")
-    here, tool, deep = own(found), found.tool, 0.0
-    if scores is not None:
-        deep = MOST_DEEPER * float((scores.nll > DEPTH - 0.01).mean())
+    here, tool, deep = own(found), found.tool, 0.0 if scores is None else deeper(scores)
 
     def agrees(name: str, value: float) -> bool:
         most = AGREE.get(name, 0) * abs(value) + ROUNDED.get(name, 0)

@@ -24,8 +24,9 @@ def used(every: Sequence[Used]) -> list[Table | Text]:
     """How evenly experts are used, and what a cache of half of them would hit; nothing where nobody asked."""
     if not every:
         return []
-    rows = [{k: neutral(v) for k, v in row.items() if k in COLUMNS} for row in experts.rows(every)]
-    texts = sorted({row["text"] for row in experts.rows(every)})
+    told = experts.rows(every)
+    rows = [{k: neutral(v) for k, v in row.items() if k in COLUMNS} for row in told]
+    texts = sorted({row["text"] for row in told})
     tokens = stats.span([float(u.routed.spec.tokens) for u in every], lambda n: f"{n:,.0f}")
     note = f"Text {neutral('; '.join(texts))}; hits over its first {tokens} tokens, one by one. {experts.NOTE}"
     table = Table("experts", rows, [u.routed.cited for u in every], note, COLUMNS[4:])

@@ -52,8 +52,8 @@ def _lost(study: Study, corpus: str, model: str) -> Table:
     text, lost = corpora.corpus(corpus), losses.losses(study, corpus)
     offloaded = {
         c.quant: c.value
-        for c in frames.comparisons(study.runs, "vram_bytes")
-        if c.model == model and Placement.parse(*c.side).is_whole and c.side[1] == "mmap"
+        for c in frames.comparisons(study.runs[study.runs["model"] == model], "vram_bytes")
+        if Placement.parse(*c.side).is_whole and c.side[1] == "mmap"
     }
     rows, bits = [], {m.quant: m.bits_per_weight for m in study.manifests if m.model == model}
     floors = losses.floors(study, corpus) if lost else []
@@ -214,14 +214,12 @@ def other_samples(study: Study) -> list[Table | Text]:
 
 
 def _samples(study: Study, workload: str, prompt: str) -> Table:
-    first = [r for r in study.used if not r.spec.block and r.spec.placement == reference(study)]
     rows, sources = [], []
-    for r in first:
-        for q in r.observation.requests:
-            if q.workload == workload and q.index == 0 and q.text is not None:
-                told = {"continued": code(_short(q.text, SHOWN))}
-                rows.append({"model": neutral(r.spec.model), "quant": neutral(r.spec.quant)} | told)
-                sources.append({r.run_id: r.digest})
+    for r, name, text in losses.written(study, reference(study)):
+        if name == workload:
+            told = {"continued": code(_short(text, SHOWN))}
+            rows.append({"model": neutral(r.spec.model), "quant": neutral(r.spec.quant)} | told)
+            sources.append({r.run_id: r.digest})
     note = (
         f"What they write after {code(_short(prompt, SHOWN))}: the likeliest token each time; at most {SHOWN} "
         "characters are shown, the records have all."
