@@ -185,9 +185,9 @@ def test_a_study_compares_once_and_goes_on_where_it_was_stopped(words, monkeypat
     study, cells = campaign.select("words")
     asked = assess.planned(study, cells)
     assert {s.kind for s in asked} == {"floor", "placement"}
-    assert len(assess.missing(study, cells)) == len(asked) == 9
+    assert len(assess.missing(study, cells)) == len(asked) == 12
     first = [next(assess.assess(study, cells))]
-    assert len(assess.missing(study, cells)) == 8
+    assert len(assess.missing(study, cells)) == 11
     every = list(assess.assess(study, cells))
     assert [c.run_id for c in every[:1]] == [c.run_id for c in first]
     assert {c.status for c in every} == {"valid"}
@@ -196,7 +196,7 @@ def test_a_study_compares_once_and_goes_on_where_it_was_stopped(words, monkeypat
     assert [c.digest for c in assess.assess(study, cells)] == [c.digest for c in every]
     assert not list(study.path.rglob("*.logprobs"))
     read, damaged = comparison.read_all(study.path)
-    assert (len(read), damaged) == (9, [])
+    assert (len(read), damaged) == (12, [])
 
 
 @pytest.mark.engine
@@ -237,6 +237,11 @@ def test_what_quantising_costs_is_asked_of_real_weights_alone(words):
         kinds[name] = {(s.kind, s.base.quant, s.other.quant) for s in assess.planned(study, cells)}
     assert {k for k, *_ in kinds["words"]} == {"floor", "placement"}
     assert kinds["real"] - kinds["words"] == {("quality", "F16", "Q8_0"), ("quality", "F16", "Q2_K")}
+    others = [
+        s.other.placement for s in assess.planned(study, cells) if s.kind == "placement" and s.base.quant == "Q8_0"
+    ]
+    assert others[0] == "cpu-moe"  # whose experts a GPU copies
+    assert others[-1] == "cpu-moe,op-offload=off"  # computed by the CPU
     assert "random" in wanted.TWIN
 
 
@@ -319,6 +324,8 @@ def test_every_check_can_fail():
     for how in ("all-chunks", "possible", "base-knows-the-text", "two-accounts"):
         failed = {c.id for c in checks.of(spec, harmful(found, how), ["F16", "F32"], None) if not c.passed}
         assert how in failed
+    rounded = replace(found, chunks=replace(found.chunks, kld=(-1.5e-5, *found.chunks.kld[1:])))
+    assert "possible" not in {c.id for c in checks.of(spec, rounded, ["F16", "F32"], None) if c.failed}
     assert "base-unquantised" in {c.id for c in checks.of(spec, found, ["F16", "Q8_0"], None) if not c.passed}
     assert "two-accounts" in {c.id for c in checks.of(spec, replace(found, tool=None), ["F16"], None) if not c.passed}
     other = replace(scores, kld=scores.kld * 1.01)
@@ -348,7 +355,7 @@ def test_the_command_and_the_notebook_compare_too(words):
     said = CliRunner().invoke(cli.main, ["quality", "words", "--cell", "deepseek-moe-16b/Q8_0"])
     assert said.exit_code == 0, said.output
     assert "their weights are random" in said.output
-    assert "6 of 6 comparisons are valid" in said.output
+    assert "8 of 8 comparisons are valid" in said.output
     study, cells = campaign.select("words")
     assert campaign.run_cells(study, cells) == []
     assert assess.missing(study, cells) == []

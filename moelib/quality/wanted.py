@@ -71,8 +71,12 @@ def _side(quant: str, placed: Placement) -> Side:
 
 
 def _alike(quant: str, base: Placement, header: Header) -> Iterator[Side]:
-    """The same file in other batches and, where it is all on the device, with all its experts on the CPU, and with
-    those of half of its layers."""
+    """The same file in other batches and, where it is all on the device, with all its experts on the CPU, with those
+    of half of its layers, and with all computed there.
+
+    A GPU copies the experts of a batch of 32 tokens or more and computes them itself, the same at all placements; those
+    of a generated token are computed by the CPU, as are those of large batches without op-offload.
+    """
     for ubatch in OTHER_BATCHES:
         yield _side(quant, Placement.parse(f"{base},ubatch={ubatch}"))
     if base.is_baseline:
@@ -80,3 +84,4 @@ def _alike(quant: str, base: Placement, header: Header) -> Iterator[Side]:
         yield _side(quant, Placement.parse("cpu-moe"))
         if len(layers) > 1:
             yield _side(quant, Placement.parse(f"n-cpu-moe={layers[len(layers) // 2 - 1] + 1}"))
+        yield _side(quant, Placement.parse("cpu-moe,op-offload=off"))

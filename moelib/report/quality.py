@@ -178,6 +178,11 @@ def sameness(study: Study) -> list[Table | Text]:
         "llama.cpp's own tests allow a matrix product, is called rounding. *First other token*: where the likeliest "
         "tokens first differ from the baseline's, of how many generated, over all requests of the study."
     )
+    if any(not one.comparison.spec.other.placed.op_offload for one in judged):
+        note += (
+            " A GPU copies the experts of 32 tokens and more and computes them itself; *op-offload=off* has the CPU "
+            "compute them all, as it does while text is generated."
+        )
     table = Table("sameness", rows, [one.sources for one in judged], note, tuple(rows[0])[3:])
     return [heading("h-sameness", "What offload changes in what is said", 2), table]
 
