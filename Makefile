@@ -69,7 +69,7 @@ cards: setup ## rebuild the model cards of the committed studies from their reco
 residuals: engine ## rebuild docs/PLANNER.md, docs/PREVIEW.md and docs/QUALITY.md from the committed records behind them
 	@$(BIN)/python benchmarks/plan_residuals.py show outputs/planner > docs/PLANNER.md
 	@$(BIN)/python benchmarks/preview_residuals.py show outputs/preview > docs/PREVIEW.md
-	@$(BIN)/python benchmarks/scoreboard.py outputs/trained > docs/QUALITY.md
+	@$(BIN)/python benchmarks/scoreboard.py outputs/trained outputs/h100-trained > docs/QUALITY.md
 
 rehearsal: engine ## publish the committed demo study to a Hub on loopback, with an interruption; writes its transcript
 	@for model in trained-phimoe trained-deepseek; do for quant in Q4_K_M Q2_K Q8_0; do \

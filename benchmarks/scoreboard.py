@@ -1,10 +1,11 @@
 """The table that llama.cpp publishes of quants (its tools/perplexity, LLaMA 3 8B), of a study's files, computed twice.
 
-    python benchmarks/scoreboard.py FOLDER
+    python benchmarks/scoreboard.py FOLDER [FOLDER ...]
 
 Once as llama-perplexity printed it, from the logs kept with each comparison; once from the values of each token, by
 estimators written here. Both must print the same, or this ends with 1. Its errors take every token for an independent
-one; the last columns say by how much that is too little, against errors by chunk.
+one; the last columns say by how much that is too little, against errors by chunk. Of further folders: what experts on
+the CPU change of what their files say.
 """
 
 from __future__ import annotations
@@ -131,6 +132,41 @@ is by how much an error by chunks is larger: the study's document has those.
 """
 
 
+PLACED = """## With experts on the CPU, on {device}
+
+Logits of the same file at two placements, as error by variance (NMSE), beside what other batches (64 and 8 tokens
+instead of 512) change of them with all on the GPU, where it is largest. {identical} of {n} placements are identical to
+the last bit: a GPU copies the experts of a large batch and computes them itself. With *op-offload=off* the CPU computes
+them, as it does while text is generated. The limit between rounding and a defect is {times:g} times what other batches
+change.
+"""
+
+
+def placements(folder: Path) -> str:
+    """What placements change of what the files of a study say. Raises ValueError where none was compared."""
+    found = list(comparison.standing(comparison.read_all(folder)[0]).values())
+    judged = checks.sameness(found)
+    rows = [
+        {
+            "model": one.comparison.spec.model,
+            "file": one.comparison.spec.other.quant,
+            "placement": one.comparison.spec.other.placement,
+            "NMSE": f"{one.nmse:.1e}",
+            "other batches": f"{floor:.1e}",
+            "times": f"{one.nmse / floor:.2f}",
+            "largest KLD": f"{one.comparison.found.tails['kld_max'].value:.1e}",
+            "verdict": one.verdict,
+        }
+        for one in judged
+        if one.nmse
+        for floor in [max(map(checks.nmse, one.floors))]
+    ]
+    (device,) = {one.comparison.device.name for one in judged}
+    counts = {"identical": len(judged) - len(rows), "n": len(judged), "times": checks.TIMES_FLOOR}
+    table = tabulate(rows, headers="keys", tablefmt="pipe", disable_numparse=True)
+    return f"{PLACED.format(device=device, **counts)}\n{table}\n\nRecords: `{folder}`."
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     study = Study.read(folder)
@@ -143,6 +179,8 @@ def main() -> None:
         table = [row for c, row, _ in every if c == corpus]
         print(tabulate(table, headers="keys", tablefmt="pipe", disable_numparse=True), "\n")
     print(f"Records: `{folder}`; llama.cpp b{', b'.join(sorted({str(m.engine_build) for m in study.manifests}))}.")
+    for other in map(Path, sys.argv[2:]):
+        print(f"\n{placements(other)}")
     if wrong:
         print("\n".join(wrong), file=sys.stderr)
         sys.exit(1)

@@ -26,7 +26,7 @@ from moelib.study.study import UnknownName as UnknownName
 def studies() -> pd.DataFrame:
     """Every study that can be loaded, by name: its title, weights, models, quants, records and folder."""
     rows = {}
-    for name, folder in sorted(plans.folders().items()):
+    for name, folder in sorted(plans.measured().items()):
         parameters = plans.read(folder / "plan.json").study
         rows[name] = {
             "title": parameters.title,

@@ -150,7 +150,11 @@ def raw():
 
 def rate_of(observed, workload="long-512"):
     requests = [q for q in observed["requests"] if q["workload"] == workload]
-    return fmean((q["token_n"][-1] - q["token_n"][0]) / (q["token_s"][-1] - q["token_s"][0]) for q in requests)
+    begins = [next(i for i, n in enumerate(q["token_n"]) if n >= 20) for q in requests]
+    return fmean(
+        (q["token_n"][-1] - q["token_n"][i]) / (q["token_s"][-1] - q["token_s"][i])
+        for q, i in zip(requests, begins, strict=True)
+    )
 
 
 def test_the_committed_answers_are_those_of_a_calculation_by_hand(full):

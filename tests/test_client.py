@@ -207,6 +207,23 @@ def test_rates_and_latencies_are_derived_and_a_first_event_of_several_tokens_has
     assert replace(request(), token_s=(), token_n=(), tokens=()).ttft_s is None
 
 
+def test_the_first_tokens_count_for_no_rate_where_as_many_follow():
+    slow, fast = client.WARM_UP, 0.01
+
+    def arrivals(n):
+        times = [0.5 + 0.02 * i for i in range(min(n, slow))]
+        return tuple(times + [times[-1] + fast * i for i in range(1, n - len(times) + 1)])
+
+    for n, rate in ((2 * slow, 1 / fast), (100, 1 / fast), (2 * slow - 1, None)):
+        whole = request(n=n, token_s=arrivals(n))
+        uncounted = replace(whole, token_n=(), tokens=())
+        expected = rate or (n - 1) / (arrivals(n)[-1] - arrivals(n)[0])
+        assert (whole.tps, uncounted.tps) == (pytest.approx(expected), pytest.approx(expected)), n
+    assert replace(request(n=100), token_n=(), predicted_n=None).tps is None
+    in_one = request(n=100, token_s=(0.5, 1.0), token_n=(1, 100))
+    assert in_one.tps is None, "the time of the last of the first tokens is not known"
+
+
 def test_the_answer_keeps_status_and_words():
     body = b'{"error": 1}'
     with answering(b"HTTP/1.1 500 x\r\nContent-Length: 12\r\nConnection: close\r\n\r\n" + body) as port:

@@ -12,6 +12,7 @@ from moelib.base import stats
 from moelib.evidence.table import Table
 from moelib.figures import losses
 from moelib.publish import cards
+from moelib.quality import checks
 from moelib.report import quality as tables
 from moelib.report import results
 from moelib.study.study import Study
@@ -109,6 +110,19 @@ def test_offload_is_judged_by_rounding_in_a_sentence_and_a_table(full):
     (said,) = tables.same(off)
     assert "Offload changed what 1 of 7 files and placements say" in said.text
     assert any("n-cpu-moe=9" in p and "differs" in p for p in off.problems)
+
+
+@pytest.mark.parametrize(("floor", "verdict"), [(1e-3, "rounding"), (1e-6, "differs"), (None, "rounding")])
+def test_a_placement_is_judged_by_what_other_batches_change_of_its_file(full, floor, verdict):
+    def at(placement, nmse):
+        other, s = ("phi-3.5-moe", "Q8_0", placement), compared.scores(10 * nmse, 1.0)
+        return compared.compared(full, ("Q8_0", "baseline"), other, s)
+
+    floors = [] if floor is None else [at("baseline,ubatch=8", floor)]
+    (judged,) = checks.sameness([at("cpu-moe", 1e-4), *floors])
+    assert judged.nmse == pytest.approx(1e-4)
+    assert judged.limit == {1e-3: pytest.approx(3e-3), 1e-6: checks.LEAST_LIMIT, None: checks.OWN_TOLERANCE}[floor]
+    assert judged.verdict == verdict
 
 
 def test_the_figure_shows_every_file_with_its_loss(full):

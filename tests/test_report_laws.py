@@ -69,7 +69,7 @@ def test_the_committed_laws_are_few_rows_with_their_records(h100):
     assert list(table.row_sources) == [one.sources for one in told]
     assert table.sources == frames.sources(h100.runs)
     off = told[3].errors("cell")
-    assert table.rows[3]["error, %"] == f"{100 * off.median:.1f} ({100 * off.largest:.1f})" == "5.1 (5.2)"
+    assert table.rows[3]["error, %"] == f"{100 * off.median:.1f} ({100 * off.largest:.1f})" == "5.9 (6.0)"
     assert table.rows[4]["without"] == "nothing: fitted to it"
     assert table.rows[4]["per layer, ms"] == "n/a"
     assert "No law" not in table.note, "that of one quant stands where there is none to share"
@@ -79,9 +79,8 @@ def test_the_committed_laws_are_few_rows_with_their_records(h100):
     )
     short = laws.decode_table(h100, "plan-short")
     assert short.rows[2]["bytes, GB/s"] == "n/a"
-    assert (
-        "No speed of host bytes for deepseek-moe-16b (Q4_K_M, Q2_K, Q8_0), load mode mmap: 38 GB/s or any" in short.note
-    )
+    which = "deepseek-moe-16b (Q4_K_M, Q2_K, Q8_0), load mode mmap"
+    assert f"No speed of host bytes for {which}: 38.1 GB/s or any" in short.note
 
 
 def test_a_prompts_law_has_the_speed_of_the_bus_or_the_reason_why_not(h100, demo):

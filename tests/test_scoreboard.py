@@ -8,7 +8,7 @@ import scoreboard
 from conftest import REPO
 
 from moelib.answers import quality
-from moelib.quality import comparison
+from moelib.quality import checks, comparison
 from moelib.study.study import Study
 
 DEMO = REPO / "docs/example/demo"
@@ -66,8 +66,18 @@ def test_the_command_prints_the_tables_and_ends_with_1_where_they_differ(damaged
     assert ("differ.**" in out) is damaged
 
 
+def test_the_cpu_says_what_an_h100_says_but_for_rounding():
+    found = [c for c in comparison.read_all(REPO / "outputs/h100-trained")[0] if c.done]
+    judged = {(x.comparison.spec.model, x.comparison.spec.other.quant): x for x in checks.sameness(found) if x.nmse}
+    assert len(judged) == 8, "two models, F16 and three quants: with op-offload=off alone the CPU computes a batch"
+    assert {x.comparison.spec.other.placement for x in judged.values()} == {"cpu-moe,op-offload=off"}
+    assert {x.verdict for x in judged.values()} == {"rounding"}
+    times = {k: x.nmse / max(map(checks.nmse, x.floors)) for k, x in judged.items()}
+    assert 1.5 < max(times.values()) < 1.6, "half of what is allowed"
+
+
 def test_the_committed_table_is_that_of_the_committed_records(monkeypatch, capsys):
     monkeypatch.chdir(REPO)
-    monkeypatch.setattr(sys, "argv", ["scoreboard.py", "outputs/trained"])
+    monkeypatch.setattr(sys, "argv", ["scoreboard.py", "outputs/trained", "outputs/h100-trained"])
     scoreboard.main()
     assert capsys.readouterr().out == (REPO / "docs/QUALITY.md").read_text(encoding="utf-8")

@@ -87,12 +87,19 @@ class Request(Answer):
 
     @property
     def tps(self) -> float | None:
-        """Decode tokens per second: (n - 1) / (last - first). Where nobody counted events' tokens, the first one's is
-        taken for the first token."""
-        if len(self.token_s) < 2 or self.token_s[-1] <= self.token_s[0]:
+        """Decode tokens per second: those after the first WARM_UP, which are slower, by the time from the last of these
+        to the last of all; in an answer of fewer than twice as many, those after the first one. Where nobody counted
+        events' tokens, each but the last is taken for one."""
+        if len(self.token_s) < 2:
             return None
-        first, last = (self.token_n[0], self.token_n[-1]) if self.token_n else (1, self.predicted_n)
-        return None if last is None else (last - first) / (self.token_s[-1] - self.token_s[0])
+        counted, last = self.token_n or range(1, len(self.token_s) + 1), self.predicted_n
+        if self.token_n:
+            last = self.token_n[-1]
+        if last is None:
+            return None
+        begin = next((i for i, n in enumerate(counted) if n >= WARM_UP), 0) if last >= 2 * WARM_UP else 0
+        took = self.token_s[-1] - self.token_s[begin]
+        return None if took <= 0 else (last - counted[begin]) / took
 
     @property
     def steps_s(self) -> tuple[float, ...]:

@@ -33,7 +33,7 @@ class Board(widgets.VBox):
     """Controls above, panels below."""
 
     def __init__(self, study: str | None = None):
-        names = sorted(plans.folders())
+        names = sorted({*plans.measured(), *([study] if study else [])})
         self._loaded: dict[str, Study] = {}
         self._changing = False
         self.run_id: str | None = None

@@ -174,8 +174,8 @@ def sameness(study: Study) -> list[Table | Text]:
     note = (
         "The same file at two placements: its logits against those with everything on the GPU. *In other batches*: the "
         f"same file all on the GPU, its tokens taken {' and '.join(map(str, wanted.OTHER_BATCHES))} at a time instead "
-        "of 512, which changes nothing but rounding. What is within three times that, or within the 5e-4 that "
-        "llama.cpp's own tests allow a matrix product, is called rounding. *First other token*: where the likeliest "
+        f"of 512, which changes nothing but rounding. What is within {checks.TIMES_FLOOR:g} times that (or "
+        f"{checks.LEAST_LIMIT:.0e}) is called rounding. *First other token*: where the likeliest "
         "tokens first differ from the baseline's, of how many generated, over all requests of the study."
     )
     if any(not one.comparison.spec.other.placed.op_offload for one in judged):

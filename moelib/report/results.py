@@ -13,6 +13,7 @@ from moelib.answers.verdicts import Answer
 from moelib.base import stats
 from moelib.base.neutral import markdown as neutral
 from moelib.base.stats import Estimate, number, percent
+from moelib.engine.client import WARM_UP
 from moelib.evidence import appendix
 from moelib.evidence.table import Table, Text, below_names, cite, cite_overhead, reference, several_load_modes
 from moelib.report import findings
@@ -271,9 +272,9 @@ def conventions(study: Study) -> Text:
         "model in VRAM; *cpu-moe* keeps the weights of all experts in RAM, where the CPU computes them; *n-cpu-moe=N* "
         "those of the first N layers. Load mode *mmap* leaves them in the mapped file, *none* copies them to memory of "
         "their own, pinned with CUDA.",
-        "tokens/s: (n - 1) / (time of the last token - that of the first), as they arrive at the client. TTFT: from "
-        "sending a request to its first token. VRAM: the peak of the run's processes. GB is 10⁹ bytes, GiB and MiB are "
-        "2³⁰ and 2²⁰.",
+        f"tokens/s: of the tokens after the first {WARM_UP}, which take a GPU longer (in answers of less than "
+        f"{2 * WARM_UP}, after the first one), as they arrive at the client. TTFT: from sending a request to its "
+        "first token. VRAM: the peak of the run's processes. GB is 10⁹ bytes, GiB and MiB are 2³⁰ and 2²⁰.",
         f"Intervals are 95 % by Student's t over rounds, ratios on logarithms. Of {n} such ratios of speed about "
         f"{max(1, round(n / 20))} may miss the truth by chance alone; the verdicts above are corrected for that.",
         f"One request at a time, greedy choice of the next token{_diversity(study)}.",

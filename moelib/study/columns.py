@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from moelib.audit.bounds import copied_bytes
 from moelib.audit.record import Record
+from moelib.engine.client import WARM_UP
 
 Quantity = Callable[[Record], float | None]
 """A quantity with one value for each run."""
@@ -311,7 +312,7 @@ COLUMNS = (
         "host.ram_read_bytes_per_s",
     ),
     Column("prompt_tokens", "prompt", "tokens", None, "the engine's count", prompt_tokens, True),
-    Column("tokens_per_s", "tokens/s", "1/s", "more", "(n - 1) / (last - first arrival)", tokens_per_s, True),
+    Column("tokens_per_s", "tokens/s", "1/s", "more", f"as they arrive, after {WARM_UP}", tokens_per_s, True),
     Column(
         "ttft_first_s",
         "TTFT, first request",

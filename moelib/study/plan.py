@@ -140,6 +140,11 @@ def folders() -> dict[str, Path]:
     return {folder.name: folder for folder in reversed(found)}
 
 
+def measured() -> dict[str, Path]:
+    """Of `folders()` those that hold a run's record: in others there is nothing to load."""
+    return {name: folder for name, folder in folders().items() if any((folder / "records").glob("*.json"))}
+
+
 def write(path: Path, plan: Plan) -> None:
     """Write the plan to `path` with its digest, if there is none."""
     if not path.exists():
