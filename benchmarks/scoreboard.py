@@ -144,8 +144,7 @@ change.
 
 def placements(folder: Path) -> str:
     """What placements change of what the files of a study say. Raises ValueError where none was compared."""
-    found = list(comparison.standing(comparison.read_all(folder)[0]).values())
-    judged = checks.sameness(found)
+    judged = checks.sameness(list(comparison.standing(comparison.read_all(folder)[0]).values()))
     rows = [
         {
             "model": one.comparison.spec.model,
@@ -154,11 +153,11 @@ def placements(folder: Path) -> str:
             "NMSE": f"{one.nmse:.1e}",
             "other batches": f"{floor:.1e}",
             "times": f"{one.nmse / floor:.2f}",
-            "largest KLD": f"{one.comparison.found.tails['kld_max'].value:.1e}",
+            "largest KLD": f"{found.tails['kld_max'].value:.1e}",
             "verdict": one.verdict,
         }
         for one in judged
-        if one.nmse
+        if one.nmse and (found := one.comparison.found)
         for floor in [max(map(checks.nmse, one.floors))]
     ]
     (device,) = {one.comparison.device.name for one in judged}

@@ -566,12 +566,15 @@ def ram_speeds(*speeds):
     return each(lambda r, speed: with_facts(of_gpu(r), "host", ram_read_bytes_per_s=speed), *speeds)
 
 
-def idle_power(*watts):
+def idle_power(*watts, clock=None):
     """Two cells of two runs."""
 
     def idle(r, watt):
         quant = "Q2_K" if r.spec.block else "Q4_K_M"
-        return with_spec(with_observed(r, counters=(Counters(0.1, power_watt=watt),)), quant=quant)
+        counters = (Counters(0.1, power_watt=watt, sm_clock_mhz=clock),)
+        return with_facts(
+            with_spec(with_observed(r, counters=counters), quant=quant), "device", max_sm_clock_mhz=clock and 1980
+        )
 
     return each(idle, *watts)
 
@@ -651,6 +654,8 @@ STUDIES = [
     ("machines-are-themselves", ram_speeds(100e9, 100e9, 141e9, 141e9)),
     ("", idle_power(100.0, 100.0, 130.0, 130.0)),
     ("machines-are-themselves", idle_power(100.0, 100.0, 131.0, 131.0)),
+    ("machines-are-themselves", idle_power(100.0, 100.0, 131.0, 131.0, clock=1980)),
+    ("", idle_power(70.0, 70.0, 131.0, 131.0, clock=720)),  # on its way from sleep
     # resident memory less weights: of a mapped file all, of a copied one its buffers on the host
     ("", larger(32 * MIB)),
     ("libraries-one-size", larger(32 * MIB + 1)),

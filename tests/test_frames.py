@@ -274,3 +274,13 @@ def test_without_a_baseline_the_others_are_compared_with_what_has_most_on_the_gp
     assert compared.placement.tolist() == ["n-cpu-moe=3", "cpu-moe"]
     assert compared.ratio.tolist() == pytest.approx([2.0, (3 * 2.5) ** 0.5])
     assert frames.compare(study.runs, "load_s", "cpu-moe").placement.tolist() == ["n-cpu-moe=1", "n-cpu-moe=3"]
+
+
+def test_placements_between_are_those_with_some_experts_on_the_cpu_where_others_have_all():
+    names = ("baseline", "n-cpu-moe=3", "baseline,ubatch=64", "cpu-moe", "n-cpu-moe=5,ubatch=64")
+    sides = [(name, "mmap") for name in names]
+    base = sides[0]
+    assert frames.between(sides) == [(base, sides[1]), (base, sides[4])]
+    assert frames.ends(sides) == [(base, sides[2]), (base, sides[3])]
+    without = [s for s in sides if s[0] != "cpu-moe"]
+    assert (frames.between(without), len(frames.ends(without))) == ([], 3)

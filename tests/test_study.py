@@ -490,3 +490,10 @@ def test_a_prompts_length_that_one_runs_server_does_not_tell_leaves_the_others()
     for runs, lengths in (([record_of(), silent], "8"), ([silent], "n/a")):
         table = evidences.workloads_table(SimpleNamespace(workloads=WORKLOADS, done=runs))
         assert table.rows[0]["prompt tokens"] == lengths
+
+
+def test_runs_that_nobody_tried_are_counted_where_they_are_many():
+    few = [f"m/Q2_K baseline, mmap, round {i}: not run" for i in range(4)]
+    many = [f"m/Q8_0 baseline, mmap, round {i}: not run" for i in range(5)]
+    failed = ["m/Q8_0 cpu-moe, mmap, round 1: invalid: counts-exact: x"]
+    assert evidences._listed(few + many + failed) == ["m/Q8_0: 5 runs were not run", *few, *failed]

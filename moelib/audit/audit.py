@@ -21,7 +21,7 @@ from moelib.measure.run import Observation
 FAMILIES = (invariants, bounds, witness, cells, energy)
 """Modules whose invariants count beside those of this one; importing them registers theirs."""
 RAM_TIMES = 1.4  # between cells of one host: 1.26 seen
-IDLE_TIMES = 1.3  # between cells of one board: 1.26 seen
+IDLE_TIMES, ASLEEP = 1.3, 0.5  # between cells of one board: 1.26 seen; of its highest clock, 0.17 to 0.36 seen
 COUNTER_WATT = 2000.0  # more than any board of today draws
 LIBRARY_BYTES = {"cuda": 512 << 20}  # of what a server's memory holds beside weights, between runs: 265 MiB apart seen
 LIBRARY_SMALL_BYTES = 32 << 20  # with no GPU's libraries in it: 22 MiB seen
@@ -192,7 +192,8 @@ def clocks_one_cards(study: Matrix) -> Faults:
 
 @holds("study", f"equal facts of one device; RAM within {RAM_TIMES:g} times, idle power {IDLE_TIMES:g}")
 def machines_are_themselves(study: Matrix) -> Faults:
-    """One device is as large and as fast in every run and idles alike in every cell; so is one host's RAM."""
+    """One device is as large and as fast in every run and idles alike in every cell; so is one host's RAM. A
+    card that was at rest for seconds clocks down, in steps, and takes less: it is left out."""
     devices: dict[tuple[str | None, str | None], tuple[float | None, ...]] = {}
     idle: dict[str | None, dict[str, float]] = defaultdict(dict)
     hosts = defaultdict(list)
@@ -202,12 +203,13 @@ def machines_are_themselves(study: Matrix) -> Faults:
             yield f"{r.device.name} in {r.run_id}"
         if r.host.ram_read_bytes_per_s and r.device.kind == "cuda" and not strained(r.observation):
             hosts[r.host.host_id, r.device.uuid, r.host.cpu].append(r.host.ram_read_bytes_per_s)
-        if r.observation.counters and (watts := r.observation.counters[0].power_watt):
-            cells = idle[r.device.uuid]
-            cells[r.cell] = min(watts, cells.get(r.cell, watts))
-    for cells in idle.values():
-        if max(cells.values()) > IDLE_TIMES * min(cells.values()):
-            yield f"idle at {min(cells.values()):.0f} to {max(cells.values()):.0f} W"
+        for c in r.observation.counters[:1]:
+            asleep = c.sm_clock_mhz and c.sm_clock_mhz < ASLEEP * (r.device.max_sm_clock_mhz or 0)
+            if c.power_watt and not asleep:
+                idle[r.device.uuid][r.cell] = min(c.power_watt, idle[r.device.uuid].get(r.cell, c.power_watt))
+    for watts in (of_cells.values() for of_cells in idle.values()):
+        if max(watts) > IDLE_TIMES * min(watts):
+            yield f"idle at {min(watts):.0f} to {max(watts):.0f} W"
     for (_, _, cpu), speeds in hosts.items():
         if max(speeds) > RAM_TIMES * min(speeds):
             yield f"RAM of {cpu}: {min(speeds) / 1e9:.1f} to {max(speeds) / 1e9:.1f} GB/s"

@@ -16,9 +16,11 @@ from moelib.catalogue.facts import ImatrixFacts, Manifest
 from moelib.evidence.table import Table, Text, cite, cite_manifest, cite_overhead, facts, merged, several_load_modes
 from moelib.machine import pagecache
 from moelib.study import columns, overhead
+from moelib.study.gather import NOT_RUN
 from moelib.study.study import Study
 
 BITS = ("bits/weight", "of the experts", "of the rest")
+FEW = 4  # runs of a file that were not tried have a line each
 
 
 def _types(count: dict[str, int]) -> str:
@@ -183,9 +185,17 @@ def audit_table(study: Study) -> Table:
     return Table("audit", rows, [cite(study.records)] * len(rows), numbers=("held", "failed", "cannot tell"))
 
 
+def _listed(problems: Sequence[str]) -> list[str]:
+    """One line each; a line a file where many of its runs were not tried."""
+    idle = Counter(p.partition(" ")[0] for p in problems if p.endswith(f": {NOT_RUN}"))
+    many = {cell: n for cell, n in idle.items() if n > FEW}
+    kept = [p for p in problems if not (p.endswith(f": {NOT_RUN}") and p.partition(" ")[0] in many)]
+    return [f"{cell}: {n} runs were not run" for cell, n in many.items()] + kept
+
+
 def problems(study: Study) -> Text:
     """Every planned run without a usable result, as a list; then what is usable, degraded or re-audited."""
-    wrong = "\n".join(f"- {markdown(p)}" for p in study.problems)
+    wrong = "\n".join(f"- {markdown(p)}" for p in _listed(study.problems))
     text = f"Missing or not usable:\n\n{wrong}" if wrong else "Every planned run has a usable record."
     text += f"\n\n{markdown(study.summary())}."
     if study.tally["degraded"]:

@@ -22,7 +22,7 @@ from moelib.evidence.table import (
 )
 from moelib.machine import pagecache
 from moelib.study import frames
-from moelib.study.frames import Comparison, Summary
+from moelib.study.frames import Comparison, Pairs, Summary
 from moelib.study.study import Study
 
 WEIGHTS = {
@@ -77,8 +77,10 @@ def _where(row: Comparison | Summary, study: Study) -> dict[str, str]:
     return {"model": neutral(row.model), "quant": row.quant, "placement": placement} | modes
 
 
-def _compared(name: str, study: Study, column: str, show: Show, note: str, why_empty: str = "") -> Table:
-    comparisons = frames.comparisons(study.runs, column)
+def _compared(
+    name: str, study: Study, column: str, show: Show, note: str, why_empty: str = "", pairs: Pairs = frames.ends
+) -> Table:
+    comparisons = frames.comparisons(study.runs, column, pairs)
     rows = [{**_where(c, study), **show(c), "rounds": c.difference.n if c.difference else 0} for c in comparisons]
     return _table(name, rows, [c.sources for c in comparisons], note, why_empty)
 
@@ -147,12 +149,23 @@ def _rates(study: Study, scale: float) -> Show:
     }
 
 
-def load_table(study: Study) -> Table:
+def between(study: Study, workload: str) -> list[Table | Text]:
+    """Load time and energy of the placements between the ends, which the document leaves out; empty without any."""
+    tables = [load_table(study, frames.between), energy_table(study, workload, frames.between)]
+    shown = [t for t in tables if t.rows]
+    return [heading("h-between", "Load time and energy between the ends", 2), *shown] if shown else []
+
+
+def load_table(study: Study, pairs: Pairs = frames.ends) -> Table:
     """With where each file was when its load began, where a record of the study says it."""
+    name = "load" if pairs is frames.ends else "load-between"
+    elsewhere = pairs is frames.ends and frames.comparisons(study.runs, "load_s", frames.between)
     note = "Load time in ms, from process start until the server accepts requests; geometric mean [95 % interval]."
+    if elsewhere:
+        note += " Placements between these, and their energy, are in `EVIDENCE.md`."
     rates = _rates(study, 1000)
     if not cache_known(study):
-        return _compared("load", study, "load_s", rates, note)
+        return _compared(name, study, "load_s", rates, note, pairs=pairs)
     base = {cache(c.before) for c in frames.comparisons(study.runs, "load_s")}
     note += (
         " *Page cache*: where the file was when the server was started. *cached*: in RAM, as after a load before "
@@ -160,7 +173,11 @@ def load_table(study: Study) -> Table:
         "it was read from the disk, which may have a cache of its own, or a host that has one. The file of "
         f"{reference(study)} was {' or '.join(sorted(base))}."
     )
-    return _compared("load", study, "load_s", lambda c: {"page cache": cache(c.after)} | rates(c), note)
+
+    def show(c: Comparison) -> dict[str, str]:
+        return {"page cache": cache(c.after)} | rates(c)
+
+    return _compared(name, study, "load_s", show, note, pairs=pairs)
 
 
 def cache_known(study: Study) -> bool:
@@ -234,13 +251,14 @@ def _percents(e: stats.Estimate) -> str:
     return stats.estimate(e, 100) + " %"
 
 
-def energy_table(study: Study, workload: str) -> Table:
+def energy_table(study: Study, workload: str, pairs: Pairs = frames.ends) -> Table:
+    name = f"energy-{workload}" if pairs is frames.ends else f"energy-between-{workload}"
     note = (
         "Joules of the GPU board per generated token, prompt included, geometric mean [95 % interval]; the energy of "
         "the CPU is not included. The board's counter moves about ten times a second."
     )
     why = _absent(study, "energy_joule")
-    return _compared(f"energy-{workload}", study, f"joule_per_token/{workload}", _rates(study, 1), note, why)
+    return _compared(name, study, f"joule_per_token/{workload}", _rates(study, 1), note, why, pairs)
 
 
 def host_table(study: Study) -> Table:

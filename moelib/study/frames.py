@@ -122,6 +122,18 @@ def against(baseline: str | None = None) -> Pairs:
 EVERY = against()
 
 
+def between(sides: Sequence[Side]) -> list[tuple[Side, Side]]:
+    """Of `EVERY` those that keep the experts of some layers on the CPU, where another placement keeps all there."""
+    every = [(pair, Placement.parse(*pair[1])) for pair in EVERY(sides)]
+    ends = any(p.is_whole for _, p in every)
+    return [pair for pair, p in every if ends and not (p.is_whole or p.is_baseline)]
+
+
+def ends(sides: Sequence[Side]) -> list[tuple[Side, Side]]:
+    """Of `EVERY` those that are not `between`."""
+    return [pair for pair in EVERY(sides) if pair not in between(sides)]
+
+
 def offloads(sides: Sequence[Side]) -> list[tuple[Side, Side]]:
     """(baseline, other) for every side that keeps experts on the CPU, in another placement; a cold one only where the
     baseline is, as it differs in nothing but its load."""

@@ -12,6 +12,8 @@ from moelib.machine.monitor import uncollected
 from moelib.measure import run
 
 MANY = 1000  # records; fewer take no time
+NOT_RUN = "not run"
+"""Why a run that nobody tried has no result."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Evidence:
 
     def why_not(self, r: record.Record | None) -> str | None:
         """Why a planned run has no result that stands."""
-        return self.problems.get(r.run_id) if r else "not run"
+        return self.problems.get(r.run_id) if r else NOT_RUN
 
 
 def gather(folder: Path, prefix: str = "", set_aside: bool = False, light: bool = False) -> Evidence:

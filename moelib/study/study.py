@@ -266,7 +266,8 @@ class Study:
     @cached_property
     def used(self) -> list[Record]:
         """The runs of these rounds: cell by cell, and the placements of a round in the study's order."""
-        order = {mode.label: i for i, mode in enumerate(self.parameters.arms)}
+        labels = [mode.label for mode in self.parameters.arms]  # one may be there again, for another model
+        order = {label: labels.index(label) for label in labels}
         return [r for runs in self.rounds for r in sorted(runs, key=lambda r: order.get(r.spec.label, len(order)))]
 
     @cached_property
