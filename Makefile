@@ -7,7 +7,7 @@ SAMPLE ?= 0
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engine demo test quick faults forgeries hubfaults lint docs validation cards residuals rehearsal mutation lab layers doctor bench scale training-data trained clean
+.PHONY: help setup engine shimmy demo test quick faults forgeries hubfaults lint docs validation cards residuals rehearsal mutation lab layers doctor bench scale training-data trained clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -26,6 +26,9 @@ setup: $(VENV)/.ready ## virtual environment with moelib and its dependencies
 
 engine: setup ## llama.cpp's tools: show which are used; if there are none, download the matching release archive or build them
 	@$(BIN)/python tools/build_engine.py
+
+shimmy: setup ## shimmy 1.9.0, another server: built from its crate, about 4 minutes (Rust, cmake, libclang)
+	@$(BIN)/python tools/build_shimmy.py
 
 demo: ## the whole demo study: from nothing to its document
 	@echo "demo: two small trained MoE models, six quantised files, 60 measured runs, 38 comparisons of what they say, two notebooks, one document."

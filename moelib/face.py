@@ -10,6 +10,7 @@ import pandas as pd
 from moelib.audit.record import Record as Record
 from moelib.campaign import bench
 from moelib.catalogue import params, sizes
+from moelib.catalogue.facts import LLAMA_SERVER
 from moelib.catalogue.placement import REFERENCE
 from moelib.forecast import preview as previews
 from moelib.gguf import gguf_file
@@ -93,18 +94,20 @@ def run(
     requests: int = 2,
     context: int = 1024,
     device: str = "auto",
+    runner: str = LLAMA_SERVER,
 ) -> Record:
     """One run of a GGUF in one placement: measured and audited as in a study.
 
     file: what `quantize` or `twin` made, or any local GGUF, split or not, which is measured as it is; its SHA-256 is
     noted under models/, so that it is computed once. Nothing else is kept on disk, and nothing beside the file.
     placement: `baseline`, `cpu-moe`, `n-cpu-moe=12`, with settings after commas. context: tokens. requests: of each
-    workload; the first one is a fresh server's. device: auto, cuda or loopback. A run that fails is a record too, with
-    its reason. That what left the GPU is what the file's header says is proven within a round of a study, which has a
-    baseline beside it. Raises PlacementError, GGUFError, QuantizeError, EngineError, DeviceError, and FileError while
-    another process measures on the device.
+    workload; the first one is a fresh server's. device: auto, cuda or loopback. runner: what serves it, llama-server or
+    shimmy, whose context is of 4,096 tokens. A run that fails is a record too, with its reason. That what left the GPU
+    is what the file's header says is proven within a round of a study, which has a baseline beside it. Raises
+    PlacementError, GGUFError, QuantizeError, EngineError, ShimmyError, DeviceError, and FileError while another process
+    measures on the device.
     """
-    return bench.one(Path(file), placement, load_mode, workloads, requests, context, device)
+    return bench.one(Path(file), placement, load_mode, workloads, requests, context, device, runner=runner)
 
 
 def plan(

@@ -339,7 +339,7 @@ def no_two_alike(cell: Cell) -> Faults:
     for r in cell.runs:
         if r.judged is None:
             for q in r.observation.requests:
-                if len(q.token_s) > ALIKE_STEPS:
+                if len(q.token_s) > ALIKE_STEPS and q.is_live:
                     groups[q.workload, len(q.token_s)].append((f"{r.run_id}[{q.index}]", q.token_s))
     copies = set()
     for same in groups.values():

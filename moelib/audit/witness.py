@@ -5,6 +5,7 @@ A forger of a record must forge the log as well, and both in every detail; more 
 
 import hashlib
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,9 +14,10 @@ from moelib.audit.invariants import Faults, Finding, holds, strained
 from moelib.audit.record import Record
 from moelib.base import files
 from moelib.engine import logs
-from moelib.engine.client import Request
+from moelib.engine.client import Request, RunError
 from moelib.measure.memory import AGREE_BYTES, AGREE_SHARE
 from moelib.measure.runner import QUANTITIES, untold
+from moelib.runners import shimmy
 
 DIGITS = 0.003  # the log has four digits of a file's parameters, three of its bits per weight
 HEAD_BYTES, HEAD_SHARE, SMALL_HEAD = 32 << 20, 0.01, 0.05  # of a file: metadata and vocabulary, 2.4 MB at most seen
@@ -58,13 +60,23 @@ def call(folder: Path, record: Record) -> Witnessed:
             elif name.endswith(logs.SERVER):
                 unpacked = logs.unpack(packed, name)
                 log = unpacked if has_log or unpacked.tasks or unpacked.report.buffers else None
+            elif name.endswith(shimmy.LOG) and record.observed:
+                text = logs.unpacked(packed, name).decode("utf-8", "replace")
+                if shimmy.report_of(text, Path(_served(record))) != record.observed.report:
+                    problems.append(f"{name} tells of another load than the record")
         except OSError as err:
             problems.append(f"{name} cannot be read: {err.strerror}")
-        except logs.LogError as err:
+        except (logs.LogError, RunError) as err:
             problems.append(str(err))
     if has_log and record.observed and not log and not problems:
         problems.append("the record names no log of llama-server")
     return Witnessed(record, log, tuple(problems))
+
+
+def _served(record: Record) -> str:
+    """The file's name on a command line."""
+    argv = record.observation.argv
+    return next((value for flag, value in pairwise(argv) if flag in ("-m", "--model-path")), "")
 
 
 @holds("log", "there, with the record's SHA-256")

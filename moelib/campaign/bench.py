@@ -15,15 +15,15 @@ from moelib.audit import audit, record, witness
 from moelib.base import claim, files
 from moelib.campaign import given
 from moelib.catalogue import params
-from moelib.catalogue.facts import DeviceFacts, HostFacts, Manifest
+from moelib.catalogue.facts import LLAMA_SERVER, DeviceFacts, HostFacts, Manifest
 from moelib.catalogue.placement import Placement
 from moelib.engine import engine
 from moelib.machine import host, pagecache, process
-from moelib.measure import device, run
+from moelib.measure import run
 from moelib.measure.device import Device
-from moelib.measure.llama_server import LlamaServer
 from moelib.measure.runner import Runner
 from moelib.models import quantize
+from moelib.runners import pick
 from moelib.study import gather
 from moelib.study.study import Study
 
@@ -125,7 +125,7 @@ def audited(folder: Path, r: record.Record) -> record.Record:
 
 
 @contextmanager
-def held(where: device.Device) -> Iterator[None]:
+def held(where: Device) -> Iterator[None]:
     """The device for this process alone. Raises FileError, which names the process that has it."""
     with claim.device(where.uuid, f"device {where.kind}", process.patience(LOCK_S)):
         yield
@@ -146,17 +146,18 @@ def scratch(study: Study) -> Iterator[Path]:
 
 
 @contextmanager
-def opened(given_files: Sequence[Path], device_kind: str = "auto") -> Iterator[list[Bench]]:
+def opened(given_files: Sequence[Path], device_kind: str = "auto", runner: str = LLAMA_SERVER) -> Iterator[list[Bench]]:
     """A bench for each GGUF, for runs that belong to no study; the device is measured once, and held until the end.
 
-    Raises GGUFError, EngineError, DeviceError, and QuantizeError for a file that was changed since it was made or that
-    the engine cannot load.
+    Raises GGUFError, EngineError, ShimmyError, DeviceError, and QuantizeError for a file that was changed since it was
+    made or that the engine cannot load.
     """
     llama = engine.find()
     quantised = [given.measurable(file, llama) for file in given_files]
-    where = device.choose(device_kind, llama)
+    server = pick.of(runner, llama)
+    where = pick.device_for(server, device_kind, llama)
     with TemporaryDirectory(prefix="moelib-run-") as scratch, held(where):
-        first = Bench.ready(quantised[0], LlamaServer(llama), where, Path(scratch))
+        first = Bench.ready(quantised[0], server, where, Path(scratch))
         yield [first._replace(quantised=q) for q in quantised]
 
 
@@ -170,10 +171,11 @@ def one(
     device_kind: str = "auto",
     keep: Path | None = None,
     attempt: int = 1,
+    runner: str = LLAMA_SERVER,
 ) -> record.Record:
     """One run of any GGUF; its record and logs are kept in the folder `keep`, or not. See `opened`, `Bench.measure`."""
     Placement.parse(placement, load_mode)
     for name in workloads:
         params.workload(name)
-    with opened([file], device_kind) as (ready,):
+    with opened([file], device_kind, runner) as (ready,):
         return ready.measure(placement, load_mode, workloads, requests, context, keep, attempt=attempt)

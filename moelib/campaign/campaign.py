@@ -24,6 +24,7 @@ from moelib.machine import host, process
 from moelib.measure import device, run
 from moelib.measure.llama_server import LlamaServer
 from moelib.models import quantize, remote, sources
+from moelib.runners import pick, shimmy
 from moelib.study import gather
 from moelib.study.plan import Cell, StudyError
 from moelib.study.status import Status
@@ -58,8 +59,9 @@ def measure(study: Study, cells: Sequence[Cell], obtain: Obtain | None = None) -
     if obtain is None:
         refuse_senseless(study, left)
     llama = engine.find()
-    where = device.choose(study.parameters.device, llama)
-    if where.kind == "none":
+    runner = pick.of(study.parameters.runner, llama)
+    where = pick.device_for(runner, study.parameters.device, llama)
+    if where.kind == "none" and isinstance(runner, LlamaServer):
         raise StudyError(
             f"study {study.name} has no device ({where.note or 'it asks for none'}), so no offload of it could "
             "be valid: run `make engine` for a build with RPC or CUDA, or set `device: auto` in "
@@ -76,7 +78,7 @@ def measure(study: Study, cells: Sequence[Cell], obtain: Obtain | None = None) -
         for cell in left:
             quantised = obtain(cell, llama, work)
             first = next((b.bench for b in begun.values()), None)  # device and host are measured once
-            bench = first or Bench.ready(quantised, LlamaServer(llama), where, work)
+            bench = first or Bench.ready(quantised, runner, where, work)
             begun[cell.name] = _begin(study, cell, bench._replace(quantised=quantised))
         for cell, b in study.plan.turns(left):
             yield from begun[cell.name].round(cell.blocks[b])
@@ -133,8 +135,8 @@ def device_note(study: Study) -> str | None:
     if study.parameters.device != "auto":
         return None
     try:
-        return device.choose("auto", engine.find()).note
-    except (engine.EngineError, device.DeviceError):
+        return preflight.here(study.parameters).note
+    except (engine.EngineError, device.DeviceError, shimmy.ShimmyError):
         return None
 
 
@@ -218,15 +220,34 @@ def require_complete(statuses: Iterable[Status]) -> None:
         raise StudyError("not everything that was planned is valid; run again to retry:\n" + "\n".join(problems))
 
 
-def select(name: str, cell: str | None = None, room: preflight.Room | None = None) -> tuple[Study, list[Cell]]:
+def select(
+    name: str, cell: str | None = None, room: preflight.Room | None = None, runner: str | None = None
+) -> tuple[Study, list[Cell]]:
     """The study's folder and its cells, or the one named MODEL/QUANT, or all of MODEL; planned for this machine, or for
-    `room`, where it is to fit. Raises ParamsError, and what `preflight.of` does."""
-    study = preflight.of(name, room)
+    `room`, where it is to fit. runner: that of the study, or of the one that is named NAME-RUNNER. Raises ParamsError,
+    and what `preflight.of` does."""
+    study = preflight.of(served_by(name, runner), room)
     if cell is None:
         return study, study.cells
     model, _, quant = cell.partition("/")
     names = study.parameters.quants if quant in ("", EVERY) else [quant]
     return study, [study.cell(model, q) for q in names]
+
+
+def served_by(name: str, runner: str | None) -> str:
+    """The study `name` if that is its runner, else the one named NAME-RUNNER: the runs of a study have one runner.
+
+    Raises ParamsError where there is none.
+    """
+    if not runner or params.study(name).runner == runner:
+        return name
+    other = f"{name}-{runner}"
+    if other in params.study_names() and params.study(other).runner == runner:
+        return other
+    raise params.ParamsError(
+        f"study {name} is served by {params.study(name).runner}: for {runner} write params/studies/{other}.yaml with "
+        f"`runner: {runner}`, as in demo-shimmy.yaml"
+    )
 
 
 def _whole(study: Study, cell: Cell, status: Status) -> bool:

@@ -27,6 +27,7 @@ from moelib.models import models, sources
 from moelib.planner import budget, memory, named
 from moelib.planner.budget import CLOSE, GIB, Budget, PlanError, gib
 from moelib.planner.memory import Need
+from moelib.runners import pick
 from moelib.study import plan as plans
 from moelib.study.plan import Card, Cell, Foreseen, Plan, StudyError
 from moelib.study.study import Study
@@ -44,10 +45,12 @@ class Room(NamedTuple):
     note: str | None = None
 
 
-def here(kind: str) -> Room:
-    """The device of this machine that runs of a study will use. Raises EngineError; DeviceError, with what to do."""
+def here(parameters: params.Study) -> Room:
+    """The device of this machine that runs of a study will use. Raises EngineError, ShimmyError; DeviceError, with what
+    to do."""
+    llama = engine.find()
     try:
-        where = device.choose(kind, engine.find())
+        where = pick.device_for(pick.of(parameters.runner, llama), parameters.device, llama)
     except device.DeviceError as err:
         other = "or plan for another machine's card: `moelib study plan NAME --vram 12GiB`"
         raise device.DeviceError(f"{err}; {other}") from None
@@ -65,7 +68,7 @@ def of(name: str, room: Room | None = None) -> Study:
     parameters = params.study(name)
     path = plans.outputs() / name
     if parameters.fitting and (room or not (path / "plan.json").exists()):
-        return Study(path, fitted(parameters, room or here(parameters.device)))
+        return Study(path, fitted(parameters, room or here(parameters)))
     return Study.named(name)
 
 
@@ -175,6 +178,8 @@ class Preflight:
             of_what = f"{gib(room)} ({self.where.name or 'of a card elsewhere'})"
         elif self.where.is_cuda:
             of_what = f"a size that the driver of the {self.where.name} does not say"
+        elif self.where.name is None:
+            of_what = "the RAM, as there is no device"
         else:
             of_what = "the RAM, as a second process plays the device"
         if card := self.study.plan.card:
@@ -209,7 +214,7 @@ def preflight(study: Study, cells: Sequence[Cell] | None = None, room: Room | No
     EngineError, DeviceError; QuantizeError, GGUFError where headers do not tell; HubError for a file on the Hub that
     cannot be looked at."""
     p, asked = study.parameters, study.cells if cells is None else cells
-    where = room or here(p.device)
+    where = room or here(p)
     cuda = where.is_cuda
     beside = Budget(0, cuda=cuda).context_bytes
     placed = {c.name: sorted({s.placed for s in c.specs}, key=lambda one: one.rank) for c in asked}

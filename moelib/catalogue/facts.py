@@ -84,7 +84,7 @@ class Receipt(Facts):
     files: dict[Name, Sha256]
 
 
-LLAMA_SERVER = "llama-server"
+LLAMA_SERVER, SHIMMY = "llama-server", "shimmy"
 
 
 class EngineFacts(Facts):

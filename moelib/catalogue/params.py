@@ -17,7 +17,8 @@ from moelib.base.schema import ParamsError, Strict, T, build, closest
 from moelib.base.schema import UserError as UserError
 from moelib.catalogue import sizes
 from moelib.catalogue.placement import REFERENCE, Placement
-from moelib.catalogue.upstream import Held, Repository, Upstream
+from moelib.catalogue.upstream import Card as Card
+from moelib.catalogue.upstream import Held, Upstream
 from moelib.catalogue.upstream import Pin as Pin
 from moelib.catalogue.upstream import SourceFile as SourceFile
 
@@ -239,6 +240,8 @@ class Study(Strict):
     quality: Quality | None = None
     """None: neither what quantising costs nor whether placements change what a model says is measured."""
     device: Literal["auto", "cuda", "loopback", "none"] = "auto"
+    runner: Literal["llama-server", "shimmy"] = "llama-server"
+    """What serves the model; a study has one."""
     seed: Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
 
     @model_validator(mode="before")
@@ -302,35 +305,6 @@ class Study(Strict):
     def placements_of(self, model: str, quant: str) -> tuple[PlacementMode, ...]:
         """Those that are run of a file."""
         return tuple(mode for mode in self.arms if mode.is_of(model, quant))
-
-
-class Card(Strict):
-    """The hand-written part of a model's card on the Hugging Face Hub."""
-
-    name: str
-    repository: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}$")
-    base_model: Repository | None = None
-    """None: of a model that was made for this project."""
-    license: str = Field(min_length=1)
-    """The Hub's identifier; `other` needs a name and a link."""
-    license_name: str | None = None
-    license_link: str | None = Field(None, pattern=r"^https://")
-    license_note: str
-    languages: tuple[str, ...] = Field(min_length=1)
-    tags: tuple[str, ...] = ()
-    summary: str
-    prompt: str | None
-    """A complete prompt in the model's format; None for a base model, which continues a text."""
-    prompt_note: str
-    credits: tuple[str, ...] = Field(min_length=1)
-    quantized_by: str | None = None
-    """Default: the namespace that publishes the card."""
-
-    @model_validator(mode="after")
-    def _named(self) -> Self:
-        if self.license == "other" and not (self.license_name and self.license_link):
-            raise ValueError("license other needs license_name and license_link")
-        return self
 
 
 def root() -> Path:

@@ -1,10 +1,10 @@
-"""Names on the Hugging Face Hub, and which of its files are a model's weights."""
+"""Names on the Hugging Face Hub, which of its files are a model's weights, and what a card there says of a model."""
 
 import re
 from pathlib import PurePosixPath
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import AfterValidator, Field, PositiveInt
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from moelib.base.schema import ParamsError, Sha256, Strict
 
@@ -85,3 +85,32 @@ class Held(Strict):
     """Its path, from where params/ lies."""
     sha256: Sha256
     origin: str = Field(min_length=1)
+
+
+class Card(Strict):
+    """The hand-written part of a model's card on the Hugging Face Hub."""
+
+    name: str
+    repository: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}$")
+    base_model: Repository | None = None
+    """None: of a model that was made for this project."""
+    license: str = Field(min_length=1)
+    """The Hub's identifier; `other` needs a name and a link."""
+    license_name: str | None = None
+    license_link: str | None = Field(None, pattern=r"^https://")
+    license_note: str
+    languages: tuple[str, ...] = Field(min_length=1)
+    tags: tuple[str, ...] = ()
+    summary: str
+    prompt: str | None
+    """A complete prompt in the model's format; None for a base model, which continues a text."""
+    prompt_note: str
+    credits: tuple[str, ...] = Field(min_length=1)
+    quantized_by: str | None = None
+    """Default: the namespace that publishes the card."""
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        if self.license == "other" and not (self.license_name and self.license_link):
+            raise ValueError("license other needs license_name and license_link")
+        return self

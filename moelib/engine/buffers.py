@@ -60,6 +60,9 @@ class Report:
     unused_tensors: tuple[str, ...] | None = None
     """Tensors that the engine reported as unused, such as those of a NextN layer; None if it reported no load, and in
     records made before this field existed."""
+    overridden: tuple[str, ...] | None = None
+    """Tensors that were put elsewhere than their layer, as offload does it with experts; None where nobody reads that,
+    as the buffers show it."""
 
     def device_bytes(self, kind: str | None = None) -> int | None:
         """Bytes in device buffers of `kind` (default: all kinds); None if the engine reported no buffers, or one of

@@ -23,6 +23,7 @@ REQUEST_S = 1800.0
 ANSWER_BYTES = 16 << 20  # of an answer that is not streamed: a prompt of a million tokens has 8 MB
 LINE_BYTES = 16 << 20  # of one line of a stream: the last event repeats the prompt's text
 EVENT_BYTES, EVENT_LINES, SPARE_LINES = 16 << 10, 8, 10_000  # an event has 0.5 kB and two lines, one token each
+BURST_S = 1e-4  # between events that waited in a buffer: 8 to 15 us seen; a token takes the smallest model here 400 us
 PLAIN = {"Accept-Encoding": "identity"}  # an answer that is compressed all the same is not unpacked, and unreadable
 
 
@@ -55,6 +56,8 @@ class Answer:
     """The engine's own final event arrived."""
     text: str | None = field(default=None, kw_only=True)
     """What was generated; None in records of earlier code, and where the runner sent none."""
+    counted_n: Count | None = field(default=None, kw_only=True)
+    """Tokens of `text` by the model's own tokenizer, where the runner counts none; None where it does."""
 
 
 @stored
@@ -78,21 +81,29 @@ class Request(Answer):
         return self.token_s[-1] if self.token_s else None
 
     @property
+    def is_live(self) -> bool:
+        """Whether the tokens of an answer came as they were made, and not all at once when it was whole. Of a runner
+        that counts them its own clock shows that."""
+        gaps = sorted(b - a for a, b in pairwise(self.token_s))
+        return bool(self.token_n) or (bool(gaps) and gaps[len(gaps) // 2] >= BURST_S)
+
+    @property
     def ttft_s(self) -> float | None:
         """Request sent to first token; None if the first event carried more than one. Where nobody counted, a stream's
-        first event counts as the first token, and an answer in one piece has none."""
+        first event counts as the first token, and an answer that came at once has none."""
         if self.token_n:
             return self.token_s[0] if self.token_n[0] == 1 else None
-        return self.token_s[0] if len(self.token_s) > 1 else None
+        return self.token_s[0] if self.is_live else None
 
     @property
     def tps(self) -> float | None:
         """Decode tokens per second: those after the first WARM_UP, which are slower, by the time from the last of these
         to the last of all; in an answer of fewer than twice as many, those after the first one. Where nobody counted
-        events' tokens, each but the last is taken for one."""
-        if len(self.token_s) < 2:
+        events' tokens, each but the last is taken for one. None for an answer that came at once."""
+        if len(self.token_s) < 2 or not self.is_live:
             return None
-        counted, last = self.token_n or range(1, len(self.token_s) + 1), self.predicted_n
+        counted = self.token_n or range(1, len(self.token_s) + 1)
+        last = self.counted_n if self.predicted_n is None else self.predicted_n
         if self.token_n:
             last = self.token_n[-1]
         if last is None:

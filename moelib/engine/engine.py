@@ -33,6 +33,7 @@ TOOLS = {
     "rpc-server": ("ggml-rpc-server", "rpc-server"),  # renamed in 2026
     "llama-perplexity": ("llama-perplexity",),
     "llama-imatrix": ("llama-imatrix",),
+    "llama-tokenize": ("llama-tokenize",),
 }
 OLDEST_BUILD = 6686  # October 2025; help texts of b6666, b11434 and b11669 are in tests/
 

@@ -129,7 +129,12 @@ def parse_log(text: str) -> Report:
 
 
 def unpack(packed: bytes, name: str) -> Log:
-    """The stored log `name`, from its gzipped bytes. Raises LogError if they cannot be unpacked, or to too much."""
+    """The stored log `name`, from its gzipped bytes. Raises LogError as `unpacked` does."""
+    return parse(unpacked(packed, name))
+
+
+def unpacked(packed: bytes, name: str) -> bytes:
+    """A stored log as it was written. Raises LogError if it cannot be unpacked, or to too much."""
     unpacker = zlib.decompressobj(wbits=31)  # gzip
     try:
         data = unpacker.decompress(packed, MAX_BYTES)
@@ -139,7 +144,7 @@ def unpack(packed: bytes, name: str) -> Log:
         raise LogError(f"{name} unpacks to more than {MAX_BYTES >> 20} MiB: it is not the log of a run")
     if not unpacker.eof:
         raise LogError(f"{name} cannot be unpacked: it is cut short")
-    return parse(data)
+    return data
 
 
 def _seconds(line: str) -> float | None:

@@ -169,7 +169,7 @@ class Outcome:
 
 def execute(spec: Spec, quantised: Quantised, runner: Runner, device: devices.Device, work: Path) -> Outcome:
     """Carry out one run in the scratch folder `work`. Every failure of the runner becomes an Outcome with a reason."""
-    logs = (work / "server.log", work / "device.log")
+    logs = (work / runner.log, work / "device.log")
     try:
         with monitor.unhindered():
             return Outcome(_observe(spec, quantised, runner, device, work), None, None, logs)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from moelib.catalogue.facts import LLAMA_SERVER, EngineFacts
+from moelib.catalogue.facts import LLAMA_SERVER, SHIMMY, EngineFacts
 from moelib.catalogue.params import Workload
 from moelib.catalogue.placement import Placement
 from moelib.engine.buffers import Report
@@ -36,7 +36,10 @@ QUANTITIES = {
 }
 """What a runner may tell -> in words."""
 EVERYTHING = frozenset(QUANTITIES)
-TELLS: dict[str, frozenset[str]] = {LLAMA_SERVER: EVERYTHING}
+TELLS: dict[str, frozenset[str]] = {
+    LLAMA_SERVER: EVERYTHING,
+    SHIMMY: frozenset({"buffers", "command", "process", "file"}),
+}
 """Name of a runner -> what it tells. By its name in a record and not by what the record holds: a value that its runner
 tells and that is missing was taken out."""
 
@@ -123,6 +126,8 @@ class Runner(ABC):
 
     name: ClassVar[str]
     """Key of TELLS."""
+    log: ClassVar[str] = "server.log"
+    """Name of its log, by which a kept one is known."""
     tools: Engine | None = None
     """llama.cpp's, of which a loopback device is made; None where the runner cannot use one."""
 
@@ -132,4 +137,4 @@ class Runner(ABC):
 
     @abstractmethod
     def start(self, job: Job, session: Session, work: Path) -> AbstractContextManager[Server]:
-        """Start it, or attach to it; leaving the block ends what was started. Logs go to `work` as `server.log`."""
+        """Start it, or attach to it; leaving the block ends what was started. Its log goes to `work`."""

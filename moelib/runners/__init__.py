@@ -1,0 +1,1 @@
+"""What serves a model beside llama-server, by the same door: shimmy."""
