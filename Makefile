@@ -7,7 +7,7 @@ SAMPLE ?= 0
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engine shimmy demo test quick faults forgeries hubfaults lint docs validation cards residuals rehearsal mutation lab layers doctor bench scale training-data trained clean
+.PHONY: help setup engine shimmy demo test quick faults forgeries hubfaults lint docs validation cards residuals rehearsal mutation lab layers doctor bench runners scale training-data trained clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -100,6 +100,9 @@ bench: demo ## the benchmarks: ratios within one run
 	@$(BIN)/python benchmarks/twin_write.py
 	@$(BIN)/python benchmarks/run_overhead.py outputs/$(STUDY)
 	@$(BIN)/python benchmarks/overhead.py
+
+runners: engine shimmy ## shimmy against llama-server on one file, in turns: how long an answer takes, a minute
+	@$(BIN)/python benchmarks/runners.py
 
 $(VENV)/.training: $(VENV)/.ready
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[test,training]'

@@ -220,6 +220,9 @@ def least_vram(study: Study) -> Answer:
     away = runs[runs["moved_bytes"] > 0]
     if away.empty:
         return Answer(asked, "undecided", ("No run has its experts on the CPU.",))
+    away = away[away["vram_needed_bytes"].notna()]
+    if away.empty:
+        return Answer(asked, "open", ("VRAM was not measured: no run has a device.",), frames.sources(runs))
     sentences, least = [], []
     for (model, quant), of_file in away.groupby(["model", "quant"], sort=False):
         most = of_file.groupby(["context_tokens", "placement", "load_mode"], sort=False)["vram_needed_bytes"].max()

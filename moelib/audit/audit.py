@@ -219,7 +219,7 @@ def machines_are_themselves(study: Matrix) -> Faults:
 @holds(
     "study",
     f"{LIBRARY_BYTES['cuda'] >> 20} MiB apart with a GPU, {LIBRARY_SMALL_BYTES >> 20} without",
-    partly="buffers",
+    partly="buffers residence",
 )
 def libraries_one_size(study: Matrix) -> Faults:
     """What a server's resident memory holds beside weights is libraries and buffers of one engine on one machine:
@@ -227,7 +227,8 @@ def libraries_one_size(study: Matrix) -> Faults:
     rests = defaultdict(list)
     for r in study.runs:
         weights, stay = bounds.weights_resident(measured(r))
-        if r.observation.host_rss_peak_bytes is not None and stay and not measured(r).lacks("buffers"):
+        stay = stay and not any(map(measured(r).lacks, ("buffers", "residence")))
+        if r.observation.host_rss_peak_bytes is not None and stay:
             machine = r.device.kind, r.device.uuid, r.host.host_id, r.host.cpu, r.engine.server_sha256
             rests[machine].append((r.observation.host_rss_peak_bytes - weights, r.run_id))
     for (kind, *_), sizes in rests.items():

@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from moelib.audit.bounds import COPIED_TOKENS, PAGING, copied_bytes
-from moelib.audit.invariants import WATCH_ONCE_S, Faults, holds, strained
+from moelib.audit.invariants import WATCH_ONCE_S, Faults, holds, lacks, strained
 from moelib.audit.record import Record
 from moelib.catalogue.facts import DeviceFacts, HostFacts
 from moelib.catalogue.params import Workload
@@ -203,6 +203,7 @@ def _spread(name: str, values: Mapping[str, Sequence[float]], least: float, shar
 @holds(
     "cell",
     f"device {AGREE_SHARE:.0%} or {AGREE_BYTES >> 20} MiB ({LOOPBACK_BYTES >> 20} on loopback), host and bus 2 %",
+    partly="residence",
 )
 def memory_steady(cell: Cell) -> Faults:
     """The same file in the same place takes the same memory of device and host in every block, and what the engine's
@@ -215,7 +216,8 @@ def memory_steady(cell: Cell) -> Faults:
             device[label].append(o.memory.value_bytes)
         if o.memory.residual_bytes is not None:
             rests[label].append(o.memory.residual_bytes)
-        if o.host_rss_peak_bytes is not None and (o.host.major_faults or 0) < PAGING:
+        stays = not lacks(r.engine.runner, o, "residence")
+        if o.host_rss_peak_bytes is not None and (o.host.major_faults or 0) < PAGING and stays:
             host[label].append(o.host_rss_peak_bytes)
         for m in o.prompt_traffic:
             if m.received_bytes is not None:

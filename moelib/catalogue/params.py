@@ -242,6 +242,8 @@ class Study(Strict):
     device: Literal["auto", "cuda", "loopback", "none"] = "auto"
     runner: Literal["llama-server", "shimmy"] = "llama-server"
     """What serves the model; a study has one."""
+    beside: str | None = None
+    """The study of another runner that its document shows it beside."""
     seed: Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
 
     @model_validator(mode="before")

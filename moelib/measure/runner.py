@@ -33,6 +33,7 @@ QUANTITIES = {
     "command": "the flags and the environment of its process",
     "process": "its process, which was not started by this run",
     "log": "what it did, in a log that could bear witness",
+    "residence": "what it keeps in memory from one request to the next",
 }
 """What a runner may tell -> in words."""
 EVERYTHING = frozenset(QUANTITIES)
