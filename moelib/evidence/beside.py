@@ -62,6 +62,6 @@ def _sentence(study: Study, other: Study, found: list[beside.Pair]) -> Text:
     text = (
         f"{mine} and {its} were given {files}: both put the experts where they were asked to in {proven} of "
         f"{len(found)} files and placements, and wrote the same text in {same} of {of} requests. Not measured of "
-        f"{mine}: {markdown(silent)}. A command line of {mine}, as it ran: {code(command)}."
+        f"{mine}: {silent}. A command line of {mine}, as it ran: {code(command)}."
     )
     return Text("beside-said", text, {k: v for p in found for k, v in _sources(p, other.name).items()})

@@ -111,7 +111,7 @@ def planned(study: Study) -> list[Table | Text]:
         {(s.model, s.quant, "/".join(s.side)): s for s in frames.summaries(study.runs, column)}
         for column in ("vram_bytes", "host_rss_peak_bytes")
     )
-    rows, sources, of_plan = [], [], {"plan.json": files.digest(plan.model_dump(mode="json"))}
+    rows, sources, of_plan = [], [], {"plan.json": files.digest(plan.model_dump(mode="json", exclude_unset=True))}
     for cell, foreseen in plan.foreseen.items():
         model, _, quant = cell.partition("/")
         for label, need in foreseen.items():
