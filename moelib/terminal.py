@@ -142,7 +142,7 @@ def _studies(_: click.Context) -> list[str]:
 def _measured(_: click.Context) -> list[str]:
     from moelib.study.plan import outputs
 
-    return [path.parent.name for path in outputs().glob("*/plan.json")]
+    return [path.parent.name for path in outputs().glob("*/plan.json") if any(path.parent.glob("records/*.json"))]
 
 
 def _models(_: click.Context) -> list[str]:

@@ -200,7 +200,7 @@ def test_a_whole_cells_notebook_shows_on_a_machine_without_engine_or_device(monk
 
     monkeypatch.setattr(engine, "find", lambda *_: pytest.fail("an engine was asked for"))
     monkeypatch.setattr(device, "choose", lambda *_: pytest.fail("a device was asked for"))
-    text = analysis.document("h100-twins", book="run", model="deepseek-moe-16b", quant="Q2_K")
+    text = analysis.document("h100-twins", book="run", model="deepseek-moe-16b", quant="Q2_K", runner="")
     assert len(re.findall(r"\| cpu-moe +\| none +\|", text)) == 10  # of placement and runs, five blocks each
     assert "![VRAM of each run over time, deepseek-moe-16b/Q2_K](memory-deepseek-moe-16b-Q2_K.png)" in text
     assert "Tokens generated over time, deepseek-moe-16b/Q2_K, long-512" in text

@@ -10,7 +10,7 @@ from conftest import REPO
 from moelib.audit import record, witness
 from moelib.campaign import bench, campaign
 from moelib.catalogue import params
-from moelib.catalogue.facts import LLAMA_SERVER, SHIMMY
+from moelib.catalogue.facts import LLAMA_SERVER, SHIMMY, SHIMMY_GENERATE
 from moelib.catalogue.placement import Placement
 from moelib.engine import engine as engines
 from moelib.engine.client import RunError
@@ -185,6 +185,25 @@ def test_the_real_shimmy_is_degraded_by_what_it_does_not_tell(built, tmp_path):
     forged = replace(again.observed.report, overridden=again.observed.report.overridden[1:])
     lied = again.model_copy(update={"observed": replace(again.observed, report=forged)})
     assert "tells of another load" in witness.call(tmp_path, lied).problems[0]
+
+
+@pytest.mark.engine
+def test_the_plans_command_has_no_stream_and_so_no_first_token(built, tmp_path):
+    r = once("cpu-moe", tmp_path, SHIMMY_GENERATE)
+    assert (r.status, r.engine.runner) == ("degraded", SHIMMY_GENERATE)
+    prompt = params.workload("prose").text
+    asked = ("shimmy", "generate", "phi3-lora", "--prompt", prompt, "--max-tokens", "64", "--cpu-moe")
+    assert r.observed.argv == asked
+    assert "SHIMMY_BASE_GGUF" in r.observed.env
+    assert failed(r) - SHARED == {"memory-undoubted"}
+    assert failed(r, None) >= {"ttft-bounded", "counts-exact", "clean-end"}
+    texts = {q.text for q in r.observed.requests}
+    assert len(texts) == 1, "it chooses the likeliest token"
+    for q in r.observed.requests:
+        assert (len(q.token_s), q.ttft_s, q.tps) == (1, None, None)
+        assert 50 < q.counted_n <= 66
+    assert len(r.observed.report.overridden) == r.observed.placement.moved_tensors
+    assert witness.call(tmp_path, r).problems == ()
 
 
 @pytest.mark.engine

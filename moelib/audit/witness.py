@@ -5,7 +5,6 @@ A forger of a record must forge the log as well, and both in every detail; more 
 
 import hashlib
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,7 +61,7 @@ def call(folder: Path, record: Record) -> Witnessed:
                 log = unpacked if has_log or unpacked.tasks or unpacked.report.buffers else None
             elif name.endswith(shimmy.LOG) and record.observed:
                 text = logs.unpacked(packed, name).decode("utf-8", "replace")
-                if shimmy.report_of(text, Path(_served(record))) != record.observed.report:
+                if shimmy.report_of(text, Path(record.sheet.file_name)) != record.observed.report:
                     problems.append(f"{name} tells of another load than the record")
         except OSError as err:
             problems.append(f"{name} cannot be read: {err.strerror}")
@@ -71,12 +70,6 @@ def call(folder: Path, record: Record) -> Witnessed:
     if has_log and record.observed and not log and not problems:
         problems.append("the record names no log of llama-server")
     return Witnessed(record, log, tuple(problems))
-
-
-def _served(record: Record) -> str:
-    """The file's name on a command line."""
-    argv = record.observation.argv
-    return next((value for flag, value in pairwise(argv) if flag in ("-m", "--model-path")), "")
 
 
 @holds("log", "there, with the record's SHA-256")

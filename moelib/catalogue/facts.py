@@ -84,7 +84,7 @@ class Receipt(Facts):
     files: dict[Name, Sha256]
 
 
-LLAMA_SERVER, SHIMMY = "llama-server", "shimmy"
+LLAMA_SERVER, SHIMMY, SHIMMY_GENERATE = "llama-server", "shimmy", "shimmy-generate"
 
 
 class EngineFacts(Facts):

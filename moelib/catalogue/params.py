@@ -240,7 +240,7 @@ class Study(Strict):
     quality: Quality | None = None
     """None: neither what quantising costs nor whether placements change what a model says is measured."""
     device: Literal["auto", "cuda", "loopback", "none"] = "auto"
-    runner: Literal["llama-server", "shimmy"] = "llama-server"
+    runner: Literal["llama-server", "shimmy", "shimmy-generate"] = "llama-server"
     """What serves the model; a study has one."""
     beside: str | None = None
     """The study of another runner that its document shows it beside."""

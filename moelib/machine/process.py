@@ -134,7 +134,8 @@ class Log:
 class Child(AbstractContextManager["Child"]):
     """A running tool. Use it as a context manager: leaving it ends the tool and its child processes.
 
-    `cpus`: the CPUs that it may use. A tool whose log grows beyond `log_bytes` is ended.
+    `cpus`: the CPUs that it may use. A tool whose log grows beyond `log_bytes` is ended. `errors`: a file for what it
+    writes to standard error, which is not in the log then.
     """
 
     def __init__(
@@ -145,17 +146,18 @@ class Child(AbstractContextManager["Child"]):
         cpus: Sequence[int] = (),
         log_bytes: int = LOG_BYTES,
         cwd: Path | None = None,
+        errors: Path | None = None,
     ):
         self.argv, self.log, self._log = argv, log, Log(log, log_bytes)
         self.exit: Exit | None = None
         log.parent.mkdir(parents=True, exist_ok=True)
         launch = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), ",".join(map(str, cpus)), *argv]
         self.started, self.started_wall = time.monotonic(), time.time()
-        with log.open("wb") as out:
+        separate = errors.open("wb") if errors else contextlib.nullcontext(subprocess.STDOUT)
+        with log.open("wb") as out, separate as err:
             # in its own session: Ctrl-C reaches only this process, which then ends the child in order
             self._popen = subprocess.Popen(
-                launch, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True,
-                cwd=cwd,
+                launch, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=env, start_new_session=True, cwd=cwd,
             )  # fmt: skip
         self.pid = self._popen.pid
         self._note = log.with_suffix(".child.json")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from moelib.catalogue.facts import LLAMA_SERVER, SHIMMY, EngineFacts
+from moelib.catalogue.facts import LLAMA_SERVER, SHIMMY, SHIMMY_GENERATE, EngineFacts
 from moelib.catalogue.params import Workload
 from moelib.catalogue.placement import Placement
 from moelib.engine.buffers import Report
@@ -40,6 +40,7 @@ EVERYTHING = frozenset(QUANTITIES)
 TELLS: dict[str, frozenset[str]] = {
     LLAMA_SERVER: EVERYTHING,
     SHIMMY: frozenset({"buffers", "command", "process", "file"}),
+    SHIMMY_GENERATE: frozenset({"buffers", "command", "file"}),
 }
 """Name of a runner -> what it tells. By its name in a record and not by what the record holds: a value that its runner
 tells and that is missing was taken out."""

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from moelib.catalogue.facts import SHIMMY
+from moelib.catalogue.facts import LLAMA_SERVER, SHIMMY, SHIMMY_GENERATE
 from moelib.measure.run import Observation, Spec
 
 # Flag -> the value that it must have; None for one without a value. Whatever else a command line holds is refused.
@@ -17,10 +17,11 @@ Flags = dict[str, str | None]
 
 def wrong(runner: str, spec: Spec, observation: Observation) -> list[str]:
     """What is not as it was asked, flag by flag; empty where all is. A runner that is not known is llama-server."""
-    flags = _flags(observation.argv, begin=2 if runner == SHIMMY else 1)
+    begin, of = OF.get(runner, OF[LLAMA_SERVER])
+    flags = _flags(observation.argv, begin)
     if flags is None:
         return ["not a list of flags, each once"]
-    expected, free = (_of_shimmy if runner == SHIMMY else _of_llama_server)(spec, observation, flags)
+    expected, free = of(spec, observation, flags)
     given = {flag: value for flag, value in flags.items() if flag not in free}
     mismatched = sorted({flag for flag, _ in expected.items() ^ given.items()})
     return mismatched + [flag for flag, form in free.items() if not re.fullmatch(form, flags.get(flag) or "")]
@@ -52,3 +53,12 @@ def _of_llama_server(spec: Spec, observation: Observation, flags: Flags) -> tupl
 def _of_shimmy(spec: Spec, observation: Observation, flags: Flags) -> tuple[Flags, dict[str, str]]:
     """The same of `shimmy serve`."""
     return spec.placed.flags(), {"--model-path": r".+\.gguf", "--bind": r"127\.0\.0\.1:\d+"}
+
+
+def _of_generate(spec: Spec, observation: Observation, flags: Flags) -> tuple[Flags, dict[str, str]]:
+    """The same of `shimmy generate NAME`, which gets its file by a variable."""
+    return spec.placed.flags(), {"--prompt": r"(?s).+", "--max-tokens": r"\d+"}
+
+
+OF = {LLAMA_SERVER: (1, _of_llama_server), SHIMMY: (2, _of_shimmy), SHIMMY_GENERATE: (3, _of_generate)}
+"""Runner -> how many words of a command line come before its flags, and what these must be."""

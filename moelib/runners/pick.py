@@ -1,17 +1,19 @@
 """The runner that a study names, and the device that it can use."""
 
-from moelib.catalogue.facts import LLAMA_SERVER
+from moelib.catalogue.facts import LLAMA_SERVER, SHIMMY
 from moelib.engine.engine import Engine
 from moelib.measure import device
 from moelib.measure.device import Device, DeviceError, NoDevice
 from moelib.measure.llama_server import LlamaServer
 from moelib.measure.runner import Runner
-from moelib.runners import shimmy
+from moelib.runners import generate, shimmy
 
 
 def of(name: str, llama: Engine) -> Runner:
     """The runner of a study. Raises ShimmyError where it is not here."""
-    return LlamaServer(llama) if name == LLAMA_SERVER else shimmy.ShimmyServe(shimmy.find(), llama)
+    if name == LLAMA_SERVER:
+        return LlamaServer(llama)
+    return (shimmy.ShimmyServe if name == SHIMMY else generate.ShimmyGenerate)(shimmy.find(), llama)
 
 
 def device_for(runner: Runner, kind: str, llama: Engine) -> Device:
@@ -19,7 +21,7 @@ def device_for(runner: Runner, kind: str, llama: Engine) -> Device:
 
     Raises DeviceError for a device that is named and that the runner cannot use.
     """
-    if not isinstance(runner, shimmy.ShimmyServe):
+    if not isinstance(runner, shimmy.ShimmyServe | generate.ShimmyGenerate):
         return device.choose(kind, llama)
     if kind == "loopback":
         raise DeviceError("shimmy cannot use a loopback device: write `device: auto`, which is a GPU or none")

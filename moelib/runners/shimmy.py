@@ -1,4 +1,5 @@
-"""shimmy as a runner: `shimmy serve`, which binds llama.cpp, reads the model anew for each request and streams text.
+"""shimmy as a runner: `shimmy serve`, which binds llama.cpp and reads the model anew for each request. It streams in
+form alone: the events of an answer come all at once when its last token is made.
 
 Of what it says itself little is a measurement: its usage counts words, or is 0. Tokens are counted by the model's own
 tokenizer, buffers and placement are read from llama.cpp's lines in its log.
@@ -177,13 +178,7 @@ class Serving(Server):
             raise RunError("not-our-server", f"shimmy does not have {self.file.stem}, but {str(listed)[:200]}")
 
     def prompts(self, workloads: Sequence[Workload], context: int) -> list[Prompt]:
-        return [Prompt(w, text, self._prompt_tokens(w, text, context)) for w in workloads for text in (text_of(w),)]
-
-    def _prompt_tokens(self, w: Workload, text: str, context: int) -> int:
-        n = tokens.count(self.runner.llama, self.file, text, begin=True)
-        if n + w.generate_tokens > context:
-            raise RunError("context-too-small", f"{w.name} needs {n} + {w.generate_tokens} tokens of {context}")
-        return n
+        return prompts(self.runner.llama, self.file, workloads, context)
 
     def connect(self) -> None:
         connect(self.connection)
@@ -245,6 +240,18 @@ def text_of(w: Workload) -> str:
             "prompt-unsupported", f"shimmy takes text, and {w.name} is of token ids: name a workload that is a text"
         )
     return w.text
+
+
+def prompts(llama: Engine, file: Path, workloads: Sequence[Workload], context: int) -> list[Prompt]:
+    """Every workload with its text, counted by the model's tokenizer. Raises RunError for what does not fit."""
+    found = []
+    for w in workloads:
+        text = text_of(w)
+        n = tokens.count(llama, file, text, begin=True)
+        if n + w.generate_tokens > context:
+            raise RunError("context-too-small", f"{w.name} needs {n} + {w.generate_tokens} tokens of {context}")
+        found.append(Prompt(w, text, n))
+    return found
 
 
 def pieces_of(lines: Lines) -> tuple[list[tuple[float, str]], bool]:
