@@ -189,7 +189,9 @@ def test_the_real_shimmy_is_degraded_by_what_it_does_not_tell(built, tmp_path):
 
 @pytest.mark.engine
 def test_the_plans_command_has_no_stream_and_so_no_first_token(built, tmp_path):
-    r = once("cpu-moe", tmp_path, SHIMMY_GENERATE)
+    with bench.opened([MODEL], runner=SHIMMY_GENERATE) as (ready,):
+        for placement in ("baseline", "cpu-moe"):  # each run has a log of its own
+            r = ready.measure(placement, workloads=["prose"], context=shimmy.CONTEXT, keep=tmp_path)
     assert (r.status, r.engine.runner) == ("degraded", SHIMMY_GENERATE)
     prompt = params.workload("prose").text
     asked = ("shimmy", "generate", "phi3-lora", "--prompt", prompt, "--max-tokens", "64", "--cpu-moe")

@@ -37,6 +37,7 @@ class ShimmyGenerate(Runner):
     def start(self, job: Job, session: Session, work: Path) -> Iterator["Generating"]:
         flags, home = shimmy.placement_flags(job.placement, job.context), work / "home"
         home.mkdir(parents=True, exist_ok=True)
+        (work / self.log).write_bytes(b"")  # each request adds to it
         variables = {**session.env, "HOME": str(home), FILE: str(job.file.resolve())}
         yield Generating(self, job.file, flags, process.environment(work, variables), session, work)
 
