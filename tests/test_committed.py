@@ -34,6 +34,9 @@ COMMITTED = {
     "h200-twins": Committed(REPO / "outputs/h200-twins", REPO / "outputs/h200-twins", cards=False),
     "local-12gib": Committed(REPO / "outputs/local-12gib", REPO / "outputs/local-12gib", cards=False),
     "demo-shimmy": Committed(REPO / "outputs/demo-shimmy", REPO / "outputs/demo-shimmy", cards=False),
+    "demo-shimmy-generate": Committed(
+        REPO / "outputs/demo-shimmy-generate", REPO / "outputs/demo-shimmy-generate", cards=False
+    ),
     "trained": Committed(REPO / "outputs/trained", REPO / "outputs/trained", cards=False),
 }
 

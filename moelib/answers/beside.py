@@ -10,6 +10,7 @@ from moelib.audit.invariants import INVARIANTS
 from moelib.audit.record import Record
 from moelib.base import stats
 from moelib.base.stats import Estimate
+from moelib.catalogue.facts import SHIMMY_GENERATE
 from moelib.measure.runner import QUANTITIES, untold
 from moelib.study import study as studies
 from moelib.study.study import Study
@@ -97,7 +98,9 @@ def unmeasured(study: Study) -> list[str]:
     found = []
     requests = [q for r in runs for q in r.observation.requests]
     if requests and not any(q.is_live for q in requests):
-        found.append(f"TTFT and tokens/s, as {runner} sends an answer's tokens all at once when the last one is made")
+        at_once = "sends an answer's tokens all at once when the last one is made"
+        how = "prints an answer when it is whole" if runner == SHIMMY_GENERATE else at_once
+        found.append(f"TTFT and tokens/s, as {runner} {how}")
     if runs and all(r.observation.memory.value_bytes is None for r in runs):
         found.append("VRAM, as there is no device: all weights are in RAM at any placement")
     silent = [words for name, words in QUANTITIES.items() if name in untold(runner) - {"log", "process"}]

@@ -3,8 +3,11 @@
 from moelib.answers import beside
 from moelib.base import stats
 from moelib.base.neutral import code, markdown
+from moelib.catalogue.facts import SHIMMY_GENERATE
 from moelib.evidence.table import Sources, Table, Text, cite, heading
 from moelib.study.study import Study
+
+PENALISED = {SHIMMY_GENERATE: " (of shimmy generate after a penalty for repeated ones, which cannot be turned off)"}
 
 
 def shown(study: Study) -> list[Table | Text]:
@@ -33,12 +36,13 @@ def shown(study: Study) -> list[Table | Text]:
             }
         )
         sources.append(_sources(p, other.name))
+    likeliest = f"the likeliest tokens{PENALISED.get(study.parameters.runner, '')}"
     note = (
-        f"The same files served by {mine} and, in study {markdown(other.name)}, by {its}. *Same text*: requests at "
-        f"temperature 0 whose text is the same by both, in all rounds. Seconds from a warm request of {markdown(last)} "
-        "to its last token, geometric mean [95 % interval] over runs. These times are of two studies, with other "
-        f"contexts, threads and devices ({_setup(study)}; {_setup(other)}): `benchmarks/runners.py` compares both in "
-        "one run."
+        f"The same files served by {mine} and, in study {markdown(other.name)}, by {its}. *Same text*: requests whose "
+        f"text, of {likeliest}, is the same by both in all rounds: other kernels round differently, which makes "
+        f"another token the likeliest sooner or later. Seconds from a warm request of {markdown(last)} to its last token, "
+        "geometric mean [95 % interval] over runs. These times are of two studies, with other contexts, threads and "
+        f"devices ({_setup(study)}; {_setup(other)}): `benchmarks/runners.py` compares both in one run."
     )
     return [title, _sentence(study, other, found), Table("beside", rows, sources, note, tuple(rows[0])[3:])]
 
