@@ -31,7 +31,7 @@ shimmy: setup ## shimmy 1.9.0, another server: built from its crate, about 4 min
 	@$(BIN)/python tools/build_shimmy.py
 
 demo: ## the whole demo study: from nothing to its document
-	@echo "demo: two small trained MoE models, six quantised files, 60 measured runs, 46 comparisons of what they say, two notebooks, one document."
+	@echo "demo: two small trained MoE models, six quantised files, 60 measured runs, 38 comparisons of what they say, two notebooks, one document."
 	@echo "On 2 cores: about 1 minute to set up, 3 to measure, and 7 to build llama.cpp where no build or release archive can be used."
 	@echo "Ctrl-C is safe; run again to continue."
 	@$(MAKE) --no-print-directory engine

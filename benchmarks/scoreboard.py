@@ -134,7 +134,7 @@ is by how much an error by chunks is larger: the study's document has those.
 
 PLACED = """## With experts on the CPU, on {device}
 
-Logits of the same file at two placements, as error by variance (NMSE), beside what other batches (64 and 8 tokens
+Logits of the same file at two placements, as error by variance (NMSE), beside what other batches (8 tokens, or 64,
 instead of 512) change of them with all on the GPU, where it is largest. {identical} of {n} placements are identical to
 the last bit: a GPU copies the experts of a large batch and computes them itself. With *op-offload=off* the CPU computes
 them, as it does while text is generated. The limit between rounding and a defect is {times:g} times what other batches

@@ -161,5 +161,5 @@ def test_the_floor_is_the_unquantised_file_against_itself_where_it_differs_most(
     rows = table.rows
     assert [r["quant"].replace("\\", "") for r in rows] == ["Q2_K", "Q4_K_M", "Q8_0", tables.FLOOR]
     assert rows[-1]["mean KLD"] == stats.estimate(one.divergence)
-    assert "64 or 8 tokens at a time instead of 512, over 12 chunks" in table.note
+    assert "8 tokens at a time instead of 512, over 12 chunks" in table.note
     assert len(quality.losses(floored)) == len(quality.losses(study)), "a floor is no loss of a quant"

@@ -40,9 +40,9 @@ def shown(study: Study) -> list[Table | Text]:
     note = (
         f"The same files served by {mine} and, in study {markdown(other.name)}, by {its}. *Same text*: requests whose "
         f"text, of {likeliest}, is the same by both in all rounds: other kernels round differently, which makes "
-        f"another token the likeliest sooner or later. Seconds from a warm request of {markdown(last)} to its last token, "
-        "geometric mean [95 % interval] over runs. These times are of two studies, with other contexts, threads and "
-        f"devices ({_setup(study)}; {_setup(other)}): `benchmarks/runners.py` compares both in one run."
+        f"another token the likeliest sooner or later. Seconds from a warm request of {markdown(last)} to its last "
+        "token, geometric mean [95 % interval] over runs. These times are of two studies, with other contexts, threads "
+        f"and devices ({_setup(study)}; {_setup(other)}): `benchmarks/runners.py` compares both in one run."
     )
     return [title, _sentence(study, other, found), Table("beside", rows, sources, note, tuple(rows[0])[3:])]
 

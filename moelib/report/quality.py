@@ -88,9 +88,9 @@ def _lost(study: Study, corpus: str, model: str) -> Table:
     )
     note += _cut_off(lost)
     if floors:
-        n, batches = len(floors[0].found.chunks.kld), " or ".join(map(str, wanted.OTHER_BATCHES))
+        n = len(floors[0].found.chunks.kld)
         note += (
-            f" *{FLOOR}*: the unquantised file against itself, {batches} tokens at a time instead of 512, "
+            f" *{FLOOR}*: the unquantised file against itself, {wanted.OTHER_BATCH} tokens at a time instead of 512, "
             f"over {n} chunks: what rounding alone changes, where it changes most."
         )
     why = wanted.TWIN if study.parameters.weights == "twin" else "no comparison with the unquantised file is valid."
@@ -173,7 +173,7 @@ def sameness(study: Study) -> list[Table | Text]:
         )
     note = (
         "The same file at two placements: its logits against those with everything on the GPU. *In other batches*: the "
-        f"same file all on the GPU, its tokens taken {' and '.join(map(str, wanted.OTHER_BATCHES))} at a time instead "
+        f"same file all on the GPU, its tokens taken {wanted.OTHER_BATCH} at a time instead "
         f"of 512, which changes nothing but rounding. What is within {checks.TIMES_FLOOR:g} times that (or "
         f"{checks.LEAST_LIMIT:.0e}) is called rounding. *First other token*: where the likeliest "
         "tokens first differ from the baseline's, of how many generated, over all requests of the study."
