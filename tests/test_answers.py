@@ -203,6 +203,27 @@ def swapped(study, column, a, b):
     return changed
 
 
+def test_the_least_vram_names_the_cache_of_the_placement_that_needs_it():
+    folder = REPO / "outputs/h100-least-vram"
+    memory = [
+        json.loads(f.read_text())["observed"]["memory"]
+        for f in (folder / "records").iterdir()
+        if "ubatch=31,kv=q8_0" in f.name
+    ]
+    answer = verdicts.least_vram(Study.read(folder))
+    assert answer.says == f"{max(max(m['value_bytes'], m['growth_bytes']) for m in memory) / GIB:.2f} GiB."
+    # 1,024 tokens of 28 layers, K and V of 16 heads of 128, 34 bytes for 32 numbers of q8_0
+    cache = 1024 * 28 * 2 * 16 * 128 * 34 / 32 / (1 << 20)
+    assert f"{cache:.2f} MiB more for each 1,024 tokens" in answer.because[0]
+
+
+def test_a_study_of_one_quant_says_nothing_of_others():
+    one = Study.read(REPO / "outputs/h100-prompts")
+    assert not any("the smallest" in s for s in verdicts.sweet_spot(one).because)
+    assert verdicts.penalty(one).verdict == "undecided"
+    assert verdicts.penalty(one).because[0] == "No two quants were measured side by side."
+
+
 def test_a_world_in_which_a_hypothesis_is_wrong_refutes_it(full):
     def states(study):
         return {a.asked: a.verdict for a in claims.hypotheses(study)}

@@ -690,6 +690,7 @@ STUDIES = [
     ("", over_the_bus(1.0, 0.199, 1.0, 0.175)),  # most were computed where they are
     ("quants-of-one-model", over_the_bus(1.0, 0.201, 1.0, 0.25)),
     ("", over_the_bus(1.0, 0.6, 1.04, 0.9, size=1 << 29)),  # and of a few, other traffic tells
+    ("", over_the_bus(100e3 / 2**30, 0.6, 121e3 / 2**30, 0.6)),  # 101 and 121 kB for one token seen
 ]
 
 

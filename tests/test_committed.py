@@ -31,6 +31,10 @@ class Committed(NamedTuple):
 COMMITTED = {
     "demo": Committed(REPO / "docs/example/demo", REPO / "docs/example/demo"),
     "h100-twins": Committed(REPO / "outputs/h100-twins", REPO / "docs"),
+    **{
+        name: Committed(REPO / "outputs" / name, REPO / "outputs" / name, cards=False)
+        for name in ("h100", "h100-prompts", "h100-threads", "h100-least-vram")
+    },
     "h200-twins": Committed(REPO / "outputs/h200-twins", REPO / "outputs/h200-twins", cards=False),
     "local-12gib": Committed(REPO / "outputs/local-12gib", REPO / "outputs/local-12gib", cards=False),
     "demo-shimmy": Committed(REPO / "outputs/demo-shimmy", REPO / "outputs/demo-shimmy", cards=False),
@@ -119,8 +123,9 @@ def test_all_of_a_studys_evidence_is_cited_with_its_digest(name, provenance):
         evidence |= cite_manifest(manifest)
     assert evidence.items() <= provenance["sources"].items()
     tables = provenance["tables"]
-    speed = {f"speed-{m}-{w}" for m in results.parameters.models for w in results.parameters.workloads}
-    vram = {f"vram-{model}" for model in results.parameters.models}
+    measured = {r.spec.model for r in results.records}
+    speed = {f"speed-{m}-{w}" for m in measured for w in results.parameters.workloads}
+    vram = {f"vram-{model}" for model in measured}
     assert {"load", "placement", "environment", *speed, *vram} <= set(tables)
     assert any(name.startswith("what-to-run") for name in tables)
     used = {r.run_id for r in results.used}

@@ -119,7 +119,7 @@ def sweet_spot(study: Study) -> Answer:
             f"{', TTFT and quality' if any(p.divergence for p in on_it) else ' and TTFT'}: {_listed(on_it)}."
         )
         quants = {p.quant for p in away}
-        if quants and quants <= {next(iter(bits))} and not quality.by_file(study):
+        if len(bits) > 1 and quants == {next(iter(bits))} and not quality.by_file(study):
             sentences.append(
                 f"With experts on the CPU only {away[0].quant}, the smallest, is among them: it is the sweet spot if "
                 "its text is good enough."
@@ -179,6 +179,8 @@ def penalty(study: Study) -> Answer:
         sentences.append(f"{neutral(model)}: decoding was slower by {times}.")
         sentences += _why(of)
     steps = [_step(c, order) for c in pairs]
+    if not steps:
+        return Answer(asked, "undecided", ("No two quants were measured side by side.", *sentences), merged(rate))
     grown = f"{steps.count('grows')} of {len(steps)} pairs of quants"
     if "falls" in steps:
         verdict: Verdict = "no"
@@ -226,16 +228,17 @@ def least_vram(study: Study) -> Answer:
     sentences, least = [], []
     for (model, quant), of_file in away.groupby(["model", "quant"], sort=False):
         most = of_file.groupby(["context_tokens", "placement", "load_mode"], sort=False)["vram_needed_bytes"].max()
-        told = []
+        cache = of_file["vram_cache_bytes"].groupby([of_file[k] for k in most.index.names], sort=False).max()
+        told, longer = [], 0.0
         for context, values in most.groupby("context_tokens"):
             _, placement, load_mode = values.idxmin()
             told.append(f"{size(float(values.min()))} at {context:.0f} tokens ({placement}, {load_mode})")
+            longer = max(longer, float(cache[values.idxmin()]) / float(context) * 1024)
         least.append(float(most.min()))
-        longer = (of_file["vram_cache_bytes"] / of_file["context_tokens"]).max() * 1024
-        more = f"; {size(float(longer))} more for each 1,024 tokens of context" if longer > 0 else ""
+        more = f"; {size(longer)} more for each 1,024 tokens of context" if longer > 0 else ""
         sentences.append(f"{neutral(model)}/{neutral(quant)}: {'; '.join(told)}{more}.")
     sentences.append("The cache's share is the engine's buffer over its context: a cache with windows grows less.")
-    says = f"{stats.span(least, size)}, by model and quant."
+    says = f"{stats.span(least, size)}{', by model and quant' if len(least) > 1 else ''}."
     return Answer(asked, "yes", tuple(sentences), frames.sources(away), says)
 
 

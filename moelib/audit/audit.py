@@ -305,7 +305,7 @@ def quants_of_one_model(study: Matrix) -> Faults:
             yield f"parameters of {r.cell}"
         moved = r.observation.placement.moved_bytes
         for t in r.observation.prompt_traffic:
-            if t.received_bytes is None or 0 < moved < SHARE_BYTES:
+            if t.received_bytes is None or (moved or t.received_bytes) < SHARE_BYTES:
                 continue
             if t.received_bytes > SHARE_LEAST * moved:
                 shares[f"{r.spec.model} {r.spec.placement} {t.workload}"].append(t.received_bytes / (moved or 1))
