@@ -37,7 +37,12 @@ demo: ## the whole demo study: from nothing to its document
 	@$(MAKE) --no-print-directory engine
 	@$(BIN)/moelib study run demo
 
-test: engine lint ## the test suite: what is timed alone, all else side by side
+$(VENV)/.servers: $(VENV)/.ready
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --only-binary :all: -e '.[servers]' 2>/dev/null || \
+	  echo "no wheel of xllamacpp for this machine: its tests skip"
+	@touch $@
+
+test: engine lint $(VENV)/.servers ## the test suite: what is timed alone, all else side by side
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not alone"; others=$$?; \
 	  $(BIN)/python -m pytest -m alone && exit $$others
 

@@ -163,6 +163,9 @@ def plan(
 @click.option("--vram", metavar="SIZE", help="That may be used, such as 12GiB; default: all of the GPU here.")
 @planned
 @click.option("--rounds", default=3, show_default=True, help="Each runs every placement once.")
+@click.option("--endpoint", metavar="http://127.0.0.1:PORT", help="A server that runs with FILE already; left running.")
+@click.option("--placement", help="With --endpoint: the one that the server has, such as cpu-moe.")
+@click.option("--beyond-loopback", is_flag=True, help="With --endpoint: also of another machine.")
 def measure(
     file: Path,
     vram: str | None,
@@ -171,12 +174,27 @@ def measure(
     ubatch: int | None,
     kv: str | None,
     rounds: int,
+    endpoint: str | None,
+    placement: str | None,
+    beyond_loopback: bool,
 ) -> None:
-    """Measure FILE, any GGUF of a MoE model: the N that fits, its neighbours, and what each gives; resumable."""
-    from moelib.campaign import sweep
+    """Measure FILE, any GGUF of a MoE model: the N that fits, its neighbours, and what each gives; resumable.
+
+    With --endpoint: what a server of OpenAI's interface that runs already gives, in the placement that it has.
+    """
+    if bool(endpoint) != bool(placement) or (beyond_loopback and not endpoint):
+        raise click.UsageError("--endpoint and --placement go together: the server cannot be asked which one it has")
+    if endpoint and (vram or ram or ubatch or kv):
+        raise click.UsageError("--endpoint: what the server was started with cannot be set here; leave the plan out")
+
+    from moelib.campaign import bench, sweep
     from moelib.catalogue import sizes
     from moelib.measure import device
 
+    if endpoint and placement:
+        path = bench.at_endpoint(file, endpoint, placement, context, rounds, beyond_loopback, say)
+        say(f"document: {os.path.relpath(path)}")
+        return
     vram_bytes = sizes.parse(vram) if vram else device.card_bytes()
     ram_bytes = sizes.parse(ram) if ram else None
     made = sweep.measure(file, vram_bytes, ram_bytes, context, ubatch, kv, rounds, say=say)

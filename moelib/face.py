@@ -95,6 +95,7 @@ def run(
     context: int = 1024,
     device: str = "auto",
     runner: str = LLAMA_SERVER,
+    endpoint: str | None = None,
 ) -> Record:
     """One run of a GGUF in one placement: measured and audited as in a study.
 
@@ -102,12 +103,15 @@ def run(
     noted under models/, so that it is computed once. Nothing else is kept on disk, and nothing beside the file.
     placement: `baseline`, `cpu-moe`, `n-cpu-moe=12`, with settings after commas. context: tokens. requests: of each
     workload; the first one is a fresh server's. device: auto, cuda or loopback. runner: what serves it, llama-server or
-    shimmy, whose context is of 4,096 tokens. A run that fails is a record too, with its reason. That what left the GPU
-    is what the file's header says is proven within a round of a study, which has a baseline beside it. Raises
-    PlacementError, GGUFError, QuantizeError, EngineError, ShimmyError, DeviceError, and FileError while another process
-    measures on the device.
+    shimmy, whose context is of 4,096 tokens. endpoint: http://127.0.0.1:PORT, a server that runs already with the file
+    in this placement and is left running; its workloads are texts, such as plan-short. A run that fails is a record
+    too, with its reason. That what left the GPU is what the file's header says is proven within a round of a study,
+    which has a baseline beside it. Raises PlacementError, GGUFError, QuantizeError, EngineError, ShimmyError,
+    EndpointError, DeviceError, and FileError while another process measures on the device.
     """
-    return bench.one(Path(file), placement, load_mode, workloads, requests, context, device, runner=runner)
+    return bench.one(
+        Path(file), placement, load_mode, workloads, requests, context, device, runner=runner, endpoint=endpoint
+    )
 
 
 def plan(

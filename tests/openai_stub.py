@@ -27,11 +27,12 @@ class Stub:
     """Streams `text` events of one token each. `defect`: what goes wrong with the stream.
 
     cut: the connection breaks; ends: it ends without [DONE]; late: tokens come after [DONE]; more: one token too many;
-    error: the server says that it failed.
+    error: the server says that it failed; switches: another model answers from the middle on; embeds: it completes no
+    text; no-models: it has no such page; key: it asks for one; nonsense: its pages are no JSON.
     """
 
-    def __init__(self, usage=True, defect=None):
-        self.usage, self.defect = usage, defect
+    def __init__(self, usage=True, defect=None, names=("m",)):
+        self.usage, self.defect, self.names = usage, defect, names
 
     def __enter__(self):
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
@@ -50,20 +51,29 @@ class Answers(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    def _head(self, **headers):
-        self.send_response(200)
+    def _head(self, status=200, **headers):
+        self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.send_header("Connection", "close")
         self.end_headers()
 
     def do_GET(self):
-        body = json.dumps({"object": "list", "data": [{"id": "m", "object": "model"}]}).encode()
-        self._head(Content_Length=len(body))
+        stub = self.server.stub
+        listed = {"object": "list", "data": [{"id": name, "object": "model"} for name in stub.names]}
+        self._whole(listed, {"no-models": 404, "key": 401}.get(stub.defect, 200))
+
+    def _whole(self, answer, status=200):
+        body = b"<html>" if self.server.stub.defect == "nonsense" else json.dumps(answer).encode()
+        self._head(status, Content_Length=len(body))
         self.wfile.write(body)
 
     def do_POST(self):
         fields, defect = json.loads(self.rfile.read(int(self.headers["content-length"]))), self.server.stub.defect
+        if not fields.get("stream"):
+            refused = defect == "embeds"
+            answer = {"error": "embeds only"} if refused else {"choices": [{"index": 0, "text": " t"}]}
+            return self._whole(answer, 400 if refused else 200)
         self._head(Content_Type="text/event-stream", Transfer_Encoding="chunked")
 
         def send(event):
@@ -71,10 +81,14 @@ class Answers(BaseHTTPRequestHandler):
             self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
 
         n = fields["max_tokens"]
-        token = {"object": "text_completion", "choices": [{"index": 0, "text": " t", "finish_reason": None}]}
+        token = {
+            "object": "text_completion",
+            "model": fields["model"],
+            "choices": [{"index": 0, "text": " t", "finish_reason": None}],
+        }
         for i in range(n + (defect == "more")):
             time.sleep(STEP_S)
-            send(token)
+            send({**token, "model": "other"} if defect == "switches" and i > n // 2 else token)
             if defect == "error" and i:
                 send({"error": {"message": "no slot is free"}})
             if defect == "cut" and i == n // 2:

@@ -206,7 +206,7 @@ def swapped(study, column, a, b):
 def test_the_least_vram_names_the_cache_of_the_placement_that_needs_it():
     folder = REPO / "outputs/h100-least-vram"
     memory = [
-        json.loads(f.read_text())["observed"]["memory"]
+        json.loads(f.read_text(encoding="utf-8"))["observed"]["memory"]
         for f in (folder / "records").iterdir()
         if "ubatch=31,kv=q8_0" in f.name
     ]

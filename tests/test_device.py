@@ -287,7 +287,7 @@ def test_the_note_is_that_of_a_study_on_auto_with_an_engine(monkeypatch, machine
 
     class Auto:
         class parameters:
-            device, runner = "auto", "llama-server"
+            device, runner, endpoints = "auto", "llama-server", {}
 
     assert campaign.device_note(Auto) == f"{LOOPBACK}there is no GPU here"
     Auto.parameters.device = "loopback"

@@ -62,6 +62,7 @@ CASES = {
     "above-ceiling": (cuda(at(USED + GIB, PEAK + GIB)), None),
     "no-device": (reconcile("none", Trace((), ()), {}, 0, 0), None),
     "process-not-listed": (cuda(at(USED)), None),
+    "running-before": (cuda(RUN, before=()), PEAK),
     "list-unsupported": (cuda(at(USED, None, (), "list-unsupported")), None),
     "host-pid": (cuda(at(USED, None, ((70411, PEAK),))), PEAK),
     "bytes-not-listed": (cuda(at(USED, listed=True)), USED),
@@ -111,7 +112,8 @@ def test_a_doubt_says_why_and_leaves_a_value_only_where_it_is_proven(reason):
             None,
             "list-unsupported device-total-unknown",
         ),
-        (cuda(RUN, before=()), PEAK, "device-total-unknown"),
+        # a server that ran before: the list against the header, or the engine
+        (cuda(RUN, before=(), report=SILENT), PEAK, "running-before engine-silent"),
         (cuda(RUN, after=()), None, "not-returned"),
         # the driver gave back late, or a neighbour that it does not list came: the list and the growth agree
         (cuda(RUN, after=(at(GIB),)), PEAK, "unseen-change"),

@@ -87,13 +87,6 @@ def test_what_it_has_no_setting_for_is_refused(text, mode, context, words):
         shimmy.placement_flags(Placement.parse(text, mode), context)
 
 
-def test_a_prompt_of_token_ids_is_refused():
-    assert shimmy.text_of(params.workload("prose")).startswith("It was late")
-    for name in ("mixed-512", "long-512"):
-        with pytest.raises(RunError, match=f"{name} is of token ids"):
-            shimmy.text_of(params.workload(name))
-
-
 def program(folder, says, name="shimmy"):
     path = folder / name
     path.write_text(f"#!/bin/sh\n{says}\n", encoding="utf-8")

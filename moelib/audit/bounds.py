@@ -148,7 +148,7 @@ def weights_resident(run: Measured) -> tuple[int, bool]:
 @holds(
     "run",
     "host buffers and mapped file at the least; RAM, or these and libraries, at the most",
-    partly="buffers process",
+    partly="buffers owner",
 )
 def host_memory_possible(run: Measured) -> Faults:
     """The server's resident memory holds what was copied to the host, and no more than file, buffers and libraries."""

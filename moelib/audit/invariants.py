@@ -54,7 +54,8 @@ HELD: dict[str, Callable[[Observation], object]] = {
     "build": lambda o: o.report.built is not None,
     "likeliest": lambda o: o.top_logprobs,
     "command": lambda o: o.argv or o.env,
-    "process": lambda o: (o.load_s, o.exit_code, o.host_rss_peak_bytes) != (None, None, None),
+    "process": lambda o: (o.load_s, o.exit_code) != (None, None),
+    "owner": lambda o: o.host_rss_peak_bytes is not None,
 }
 """Quantity -> whether a run's record has some of it."""
 
@@ -160,7 +161,8 @@ def counts_exact(run: Measured, r: Request) -> str | None:
     counted = abs(most - n) <= max(2, COUNT_SHARE * most) if r.counted_n and n > 1 else most <= r.generate_tokens + 2
     if run.lacks("tokens"):  # no event without a token
         fits = counted and len(r.token_s) <= r.generate_tokens
-        fits = fits and (run.lacks("usage") or r.predicted_n == r.generate_tokens)
+        fits = fits and (run.lacks("usage") or 0 < (r.predicted_n or 0) <= r.generate_tokens)  # it may come to its end
+        fits = fits and (None in (r.prompt_n, r.prompt_tokens) or r.prompt_n == r.prompt_tokens)
     else:
         fits = run.lacks("usage") or actual == expected
         fits = fits and 2 <= last <= r.generate_tokens and 0 < len(r.tokens) <= last
@@ -247,7 +249,8 @@ def placement_moves(run: Measured) -> Finding:
         told = f"{len(overridden)} tensors were put on the CPU, the header moves {tensors}"
         return moved > 0 and len({*overridden}) == tensors and all("_exps." in name for name in overridden), told
     if run.observation.device_kind == "none":
-        return False, "there is no device to move experts from"
+        untold = run.lacks("buffers")  # where its server put them
+        return None if untold else False, "there is no device to move experts from" + ", that is known" * untold
     return moved > 0, f"{moved} bytes in {tensors} tensors moved"
 
 
@@ -342,7 +345,7 @@ def strained(observation: Observation) -> bool:
     return observation.host.foreign_share > FOREIGN_SHARE
 
 
-@holds("run", f"{FOREIGN_SHARE:.0%} of the host's CPU time", degrades=True, needs="process")
+@holds("run", f"{FOREIGN_SHARE:.0%} of the host's CPU time", degrades=True, needs="owner")
 def host_quiet(run: Measured) -> Finding:
     """Nobody else worked on the host: experts on the CPU share it with everything."""
     return not strained(run.observation), f"{run.observation.host.foreign_share:.1%} by others"

@@ -1,21 +1,26 @@
 """One file on one device: what all of its runs share, and a run made into an audited record."""
 
 import os
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+import pandas as pd
 import psutil
 
 from moelib.audit import audit, record, witness
-from moelib.base import claim, files
+from moelib.base import claim, files, stats
+from moelib.base.neutral import markdown
 from moelib.campaign import given
 from moelib.catalogue import params
-from moelib.catalogue.facts import LLAMA_SERVER, DeviceFacts, HostFacts, Manifest
+from moelib.catalogue.facts import ENDPOINT, LLAMA_SERVER, DeviceFacts, HostFacts, Manifest
 from moelib.catalogue.placement import Placement
 from moelib.engine import engine
 from moelib.machine import host, pagecache, process
@@ -24,12 +29,17 @@ from moelib.measure.device import Device
 from moelib.measure.runner import Runner
 from moelib.models import quantize
 from moelib.runners import pick
+from moelib.runners.endpoint import ANY, Address
 from moelib.study import gather
+from moelib.study.plan import StudyError, outputs
 from moelib.study.study import Study
 
 LOCK_S = 30.0  # for another process's last run on the device
 RUN_BYTES = 1 << 20  # a run's logs and record
 WORKLOADS = ("plan-short", "long-512")
+TEXTS, CONTEXT = ("plan-short", "long-512"), 4096
+"""Of an endpoint, which takes text alone."""
+ANSWER = "ANSWER.md"
 ALONE = "alone"
 """Name that stands for the study in the record of a run that belongs to none."""
 
@@ -146,15 +156,21 @@ def scratch(study: Study) -> Iterator[Path]:
 
 
 @contextmanager
-def opened(given_files: Sequence[Path], device_kind: str = "auto", runner: str = LLAMA_SERVER) -> Iterator[list[Bench]]:
+def opened(
+    given_files: Sequence[Path],
+    device_kind: str = "auto",
+    runner: str = LLAMA_SERVER,
+    endpoints: Mapping[str, Address] | None = None,
+) -> Iterator[list[Bench]]:
     """A bench for each GGUF, for runs that belong to no study; the device is measured once, and held until the end.
 
-    Raises GGUFError, EngineError, ShimmyError, DeviceError, and QuantizeError for a file that was changed since it was
+    endpoints: addresses by placement, where the runner is an endpoint. Raises GGUFError, EngineError, ShimmyError,
+    EndpointError, DeviceError, and QuantizeError for a file that was changed since it was
     made or that the engine cannot load.
     """
     llama = engine.find()
     quantised = [given.measurable(file, llama) for file in given_files]
-    server = pick.of(runner, llama)
+    server = pick.of(runner, llama, endpoints)
     where = pick.device_for(server, device_kind, llama)
     with TemporaryDirectory(prefix="moelib-run-") as scratch, held(where):
         first = Bench.ready(quantised[0], server, where, Path(scratch))
@@ -172,10 +188,80 @@ def one(
     keep: Path | None = None,
     attempt: int = 1,
     runner: str = LLAMA_SERVER,
+    endpoint: str | None = None,
 ) -> record.Record:
-    """One run of any GGUF; its record and logs are kept in the folder `keep`, or not. See `opened`, `Bench.measure`."""
+    """One run of any GGUF; its record and logs are kept in the folder `keep`, or not. See `opened`, `Bench.measure`.
+
+    endpoint: the address of a server that runs already, which then is the runner.
+    """
+    at = {ANY: Address.of(endpoint)} if endpoint else None
     Placement.parse(placement, load_mode)
     for name in workloads:
         params.workload(name)
-    with opened([file], device_kind, runner) as (ready,):
+    with opened([file], device_kind, ENDPOINT if at else runner, at) as (ready,):
         return ready.measure(placement, load_mode, workloads, requests, context, keep, attempt=attempt)
+
+
+def at_endpoint(
+    file: Path,
+    url: str,
+    placement: str = "cpu-moe",
+    context: int | None = None,
+    rounds: int = 3,
+    beyond: bool = False,
+    say: Callable[[str], object] = print,
+) -> Path:
+    """Measure a server that runs already with the file, in the placement that it is said to have; resumable.
+
+    Returns the document, beside its records. Raises EndpointError for an address that cannot be measured, GGUFError,
+    QuantizeError, EngineError, and StudyError where no run of it is usable.
+    """
+    at, asked = Address.of(url, beyond), (TEXTS, 2, context or CONTEXT)
+    with opened([file], "auto", ENDPOINT, {ANY: at}) as (ready,):
+        stem = re.sub(r"[^a-z0-9]+", "-", file.stem.lower()).strip("-")[:60]
+        about = [ready.quantised.manifest["sha256"], at.url, placement, asked]
+        folder = outputs() / f"endpoint-{stem}-{files.digest(about)[:8]}"
+        every = record.read_all(folder)[0]
+        for i in range(rounds):
+            tried = [r for r in every if r.spec.block == i]
+            r = next((r for r in tried if r.done), None)
+            if r is None:
+                attempt = 1 + max((r.attempt for r in tried), default=0)
+                r = ready.measure(placement, "mmap", *asked, folder, block=i, attempt=attempt)
+                every.append(r)
+            told = [*([r.message] if r.message else []), ", ".join(r.reasons)]
+            say(f"{i + 1} of {rounds}: {r.status} {'; '.join(told)}".rstrip())
+    usable = [r for r in every if r.done][:rounds]
+    if not usable:
+        raise StudyError(f"no run of {at.url} is usable: the reasons are above, the records in {folder}")
+    files.write_bytes(folder / ANSWER, "\n".join(_seen(file, at, placement, usable)).encode() + b"\n")
+    return folder / ANSWER
+
+
+def _seen(file: Path, at: Address, placement: str, usable: list[record.Record]) -> Iterator[str]:
+    """What was measured of an endpoint, and what it does not tell."""
+    yield f"# {markdown(file.name)} at {at.url}"
+    yield f"\n`{placement}` is what it is said to have: nothing that it tells proves that. {len(usable)} runs.\n"
+    rows = []
+    for w in TEXTS:
+        warm = [[q for q in r.observation.requests if q.workload == w and q.index] for r in usable]
+        rate = _over_runs([[q.tps for q in run] for run in warm])
+        ttft = _over_runs([[q.ttft_s for q in run] for run in warm])
+        rows.append((w, warm[0][0].prompt_tokens, stats.estimate(rate), stats.estimate(ttft, 1000)))
+    yield pd.DataFrame(rows, columns=["prompt", "tokens", "tokens/s", "TTFT, ms"]).to_markdown(index=False)
+    memory = [[r.observation.memory.value_bytes, r.observation.host_rss_peak_bytes] for r in usable]
+    vram, ram = (max((n for n in c if n is not None), default=None) for c in zip(*memory, strict=True))
+    yield f"\nVRAM: {stats.size(vram)}; RAM, the most that its process ever had: {stats.size(ram)}."
+    yield "\nGeometric means [95 % intervals over runs] of warm requests. What cannot be checked, or does not hold:\n"
+    doubts = defaultdict(list)
+    for name, why in {c.id: c.measured for r in usable for c in r.audit if not c.passed}.items():
+        doubts[why.split("; what can be checked")[0]].append(name)
+    yield from (f"- {markdown(why)} ({', '.join(names)})" for why, names in doubts.items())
+    yield "\nRecords:\n"
+    yield from (f"- `{r.run_id}` {r.status} `{r.digest[:12]}`" for r in usable)
+
+
+def _over_runs(values: Sequence[Sequence[float | None]]) -> stats.Estimate | None:
+    """Of the runs' own means; None where a run has none."""
+    means = [fmean(known) for run in values if (known := [x for x in run if x])]
+    return stats.geometric_mean(means) if len(means) == len(values) else None

@@ -84,7 +84,7 @@ class Receipt(Facts):
     files: dict[Name, Sha256]
 
 
-LLAMA_SERVER, SHIMMY, SHIMMY_GENERATE = "llama-server", "shimmy", "shimmy-generate"
+LLAMA_SERVER, SHIMMY, SHIMMY_GENERATE, ENDPOINT = "llama-server", "shimmy", "shimmy-generate", "endpoint"
 
 
 class EngineFacts(Facts):

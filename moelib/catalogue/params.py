@@ -240,8 +240,10 @@ class Study(Strict):
     quality: Quality | None = None
     """None: neither what quantising costs nor whether placements change what a model says is measured."""
     device: Literal["auto", "cuda", "loopback", "none"] = "auto"
-    runner: Literal["llama-server", "shimmy", "shimmy-generate"] = "llama-server"
+    runner: Literal["llama-server", "shimmy", "shimmy-generate", "endpoint"] = "llama-server"
     """What serves the model; a study has one."""
+    endpoints: dict[str, str] = Field(default_factory=dict, max_length=MAX_NAMES)
+    """Placement -> the address of the server that runs with it, where the runner is `endpoint`."""
     beside: str | None = None
     """The study of another runner that its document shows it beside."""
     seed: Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
@@ -263,6 +265,10 @@ class Study(Strict):
                 raise ValueError(f"vram is what placements are planned for: write `placements: {FITTING}`")
         if any(q.endswith(IMATRIX) for q in self.quants) != (self.imatrix is not None):
             raise ValueError(f"quants that end in {IMATRIX} and `imatrix: CORPUS`, of which it is made, go together")
+        if (self.runner == "endpoint") != bool(self.endpoints):
+            raise ValueError("`runner: endpoint` and `endpoints: {PLACEMENT: http://127.0.0.1:PORT}` go together")
+        if self.endpoints and {a.placement for a in self.arms} != set(self.endpoints):
+            raise ValueError("endpoints: name one for each of the placements, and no others")
         if self.twins == "direct" and self.imatrix:
             raise ValueError("twins: direct is of types alone, which an importance matrix does not change")
         if self.twins == "direct" and self.weights == "real":

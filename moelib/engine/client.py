@@ -125,12 +125,14 @@ class Request(Answer):
 
 
 @contextmanager
-def connect(port: int, key: str) -> Iterator[httpx.Client]:
-    """A client of the server on `port`. Raises RunError for a stall or a lost connection."""
+def connect(server: int | str, key: str) -> Iterator[httpx.Client]:
+    """A client of a server: on this port of this machine, or at this address. Raises RunError for a stall or a lost
+    connection."""
+    base = server if isinstance(server, str) else f"http://127.0.0.1:{server}"
     timeout = httpx.Timeout(process.patience(STALL_S), connect=10)
     headers = {"Authorization": f"Bearer {key}"}
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=timeout, trust_env=False) as c:
+        with httpx.Client(base_url=base, headers=headers, timeout=timeout, trust_env=False) as c:
             yield c
     except httpx.TimeoutException as err:
         raise RunError("engine-stalled", f"the server sent nothing for {timeout.read:g} s: {err}") from None

@@ -66,6 +66,12 @@ class Stopwatch:
     def __init__(self) -> None:
         self._start = _clocks()
         self._busy, self._own = _measured(_busy_s), _measured(_cpu_s, os.getpid())
+        self._faults: tuple[int | None, int | None] = (0, 0)
+
+    def join(self, pid: int) -> None:
+        """Leave out what a server that runs already has spent before."""
+        self._own += _measured(_cpu_s, pid)
+        self._faults = _faults(pid)
 
     def stop(self, server_pid: int | None, device_pid: int | None) -> Use:
         """Call it while the processes are still running: their CPU times are lost when they end."""
@@ -73,7 +79,7 @@ class Stopwatch:
         own = _measured(_cpu_s, os.getpid()) - self._own + children
         busy, now = _measured(_busy_s) - self._busy, _clocks()
         wall, elapsed, boot = (b - a for a, b in zip(self._start, now, strict=True))
-        minor, major = _faults(server_pid)
+        minor, major = map(_since, _faults(server_pid), self._faults)
         return Use(
             elapsed_s=round(elapsed, 6),
             cpus=_measured(_all_cpus),
@@ -125,6 +131,10 @@ def _faults(pid: int | None) -> tuple[int | None, int | None]:
     """(minor, major) page faults of a process; None if the system does not report them (proc(5), stat: 10 and 12)."""
     fields = process.system_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
     return (int(fields[7]), int(fields[9])) if fields else (None, None)
+
+
+def _since(now: int | None, before: int | None) -> int | None:
+    return None if now is None or before is None else now - before
 
 
 def read_bandwidth() -> float:

@@ -32,6 +32,8 @@ DOUBTS = {
     "no-device": "the run had no device, so it has no VRAM",
     "process-not-listed": "the driver lists no process of the run, so its share of the device's growth is unknown; in "
     "a container, share the host's process ids",
+    "running-before": "the server was running before the run, so the device's idle state is not known; the value is "
+    "the process list's alone, and at least the weights that the file's header puts on the device",
     "list-unsupported": "the driver could not list processes, so the run's share of the device's growth is unknown",
     "host-pid": "the driver lists the run's process by the host's id; it is identified because it started and ended "
     "with the run",
@@ -190,7 +192,7 @@ def reconcile(
         floor, ceiling = (engine or 0) + LEAST_CONTEXT_BYTES, (engine or 0) * (1 + SHARE) + context
     if engine is None:
         reasons.append("buffers-unknown" if buffers else "engine-silent")
-        if growth is None or process is None:
+        if (growth is None or process is None) and "running-before" not in reasons:
             value = None  # one account, and nothing to check it against
         ceiling = math.inf
     if value is not None and not floor <= value <= ceiling:
@@ -247,6 +249,8 @@ def _cuda(trace: Trace, tables: int) -> tuple[int | None, str, int | None, int |
             reasons.append("accounts-disagree")
         return process, "nvml-process", process, growth, reasons
     if run_bytes[-1]:  # a list that ended early may have missed the peak
+        if not trace.before:
+            reasons = ["running-before" if r == "device-total-unknown" else r for r in reasons]
         return process, "nvml-process", process, None, reasons
     # the growth is the run's if no other process is listed; while the list failed, another may have been running
     if "list-unsupported" in errors:

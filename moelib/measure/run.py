@@ -191,6 +191,12 @@ def _observe(spec: Spec, quantised: Quantised, runner: Runner, device: devices.D
         job = Job(quantised.path, spec.placed, spec.context_tokens, spec.placed.threads or device.threads)
         cached, untold = _cached(spec, quantised)
         with runner.start(job, session, work) as server:
+            read_before = 0
+            if server.attached:  # the device's idle state is not seen, nor is the server's end
+                idle = ()
+                if server.pid is not None:
+                    monitor_host.join(server.pid)
+                    read_before = process.disk_reads(server.pid) or 0
 
             def count() -> None:
                 if session.counters:
@@ -216,7 +222,7 @@ def _observe(spec: Spec, quantised: Quantised, runner: Runner, device: devices.D
             use = monitor_host.stop(server.pid, session.pid)
             digests, unread = server.files(session.pid, since)
             ended = server.stop()
-            after = monitor.once(lambda: session.settled(idle, server.pid, now))
+            after = () if server.attached else monitor.once(lambda: session.settled(idle, server.pid, now))
             trace = Trace(idle, tuple(readings), after)
             report = server.report()
     try:
@@ -256,7 +262,7 @@ def _observe(spec: Spec, quantised: Quantised, runner: Runner, device: devices.D
         system_files=mapped.get("system_files"),
         host_locked_bytes=locked,
         cached_bytes=cached,
-        disk_read_bytes=disk_reads,
+        disk_read_bytes=None if disk_reads is None else disk_reads - read_before,
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from moelib.catalogue.facts import LLAMA_SERVER, SHIMMY, SHIMMY_GENERATE, EngineFacts
+from moelib.catalogue.facts import ENDPOINT, LLAMA_SERVER, SHIMMY, SHIMMY_GENERATE, EngineFacts
 from moelib.catalogue.params import Workload
 from moelib.catalogue.placement import Placement
 from moelib.engine.buffers import Report
@@ -32,6 +32,7 @@ QUANTITIES = {
     "likeliest": "how likely its tokens are",
     "command": "the flags and the environment of its process",
     "process": "its process, which was not started by this run",
+    "owner": "what its process uses of the host",
     "log": "what it did, in a log that could bear witness",
     "residence": "what it keeps in memory from one request to the next",
 }
@@ -39,8 +40,9 @@ QUANTITIES = {
 EVERYTHING = frozenset(QUANTITIES)
 TELLS: dict[str, frozenset[str]] = {
     LLAMA_SERVER: EVERYTHING,
-    SHIMMY: frozenset({"buffers", "command", "process", "file"}),
+    SHIMMY: frozenset({"buffers", "command", "process", "owner", "file"}),
     SHIMMY_GENERATE: frozenset({"buffers", "command", "file"}),
+    ENDPOINT: frozenset(),  # what one tells is judged, and another may not tell it
 }
 """Name of a runner -> what it tells. By its name in a record and not by what the record holds: a value that its runner
 tells and that is missing was taken out."""
@@ -76,7 +78,9 @@ class Server(ABC):
     """A model that is served, for one run."""
 
     pid: int | None = None
-    """None for a process that was not started here."""
+    """None for a process that cannot be looked at."""
+    attached: bool = False
+    """Whether it ran before this run, and goes on after it."""
     argv: tuple[str, ...] = ()
     """Command line for the record, with the model's file name alone."""
     env: tuple[str, ...] = ()

@@ -56,7 +56,7 @@ class Generating(Server):
         yield None
 
     def prompts(self, workloads: Sequence[Workload], context: int) -> list[Prompt]:
-        return shimmy.prompts(self.runner.llama, self.file, workloads, context)
+        return tokens.prompts(self.runner.llama, self.file, workloads, context)
 
     def connect(self) -> None:
         """There is nothing to connect to."""

@@ -178,7 +178,7 @@ class Serving(Server):
             raise RunError("not-our-server", f"shimmy does not have {self.file.stem}, but {str(listed)[:200]}")
 
     def prompts(self, workloads: Sequence[Workload], context: int) -> list[Prompt]:
-        return prompts(self.runner.llama, self.file, workloads, context)
+        return tokens.prompts(self.runner.llama, self.file, workloads, context)
 
     def connect(self) -> None:
         connect(self.connection)
@@ -231,27 +231,6 @@ class Serving(Server):
 
     def report(self) -> Report:
         return report_of(self.child.text(), self.file)
-
-
-def text_of(w: Workload) -> str:
-    """A workload's prompt. Raises RunError for one that is made of token ids: shimmy takes text alone."""
-    if w.text is None or w.prompt_tokens is not None:
-        raise RunError(
-            "prompt-unsupported", f"shimmy takes text, and {w.name} is of token ids: name a workload that is a text"
-        )
-    return w.text
-
-
-def prompts(llama: Engine, file: Path, workloads: Sequence[Workload], context: int) -> list[Prompt]:
-    """Every workload with its text, counted by the model's tokenizer. Raises RunError for what does not fit."""
-    found = []
-    for w in workloads:
-        text = text_of(w)
-        n = tokens.count(llama, file, text, begin=True)
-        if n + w.generate_tokens > context:
-            raise RunError("context-too-small", f"{w.name} needs {n} + {w.generate_tokens} tokens of {context}")
-        found.append(Prompt(w, text, n))
-    return found
 
 
 def pieces_of(lines: Lines) -> tuple[list[tuple[float, str]], bool]:

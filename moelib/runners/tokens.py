@@ -3,10 +3,13 @@
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
+from moelib.catalogue.params import Workload
 from moelib.engine.client import RunError
 from moelib.engine.engine import Engine
+from moelib.measure.runner import Prompt
 
 LIMIT_S = 120.0
 COUNT = re.compile(r"^Total number of tokens: (\d{1,12})$", re.M)
@@ -32,3 +35,38 @@ def count(llama: Engine, file: Path, text: str, begin: bool) -> int:
         told = done.stderr.decode("utf-8", "replace")[-300:]
         raise RunError("tokenizer", f"llama-tokenize ended with {done.returncode} and no count of {file.name}: {told}")
     return int(found[-1])
+
+
+def prompts(llama: Engine, file: Path, workloads: Sequence[Workload], context: int) -> list[Prompt]:
+    """Every workload with its text, for a server that takes text alone, and how many tokens it is.
+
+    Raises RunError for one that is made of token ids, or does not fit the context.
+    """
+    found = []
+    for w in workloads:
+        if not w.text:
+            raise RunError(
+                "prompt-unsupported",
+                f"this server takes text, and {w.name} is of token ids: name a workload that is a text",
+            )
+        text = w.text if w.prompt_tokens is None else repeated(llama, file, w.text, w.prompt_tokens)
+        n = count(llama, file, text, begin=True)
+        if n + w.generate_tokens > context:
+            raise RunError("context-too-small", f"{w.name} needs {n} + {w.generate_tokens} tokens of {context}")
+        found.append(Prompt(w, text, n))
+    return found
+
+
+def repeated(llama: Engine, file: Path, text: str, tokens: int) -> str:
+    """A text, repeated and cut where it has so many tokens, with the one that begins it: or one or two fewer, where a
+    tokenizer makes no such cut."""
+
+    def counted(length: int) -> int:
+        return count(llama, file, long[:length], begin=True)
+
+    long = " ".join([text] * (tokens // max(1, len(text.split())) + 1))
+    short, enough = 0, len(long)  # counts do not fall as the text grows, but for a token at its end
+    while enough - short > 1:
+        middle = (short + enough) // 2
+        short, enough = (middle, enough) if counted(middle) <= tokens else (short, middle)
+    return long[:short]
