@@ -94,7 +94,15 @@ def build(target: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="moelib-shimmy-") as scratch:
         source = Path(shutil.copytree(fetch(Path(scratch) / "fetch"), Path(scratch) / "source"))
         features = "llama,llama-cuda" if has_cuda() else "llama"
-        argv = ["cargo", "build", "--release", "--locked", "--no-default-features", "--features", features]
+        argv = [
+            shutil.which("cargo") or "cargo",
+            "build",
+            "--release",
+            "--locked",
+            "--no-default-features",
+            "--features",
+            features,
+        ]
         argv += ["--bin", "shimmy", "--jobs", str(jobs()), "--target-dir", f"{scratch}/target"]
         argv += ["--manifest-path", str(source / "Cargo.toml")]
         log, started = target.parent.with_name(f"{target.parent.name}.log"), time.monotonic()

@@ -135,9 +135,12 @@ def prompt_tokens(workload: str) -> Quantity:
 
 
 def device_buffers(*kinds: str) -> Quantity:
-    """Bytes of the engine's buffers of these kinds on the device; None where it reported no buffers."""
+    """Bytes of the engine's buffers of these kinds on the device; None where it reported no buffers, and where there is no
+    device."""
 
     def total(r: Record) -> float | None:
+        if r.device.kind == "none":
+            return None
         sizes = [r.observation.report.device_bytes(kind) for kind in kinds]
         return None if None in sizes else sum(n for n in sizes if n is not None)
 
