@@ -18,6 +18,7 @@ from moelib.machine.mapped import NotListed
 from moelib.measure import device
 from moelib.runners import pick, shimmy, tokens
 from moelib.runners.shimmy import ShimmyError
+from moelib.study.study import Study
 
 MODEL = REPO / "training/models/trained-phimoe/trained-phimoe-F16.gguf"
 LOG = gzip.decompress((REPO / "tests/fixtures/shimmy/serve.log.gz").read_bytes()).decode()
@@ -27,6 +28,7 @@ UNTOLD = {
     *("output-alive", "below-memory-bound", "log-kept"),
 }
 """What cannot be told of a run by shimmy 1.9.0."""
+IGNORED = "0 tensors were put on the CPU, the header moves 12"
 SHARED = {"host-quiet", "watched-lightly"}  # of a machine that tests share
 
 
@@ -63,6 +65,17 @@ def test_what_it_loaded_is_read_from_its_log_load_by_load():
     head, _, last = LOG.rpartition(shimmy.LOADED)
     with pytest.raises(RunError, match="4 times, and not each time the same way"):
         shimmy.report_of(head + shimmy.LOADED + last.replace("overridden to CPU", "left on CPU", 1), SERVED)
+
+
+def test_the_committed_negative_control_is_invalid_wherever_it_should_have_moved_something():
+    """shimmy 2.6.5 takes --cpu-moe and ignores it: its own runs, kept as evidence."""
+    control = Study.read(REPO / "outputs/demo-shimmy-2")
+    assert (control.tally["degraded"], control.tally["invalid"], control.tally["missing"]) == (4, 4, 0)
+    for r in control.records:
+        (moves,) = (c for c in r.audit if c.id == "placement-moves")
+        told = ("0 bytes moved", True) if r.spec.placed.is_baseline else (IGNORED, False)
+        assert (moves.measured, moves.passed, r.status) == (*told, "degraded" if told[1] else "invalid")
+        assert (r.engine.version, r.host.dirty) == ("shimmy 2.6.5", False)
 
 
 @pytest.mark.parametrize(

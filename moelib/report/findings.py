@@ -52,7 +52,10 @@ def headline(study: Study) -> Text:
     if any(r.device.kind == "loopback" for r in runs):
         text += " VRAM here is the resident memory of the process that acts as the device."
     if unmeasured := [name for name in study.statuses if name not in study.measured]:
-        text += f"\n\n**Not measured yet**, and in no table below: {', '.join(map(neutral, unmeasured))}."
+        tried = {f"{r.spec.model}/{r.spec.quant}" for r in study.records}
+        for name, why in (("Not measured yet", set(unmeasured) - tried), ("Without a whole round", tried)):
+            if of := [cell for cell in unmeasured if cell in why]:
+                text += f"\n\n**{name}**, and in no table below: {', '.join(map(neutral, of))}."
     if not study.measured:
         text += "\n\n**Nothing is compared here**: no round is complete. The reasons are listed below."
     return Text("headline", text, cite(runs))

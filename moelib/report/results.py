@@ -275,8 +275,17 @@ def conventions(study: Study) -> Text:
         f"tokens/s: of the tokens after the first {WARM_UP}, which take a GPU longer (in answers of less than "
         f"{2 * WARM_UP}, after the first one), as they arrive at the client. TTFT: from sending a request to its "
         "first token. VRAM: the peak of the run's processes. GB is 10⁹ bytes, GiB and MiB are 2³⁰ and 2²⁰.",
-        f"Intervals are 95 % by Student's t over rounds, ratios on logarithms. Of {n} such ratios of speed about "
-        f"{max(1, round(n / 20))} may miss the truth by chance alone; the verdicts above are corrected for that.",
+        f"Intervals are 95 % by Student's t over rounds, ratios on logarithms.{_by_chance(n)}",
         f"One request at a time, greedy choice of the next token{_diversity(study)}.",
     ]
     return Text("conventions", "\n".join(f"- {s}" for s in sentences), cite(study.used))
+
+
+def _by_chance(n: int) -> str:
+    """How many of n intervals may be wrong."""
+    if not n:
+        return ""
+    return (
+        f" Of {n} such ratios of speed about {max(1, round(n / 20))} may miss the truth by chance alone; the verdicts "
+        "above are corrected for that."
+    )
