@@ -71,7 +71,7 @@ def test_the_committed_negative_control_is_invalid_wherever_it_should_have_moved
     """shimmy 2.6.5 takes --cpu-moe and ignores it: its own runs, kept as evidence."""
     control = Study.read(REPO / "outputs/demo-shimmy-2")
     assert (control.tally["degraded"], control.tally["invalid"], control.tally["missing"]) == (4, 4, 0)
-    for r in control.records:
+    for r in record.read_all(control.path)[0]:
         (moves,) = (c for c in r.audit if c.id == "placement-moves")
         told = ("0 bytes moved", True) if r.spec.placed.is_baseline else (IGNORED, False)
         assert (moves.measured, moves.passed, r.status) == (*told, "degraded" if told[1] else "invalid")

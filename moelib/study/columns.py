@@ -135,7 +135,7 @@ def prompt_tokens(workload: str) -> Quantity:
 
 
 def device_buffers(*kinds: str) -> Quantity:
-    """Bytes of the engine's buffers of these kinds on the device; None where it reported none, or there is no device."""
+    """Bytes of the engine's buffers of these kinds on the device; None where none are known or no device is."""
 
     def total(r: Record) -> float | None:
         if r.device.kind == "none":
