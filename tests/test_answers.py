@@ -353,3 +353,23 @@ def test_values_far_from_the_others_are_named_and_kept(full):
     m = re.search(r"(\d+) of (\d+) are: (.*)\.$", text)
     assert (int(m[2]), len(m[3].split("; "))) == (360, int(m[1]))
     assert 0 < int(m[1]) < 30
+
+
+def test_ttft_by_the_length_of_the_prompt_is_that_of_the_records():
+    """The step at 32 tokens, by hand from the raw JSON."""
+    study = Study.read(REPO / "outputs/h100-prompts")
+    (table,) = results.by_prompt(study)
+    took = defaultdict(list)
+    for file in (study.path / "records").iterdir():
+        run = json.loads(file.read_text(encoding="utf-8"))
+        side = f"{run['spec']['placement']}, {run['spec']['load_mode']}"
+        for tokens in (31, 32):
+            warm = [q for q in run["observed"]["requests"] if q["workload"] == f"drawn-{tokens}" and q["index"]]
+            took[side, tokens].append(fmean(q["token_s"][0] for q in warm))
+    for row in table.rows:
+        of = [math.exp(fmean(map(math.log, took[row["placement"], n]))) for n in (31, 32)]
+        assert [row["31"], row["32"]] == [number(x, 1e3) for x in of]
+        assert row["32 / 31"].split()[0] == number(of[1] / of[0])
+    steps = {row["placement"]: float(row["32 / 31"].split()[0]) for row in table.rows}
+    assert steps["cpu-moe, mmap"] > 2 > 1 > steps["cpu-moe, none"], "a copy from a mapped file costs, a pinned one pays"
+    assert results.by_prompt(Study.read(REPO / "outputs/h100-threads")) == []

@@ -193,10 +193,16 @@ def cache(runs: pd.DataFrame) -> str:
     return ", ".join(sorted(set(map(pagecache.state, runs["cached_share"])))) or stats.NONE
 
 
+FEW = 3
+"""Workloads, that a table shows side by side."""
+
+
 def load_mode_table(study: Study) -> Table:
     """The same placement with its host weights copied to memory of their own, against mapped from the file."""
     last = study.parameters.workloads[-1]
-    columns = {f"tokens/s, {neutral(w)}": f"tokens_per_s/{w}" for w in study.parameters.workloads}
+    workloads = study.parameters.workloads
+    # a study of many prompts is of their TTFT, and so many columns fit no page
+    columns = {f"tokens/s, {neutral(w)}": f"tokens_per_s/{w}" for w in workloads[0 if len(workloads) <= FEW else -1 :]}
     columns[f"TTFT, {neutral(last)}, first request"] = f"ttft_first_s/{last}"
     columns[f"TTFT, {neutral(last)}, warm"] = f"ttft_warm_s/{last}"
     columns |= {"load time": "load_s", "VRAM": "vram_bytes", "host RSS": "host_rss_peak_bytes"}

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 
 import pandas as pd
 
 from moelib.answers import claims, quality, verdicts
 from moelib.answers.verdicts import Answer
+from moelib.audit.bounds import COPIED_TOKENS
 from moelib.base import stats
 from moelib.base.neutral import markdown as neutral
 from moelib.base.stats import Estimate, number, percent
 from moelib.engine.client import WARM_UP
 from moelib.evidence import appendix
-from moelib.evidence.table import Table, Text, below_names, cite, cite_overhead, reference, several_load_modes
+from moelib.evidence.table import Table, Text, below_names, cite, cite_overhead, merged, reference, several_load_modes
 from moelib.report import findings
 from moelib.study import frames, overhead
 from moelib.study.frames import Comparison, Side
@@ -114,6 +116,8 @@ def _quality(study: Study) -> str:
 
 
 MIB = 1 << 20
+ALIKE = 1.05
+"""Two prompts differ by less in length: what differs more in TTFT is no matter of length."""
 ODD = 3.5
 """Robust standard deviations (1.4826 times the median distance from the median) beyond which a value is named."""
 ODD_SHARE = 0.05
@@ -225,6 +229,37 @@ def speed(study: Study, model: str, workload: str) -> Table:
     )
     numbers = tuple(rows[0])[2:] if rows else ()
     return Table(f"speed-{model}-{workload}", rows, sources, note, numbers, unbroken=True)
+
+
+def by_prompt(study: Study) -> list[Table]:
+    """TTFT of warm requests by the length of the prompt, of each model; empty for a study of few lengths."""
+    lengths = {w.prompt_tokens: name for name, w in study.workloads.items() if w.prompt_tokens is not None}
+    if len(lengths) <= findings.FEW:
+        return []
+    return [_by_prompt(study, model, dict(sorted(lengths.items()))) for model in study.runs["model"].unique()]
+
+
+def _by_prompt(study: Study, model: str, lengths: dict[int, str]) -> Table:
+    runs = study.runs[study.runs["model"] == model]
+    columns = {str(n): f"ttft_warm_s/{name}" for n, name in lengths.items()}
+    rows, sources = [], []
+    for cells in zip(*(frames.summaries(runs, c) for c in columns.values()), strict=True):
+        row = {"quant": neutral(cells[0].quant), "placement": placed(study, cells[0].side)}
+        for (head, column), s in zip(columns.items(), cells, strict=True):
+            row[head] = number(stats.geometric_mean(list(s.runs[column])).value if len(s.runs) else None, 1e3)
+        for n, m in pairwise(lengths):
+            if m <= ALIKE * n:
+                both = cells[0].runs[[columns[str(n)], columns[str(m)]]].dropna()
+                pairs = list(both.itertuples(index=False, name=None))
+                row[f"{m} / {n}"] = stats.estimate(stats.ratio(pairs) if pairs else None)
+        rows.append(row)
+        sources.append(merged(s.sources for s in cells))
+    note = (
+        f"TTFT of warm requests in ms by the tokens of the prompt, {neutral(model)}; geometric means, their intervals "
+        f"are in `EVIDENCE.md`. From {COPIED_TOKENS} tokens on llama.cpp copies the experts of a prompt to the GPU, if "
+        "that is not switched off: the ratio [95 % interval] of two lengths beside each other shows what that does."
+    )
+    return Table(f"ttft-by-prompt-{model}", rows, sources, note, tuple(rows[0])[2:] if rows else (), unbroken=True)
 
 
 def odd(study: Study) -> Text:
