@@ -200,11 +200,11 @@ def test_a_misspelt_name_gets_the_nearest_one_or_the_list(argv, says):
     ("words", "offered"),
     [
         ("moelib st", {"study"}),
-        ("moelib study run d", {"demo", "demo-shimmy", "demo-shimmy-generate", "demo-twins"}),
+        ("moelib study run d", {"demo", "demo-shimmy", "demo-shimmy-2", "demo-shimmy-generate", "demo-twins"}),
         ("moelib study run demo --cell trained-phimoe/Q2", {"trained-phimoe/Q2_K", "trained-phimoe/Q2_K-imatrix"}),
         ("moelib quantize deep", {"deepseek-moe-16b"}),
         ("moelib quantize phi-3.5-moe IQ4", {"IQ4_NL", "IQ4_XS"}),
-        ("moelib audit h", {"h100", "h100-twins", "h200-twins"}),
+        ("moelib audit h2", {"h200-twins"}),
         ("moelib he", {"header"}),
         ("moelib header --j", {"--json"}),
     ],
