@@ -28,7 +28,8 @@ class Stub:
 
     cut: the connection breaks; ends: it ends without [DONE]; late: tokens come after [DONE]; more: one token too many;
     error: the server says that it failed; switches: another model answers from the middle on; embeds: it completes no
-    text; no-models: it has no such page; key: it asks for one; nonsense: its pages are no JSON.
+    text; no-models: it has no such page; key: it asks for one; nonsense: its pages are no JSON;
+    negative: it counts what cannot be.
     """
 
     def __init__(self, usage=True, defect=None, names=("m",)):
@@ -95,7 +96,8 @@ class Answers(BaseHTTPRequestHandler):
                 return
         send({**token, "choices": [{"index": 0, "text": "", "finish_reason": "length"}]})
         if self.server.stub.usage:
-            used = {"prompt_tokens": len(fields["prompt"].split()), "completion_tokens": n, "total_tokens": 0}
+            many = -n if defect == "negative" else n
+            used = {"prompt_tokens": len(fields["prompt"].split()), "completion_tokens": many, "total_tokens": 0}
             send({**token, "choices": [], "usage": used})
         if defect != "ends":
             send(DONE)

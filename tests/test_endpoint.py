@@ -133,6 +133,7 @@ def test_memory_and_cpu_time_are_those_of_the_process_that_listens(quantised, tm
         ({"defect": "no-models"}, "not-a-language-model", "is no server of a language model: /v1/models gives 404"),
         ({"defect": "embeds"}, "not-a-language-model", "completes no text: /v1/completions gives 400"),
         ({"defect": "nonsense"}, "answer-unreadable", "is no server of OpenAI's interface"),
+        ({"defect": "negative"}, "answer-unreadable", "is no server of OpenAI's interface"),
         ({"defect": "key"}, "request-refused", "asks for a key: set MOELIB_ENDPOINT_KEY"),
         ({"names": ("a", "b")}, "not-our-model", "does not have x, but "),
         ({"names": ()}, "not-our-model", "does not have x, but "),

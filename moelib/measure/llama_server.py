@@ -32,7 +32,7 @@ SAMPLING = {"temperature": 0, "samplers": ["top_k"], "top_k": 1}
 OUT_OF_MEMORY = re.compile(
     r"out of memory|failed to allocate|unable to allocate|cannot allocate|bad_alloc|ErrorOutOfDeviceMemory", re.I
 )
-_CHECKED = TypeAdapter(Answer)  # so that a value of the wrong type fails here and not in the record
+CHECKED = TypeAdapter(Answer)  # so that a value of the wrong type fails here and not in the record
 
 
 class LlamaServer(Runner):
@@ -221,7 +221,7 @@ def read_stream(lines: Lines, generate_tokens: int) -> Answer:
             arrived.append((round(t, 6), predicted))
     timings = (final or {}).get("timings", {})
     ms = {f"engine_{k}_s": timings.get(f"{k}_ms") for k in ("prompt", "predicted")}
-    return _CHECKED.validate_python(
+    return CHECKED.validate_python(
         {k: timings.get(k) for k in ("prompt_n", "cache_n", "predicted_n")}
         | {k: None if v is None else round(v / 1000, 6) for k, v in ms.items()}
         | {"token_s": tuple(t for t, _ in arrived), "token_n": tuple(n for _, n in arrived)}

@@ -25,7 +25,7 @@ from moelib.engine import client
 from moelib.engine.client import Answer, Lines, RunError
 from moelib.engine.engine import Engine
 from moelib.measure.device import Session
-from moelib.measure.llama_server import connect
+from moelib.measure.llama_server import CHECKED, connect
 from moelib.measure.runner import Content, Job, Prompt, Runner, Server
 from moelib.runners import tokens
 
@@ -153,7 +153,8 @@ class Attached(Server):
                 raise
             what = {"connection-lost": "cannot be reached, or stopped", "engine-stalled": "stopped answering"}
             said = what.get(err.reason, "is no server of OpenAI's interface")
-            raise RunError(err.reason, f"{self} {said} ({err}): see that it runs, and run again") from None
+            why = " ".join(str(err).split())[:SHOWN]
+            raise RunError(err.reason, f"{self} {said} ({why}): see that it runs, and run again") from None
 
     def _only_model(self) -> str:
         """The name of the model that is served: the only one, or the one that is called as the file is."""
@@ -169,7 +170,7 @@ class Attached(Server):
         if len(names) > 1:
             names = [n for n in names if Path(n).name.removesuffix(".gguf") == self.file.stem]
         if len(names) != 1:
-            raise RunError("not-our-model", f"{self} does not have {self.file.stem}, but {told.text[:SHOWN]}")
+            raise RunError("not-our-model", f"{self} does not have {self.file.stem}, but {_line(told)}")
         return names[0]
 
     def _completes(self) -> None:
@@ -180,7 +181,7 @@ class Attached(Server):
         if told.status_code != 200 or not isinstance(_first_choice(told), str):
             raise RunError(
                 "not-a-language-model",
-                f"{self} completes no text: {COMPLETIONS} gives {told.status_code} {told.text[:SHOWN]}",
+                f"{self} completes no text: {COMPLETIONS} gives {told.status_code} {_line(told)}",
             )
 
     def _switched(self, to: str) -> RunError:
@@ -218,19 +219,25 @@ class Attached(Server):
         text, prompt_n = "".join(pieces), used.get("prompt_tokens")
         believed = prompt_n is not None and prompt_n == self.counts.get(self.asked)
         counted = tokens.count(self.llama, self.file, text, begin=False) if text and not believed else 0
-        return Answer(
-            prompt_n=prompt_n if believed else None,
-            cache_n=(used.get("prompt_tokens_details") or {}).get("cached_tokens"),
-            predicted_n=used.get("completion_tokens") if believed else None,
-            engine_prompt_s=None,
-            engine_predicted_s=None,
-            token_s=tuple(arrived),
-            token_n=(),
-            tokens=(),
-            finished=finished,
-            text=text,
-            counted_n=None if believed else counted,
+        return CHECKED.validate_python(
+            {
+                "prompt_n": prompt_n if believed else None,
+                "cache_n": (used.get("prompt_tokens_details") or {}).get("cached_tokens"),
+                "predicted_n": used.get("completion_tokens") if believed else None,
+                "engine_prompt_s": None,
+                "engine_predicted_s": None,
+                "token_s": tuple(arrived),
+                "token_n": (),
+                "tokens": (),
+                "finished": finished,
+                "text": text,
+                "counted_n": None if believed else counted,
+            }
         )
+
+
+def _line(told: httpx.Response) -> str:
+    return " ".join(told.text[:SHOWN].split())
 
 
 def _first_choice(told: httpx.Response) -> object:
