@@ -4,6 +4,7 @@ length, and what laws predict against what was measured."""
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,13 +86,18 @@ def memory_stack(study: Study) -> Any:
     return figure
 
 
+def _in_order(placement: str) -> tuple[float, str]:
+    """By N, then by settings, 8 threads before 16."""
+    return Placement.parse(placement).cpu_layers, re.sub(r"\d+", lambda m: m[0].zfill(9), placement)
+
+
 def _stacks(study: Study, frame: pd.DataFrame, unit: tuple[str, int], ax: Any) -> None:
     """A heading for each quant, and below it a bar for each of its placements in order of N."""
     at, rows, labels, totals = 0, {}, {}, {}
     for quant in _quants(study, frame):
         ax.text(0, at, f" {neutral.label(quant)}", va="center", weight="bold", fontsize=SMALL)
         own = frame[frame["quant"] == quant]
-        for placement in sorted(own["placement"].unique(), key=lambda p: Placement.parse(p).order):
+        for placement in sorted(own["placement"].unique(), key=_in_order):
             at += 1
             runs = own[own["placement"] == placement]
             rows[at], totals[at] = runs[list(PARTS)].mean().clip(lower=0) / unit[1], runs["vram_bytes"].mean() / unit[1]
