@@ -10,14 +10,17 @@ from pathlib import Path
 
 from moelib.audit import audit, record
 from moelib.audit.invariants import Measured
+from moelib.base import files
 from moelib.catalogue import params
 from moelib.catalogue.facts import DeviceFacts, EngineFacts, HostFacts, Manifest
 from moelib.engine import client
 from moelib.engine.buffers import Buffer, Report
+from moelib.gguf import gguf_file, twin
 from moelib.machine import host
 from moelib.measure import run
 from moelib.measure.memory import Reading, Trace, reconcile
 from moelib.measure.nvml import NO_GPU
+from moelib.models.quantize import Quantised
 from moelib.study import gather, plan
 from moelib.study.status import Status
 from moelib.study.study import Contents, Study
@@ -351,3 +354,11 @@ def _swept(quant, n, arm, prompts) -> record.Record:
     names = {"placement": placement, "load_mode": load_mode, "quant": quant, "block": n}
     made = record_of(observed, status="valid", reasons=(), workloads=tuple(f"prompt-{t}" for t in prompts), **names)
     return with_facts(made, "host", ram_read_bytes_per_s=80e9)
+
+
+def nano(folder: Path) -> Quantised:
+    """The smallest twin, unquantised, with a manifest of its own."""
+    path = folder / "x.gguf"
+    sha256 = twin.write(path, params.model("deepseek-moe-16b").at_scale("nano"))
+    manifest = MANIFEST.model_copy(update={"sha256": sha256, "file_bytes": path.stat().st_size})
+    return Quantised(gguf_file.read_header(path), manifest.model_dump(), files.Hashed(path, known=sha256))

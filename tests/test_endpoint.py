@@ -10,20 +10,17 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 from conftest import REPO
-from factory import MANIFEST, record_of, spec, with_facts
+from factory import nano, record_of, spec, with_facts
 from openai_stub import Stub
 
 from moelib.audit import audit, record
-from moelib.base import files
 from moelib.campaign import bench, campaign
 from moelib.catalogue import params
 from moelib.catalogue.facts import ENDPOINT, LLAMA_SERVER
 from moelib.cli import main
-from moelib.gguf import gguf_file, twin
 from moelib.machine import process
 from moelib.measure import device, memory, run
 from moelib.measure.memory import Reading, Trace
-from moelib.models import quantize
 from moelib.report import document
 from moelib.runners import endpoint, pick, tokens
 from moelib.runners.endpoint import Address, EndpointError
@@ -77,10 +74,7 @@ def test_another_machine_is_measured_if_that_is_asked_for():
 
 @pytest.fixture(scope="module")
 def quantised(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "x.gguf"
-    sha256 = twin.write(path, params.model("deepseek-moe-16b").at_scale("nano"))
-    manifest = MANIFEST.model_copy(update={"sha256": sha256, "file_bytes": path.stat().st_size})
-    return quantize.Quantised(gguf_file.read_header(path), manifest.model_dump(), files.Hashed(path, known=sha256))
+    return nano(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

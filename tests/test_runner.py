@@ -5,11 +5,11 @@ from dataclasses import replace
 import openai_stub
 import pytest
 from factory import (
-    MANIFEST,
     block,
     keep,
     log_of,
     measured,
+    nano,
     observation,
     record_of,
     request,
@@ -23,14 +23,11 @@ from openai_stub import NAME, Attached, Stub
 
 from moelib.audit import audit, record, witness
 from moelib.audit.invariants import INVARIANTS
-from moelib.base import files
 from moelib.catalogue import params
 from moelib.catalogue.facts import LLAMA_SERVER, Manifest
 from moelib.engine import logs
 from moelib.engine.buffers import Report
-from moelib.gguf import gguf_file, twin
 from moelib.measure import device, run, runner
-from moelib.models import quantize
 from moelib.study import gather
 
 SMOKE_RUN = {"workloads": ("smoke",), "requests": 2, "context": 256, "device": "none"}
@@ -50,10 +47,7 @@ def known(monkeypatch):
 
 @pytest.fixture(scope="module")
 def quantised(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "x.gguf"
-    sha256 = twin.write(path, params.model("deepseek-moe-16b").at_scale("nano"))
-    manifest = MANIFEST.model_copy(update={"sha256": sha256, "file_bytes": path.stat().st_size})
-    return quantize.Quantised(gguf_file.read_header(path), manifest.model_dump(), files.Hashed(path, known=sha256))
+    return nano(tmp_path_factory.mktemp("model"))
 
 
 def execute(quantised, work, how=lambda t: t, **of_stub):

@@ -94,15 +94,8 @@ def build(target: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="moelib-shimmy-") as scratch:
         source = Path(shutil.copytree(fetch(Path(scratch) / "fetch"), Path(scratch) / "source"))
         features = "llama,llama-cuda" if has_cuda() else "llama"
-        argv = [
-            shutil.which("cargo") or "cargo",
-            "build",
-            "--release",
-            "--locked",
-            "--no-default-features",
-            "--features",
-            features,
-        ]
+        argv = [shutil.which("cargo") or "cargo", "build", "--release", "--locked"]  # the launcher has no PATH
+        argv += ["--no-default-features", "--features", features]
         argv += ["--bin", "shimmy", "--jobs", str(jobs()), "--target-dir", f"{scratch}/target"]
         argv += ["--manifest-path", str(source / "Cargo.toml")]
         log, started = target.parent.with_name(f"{target.parent.name}.log"), time.monotonic()

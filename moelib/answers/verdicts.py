@@ -227,14 +227,15 @@ def least_vram(study: Study) -> Answer:
         return Answer(asked, "open", ("VRAM was not measured: no run has a device.",), frames.sources(runs))
     sentences, least = [], []
     for (model, quant), of_file in away.groupby(["model", "quant"], sort=False):
-        most = of_file.groupby(["context_tokens", "placement", "load_mode"], sort=False)["vram_needed_bytes"].max()
-        cache = of_file["vram_cache_bytes"].groupby([of_file[k] for k in most.index.names], sort=False).max()
+        sides = of_file.groupby(["context_tokens", "placement", "load_mode"], sort=False)
+        most = sides[["vram_needed_bytes", "vram_cache_bytes"]].max()
         told, longer = [], 0.0
-        for context, values in most.groupby("context_tokens"):
-            _, placement, load_mode = values.idxmin()
-            told.append(f"{size(float(values.min()))} at {context:.0f} tokens ({placement}, {load_mode})")
-            longer = max(longer, float(cache[values.idxmin()]) / float(context) * 1024)
-        least.append(float(most.min()))
+        for context, of_context in most.groupby("context_tokens"):
+            at = of_context["vram_needed_bytes"].idxmin()
+            needed, cache = map(float, of_context.loc[at])
+            told.append(f"{size(needed)} at {context:.0f} tokens ({at[1]}, {at[2]})")
+            longer = max(longer, cache / float(context) * 1024)
+        least.append(float(most["vram_needed_bytes"].min()))
         more = f"; {size(longer)} more for each 1,024 tokens of context" if longer > 0 else ""
         sentences.append(f"{neutral(model)}/{neutral(quant)}: {'; '.join(told)}{more}.")
     sentences.append("The cache's share is the engine's buffer over its context: a cache with windows grows less.")

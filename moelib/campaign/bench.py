@@ -37,8 +37,8 @@ from moelib.study.study import Study
 LOCK_S = 30.0  # for another process's last run on the device
 RUN_BYTES = 1 << 20  # a run's logs and record
 WORKLOADS = ("plan-short", "long-512")
-TEXTS, CONTEXT = ("plan-short", "long-512"), 4096
-"""Of an endpoint, which takes text alone."""
+CONTEXT = 4096
+"""Tokens that an endpoint is taken to serve."""
 ANSWER = "ANSWER.md"
 ALONE = "alone"
 """Name that stands for the study in the record of a run that belongs to none."""
@@ -202,6 +202,11 @@ def one(
         return ready.measure(placement, load_mode, workloads, requests, context, keep, attempt=attempt)
 
 
+def stem(file: Path) -> str:
+    """A file's name as a part of a folder's."""
+    return re.sub(r"[^a-z0-9]+", "-", file.stem.lower()).strip("-")[:60]
+
+
 def at_endpoint(
     file: Path,
     url: str,
@@ -216,11 +221,10 @@ def at_endpoint(
     Returns the document, beside its records. Raises EndpointError for an address that cannot be measured, GGUFError,
     QuantizeError, EngineError, and StudyError where no run of it is usable.
     """
-    at, asked = Address.of(url, beyond), (TEXTS, 2, context or CONTEXT)
+    at, asked = Address.of(url, beyond), (WORKLOADS, 2, context or CONTEXT)
     with opened([file], "auto", ENDPOINT, {ANY: at}) as (ready,):
-        stem = re.sub(r"[^a-z0-9]+", "-", file.stem.lower()).strip("-")[:60]
         about = [ready.quantised.manifest["sha256"], at.url, placement, asked]
-        folder = outputs() / f"endpoint-{stem}-{files.digest(about)[:8]}"
+        folder = outputs() / f"endpoint-{stem(file)}-{files.digest(about)[:8]}"
         every = record.read_all(folder)[0]
         for i in range(rounds):
             tried = [r for r in every if r.spec.block == i]
@@ -229,8 +233,8 @@ def at_endpoint(
                 attempt = 1 + max((r.attempt for r in tried), default=0)
                 r = ready.measure(placement, "mmap", *asked, folder, block=i, attempt=attempt)
                 every.append(r)
-            told = [*([r.message] if r.message else []), ", ".join(r.reasons)]
-            say(f"{i + 1} of {rounds}: {r.status} {'; '.join(told)}".rstrip())
+            told = "; ".join(filter(None, (r.message, ", ".join(r.reasons))))
+            say(f"{i + 1} of {rounds}: {r.status} {told}".rstrip())
     usable = [r for r in every if r.done][:rounds]
     if not usable:
         raise StudyError(f"no run of {at.url} is usable: the reasons are above, the records in {folder}")
@@ -243,7 +247,7 @@ def _seen(file: Path, at: Address, placement: str, usable: list[record.Record]) 
     yield f"# {markdown(file.name)} at {at.url}"
     yield f"\n`{placement}` is what it is said to have: nothing that it tells proves that. {len(usable)} runs.\n"
     rows = []
-    for w in TEXTS:
+    for w in WORKLOADS:
         warm = [[q for q in r.observation.requests if q.workload == w and q.index] for r in usable]
         rate = _over_runs([[q.tps for q in run] for run in warm])
         ttft = _over_runs([[q.ttft_s for q in run] for run in warm])

@@ -24,7 +24,7 @@ from moelib.machine import host, process
 from moelib.measure import device, run
 from moelib.measure.llama_server import LlamaServer
 from moelib.models import quantize, remote, sources
-from moelib.runners import endpoint, pick, shimmy
+from moelib.runners import pick, shimmy
 from moelib.study import gather
 from moelib.study.plan import Cell, StudyError
 from moelib.study.status import Status
@@ -59,7 +59,7 @@ def measure(study: Study, cells: Sequence[Cell], obtain: Obtain | None = None) -
     if obtain is None:
         refuse_senseless(study, left)
     llama = engine.find()
-    runner = pick.of(study.parameters.runner, llama, endpoint.addresses(study.parameters.endpoints))
+    runner = pick.of_study(study.parameters, llama)
     where = pick.device_for(runner, study.parameters.device, llama)
     if where.kind == "none" and isinstance(runner, LlamaServer):
         raise StudyError(

@@ -27,7 +27,7 @@ from moelib.models import models, sources
 from moelib.planner import budget, memory, named
 from moelib.planner.budget import CLOSE, GIB, Budget, PlanError, gib
 from moelib.planner.memory import Need
-from moelib.runners import endpoint, pick
+from moelib.runners import pick
 from moelib.study import plan as plans
 from moelib.study.plan import Card, Cell, Foreseen, Plan, StudyError
 from moelib.study.study import Study
@@ -50,9 +50,7 @@ def here(parameters: params.Study) -> Room:
     to do."""
     llama = engine.find()
     try:
-        where = pick.device_for(
-            pick.of(parameters.runner, llama, endpoint.addresses(parameters.endpoints)), parameters.device, llama
-        )
+        where = pick.device_for(pick.of_study(parameters, llama), parameters.device, llama)
     except device.DeviceError as err:
         other = "or plan for another machine's card: `moelib study plan NAME --vram 12GiB`"
         raise device.DeviceError(f"{err}; {other}") from None

@@ -7,7 +7,6 @@ own tells before the rounds.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +34,6 @@ from moelib.study.study import Study
 SHORT, LONG = "plan-short", "mixed-512"
 ROUNDS = 3
 REQUESTS = 2
-DOCUMENT = "ANSWER.md"
 NO_ROOM = "out-of-memory"
 
 
@@ -50,7 +48,7 @@ class Measured:
 
     @property
     def path(self) -> Path:
-        return self.study.path / DOCUMENT
+        return self.study.path / bench.ANSWER
 
     @property
     def answer(self) -> Need | None:
@@ -217,9 +215,9 @@ def _workloads(context: int) -> tuple[str, ...]:
 
 def _name(plan: Plan, sha256: str, rounds: int, where: Device, asked: tuple[object, ...]) -> str:
     """The same question about the same file has the same folder, so that it is answered once."""
-    stem = re.sub(r"[^a-z0-9]+", "-", plan.header.path.stem.lower()).strip("-")[:60]
     about = [sha256, plan.budget.vram_bytes, plan.budget.ram_bytes, plan.budget.context, str(plan.settings)]
-    return f"measure-{stem}-{files.digest([*about, rounds, where.kind, where.uuid or where.name, asked])[:8]}"
+    about += [rounds, where.kind, where.uuid or where.name, asked]
+    return f"measure-{bench.stem(plan.header.path)}-{files.digest(about)[:8]}"
 
 
 def document(measured: Measured) -> str:

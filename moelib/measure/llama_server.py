@@ -186,13 +186,12 @@ def top_logprobs(connection: httpx.Client, prompt: Content) -> tuple[float | Non
     return tuple(p if p is not None and math.isfinite(p) else None for p in logprobs)
 
 
-def connect(connection: httpx.Client, path: str = "/health") -> None:
-    """Open a connection before the clock starts. The server closes it after a stream, whatever its headers say, and a
-    pooled connection may be closed at any moment."""
+def connect(connection: httpx.Client, path: str = "/health") -> httpx.Response:
+    """Open a connection before the clock starts; what the server says there. The server closes it after a stream,
+    whatever its headers say, and a pooled connection may be closed at any moment."""
     for _ in range(3):
         try:
-            client.answer(connection, "GET", path)
-            return
+            return client.answer(connection, "GET", path)
         except httpx.TimeoutException:
             raise  # if the server hangs, another attempt would hang too
         except httpx.TransportError as err:

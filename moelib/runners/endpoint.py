@@ -158,8 +158,7 @@ class Attached(Server):
 
     def _only_model(self) -> str:
         """The name of the model that is served: the only one, or the one that is called as the file is."""
-        self.connect()
-        told = client.answer(self.connection, "GET", MODELS)
+        told = connect(self.connection, MODELS)
         if told.status_code in (401, 403):
             raise RunError("request-refused", f"{self} asks for a key: set {KEY}")
         if told.status_code != 200:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from moelib.catalogue import params
 from moelib.catalogue.facts import ENDPOINT, LLAMA_SERVER, SHIMMY
 from moelib.engine.engine import Engine
 from moelib.measure import device
@@ -19,6 +20,11 @@ def of(name: str, llama: Engine, endpoints: Mapping[str, endpoint.Address] | Non
     if name == ENDPOINT:
         return endpoint.Endpoint(endpoints or {}, llama)
     return (shimmy.ShimmyServe if name == SHIMMY else generate.ShimmyGenerate)(shimmy.find(), llama)
+
+
+def of_study(parameters: params.Study, llama: Engine) -> Runner:
+    """The runner of a study, at the addresses that it names."""
+    return of(parameters.runner, llama, endpoint.addresses(parameters.endpoints))
 
 
 def device_for(runner: Runner, kind: str, llama: Engine) -> Device:

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import tempfile
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,8 +66,5 @@ def repeated(llama: Engine, file: Path, text: str, tokens: int) -> str:
         return count(llama, file, long[:length], begin=True)
 
     long = " ".join([text] * (tokens // max(1, len(text.split())) + 1))
-    short, enough = 0, len(long)  # counts do not fall as the text grows, but for a token at its end
-    while enough - short > 1:
-        middle = (short + enough) // 2
-        short, enough = (middle, enough) if counted(middle) <= tokens else (short, middle)
-    return long[:short]
+    # counts do not fall as the text grows, but for a token at its end
+    return long[: bisect_right(range(len(long)), tokens, lo=1, key=counted) - 1]
