@@ -464,12 +464,41 @@ def test_a_text_that_is_too_short_gives_a_failed_record_and_no_number(desk, home
 
 @pytest.mark.engine
 def test_weights_that_are_no_numbers_give_a_failed_record(desk, home, words_file, tmp_path):
+    r = desk.follow(spec_of(), 1, without_numbers(tmp_path), words_file)
+    assert (r.status, r.reasons, r.found) == ("failed", ("not-a-number",), None), r.message
+
+
+@pytest.mark.engine
+def test_a_reason_that_the_tool_took_with_it_is_asked_for_again(desk, home, words_file, tmp_path, monkeypatch):
+    """llama.cpp's log is written by another thread, and its last lines are lost when the tool exits first."""
+    r, answers = following_with_lost_logs(desk, without_numbers(tmp_path), words_file, monkeypatch, passes.TRIES - 1)
+    assert (r.status, r.reasons, len(answers)) == ("failed", ("not-a-number",), passes.TRIES), r.message
+
+
+@pytest.mark.engine
+def test_a_tool_that_never_says_its_reason_is_asked_three_times(desk, home, words_file, tmp_path, monkeypatch):
+    r, answers = following_with_lost_logs(desk, without_numbers(tmp_path), words_file, monkeypatch, 9)
+    assert (r.status, r.reasons, len(answers)) == ("failed", ("engine-ended",), passes.TRIES), r.message
+
+
+def without_numbers(folder):
     file = quantize.unquantised(models.make_twin("deepseek-moe-16b", "nano"))
     nan = np.frombuffer(np.float16("nan").tobytes(), np.uint8)
     tensor = next(t.name for t in file.header.tensors if "attn_q" in t.name)
-    wrong = harmed(file, tmp_path / "nan.gguf", tensor, lambda b: np.tile(nan, len(b) // 2))
-    r = desk.follow(spec_of(), 1, wrong, words_file)
-    assert (r.status, r.reasons, r.found) == ("failed", ("not-a-number",), None), r.message
+    return harmed(file, folder / "nan.gguf", tensor, lambda b: np.tile(nan, len(b) // 2))
+
+
+def following_with_lost_logs(desk, file, text, monkeypatch, lost):
+    """The real tool, of whose first logs the line with the reason is cut."""
+    answers, once = [], passes._once
+
+    def cut(*args):
+        code, log = once(*args)
+        answers.append(code)
+        return code, passes.NO_NUMBER.sub("", log) if len(answers) <= lost else log
+
+    monkeypatch.setattr(passes, "_once", cut)
+    return desk.follow(spec_of(), 1, file, text), answers
 
 
 @pytest.mark.engine

@@ -25,6 +25,7 @@ from moelib.measure.llama_server import OUT_OF_MEMORY
 from moelib.quality.passes import ending, names_alone
 
 LIMIT_S = 6 * 3600.0  # for one pass: the tool says nothing between chunks
+TRIES = 3  # its log is written by a thread that its exit may not wait for: the reason was lost in 1 to 16 of 100 runs
 COUNTED = re.compile(r"^blk\.(\d{1,9})\.ffn_(?:gate|up|down|gate_up)_exps\.weight$")
 TOO_SHORT = re.compile(r"you need at least|not be enough tokens")
 NO_NUMBER = re.compile(r"non-finite values detected in (\S{1,100})")
@@ -110,16 +111,13 @@ def count(
     into.unlink(missing_ok=True)
     args = argv(llama, header.path, how, context, chunks, ubatch, into)
     try:
-        code, text = _once(args, how, log)
-        if TOO_SHORT.search(text):
-            raise RunError("text-too-short", f"{_least(how, context, 2)}; its log ends:\n{ending(text)}")
-        if m := NO_NUMBER.search(text):
-            raise RunError("not-a-number", f"{header.path.name} computes what is no number in {m[1]}: it is damaged")
-        if OUT_OF_MEMORY.search(text):
-            hint = "set `placement: cpu-moe` under `quality` in the study"
-            raise RunError("out-of-memory", f"{header.path.name} does not fit at {how.placed}: {hint}")
-        if code:
-            raise RunError("engine-ended", f"llama-imatrix ended with {code}; its log ends:\n{ending(text)}")
+        for attempt in range(TRIES):
+            code, text = _once(args, how, log)
+            _refuse_said(text, header, how, context)
+            if not code:
+                break
+            if code < 0 or attempt == TRIES - 1:
+                raise RunError("engine-ended", f"llama-imatrix ended with {code}; its log ends:\n{ending(text)}")
         found = _selections(into, Experts.in_file(header))
         _refuse_misfit(found, Experts.in_file(header), how, context, chunks)
         if keep:
@@ -127,6 +125,17 @@ def count(
     finally:
         into.unlink(missing_ok=True)
     return Pass(found, names_alone(args), log)
+
+
+def _refuse_said(text: str, header: Header, how: How, context: int) -> None:
+    """Raise RunError for what the tool's log says went wrong."""
+    if TOO_SHORT.search(text):
+        raise RunError("text-too-short", f"{_least(how, context, 2)}; its log ends:\n{ending(text)}")
+    if m := NO_NUMBER.search(text):
+        raise RunError("not-a-number", f"{header.path.name} computes what is no number in {m[1]}: it is damaged")
+    if OUT_OF_MEMORY.search(text):
+        hint = "set `placement: cpu-moe` under `quality` in the study"
+        raise RunError("out-of-memory", f"{header.path.name} does not fit at {how.placed}: {hint}")
 
 
 def _selections(path: Path, experts: Experts) -> Selections:
