@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import click
 
 from moelib.base import neutral
-from moelib.terminal import CELLS, FAILED, MEASURED, STUDIES, Group, say, say_all
+from moelib.terminal import CELLS, FAILED, INVALID, MEASURED, MISSING, STUDIES, Group, say, say_all
 
 if TYPE_CHECKING:
     from moelib.study.plan import Cell
+    from moelib.study.status import Status
     from moelib.study.study import Study
 
 
@@ -34,34 +35,82 @@ def study_run(name: str, cell: str | None) -> None:
 
     asked, cells = campaign.select(name, cell)
     planned = sum(len(c.specs) for c in cells)
-    before = sum(asked.statuses[c.name].usable for c in cells)
+    before = sum(s.usable for s in _statuses(asked, cells, cell))
     if before < planned:
         if note := campaign.device_note(asked):
             say(f"{name} {note}")
         for line in ahead(asked, cells):
             say(line)
-    books = len({c.model for c in cells} if asked.parameters.interleaved else cells)
+    books = len(campaign.together(asked, cells))
     say(f"{name}: {books} notebooks, {planned} runs, {before} of them done")
     bar = tqdm(total=planned, initial=before, unit="run", disable=None)
     # the bar counts the records on disk: reading them all would disturb the runs
     written = asked.path / "records"
     known = before - len(list(written.glob("*.json")))
+    taken = None
     with bar, monitor.repeating(lambda: bar.update(known + len(list(written.glob("*.json"))) - bar.n), 1.0):
-        problems = campaign.run_cells(asked, cells, say=tqdm.write)
+        try:
+            problems = campaign.run_cells(asked, cells, say=tqdm.write)
+        except campaign.CellsTaken as err:
+            taken, problems = err, err.problems
     measured = asked.again()
+    statuses = _statuses(measured, cells, cell)
     if cell:
-        for one in cells:
-            say(f"{one.name}: {measured.statuses[one.name].summary()}")
+        for one, status in zip(cells, statuses, strict=True):
+            say(f"{one.name}: {status.summary()}")
     else:
         problems = list(dict.fromkeys([*problems, *measured.problems]))
         say(measured.summary())
     say_all(problems, err=True)
+    if taken:
+        raise taken
     if not cell and measured.done:
         say(f"document: {os.path.relpath(document.report(name, progress=False).path)}")
     elif not cell:
         say("no document: no run has a result", err=True)
-    if problems:
-        sys.exit(FAILED)
+    sys.exit(_code(statuses, problems))
+
+
+def _statuses(asked: "Study", cells: "list[Cell]", cell: str | None) -> "list[Status]":
+    """Of some cells by their own records alone: a scheduler asks for each cell of a large study."""
+    return [asked.status_now(c) if cell else asked.statuses[c.name] for c in cells]
+
+
+@study.command("cells")
+@click.argument("name", shell_complete=STUDIES)
+@click.option("--json", "as_json", is_flag=True, help="For a program: a list of objects.")
+def study_cells(name: str, as_json: bool) -> None:
+    """List what `study run NAME --cell` takes, each measured by one process on one machine; writes nothing.
+
+    A study whose quants take turns has a cell for each model, any other one for each model and quant.
+    """
+    import json
+
+    from moelib.campaign import campaign
+
+    listed = [
+        {
+            "cell": label,
+            "model": group[0].model,
+            "quants": [c.quant for c in group],
+            "runs": sum(len(c.specs) for c in group),
+        }
+        for label, group in campaign.together(*campaign.select(name))
+    ]
+    if as_json:
+        say(json.dumps(listed, indent=1))
+        return
+    for one in listed:
+        say(f"{one['cell']}  {one['runs']} runs")
+
+
+def _code(statuses: "list[Status]", problems: list[str]) -> int:
+    """What became of cells, as an exit code."""
+    if any(status.tally["missing"] or status.failed for status in statuses):
+        return MISSING
+    if any(status.tally["invalid"] for status in statuses):
+        return INVALID
+    return FAILED if problems else 0
 
 
 def ahead(asked: "Study", cells: "list[Cell]") -> Iterator[str]:
@@ -202,6 +251,28 @@ def publish(name: str, namespace: str, yes: bool, public: bool | None) -> None:
 
 
 @click.command()
+@click.argument("into", type=click.Path(path_type=Path))
+@click.argument("sources", metavar="FROM...", nargs=-1, required=True, type=click.Path(path_type=Path))
+def merge(into: Path, sources: tuple[Path, ...]) -> None:
+    """Bring the study folders FROM, of several machines, into the folder INTO, which may be there or not.
+
+    Every record is verified and audited first. Refused: folders of other plans, two records of one run, a round of two
+    machines, a cell of two engines, devices or files. The order of FROM does not matter.
+    """
+    from moelib.merge import merge as merging
+    from moelib.merge import setups
+    from moelib.study.study import Study
+
+    merged = merging.merge(into, sources)
+    say(f"{into}: {merged.records} records, {merged.new} files new")
+    lines = setups.said(merged.setups)
+    if lines:
+        say(f"{len(lines)} kinds of machine, whose numbers are not compared with each other:")
+        say_all(lines)
+    say(Study.read(into).summary())
+
+
+@click.command()
 @click.argument("name", shell_complete=STUDIES)
 @click.option("--cell", shell_complete=CELLS, help="Only MODEL/QUANT, or all of MODEL.")
 def quality(name: str, cell: str | None) -> None:
@@ -270,4 +341,4 @@ def experts(name: str, cell: str | None, tokens: int, twins: bool, beside: str |
     sys.exit(0 if done == len(specs) else FAILED)
 
 
-COMMANDS = (study, quality, experts, audit, report, card, publish)
+COMMANDS = (study, merge, quality, experts, audit, report, card, publish)

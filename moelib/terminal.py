@@ -4,7 +4,9 @@ completed and corrected."""
 import errno
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -13,7 +15,14 @@ import click
 from moelib.base import neutral
 
 FAILED = 1
-"""Exit code when something was wrong; 2 is click's for a wrong call, 130 for Ctrl-C."""
+"""Exit code when something was wrong; 2 is click's for a wrong call."""
+INVALID, MISSING = 3, 4
+"""Exit codes of a study that ran to its end: runs have results that do not stand; runs have none."""
+TAKEN = 75
+"""Exit code where another process has what is needed, and the same command succeeds later (EX_TEMPFAIL of sysexits.h):
+what a scheduler runs again."""
+STOPPED = 128
+"""Exit code of what a signal ended, beside the signal's number: 130 for Ctrl-C, 143 for SIGTERM."""
 PLACES = "MOELIB_OUTPUTS (studies) or MOELIB_MODELS (model files)"
 CURES = {
     **dict.fromkeys(
@@ -50,6 +59,23 @@ def say_all(problems: list[str], err: bool = False) -> None:
         say(f"  {neutral.plain(p, None)}", err)
 
 
+def _stop_in_peace() -> None:
+    """Take SIGTERM, which schedulers send before they kill, as Ctrl-C. A second one does not disturb the end."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+
+    def stop(number: int, _: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        stopped.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+
+
+stopped: list[int] = []
+"""Signals other than Ctrl-C's that ended this process."""
+
+
 class Group(click.Group):
     """Turns errors into one message and an exit code; ends quietly if the reader of the output goes away."""
 
@@ -57,6 +83,7 @@ class Group(click.Group):
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):  # a terminal that has no `→` shows a `?`
                 stream.reconfigure(errors="replace")
+        _stop_in_peace()
         return super().main(*args, **kwargs)
 
     def resolve_command(
@@ -76,7 +103,7 @@ class Group(click.Group):
             raise
         except KeyboardInterrupt:
             say("\nmoelib: interrupted; what is finished is kept, run the same command to go on", err=True)
-            sys.exit(130)
+            sys.exit(STOPPED + (stopped or [signal.SIGINT])[0])
         except OSError as err:
             if isinstance(err, Unprinted):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would try again at its end
@@ -85,6 +112,7 @@ class Group(click.Group):
                 say(f"moelib: {err.filename or type(err).__name__}: {err.strerror or err}; {cure}", err=True)
             sys.exit(FAILED)
         except Exception as err:
+            from moelib.base.files import InUse
             from moelib.base.schema import UserError
 
             if isinstance(err, UserError):
@@ -93,7 +121,7 @@ class Group(click.Group):
                 logging.getLogger(__name__).info("where it went wrong", exc_info=err)
                 what = neutral.plain(f"{type(err).__name__}: {err}")
                 say(f"moelib: {what}; this is a bug in moelib: report it with the output of `moelib -v`", err=True)
-            sys.exit(FAILED)
+            sys.exit(TAKEN if isinstance(err, InUse) else FAILED)
 
 
 class Formatter(logging.Formatter):

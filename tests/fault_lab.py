@@ -17,6 +17,7 @@ from conftest import SMOKE, furnish
 from factory import SHARED, spec
 
 from moelib.audit import record as records
+from moelib.base import files
 from moelib.campaign import campaign
 from moelib.catalogue import params
 from moelib.engine import engine
@@ -115,7 +116,7 @@ class Lab:
 
     @property
     def server_log(self):
-        return self.folder.work / str(os.getpid()) / "server.log"
+        return self.folder.work / f"{files.node()}.{os.getpid()}" / "server.log"
 
     def measure(self, within=contextlib.nullcontext):
         """Do what is not done; what was wrong with the runs that were done now, or `valid`."""

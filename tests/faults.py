@@ -658,6 +658,8 @@ def interrupted(folder: Path, chance: random.Random, times: int, stop: Callable)
                     shutil.rmtree(folder / "models")
             elif stop is ctrl_c:
                 assert run.returncode in (130, -signal.SIGINT), f"{now}: {run.returncode}\n{errors[-2000:]}"
+            elif stop is terminate:  # by the signal itself where Python had hardly begun
+                assert run.returncode in (143, -signal.SIGTERM), f"{now}: {run.returncode}\n{errors[-2000:]}"
         assert no_orphans(), "an engine outlived its study"
         for _ in range(2):  # what a kernel left may still hold the device for a moment
             done = subprocess.run(
@@ -688,6 +690,12 @@ def ctrl_c(run: subprocess.Popen, chance: random.Random) -> None:
         os.killpg(run.pid, signal.SIGINT)  # as a terminal does: the whole foreground group
 
 
+def terminate(run: subprocess.Popen, chance: random.Random) -> None:
+    """As schedulers do before they kill: to the process alone, or to all of its group."""
+    with contextlib.suppress(ProcessLookupError):
+        (os.kill if chance.random() < 0.5 else os.killpg)(run.pid, signal.SIGTERM)
+
+
 def no_orphans(within_s: float = 15) -> bool:
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
@@ -698,7 +706,7 @@ def no_orphans(within_s: float = 15) -> bool:
     return False
 
 
-for _name, _stop, _often in (("kill -9", kill, 5), ("Ctrl-C", ctrl_c, 1)):
+for _name, _stop, _often in (("kill -9", kill, 5), ("Ctrl-C", ctrl_c, 1), ("SIGTERM", terminate, 1)):
 
     @fault(f"{_name} at random moments", "kill", "nothing lost", 120)
     def _(folder, chance, rounds, stop=_stop, often=_often):

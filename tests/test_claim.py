@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from moelib.base import claim, files
+from moelib.base import files
+from moelib.locks import claim
 
 HOLD = """
 import sys
-from moelib.base import claim
+from moelib.locks import claim
 with claim.device(sys.argv[1] or None, "device cuda", 0):
     print("held", flush=True)
     sys.stdin.readline()

@@ -23,7 +23,8 @@ def test_it_is_survived(campaign, name):
 
 KINDS = """does not start, port taken, hangs at load, out of memory, dies mid-stream, stalls, stream cut, stream split,
 short output, cache hit, flag ignored, CPU instead of the GPU, NaN, disk full, truncated, bit-flipped,
-foreign process, two studies on one GPU, kill -9, Ctrl-C, floods its log, without end, library exchanged, cold file"""
+foreign process, two studies on one GPU, kill -9, Ctrl-C, SIGTERM, floods its log, without end,
+library exchanged, cold file"""
 
 
 @pytest.mark.parametrize("kind", " ".join(KINDS.split()).split(", "))

@@ -60,11 +60,13 @@ def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
 def test_partial_files_of_ended_processes_are_removed_and_those_of_running_ones_kept(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    (tmp_path / f".x.{dead.pid}.partial").touch()
-    living = tmp_path / f".x.{os.getppid()}.partial"
+    (tmp_path / f".x.{files.node()}.{dead.pid}.partial").touch()
+    living = tmp_path / f".x.{files.node()}.{os.getppid()}.partial"
+    elsewhere = tmp_path / f".x.another-host.{dead.pid}.partial"
     living.touch()
+    elsewhere.touch()
     files.write_bytes(tmp_path / "x", b"1")
-    assert sorted(os.listdir(tmp_path)) == sorted([living.name, "x"])
+    assert sorted(os.listdir(tmp_path)) == sorted([living.name, elsewhere.name, "x"])
 
 
 def test_kill_at_any_moment_leaves_a_whole_file(tmp_path):

@@ -8,9 +8,11 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
+from click.testing import CliRunner
 from conftest import REPO, SMOKE, furnish
 from factory import (
     WORKLOADS,
@@ -26,16 +28,21 @@ from factory import (
     with_spec,
 )
 
+from moelib import cli, cli_study
 from moelib.audit import record
 from moelib.base import files
 from moelib.campaign import campaign, notebooks
 from moelib.catalogue import params
 from moelib.evidence import appendix as evidences
+from moelib.locks import claim, lease
+from moelib.machine import host
 from moelib.report import document
 from moelib.report import results as report
 from moelib.study import gather, plan, study
 from moelib.study.plan import StudyError
+from moelib.study.status import Status
 from moelib.study.study import Study
+from moelib.terminal import INVALID, MISSING, TAKEN
 
 MOELIB = [sys.executable, "-m", "moelib.cli"]
 
@@ -399,7 +406,7 @@ def test_a_failed_cell_leaves_the_rest_running_and_the_exit_code_says_so(home, m
         (tools / tool.name).chmod(0o755)
     own = home / "models"
     done = command(home, own, "study", "run", "smoke", MOELIB_LLAMA_CPP=str(tools))
-    assert done.returncode == 1
+    assert done.returncode == MISSING
     assert "2 of 4 runs usable" in done.stdout
     assert "Q2_K" in done.stderr
     assert "broken on purpose" in done.stderr
@@ -497,3 +504,88 @@ def test_runs_that_nobody_tried_are_counted_where_they_are_many():
     many = [f"m/Q8_0 baseline, mmap, round {i}: not run" for i in range(5)]
     failed = ["m/Q8_0 cpu-moe, mmap, round 1: invalid: counts-exact: x"]
     assert evidences._listed(few + many + failed) == ["m/Q8_0: 5 runs were not run", *few, *failed]
+
+
+def lessened(home):
+    """A study that was whole, without one of its runs."""
+    next((home / "outputs/smoke/records").glob("*cpu-moe*")).unlink()
+    return home / "outputs/smoke"
+
+
+@pytest.mark.engine
+def test_a_cell_that_another_process_has_is_taken_and_can_be_had_later(copy, models_folder):
+    out = lessened(copy)
+    args = ("study", "run", "smoke", "--cell", "deepseek-moe-16b/Q8_0")
+    with lease.hold(out / "leases/deepseek-moe-16b-Q8_0", "the cell", host.identity()):
+        done = command(copy, models_folder, *args, MOELIB_PATIENCE="0.01")
+        assert done.returncode == TAKEN == 75
+        said = f"deepseek-moe-16b/Q8_0 of study smoke is in use by process {os.getpid()}; wait for it to end"
+        assert f"moelib: {said}, then run again" in done.stderr
+    with claim.device(None, "device loopback", 0):  # this one only the notebook's kernel finds out
+        done = command(copy, models_folder, *args, MOELIB_PATIENCE="0.01")
+        assert done.returncode == TAKEN
+        assert f"device loopback is in use by process {os.getpid()}" in done.stderr
+    assert len(list((out / "records").glob("*.json"))) == 3
+    done = command(copy, models_folder, *args)
+    assert done.returncode == 0, done.stderr
+    assert len(list((out / "records").glob("*.json"))) == 4
+
+
+@pytest.mark.engine
+def test_a_notebook_that_does_not_show_all_records_is_executed_again(copy, models_folder):
+    out = lessened(copy)
+    book = out / "notebooks/deepseek-moe-16b-Q8_0.ipynb"
+    before = book.read_bytes()
+    assert command(copy, models_folder, "study", "run", "smoke").returncode == 0
+    digests = [r.digest for r in record.read_all(out)[0]]
+    assert notebooks.is_whole(book, digests)
+    book.write_bytes(before)
+    assert notebooks.is_whole(book)
+    assert not notebooks.is_whole(book, digests)
+    assert command(copy, models_folder, "study", "run", "smoke", "--cell", "deepseek-moe-16b").returncode == 0
+    assert notebooks.is_whole(book, digests)
+
+
+@pytest.mark.parametrize(
+    ("tallies", "failed", "problems", "code"),
+    [
+        ([{"valid": 2}, {"degraded": 2}], 0, [], 0),
+        ([{"valid": 2}, {"valid": 1, "invalid": 1}], 0, ["x"], INVALID),
+        ([{"valid": 1, "missing": 1}, {"invalid": 1}], 0, ["x"], MISSING),
+        ([{"valid": 1, "invalid": 1}], 1, ["x"], MISSING),
+        ([{"valid": 2}], 0, ["the notebook failed"], 1),
+    ],
+)
+def test_the_exit_code_tells_what_became_of_runs(tallies, failed, problems, code):
+    statuses = [Status((), (), Counter(t), failed=failed) for t in tallies]
+    assert cli_study._code(statuses, problems) == code
+
+
+def test_of_two_plans_the_first_one_stands(home):
+    """Two hosts that share the folder begin at once, with other parameters."""
+    first, _ = campaign.select("smoke")
+    path = home / "params/studies/smoke.yaml"
+    path.write_text(SMOKE.replace("seed: 1", "seed: 2"), encoding="utf-8")
+    params._yaml.cache_clear()
+    second, _ = campaign.select("smoke")
+    first.begin()
+    first.begin()
+    with pytest.raises(StudyError, match="was written with other parameters by now"):
+        second.begin()
+    assert plan.read(first.path / "plan.json") == first.plan
+    assert sorted(p.name for p in first.path.iterdir()) == ["plan.json"]
+
+
+def test_cells_are_listed_as_one_process_measures_them(home):
+    def listed(study, *args):
+        return CliRunner().invoke(cli.main, ["study", "cells", study, *args])
+
+    assert listed("smoke").output == "deepseek-moe-16b/Q8_0  4 runs\n"
+    (cell,) = json.loads(listed("smoke", "--json").output)
+    assert cell == {"cell": "deepseek-moe-16b/Q8_0", "model": "deepseek-moe-16b", "quants": ["Q8_0"], "runs": 4}
+    taking_turns = json.loads(listed("demo", "--json").output)
+    assert [c["cell"] for c in taking_turns] == [c["model"] for c in taking_turns]
+    for c in taking_turns:
+        names = {x.name for x in campaign.select("demo", c["cell"])[1]}
+        assert {f"{c['model']}/{q}" for q in c["quants"]} == names
+    assert not (home / "outputs").exists(), "listing writes nothing"

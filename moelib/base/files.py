@@ -4,13 +4,17 @@ import errno
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar, dataclass_transform
 
 import psutil
@@ -34,6 +38,10 @@ MAKE_ROOM = (
 
 class FileError(UserError):
     """Disk space, a lock or a file prevents the operation; the message says what to do."""
+
+
+class InUse(FileError):
+    """Another process has it: try again later."""
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
@@ -96,17 +104,23 @@ def state(path: Path) -> dict[str, int]:
     return {"bytes": s.st_size, "mtime_ns": s.st_mtime_ns, "ctime_ns": s.st_ctime_ns}
 
 
+@cache
+def node() -> str:
+    """This host's name as a part of a file's: of processes in a folder that hosts share, which are this one's."""
+    return re.sub(r"[^A-Za-z0-9-]+", "-", platform.node())[:60] or "host"
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`; renamed over it on success, removed on failure.
 
-    The name carries the process id, so that a partial file of a killed process is never mistaken for a good one and
-    is swept by the next writer.
+    The name carries host and process, so that a partial file of a killed process is never mistaken for a good one and
+    is swept by this host's next writer; of another host's processes nothing is known.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{node()}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for stale in path.parent.glob(f".{path.name}.*.partial"):
+        for stale in path.parent.glob(f".{path.name}.{node()}.*.partial"):
             owner = stale.name.split(".")[-2]
             if not (owner.isdigit() and psutil.pid_exists(int(owner))):
                 stale.unlink(missing_ok=True)
@@ -134,6 +148,34 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Write atomically: after a crash the file has its old or its new content, never a part."""
     with replacing(path) as partial:
         partial.write_bytes(data)
+
+
+def write_new(path: Path, data: bytes) -> bool:
+    """Write atomically where there is no file yet; False where there is one by now. Of several hosts that share the
+    folder one wins: a link to a name that exists fails on NFS too (open(2), O_EXCL)."""
+    with TemporaryDirectory(dir=_made(path.parent), prefix=f".{path.name}.") as folder:
+        write_bytes(whole := Path(folder) / path.name, data)
+        try:
+            os.link(whole, path)
+        except FileExistsError:
+            return False
+        except OSError as err:
+            if err.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            return _written_alone(path, data)  # a disk without links, which is no shared one
+    return True
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _written_alone(path: Path, data: bytes) -> bool:
+    if path.exists():
+        return False
+    write_bytes(path, data)
+    return True
 
 
 def pretty(data: Any) -> bytes:
@@ -200,8 +242,8 @@ def need_locks() -> None:
         raise FileError("moelib needs the file locks of Linux and macOS; on Windows, run it under WSL2")
 
 
-def in_use(subject: str, owner: str) -> FileError:
-    return FileError(f"{subject} is in use by {owner}; wait for it to end, then run again")
+def in_use(subject: str, owner: str) -> InUse:
+    return InUse(f"{subject} is in use by {owner}; wait for it to end, then run again")
 
 
 @contextmanager

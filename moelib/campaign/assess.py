@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 from typing import TypeVar
 
@@ -14,7 +15,7 @@ from moelib.catalogue import corpora, params
 from moelib.catalogue.facts import DeviceFacts, HostFacts
 from moelib.engine import engine
 from moelib.gguf import outline
-from moelib.machine import host, process
+from moelib.machine import host
 from moelib.measure import device
 from moelib.models import quantize, remote, sources
 from moelib.models.quantize import Quantised
@@ -105,11 +106,10 @@ def _ready(study: Study, tool: str, kind: type[P]) -> Iterator[P]:
     """
     llama = engine.find()
     llama.tool(tool)
-    where = device.choose(study.parameters.device, llama)
+    choose = partial(device.choose, study.parameters.device, llama)
     study.begin()
     study.work.mkdir(parents=True, exist_ok=True)
-    with held(where), scratch(study) as work:
-        process.sweep(study.work)
+    with held(choose(), choose) as where, scratch(study) as work:
         facts = HostFacts(**host.facts(), host_id=host.identity())
         yield kind(study.path, llama, where, DeviceFacts(**where.identity()), facts, work)
 

@@ -4,25 +4,26 @@ import os
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-import pandas as pd
 import psutil
 
 from moelib.audit import audit, record, witness
-from moelib.base import claim, files, stats
+from moelib.base import files, stats
 from moelib.base.neutral import markdown
 from moelib.campaign import given
 from moelib.catalogue import params
 from moelib.catalogue.facts import ENDPOINT, LLAMA_SERVER, DeviceFacts, HostFacts, Manifest
 from moelib.catalogue.placement import Placement
 from moelib.engine import engine
+from moelib.locks import claim, lease
 from moelib.machine import host, pagecache, process
 from moelib.measure import run
 from moelib.measure.device import Device
@@ -31,10 +32,14 @@ from moelib.models import quantize
 from moelib.runners import pick
 from moelib.runners.endpoint import ANY, Address
 from moelib.study import gather
-from moelib.study.plan import StudyError, outputs
+from moelib.study.plan import Cell, StudyError, outputs
 from moelib.study.study import Study
 
+CHOICES = 32  # of a device, while others take theirs
 LOCK_S = 30.0  # for another process's last run on the device
+CELL_S = 10.0  # for the kernel of a killed process, which ends with it
+LEASES = "leases"
+"""Folder of a study's in which a cell is held: no product."""
 RUN_BYTES = 1 << 20  # a run's logs and record
 WORKLOADS = ("plan-short", "long-512")
 CONTEXT = 4096
@@ -135,24 +140,59 @@ def audited(folder: Path, r: record.Record) -> record.Record:
 
 
 @contextmanager
-def held(where: Device) -> Iterator[None]:
-    """The device for this process alone. Raises FileError, which names the process that has it."""
-    with claim.device(where.uuid, f"device {where.kind}", process.patience(LOCK_S)):
-        yield
+def held(where: Device, choose: Callable[[], Device]) -> Iterator[Device]:
+    """The device for this process alone, or the one that `choose` gives where another process was quicker: several
+    begin at once on a host with several GPUs. Raises InUse, which names the process that has it."""
+    with ExitStack() as stack:
+        for _ in range(CHOICES):
+            try:
+                stack.enter_context(claim.device(where.uuid, f"device {where.kind}", 0.0))
+                break
+            except files.InUse:
+                other = choose()
+                if other.uuid == where.uuid:
+                    stack.enter_context(claim.device(where.uuid, f"device {where.kind}", process.patience(LOCK_S)))
+                    break
+                where = other
+        else:
+            raise files.in_use("every GPU here", "other processes")
+        yield where
 
 
 @contextmanager
 def scratch(study: Study) -> Iterator[Path]:
-    """A working folder of this process, removed at the end."""
-    for left in study.work.glob("[0-9]*"):  # by a process that was killed
-        if left.name.isdigit() and not psutil.pid_exists(int(left.name)):
+    """A working folder of this process, removed at the end. What killed processes of this host left is swept."""
+    mine = f"{files.node()}."
+    for left in study.work.glob(f"{mine}*"):
+        process.sweep(left)
+        pid = left.name.removeprefix(mine)
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
             shutil.rmtree(left, ignore_errors=True)
-    work = study.work / str(os.getpid())
+    work = study.work / f"{mine}{os.getpid()}"
     work.mkdir(parents=True, exist_ok=True)
     try:
         yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def alone(study: Study, cells: Iterable[Cell]) -> Iterator[tuple[lease.Lease, ...]]:
+    """The cells for this process alone, among all hosts that share the study's folder. Raises InUse, which names who
+    has one of them."""
+    with ExitStack() as stack:
+        yield tuple(stack.enter_context(lease.hold(*_leased(study, c))) for c in sorted(cells, key=lambda c: c.name))
+
+
+def require_free(study: Study, cells: Iterable[Cell]) -> None:
+    """Raise InUse if another process has one of the cells now."""
+    for cell in cells:
+        lease.require_free(*_leased(study, cell))
+
+
+def _leased(study: Study, cell: Cell) -> tuple[Path, str, str | None, float]:
+    path, wait_s = study.path / LEASES / cell.file_name, process.patience(CELL_S)
+    return path, f"{cell.name} of study {study.name}", host.identity(), wait_s
 
 
 @contextmanager
@@ -171,8 +211,8 @@ def opened(
     llama = engine.find()
     quantised = [given.measurable(file, llama) for file in given_files]
     server = pick.of(runner, llama, endpoints)
-    where = pick.device_for(server, device_kind, llama)
-    with TemporaryDirectory(prefix="moelib-run-") as scratch, held(where):
+    choose = partial(pick.device_for, server, device_kind, llama)
+    with TemporaryDirectory(prefix="moelib-run-") as scratch, held(choose(), choose) as where:
         first = Bench.ready(quantised[0], server, where, Path(scratch))
         yield [first._replace(quantised=q) for q in quantised]
 
@@ -244,6 +284,8 @@ def at_endpoint(
 
 def _seen(file: Path, at: Address, placement: str, usable: list[record.Record]) -> Iterator[str]:
     """What was measured of an endpoint, and what it does not tell."""
+    import pandas as pd  # takes longer to import than a cell that is done to be looked at
+
     yield f"# {markdown(file.name)} at {at.url}"
     yield f"\n`{placement}` is what it is said to have: nothing that it tells proves that. {len(usable)} runs.\n"
     rows = []

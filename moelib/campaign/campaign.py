@@ -16,11 +16,11 @@ from moelib.audit import audit, record
 from moelib.audit.invariants import reconciled
 from moelib.base import files
 from moelib.campaign import assess, given, notebooks, preflight
-from moelib.campaign.bench import Bench, audited, held, scratch
+from moelib.campaign.bench import Bench, alone, audited, held, require_free, scratch
 from moelib.catalogue import params
 from moelib.catalogue.facts import Manifest
 from moelib.engine import engine, quants
-from moelib.machine import host, process
+from moelib.machine import host
 from moelib.measure import device, run
 from moelib.measure.llama_server import LlamaServer
 from moelib.models import quantize, remote, sources
@@ -60,7 +60,8 @@ def measure(study: Study, cells: Sequence[Cell], obtain: Obtain | None = None) -
         refuse_senseless(study, left)
     llama = engine.find()
     runner = pick.of_study(study.parameters, llama)
-    where = pick.device_for(runner, study.parameters.device, llama)
+    choose = partial(pick.device_for, runner, study.parameters.device, llama)
+    where = choose()
     if where.kind == "none" and isinstance(runner, LlamaServer):
         raise StudyError(
             f"study {study.name} has no device ({where.note or 'it asks for none'}), so no offload of it could "
@@ -72,8 +73,7 @@ def measure(study: Study, cells: Sequence[Cell], obtain: Obtain | None = None) -
         obtain = partial(given.of_cell, study)
     study.begin()
     study.work.mkdir(parents=True, exist_ok=True)
-    with held(where), scratch(study) as work:
-        process.sweep(study.work)
+    with alone(study, left) as leases, held(where, choose) as where, scratch(study) as work:
         begun: dict[str, _Begun] = {}
         for cell in left:
             quantised = obtain(cell, llama, work)
@@ -81,6 +81,8 @@ def measure(study: Study, cells: Sequence[Cell], obtain: Obtain | None = None) -
             bench = first or Bench.ready(quantised, runner, where, work)
             begun[cell.name] = _begin(study, cell, bench._replace(quantised=quantised))
         for cell, b in study.plan.turns(left):
+            for lease in leases:
+                lease.require()
             yield from begun[cell.name].round(cell.blocks[b])
 
 
@@ -255,30 +257,45 @@ def _whole(study: Study, cell: Cell, status: Status) -> bool:
     return status.complete and same_manifest(study.manifest(cell), status.rounds[0][0].sheet)
 
 
+class CellsTaken(files.InUse):
+    """Other processes have some of the cells: what is left of the others was done. `problems`: what has no valid result
+    of these."""
+
+    def __init__(self, taken: Sequence[files.InUse], problems: list[str]):
+        super().__init__("\n".join(dict.fromkeys(map(str, taken))))
+        self.problems = problems
+
+
 def run_cells(study: Study, cells: list[Cell], say: Callable[[str], object] = log.info) -> list[str]:
-    """Execute the notebook of every cell that is not done; a cell that fails leaves the rest running.
+    """Execute the notebook of every cell that is not done; a cell that fails, or that another process has, leaves the
+    rest running.
 
     `say` is told of each cell as its turn comes. Returns what has no valid result, run by run, with reasons. Raises
-    StudyError for placements that make no sense, ParamsError for a quant that the engine does not make.
+    StudyError for placements that make no sense, ParamsError for a quant that the engine does not make; CellsTaken at
+    the end.
     """
     statuses = {c.name: study.status_now(c) for c in cells}
     refuse_senseless(study, [c for c in cells if not _whole(study, c, statuses[c.name])])
     with suppress(engine.EngineError):  # cells that are done need none, and the others say so
         quants.check(engine.find(), _to_make(study.parameters))
-    problems = []
+    problems, taken = list[str](), list[files.InUse]()
     study.begin()
-    together = _together(study, cells)
-    for i, group in enumerate(together):
-        name = group[0].name if len(group) == 1 else group[0].model
+    groups = together(study, cells)
+    for i, (name, group) in enumerate(groups):
         out = study.path / "notebooks" / f"{name.replace('/', '-')}.ipynb"
         done = all(_whole(study, c, statuses[c.name]) for c in group) and not assess.missing(study, group)
-        if not (done and notebooks.is_whole(out)):
-            say(f"{name} ({i + 1} of {len(together)})")
+        shown = [r.digest for c in group for block in statuses[c.name].rounds for r in block]
+        if not (done and notebooks.is_whole(out, shown)):
+            say(f"{name} ({i + 1} of {len(groups)})")
             quant = group[0].quant if len(group) == 1 else EVERY
             failed = None
             try:
+                require_free(study, group)
                 parameters = {"study": study.name, "model": group[0].model, "quant": quant}
                 notebooks.execute("run", out, parameters, progress=False)
+            except files.InUse as err:
+                taken.append(err)
+                continue
             except notebooks.NotebookError as err:
                 log.error("%s: %s", name, err)
                 failed = err
@@ -288,12 +305,16 @@ def run_cells(study: Study, cells: list[Cell], say: Callable[[str], object] = lo
             if failed and not without and all(statuses[c.name].complete for c in group):
                 problems.append(f"{name}: its runs are valid, its notebook is not: {failed}")
         problems += [p for c in group for p in statuses[c.name].problems]
+    if taken:
+        raise CellsTaken(taken, problems)
     return problems
 
 
-def _together(study: Study, cells: Sequence[Cell]) -> list[list[Cell]]:
-    """The cells of each notebook: one, or all of a model where its quants take turns."""
+def together(study: Study, cells: Sequence[Cell]) -> list[tuple[str, list[Cell]]]:
+    """The cells of each notebook, which one process measures: one, or all of a model where its quants take turns; and
+    what it is called, which `study run --cell` takes."""
     if not study.parameters.interleaved:
-        return [[cell] for cell in cells]
+        return [(cell.name, [cell]) for cell in cells]
     models = dict.fromkeys(cell.model for cell in cells)
-    return [[cell for cell in cells if cell.model == model] for model in models]
+    groups = [[cell for cell in cells if cell.model == model] for model in models]
+    return [(group[0].name if len(group) == 1 else group[0].model, group) for group in groups]

@@ -136,7 +136,7 @@ def _sha256(path: Path) -> str:
     """The SHA-256 of a file, from its note if size and times are those of the note; else read, with a progress bar."""
     key = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
     kept = models.folder() / "given" / key / path.name
-    with models.keeping(kept.parent), files.lock(kept.with_suffix(".lock"), path.name, wait_s=3600):
+    with models.keeping(kept.parent), models.alone(kept):
         before = files.state(path)
         known = models.noted(kept) or {}
         if known.get("file") == before:

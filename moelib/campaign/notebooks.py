@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from moelib.base import files
 from moelib.catalogue import params
 
 QUIET = ["--log-level=CRITICAL"]  # ipykernel warns of loopback TCP at every start
@@ -25,7 +26,8 @@ def refuse_unknown(names: Iterable[str], allowed: list[str]) -> None:
 def execute(name: str, out: Path, parameters: dict[str, Any], progress: bool = True) -> None:
     """Run `notebooks/<name>.ipynb` with `parameters` into `out`; the copy of a failed run is kept too.
 
-    Names are compared before the kernel starts. Raises ParamsError or NotebookError.
+    Names are compared before the kernel starts. Raises ParamsError, NotebookError; InUse where a cell says that another
+    process has what it needs.
     """
     import papermill
     from papermill.exceptions import PapermillException
@@ -50,15 +52,20 @@ def execute(name: str, out: Path, parameters: dict[str, Any], progress: bool = T
             saves = name != "analysis"
             papermill.execute_notebook(str(source), str(to), parameters, request_save_on_cell_execute=saves, **how)
         except Exception as err:  # a cell's error; else a dead kernel, a lost connection: many types, one meaning
+            if getattr(err, "ename", None) == files.InUse.__name__:
+                raise files.InUse(getattr(err, "evalue", "")) from err
             kind = "" if isinstance(err, PapermillException) else f"{type(err).__name__}: "
             raise NotebookError(f"{out.name}: {kind}{(str(err).strip() or 'no message').splitlines()[-1]}") from err
     require_whole(out)
 
 
-def is_whole(path: Path) -> bool:
+def is_whole(path: Path, digests: Iterable[str] = ()) -> bool:
+    """Whether an executed copy is whole and shows the records with these digests: others may have been measured since,
+    and times of files say little, as a clone gives them new ones."""
     with contextlib.suppress(NotebookError):
         require_whole(path)
-        return True
+        text = path.read_text(encoding="utf-8")
+        return all(digest in text for digest in digests)
     return False
 
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import pynvml
 
 from moelib.base.schema import UserError
+from moelib.locks import claim
 from moelib.machine import process
 
 ROOT = Path("/")
@@ -76,23 +77,27 @@ def others(devices: Mapping[str, str]) -> dict[str, str]:
 # libcuda's functions are those of its header; 18 is CU_DEVICE_ATTRIBUTE_INTEGRATED.
 _ASK = """
 import ctypes, time, uuid
-cuda, context, device = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(), ctypes.c_int()
-name, shared, started = (ctypes.c_ubyte * 16)(), ctypes.c_int(-1), cuda.cuInit(0)
-looked_up = cuda.cuDeviceGet(ctypes.byref(device), 0) or cuda.cuDeviceGetUuid_v2(name, device)
-cuda.cuDeviceGetAttribute(ctypes.byref(shared), 18, device)
-print("device", started, looked_up, uuid.UUID(bytes=bytes(name)), "shared", shared.value, flush=True)
+cuda, context, device, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+name, started = (ctypes.c_ubyte * 16)(), cuda.cuInit(0)
+counted = cuda.cuDeviceGetCount(ctypes.byref(count))
+for i in range(count.value if counted == 0 else 0):
+    shared = ctypes.c_int(-1)
+    looked_up = cuda.cuDeviceGet(ctypes.byref(device), i) or cuda.cuDeviceGetUuid_v2(name, device)
+    cuda.cuDeviceGetAttribute(ctypes.byref(shared), 18, device)
+    print("device", started, looked_up, uuid.UUID(bytes=bytes(name)), "shared", shared.value, flush=True)
 """
 _HOLD = """
+cuda.cuDeviceGet(ctypes.byref(device), 0)
 print("context", started, cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device), flush=True)
 time.sleep(60)
 """
-FIRST = [sys.executable, "-c", _ASK]
+VISIBLE = [sys.executable, "-c", _ASK]
 HOLD = [sys.executable, "-c", _ASK + _HOLD]
 """Holds an empty context on the first visible device until it is ended."""
 
 
 class Shown(NamedTuple):
-    """The device that CUDA counts first: a card, or an instance of MIG."""
+    """A device that CUDA shows: a card, or an instance of MIG."""
 
     id: str
     """Without `GPU-` or `MIG-`."""
@@ -100,15 +105,24 @@ class Shown(NamedTuple):
     """Whether its memory is the host's RAM, whose total says nothing about the device."""
 
 
-def first() -> Shown | None:
-    """The device that CUDA counts first with the present environment; None where it shows none."""
+def visible() -> list[Shown]:
+    """The devices that CUDA shows with the present environment, as it counts them."""
     limit = process.patience(ANSWER_S)
     try:
-        done = subprocess.run(FIRST, env=process.inherited(), capture_output=True, timeout=limit, check=False)
+        done = subprocess.run(VISIBLE, env=process.inherited(), capture_output=True, timeout=limit, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    m = re.search(r"device 0 0 (\S+) shared (\S+)", done.stdout.decode("utf-8", "replace"))
-    return Shown(m[1], m[2] == "1") if m else None
+        return []
+    listed = re.findall(r"device 0 0 (\S+) shared (\S+)", done.stdout.decode("utf-8", "replace"))
+    return [Shown(uuid, shared == "1") for uuid, shared in listed]
+
+
+def first_free() -> Shown | None:
+    """The first device that CUDA shows and no other process measures; the first one where all are taken, so that who
+    wants it can say who has it; None where CUDA shows none."""
+    shown = visible()
+    if len(shown) < 2:
+        return shown[0] if shown else None
+    return next((s for s in shown if claim.is_free(f"GPU-{s.id}")), shown[0])
 
 
 def driver_cuda() -> tuple[int, int] | None:

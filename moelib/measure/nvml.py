@@ -57,13 +57,13 @@ NO_GPU = dict.fromkeys((f for f in Counters.__dataclass_fields__ if f != "t_s"),
 
 
 class Gpu:
-    """The GPU that CUDA counts first; processes are looked up on all GPUs."""
+    """The first GPU that CUDA shows and nobody else measures; processes are looked up on all GPUs."""
 
     errors = (pynvml.NVMLError, gpus.NotVisible)
     no_driver = (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded)
 
-    def __init__(self, first: Callable[[], gpus.Shown | None] = gpus.first) -> None:
-        """first: asks for the device that CUDA counts first. Raises pynvml.NVMLError or gpus.NotVisible."""
+    def __init__(self, first: Callable[[], gpus.Shown | None] = gpus.first_free) -> None:
+        """first: asks for the device. Raises pynvml.NVMLError or gpus.NotVisible."""
         pynvml.nvmlInit()
         handles = {}
         for i in range(pynvml.nvmlDeviceGetCount()):

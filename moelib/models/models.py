@@ -9,7 +9,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,10 @@ from typing import Any
 from moelib.base import files
 from moelib.catalogue import params
 from moelib.gguf import gguf_file, twin
+from moelib.locks import lease
+from moelib.machine import host
 
+LOCK_S = 3600.0  # for another process that makes the file
 log = logging.getLogger(__name__)
 
 SEED = 0  # of twins
@@ -72,7 +75,7 @@ def once(
     with keeping(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
-    with files.lock(path.with_suffix(".lock"), path.name, wait_s=3600):
+    with alone(path):
         try:
             noted = _read_note(path)
             intact = noted["digest"] == files.digest(noted["facts"])
@@ -102,6 +105,12 @@ def noted(path: Path) -> dict[str, Any] | None:
         return read["facts"] if read["digest"] == files.digest(read["facts"]) else None
     except NO_NOTE:
         return None
+
+
+def alone(path: Path) -> AbstractContextManager[lease.Lease]:
+    """The file at `path` for this process alone, among all hosts that share its folder; waits for another one to end.
+    Raises InUse."""
+    return lease.hold(path.with_suffix(".lock"), path.name, host.identity(), LOCK_S)
 
 
 @contextmanager

@@ -281,7 +281,7 @@ def adopt(model: str, given: Path) -> Source:
 def _link(path: Path, target: Path) -> None:
     """Make `path` a link to `target`, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    link = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    link = path.with_name(f".{path.name}.{files.node()}.{os.getpid()}.partial")
     link.unlink(missing_ok=True)
     link.symlink_to(target)
     os.replace(link, path)

@@ -146,10 +146,17 @@ def measured() -> dict[str, Path]:
 
 
 def write(path: Path, plan: Plan) -> None:
-    """Write the plan to `path` with its digest, if there is none."""
+    """Write the plan to `path` with its digest, if there is none. Raises StudyError where another process, maybe of
+    another host, has written another plan there."""
     if not path.exists():
         data = plan.model_dump(mode="json")
-        files.write_json(path, {**data, "digest": files.digest(data)})
+        if files.write_new(path, files.pretty({**data, "digest": files.digest(data)})):
+            return
+    if not read(path).asks_for_the_runs_of(plan):
+        raise StudyError(
+            f"{path} was written with other parameters by now: give the changed study another name, or take the "
+            f"params/ that the others have"
+        )
 
 
 def read(path: Path) -> Plan:

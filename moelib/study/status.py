@@ -32,6 +32,8 @@ class Status:
     """The checks of every round whose runs are all there and usable, and of the cell."""
     flags: Counter[str] = field(default_factory=Counter)
     """Reason -> how many usable runs are degraded by it."""
+    failed: int = 0
+    """Of the invalid ones, runs that ended before they had a result."""
 
     @classmethod
     def of(cls, cell: Cell, evidence: Evidence, workloads: Mapping[str, params.Workload]) -> Status:
@@ -39,9 +41,11 @@ class Status:
         problems: list[str] = []
         checks: list[record.Check] = []
         tally: Counter[str] = Counter()
+        failed = 0
         flagged: list[record.Record] = []
         for b, specs in enumerate(cell.blocks):
             runs = standing_for(specs, evidence.standing)
+            failed += sum(r is not None and r.status == "failed" for r in runs)
             reasons = [evidence.why_not(r) for r in runs]
             faults = [
                 f"{cell.name} {s.placement}, {s.load_mode}, round {b + 1}: {why}"
@@ -73,7 +77,7 @@ class Status:
                 tally["invalid"] += len(together)
                 rounds, problems, together = [], problems + faults, []
         flags = Counter(neutral.plain(reason) for r in (*together, *flagged) for reason in r.reasons)
-        return cls(tuple(rounds), tuple(problems), tally, tuple(checks), flags)
+        return cls(tuple(rounds), tuple(problems), tally, tuple(checks), flags, failed)
 
     @property
     def planned(self) -> int:

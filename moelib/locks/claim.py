@@ -44,6 +44,15 @@ def device(uuid: str | None, subject: str, wait_s: float) -> Iterator[None]:
         yield
 
 
+def is_free(uuid: str | None) -> bool:
+    """Whether nobody holds that device now."""
+    try:
+        with device(uuid, "", 0.0):
+            return True
+    except files.InUse:
+        return False
+
+
 @contextmanager
 def _named(name: str, subject: str, wait_s: float) -> Iterator[None]:
     """Hold an abstract socket of that name (unix(7)). It accepts no connections; it only identifies its owner."""
@@ -60,7 +69,9 @@ def _named(name: str, subject: str, wait_s: float) -> Iterator[None]:
                     raise files.in_use(subject, _owner(name)) from None
                 time.sleep(0.05)
         with contextlib.suppress(OSError):
-            mine.listen(1)  # from here on, a process that connects can read this process's id and user
+            mine.listen(
+                1024
+            )  # from here on, a process that connects can read this one's id and user: so often, as none
         yield
 
 
