@@ -5,9 +5,11 @@ STUDY  ?= demo
 NAMESPACE ?= moelib
 SAMPLE ?= 0
 BIN    := $(VENV)/bin
+WORKFLOW := .venv-workflow
+PROFILE ?= local
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engine shimmy demo test quick faults forgeries hubfaults lint docs validation cards residuals rehearsal mutation lab layers doctor bench runners scale training-data trained clean
+.PHONY: help setup engine shimmy workflow demo test quick faults forgeries hubfaults lint docs validation cards residuals rehearsal mutation lab layers doctor bench runners scale training-data trained clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -28,7 +30,17 @@ engine: setup ## llama.cpp's tools: show which are used; if there are none, down
 	@$(BIN)/python tools/build_engine.py
 
 shimmy: setup ## shimmy 1.9.0, another server: built from its crate, about 4 minutes (Rust, cmake, libclang)
-	@$(BIN)/python tools/build_shimmy.py
+	@$(BIN)/python tools/build_shimmy.py $(ARGS)
+
+$(WORKFLOW)/.ready: workflow/requirements.txt | setup
+	@echo "setting up $(WORKFLOW): Snakemake, 300 MB"
+	@test -x $(WORKFLOW)/bin/python || $(PYTHON) -m venv $(WORKFLOW)
+	@$(WORKFLOW)/bin/python -m pip install -qq --disable-pip-version-check -r workflow/requirements.txt
+	@touch $@
+
+workflow: $(WORKFLOW)/.ready engine ## STUDY cell by cell with Snakemake: PROFILE=local (GPUS=2 of one host) or slurm
+	@$(WORKFLOW)/bin/snakemake -s workflow/Snakefile --profile workflow/profiles/$(PROFILE) --config study=$(STUDY) moelib=$(abspath $(BIN)/moelib) \
+	  $(if $(GPUS),--resources gpu=$(GPUS)) $(ARGS)
 
 demo: ## the whole demo study: from nothing to its document
 	@echo "demo: two small trained MoE models, six quantised files, 60 measured runs, 38 comparisons of what they say, two notebooks, one document."
@@ -42,7 +54,7 @@ $(VENV)/.servers: $(VENV)/.ready
 	  echo "no wheel of xllamacpp for this machine: its tests skip"
 	@touch $@
 
-test: engine lint $(VENV)/.servers ## the test suite: what is timed alone, all else side by side
+test: engine lint $(VENV)/.servers $(WORKFLOW)/.ready ## the test suite: what is timed alone, all else side by side
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not alone"; others=$$?; \
 	  $(BIN)/python -m pytest -m alone && exit $$others
 

@@ -131,6 +131,24 @@ def ahead(asked: "Study", cells: "list[Cell]") -> Iterator[str]:
     needs.require()
 
 
+@study.command("files")
+@click.argument("name", shell_complete=STUDIES)
+@click.option("--cell", shell_complete=CELLS, help="Only MODEL/QUANT, or all of MODEL.")
+@click.option("--source", is_flag=True, help="Only what they are quantised from.")
+def study_files(name: str, cell: str | None, source: bool) -> None:
+    """Make the files that study NAME measures, and measure nothing: on a machine without a GPU, before the others."""
+    from moelib.campaign import campaign, given
+
+    asked, cells = campaign.select(name, cell)
+    if source:
+        for model in dict.fromkeys(c.model for c in cells):
+            path = given.source_of(asked, model)
+            say(f"{model}: {path.name if path else 'nothing to quantise from'}")
+        return
+    for made in campaign.prepare(asked, cells):
+        say(f"{made.path.name}: {made.manifest['sha256']}")
+
+
 @study.command("plan")
 @click.argument("name", shell_complete=STUDIES)
 @click.option("--cell", shell_complete=CELLS, help="Only MODEL/QUANT, or all of MODEL.")

@@ -98,6 +98,7 @@ ALONE = {
     "test_study",
     "test_stub",
     "test_sweep",
+    "test_workflow",
 }
 """Files whose tests with the real engine have the machine for themselves; `make test` runs all others side by side."""
 

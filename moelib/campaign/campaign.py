@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from moelib.audit import audit, record
@@ -123,6 +124,19 @@ class _Begun:
                 attempt = 1 + self.last[record.spec_key(spec)]
                 existing = record.write(self.study.path, self.bench.perform(self.study.path, spec, attempt))
             yield existing
+
+
+def prepare(study: Study, cells: Sequence[Cell]) -> Iterator[quantize.Quantised]:
+    """Make the cells' files where they are not there, and measure nothing: where there is no GPU, too.
+
+    Raises what `measure` does of engine and files.
+    """
+    refuse_senseless(study, cells)
+    llama = engine.find()
+    quants.check(llama, _to_make(study.parameters))
+    for cell in cells:
+        with TemporaryDirectory(prefix="moelib-files-") as work:
+            yield given.of_cell(study, cell, llama, Path(work))
 
 
 def _to_make(parameters: params.Study) -> Sequence[str]:

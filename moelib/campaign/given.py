@@ -68,6 +68,15 @@ def of_cell(study: Study, cell: Cell, llama: Engine, work: Path) -> Quantised:
     return replace(found, manifest=found.manifest | {"quant": cell.quant})
 
 
+def source_of(study: Study, model: str) -> Path | None:
+    """What a model's files are quantised from, whole on the disk; None where its files are twins of their own, or made
+    by somebody else. Raises SourceError, HubError."""
+    p = study.parameters
+    if p.twins == "direct" or params.model(model).file:
+        return None
+    return sources.whole(sources.obtain(model, p.weights, p.scale)).path
+
+
 def _matrix(source: models.Source, corpus: str, llama: Engine, where: device.Device, work: Path) -> Path:
     """The importance matrix of a source over a text, made unless it is there.
 
