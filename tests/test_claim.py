@@ -5,6 +5,8 @@ import secrets
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -15,10 +17,17 @@ from moelib.locks import claim
 HOLD = """
 import sys
 from moelib.locks import claim
+claim.PREFIX = sys.argv[2]
 with claim.device(sys.argv[1] or None, "device cuda", 0):
     print("held", flush=True)
     sys.stdin.readline()
 """
+
+
+@pytest.fixture(autouse=True)
+def own_names(monkeypatch):
+    """Names of this test's own: others measure on this host."""
+    monkeypatch.setattr(claim, "PREFIX", f"moelib-test-{secrets.token_hex(8)}-")
 
 
 @pytest.fixture
@@ -33,7 +42,7 @@ def holder(uuid):
     started = []
 
     def hold(**env):
-        argv = [sys.executable, "-c", HOLD, uuid]
+        argv = [sys.executable, "-c", HOLD, uuid, claim.PREFIX]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         started.append(subprocess.Popen(argv, env={**os.environ, **env}, **pipes))
         return started[-1], started[-1].stdout.readline().strip()
@@ -60,7 +69,51 @@ def test_two_folders_for_temporary_files_do_not_measure_at_once(holder, uuid, tm
     second, line = holder(TMPDIR=str(tmp_path / "b"))
     assert line == ""
     assert f"in use by process {first.pid}" in second.communicate()[1]
-    assert refusal(f"{uuid}-another") is None
+    assert f"in use by process {first.pid}" in refusal(f"{uuid}-another"), "the host is its own, too"
+
+
+def refusals(*wanted):
+    """Of each (GPU, shared), whether it is refused."""
+    refused = []
+    for uuid, shared in wanted:
+        try:
+            with claim.device(uuid, "device cuda", 0, shared):
+                refused.append(False)
+        except files.InUse as err:
+            refused.append(f"in use by process {os.getpid()}; wait" in str(err))
+    return refused
+
+
+def test_a_host_is_shared_among_those_that_share_it_and_no_others(uuid):
+    other = f"{uuid}-another"
+    with claim.device(uuid, "device cuda", 0, shared=True):
+        assert refusals((other, True), (other, False), (None, False), (uuid, True)) == [False, True, True, True]
+        with claim.device(other, "device cuda", 0, shared=True):
+            assert refusals((uuid, True), (other, True), (None, False)) == [True, True, True]
+    with claim.device(uuid, "device cuda", 0):
+        assert refusals((other, True), (other, False), (None, False)) == [True, True, True]
+    with claim.device(None, "device loopback", 0):
+        assert refusals((uuid, True), (uuid, False)) == [True, True]
+    assert refusals((uuid, True), (uuid, False), (None, False)) == [False, False, False]
+
+
+def test_who_shares_waits_for_the_host_without_holding_up_who_has_it(uuid):
+    """Neither waits for the other with what the other waits for."""
+    got = []
+
+    def take(shared):
+        with claim.device(uuid, "device cuda", 30, shared):
+            got.append(shared)
+            time.sleep(0.2)
+
+    with claim.device(f"{uuid}-another", "device cuda", 0, shared=True):
+        threads = [threading.Thread(target=take, args=(s,)) for s in (False, True, False, True)]
+        for t in threads:
+            t.start()
+        time.sleep(0.5)
+    for t in threads:
+        t.join(40)
+    assert sorted(got) == [False, False, True, True]
 
 
 def test_the_kernel_frees_a_device_whose_holder_was_killed(holder, uuid):
@@ -147,5 +200,8 @@ def test_in_a_sandbox_that_refuses_the_name_the_file_holds_the_device(uuid, tmp_
 def test_an_id_cannot_lead_out_of_the_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(claim, "ROOT", tmp_path)
     with claim.device("MIG-GPU-1/../../7/0", "device cuda", 0):
-        (lock,) = (tmp_path / f"moelib-{os.getuid()}").iterdir()
-    assert lock.name == "moelib-device-MIG-GPU-1_______7_0.lock"
+        host, lock = sorted(
+            (tmp_path / f"moelib-{os.getuid()}").iterdir(), key=lambda p: p.name != f"{claim.PREFIX}host.lock"
+        )
+        assert host.name == f"{claim.PREFIX}host.lock"
+    assert lock.name == f"{claim.PREFIX}MIG-GPU-1_______7_0.lock"

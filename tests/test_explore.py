@@ -188,6 +188,14 @@ def test_two_studies_are_compared_side_by_side(h100, h200):
     assert "gpu (NVIDIA H100 80GB HBM3; NVIDIA H200)" in two.differ(seen, h200)
 
 
+def test_times_of_a_shared_host_are_not_compared_with_a_lone_ones(h100, h200):
+    seen, beside = view.at(h100), Study(h200.path, h200.plan, h200.contents)
+    beside.__dict__["runs"] = h200.runs.assign(host_shared=True)
+    assert len(two.compare(seen, beside)) == 6, "VRAM is what it is"
+    with pytest.raises(FrameError, match="cannot be compared, as they differ in host_shared: False and True"):
+        two.compare(seen, beside, "tokens_per_s/long-512")
+
+
 def test_two_studies_that_differ_in_more_are_refused_in_a_sentence(h100, h200, demo):
     seen = view.at(h100)
     with pytest.raises(FrameError, match="they differ in scale: full and tiny; choose studies that share it"):

@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from factory import observation, record_of, request, study_of, with_facts, with_observed
+from factory import block, observation, record_of, request, study_of, with_facts, with_observed
 
 from moelib.catalogue import params
 from moelib.catalogue.params import PlacementMode
@@ -284,3 +284,11 @@ def test_placements_between_are_those_with_some_experts_on_the_cpu_where_others_
     assert frames.ends(sides) == [(base, sides[2]), (base, sides[3])]
     without = [s for s in sides if s[0] != "cpu-moe"]
     assert (frames.between(without), len(frames.ends(without))) == ([], 3)
+
+
+def test_runs_that_shared_their_host_are_not_compared_with_lone_ones():
+    alone, beside = block(), [with_facts(r, "host", shared=True) for r in block()]
+    assert len(frames.compare(frames.runs(alone), "vram_bytes")) == 1
+    assert len(frames.compare(frames.runs(beside), "vram_bytes")) == 1
+    with pytest.raises(frames.FrameError, match="cannot be compared, as they differ in host_shared: False, True"):
+        frames.compare(frames.runs([alone[0], beside[1]]), "vram_bytes")

@@ -59,7 +59,8 @@ def test_the_query_itself_runs_with_and_without_cuda():
 
 @pytest.fixture
 def two_gpus(tmp_path, monkeypatch):
-    """Two of them by a library with CUDA's functions, of names that no other test has."""
+    """Two of them by a library with CUDA's functions; names of the test's own, as others measure on this host."""
+    monkeypatch.setattr(claim, "PREFIX", f"moelib-test-{uuid.uuid4().hex}-")
     ids = [uuid.uuid4(), uuid.uuid4()]
     library, code = tmp_path / "libcuda.so.1", tmp_path / "cuda.c"
     rows = ", ".join("{" + ", ".join(map(str, i.bytes)) + "}" for i in ids)
@@ -82,9 +83,9 @@ def test_of_two_gpus_the_first_that_nobody_measures_is_taken(two_gpus):
     a, b = two_gpus
     assert [s.id for s in gpus.visible()] == [a, b]
     assert gpus.first_free().id == a
-    with claim.device(f"GPU-{a}", "device cuda", 0):
+    with claim.device(f"GPU-{a}", "device cuda", 0, shared=True):
         assert gpus.first_free().id == b
-        with claim.device(f"GPU-{b}", "device cuda", 0):
+        with claim.device(f"GPU-{b}", "device cuda", 0, shared=True):
             assert gpus.first_free().id == a, "who waits for one says who has it"
     with claim.device(f"GPU-{b}", "device cuda", 0):
         assert gpus.first_free().id == a
@@ -98,14 +99,16 @@ def test_who_comes_second_takes_another_gpu_or_says_who_has_it(two_gpus, monkeyp
     def choose():
         return next(d for d in (a, b) if d.uuid == f"GPU-{gpus.first_free().id}")
 
-    with bench.held(a, choose) as first:
-        with bench.held(a, choose) as second:
+    with bench.held(a, choose, shared=True) as first:
+        with bench.held(a, choose, shared=True) as second:
             assert (first, second) == (a, b)
             with pytest.raises(files.InUse, match="device cuda is in use by process"):
-                with bench.held(b, choose):
+                with bench.held(b, choose, shared=True):
                     pass
-        with bench.held(b, choose) as third:
+        with bench.held(b, choose, shared=True) as third:
             assert third == b
+        with pytest.raises(files.InUse, match="device cuda is in use by process"), bench.held(b, choose):
+            pass  # which wants the host, too
 
 
 @pytest.mark.parametrize(

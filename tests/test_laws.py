@@ -50,6 +50,7 @@ def frame_of(quants=QUANTS, layers=SOME, rounds=3, token=token_s, noise=0.0, dic
             row = {"study": "s", "model": "a-model", "quant": quant, "placement": placement_of(k), "load_mode": "none"}
             row |= {"round": n, "machine": "one", "status": "valid", "digest": "f" * 64}
             row |= {"weights": "twin", "scale": "full", "context": CONTEXT, "device": "cuda", "gpu": "a GPU"}
+            row["host_shared"] = False
             row |= {"engine": "b1", "cpu_threads": 16.0, "ram_bytes_per_s": RAM, "context_tokens": float(CONTEXT)}
             row |= {"moved_layers": float(k), "moved_bytes": float(sent), "ram_read_bytes": float(read)}
             row["tokens_per_s/w"] = 1 / (GPU_S + (token(k, read) - GPU_S) * slower)

@@ -203,3 +203,20 @@ def test_a_name_that_can_be_no_namespace_is_refused_in_a_printable_sentence(name
     with pytest.raises(params.ParamsError, match="is not a namespace of the Hub: give the name") as caught:
         upstream.namespace(name)
     assert not re.search(r"[\n\x1b]", str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("placements", "exclusive", "shares"),
+    [
+        (("baseline", "cpu-moe"), None, False),
+        (("baseline", "n-cpu-moe=2"), "host", False),
+        (("baseline", "cpu-moe"), "device", True),
+        (("baseline", "baseline,ubatch=64"), None, True),
+        (("baseline", "baseline,ubatch=64"), "host", False),
+    ],
+)
+def test_a_host_is_shared_where_no_experts_are_on_its_cpu_or_the_study_says_so(placements, exclusive, shares):
+    study = params.study("demo")
+    arms = tuple(params.PlacementMode(placement=p) for p in placements)
+    assert study.model_copy(update={"arms": arms, "exclusive": exclusive}).shares_host == shares
+    assert not study.model_copy(update={"arms": (), "fitting": True}).shares_host

@@ -60,10 +60,18 @@ class Bench(NamedTuple):
     host: HostFacts
 
     @classmethod
-    def ready(cls, quantised: quantize.Quantised, runner: Runner, where: Device, work: Path) -> "Bench":
-        """Measure what is measured once: an empty context of the device, the speed of the host's RAM."""
+    def ready(
+        cls, quantised: quantize.Quantised, runner: Runner, where: Device, work: Path, shared: bool = False
+    ) -> "Bench":
+        """Measure what is measured once: an empty context of the device, the speed of the host's RAM. shared: whether
+        others may be measured on the host's other GPUs meanwhile."""
         where.calibrate(work)
-        facts = HostFacts(**host.facts(), host_id=host.identity(), ram_read_bytes_per_s=host.read_bandwidth())
+        facts = HostFacts(
+            **host.facts(),
+            host_id=host.identity(),
+            ram_read_bytes_per_s=host.read_bandwidth(),
+            shared=shared and where.uuid is not None,
+        )
         return cls(quantised, runner, where, work, DeviceFacts(**where.identity()), facts)
 
     def perform(self, folder: Path, spec: run.Spec, attempt: int = 1) -> record.Record:
@@ -140,18 +148,20 @@ def audited(folder: Path, r: record.Record) -> record.Record:
 
 
 @contextmanager
-def held(where: Device, choose: Callable[[], Device]) -> Iterator[Device]:
+def held(where: Device, choose: Callable[[], Device], shared: bool = False) -> Iterator[Device]:
     """The device for this process alone, or the one that `choose` gives where another process was quicker: several
-    begin at once on a host with several GPUs. Raises InUse, which names the process that has it."""
+    begin at once on a host with several GPUs. shared: while others are measured on these. Raises InUse, which names the
+    process that has it."""
     with ExitStack() as stack:
         for _ in range(CHOICES):
             try:
-                stack.enter_context(claim.device(where.uuid, f"device {where.kind}", 0.0))
+                stack.enter_context(claim.device(where.uuid, f"device {where.kind}", 0.0, shared))
                 break
             except files.InUse:
                 other = choose()
                 if other.uuid == where.uuid:
-                    stack.enter_context(claim.device(where.uuid, f"device {where.kind}", process.patience(LOCK_S)))
+                    wait_s = process.patience(LOCK_S)
+                    stack.enter_context(claim.device(where.uuid, f"device {where.kind}", wait_s, shared))
                     break
                 where = other
         else:

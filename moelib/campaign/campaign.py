@@ -62,7 +62,7 @@ def measure(study: Study, cells: Sequence[Cell], obtain: Obtain | None = None) -
     llama = engine.find()
     runner = pick.of_study(study.parameters, llama)
     choose = partial(pick.device_for, runner, study.parameters.device, llama)
-    where = choose()
+    where, shared = choose(), study.parameters.shares_host
     if where.kind == "none" and isinstance(runner, LlamaServer):
         raise StudyError(
             f"study {study.name} has no device ({where.note or 'it asks for none'}), so no offload of it could "
@@ -74,12 +74,12 @@ def measure(study: Study, cells: Sequence[Cell], obtain: Obtain | None = None) -
         obtain = partial(given.of_cell, study)
     study.begin()
     study.work.mkdir(parents=True, exist_ok=True)
-    with alone(study, left) as leases, held(where, choose) as where, scratch(study) as work:
+    with alone(study, left) as leases, held(where, choose, shared) as where, scratch(study) as work:
         begun: dict[str, _Begun] = {}
         for cell in left:
             quantised = obtain(cell, llama, work)
             first = next((b.bench for b in begun.values()), None)  # device and host are measured once
-            bench = first or Bench.ready(quantised, runner, where, work)
+            bench = first or Bench.ready(quantised, runner, where, work, shared)
             begun[cell.name] = _begin(study, cell, bench._replace(quantised=quantised))
         for cell, b in study.plan.turns(left):
             for lease in leases:

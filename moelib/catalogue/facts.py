@@ -139,3 +139,6 @@ class HostFacts(Facts):
     dirty: bool | None
     host_id: Annotated[str, Field(pattern=r"^[0-9a-f]{16,64}$")] | None = None
     """Tells equal hosts from different ones, and nothing else; None in records of schema 2."""
+    shared: bool | None = None
+    """Whether others might measure on the host's other GPUs meanwhile; None in records of earlier code, where two
+    studies on two GPUs of a host did not refuse each other."""

@@ -244,6 +244,10 @@ class Study(Strict):
     """What serves the model; a study has one."""
     endpoints: dict[str, str] = Field(default_factory=dict, max_length=MAX_NAMES)
     """Placement -> the address of the server that runs with it, where the runner is `endpoint`."""
+    exclusive: Literal["host", "device"] | None = None
+    """Whether a run has the whole host to itself, or its device alone, while others are measured on the host's other
+    GPUs. By default the host, where a placement keeps experts on the CPU: they are read from RAM, which a host's runs
+    share."""
     beside: str | None = None
     """The study of another runner that its document shows it beside."""
     seed: Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
@@ -309,6 +313,12 @@ class Study(Strict):
                 f"models x quants x placements x rounds is {runs} runs, more than {MAX_RUNS}: make two studies"
             )
         return self
+
+    @property
+    def shares_host(self) -> bool:
+        """Whether runs may be made beside each other on a host's GPUs."""
+        every_on_gpu = bool(self.arms) and all(a.placed.is_baseline for a in self.arms)
+        return self.exclusive == "device" or (self.exclusive is None and every_on_gpu)
 
     def placements_of(self, model: str, quant: str) -> tuple[PlacementMode, ...]:
         """Those that are run of a file."""

@@ -286,6 +286,12 @@ def machines(study: Study) -> Text:
             "include the differences between these machines. Elsewhere rounds measure variation from run to run on one "
             "machine."
         )
+    if any(r.host.shared for r in study.used):
+        text += (
+            " Runs shared their host with others on its other GPUs (`exclusive: device`): experts on the CPU are read "
+            "from the RAM that all of them share, so tokens/s and TTFT are not those of a run that is alone, and are "
+            "compared with none."
+        )
     return Text("machines", text, cite(study.used))
 
 

@@ -12,7 +12,8 @@ from moelib.study.frames import FrameError
 from moelib.study.study import Study
 
 SAME = ("weights", "scale", "context", "device")
-"""What two studies must have in common; what else of their setup differs, the ratios are of all of it together."""
+"""What two studies must have in common, and of times whether a host was shared (`exclusive`); what else of their setup
+differs, the ratios are of all of it together."""
 SIDE = ["quant", "placement", "load_mode"]
 UNWATCHED = "not known how much monitoring slowed the CPU in {}"
 
@@ -70,7 +71,7 @@ def _comparable(names: tuple[str, str], ours: pd.DataFrame, theirs: pd.DataFrame
         raise FrameError(f"{names[0]} is compared with itself; choose another study")
     if theirs.empty:
         raise FrameError(f"{names[1]} has no runs of {model} at these quants; choose what both studies have")
-    for name in SAME:
+    for name in SAME if column == "vram_bytes" else (*SAME, "host_shared"):
         a, b = (sorted(map(str, runs[name].unique())) for runs in (ours, theirs))
         if a != b:
             raise FrameError(

@@ -8,6 +8,7 @@ this user is held as well, for systems without abstract sockets and for several 
 import contextlib
 import errno
 import os
+import random
 import re
 import socket
 import stat
@@ -21,33 +22,90 @@ from pathlib import Path
 from moelib.base import files
 
 ROOT = Path("/tmp")  # not TMPDIR, which differs between users and jobs of one machine
-HOST = "host"  # claimed if no GPU is used
+HOST = "host"
 PREFIX = "moelib-device-"
 _PEER = struct.Struct("iII")  # struct ucred: process, user, group (socket(7), SO_PEERCRED)
 
 
 @contextmanager
-def device(uuid: str | None, subject: str, wait_s: float) -> Iterator[None]:
-    """Hold the GPU with that id, or the host if it is None.
+def device(uuid: str | None, subject: str, wait_s: float, shared: bool = False) -> Iterator[None]:
+    """Hold the GPU with that id and its host, or the host if it is None.
 
-    Waits `wait_s` for another process to end its run, then raises FileError, which names that process if it is known.
+    shared: hold the GPU alone, while others measure on other GPUs of the host; what shares nothing is refused beside
+    it, and it beside that. Waits `wait_s` for another process to end its run, then raises InUse, which names that
+    process if it is known.
     """
     files.need_locks()
-    name = PREFIX + re.sub(r"[^A-Za-z0-9-]", "_", uuid or HOST)
     deadline = time.monotonic() + wait_s
+    while True:
+        with ExitStack() as stack:
+            try:
+                if uuid is None or not shared:
+                    stack.enter_context(_held(HOST, subject, deadline))
+                if uuid is not None:
+                    stack.enter_context(_held(uuid, subject, deadline))
+                _require_alone(uuid, subject, shared, deadline)
+            except _Busy as err:
+                busy = err
+            else:
+                yield
+                return
+        # nothing is held while it waits: else this process and one that wants the host would wait for each other
+        if time.monotonic() >= deadline:
+            raise files.in_use(subject, _owner(busy.name))
+        time.sleep(random.uniform(0.02, 0.2))
+
+
+class _Busy(Exception):
+    """The host is held whole by another process."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.name = name
+
+
+def _require_alone(uuid: str | None, subject: str, shared: bool, deadline: float) -> None:
+    """Raise _Busy for a GPU whose host is held whole; for a host, InUse if its GPUs are still held in the end."""
+    if shared and uuid is not None:
+        if _name(HOST) in _claims():
+            raise _Busy(_name(HOST))
+        return
+    mine = {_name(HOST), *([_name(uuid)] if uuid else [])}
+    while others := sorted(_claims() - mine):
+        if time.monotonic() >= deadline:
+            raise files.in_use(subject, _owner(others[0]))
+        time.sleep(0.05)
+
+
+def _claims() -> set[str]:
+    """The names that are held on this host, by whoever it is (proc(5), net/unix)."""
+    try:
+        text = Path("/proc/net/unix").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # no Linux, and no abstract names
+        return set()
+    return set(re.findall(rf"@({PREFIX}\S+)", text))
+
+
+def _name(what: str) -> str:
+    return PREFIX + re.sub(r"[^A-Za-z0-9-]", "_", what)
+
+
+@contextmanager
+def _held(what: str, subject: str, deadline: float) -> Iterator[None]:
+    """Hold a GPU or the host, by its name in the kernel and by a lock file. Raises InUse."""
     with ExitStack() as stack:
         if sys.platform == "linux":
-            stack.enter_context(_named(name, subject, wait_s))
+            stack.enter_context(_named(_name(what), subject, max(0.0, deadline - time.monotonic())))
         folder = _own_folder(ROOT / f"moelib-{os.getuid()}")
         left_s = max(0.0, deadline - time.monotonic())
-        stack.enter_context(files.lock(folder / f"{name}.lock", subject, left_s))
+        stack.enter_context(files.lock(folder / f"{_name(what)}.lock", subject, left_s))
         yield
 
 
-def is_free(uuid: str | None) -> bool:
-    """Whether nobody holds that device now."""
+def is_free(uuid: str) -> bool:
+    """Whether nobody holds that GPU now."""
     try:
-        with device(uuid, "", 0.0):
+        with _held(uuid, "", 0.0):
             return True
     except files.InUse:
         return False

@@ -184,6 +184,7 @@ SETUP: dict[str, Callable[[Record], object]] = {
     "device": attrgetter("device.kind"),
     "gpu": lambda r: r.device.name,
     "engine": attrgetter("engine.version"),
+    "host_shared": lambda r: bool(r.host.shared),
 }
 """Columns that must agree for runs to be compared."""
 
