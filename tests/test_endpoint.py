@@ -246,6 +246,7 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.alone  # beside others, all answers of so small a model may come in bursts
 @pytest.mark.parametrize("name", [LLAMA_SERVER, "xllamacpp"])
 def test_a_real_server_is_measured_and_left_running(name, engine, home):
     said = []

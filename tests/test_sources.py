@@ -292,7 +292,7 @@ def good(toy, tmp_path):
 
 
 def state_of(place):
-    return {p.name: (p.resolve(), p.read_bytes()) for p in place.iterdir() if p.suffix != ".lock"}
+    return {p.name: (p.resolve(), p.read_bytes()) for p in place.iterdir() if ".lock" not in p.name}
 
 
 def toy_file(**how):
