@@ -70,6 +70,8 @@ SLOW = {
     "test_neutral::test_no_string_gets_out_in_the_document",
     "test_neutral::test_no_string_gets_out_in_a_card",
     "test_stats::test_a_pooled_95_percent_interval_covers_95_percent",
+    "test_stats::test_how_many_intervals_over_machines_hold_the_truth",
+    "test_contrasts::test_how_often_it_is_wrong_over_machines",
     "test_sources",
     "test_hub_limits",
     "test_hub",

@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 
 from moelib.answers import claims, points, verdicts
 from moelib.answers.points import Point
+from moelib.base import stats
 from moelib.base.stats import Estimate, number, percent
 from moelib.catalogue.placement import Placement
 from moelib.evidence.table import Table
 from moelib.report import advice, results
+from moelib.study import frames
 from moelib.study.study import Study
 
 FULL = REPO / "outputs/h100-twins"
@@ -50,6 +52,33 @@ def test_a_point_dominates_only_beyond_doubt():
     assert not point(rate=110, ttft=0.2).dominates(usual)
     assert point(ttft=0.05).dominates(usual)
     assert not replace(usual, ttft=None).dominates(usual)
+
+
+def test_a_wide_interval_makes_no_tie_of_what_is_much_slower():
+    wide = replace(point("Q2_K", rate=40.0), rate=Estimate(40.0, 2.0, 600.0, 5))
+    assert points.choose([point(), wide], 12 * GIB, 64 * GIB).ties == ()
+    near = replace(wide, rate=Estimate(60.0, 2.0, 600.0, 5))
+    assert points.choose([point(), near], 12 * GIB, 64 * GIB).ties == (near,)
+
+
+def test_the_document_says_which_rounds_ran_on_another_machine(full):
+    """And does not pool their ratios with those of one machine."""
+    two = Study.read(REPO / "outputs/h100")
+    said = [line for line in results.conventions(two).text.splitlines() if "several machines" in line]
+    assert len(said) == 1
+    assert "rounds 4 and 5 of deepseek-moe-16b (Q4_K_M, Q2_K, Q8_0) on a second machine." in said[0]
+    assert "t is 12.7" in said[0]
+    assert "88 to 97 %" in said[0]
+    workload = two.parameters.workloads[-1]
+    table = results.speed(two, "deepseek-moe-16b", workload)
+    assert "that one machine measured together" in table.note
+    column = f"tokens_per_s/{workload}"
+    for c in frames.comparisons(two.runs, column):
+        row = next(r for r in table.rows if (r["quant"], r["placement"]) == (c.quant, f"{c.side[0]}, {c.side[1]}"))
+        own = stats.estimate(c.ratio, 100)
+        assert (row["% of baseline"] == own) == (c.after["machine"].nunique() == 2), row
+    assert "several machines" not in results.conventions(full).text
+    assert "one machine measured" not in results.speed(full, "deepseek-moe-16b", "long-512").note
 
 
 POINTS = st.lists(

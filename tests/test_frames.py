@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from factory import block, observation, record_of, request, study_of, with_facts, with_observed
 
+from moelib.base import stats
 from moelib.catalogue import params
 from moelib.catalogue.params import PlacementMode
 from moelib.catalogue.placement import Placement
@@ -184,6 +185,33 @@ def test_a_comparison_is_paired_within_rounds():
     assert c.ratio.value == pytest.approx(8**0.5)  # of 2 and 4
     assert (c.baseline.value, c.value.value) == (pytest.approx(2**0.5), pytest.approx(4))
     assert (c.difference.value, c.difference.n) == (pytest.approx(-3.5), 2)
+
+
+def test_the_machine_of_each_round_is_a_factor():
+    loads = [(1.0, 2.0), (1.1, 2.3), (1.0, 2.1), (1.5, 4.6), (1.6, 4.5)]
+    runs, where = measured(*loads).runs, ["a", "a", "a", "b", "b"]
+    two = runs.assign(machine=[m for m in where for _ in range(2)])
+    (c,), (base, moved) = frames.comparisons(two, "load_s"), frames.summaries(two, "load_s")
+    first, second = ([pair[i] for pair in loads] for i in (0, 1))
+    assert c.ratio == stats.ratio(loads, where)
+    assert c.difference == stats.mean([a - b for a, b in loads], where)
+    assert (c.baseline, c.value) == (stats.geometric_mean(first, where), stats.geometric_mean(second, where))
+    assert (base.value, moved.value) == (stats.mean(first, where), stats.mean(second, where))
+    (plain,) = frames.comparisons(runs, "load_s")
+    assert c.ratio.value == plain.ratio.value
+    assert c.ratio.high / c.ratio.low > plain.ratio.high / plain.ratio.low
+    (row,), (old,) = (list(frames.compare(f, "load_s").itertuples()) for f in (two, runs))
+    assert (row.low, row.high, row.n, row.machines) == (c.ratio.low, c.ratio.high, 5, 2)
+    assert (old.low, old.high, old.machines) == (plain.ratio.low, plain.ratio.high, 1)
+
+
+def test_machines_that_are_not_known_count_as_one():
+    runs = measured((1.0, 2.0), (1.1, 2.3), (2.0, 2.1)).runs
+    (plain,) = frames.comparisons(runs, "load_s")
+    for other in (runs.assign(machine="unknown"), runs.assign(machine=None), runs.drop(columns="machine")):
+        (c,) = frames.comparisons(other, "load_s")
+        assert c.ratio == plain.ratio
+        assert frames.compare(other, "load_s")["machines"].tolist() == [1]
 
 
 def test_a_round_without_the_value_is_left_out_of_a_comparison():

@@ -13,6 +13,7 @@ from moelib.base.stats import Estimate
 from moelib.catalogue.facts import SHIMMY_GENERATE
 from moelib.measure.runner import QUANTITIES, untold
 from moelib.study import study as studies
+from moelib.study.columns import machine
 from moelib.study.study import Study
 
 
@@ -62,10 +63,11 @@ def _proven(runs: Sequence[Record]) -> bool:
 
 def _whole_s(runs: Sequence[Record], workload: str) -> Estimate | None:
     of_runs = [
-        [q.total_s for q in r.observation.requests if q.workload == workload and q.index and q.total_s] for r in runs
+        (machine(r), [q.total_s for q in r.observation.requests if q.workload == workload and q.index and q.total_s])
+        for r in runs
     ]
-    means = [sum(of) / len(of) for of in of_runs if of]
-    return stats.geometric_mean(means) if means else None
+    means = [(where, sum(of) / len(of)) for where, of in of_runs if of]
+    return stats.geometric_mean([x for _, x in means], [where for where, _ in means]) if means else None
 
 
 def other(study: Study) -> Study | None:

@@ -1,7 +1,8 @@
 """Whether quants differ: contrasts of a quantity or of its ratio to the baseline, between the quants of a model.
 
 Everything is on logarithms, paired within rounds where each round of all quants was on one machine; else each quant's
-rounds stand alone. Two sides are *equal* if the 90 % interval of their ratio lies within the margin (two one-sided
+rounds stand alone. Where a quant's rounds are of several machines, these are a random factor, as in `stats.components`.
+Two sides are *equal* if the 90 % interval of their ratio lies within the margin (two one-sided
 tests at 5 %), and *different* if its 95 % interval excludes 1 after Holm's correction for all pairs of the family.
 """
 
@@ -16,7 +17,8 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from moelib.base.stats import Estimate
+from moelib.base import stats
+from moelib.base.stats import Component, Estimate
 from moelib.study import frames
 from moelib.study.frames import Side
 
@@ -127,23 +129,23 @@ def _pairwise(model: str, side: Side, column: str, quants: Sequence[_Values]) ->
     paired = _share_rounds(quants)
     pooled = _spread(quants, paired)
     for a, b in itertools.combinations(quants, 2):
-        centre, error, freedom = _difference(a, b, paired)
-        if pooled and error:
-            variance, freedom = pooled
-            per_run = variance * (1 / len(a.by_round) + 1 / len(b.by_round))
-            error = math.sqrt(per_run)
+        centre, parts = _difference(a, b, paired)
+        varies = any(p.deviation for p in parts)
+        if pooled and varies:
+            runs = 1 / (1 / len(a.by_round) + 1 / len(b.by_round))
+            parts = [Component(c.deviation, c.n * runs, c.freedom) for c in pooled]
         yield Contrast(
             model,
             a.quant,
             b.quant,
             side,
             column,
-            *_intervals(centre, error, freedom, min(len(a.by_round), len(b.by_round))),
+            *_intervals(centre, parts if varies else [], min(len(a.by_round), len(b.by_round))),
             corrected=None,
             outcome="undecided",
             paired=paired,
             apart=not set(a.machines) & set(b.machines),
-            pooled=bool(pooled and error),
+            pooled=bool(pooled and varies),
             sources=a.sources | b.sources,
         )
 
@@ -157,13 +159,18 @@ def _share_rounds(quants: Sequence[_Values]) -> bool:
     )
 
 
-def _spread(quants: Sequence[_Values], paired: bool) -> tuple[float, int] | None:
-    """(variance of one value, degrees of freedom) of all quants together, where their spreads are alike; else None.
+def _spread(quants: Sequence[_Values], paired: bool) -> list[Component] | None:
+    """What one value varies by, of all quants together, where their spreads are alike; else None. `n` is per round: 1,
+    or of machines less, as several rounds have one in common.
 
-    Where rounds are paired, what a round has in common is taken out first.
+    Where rounds are paired, what a round has in common is taken out first, and so what a machine has: what is left is
+    how much each quant differs there; in simulations of three quants on two machines 91 to 97 % of the intervals hold
+    the truth. Rounds of several machines that are not paired stand alone.
     """
     from scipy.stats import bartlett
 
+    if not paired and any(len(set(_machines(q))) > 1 for q in quants):
+        return None
     table = [q.by_round.to_numpy() for q in quants]
     if len(table) < 3 or min(map(len, table)) < 3 or any(np.ptp(values) == 0 for values in table):
         return None
@@ -177,33 +184,61 @@ def _spread(quants: Sequence[_Values], paired: bool) -> tuple[float, int] | None
     squares = sum(float(((values - values.mean()) ** 2).sum()) for values in table)
     rows, columns = len(table), len(table[0])
     freedom = (rows - 1) * (columns - 1) if paired else sum(len(values) - 1 for values in table)
-    return squares / freedom, freedom
+    of_machines = stats.anova([v.tolist() for v in table], _machines(quants[0]), rows - 1) if paired else None
+    if of_machines:
+        return [Component(c.deviation, c.n / columns, c.freedom) for c in of_machines]
+    return [Component(math.sqrt(squares / freedom), 1, freedom)]
 
 
-def _difference(a: _Values, b: _Values, paired: bool) -> tuple[float, float, float]:
-    """(mean difference of the logarithms, its standard error, degrees of freedom): paired, or Welch's."""
+def _machines(q: _Values) -> list[str]:
+    return list(q.machines.fillna("unknown").map(str))
+
+
+def _difference(a: _Values, b: _Values, paired: bool) -> tuple[float, list[Component]]:
+    """(mean difference of the logarithms, what it varies by): paired, or Welch's, to which machines of either side add;
+    nothing where a side has one round."""
     x, y = a.by_round.to_numpy(), b.by_round.to_numpy()
     centre = float(x.mean() - y.mean())
-    if paired:
-        d = x - y
-        return centre, float(d.std(ddof=1)) / math.sqrt(len(d)) if len(d) > 1 else math.nan, len(d) - 1
     if min(len(x), len(y)) < 2:
-        return centre, math.nan, 0
-    vx, vy = x.var(ddof=1) / len(x), y.var(ddof=1) / len(y)
-    if vx + vy == 0:
-        return centre, 0.0, 1
-    return centre, math.sqrt(vx + vy), (vx + vy) ** 2 / (vx**2 / (len(x) - 1) + vy**2 / (len(y) - 1))
+        return centre, []
+    if paired:
+        return centre, _components(x - y, _machines(a))
+    sides = [_components(v, _machines(q)) for v, q in ((x, a), (y, b))]
+    (vx, fx), (vy, fy) = ((rounds.error**2, rounds.freedom) for *_, rounds in sides)
+    freedom = (vx + vy) ** 2 / (vx**2 / fx + vy**2 / fy) if vx + vy else 1.0
+    return centre, [*(c for parts in sides for c in parts[:-1]), Component(math.sqrt(vx + vy), 1, freedom)]
+
+
+def _components(values: np.ndarray, machines: Sequence[str]) -> list[Component]:
+    plain = Component(float(values.std(ddof=1)), len(values), len(values) - 1)
+    return stats.anova([values.tolist()], machines) or [plain]
 
 
 def _intervals(
-    centre: float, error: float, freedom: float, n: int
+    centre: float, parts: Sequence[Component], n: int
 ) -> tuple[Estimate, tuple[float, float] | None, float | None]:
     """(ratio with its 95 % interval, its 90 % interval, p of no difference)."""
+    if not parts:  # nothing varies, or one round alone
+        return Estimate(math.exp(centre), None, None, n), None, None
+    wide, narrow = (_half(parts, tail) for tail in (ALPHA / 2, ALPHA))
+    bounds = [math.exp(centre + k) for k in (-wide, wide, -narrow, narrow)]
+    return Estimate(math.exp(centre), bounds[0], bounds[1], n), (bounds[2], bounds[3]), _p(centre, parts)
+
+
+def _half(parts: Sequence[Component], tail: float) -> float:
+    from scipy.special import stdtrit
+
+    return math.hypot(*(float(stdtrit(c.freedom, tail)) * c.error for c in parts))
+
+
+def _p(centre: float, parts: Sequence[Component]) -> float:
+    """Two-sided: the level at which the interval would just reach no difference."""
+    from scipy.optimize import brentq
     from scipy.stats import t
 
-    if not error > 0:  # nothing varies, or one round alone
-        return Estimate(math.exp(centre), None, None, n), None, None
-    wide, narrow = (float(t.ppf(1 - tail, freedom)) * error for tail in (ALPHA / 2, ALPHA))
-    bounds = [math.exp(centre + k) for k in (-wide, wide, -narrow, narrow)]
-    p = 2 * float(t.sf(abs(centre) / error, freedom))
-    return Estimate(math.exp(centre), bounds[0], bounds[1], n), (bounds[2], bounds[3]), p
+    if len(parts) == 1:
+        return 2 * float(t.sf(abs(centre) / parts[0].error, parts[0].freedom))
+    least = 1e-300
+    if _half(parts, least / 2) <= abs(centre):
+        return least
+    return math.exp(brentq(lambda log: _half(parts, math.exp(log) / 2) - abs(centre), math.log(least), 0.0))

@@ -19,6 +19,8 @@ PROCESS_BYTES = 512 << 20
 """What the server takes of RAM beside weights: 247 to 512 MiB in the committed runs with a GPU."""
 ALIKE = 0.01
 """What differs by less is called equal."""
+NO_TIE = 0.5
+"""What is half as fast is not called a tie, however wide an interval over two machines is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +93,10 @@ def measured(study: Study, workload: str) -> list[Point]:
                     int(rate.runs["moved_layers"].iloc[0]),
                     float(vram.max()),
                     _ram(rate.runs["moved_bytes"].iloc[0], rate.runs["vram_weights_bytes"].iloc[0], manifest),
-                    stats.geometric_mean(list(rate.runs[names[0]])),
-                    stats.geometric_mean(list(ttft.runs[names[1]])) if len(ttft.runs) else None,
+                    stats.geometric_mean(list(rate.runs[names[0]]), frames.machines(rate.runs)),
+                    stats.geometric_mean(list(ttft.runs[names[1]]), frames.machines(ttft.runs))
+                    if len(ttft.runs)
+                    else None,
                     manifest.bits_per_weight,
                     rate.sources | ttft.sources | (loss.sources if loss else {}),
                     loss.divergence if loss else None,
@@ -211,5 +215,6 @@ def choose(
 
 
 def _alike(a: Point, b: Point) -> bool:
-    """Whether two rates, both measured, cannot be told apart."""
-    return a.is_measured and b.is_measured and not a.surely_faster(b) and None not in (a.rate.low, b.rate.low)
+    """Whether two rates, both measured, cannot be told apart; a is the faster."""
+    near = b.rate.value > NO_TIE * a.rate.value
+    return near and a.is_measured and b.is_measured and not a.surely_faster(b) and None not in (a.rate.low, b.rate.low)

@@ -292,14 +292,16 @@ def _outcome(measured: Measured, need: Need) -> str:
 
 
 def _mean(runs: pd.DataFrame, column: str) -> stats.Estimate | None:
-    known = list(runs[column].dropna()) if column in runs else []
-    return stats.mean(known) if known else None
+    known = runs.dropna(subset=[column]) if column in runs else runs[:0]
+    return stats.mean(list(known[column]), frames.machines(known)) if len(known) else None
 
 
 def _typical(runs: pd.DataFrame, column: str) -> stats.Estimate | None:
     """The geometric mean, for rates and times, whose interval stays above zero."""
-    known = list(runs[column].dropna()) if column in runs else []
-    return stats.geometric_mean(known) if known and min(known) > 0 else None
+    known = runs.dropna(subset=[column]) if column in runs else runs[:0]
+    if known.empty or known[column].min() <= 0:
+        return None
+    return stats.geometric_mean(list(known[column]), frames.machines(known))
 
 
 def _smallest(measured: Measured, answer: Need) -> str:

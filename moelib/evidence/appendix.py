@@ -283,7 +283,7 @@ def machines(study: Study) -> Text:
     if mixed:
         text = (
             f"- The rounds of {' and of '.join(mixed)} come from different machines of one kind: their intervals "
-            "include the differences between these machines. Elsewhere rounds measure variation from run to run on one "
+            "count the machine as a random factor. Elsewhere rounds measure variation from run to run on one "
             "machine."
         )
     if any(r.host.shared for r in study.used):

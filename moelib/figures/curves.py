@@ -18,6 +18,7 @@ from moelib.figures.axes import COLOURS, MARKERS, nth
 from moelib.laws import speed, vram
 from moelib.laws.law import HELD_OUT, Law, Residual, errors, held_out, standing
 from moelib.planner.graph import OFFLOADED_TOKENS
+from moelib.study import frames
 from moelib.study.study import Study
 
 PARTS = {
@@ -59,7 +60,7 @@ def _quants(study: Study, frame: pd.DataFrame) -> list[str]:
 
 def _mean(frame: pd.DataFrame, column: str) -> Estimate:
     """Geometric, so that an interval stays above 0 on a logarithmic axis."""
-    return stats.geometric_mean(list(frame[column]))
+    return stats.geometric_mean(list(frame[column]), frames.machines(frame))
 
 
 def _offset(ax: Any, text: str, at: Point, by: Point, **how: Any) -> None:

@@ -11,6 +11,7 @@ from moelib.catalogue import params
 from moelib.catalogue.placement import Placement
 from moelib.figures import axes, layout
 from moelib.figures.axes import COLOURS, MARKERS, nth
+from moelib.study import frames
 from moelib.study.study import Study
 
 LEAST = 1e-7
@@ -38,7 +39,7 @@ def loss_over_vram(study: Study) -> Any:
             runs = frame[(frame["model"] == model) & (frame["quant"] == quant)]
             if runs.empty:
                 continue
-            x, loss = stats.geometric_mean(list(runs["vram_bytes"])), lost[model, quant]
+            x, loss = stats.geometric_mean(list(runs["vram_bytes"]), frames.machines(runs)), lost[model, quant]
             form = {"color": nth(COLOURS, quant, quants), "marker": nth(MARKERS, quant, quants), "ls": ""}
             tail, mean = _drawn(loss.tail("kld_999")), _drawn(loss.divergence)
             axes.curve([x], [mean], ax=ax, units=(unit[1], 1), **form, mfc="none", ms=7)

@@ -180,16 +180,20 @@ class _Column:
     values: dict[tuple[str, Side], Estimate]
     ratios: dict[tuple[str, Side], Estimate]
     pooled: bool
+    apart: bool
+    """Whether some were measured on several machines, whose ratios are not pooled."""
 
     @classmethod
     def of(cls, runs: pd.DataFrame, name: str) -> _Column:
         every = frames.comparisons(runs, name)
         values = {(c.quant, c.side): c.value for c in every if c.value}
         values |= {(c.quant, c.against): c.baseline for c in every if c.baseline}
-        told = [c for c in every if c.ratio]
+        ratios = {(c.quant, c.side): c.ratio for c in every if c.ratio}
+        told = [c for c in every if c.ratio and len(set(frames.paired(c.before, c.after))) == 1]
         pooled = stats.pooled_ratios([_pairs(c, name) for c in told])
-        ratios = pooled or [c.ratio for c in told if c.ratio]
-        return cls(values, {(c.quant, c.side): r for c, r in zip(told, ratios, strict=True)}, bool(pooled))
+        if pooled:
+            ratios |= {(c.quant, c.side): r for c, r in zip(told, pooled, strict=True)}
+        return cls(values, ratios, bool(pooled), len(told) < len(ratios))
 
 
 def _pairs(c: Comparison, column: str) -> dict[str, tuple[float, float]]:
@@ -219,7 +223,8 @@ def speed(study: Study, model: str, workload: str) -> Table:
         )
         sources.append(s.sources)
     pooled = " and ".join(what for what, c in (("tokens/s", rate), ("TTFT", warm)) if c.pooled)
-    spread = f", those of {pooled} with the spread of all quants and placements together" if pooled else ""
+    alike = " that one machine measured" if rate.apart or warm.apart else ""
+    spread = f", those of {pooled} with the spread of all quants and placements{alike} together" if pooled else ""
     counts = {row["n"] for row in rows}
     if len(counts) == 1:  # said once, and not in each row
         rows = [{k: v for k, v in row.items() if k != "n"} for row in rows]
@@ -249,9 +254,10 @@ def _by_prompt(study: Study, model: str, lengths: dict[int, str]) -> Table:
             row[head] = number(stats.geometric_mean(list(s.runs[column])).value if len(s.runs) else None, 1e3)
         for n, m in pairwise(lengths):
             if m <= ALIKE * n:
-                both = cells[0].runs[[columns[str(n)], columns[str(m)]]].dropna()
-                pairs = list(both.itertuples(index=False, name=None))
-                row[f"{m} / {n}"] = stats.estimate(stats.ratio(pairs) if pairs else None)
+                two = [columns[str(n)], columns[str(m)]]
+                both = cells[0].runs.dropna(subset=two)
+                pairs = list(both[two].itertuples(index=False, name=None))
+                row[f"{m} / {n}"] = stats.estimate(stats.ratio(pairs, frames.machines(both)) if pairs else None)
         rows.append(row)
         sources.append(merged(s.sources for s in cells))
     note = (
@@ -311,9 +317,33 @@ def conventions(study: Study) -> Text:
         f"{2 * WARM_UP}, after the first one), as they arrive at the client. TTFT: from sending a request to its "
         "first token. VRAM: the peak of the run's processes. GB is 10⁹ bytes, GiB and MiB are 2³⁰ and 2²⁰.",
         f"Intervals are 95 % by Student's t over rounds, ratios on logarithms.{_by_chance(n)}",
+        *_several_machines(study),
         f"One request at a time, greedy choice of the next token{_diversity(study)}.",
     ]
     return Text("conventions", "\n".join(f"- {s}" for s in sentences), cite(study.used))
+
+
+def _several_machines(study: Study) -> Iterator[str]:
+    """Which rounds ran elsewhere than the first ones of their cell, and what that does to intervals."""
+    elsewhere: dict[tuple[str, tuple[int, ...], int], list[str]] = {}
+    for (model, quant), runs in study.runs.groupby(["model", "quant"], sort=False):
+        on = pd.Series(frames.machines(runs), runs["round"])
+        if others := set(on) - {on.iloc[0]}:
+            numbers = tuple(sorted(set(on.index[on != on.iloc[0]])))
+            elsewhere.setdefault((model, numbers, len(others)), []).append(quant)
+    if not elsewhere:
+        return
+    told = "; ".join(
+        f"round{'s' * (len(numbers) > 1)} {' and '.join(map(str, numbers))} of {neutral(model)} "
+        f"({', '.join(map(neutral, quants))}) on {'a second machine' if n == 1 else f'{n} other machines'}"
+        for (model, numbers, n), quants in elsewhere.items()
+    )
+    least, most = stats.COVERED
+    yield (
+        f"Measured on several machines: {told}. Their intervals count the machine as a random factor: wide where "
+        f"machines differ, as t is {number(stats.student(1))} for two of them, and true in {100 * least:.0f} to "
+        f"{100 * most:.0f} % of simulated studies."
+    )
 
 
 def _by_chance(n: int) -> str:

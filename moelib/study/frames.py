@@ -102,6 +102,18 @@ def sources(frame: pd.DataFrame) -> dict[str, str]:
     return dict(zip(frame["run_id"], frame["digest"], strict=True))
 
 
+def machines(frame: pd.DataFrame) -> list[str]:
+    """On which machine each run was; those that are not known count as one."""
+    if "machine" not in frame.columns:
+        return ["unknown"] * len(frame)
+    return list(frame["machine"].fillna("unknown").map(str))
+
+
+def paired(first: pd.DataFrame, second: pd.DataFrame) -> list[tuple[str, str]]:
+    """On which machines the two runs of each round were."""
+    return list(zip(machines(first), machines(second), strict=True))
+
+
 def reference(sides: Iterable[Side]) -> str:
     """The placement that the others are compared with: the baseline or, without one, that with most on the GPU."""
     return str(min((Placement.parse(*side) for side in sides), key=lambda p: p.rank))
@@ -168,18 +180,19 @@ def comparisons(frame: pd.DataFrame, column: str, pairs: Pairs = EVERY) -> list[
             first, second = first[first[column].notna()], second[second[column].notna()]
             rounds = [n for n in first.index if n in second.index]
             first, second = first.loc[rounds], second.loc[rounds]
-            values = list(zip(first[column], second[column], strict=True))
-            rows.append(Comparison(*names, after, before, first, second, *_estimates(values)))
+            rows.append(Comparison(*names, after, before, first, second, *_estimates(first, second, column)))
     return rows
 
 
-def _estimates(pairs: list[tuple[float, float]]) -> list[stats.Estimate | None]:
-    if not pairs:
+def _estimates(first: pd.DataFrame, second: pd.DataFrame, column: str) -> list[stats.Estimate | None]:
+    if first.empty:
         return []
-    difference = stats.mean([a - b for a, b in pairs])
+    pairs, both = list(zip(first[column], second[column], strict=True)), paired(first, second)
+    sides = [(list(side[column]), machines(side)) for side in (first, second)]
+    difference = stats.mean([a - b for a, b in pairs], both)
     if not all(v > 0 for pair in pairs for v in pair):
-        return [*(stats.mean(side) for side in zip(*pairs, strict=True)), None, difference]
-    return [*map(stats.geometric_mean, zip(*pairs, strict=True)), stats.ratio(pairs), difference]
+        return [*(stats.mean(*side) for side in sides), None, difference]
+    return [*(stats.geometric_mean(*side) for side in sides), stats.ratio(pairs, both), difference]
 
 
 def summaries(frame: pd.DataFrame, column: str) -> list[Summary]:
@@ -188,7 +201,8 @@ def summaries(frame: pd.DataFrame, column: str) -> list[Summary]:
     for names, _, sides in _cells(frame):
         for side, its_runs in sides.items():
             known = its_runs[its_runs[column].notna()]
-            rows.append(Summary(*names, side, known, stats.mean(list(known[column])) if len(known) else None))
+            value = stats.mean(list(known[column]), machines(known)) if len(known) else None
+            rows.append(Summary(*names, side, known, value))
     return rows
 
 
@@ -211,14 +225,17 @@ def compare(frame: pd.DataFrame, column: str, baseline: str | None = None) -> pd
     rows = []
     for c in comparisons(frame, column, against(baseline)):
         if c.baseline and c.value and c.difference:
+            n = len({*machines(c.before), *machines(c.after)})
             ratio = (c.ratio.value, *(c.ratio.interval or (None, None))) if c.ratio else (None, None, None)
-            rows.append((c.study, c.model, c.quant, *c.side, c.baseline.value, c.value.value, *ratio, c.difference.n))
+            rows.append(
+                (c.study, c.model, c.quant, *c.side, c.baseline.value, c.value.value, *ratio, c.difference.n, n)
+            )
     if not rows:
         raise FrameError(
             f"no round has {column} of both {baseline or REFERENCE!r} and another placement; the frame has "
             f"{', '.join(sorted(frame['placement'].unique())) or 'no runs'}"
         )
-    heads = [*CELL, "placement", "load_mode", "baseline", "value", "ratio", "low", "high", "n"]
+    heads = [*CELL, "placement", "load_mode", "baseline", "value", "ratio", "low", "high", "n", "machines"]
     return pd.DataFrame(rows, columns=heads).astype({"ratio": float, "low": float, "high": float})
 
 
