@@ -63,6 +63,7 @@ SLOW = {
     "test_twin",
     # commands run as processes of their own, or through whole studies
     "test_cli",
+    "test_cluster",
     "test_damaged",
     "test_demo",
     # campaigns: of faults, of forgeries, of hostile strings, of simulated studies
