@@ -9,7 +9,7 @@ WORKFLOW := .venv-workflow
 PROFILE ?= local
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engine shimmy workflow demo test quick faults forgeries hubfaults lint docs validation cards residuals rehearsal mutation lab layers doctor bench runners scale training-data trained clean
+.PHONY: help setup engine shimmy workflow demo test quick faults cluster forgeries hubfaults lint docs validation cards residuals rehearsal mutation lab layers doctor bench runners scale training-data trained clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -69,6 +69,9 @@ forgeries: setup ## the forging campaign: audit 2,000 falsified records of the c
 
 hubfaults: engine ## the fault campaign of publishing: every request fails in every way, about half an hour
 	@$(BIN)/python tests/publishing.py $(ARGS)
+
+cluster: engine ## the campaign of many machines: a real Slurm of two nodes here (root; apt-get install slurmctld slurmd slurm-client munge), 15 minutes
+	@$(BIN)/python tests/many_machines.py $(ARGS)
 
 lint: setup ## ruff, types, and notebooks without outputs
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .

@@ -91,6 +91,7 @@ ALONE = {
     "test_face",
     "test_faults",
     "test_given",
+    "test_many_machines",
     "test_notebooks",
     "test_preflight",
     "test_preview",

@@ -15,6 +15,8 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from moelib.locks import claim
+
 TOOLS = ("ip", "nsenter", "setpriv", "unshare")
 FREEZER = Path("/sys/fs/cgroup/freezer")  # of cgroup version 1
 NETNS = Path("/run/netns")
@@ -25,6 +27,8 @@ INIT = """\
 set -e
 hostname {name}
 mount -t tmpfs -o mode=1777 shm /dev/shm
+mkdir -p -m 700 {locks}
+mount -t tmpfs -o mode=700 locks {locks}
 mount --bind {hosts} /etc/hosts
 mount --bind {home}/boot_id /proc/sys/kernel/random/boot_id
 if test -e /etc/machine-id; then mount --bind {home}/machine-id /etc/machine-id; fi
@@ -126,7 +130,14 @@ class Machine:
     def start(self, daemon: str, up: Callable[[], bool], timeout_s: float) -> None:
         """Start a daemon that stays in the foreground, with a new boot id, and wait until `up()`."""
         (self.home / "boot_id").write_text(f"{uuid.uuid4()}\n", encoding="ascii")
-        places = {"home": self.home, "hosts": self.hosts, "cgroup": self.cgroup, "freezer": FREEZER}
+        # what measures on a machine is noted there: each has its own, as it has its own abstract sockets
+        places = {
+            "locks": claim.ROOT / f"moelib-{os.getuid()}",
+            "home": self.home,
+            "hosts": self.hosts,
+            "cgroup": self.cgroup,
+            "freezer": FREEZER,
+        }
         argv = [
             "setpriv",
             "--pdeathsig",
