@@ -89,10 +89,11 @@ cards: setup ## rebuild the model cards of the committed studies from their reco
 	@$(BIN)/moelib card h100-twins --namespace $(NAMESPACE)
 	@MOELIB_OUTPUTS=docs/example $(BIN)/moelib card demo --namespace $(NAMESPACE)
 
-residuals: engine ## rebuild docs/PLANNER.md, docs/PREVIEW.md and docs/QUALITY.md from the committed records behind them
+residuals: engine ## rebuild docs/PLANNER.md, docs/PREVIEW.md, docs/QUALITY.md and docs/FLEET.md from the committed records behind them
 	@$(BIN)/python benchmarks/plan_residuals.py show outputs/planner > docs/PLANNER.md
 	@$(BIN)/python benchmarks/preview_residuals.py show outputs/preview > docs/PREVIEW.md
 	@$(BIN)/python benchmarks/scoreboard.py outputs/trained outputs/h100-trained > docs/QUALITY.md
+	@$(BIN)/python benchmarks/fleet.py > docs/FLEET.md
 
 rehearsal: engine ## publish the committed demo study to a Hub on loopback, with an interruption; writes its transcript
 	@for model in trained-phimoe trained-deepseek; do for quant in Q4_K_M Q2_K Q8_0; do \

@@ -171,7 +171,8 @@ def _(s: Scene) -> None:
     job = s.submit("Q8_0", "--nodelist=node1")
     s.until_records(1)
     changed = furnish(
-        s.folder / "changed", (s.home / "params/studies/smoke.yaml").read_text().replace("seed: 1", "seed: 2")
+        s.folder / "changed",
+        (s.home / "params/studies/smoke.yaml").read_text(encoding="utf-8").replace("seed: 1", "seed: 2"),
     )
     refused = s.submit("Q2_K", "--nodelist=node2", home=changed)
     s.finish(refused, state="FAILED")
