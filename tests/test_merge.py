@@ -257,3 +257,11 @@ def test_the_command_says_what_came_of_it(halves, tmp_path):
     )
     assert refused.returncode == 1
     assert "a folder is not merged with itself" in refused.stderr
+
+
+def test_a_document_names_the_kinds_of_machine_that_its_numbers_are_of():
+    from moelib.report import results
+
+    threads = Study.read(REPO / "outputs/h100-threads")
+    assert "Machines of 2 kinds: deepseek-moe-16b/Q4_K_M: 1 host; RAM 63.9 GB/s" in results.limits(threads).text
+    assert "kinds:" not in results.limits(Study.read(H100)).text

@@ -18,6 +18,7 @@ from moelib.base.stats import Estimate, number, percent
 from moelib.engine.client import WARM_UP
 from moelib.evidence import appendix
 from moelib.evidence.table import Table, Text, below_names, cite, cite_overhead, merged, reference, several_load_modes
+from moelib.merge import setups
 from moelib.report import findings
 from moelib.study import frames, overhead
 from moelib.study.frames import Comparison, Side
@@ -83,6 +84,8 @@ def limits(study: Study) -> Text:
         sources |= cite_overhead(study.overhead)
     if machines := appendix.apart(study):
         sentences.append(machines)
+    if of_kinds := setups.said(setups.setups(study.used)):
+        sentences.append(f"Machines of {len(of_kinds)} kinds: {neutral('. '.join(of_kinds))}. Speeds are theirs.")
     if "cuda" in kinds:
         sentences += [
             "VRAM is what the driver reports for a process that is alone on the GPU; the driver's list and the growth "
