@@ -39,7 +39,7 @@ def multiply(home: Path, blocks: int) -> Path:
     """A study `scale` of so many blocks in the home; returns its folder."""
     for name in ("params", "notebooks"):
         shutil.copytree(ROOT / name, home / name, dirs_exist_ok=True)
-    plan = yaml.safe_load((ROOT / "params/studies/demo.yaml").read_text(encoding="utf-8"))
+    plan = yaml.safe_load((ROOT / "params/studies/demo-twins.yaml").read_text(encoding="utf-8"))
     (home / "params/studies/scale.yaml").write_text(yaml.safe_dump(plan | {"rounds": blocks}), encoding="utf-8")
     params._yaml.cache_clear()
     folder = study.Study.named("scale")
