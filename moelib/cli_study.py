@@ -35,7 +35,8 @@ def study_run(name: str, cell: str | None) -> None:
 
     asked, cells = campaign.select(name, cell)
     planned = sum(len(c.specs) for c in cells)
-    before = sum(s.usable for s in _statuses(asked, cells, cell))
+    statuses = _statuses(asked, cells, cell)
+    before = sum(s.usable for s in statuses)
     if before < planned:
         if note := campaign.device_note(asked):
             say(f"{name} {note}")
@@ -47,14 +48,20 @@ def study_run(name: str, cell: str | None) -> None:
     # the bar counts the records on disk: reading them all would disturb the runs
     written = asked.path / "records"
     known = before - len(list(written.glob("*.json")))
-    taken = None
+    taken, begun = None, list[str]()
+
+    def tell(text: str) -> None:
+        begun.append(text)
+        tqdm.write(text)
+
     with bar, monitor.repeating(lambda: bar.update(known + len(list(written.glob("*.json"))) - bar.n), 1.0):
         try:
-            problems = campaign.run_cells(asked, cells, say=tqdm.write)
+            problems = campaign.run_cells(asked, cells, say=tell)
         except campaign.CellsTaken as err:
             taken, problems = err, err.problems
     measured = asked.again()
-    statuses = _statuses(measured, cells, cell)
+    if begun:  # else all stands as it was read: a scheduler asks often for cells that are done
+        statuses = _statuses(measured, cells, cell)
     if cell:
         for one, status in zip(cells, statuses, strict=True):
             say(f"{one.name}: {status.summary()}")
