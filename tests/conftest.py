@@ -129,6 +129,11 @@ def furnish(home: Path, smoke: str = SMOKE) -> Path:
     return home
 
 
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder -> its bytes."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, models_folder: Path) -> Path:
     """A home with the repository's params and notebooks and a study `smoke`; outputs stay inside it."""

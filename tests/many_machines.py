@@ -19,7 +19,7 @@ from pathlib import Path
 
 import cluster
 from cluster import Cluster
-from conftest import SMOKE, furnish
+from conftest import SMOKE, furnish, tree
 from machines import until
 
 from moelib.audit import record
@@ -40,13 +40,13 @@ class Scene:
 
     slurm: Cluster
     folder: Path
+    models: Path
     rounds: int = 2
     study: str = "smoke"
 
     def __post_init__(self) -> None:
         study = SMOKE.replace("[Q8_0]", f"[{', '.join(QUANTS)}]").replace("rounds: 2", f"rounds: {self.rounds}")
         self.home = furnish(self.folder / "home", study)
-        self.models = self.folder / "models"
 
     @property
     def outputs(self) -> Path:
@@ -134,8 +134,6 @@ def _(s: Scene) -> None:
     job, other = s.submit("Q8_0", "--nodelist=node1"), s.submit("Q2_K", "--nodelist=node2")
     before = s.until_records(1)
     s.slurm.kill_node(1)
-    # the other node is free after its own cell: the one that was lost goes on there, or on its own when that is back
-    s.slurm.run(["scontrol", "update", f"JobId={job}", "NodeList="]) if s.slurm.state(job) == "PENDING" else None
     s.finish(other)
     s.slurm.start_node(1)
     s.slurm.wait(job, ENDED, 2 * CELL_S, restarts=1)
@@ -188,28 +186,21 @@ def _(s: Scene) -> None:
     folders = [o / "smoke" for o in own]
     for place, order in ((s.outputs / "smoke", folders), (s.folder / "other/smoke", folders[::-1])):
         merge.merge(place, order)
-    assert _tree(s.outputs / "smoke") == _tree(s.folder / "other/smoke")
+    assert tree(s.outputs / "smoke") == tree(s.folder / "other/smoke")
     s.complete()
-
-
-def _tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def inject(slurm: Cluster, name: str, folder: Path, models: Path) -> float:
     """Let it happen to a study of its own; how long that took, in seconds."""
     started = time.monotonic()
     folder.mkdir(parents=True)
-    scene = Scene(slurm, folder)
-    scene.models = models
-    EVENTS[name](scene)
+    EVENTS[name](Scene(slurm, folder, models))
     return time.monotonic() - started
 
 
 def demo(slurm: Cluster, folder: Path, models: Path, nodes: int) -> float:
-    """Seconds of the demo's cells on so many nodes, merged and documented."""
-    scene, started = Scene(slurm, folder, study="demo"), time.monotonic()
-    scene.models = models
+    """Seconds of the demo's cells on so many nodes, which share a folder."""
+    scene, started = Scene(slurm, folder, models, study="demo"), time.monotonic()
     scene.finish(*(scene.submit(m, f"--nodelist=node{1 + n % nodes}") for n, m in enumerate(DEMO)), within_s=900)
     study = Study.read(scene.outputs / "demo")
     assert not study.problems, study.problems

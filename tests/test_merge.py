@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPO
+from conftest import REPO, tree
 
 from moelib.audit import record
 from moelib.base import files
@@ -44,10 +44,6 @@ def changed(path, **change):
             of = of[p]
         of[key] = value
     path.write_bytes(files.sealed(data))
-
-
-def tree(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture(scope="module")

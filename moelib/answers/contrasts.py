@@ -228,7 +228,7 @@ def _intervals(
 def _half(parts: Sequence[Component], tail: float) -> float:
     from scipy.special import stdtrit
 
-    return math.hypot(*(float(stdtrit(c.freedom, tail)) * c.error for c in parts))
+    return stats.half(parts, lambda freedom: float(stdtrit(freedom, tail)))
 
 
 def _p(centre: float, parts: Sequence[Component]) -> float:

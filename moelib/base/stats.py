@@ -113,9 +113,10 @@ def anova(rows: Sequence[Sequence[float]], machines: Machines, free: int = 1) ->
     ]
 
 
-def half(parts: Sequence[Component]) -> float:
-    """Half the 95 % interval of a mean that varies by these."""
-    return math.hypot(*(student(c.freedom) * c.deviation / math.sqrt(c.n) for c in parts))
+def half(parts: Sequence[Component], quantile: Callable[[float], float] = student) -> float:
+    """Half the interval of a mean that varies by these, by the quantile of Student's t at so many degrees of freedom;
+    by default that of 95 %."""
+    return math.hypot(*(quantile(c.freedom) * c.error for c in parts))
 
 
 def mean(values: Sequence[float], machines: Machines = None) -> Estimate:
