@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -43,6 +44,29 @@ def quick(monkeypatch):
 def test_a_shared_device_is_read_several_times_before_a_run_and_one_of_its_own_once():
     assert len(session(idle(0)).idle()) == device.IDLE_READINGS
     assert len(Session([]).idle()) == 1
+
+
+@pytest.mark.parametrize(
+    ("usable", "cards", "shown", "threads"),
+    [
+        (32, 2, 1, 16),  # each process is shown its own GPU, and all CPUs
+        (32, 2, 2, 16),
+        (16, 2, 1, 16),  # a scheduler has divided the CPUs
+        (16, 4, 2, 8),
+        (32, 1, 1, 32),
+        (1, 2, 2, 1),
+    ],
+)
+def test_who_shares_a_host_takes_its_part_of_the_cpus(monkeypatch, usable, cards, shown, threads):
+    """Of a host with 32 CPUs and so many GPUs, of which CUDA shows some."""
+    monkeypatch.setattr(device.host, "all_cpus", lambda: 32)
+    monkeypatch.setattr(device.host, "usable_cpus", lambda: usable)
+    monkeypatch.setattr(gpus, "visible", lambda: [gpus.Shown(str(i), False) for i in range(shown)])
+    where = object.__new__(Cuda)
+    where.gpu = SimpleNamespace(cards=cards)
+    assert where.threads == usable
+    where.share()
+    assert where.threads == threads
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_of_two_gpus_the_first_that_nobody_measures_is_taken(two_gpus):
 
 def test_who_comes_second_takes_another_gpu_or_says_who_has_it(two_gpus, monkeypatch):
     """Both saw the first one free, as several begin at once."""
-    a, b = (SimpleNamespace(uuid=f"GPU-{i}", kind="cuda") for i in two_gpus)
+    a, b = (SimpleNamespace(uuid=f"GPU-{i}", kind="cuda", share=lambda: None) for i in two_gpus)
     monkeypatch.setattr(bench, "LOCK_S", 0.1)
 
     def choose():

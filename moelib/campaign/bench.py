@@ -150,8 +150,8 @@ def audited(folder: Path, r: record.Record) -> record.Record:
 @contextmanager
 def held(where: Device, choose: Callable[[], Device], shared: bool = False) -> Iterator[Device]:
     """The device for this process alone, or the one that `choose` gives where another process was quicker: several
-    begin at once on a host with several GPUs. shared: while others are measured on these. Raises InUse, which names the
-    process that has it."""
+    begin at once on a host with several GPUs. shared: while others are measured on these, with its part of the CPUs.
+    Raises InUse, which names the process that has it."""
     with ExitStack() as stack:
         for _ in range(CHOICES):
             try:
@@ -166,6 +166,8 @@ def held(where: Device, choose: Callable[[], Device], shared: bool = False) -> I
                 where = other
         else:
             raise files.in_use("every GPU here", "other processes")
+        if shared:
+            where.share()
         yield where
 
 

@@ -219,6 +219,11 @@ def usable_cpus() -> int:
     return min(n, max(1, quota // period))
 
 
+def all_cpus() -> int:
+    """How many CPUs the host has, whoever may use them."""
+    return psutil.cpu_count() or len(cpu_ids())
+
+
 CPUS = Path("/sys/devices/system/cpu")
 
 

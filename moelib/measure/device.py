@@ -116,6 +116,9 @@ class Device(ABC):
         """Threads of llama-server."""
         return host.usable_cpus()
 
+    def share(self) -> None:  # noqa: B027  # most kinds are the only one of their host
+        """Take this device's part of the host's CPUs, and leave the rest to who measures on its other GPUs."""
+
     def identity(self) -> dict[str, Any]:
         """The device's facts for a record."""
         return {"kind": self.kind, "name": self.name, "uuid": self.uuid}
@@ -240,6 +243,12 @@ class Cuda(Device):
     @property
     def usable_bytes(self) -> int | None:
         return self.gpu.usable_bytes
+
+    def share(self) -> None:
+        # llama.cpp's threads spin while they wait: two servers with a thread for every CPU took 30 times as long
+        confined = host.usable_cpus() < host.all_cpus()
+        devices = len(gpus.visible()) if confined else self.gpu.cards
+        self.threads = max(1, host.usable_cpus() // max(1, devices))
 
     def identity(self) -> dict[str, Any]:
         return {**super().identity(), **self.gpu.facts(), "context_bytes": self.context_bytes}

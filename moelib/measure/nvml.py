@@ -79,6 +79,7 @@ class Gpu:
             self.uuid = f"MIG-{shown.id}"
             self.handle, whole = _instance(self.uuid)
         self._elsewhere = [handle for uuid, handle in handles.items() if uuid != whole]
+        self.cards = len(handles)
         self.name = _text(pynvml.nvmlDeviceGetName(self.handle))
         self.shared = shown.shared
         self.questions, self.absent = self._questions(), {}
