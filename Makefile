@@ -83,17 +83,18 @@ docs: setup ## rebuild the document of STUDY from its records alone
 
 validation: setup ## rebuild docs/MOE-TECHNICAL-VALIDATION.md and the other committed studies' documents from their records
 	@$(BIN)/moelib report h100-twins --into docs
-	@for study in h100 h100-prompts h100-threads h100-least-vram h200-twins local-12gib trained demo-shimmy demo-shimmy-generate; do $(BIN)/moelib report $$study || exit 1; done
+	@for study in h100 h100-prompts h100-threads h100-least-vram two-gpus-alone two-gpus h200-twins local-12gib trained demo-shimmy demo-shimmy-generate; do $(BIN)/moelib report $$study || exit 1; done
 
 cards: setup ## rebuild the model cards of the committed studies from their records (NAMESPACE=user on the Hub)
 	@$(BIN)/moelib card h100-twins --namespace $(NAMESPACE)
 	@MOELIB_OUTPUTS=docs/example $(BIN)/moelib card demo --namespace $(NAMESPACE)
 
-residuals: engine ## rebuild docs/PLANNER.md, docs/PREVIEW.md, docs/QUALITY.md and docs/FLEET.md from the committed records behind them
+residuals: engine ## rebuild docs/PLANNER.md, docs/PREVIEW.md, docs/QUALITY.md, docs/FLEET.md and docs/SHARING.md from the committed records behind them
 	@$(BIN)/python benchmarks/plan_residuals.py show outputs/planner > docs/PLANNER.md
 	@$(BIN)/python benchmarks/preview_residuals.py show outputs/preview > docs/PREVIEW.md
 	@$(BIN)/python benchmarks/scoreboard.py outputs/trained outputs/h100-trained > docs/QUALITY.md
 	@$(BIN)/python benchmarks/fleet.py > docs/FLEET.md
+	@$(BIN)/python benchmarks/sharing.py > docs/SHARING.md
 
 rehearsal: engine ## publish the committed demo study to a Hub on loopback, with an interruption; writes its transcript
 	@for model in trained-phimoe trained-deepseek; do for quant in Q4_K_M Q2_K Q8_0; do \

@@ -33,6 +33,7 @@ STUDIES = ("h100", "h100-prompts", "h100-threads", "h100-twins", "h200-twins")
 TIMES = ROOT / "outputs/fleet/times.json"
 CELLS, HOSTS, SEEDS = 1000, 50, (1, 2, 3)
 LADDER = (1, 5, 10, 25, 50, 100, 200)
+FAR = f"not up to {LADDER[-1]} hosts"
 HOUR, GB = 3600.0, 1e9
 
 
@@ -280,6 +281,11 @@ def _told(k: Kind) -> str:
     return f"{k.model} {k.file_bytes / GB:.0f} GB (quantised in {k.quantise_s:.0f} s, a round {usual:.0f} s)"
 
 
+def _waits(of: Outcome) -> str:
+    """For the store, of all host hours."""
+    return f"{of.waited_h / of.host_h:.0%}"
+
+
 def page() -> Iterator[str]:
     """What the simulation says, as Markdown."""
     a, of, times = Assumed(), kinds(), json.loads(TIMES.read_bytes())
@@ -308,8 +314,8 @@ def page() -> Iterator[str]:
         f"each, {here.host_h:,.0f} host hours, {here.host_h * a.price_per_h:,.0f} at a price of {a.price_per_h:g} an "
         f"hour; on one host {ladder[1].hours / 24:,.0f} days."
     )
-    first = f"at {breaks} hosts a tenth of all host hours is spent waiting for it" if breaks else "not up to 200 hosts"
-    other = f"at {naive} hosts already" if naive else "not up to 200 hosts either"
+    first = f"at {breaks} hosts {_waits(ladder[breaks])} of all host hours are waiting for it" if breaks else FAR
+    other = f"at {naive} hosts already {_waits(anywhere[naive])}" if naive else f"{FAR} either"
     yield (
         f"- **What breaks first is the store of sources**: {first} where hosts take cells of models that they have; "
         f"where any host takes any cell, {other}: {anywhere[HOSTS].moved_bytes / 1e12:,.0f} TB are moved for {HOSTS} "
@@ -337,8 +343,8 @@ def page() -> Iterator[str]:
     for n in LADDER:
         x, y = ladder[n], anywhere[n]
         yield (
-            f"| {n} | {x.hours:.1f} | {x.waited_h / x.host_h:.0%} | {x.moved_bytes / 1e12:.1f} | {y.hours:.1f} | "
-            f"{y.waited_h / y.host_h:.0%} | {y.moved_bytes / 1e12:.1f} |"
+            f"| {n} | {x.hours:.1f} | {_waits(x)} | {x.moved_bytes / 1e12:.1f} | {y.hours:.1f} | {_waits(y)} | "
+            f"{y.moved_bytes / 1e12:.1f} |"
         )
     yield ""
     yield f"## What is assumed, and what it changes at {HOSTS} hosts"

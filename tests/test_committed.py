@@ -13,11 +13,13 @@ from conftest import REPO
 from test_study import tree
 
 from moelib.audit import record
+from moelib.campaign import bench
 from moelib.catalogue import params
 from moelib.catalogue.facts import LLAMA_SERVER
 from moelib.evidence.table import cite, cite_manifest, cite_overhead, resolved
 from moelib.publish import cards
 from moelib.report import document
+from moelib.runners.endpoint import Address
 from moelib.study import study
 
 
@@ -33,7 +35,7 @@ COMMITTED = {
     "h100-twins": Committed(REPO / "outputs/h100-twins", REPO / "docs"),
     **{
         name: Committed(REPO / "outputs" / name, REPO / "outputs" / name, cards=False)
-        for name in ("h100", "h100-prompts", "h100-threads", "h100-least-vram")
+        for name in ("h100", "h100-prompts", "h100-threads", "h100-least-vram", "two-gpus-alone", "two-gpus")
     },
     "h200-twins": Committed(REPO / "outputs/h200-twins", REPO / "outputs/h200-twins", cards=False),
     "local-12gib": Committed(REPO / "outputs/local-12gib", REPO / "outputs/local-12gib", cards=False),
@@ -157,6 +159,19 @@ def test_every_line_with_a_number_is_in_the_provenance_or_the_notebooks_prose(na
             assert tuple(sorted(c.strip() for c in line.strip("|").split(" | "))) in known_rows, line
         elif not line.startswith(("![", "*Table `")):
             assert line in known, line
+
+
+def test_what_an_endpoint_on_a_gpu_gave_follows_from_its_records():
+    """Each is valid or degraded with reasons: an endpoint does not tell all."""
+    folder = REPO / "outputs/endpoint-deepseek-moe-16b-q4-k-m-twin-666ac117"
+    runs, damaged = record.read_all(folder)[:2]
+    runs = sorted(runs, key=lambda r: r.spec.block)
+    assert (len(runs), not damaged) == (3, True)
+    assert {r.device.name for r in runs} == {"NVIDIA H200"}
+    assert all(r.done and r.reasons and r.host.dirty is False for r in runs)
+    address = Address.of("http://127.0.0.1:18123")
+    told = "\n".join(bench.seen(Path(runs[0].sheet.file_name), address, "cpu-moe", runs))
+    assert f"{told}\n" == (folder / bench.ANSWER).read_text(encoding="utf-8")
 
 
 def test_the_study_of_the_document_is_whole():

@@ -4,6 +4,7 @@ import sys
 from types import SimpleNamespace
 
 import factory
+import pandas as pd
 import pytest
 from conftest import REPO
 
@@ -48,3 +49,33 @@ def test_studies_of_two_hosts_or_of_runs_that_were_not_as_said_give_no_answer():
         sharing.require_one_host(of("alone", run()), together)
     with pytest.raises(sharing.SharingError, match="together has runs that had the host alone"):
         sharing.require_one_host(alone, of("together", run(shared=False)))
+
+
+def frame(*rates, placement="cpu-moe"):
+    of = {"quant": "Q4_K_M", "placement": placement, "load_s": 1.0}
+    of |= {f"ttft_warm_s/{sharing.WORKLOAD}": 0.1, f"tokens_per_s/{sharing.WORKLOAD}": rates}
+    return pd.DataFrame(of)
+
+
+@pytest.mark.parametrize(
+    ("together", "said"),
+    [
+        ((5.0, 5.1, 4.9), "0.500 [0.478, 0.523] (Q4_K_M): slower at 1 of 1 quants, beyond doubt at 95 %"),
+        ((10.0, 10.2, 9.9), "slower at 0 of 1 quants"),
+        ((5.0,), "0.500 (n = 1) (Q4_K_M): one round, so without an interval"),
+    ],
+)
+def test_a_placement_is_slower_where_its_interval_says_so(together, said):
+    lone = frame(10.0, 10.2, 9.8, placement="cpu-moe,threads=16")
+    of = list(sharing.rows(lone, frame(*together), {"cpu-moe": "cpu-moe,threads=16"}))
+    assert [r.measure for r in of] == list(sharing.MEASURES)
+    assert {r.placement for r in of} == {"cpu-moe; alone cpu-moe,threads=16"}
+    (sentence,) = sharing.verdicts(of)
+    assert said in sentence
+
+
+def test_the_page_follows_from_committed_records_alone(tmp_path):
+    told = "\n".join(sharing.page())
+    assert f"{told}\n" == (REPO / "docs/SHARING.md").read_text(encoding="utf-8")
+    nothing = list(sharing.page(tmp_path))
+    assert len([line for line in nothing if line.startswith("Not measured: it takes")]) == len(sharing.PAIRS)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 from moelib.answers import contrasts, quality
 from moelib.answers.contrasts import Contrast
-from moelib.answers.verdicts import OPEN, Answer, Verdict, merged, offloads
+from moelib.answers.verdicts import OPEN, SHARED, Answer, Verdict, merged, offloads
 from moelib.base import stats
 from moelib.base.neutral import markdown as neutral
 from moelib.base.stats import number, percent, size
@@ -46,6 +46,8 @@ def _sentence(text: str) -> str:
 
 def _extreme(study: Study, claim: str, quant: str, column: str, least: bool) -> Answer:
     """Whether a quant has the least, or the most, of a column with all experts on the CPU, against each other one."""
+    if study.host_shared and column != "vram_bytes":
+        return Answer(claim, "open", (SHARED,))
     found = [_facing(c, quant) for c in contrasts.of_values(study.runs, column, AWAY) if quant in (c.first, c.second)]
     if not found:
         return Answer(claim, "open", (f"The study has no {quant} beside another quant with all experts on the CPU.",))

@@ -24,6 +24,8 @@ from moelib.study.study import Study
 
 Verdict = Literal["yes", "no", "undecided", "supported", "refuted", "met", "not met", "open"]
 OPEN = "quality of the published weights was not measured"
+SHARED = "Runs shared their host (`exclusive: device`): their times are also those of what ran beside them."
+"""Why no question about time is answered."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ def _by_size(study: Study) -> dict[str, float]:
 def equally_well(study: Study) -> Answer:
     """1. Whether offload keeps the same share of the speed, and saves the same share of VRAM, at every quant."""
     asked = "Does CPU offload work equally well across all quants?"
+    if study.host_shared:
+        return Answer(asked, "open", (SHARED,))
     workload = study.parameters.workloads[-1]
     rate = offloads(study, column := f"tokens_per_s/{workload}")
     vram = offloads(study, "vram_bytes")
@@ -106,6 +110,8 @@ def _counted(pairs: Sequence[Contrast]) -> str:
 def sweet_spot(study: Study) -> Answer:
     """2. Which files and placements no other one beats in VRAM, tokens/s and TTFT."""
     asked = "Is there a sweet spot for local use?"
+    if study.host_shared:
+        return Answer(asked, "open", (SHARED,))
     found = points.measured(study, study.parameters.workloads[-1])
     if len(found) < 2:
         return Answer(asked, "undecided", ("Fewer than two files and placements were measured.",))
@@ -167,6 +173,8 @@ def _listed(some: Sequence[points.Point]) -> str:
 def penalty(study: Study) -> Answer:
     """3. How many times slower decoding is with all experts on the CPU, by quant, and what it follows."""
     asked = "How does the speed penalty change with the quant?"
+    if study.host_shared:
+        return Answer(asked, "open", (SHARED,))
     workload = study.parameters.workloads[-1]
     rate = offloads(study, f"tokens_per_s/{workload}")
     if not rate:

@@ -9,7 +9,8 @@ from moelib.audit.invariants import Faults, holds
 from moelib.audit.record import Record
 
 ENERGY_TIMES = 1.6  # a run's energy against the median of its placement: 1.48 seen
-METER_SHARE, METER_S = 0.06, 1.0  # median over a cell's requests longer than that: 1.00 within 0.03 of 40 seen
+METER_S = 1.0  # the meter's reading is the mean power of the last second (NVML, GPUs since Ampere)
+METER_SHARE = 0.06  # median over a cell's requests longer than that: 1.00 within 0.03 of 40 seen
 METER_SPREAD = 0.2  # beside it, by the root of their number: single ones are 0.78 to 1.12
 METER_TIMES = (0.85, 1.25)  # a placement's requests against the meter, which lags: medians of 0.88 to 1.17 seen
 METER_REQUESTS = 5  # fewer have no such median
@@ -85,11 +86,13 @@ def _moved(r: Record) -> tuple[float, float] | None:
 
 
 def _meter_shares(runs: Iterable[Record]) -> Iterator[tuple[float, float]]:
-    """Of each request: its seconds; its mean power by its energy, over the meter's reading at its end."""
+    """Of each request: its seconds; its mean power by its energy, over the meter's reading at its end. Without those
+    that ended before the GPU had worked for a second, as the reading then has some of the time before."""
     for r in runs:
         for q in r.observation.requests:
-            at_end = [
-                c.power_watt for c in r.observation.counters if c.t_s >= q.started_s + (q.total_s or 0.0) - TICK_S
-            ]
+            end_s = q.started_s + (q.total_s or 0.0)
+            if end_s - r.observation.requests[0].started_s < METER_S:
+                continue
+            at_end = [c.power_watt for c in r.observation.counters if c.t_s >= end_s - TICK_S]
             if q.energy_joule and q.total_s and at_end and at_end[0]:
                 yield q.total_s, q.energy_joule / q.total_s / at_end[0]

@@ -290,15 +290,18 @@ def at_endpoint(
     usable = [r for r in every if r.done][:rounds]
     if not usable:
         raise StudyError(f"no run of {at.url} is usable: the reasons are above, the records in {folder}")
-    files.write_bytes(folder / ANSWER, "\n".join(_seen(file, at, placement, usable)).encode() + b"\n")
+    files.write_bytes(folder / ANSWER, "\n".join(seen(file, at, placement, usable)).encode() + b"\n")
     return folder / ANSWER
 
 
-def _seen(file: Path, at: Address, placement: str, usable: list[record.Record]) -> Iterator[str]:
+def seen(file: Path, at: Address, placement: str, usable: list[record.Record]) -> Iterator[str]:
     """What was measured of an endpoint, and what it does not tell."""
     import pandas as pd  # takes longer to import than a cell that is done to be looked at
 
     yield f"# {markdown(file.name)} at {at.url}"
+    where = {f"{r.device.name or 'no device'} and {r.host.cpus} CPUs ({r.host.cpu})" for r in usable}
+    weights = " The weights are random, in the model's shapes." if usable[0].sheet.weights == "twin" else ""
+    yield f"\nMeasured on {markdown('; '.join(sorted(where)))}.{weights}"
     yield f"\n`{placement}` is what it is said to have: nothing that it tells proves that. {len(usable)} runs.\n"
     rows = []
     for w in WORKLOADS:

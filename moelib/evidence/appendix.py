@@ -286,7 +286,7 @@ def machines(study: Study) -> Text:
             "count the machine as a random factor. Elsewhere rounds measure variation from run to run on one "
             "machine."
         )
-    if any(r.host.shared for r in study.used):
+    if study.host_shared:
         text += (
             " Runs shared their host with others on its other GPUs (`exclusive: device`): experts on the CPU are read "
             "from the RAM that all of them share, so tokens/s and TTFT are not those of a run that is alone, and are "

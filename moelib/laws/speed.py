@@ -151,12 +151,14 @@ def _not_copied(rows: pd.DataFrame) -> str | None:
 
 
 def _rows(frame: pd.DataFrame, workload: str, **columns: pd.Series) -> pd.DataFrame:
-    """The runs that laws are of, with columns of the frame by the names that laws have for them."""
+    """The runs that laws are of, with columns of the frame by the names that laws have for them: those that shared
+    their host took the time that others left them."""
     rows = frame.assign(workload=workload, **columns).reset_index(drop=True)
     placed = [Placement.parse(*side) for side in zip(rows["placement"], rows["load_mode"], strict=True)]
     plain = np.array([p == Placement(p.cpu_layers, p.load_mode) for p in placed], bool)
     rows["cell"] = rows.groupby(CELL, sort=False).ngroup()
-    return rows[plain & rows["seconds"].notna() & rows["bytes"].notna()]
+    lone = ~rows["host_shared"].astype(bool)
+    return rows[plain & lone & rows["seconds"].notna() & rows["bytes"].notna()]
 
 
 def _by_load_mode(rows: pd.DataFrame) -> Iterator[pd.DataFrame]:

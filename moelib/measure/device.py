@@ -245,7 +245,7 @@ class Cuda(Device):
         return self.gpu.usable_bytes
 
     def share(self) -> None:
-        # llama.cpp's threads spin while they wait: two servers with a thread for every CPU took 30 times as long
+        # llama.cpp's threads spin while they wait: two servers with a thread for every CPU had 1 to 2 % of their speed
         confined = host.usable_cpus() < host.all_cpus()
         devices = len(gpus.visible()) if confined else self.gpu.cards
         self.threads = max(1, host.usable_cpus() // max(1, devices))

@@ -52,10 +52,12 @@ def repository(study: Study, model: str) -> str:
 def build(study: Study, namespace: str) -> dict[str, str]:
     """Path below the folder of cards -> text, for every model with a measured cell.
 
-    Raises CardError if there is no such model, ParamsError for an invalid namespace.
+    Raises CardError if there is no such model or runs shared their host, ParamsError for an invalid namespace.
     """
     upstream.namespace(namespace)
     hub.require()
+    if study.host_shared:
+        raise CardError(f"{study.name} has runs that shared their host: make cards of a study with `exclusive: host`")
     pages: dict[str, str] = {}
     for model in advice.models(study):
         if quants_of(study, model):

@@ -31,6 +31,8 @@ TIE = "not distinguishable"
 """Of files whose tokens/s cannot be told apart."""
 NO_GPU = Table("what-to-run", [], [], why_empty="no GPU took part in this study, so no card is advised for.")
 
+SHARED = Table("what-to-run", [], [], why_empty="runs shared their host, so which is fastest is not known.")
+
 
 def models(study: Study) -> list[str]:
     """The models with a measured cell, in the study's order."""
@@ -39,15 +41,15 @@ def models(study: Study) -> list[str]:
 
 def what_to_run(study: Study) -> list[Text | Table]:
     """`of_model` of each model, below its name; what the columns mean is said once."""
-    if not _gpu(study):
-        return [NO_GPU]
+    if not_advised := _not_advised(study):
+        return [not_advised]
     return below_names("run", {model: of_model(study, model) for model in models(study)})
 
 
 def of_model(study: Study, model: str) -> Table:
     """For cards and RAM that people own: the fastest file and placement of a model, and that with most bits."""
-    if not _gpu(study):
-        return NO_GPU
+    if not_advised := _not_advised(study):
+        return not_advised
     rows, sources, runs = [], [], {r.run_id: r for r in study.used}
     found = _measured(study, model)
     for cards, ram, aim, chosen in _grid(study, model, found):
@@ -98,6 +100,11 @@ def commands(study: Study, model: str, quant: str | None = None) -> Text:
     text = "\n".join(["```bash", *(f"{title}\n{line}" for line, title in lines.items()), "```"])
     text = text if lines else "No command is advised: no run has VRAM and tokens/s."
     return Text(f"commands-{model}", text, merged(p.sources for p in chosen))
+
+
+def _not_advised(study: Study) -> Table | None:
+    """Why no file is advised for any card; None where some may be."""
+    return NO_GPU if not _gpu(study) else SHARED if study.host_shared else None
 
 
 def _gpu(study: Study) -> bool:

@@ -56,6 +56,11 @@ def headline(study: Study) -> Text:
         for name, why in (("Not measured yet", set(unmeasured) - tried), ("Without a whole round", tried)):
             if of := [cell for cell in unmeasured if cell in why]:
                 text += f"\n\n**{name}**, and in no table below: {', '.join(map(neutral, of))}."
+    if study.host_shared:
+        text += (
+            "\n\n**Runs shared their host** with runs on its other GPUs (`exclusive: device`). tokens/s, TTFT and load "
+            "times below are what others left them, so nothing is advised or answered by them; VRAM is their own."
+        )
     if not study.measured:
         text += "\n\n**Nothing is compared here**: no round is complete. The reasons are listed below."
     return Text("headline", text, cite(runs))

@@ -16,6 +16,7 @@ from moelib.study.study import Study
 
 MIB = 1 << 20
 NO_ROUND = "no round is complete."
+SHARED = "runs shared their host, and their times are also those of what ran beside them."
 NO_PARTS = "the records lack VRAM or a part of it: weights, KV cache or compute buffer."
 EXAMPLES = {"dual-channel DDR4, PCIe 3.0 x16": (50e9, 12e9), "dual-channel DDR5, PCIe 4.0 x16": (80e9, 25e9)}
 """Machines that readers have -> bytes/s that their RAM and their bus give: what is reached of what is on the box."""
@@ -38,7 +39,7 @@ def decode_table(study: Study, workload: str) -> Table:
         per_layer = stats.estimate(_parameter(law, "cost").value, 1e3)
         return {"machine": neutral(law.domain.machines[0]), **_gpu(law), "per layer, ms": per_layer, **_bytes(law)}
 
-    return _table(f"laws-decode-{workload}", what, study, laws, row)
+    return _table(f"laws-decode-{workload}", what, study, laws, row, _no_law(study))
 
 
 def ttft_table(study: Study, workload: str) -> Table:
@@ -50,7 +51,8 @@ def ttft_table(study: Study, workload: str) -> Table:
     def row(law: TimeLaw) -> dict[str, Any]:
         return {"machines": len(law.domain.machines), **_gpu(law), **_bytes(law)}
 
-    return _table(f"laws-ttft-{workload}", f"{what}.{_repeated(study, workload)}".removesuffix("."), study, laws, row)
+    what = f"{what}.{_repeated(study, workload)}".removesuffix(".")
+    return _table(f"laws-ttft-{workload}", what, study, laws, row, _no_law(study))
 
 
 def vram_table(study: Study) -> Table:
@@ -77,6 +79,10 @@ def vram_table(study: Study) -> Table:
         }
 
     return _table("laws-vram", what, study, laws, row, NO_PARTS if len(study.runs) else NO_ROUND)
+
+
+def _no_law(study: Study) -> str:
+    return SHARED if study.host_shared else NO_ROUND
 
 
 def _repeated(study: Study, workload: str) -> str:

@@ -270,6 +270,11 @@ class Study:
         order = {label: labels.index(label) for label in labels}
         return [r for runs in self.rounds for r in sorted(runs, key=lambda r: order.get(r.spec.label, len(order)))]
 
+    @property
+    def host_shared(self) -> bool:
+        """Whether any of them shared its host with runs on the host's other GPUs, so that times are not its own."""
+        return any(r.host.shared for r in self.used)
+
     @cached_property
     def runs(self) -> pd.DataFrame:
         """One row for each usable run of a whole round; see `columns`."""
