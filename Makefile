@@ -38,8 +38,9 @@ $(WORKFLOW)/.ready: workflow/requirements.txt | setup
 	@$(WORKFLOW)/bin/python -m pip install -qq --disable-pip-version-check -r workflow/requirements.txt
 	@touch $@
 
-workflow: $(WORKFLOW)/.ready engine ## STUDY cell by cell with Snakemake: PROFILE=local (GPUS=2 of one host) or slurm
-	@$(WORKFLOW)/bin/snakemake -s workflow/Snakefile --profile workflow/profiles/$(PROFILE) --config study=$(STUDY) moelib=$(abspath $(BIN)/moelib) \
+workflow: $(WORKFLOW)/.ready engine ## STUDY cell by cell with Snakemake: PROFILE=local (GPUS=2 of one host) or slurm (CPUS=32 of a node)
+	@test "$(PROFILE)$(CPUS)" != slurm || { echo "moelib: say how many CPUs a node has, as a cell is given no more: CPUS=32"; exit 2; }
+	@$(WORKFLOW)/bin/snakemake -s workflow/Snakefile --profile workflow/profiles/$(PROFILE) --config study=$(STUDY) moelib=$(abspath $(BIN)/moelib) $(if $(CPUS),cpus=$(CPUS)) \
 	  $(if $(GPUS),--resources gpu=$(GPUS)) $(ARGS)
 
 demo: ## the whole demo study: from nothing to its document
@@ -70,7 +71,7 @@ forgeries: setup ## the forging campaign: audit 2,000 falsified records of the c
 hubfaults: engine ## the fault campaign of publishing: every request fails in every way, about half an hour
 	@$(BIN)/python tests/publishing.py $(ARGS)
 
-cluster: engine ## the campaign of many machines: a real Slurm of two nodes here (root; apt-get install slurmctld slurmd slurm-client munge), 15 minutes
+cluster: $(WORKFLOW)/.ready engine ## the campaign of many machines: a real Slurm of two nodes here (root; apt-get install slurmctld slurmd slurm-client munge), 15 minutes
 	@$(BIN)/python tests/many_machines.py $(ARGS)
 
 lint: setup ## ruff, types, and notebooks without outputs

@@ -136,9 +136,9 @@ class Cluster:
             self._machines[name].remove()
             del self._machines[name]
 
-    def run(self, command: Sequence[str]) -> str:
-        """The output of a command of Slurm's, run beside the controller; it raises if that fails."""
-        return self._machines["hub"].run(*command, SLURM_CONF=str(self.conf))
+    def run(self, command: Sequence[str], within_s: float = COMMAND_S, **variables: str) -> str:
+        """The output of a command of Slurm's, or that submits, run beside the controller; it raises if that fails."""
+        return self._machines["hub"].run(*command, within_s=within_s, SLURM_CONF=str(self.conf), **variables)
 
     def submit(self, script: str, *options: str) -> int:
         """Submit a batch script and return its job's id; without a first line `#!` it is one of sh."""
@@ -195,7 +195,9 @@ class Cluster:
             node = self.node(n)  # until a crash is seen, the state is still the one before it
             return node["SlurmdStartTime"] >= since and node["State"] in {"IDLE", "ALLOCATED", "MIXED"}
 
-        self._machines[f"node{n}"].start(f"slurmd -D -f {self.conf} -N node{n}", joined, START_S)
+        # where a job's own commands look: srun of the workflow's jobs is not given SLURM_CONF
+        daemon = f"(mount --bind {self.folder} /etc/slurm && exec slurmd -D -f {self.conf} -N node{n})"
+        self._machines[f"node{n}"].start(daemon, joined, START_S)
 
     def shift_clock(self, n: int, seconds: int) -> None:
         """Let each job that starts on node `n` from now on see a wall clock that is `seconds` off; 0 ends that.
@@ -227,7 +229,7 @@ class Cluster:
         (self.folder / "hosts").write_text("\n".join([*hosts, ""]), encoding="ascii")
         for name in self._names:
             (self.folder / name / "environment").touch()
-        nodes = "\n".join(f"NodeName={n} NodeAddr={self._addresses[n]} CPUs=1 RealMemory=1000" for n in self._names)
+        nodes = "\n".join(f"NodeName={n} NodeAddr={self._addresses[n]} CPUs=1 RealMemory=100000" for n in self._names)
         places = {"folder": self.folder, "hub": self._addresses["hub"], "nodes": nodes, "tracking": self.tracking}
         self.conf.write_text(CONF.format(**places, **self._settings), encoding="utf-8")
         (self.folder / "cgroup.conf").write_text(CGROUP_CONF, encoding="utf-8")

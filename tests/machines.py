@@ -75,16 +75,16 @@ def until(true: Callable[[], bool], timeout_s: float, otherwise: Callable[[], st
         time.sleep(POLL_S)
 
 
-def command(*argv: str, **variables: str) -> str:
-    """The output of a command that must succeed within COMMAND_S."""
-    done = _run(*argv, **variables)
+def command(*argv: str, within_s: float = COMMAND_S, **variables: str) -> str:
+    """The output of a command that must succeed in that time."""
+    done = _run(*argv, within_s=within_s, **variables)
     if done.returncode:
         raise MachineError(f"{' '.join(argv)}: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout
 
 
-def _run(*argv: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(argv, env=environment() | variables, capture_output=True, encoding="utf-8", timeout=COMMAND_S)
+def _run(*argv: str, within_s: float = COMMAND_S, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(argv, env=environment() | variables, capture_output=True, encoding="utf-8", timeout=within_s)
 
 
 class Machine:
@@ -123,9 +123,9 @@ class Machine:
         self.ip("address", "add", address, "dev", "eth0")
         self.ip("link", "set", "eth0", "up")
 
-    def run(self, *argv: str, **variables: str) -> str:
+    def run(self, *argv: str, within_s: float = COMMAND_S, **variables: str) -> str:
         """The output of a command that only uses the machine's network."""
-        return command("nsenter", f"--net={NETNS / self.unique}", *argv, **variables)
+        return command("nsenter", f"--net={NETNS / self.unique}", *argv, within_s=within_s, **variables)
 
     def start(self, daemon: str, up: Callable[[], bool], timeout_s: float) -> None:
         """Start a daemon that stays in the foreground, with a new boot id, and wait until `up()`."""

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cluster
+import yaml
 from cluster import Cluster
-from conftest import SMOKE, furnish, tree
+from conftest import REPO, SMOKE, furnish, tree
 from machines import until
 
 from moelib.audit import record
@@ -30,6 +31,8 @@ from moelib.study.study import Study
 QUANTS = ("Q2_K", "Q8_0")
 DEMO = ("trained-phimoe", "trained-deepseek")
 MODEL = "deepseek-moe-16b"
+WORKFLOW, SNAKEMAKE = REPO / "workflow", REPO / ".venv-workflow/bin/snakemake"
+QUOTE = "'"  # around what Snakemake would read as an expression
 CELL_S = 150.0  # for a cell, with the minute after which a dead holder's lease ends
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 
@@ -52,17 +55,21 @@ class Scene:
     def outputs(self) -> Path:
         return self.home / "outputs"
 
-    def submit(self, part: str, *options: str, home: Path | None = None, outputs: Path | None = None) -> int:
-        """A job of a cell of `smoke` by its quant, or of the demo by its model; on the node that Slurm gives it, or
-        that `options` name."""
-        cell = f"{MODEL}/{part}" if self.study == "smoke" else part
-        place = {
+    def place(self, home: Path | None = None, outputs: Path | None = None) -> dict[str, str]:
+        """The environment of a job: where parameters, models, outputs and the engine are."""
+        places = {
             "MOELIB_HOME": home or self.home,
             "MOELIB_MODELS": self.models,
             "MOELIB_OUTPUTS": outputs or self.outputs,
             "MOELIB_LLAMA_CPP": engine.find().folder,
         }
-        lines = [f"export {name}='{value}'" for name, value in place.items()]
+        return {name: str(value) for name, value in places.items()}
+
+    def submit(self, part: str, *options: str, home: Path | None = None, outputs: Path | None = None) -> int:
+        """A job of a cell of `smoke` by its quant, or of the demo by its model; on the node that Slurm gives it, or
+        that `options` name."""
+        cell = f"{MODEL}/{part}" if self.study == "smoke" else part
+        lines = [f"export {name}='{value}'" for name, value in self.place(home, outputs).items()]
         lines.append(f"cpu=$(( ${{SLURMD_NODENAME#node}} % {os.cpu_count()} ))")
         lines.append(f"exec taskset -c $cpu {sys.executable} -m moelib.cli study run {self.study} --cell {cell}")
         return self.slurm.submit("\n".join(lines), "--time=30", *options)
@@ -115,6 +122,24 @@ def _(s: Scene) -> None:
     s.finish(*(s.submit(q) for q in QUANTS))
     s.complete()
     assert len(s.hosts()) == 2, "both were measured on one node"
+
+
+@event("the workflow, by its profile for Slurm")
+def _(s: Scene) -> None:
+    if not SNAKEMAKE.exists():
+        raise RuntimeError("no Snakemake here: `make workflow ARGS=--version` sets it up")
+    profile = WORKFLOW / "profiles/slurm"
+    asked = yaml.safe_load((profile / "config.yaml").read_text(encoding="utf-8"))["set-resources"]
+    asked["cell"]["gpu"], asked["quantise"]["cpus_per_task"] = 0, 1  # what these nodes have
+    resources = [f"{rule}:{k}={str(v).strip(QUOTE)}" for rule, of in asked.items() for k, v in of.items()]
+    argv = [SNAKEMAKE, "-s", WORKFLOW / "Snakefile", "--profile", profile, "--directory", s.home]
+    argv += ["--set-resources", *resources, "--slurm-status-command", "squeue"]  # accounts are kept nowhere here
+    argv += ["--slurm-init-seconds-before-status-checks", 3]
+    argv += ["--config", "study=smoke", "cpus=1", f"moelib={Path(sys.executable).with_name('moelib')}"]
+    s.slurm.run(list(map(str, argv)), 2 * CELL_S, XDG_CACHE_HOME=str(s.folder / "cache"), **s.place())
+    s.complete()
+    assert len(s.hosts()) == 2, "both were measured on one node"
+    assert (s.outputs / "smoke/MOE-TECHNICAL-VALIDATION.md").is_file()
 
 
 @event("two controllers ask for the same cell")

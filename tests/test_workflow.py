@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from conftest import REPO, SMOKE
+from many_machines import SNAKEMAKE
 
 from moelib.audit import record
 
-SNAKEMAKE = REPO / ".venv-workflow/bin/snakemake"
 MOELIB = Path(sys.executable).with_name("moelib")
 HOW = {"capture_output": True, "encoding": "utf-8", "timeout": 240}
 
@@ -30,8 +30,8 @@ def small(home, models_folder):
     return home
 
 
-def argv(study="smoke", *more):
-    profile = ("--profile", REPO / "workflow/profiles/local")
+def argv(study="smoke", *more, where="local"):
+    profile = ("--profile", REPO / "workflow/profiles" / where)
     return [
         SNAKEMAKE,
         "-s",
@@ -84,6 +84,25 @@ def test_a_study_cell_by_cell_and_nothing_twice(small, models_folder):
     assert again.returncode == 0
     assert "Nothing to be done" in again.stderr
     assert records(small) == before
+
+
+def test_on_slurm_a_cell_is_asked_the_cpus_of_a_node_and_all_of_it(small, models_folder):
+    """What would be submitted; `make cluster` does it on a real Slurm."""
+    done = subprocess.run(
+        [*argv("smoke", "-n", "--cores", "32", where="slurm"), "cpus=32"],
+        cwd=small,
+        env=env(small, models_folder),
+        **HOW,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    cells = [rule for rule in done.stdout.split("\nrule ") if rule.startswith("cell:")]
+    assert len(cells) == 2
+    for cell in cells:
+        assert "threads: 32" in cell
+        assert "gpu=1, slurm_extra=--exclusive --signal=TERM@60" in cell
+    told = subprocess.run(["make", "workflow", "PROFILE=slurm"], cwd=REPO, env=env(small, models_folder), **HOW)
+    assert told.returncode == 2
+    assert told.stdout == "moelib: say how many CPUs a node has, as a cell is given no more: CPUS=32\n"
 
 
 def test_what_is_lacking_is_one_sentence(small, models_folder):
