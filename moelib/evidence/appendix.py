@@ -223,14 +223,14 @@ def environment_table(study: Study) -> Table:
         return {
             "engine": markdown(r.engine.version),
             f"{markdown(r.engine.runner)} SHA-256": f"`{sha256[:12]}`" if sha256 else "not started here",
-            "device": f"{device.kind}: {markdown(device.name)}",
+            "device": f"{device.kind}: {markdown(device.name)}" if device.name else device.kind,
             "driver": markdown(device.driver or stats.NONE),
             "power limit": f"{limit:g} W" if limit else stats.NONE,
             "CPU": f"{markdown(host.cpu)}, {host.cpus} usable",
             "RAM": size(host.ram_bytes),
             "system": f"{markdown(host.system)}, Python {markdown(host.python)}",
             "moelib": f"{markdown(host.moelib)}, commit {commit}",
-            "llama-server threads": str(r.observation.threads),
+            "CPU threads": str(r.observation.threads),
         }
 
     def joined(values: dict[str, dict[str, None]]) -> str:
