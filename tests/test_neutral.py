@@ -230,7 +230,8 @@ def clean(text: str) -> None:
     assert not unseen(text), unseen(text)
     page = MARKDOWN(text)
     elements = {name.lower() for name in re.findall(r"<\s*/?\s*([A-Za-z][\w-]*)", page)}
-    assert elements <= TAGS | {"img"}, elements - TAGS
+    assert elements <= TAGS | {"img", "pre"}, elements - TAGS
+    assert page.count("<pre") == page.count("</pre>") == text.count("```bash"), "no string ends a block of commands"
     assert "evil.example" in page, "the strings are there"
     assert not re.search(r"(href|src|onerror)\s*=\s*[\"'][^\"']*evil", page)
     tables = page.count("<table>")

@@ -7,6 +7,7 @@ import factory
 import pytest
 
 from moelib.answers import claims, verdicts
+from moelib.figures import curves, layout
 from moelib.laws import speed
 from moelib.publish import cards
 from moelib.report import advice, findings, laws
@@ -61,6 +62,11 @@ def test_no_file_is_advised_and_no_law_is_fitted(lone, shared):
         assert table(lone, LAST).rows
         assert table(shared, LAST).why_empty == laws.SHARED
     assert laws.vram_table(shared).rows == laws.vram_table(lone).rows
+
+
+def test_a_figure_says_it_in_its_title(lone, shared):
+    titles = [curves.rate_over_vram(s, LAST).get_suptitle().replace("\n", " ") for s in (lone, shared)]
+    assert ["machine shared with other runs)" in t.replace(layout.HARD, " ") for t in titles] == [False, True]
 
 
 def test_a_document_says_it_in_its_first_lines_and_no_card_is_made(lone, shared):

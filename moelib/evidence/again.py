@@ -30,7 +30,7 @@ def commands(study: Study) -> Text:
 
 def _steps(study: Study, commits: list[str]) -> Iterator[str]:
     if commits:
-        yield f"git checkout {commits[-1]}"
+        yield f"git checkout {word(commits[-1])}"
     runner = study.parameters.runner
     yield "make setup engine" + (" shimmy" if runner.startswith("shimmy") else "")
     for placement, address in study.parameters.endpoints.items():

@@ -57,7 +57,8 @@ def title(figure: Any, what: str, frame: pd.DataFrame, n: str) -> None:
     which the figure grows. frame: the runs that are shown."""
     gpus = " and ".join(map(neutral.label, frame["gpu"].fillna("unknown device").unique()))
     machines = frame["machine"].nunique()
-    of = f"{gpus} ({machines}{HARD}machine{'s' * (machines > 1)})"
+    shared = " shared with other runs" if frame["host_shared"].any() else ""
+    of = f"{gpus} ({machines}{HARD}machine{'s' * (machines > 1)}{shared})"
     of = of if (frame["device"] == "cuda").all() else f"no GPU: {of}"
     headed(figure, f"{what}; {of}; {n.replace(' ', HARD)}")
 
