@@ -13,9 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
-from scipy.stats import ttest_ind
 
 from moelib.audit.record import Record
 from moelib.base import stats
@@ -63,16 +61,6 @@ MEASURES = {
 
 class SharingError(Exception):
     """The studies do not answer the question; the message says why."""
-
-
-def change(alone: Sequence[float], together: Sequence[float]) -> Estimate:
-    """together / alone, of geometric means, with the interval of Welch's t on logarithms."""
-    a, b = np.log(alone), np.log(together)
-    ratio, n = float(np.exp(b.mean() - a.mean())), min(len(a), len(b))
-    if n < 2 or np.ptp(a) + np.ptp(b) == 0:
-        return Estimate(ratio, None, None, n)
-    low, high = ttest_ind(b, a, equal_var=False).confidence_interval(0.95)
-    return Estimate(ratio, float(np.exp(low)), float(np.exp(high)), n)
 
 
 def spans(records: Sequence[Record]) -> dict[str, tuple[float, float]]:
@@ -125,15 +113,10 @@ def rows(alone: pd.DataFrame, together: pd.DataFrame, sides: dict[str, str]) -> 
     for quant in dict.fromkeys(alone["quant"]):
         for placement, lone in sides.items():
             name = placement if lone == placement else f"{placement}; alone {lone}"
-            for measure, (column, scale) in MEASURES.items():
+            for measure, (column, _) in MEASURES.items():
                 a, b = (x[quant, p][column].dropna().tolist() for x, p in zip(of, (lone, placement), strict=True))
-                before, after = (_scaled(stats.geometric_mean(x), scale) for x in (a, b))
-                yield Row(quant, name, measure, before, after, change(a, b))
-
-
-def _scaled(e: Estimate, scale: float) -> Estimate:
-    low, high = (None if x is None else x * scale for x in (e.low, e.high))
-    return Estimate(e.value * scale, low, high, e.n)
+                before, after = map(stats.geometric_mean, (a, b))
+                yield Row(quant, name, measure, before, after, stats.apart(a, b))
 
 
 def verdicts(of: Sequence[Row]) -> Iterator[str]:
@@ -179,7 +162,8 @@ def section(pair: Pair, outputs: Path) -> Iterator[str]:
     yield "| quant | placement | measure | alone | two at once | two at once / alone |"
     yield "| --- | --- | --- | ---: | ---: | ---: |"
     for r in of:
-        told = " | ".join(map(stats.estimate, (r.alone, r.together, r.ratio)))
+        told = " | ".join(stats.estimate(e, MEASURES[r.measure][1]) for e in (r.alone, r.together))
+        told = f"{told} | {stats.estimate(r.ratio)}"
         yield f"| {r.quant} | {r.placement} | {r.measure} | {told} |"
     yield ""
     yield (

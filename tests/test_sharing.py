@@ -11,6 +11,8 @@ from conftest import REPO
 sys.path.insert(0, str(REPO / "benchmarks"))
 import sharing
 
+from moelib.base import stats
+
 
 def run(quant="Q4_K_M", at="10:00:00", lasted=10.0, host="a" * 16, shared=True):
     r = factory.with_facts(factory.record_of(quant=quant), "host", host_id=host, shared=shared)
@@ -18,15 +20,15 @@ def run(quant="Q4_K_M", at="10:00:00", lasted=10.0, host="a" * 16, shared=True):
 
 
 def test_half_the_speed_is_a_half_with_an_interval():
-    e = sharing.change([10.0, 11.0, 9.0], [5.0, 5.5, 4.5])
+    e = stats.apart([10.0, 11.0, 9.0], [5.0, 5.5, 4.5])
     assert e.value == pytest.approx(0.5)
     assert 0.3 < e.low < 0.5 < e.high < 0.7
     assert e.n == 3
 
 
 def test_one_run_or_none_that_varies_gives_no_interval():
-    assert sharing.change([10.0], [5.0]).low is None
-    assert sharing.change([10.0, 10.0], [5.0, 5.0]).low is None
+    assert stats.apart([10.0], [5.0]).low is None
+    assert stats.apart([10.0, 10.0], [5.0, 5.0]).low is None
 
 
 def test_how_long_both_were_measured():

@@ -148,6 +148,20 @@ def ratio(pairs: Sequence[tuple[float, float]], machines: Machines = None) -> Es
     return Estimate(math.exp(e.value), low, high, e.n)
 
 
+def apart(first: Sequence[float], second: Sequence[float]) -> Estimate:
+    """Geometric mean of second over that of first, which are not paired, with Welch's interval on logarithms; n is that
+    of the smaller one."""
+    import numpy as np
+    from scipy.stats import ttest_ind
+
+    x, y = (np.log(values) for values in (first, second))
+    value, n = math.exp(y.mean() - x.mean()), min(len(x), len(y))
+    if n < 2 or np.ptp(x) + np.ptp(y) == 0:
+        return Estimate(value, None, None, n)
+    low, high = ttest_ind(y, x, equal_var=False).confidence_interval(LEVEL)
+    return Estimate(value, math.exp(low), math.exp(high), n)
+
+
 def inverse(e: Estimate) -> Estimate:
     """Of a ratio, that of the other side to the one."""
     low, high = (1 / x if x else None for x in (e.high, e.low))

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pandas as pd
 
+from moelib.base import stats
 from moelib.explore.view import GB, View, load
 from moelib.study.frames import FrameError
 from moelib.study.study import Study
@@ -84,18 +85,15 @@ def _comparable(names: tuple[str, str], ours: pd.DataFrame, theirs: pd.DataFrame
 
 
 def _ratio(names: tuple[str, str], a: pd.DataFrame, b: pd.DataFrame, column: str) -> dict[str, object]:
-    from scipy.stats import ttest_ind
-
-    x, y = (np.log(runs[column].dropna()) for runs in (a, b))
-    row: dict[str, object] = {n: math.exp(v.mean()) if len(v) else None for n, v in zip(names, (x, y), strict=True)}
+    x, y = (runs[column].dropna() for runs in (a, b))
+    row: dict[str, object] = {
+        n: math.exp(np.log(v).mean()) if len(v) else None for n, v in zip(names, (x, y), strict=True)
+    }
     row |= {"ratio": None, "low": None, "high": None, "n": f"{len(x)}, {len(y)}", "why": None}
     if not (len(x) and len(y)):
         return row | {"why": "not measured in both"}
     unwatched = [n for n, runs in zip(names, (a, b), strict=True) if runs["monitor_cpu_share"].isna().any()]
     if unwatched and column != "vram_bytes" and (a["moved_layers"] > 0).any():
         return row | {"why": UNWATCHED.format(" and ".join(unwatched))}
-    row["ratio"] = math.exp(y.mean() - x.mean())
-    if min(len(x), len(y)) > 1 and np.ptp(x) + np.ptp(y) > 0:
-        low, high = ttest_ind(y, x, equal_var=False).confidence_interval(0.95)
-        row |= {"low": math.exp(low), "high": math.exp(high)}
-    return row
+    e = stats.apart(x, y)
+    return row | {"ratio": e.value, "low": e.low, "high": e.high}

@@ -30,7 +30,6 @@ COMMAND = "llama-server -m {file} -ngl 99 -c {context} -np 1 -fa on"
 TIE = "not distinguishable"
 """Of files whose tokens/s cannot be told apart."""
 NO_GPU = Table("what-to-run", [], [], why_empty="no GPU took part in this study, so no card is advised for.")
-
 SHARED = Table("what-to-run", [], [], why_empty="runs shared their host, so which is fastest is not known.")
 
 
