@@ -78,6 +78,14 @@ def bus(received, sent=5):
     return of_gpu(prompt_traffic=(PromptTraffic("plan-short", 8, received, sent),))
 
 
+def copied(times):
+    """A run whose prompt moves so many times the experts that are on the CPU, of 32 GiB."""
+    observed = observation("cpu-moe")
+    placement = replace(observed.placement, moved_bytes=32 << 30)
+    traffic = (PromptTraffic("plan-short", 8, int(times * (32 << 30)), 5),)
+    return replace(observed, placement=placement, prompt_traffic=traffic, device_kind="cuda")
+
+
 def clocked(**mhz):
     return observation(counters=(Counters(0.1, **mhz),))
 
@@ -149,6 +157,9 @@ ON_GPU = [
     ("bus-traffic-possible", bus(300 * MIB), GPU),
     ("", bus(240 * MIB), GPU),
     ("bus-traffic-possible", bus(240 * MIB), gpu(pcie_bytes_per_s=1e9)),
+    ("", copied(1.08), gpu(pcie_bytes_per_s=None)),
+    ("", copied(1.19), gpu(pcie_bytes_per_s=None)),  # packets of 128 bytes
+    ("bus-traffic-possible", copied(1.3), gpu(pcie_bytes_per_s=None)),
     ("", of_gpu(), GPU),
     ("", of_gpu(), DEVICE),  # of unknown size
     ("device-memory-possible", of_gpu(), gpu(total_bytes=20 * MIB)),

@@ -7,6 +7,7 @@ import pytest
 from factory import EXPERTS, MIB, WORKLOADS, evidence, observation, record_of, request, with_facts, with_observed
 
 from moelib.audit import audit, cells
+from moelib.audit.bounds import PACKETS
 from moelib.audit.invariants import INVARIANTS
 from moelib.catalogue import params
 from moelib.measure.nvml import Counters
@@ -353,7 +354,7 @@ ALL = 3 * 30 * MIB // 4  # of 4 layers' experts all but the last one's
 def test_a_prompt_of_many_different_tokens_copies_all_experts(share, change, workload, flag):
     observed = observation("cpu-moe")
     place = replace(observed.placement, moved_blocks=4, moved_bytes=30 * MIB)
-    traffic = (PromptTraffic("mixed", 512, int(share * ALL), 5),)
+    traffic = (PromptTraffic("mixed", 512, int(share * PACKETS * ALL) + 1, 5),)
     r = record_of(observed, **{"placement": "cpu-moe"} | change)
     r = r.model_copy(
         update={"observed": replace(r.observed, device_kind="cuda", placement=place, prompt_traffic=traffic)}

@@ -11,10 +11,11 @@ import pytest
 from conftest import REPO
 
 from moelib.audit import record
+from moelib.audit.bounds import PACKETS
 from moelib.base.stats import Estimate
 from moelib.laws import fit, speed
 from moelib.laws.law import errors
-from moelib.laws.speed import NO_LONGER, NOT_TOLD, ONE_QUANT, PACKETS
+from moelib.laws.speed import NO_LONGER, NOT_TOLD, ONE_QUANT
 from moelib.laws.vram import ONE_CONTEXT, UNSEEN, vram
 from moelib.study import frames
 from moelib.study.study import Study

@@ -21,9 +21,12 @@ ENERGY_S = 0.25  # the board's counter moves every 0.1 s or so
 COURSE_S = 0.35  # of power that the counter may count later than it was drawn: 0.21 s seen
 METER = 2.5  # a request's mean power against readings at the ends of requests: 0.73 to 2.3 of their mean seen
 POWER_SHARE = 1.10  # a board steps over its limit for moments
-LINK_SHARE, LINK_BYTES = 1.05, 64 << 20  # page tables and commands go over the bus too
+LINK_SHARE, LINK_BYTES = 1.22, 64 << 20  # packets of 128 bytes and their heads; page tables and commands go over it too
 COPIED_TOKENS = 32  # of a batch, from which on the device computes with weights that are copied to it (op-offload)
 PROMPT_BATCH = 512  # tokens for which the experts are copied once (llama.cpp's ubatch)
+PACKETS = 1.08
+"""Bytes that the GPU's counter sees for each byte of a tensor sent over the bus, heads of packets and all: 1.076 to
+1.087 in the committed runs whose prompts need all experts of the moved layers."""
 MIB = 1 << 20
 # Of libraries, caches and the driver, beside file and buffers: 247 to 512 MiB seen with a GPU, 2 to 25 MiB without.
 RSS_BYTES = {"cuda": 2 << 30}

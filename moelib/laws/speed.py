@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+from moelib.audit.bounds import PACKETS
 from moelib.base.stats import Estimate
 from moelib.catalogue.placement import Placement
 from moelib.laws import fit
@@ -27,9 +28,6 @@ from moelib.study.columns import SETUP
 from moelib.study.frames import sources
 
 CELL = ["machine", "model", "quant"]
-PACKETS = 1.08
-"""Bytes that the GPU's counter sees for each byte of a tensor sent over the bus, heads of packets and all: 1.080 to
-1.086 in the committed runs whose prompts need all experts of the moved layers."""
 NOT_TOLD = (
     "the runs do not tell its terms apart: that takes two placements of each model and quant, and for a cost per layer "
     "two quants whose bytes per layer differ by some 10 % or more"

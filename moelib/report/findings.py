@@ -294,10 +294,10 @@ def host_table(study: Study) -> Table:
         sources.append(merged(c.sources for c in cells))
     note = (
         "Mean [95 % interval]. RSS and page faults are those of a whole run, load and all requests; mapped pages of "
-        "the file count as RSS. PCIe traffic is what the GPU received for one prompt, by its own counter, which wraps "
-        "at 4 GiB, in a request apart from the timed ones: n/a where a wrap may have been missed, or nothing was "
-        "read. The clock is the mean of a run's readings; board power is energy over the time of the requests. "
-        "*Monitoring* is the share of one CPU that this program's readings took; how much it slows a run is shown "
-        "under measurement overhead."
+        "the file count as RSS. PCIe traffic is what the GPU received for one prompt, heads of packets included, by "
+        "its own counter, which wraps at 4 GiB, in a request apart from the timed ones: n/a where a wrap may have been "
+        "missed, or nothing was read. The clock is the mean of a run's readings; board power is energy over the time "
+        "of the requests. *Monitoring* is the share of one CPU that this program's readings took; how much it slows a "
+        "run is shown under measurement overhead."
     )
     return _table("host", rows, sources, note)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Literal
 
-from moelib.audit.bounds import copied_bytes
+from moelib.audit.bounds import PACKETS, copied_bytes
 from moelib.audit.record import Record
 from moelib.engine.client import WARM_UP
 
@@ -111,12 +111,12 @@ def bus_received(workload: str) -> Quantity:
 
 
 def experts_over_bus(workload: str) -> Quantity:
-    """Bytes that crossed the bus for the workload's prompt, of what a prompt that needs all experts makes cross it:
-    about 1.08 where it does, as packets have heads."""
+    """Bytes that crossed the bus for the workload's prompt, of those of all experts to copy and the heads of their
+    packets: about 1 for a prompt that needs all of them."""
 
     def share(r: Record) -> float | None:
         found = [m for m in r.observation.prompt_traffic if m.workload == workload and m.received_bytes is not None]
-        most = [copied_bytes(r, m.prompt_tokens) for m in found]
+        most = [PACKETS * copied_bytes(r, m.prompt_tokens) for m in found]
         return _mean(m.received_bytes / n for m, n in zip(found, most, strict=True) if n and m.received_bytes)
 
     return share
@@ -337,7 +337,13 @@ COLUMNS = (
     Column("joule_per_token", "energy per token", "J", "less", "NVML's counter", energy_per_token, True),
     Column("bus_received_bytes", "over PCIe, per prompt", "bytes", "less", "NVML's counter", bus_received, True),
     Column(
-        "experts_over_bus", "over PCIe, of all experts to copy", "", None, "counter over header", experts_over_bus, True
+        "experts_over_bus",
+        "over PCIe, of all experts to copy",
+        "",
+        None,
+        f"counter over {PACKETS:g} times header",
+        experts_over_bus,
+        True,
     ),
     Column("token_diversity", "different tokens generated", "", None, "ids as streamed", token_diversity, True),
     Column("bandwidth_share", "share of the memory bound", "", "more", "rate over bandwidths", bandwidth_share, True),
