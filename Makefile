@@ -84,7 +84,7 @@ docs: setup ## rebuild the document of STUDY from its records alone
 
 validation: setup ## rebuild docs/MOE-TECHNICAL-VALIDATION.md and the other committed studies' documents from their records
 	@$(BIN)/moelib report h100-twins --into docs
-	@for study in h100 h100-prompts h100-threads h100-least-vram two-gpus-alone two-gpus h200-twins local-12gib trained demo-shimmy demo-shimmy-generate; do $(BIN)/moelib report $$study || exit 1; done
+	@for study in h100 h100-prompts h100-threads h100-least-vram two-gpus-alone two-gpus two-gpus-divided two-gpus-lone h200 h200-twins local-12gib trained demo-shimmy demo-shimmy-generate; do $(BIN)/moelib report $$study || exit 1; done
 
 cards: setup ## rebuild the model cards of the committed studies from their records (NAMESPACE=user on the Hub)
 	@$(BIN)/moelib card h100-twins --namespace $(NAMESPACE)

@@ -68,7 +68,7 @@ def prompts(study: Study) -> list[Text]:
         told = f" It copied this share of what a prompt of all experts copies to the GPU: {shares}." if moved else ""
         sentences.append(
             f"**Workload {neutral(name)} repeats one sentence to its {study.workloads[name].prompt_tokens} tokens.** "
-            f"Such a prompt needs few of the experts: with experts on the CPU its TTFT may be too short.{told}"
+            f"Such a prompt may need few of the experts: with experts on the CPU its TTFT may be too short.{told}"
         )
         sources |= {k: v for s in moved for k, v in s.sources.items()}
     return [Text("prompts", " ".join(sentences), sources or cite(study.used))] if sentences else []
