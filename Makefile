@@ -39,6 +39,7 @@ $(WORKFLOW)/.ready: workflow/requirements.txt | setup
 	@touch $@
 
 workflow: $(WORKFLOW)/.ready engine ## STUDY cell by cell with Snakemake: PROFILE=local (GPUS=2 of one host) or slurm (CPUS=32 of a node)
+	@test -d workflow/profiles/$(PROFILE) || { echo "moelib: no profile '$(PROFILE)'; there are: $$(ls -m workflow/profiles)"; exit 2; }
 	@test "$(PROFILE)$(CPUS)" != slurm || { echo "moelib: say how many CPUs a node has, as a cell is given no more: CPUS=32"; exit 2; }
 	@$(WORKFLOW)/bin/snakemake -s workflow/Snakefile --profile workflow/profiles/$(PROFILE) --config study=$(STUDY) moelib=$(abspath $(BIN)/moelib) $(if $(CPUS),cpus=$(CPUS)) \
 	  $(if $(GPUS),--resources gpu=$(GPUS)) $(ARGS)

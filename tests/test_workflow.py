@@ -110,6 +110,14 @@ def test_what_is_lacking_is_one_sentence(small, models_folder):
     unknown = run(small, models_folder, "smok")
     assert unknown.returncode != 0
     assert "moelib: unknown study 'smok'; did you mean 'smoke'?" in unknown.stderr
+    unreached = subprocess.run(
+        [*argv(where="slurm"), "cpus=1"], cwd=small, env=env(small, models_folder) | {"SLURM_CONF": "/nowhere"}, **HOW
+    )
+    assert unreached.returncode != 0
+    assert "moelib: no Slurm answers here (sinfo): submit where it does, or use the profile local" in unreached.stderr
+    assert "rule source" not in unreached.stdout + unreached.stderr, "nothing was submitted"
+    named = subprocess.run(["make", "workflow", "PROFILE=slrm"], cwd=REPO, env=env(small, models_folder), **HOW)
+    assert "moelib: no profile 'slrm'; there are: local, slurm" in named.stdout.splitlines()
     elsewhere = [*argv()[:-1], "moelib=/nowhere/moelib"]
     done = subprocess.run(elsewhere, cwd=small, env=env(small, models_folder), **HOW)
     assert "/nowhere/moelib is not there: run `make setup`" in done.stderr

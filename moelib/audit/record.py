@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from moelib.base import files
+from moelib.base import files, schema
 from moelib.base.schema import Sha256
 from moelib.catalogue import params
 from moelib.catalogue.facts import OLDEST, SCHEMA_VERSION, DeviceFacts, EngineFacts, HostFacts, Manifest
@@ -188,7 +188,8 @@ def verified(kind: type[K], path: Path) -> K:
 
 
 def _words(err: Exception) -> str:
-    return " ".join(str(err).split())[:300]
+    told = schema.faults(err) if isinstance(err, ValidationError) else str(err)
+    return " ".join(told.split())[:300]
 
 
 def read(path: Path) -> Record:

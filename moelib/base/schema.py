@@ -29,8 +29,12 @@ def build(cls: type[T], where: str, data: Any, **more: Any) -> T:
     try:
         return cls.model_validate({**data, **more})
     except ValidationError as err:
-        lines = [f"{'.'.join(map(str, e['loc'])) or 'entry'}: {e['msg']}" for e in err.errors()]
-        raise ParamsError(f"{where}: " + "; ".join(lines[:20])) from None
+        raise ParamsError(f"{where}: {faults(err)}") from None
+
+
+def faults(err: ValidationError) -> str:
+    """Each wrong field and its limits, at most 20."""
+    return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'entry'}: {e['msg']}" for e in err.errors()[:20])
 
 
 def closest(name: str, names: Collection[str]) -> str:
