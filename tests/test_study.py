@@ -29,7 +29,7 @@ from factory import (
 )
 
 from moelib import cli, cli_study
-from moelib.audit import record
+from moelib.audit import audit, record
 from moelib.base import files
 from moelib.campaign import campaign, notebooks
 from moelib.catalogue import params
@@ -452,6 +452,33 @@ def test_a_block_that_another_gpu_began_is_done_on_this_one_alone(copy):
     after = {r.run_id for r in record.read_all(folder.path)[0]}
     assert before <= after
     assert len(after) == 5  # nothing was overwritten
+
+
+@pytest.mark.engine
+def test_whole_rounds_that_do_not_fit_together_are_all_done_again(copy, monkeypatch):
+    """As the runs of a round are: nobody knows which of them is not what it says."""
+    folder = Study.named("smoke")
+    cell = folder.cells[0]
+    fits = audit.cell
+
+    def apart(runs):
+        first = any(r.attempt == 1 for r in runs.runs)
+        return (record.Check("no-two-alike", False, "two runs are one"),) if first else fits(runs)
+
+    monkeypatch.setattr(audit, "cell", apart)
+    status = folder.status_now(cell)
+    assert (status.apart, status.usable, status.problems) == (
+        True,
+        0,
+        (f"{cell.name}: no-two-alike: two runs are one",),
+    )
+    before = tree(folder.path / "records")
+    records = list(campaign.measure(folder, [cell]))
+    assert [(r.spec.block, r.attempt) for r in records] == [(0, 2)] * 2 + [(1, 2)] * 2
+    assert before.items() <= tree(folder.path / "records").items()
+    again = folder.status_now(cell)
+    assert (again.apart, again.usable) == (False, 4), again.problems
+    assert [r.attempt for r in campaign.measure(folder, [cell])] == [2] * 4, "nothing is left to do"
 
 
 def test_what_is_done_of_a_block():

@@ -94,7 +94,7 @@ def _begin(study: Study, cell: Cell, bench: Bench) -> "_Begun":
         files.write_json(study.manifest_path(cell), manifest)
     evidence = study.evidence_now(cell, set_aside=True)
     _same_setup([r for r in evidence.records if r.done], bench)
-    return _Begun(study, bench, evidence)
+    return _Begun(study, bench, evidence, study.status_now(cell, evidence).apart)
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,8 @@ class _Begun:
     study: Study
     bench: Bench
     evidence: gather.Evidence
+    anew: bool
+    """Whether its rounds are all whole and do not fit together: then, as with a round's runs, all are done again."""
 
     @cached_property
     def last(self) -> Counter[str]:
@@ -117,9 +119,8 @@ class _Begun:
         """Do what is not done of one round."""
         standing = gather.standing_for(specs, self.evidence.standing)
         problems = [self.evidence.why_not(r) for r in standing]
-        for spec, existing, to_do in zip(
-            specs, standing, _to_do(standing, problems, _machine(self.bench)), strict=True
-        ):
+        left = [True] * len(specs) if self.anew else _to_do(standing, problems, _machine(self.bench))
+        for spec, existing, to_do in zip(specs, standing, left, strict=True):
             if to_do or existing is None:
                 attempt = 1 + self.last[record.spec_key(spec)]
                 existing = record.write(self.study.path, self.bench.perform(self.study.path, spec, attempt))

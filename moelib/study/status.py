@@ -34,6 +34,8 @@ class Status:
     """Reason -> how many usable runs are degraded by it."""
     failed: int = 0
     """Of the invalid ones, runs that ended before they had a result."""
+    apart: bool = False
+    """Whether all its rounds are whole, and do not fit together."""
 
     @classmethod
     def of(cls, cell: Cell, evidence: Evidence, workloads: Mapping[str, params.Workload]) -> Status:
@@ -66,18 +68,19 @@ class Status:
             tally.update(
                 "missing" if not r else "invalid" if why else r.status for r, why in zip(runs, reasons, strict=True)
             )
-        together = [r for runs in rounds for r in runs]
+        together, apart = [r for runs in rounds for r in runs], False
         if together:
             starts = {r.run_id: evidence.starts[r.run_id] for r in together if r.run_id in evidence.starts}
             cell_checks = audit.cell(audit.Cell(together, workloads, starts))
             checks += cell_checks
             if faults := [f"{cell.name}: {c.id}: {c.measured}" for c in cell_checks if c.failed]:
                 # which of its runs is not what it says is not known, so none of them is used
+                apart = not problems
                 tally.subtract(r.status for r in together)
                 tally["invalid"] += len(together)
                 rounds, problems, together = [], problems + faults, []
         flags = Counter(neutral.plain(reason) for r in (*together, *flagged) for reason in r.reasons)
-        return cls(tuple(rounds), tuple(problems), tally, tuple(checks), flags, failed)
+        return cls(tuple(rounds), tuple(problems), tally, tuple(checks), flags, failed, apart)
 
     @property
     def planned(self) -> int:
