@@ -1,5 +1,6 @@
 """The table, the figures and the command of which experts texts use."""
 
+import contextlib
 import json
 from dataclasses import replace
 
@@ -11,7 +12,8 @@ from test_quality import STUDY, give_text
 
 from moelib import cli
 from moelib.answers import experts as answers
-from moelib.campaign import assess, campaign
+from moelib.base.files import InUse
+from moelib.campaign import assess, bench, campaign
 from moelib.catalogue import params
 from moelib.figures import routing
 from moelib.report import experts
@@ -153,6 +155,27 @@ def test_evidence_that_was_touched_is_not_shown_and_what_it_bore_out_is_done_aga
     again = run(*args)
     assert again.exit_code == 0, again.output
     assert [u.routed.attempt for u in answers.used(study.path)] == [2]
+
+
+@pytest.mark.engine
+def test_what_another_process_followed_meanwhile_is_not_followed_again(words, monkeypatch):
+    study, cells = campaign.select("words", "deepseek-moe-16b/Q2_K")
+    asked = assess.routes(study, cells, 8)
+    with bench.alone(study, cells), pytest.raises(InUse, match=r"deepseek-moe-16b/Q2_K of study words"):
+        list(assess.route(study, asked))
+    real, others = assess.alone, []
+
+    @contextlib.contextmanager
+    def second(study, cells):
+        monkeypatch.setattr(assess, "alone", real)
+        others.extend(assess.route(study, asked))
+        with real(study, cells) as leases:
+            yield leases
+
+    monkeypatch.setattr(assess, "alone", second)
+    mine = list(assess.route(study, asked))
+    assert [r.digest for r in mine] == [r.digest for r in others]
+    assert [r.attempt for r in mine] == [1]
 
 
 @pytest.mark.engine

@@ -1,5 +1,6 @@
 """Comparisons by the real llama-perplexity on the loopback device, what stands in their way, and what they decide."""
 
+import contextlib
 from dataclasses import replace
 
 import gguf
@@ -9,7 +10,7 @@ import texts
 
 from moelib.audit.record import RecordError
 from moelib.base import files
-from moelib.campaign import assess, campaign, given
+from moelib.campaign import assess, bench, campaign, given
 from moelib.catalogue import corpora, params
 from moelib.catalogue.facts import DeviceFacts, HostFacts
 from moelib.machine import host
@@ -197,6 +198,28 @@ def test_a_study_compares_once_and_goes_on_where_it_was_stopped(words, monkeypat
     assert not list(study.path.rglob("*.logprobs"))
     read, damaged = comparison.read_all(study.path)
     assert (len(read), damaged) == (9, [])
+
+
+@pytest.mark.engine
+def test_two_processes_compare_nothing_twice(words, monkeypatch):
+    """One has the cells for itself; what it did meanwhile is not done again by the other, which waited."""
+    study, cells = campaign.select("words")
+    with bench.alone(study, cells[:1]), pytest.raises(files.InUse, match=f"{cells[0].name} of study words"):
+        list(assess.assess(study, cells))
+    assert comparison.read_all(study.path) == ([], [])
+    real, others = assess.alone, []
+
+    @contextlib.contextmanager
+    def second(study, cells):
+        monkeypatch.setattr(assess, "alone", real)
+        others.extend(assess.assess(study, list(cells)))
+        with real(study, cells) as leases:
+            yield leases
+
+    monkeypatch.setattr(assess, "alone", second)
+    mine = list(assess.assess(study, cells))
+    assert [c.digest for c in mine] == [c.digest for c in others]
+    assert {c.attempt for c in comparison.read_all(study.path)[0]} == {1}
 
 
 @pytest.mark.engine

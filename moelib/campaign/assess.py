@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import TypeVar
 
 from moelib.campaign import given
-from moelib.campaign.bench import held, scratch
+from moelib.campaign.bench import alone, held, scratch
 from moelib.catalogue import corpora, params
 from moelib.catalogue.facts import DeviceFacts, HostFacts
 from moelib.engine import engine
@@ -72,20 +72,17 @@ def assess(study: Study, cells: Sequence[Cell]) -> Iterator[Comparison]:
     """Do every comparison of some cells that has no valid record; yield each as it stands.
 
     One that fails is recorded, and the next one goes on. Raises what stands in the way of all: no engine, no device, no
-    source, no disk.
+    source, no disk; InUse where another process measures or compares one of the cells.
     """
     specs = planned(study, cells)
     texts = {name: corpora.corpus(name).verified() for name in dict.fromkeys(s.corpus for s in specs)}
-    standing, left = _standing(study) if specs else {}, []
-    for spec in specs:
-        c = standing.get(comparison.spec_key(spec))
-        if c is not None and c.done:
-            yield c
-        else:
-            left.append(spec)
+    done, left = _parted(study, specs)
+    yield from done
     if not left:
         return
-    with _ready(study, "llama-perplexity", Desk) as desk:
+    with alone(study, cells), _ready(study, "llama-perplexity", Desk) as desk:
+        done, left = _parted(study, left)  # another process may have done some until now
+        yield from done
         for (model, corpus, _, base), group in groupby(left, key=lambda s: (s.model, s.corpus, s.chunks, s.base)):
             cells_of = {c.quant: c for c in cells if c.model == model}
 
@@ -96,6 +93,18 @@ def assess(study: Study, cells: Sequence[Cell]) -> Iterator[Comparison]:
 
             attempts = [(spec, comparison.next_attempt(study.path, spec)) for spec in group]
             yield from desk.compare(base, attempts, file, texts[corpus])
+
+
+def _parted(study: Study, specs: Sequence[Spec]) -> tuple[list[Comparison], list[Spec]]:
+    """The comparisons that have a valid record, and those that have none."""
+    standing, done, left = _standing(study) if specs else {}, list[Comparison](), list[Spec]()
+    for spec in specs:
+        c = standing.get(comparison.spec_key(spec))
+        if c is not None and c.done:
+            done.append(c)
+        else:
+            left.append(spec)
+    return done, left
 
 
 @contextmanager
@@ -157,23 +166,35 @@ def routes(study: Study, cells: Sequence[Cell], tokens: int, twins: bool = False
 def route(study: Study, asked: Sequence[tuple[Cell, routed.Spec]]) -> Iterator[Routed]:
     """Follow the experts of every file that has no record that holds; yield each record as it stands.
 
-    Raises what stands in the way of all: no engine, no device, no source, no disk.
+    Raises what stands in the way of all: no engine, no device, no source, no disk; InUse where another process has one
+    of the cells.
     """
-    standing, left = routed.standing(routed.read_all(study.path)[0]), []
-    for cell, spec in asked:
-        r = standing.get(routed.spec_key(spec))
-        if r is not None and not checks.again(study.path, r):
-            yield r
-        else:
-            left.append((spec, cell))
+    done, left = _followed(study, asked)
+    yield from done
     if not left:
         return
-    text = corpora.corpus(left[0][0].corpus).verified()
-    with _ready(study, "llama-imatrix", routing.Desk) as desk:
-        for spec, cell in left:
+    text = corpora.corpus(left[0][1].corpus).verified()
+    with alone(study, {c.name: c for c, _ in left}.values()), _ready(study, "llama-imatrix", routing.Desk) as desk:
+        done, left = _followed(study, left)  # another process may have done some until now
+        yield from done
+        for cell, spec in left:
             other = spec.weights != study.parameters.weights
             file = _twin(study, cell) if other else given.of_cell(study, cell, desk.llama, desk.work)
             yield desk.follow(spec, routed.next_attempt(study.path, spec), file, text)
+
+
+def _followed(
+    study: Study, asked: Sequence[tuple[Cell, routed.Spec]]
+) -> tuple[list[Routed], list[tuple[Cell, routed.Spec]]]:
+    """The records that hold, and the files that have none."""
+    standing, done, left = routed.standing(routed.read_all(study.path)[0]), list[Routed](), []
+    for cell, spec in asked:
+        r = standing.get(routed.spec_key(spec))
+        if r is not None and not checks.again(study.path, r):
+            done.append(r)
+        else:
+            left.append((cell, spec))
+    return done, left
 
 
 def _twin(study: Study, cell: Cell) -> Quantised:
