@@ -82,6 +82,18 @@ def test_the_advice_is_about_files_that_are_cached(shares, words):
     assert "cold" not in text
 
 
+def test_where_all_rows_say_the_same_the_note_says_it():
+    table = findings.load_table(study((WARM,) * 5, (WARM,) * 5))
+    assert all("page cache" not in row for row in table.rows)
+    assert table.note.endswith(" In every row: *page cache* cached.")
+    few = replace(table, rows=table.rows[:1])
+    assert findings.said_once(few, "placement") == few, "a row alone keeps what it is of"
+    other = findings.said_once(table, "model", "placement", "rounds")
+    assert other.note.endswith(" In every row: *model* deepseek-moe-16b, *rounds* 2.")
+    assert set(table.rows[0]) - set(other.rows[0]) == {"model", "rounds"}
+    assert set(table.numbers) - set(other.numbers) == {"rounds"}
+
+
 @pytest.mark.parametrize(
     ("placement", "steps"), [("cpu-moe", ["read in", "clock", "run"]), ("cpu-moe,cache=cold", ["clock", "run"])]
 )

@@ -1,6 +1,7 @@
 """The results of a study as tables and sentences, for `analysis.ipynb` and cards. Units and rounding are set here."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -104,6 +105,17 @@ def _table(
     return Table(name, rows, sources, note, values, why_empty or "no round is complete.")
 
 
+def said_once(table: Table, *columns: str) -> Table:
+    """The table without those of the columns that are the same in every row, of which its note then tells: so that it
+    fits a narrow page."""
+    same = {c: table.rows[0][c] for c in columns if len(table.rows) > 1 and len({row[c] for row in table.rows}) == 1}
+    if not same:
+        return table
+    rows = [{k: v for k, v in row.items() if k not in same} for row in table.rows]
+    note = f"{table.note} In every row: {', '.join(f'*{name}* {value}' for name, value in same.items())}."
+    return replace(table, rows=rows, note=note, numbers=tuple(c for c in table.numbers if c not in same))
+
+
 def _absent(study: Study, *counters: str) -> str:
     """Why the runs have no value of a counter."""
     why = {r.observed.absent.get(c) for c in counters for r in study.done if r.observed} - {None}
@@ -185,7 +197,7 @@ def load_table(study: Study, pairs: Pairs = frames.ends) -> Table:
     def show(c: Comparison) -> dict[str, str]:
         return {"page cache": cache(c.after)} | rates(c)
 
-    return _compared(name, study, "load_s", show, note, pairs=pairs)
+    return said_once(_compared(name, study, "load_s", show, note, pairs=pairs), "page cache")
 
 
 def cache_known(study: Study) -> bool:
@@ -198,19 +210,12 @@ def cache(runs: pd.DataFrame) -> str:
     return ", ".join(sorted(set(map(pagecache.state, runs["cached_share"])))) or stats.NONE
 
 
-FEW = 3
-"""Workloads, that a table shows side by side."""
-
-
 def load_mode_table(study: Study) -> Table:
     """The same placement with its host weights copied to memory of their own, against mapped from the file."""
     last = study.parameters.workloads[-1]
-    workloads = study.parameters.workloads
-    # a study of many prompts is of their TTFT, and so many columns fit no page
-    columns = {f"tokens/s, {neutral(w)}": f"tokens_per_s/{w}" for w in workloads[0 if len(workloads) <= FEW else -1 :]}
-    columns[f"TTFT, {neutral(last)}, first request"] = f"ttft_first_s/{last}"
-    columns[f"TTFT, {neutral(last)}, warm"] = f"ttft_warm_s/{last}"
-    columns |= {"load time": "load_s", "VRAM": "vram_bytes", "host RSS": "host_rss_peak_bytes"}
+    columns = {"tokens/s": f"tokens_per_s/{last}", "TTFT, first": f"ttft_first_s/{last}"}
+    columns |= {"TTFT, warm": f"ttft_warm_s/{last}", "load time": "load_s"}
+    columns |= {"VRAM": "vram_bytes", "host RSS": "host_rss_peak_bytes"}
     compared = {name: frames.comparisons(study.runs, c, frames.load_modes) for name, c in columns.items()}
     rows, sources = [], []
     for cells in zip(*compared.values(), strict=True):
@@ -219,13 +224,14 @@ def load_mode_table(study: Study) -> Table:
         sources.append(merged(c.sources for c in cells))
     note = (
         "Load mode *none* / *mmap*, ratios [95 % interval] paired within rounds: above 1 is more tokens/s, time or "
-        "memory."
+        f"memory. tokens/s and TTFT of {neutral(last)}."
     )
     if any(mode.load_mode == "mlock" for mode in study.parameters.arms):
         note += " *mlock*, *none* with its memory locked, is in the other tables."
     if cache_known(study):
         note += " Files were cached, or cold, as the table of load times says."
-    return _table("load-mode", rows, sources, note, "the study has no placement in both load modes.")
+    table = _table("load-mode", rows, sources, note, "the study has no placement in both load modes.")
+    return said_once(table, "placement")
 
 
 def bound_table(study: Study, workload: str) -> Table:

@@ -23,6 +23,7 @@ EXAMPLES = {"dual-channel DDR4, PCIe 3.0 x16": (50e9, 12e9), "dual-channel DDR5,
 MODE = "none"
 RATE, TTFT = "tokens/s, estimated", "TTFT in s, estimated"
 ERRORS = "error: median (largest) of what is predicted without what the last column names"
+SHORT = 6  # digits of a machine, which tell it from the others of a study
 WORDS = ("model", "quant", "load mode", "machine", "without")
 """Columns that hold no numbers."""
 
@@ -37,7 +38,12 @@ def decode_table(study: Study, workload: str) -> Table:
 
     def row(law: TimeLaw) -> dict[str, Any]:
         per_layer = stats.estimate(_parameter(law, "cost").value, 1e3)
-        return {"machine": neutral(law.domain.machines[0]), **_gpu(law), "per layer, ms": per_layer, **_bytes(law)}
+        return {
+            "machine": neutral(law.domain.machines[0][:SHORT]),
+            **_gpu(law),
+            "per layer, ms": per_layer,
+            **_bytes(law),
+        }
 
     return _table(f"laws-decode-{workload}", what, study, laws, row, _no_law(study))
 

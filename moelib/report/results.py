@@ -123,6 +123,8 @@ ALIKE = 1.05
 """Two prompts differ by less in length: what differs more in TTFT is no matter of length."""
 ODD = 3.5
 """Robust standard deviations (1.4826 times the median distance from the median) beyond which a value is named."""
+FEW = 3
+"""Workloads, whose TTFT is read off their tables."""
 ODD_SHARE = 0.05
 """A value that is nearer to the median is not named: where values hardly vary, each is far in standard deviations."""
 
@@ -242,7 +244,7 @@ def speed(study: Study, model: str, workload: str) -> Table:
 def by_prompt(study: Study) -> list[Table]:
     """TTFT of warm requests by the length of the prompt, of each model; empty for a study of few lengths."""
     lengths = {w.prompt_tokens: name for name, w in study.workloads.items() if w.prompt_tokens is not None}
-    if len(lengths) <= findings.FEW:
+    if len(lengths) <= FEW:
         return []
     return [_by_prompt(study, model, dict(sorted(lengths.items()))) for model in study.runs["model"].unique()]
 
