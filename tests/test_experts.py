@@ -161,8 +161,10 @@ def test_evidence_that_was_touched_is_not_shown_and_what_it_bore_out_is_done_aga
 def test_what_another_process_followed_meanwhile_is_not_followed_again(words, monkeypatch):
     study, cells = campaign.select("words", "deepseek-moe-16b/Q2_K")
     asked = assess.routes(study, cells, 8)
-    with bench.alone(study, cells), pytest.raises(InUse, match=r"deepseek-moe-16b/Q2_K of study words"):
-        list(assess.route(study, asked))
+    with bench.alone(study, cells), monkeypatch.context() as m:
+        m.setenv("MOELIB_PATIENCE", "0.01")
+        with pytest.raises(InUse, match=r"deepseek-moe-16b/Q2_K of study words"):
+            list(assess.route(study, asked))
     real, others = assess.alone, []
 
     @contextlib.contextmanager

@@ -204,8 +204,10 @@ def test_a_study_compares_once_and_goes_on_where_it_was_stopped(words, monkeypat
 def test_two_processes_compare_nothing_twice(words, monkeypatch):
     """One has the cells for itself; what it did meanwhile is not done again by the other, which waited."""
     study, cells = campaign.select("words")
-    with bench.alone(study, cells[:1]), pytest.raises(files.InUse, match=f"{cells[0].name} of study words"):
-        list(assess.assess(study, cells))
+    with bench.alone(study, cells[:1]), monkeypatch.context() as m:
+        m.setenv("MOELIB_PATIENCE", "0.01")
+        with pytest.raises(files.InUse, match=f"{cells[0].name} of study words"):
+            list(assess.assess(study, cells))
     assert comparison.read_all(study.path) == ([], [])
     real, others = assess.alone, []
 
