@@ -60,7 +60,7 @@ test: engine lint $(VENV)/.servers $(WORKFLOW)/.ready ## the test suite: what is
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not alone"; others=$$?; \
 	  $(BIN)/python -m pytest -m alone && exit $$others
 
-quick: setup ## the fast tests that need no engine: under a minute
+quick: setup ## the fast tests that need no engine: under two minutes
 	@MOELIB_LLAMA_CPP=/nowhere $(BIN)/python -m pytest -q -m "not engine and not slow"
 
 faults: engine ## the fault campaign, long form with a new seed, about 10 minutes (ARGS="--seed N" repeats one)
