@@ -216,6 +216,13 @@ def test_each_half_of_a_hypothesis_stands_by_itself(full):
     assert [asked[:2] for asked, _ in states] == ["H1"] * 3 + ["H2"] * 2 + ["H3"] * 3
     (quality,) = [a for a in claims.hypotheses(full) if "highest quality" in a.asked]
     assert "was not measured" in quality.because[0]
+    assert len(results.hypotheses(full).rows) == 8
+
+
+def test_a_study_of_one_quant_is_not_asked_what_compares_quants():
+    table = results.hypotheses(Study.read(REPO / "outputs/h100-threads"))
+    assert not table.rows
+    assert table.why_empty == "they compare quants; this study has Q4_K_M alone."
 
 
 def swapped(study, column, a, b):

@@ -36,7 +36,10 @@ def _text(i: int, one: Answer) -> Text:
 
 
 def hypotheses(study: Study) -> Table:
-    """H1 to H3, each half by itself."""
+    """H1 to H3, each half by itself; of a study of several quants, which they compare."""
+    quants = study.parameters.quants
+    if len(quants) == 1:
+        return Table("hypotheses", [], [], why_empty=f"they compare quants; this study has {neutral(quants[0])} alone.")
     return _claims("hypotheses", "claim", claims.hypotheses(study), study)
 
 
