@@ -35,11 +35,10 @@ COMMITTED = {
     "h100-twins": Committed(REPO / "outputs/h100-twins", REPO / "docs"),
     **{
         name: Committed(REPO / "outputs" / name, REPO / "outputs" / name, cards=False)
-        for name in ("h100", "h100-prompts", "h100-threads", "h100-least-vram", "h200")
-    },
-    **{
-        name: Committed(REPO / "outputs" / name, REPO / "outputs" / name, cards=False)
-        for name in ("two-gpus-alone", "two-gpus", "two-gpus-lone", "two-gpus-divided")
+        for name in (
+            *("h100", "h100-prompts", "h100-threads", "h100-least-vram", "h200"),
+            *("two-gpus-alone", "two-gpus", "two-gpus-lone", "two-gpus-divided"),
+        )
     },
     "h200-twins": Committed(REPO / "outputs/h200-twins", REPO / "outputs/h200-twins", cards=False),
     "local-12gib": Committed(REPO / "outputs/local-12gib", REPO / "outputs/local-12gib", cards=False),

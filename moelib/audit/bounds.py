@@ -228,13 +228,14 @@ def device_memory_possible(run: Measured) -> Finding:
 
 
 def copied_bytes(r: Record, tokens: int) -> float:
-    """Expert weights that llama.cpp copies to the GPU for a prompt that needs all of them: those of the moved layers,
-    once a batch; but not those of a model's last layer, which computes the last token alone."""
+    """What the GPU's counter sees of the expert weights that llama.cpp copies for a prompt that needs all: those of the
+    moved layers, once a batch; but not those of a model's last layer, which computes the last token alone."""
     placed, moved = r.spec.placed, r.observation.placement
     if not moved.moved_blocks:
         return 0.0
     layers = moved.moved_blocks - (1 if placed.is_whole else 0)
-    return math.ceil(tokens / (placed.ubatch or PROMPT_BATCH)) * moved.moved_bytes * layers / moved.moved_blocks
+    batches = math.ceil(tokens / (placed.ubatch or PROMPT_BATCH))
+    return PACKETS * (batches * moved.moved_bytes * layers / moved.moved_blocks)
 
 
 @holds("run", "the link's speed, and the experts once a batch")

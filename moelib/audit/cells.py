@@ -11,7 +11,7 @@ from functools import lru_cache
 from statistics import median
 from typing import Any, NamedTuple
 
-from moelib.audit.bounds import COPIED_TOKENS, PACKETS, PAGING, copied_bytes
+from moelib.audit.bounds import COPIED_TOKENS, PAGING, copied_bytes
 from moelib.audit.invariants import WATCH_ONCE_S, Faults, holds, lacks, strained
 from moelib.audit.record import Record
 from moelib.catalogue.facts import DeviceFacts, HostFacts
@@ -251,8 +251,8 @@ def experts_copied(cell: Cell) -> Faults:
             w, most = cell.workloads.get(m.workload), copied_bytes(r, m.prompt_tokens)
             if w and w.drawn is not None and m.prompt_tokens >= MANY_TOKENS and most and m.received_bytes is not None:
                 told += 1
-                if m.received_bytes < ALL_EXPERTS * PACKETS * most:
-                    yield f"{r.run_id}: {m.workload} moved {m.received_bytes / PACKETS / most:.0%}"
+                if m.received_bytes < ALL_EXPERTS * most:
+                    yield f"{r.run_id}: {m.workload} moved {m.received_bytes / most:.0%}"
     return f"{told} prompts that need all experts"
 
 

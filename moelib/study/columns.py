@@ -116,7 +116,7 @@ def experts_over_bus(workload: str) -> Quantity:
 
     def share(r: Record) -> float | None:
         found = [m for m in r.observation.prompt_traffic if m.workload == workload and m.received_bytes is not None]
-        most = [PACKETS * copied_bytes(r, m.prompt_tokens) for m in found]
+        most = [copied_bytes(r, m.prompt_tokens) for m in found]
         return _mean(m.received_bytes / n for m, n in zip(found, most, strict=True) if n and m.received_bytes)
 
     return share
