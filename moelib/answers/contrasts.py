@@ -70,27 +70,25 @@ class _Values:
     sources: dict[str, str]
 
 
-def of_ratios(
-    frame: pd.DataFrame, column: str, pairs: frames.Pairs = frames.in_one_load_mode, margin: float = MARGIN
-) -> list[Contrast]:
-    """Contrasts of `column`'s ratio to the baseline of the same round, for each model and placement."""
-    groups: dict[tuple[str, Side], list[_Values]] = {}
-    for c in frames.comparisons(frame, column, pairs):
-        if c.ratio:
+def of_ratios(frame: pd.DataFrame, column: str, side: Side, margin: float = MARGIN) -> list[Contrast]:
+    """Contrasts of `column`'s ratio to the baseline of the same round, in the placement and load mode `side`, for each
+    model. The family that Holm's correction is for are these, and no other placement's."""
+    groups: dict[str, list[_Values]] = {}
+    for c in frames.comparisons(frame, column, frames.offloads):
+        if c.ratio and c.side == side:
             logs = np.log(c.after[column].to_numpy() / c.before[column].to_numpy())
-            of_quant = _values(c.quant, c.after, logs, c.sources)
-            groups.setdefault((c.model, c.side), []).append(of_quant)
-    return _judged(groups, column, margin)
+            groups.setdefault(c.model, []).append(_values(c.quant, c.after, logs, c.sources))
+    return _judged(groups, column, side, margin)
 
 
 def of_values(frame: pd.DataFrame, column: str, side: Side, margin: float = MARGIN) -> list[Contrast]:
     """Contrasts of `column` itself, in the placement and load mode `side`, for each model."""
-    groups: dict[tuple[str, Side], list[_Values]] = {}
+    groups: dict[str, list[_Values]] = {}
     for s in frames.summaries(frame, column):
         if s.side == side and len(s.runs) and (s.runs[column] > 0).all():
             of_quant = _values(s.quant, s.runs, np.log(s.runs[column].to_numpy()), s.sources)
-            groups.setdefault((s.model, side), []).append(of_quant)
-    return _judged(groups, column, margin)
+            groups.setdefault(s.model, []).append(of_quant)
+    return _judged(groups, column, side, margin)
 
 
 def _values(quant: str, runs: pd.DataFrame, logs: np.ndarray, sources: dict[str, str]) -> _Values:
@@ -98,9 +96,9 @@ def _values(quant: str, runs: pd.DataFrame, logs: np.ndarray, sources: dict[str,
     return _Values(quant, pd.Series(logs, rounds), pd.Series(runs["machine"].to_numpy(), rounds), sources)
 
 
-def _judged(groups: dict[tuple[str, Side], list[_Values]], column: str, margin: float) -> list[Contrast]:
-    """All contrasts of a family, each with its outcome."""
-    found = [c for (model, side), quants in groups.items() for c in _pairwise(model, side, column, quants)]
+def _judged(groups: dict[str, list[_Values]], column: str, side: Side, margin: float) -> list[Contrast]:
+    """All contrasts of a family, each with its outcome. groups: by model, each quant's values."""
+    found = [c for model, quants in groups.items() for c in _pairwise(model, side, column, quants)]
     told = [(i, c.p) for i, c in enumerate(found) if c.p is not None]
     corrected = dict(zip((i for i, _ in told), _holm([p for _, p in told]), strict=True))
     found = [replace(c, corrected=corrected.get(i)) for i, c in enumerate(found)]

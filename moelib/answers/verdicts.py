@@ -77,7 +77,7 @@ def equally_well(study: Study) -> Answer:
     workload = study.parameters.workloads[-1]
     rate = offloads(study, column := f"tokens_per_s/{workload}")
     vram = offloads(study, "vram_bytes")
-    judged = [c for c in contrasts.of_ratios(study.runs, column) if c.side == ("cpu-moe", "mmap")]
+    judged = contrasts.of_ratios(study.runs, column, rate[0].side) if rate else []
     if not judged or not vram:
         return Answer(asked, "undecided", ("No model has two quants with a baseline and all experts on the CPU.",))
     sentences = []
@@ -180,7 +180,7 @@ def penalty(study: Study) -> Answer:
     if not rate:
         return Answer(asked, "undecided", ("No quant has both a baseline and all experts on the CPU.",))
     order, sentences = list(_by_size(study)), []
-    pairs = [c for c in contrasts.of_ratios(study.runs, f"tokens_per_s/{workload}") if c.side == rate[0].side]
+    pairs = contrasts.of_ratios(study.runs, f"tokens_per_s/{workload}", rate[0].side)
     for model in _models(rate):
         of = sorted((c for c in rate if c.model == model and c.ratio), key=lambda c: order.index(c.quant))
         times = ", ".join(f"{stats.estimate(stats.inverse(c.ratio))} times at {c.quant}" for c in of if c.ratio)
