@@ -18,6 +18,7 @@ from hub import Hub, official_client
 from moelib.catalogue import params
 from moelib.engine import engine as engines
 from moelib.machine import mapped
+from moelib.study import plan as plans
 
 REPO = Path(__file__).resolve().parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -132,6 +133,12 @@ def furnish(home: Path, smoke: str = SMOKE) -> Path:
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file under a folder -> its bytes."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def link_small_studies(study: Path, home: Path) -> None:
+    """Let the small studies that a committed study names be found in another folder of studies."""
+    for name in plans.read(study / "plan.json").study.small_studies:
+        (home / name).symlink_to(study.parent / name)
 
 
 @pytest.fixture

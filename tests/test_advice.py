@@ -65,13 +65,20 @@ def test_what_to_run_is_what_the_records_say(full):
         assert vram <= int(low) * GB
         assert row["VRAM"] == stats.number(vram, 2**-30)
         assert row["layers"] == (str(layers) if layers else "")
-        if row["for"] == "bits":
+        if row["for"] != "speed":
             fits = [q for (q, _), (nbytes, *_) in advised.items() if nbytes <= int(high) * GB]
             best = max(fits, key=["Q2_K", "Q4_K_M", "Q8_0"].index)
             assert quant == best or row["RAM"] == "16", "Q8_0's experts need more than 16 GB"
     for aim in ("speed", "bits"):
-        cards = {gb for row in rows if row["for"] == aim for gb in covered(row["card"])}
+        cards = {gb for row in rows if row["for"] in (aim, "both") for gb in covered(row["card"])}
         assert cards == set(advice.CARDS_GB)
+
+
+def test_what_is_fastest_and_has_most_bits_is_said_once(full):
+    (said,) = {row["for"] for row in advice.of_model(full.part(MODEL, ("Q2_K",)), MODEL).rows}
+    assert said == "both"
+    every = [tuple(v for k, v in row.items() if k != "for") for row in advice.of_model(full, MODEL).rows]
+    assert len(every) == len(set(every))
 
 
 def covered(cards):

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 import pytest
-from conftest import REPO
+from conftest import REPO, link_small_studies
 from test_study import tree
 
 from moelib.audit import record
@@ -65,6 +65,7 @@ def name(request):
 def copy(name, tmp_path, monkeypatch):
     """The study's evidence, without anything that was made from it."""
     shutil.copytree(COMMITTED[name].study, tmp_path / name, ignore=shutil.ignore_patterns("figures", "*.md"))
+    link_small_studies(COMMITTED[name].study, tmp_path)
     monkeypatch.setenv("MOELIB_OUTPUTS", str(tmp_path))
     params._yaml.cache_clear()
     return tmp_path / name

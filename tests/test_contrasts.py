@@ -160,7 +160,9 @@ def test_quants_over_machines_are_pooled_where_they_are_paired():
     three = on_two(three, differ=["Q4_K_M"], factor=0.94)
     two = three[three["quant"] != "Q8_0"]
     (alone,) = contrasts.of_ratios(two, RATE, MOVED)
-    pooled = next(c for c in contrasts.of_ratios(three, RATE, MOVED) if (c.first, c.second) == (alone.first, alone.second))
+    pooled = next(
+        c for c in contrasts.of_ratios(three, RATE, MOVED) if (c.first, c.second) == (alone.first, alone.second)
+    )
     assert pooled.pooled
     assert pooled.ratio.value == pytest.approx(alone.ratio.value)
     assert pooled.ratio.high / pooled.ratio.low < alone.ratio.high / alone.ratio.low

@@ -15,7 +15,7 @@ from moelib.audit.bounds import PACKETS
 from moelib.base.stats import Estimate
 from moelib.laws import fit, speed
 from moelib.laws.law import errors
-from moelib.laws.speed import NO_LONGER, NOT_TOLD, ONE_QUANT
+from moelib.laws.speed import NO_LONGER, NO_TIME, NOT_TOLD, ONE_QUANT
 from moelib.laws.vram import ONE_CONTEXT, UNSEEN, vram
 from moelib.study import frames
 from moelib.study.study import Study
@@ -246,6 +246,23 @@ def test_a_time_per_byte_that_may_be_0_is_no_speed():
     assert less.errors("nothing").n == 4
     exact = speed._speed("x", Estimate(-1.0, -2.0, -0.5, 9))
     assert (exact.value, exact.reason) == (None, NO_LONGER)
+
+
+def test_a_law_that_leaves_the_gpu_less_than_no_time_is_none():
+    """Without a run that is all on the GPU, scatter of two placements gives any time of the GPU."""
+    steep = frame_of(layers=(18, 24), token=lambda k, read: 1e-3 * (k - 17))
+    assert own_of(speed.decode(steep, "w")).reason == NO_TIME
+    told = own_of(speed.decode(frame_of(layers=(18, 24)), "w"))
+    assert (told.reason, told.cells[0].gpu_s) == (None, pytest.approx(GPU_S))
+
+
+def test_a_law_with_as_many_terms_as_placements_has_no_error():
+    """Any runs would fit it."""
+    own = own_of(speed.decode(frame_of(layers=(0, 24), noise=0.05), "w"))
+    assert (own.residuals, own.errors("nothing")) == ((), None)
+    assert own.at("a-model", "Q4_K_M", 24) is not None
+    more = own_of(speed.decode(frame_of(layers=(0, 12, 24), noise=0.05), "w"))
+    assert more.errors("nothing").n == 3
 
 
 def test_runs_of_other_settings_machines_and_load_modes_are_other_laws():

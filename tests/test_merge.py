@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPO, tree
+from conftest import REPO, link_small_studies, tree
 
 from moelib.audit import record
 from moelib.base import files
@@ -100,6 +100,7 @@ def test_the_document_of_the_whole_is_the_same_however_it_came_together(halves, 
     for i, order in enumerate((halves, halves[::-1])):
         home = tmp_path / str(i)
         merge.merge(home / "h100", order)
+        link_small_studies(H100, home)
         monkeypatch.setenv("MOELIB_OUTPUTS", str(home))
         made = document.report("h100", progress=False)
         texts.append(made.path.read_bytes())

@@ -41,7 +41,7 @@ def test_the_terms_of_a_token_are_those_that_the_runs_were_made_with(points):
     assert mmap["model"] == "deepseek-moe-16b"
     assert (mmap["quant"], mmap["load mode"], mmap["machine"]) == ("Q2_K, Q4_K_M, Q8_0", "mmap", "d" * 6)
     assert mmap["GPU time, ms"] == "3.00"
-    assert mmap["per layer, ms"].startswith("0.200 [")
+    assert mmap["per layer, µs"].startswith("200 [")
     assert mmap["bytes, GB/s"].startswith("80.0 [")
     assert (mmap["without"], none["without"]) == (
         "that placement",
@@ -53,7 +53,7 @@ def test_the_terms_of_a_token_are_those_that_the_runs_were_made_with(points):
         "that reads 80.0 GB/s; each fitted to 18 to 45 runs; intervals 95 %; error: median (largest) of what is "
         "predicted without what the last"
     )
-    assert table.numbers == ("GPU time, ms", "per layer, ms", "bytes, GB/s", "error, %")
+    assert table.numbers == ("GPU time, ms", "per layer, µs", "bytes, GB/s", "error, %")
 
 
 def test_the_committed_laws_are_few_rows_with_their_records(h100):
@@ -70,8 +70,9 @@ def test_the_committed_laws_are_few_rows_with_their_records(h100):
     assert table.sources == frames.sources(h100.runs)
     off = told[3].errors("cell")
     assert table.rows[3]["error, %"] == f"{100 * off.median:.1f} ({100 * off.largest:.1f})" == "5.9 (6.0)"
-    assert table.rows[4]["without"] == "nothing: fitted to it"
-    assert table.rows[4]["per layer, ms"] == "n/a"
+    any_fits = {"error, %": "n/a", "without": "nothing: any runs fit it"}
+    assert table.rows[4].items() >= any_fits.items()
+    assert table.rows[4]["per layer, µs"] == "n/a"
     assert "No law" not in table.note, "that of one quant stands where there is none to share"
     assert table.note.endswith(
         "No cost per layer on the CPU for phi-3.5-moe (Q2_K), load mode mmap and none: the layers of one quant do not "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from moelib.answers import contrasts, points, quality
 from moelib.answers.contrasts import MARGIN, Contrast
@@ -21,6 +21,9 @@ from moelib.catalogue.placement import REFERENCE
 from moelib.study import frames
 from moelib.study.frames import Comparison
 from moelib.study.study import Study
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Verdict = Literal["yes", "no", "undecided", "supported", "refuted", "met", "not met", "open"]
 OPEN = "quality of the published weights was not measured"
@@ -234,21 +237,38 @@ def least_vram(study: Study) -> Answer:
     if away.empty:
         return Answer(asked, "open", ("VRAM was not measured: no run has a device.",), frames.sources(runs))
     sentences, least = [], []
-    for (model, quant), of_file in away.groupby(["model", "quant"], sort=False):
-        sides = of_file.groupby(["context_tokens", "placement", "load_mode"], sort=False)
-        most = sides[["vram_needed_bytes", "vram_cache_bytes"]].max()
-        told, longer = [], 0.0
-        for context, of_context in most.groupby("context_tokens"):
-            at = of_context["vram_needed_bytes"].idxmin()
-            needed, cache = map(float, of_context.loc[at])
-            told.append(f"{size(needed)} at {context:.0f} tokens ({at[1]}, {at[2]})")
-            longer = max(longer, cache / float(context) * 1024)
-        least.append(float(most["vram_needed_bytes"].min()))
-        more = f"; {size(longer)} more for each 1,024 tokens of context" if longer > 0 else ""
-        sentences.append(f"{neutral(model)}/{neutral(quant)}: {'; '.join(told)}{more}.")
+    for model, of_model in away.groupby("model", sort=False):
+        needed, sentence = _needed(of_model)
+        least += needed
+        sentences.append(f"{neutral(model)}: {sentence}.")
     sentences.append("The cache's share is the engine's buffer over its context: a cache with windows grows less.")
     says = f"{stats.span(least, size)}{', by model and quant' if len(least) > 1 else ''}."
     return Answer(asked, "yes", tuple(sentences), frames.sources(away), says)
+
+
+def _needed(runs: pd.DataFrame) -> tuple[list[float], str]:
+    """(least bytes of each quant of a model, what each needs at each context and what more context takes)."""
+    least: list[float] = []
+    told: dict[tuple[int, str, str], list[str]] = {}
+    longer: dict[str, list[str]] = {}
+    for quant, of_file in runs.groupby("quant", sort=False):
+        sides = of_file.groupby(["context_tokens", "placement", "load_mode"], sort=False)
+        most, grows = sides[["vram_needed_bytes", "vram_cache_bytes"]].max(), 0.0
+        for context, of_context in most.groupby("context_tokens"):
+            at = of_context["vram_needed_bytes"].idxmin()
+            needed, cache = map(float, of_context.loc[at])
+            told.setdefault((int(context), *at[1:]), []).append(f"{size(needed)} at {neutral(quant)}")
+            grows = max(grows, cache / float(context) * 1024)
+        least.append(float(most["vram_needed_bytes"].min()))
+        if grows > 0:
+            longer.setdefault(size(grows), []).append(neutral(quant))
+    needs = "; ".join(
+        f"{', '.join(of)} with {context:,} tokens of context ({placement}, {mode})"
+        for (context, placement, mode), of in sorted(told.items())
+    )
+    several = len(longer) > 1
+    more = [f"{grows} more" + f" ({', '.join(of)})" * several for grows, of in longer.items()]
+    return least, f"{needs}; {' or '.join(more)} for each 1,024 tokens of context" if more else needs
 
 
 ANSWERS = (equally_well, sweet_spot, penalty, least_vram)

@@ -250,6 +250,8 @@ class Study(Strict):
     share."""
     beside: str | None = None
     """The study of another runner that its document shows it beside."""
+    small_studies: tuple[str, ...] = Field(default=(), max_length=MAX_NAMES)
+    """Studies of one question each, whose answers its document tells in a line each."""
     seed: Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
 
     @model_validator(mode="before")
@@ -388,4 +390,6 @@ def study(name: str) -> Study:
         model(m).refuse_unusable(loaded.scale, loaded.quants)
     for w in loaded.workloads:
         workload(w)
+    for small in loaded.small_studies:
+        _known("study", small, names)
     return loaded

@@ -43,6 +43,30 @@ def several_load_modes(of: Iterable[PlacementMode | Spec]) -> bool:
     return len({one.load_mode for one in of}) > 1
 
 
+def load_modes_as_one(
+    rows: Sequence[dict[str, Any]], sources: Sequence[Sources]
+) -> tuple[list[dict[str, Any]], list[Sources]]:
+    """A placement in two load modes as one row, where they differ in nothing but how much the device's use grew."""
+    shown: list[dict[str, Any]] = []
+    of: list[Sources] = []
+    for row, cited in zip(rows, sources, strict=True):
+        if shown and _without_mode(shown[-1]) == _without_mode(row) and ", " in row["placement"]:
+            last, mode = shown[-1], row["placement"].rpartition(", ")[2]
+            shown[-1] = last | {"placement": f"{last['placement']} or {mode}"}
+            if "device" in row and row["device"] != last["device"]:
+                shown[-1]["device"] = f"{last['device']} or {row['device']}"
+            of[-1] = of[-1] | cited
+        else:
+            shown.append(row)
+            of.append(cited)
+    return shown, of
+
+
+def _without_mode(row: Mapping[str, Any]) -> dict[str, Any]:
+    placement = row["placement"].partition(", ")[0]
+    return {k: v for k, v in row.items() if k != "device"} | {"placement": placement}
+
+
 def merged(every: Iterable[Sources]) -> Sources:
     """All of these sources as one."""
     return {name: digest for sources in every for name, digest in sources.items()}
@@ -203,10 +227,12 @@ def heading(name: str, text: str, level: int = 3) -> Text:
 
 
 def below_names(kind: str, named: Mapping[str, Table]) -> list[Text | Table]:
-    """Tables below headings of what they are of, such as models; the note, which all have, is said once."""
+    """Tables below headings of what they are of, such as models; a note that is the last one's again is said once."""
     shown: list[Text | Table] = []
+    said = None
     for name, one in named.items():
-        shown += [heading(f"h-{kind}-{name}", name), replace(one, note="") if shown else one]
+        shown += [heading(f"h-{kind}-{name}", name), replace(one, note="") if one.note == said else one]
+        said = one.note
     return shown
 
 

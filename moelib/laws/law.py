@@ -26,6 +26,8 @@ HELD_OUT: dict[HeldOut, str] = {
     "machine": "that machine",
 }
 """Without what a residual was predicted, in words."""
+ANY_FITS = "nothing: any runs fit it"
+"""Instead, of a law with as many terms as placements, which no run can contradict."""
 BEST: tuple[HeldOut, ...] = ("placement", "cell", "machine")
 """What says most of how a law predicts comes first."""
 

@@ -33,6 +33,7 @@ NOT_TOLD = (
     "two quants whose bytes per layer differ by some 10 % or more"
 )
 NO_LONGER = "more bytes do not take longer in these runs"
+NO_TIME = "it would leave the GPU less than no time: the runs scatter more than the law can tell"
 ONE_QUANT = "the layers of one quant do not tell a cost per layer from one per byte: it is in the speed"
 
 
@@ -249,6 +250,8 @@ def _law(
     if values[-1].value <= 0 and not per_layer:
         return replace(law, reason=NO_LONGER)
     told = np.array([v.value for v in values])
+    if told[: len(design.cells)].min() <= 0:
+        return replace(law, reason=NO_TIME)
     cells = tuple(_cells(rows, told))
     return replace(
         law,
@@ -291,12 +294,14 @@ def _speed(name: str, per_byte: Estimate) -> Parameter:
 
 
 def _residuals(rows: pd.DataFrame, design: _Design) -> Iterator[Residual]:
-    """Every placement by the law itself; those between the ends, and whole cells, by fits without them."""
+    """Every placement by the law itself, if there are more of them than its terms, as else any law fits; those between
+    the ends, and whole cells, by fits without them."""
     layers, by_cell = rows["moved_layers"], rows.groupby("cell")["moved_layers"]
+    free = rows.groupby(["cell", "placement", "load_mode"]).ngroups > design.terms(rows).shape[1]
     between = (layers > by_cell.transform("min")) & (layers < by_cell.transform("max"))
     for _, own in rows.groupby("cell", sort=False):
         for _, test in own.groupby(["placement", "load_mode"], sort=False):
-            train: dict[HeldOut, pd.DataFrame] = {"nothing": rows}
+            train: dict[HeldOut, pd.DataFrame] = {"nothing": rows} if free else {}
             if between[test.index].all():
                 train |= {"placement": rows.drop(test.index), "ends": rows[~between]}
             if len(design.cells) > 1 and (test["moved_layers"] > 0).all():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pandas as pd
 
@@ -27,6 +27,8 @@ GB = 10**9
 """Bytes that count as one GB of a card or of RAM: most have 2^30, and the difference is left to driver and desktop."""
 COMMAND = "llama-server -m {file} -ngl 99 -c {context} -np 1 -fa on"
 """What every advised command begins with: the engine's settings of the measured runs that matter to others."""
+AIMS, BOTH = ("speed", "bits"), "both"
+"""What a choice is best for."""
 TIE = "not distinguishable"
 """Of files whose tokens/s cannot be told apart."""
 NO_GPU = Table("what-to-run", [], [], why_empty="no GPU took part in this study, so no card is advised for.")
@@ -63,13 +65,13 @@ def _note(study: Study) -> str:
     """What the columns mean, of all models, so that it can be said once."""
     command = COMMAND.format(file="FILE", context=study.parameters.context)
     sentences = [
-        "Of what fits the fastest, and the fastest with most bits per weight (*bits*); tokens/s of "
-        f"{neutral(study.parameters.workloads[-1])}. The command is `{command}` with the flags. Card and RAM, so much "
-        "of it or more, are in GB of 10⁹ bytes, 7 % less than most cards have; *layers* have their experts in RAM; "
-        f"VRAM (of the run that needed most) and RAM used (weights that are not in VRAM, and "
-        f"{points.PROCESS_BYTES >> 20} MiB for the server) in GiB. Speeds "
-        "are those of the machine measured, not of yours. *Predicted*: on a line between two measured placements, not "
-        f"run. *{TIE.capitalize()}*: the 95 % intervals of tokens/s overlap."
+        "Of what fits the fastest (*speed*), the fastest with most bits per weight (*bits*), or what is both; tokens/s "
+        f"of {neutral(study.parameters.workloads[-1])}. The command is `{command}` with the flags. Card and RAM, so "
+        "much of it or more, are in GB of 10⁹ bytes, 7 % less than most cards have; *layers* have their experts in "
+        "RAM; VRAM (of the run that needed most) and RAM used (weights that are not in VRAM, and "
+        f"{points.PROCESS_BYTES >> 20} MiB for the server) in GiB. Speeds are those of the machine measured, not of "
+        "yours. *Predicted*: on a line between two measured placements, not run. "
+        f"*{TIE.capitalize()}*: the 95 % intervals of tokens/s overlap."
     ]
     if several_load_modes(study.parameters.arms):
         sentences.append(
@@ -123,7 +125,7 @@ def _grid(
     told: list[tuple[list[int], int, str, Choice | None]] = []
     mode = load_mode(study, model)
     finest = max((p.bits_per_weight for p in found), default=0.0)
-    for aim in ("speed", "bits") if found else ():
+    for aim in AIMS if found else ():
         for card in CARDS_GB:
             last: str | None = None
             for ram in RAM_GB:
@@ -140,7 +142,20 @@ def _grid(
                 last = label
                 if chosen and chosen.best.bits_per_weight == finest and aim != "speed":
                     break
-    return told
+    return list(_once(told))
+
+
+def _once(
+    told: Sequence[tuple[list[int], int, str, Choice | None]],
+) -> Iterator[tuple[list[int], int, str, Choice | None]]:
+    """Answers that are the same for both aims as one."""
+    aims: dict[tuple[tuple[int, ...], int, str], list[str]] = {}
+    for cards, ram, aim, choice in told:
+        aims.setdefault((tuple(cards), ram, _label(choice)), []).append(aim)
+    for cards, ram, aim, choice in told:
+        of = aims[tuple(cards), ram, _label(choice)]
+        if aim == of[0]:
+            yield cards, ram, BOTH if len(of) > 1 else aim, choice
 
 
 def _before(card: int) -> int | None:

@@ -169,11 +169,10 @@ def _rates(study: Study, scale: float) -> Show:
     }
 
 
-def between(study: Study, workload: str) -> list[Table | Text]:
-    """Load time and energy of the placements between the ends, which the document leaves out; empty without any."""
-    tables = [load_table(study, frames.between), energy_table(study, workload, frames.between)]
-    shown = [t for t in tables if t.rows]
-    return [heading("h-between", "Load time and energy between the ends", 2), *shown] if shown else []
+def between(study: Study) -> list[Table | Text]:
+    """Load times of the placements between the ends, which the document leaves out; empty without any."""
+    table = load_table(study, frames.between)
+    return [heading("h-between", "Load time between the ends", 2), table] if table.rows else []
 
 
 def load_table(study: Study, pairs: Pairs = frames.ends) -> Table:
@@ -182,7 +181,7 @@ def load_table(study: Study, pairs: Pairs = frames.ends) -> Table:
     elsewhere = pairs is frames.ends and frames.comparisons(study.runs, "load_s", frames.between)
     note = "Load time in ms, from process start until the server accepts requests; geometric mean [95 % interval]."
     if elsewhere:
-        note += " Placements between these, and their energy, are in `EVIDENCE.md`."
+        note += " Placements between these are in `EVIDENCE.md`."
     rates = _rates(study, 1000)
     if not cache_known(study):
         return _compared(name, study, "load_s", rates, note, pairs=pairs)
@@ -271,14 +270,15 @@ def _percents(e: stats.Estimate) -> str:
     return stats.estimate(e, 100) + " %"
 
 
-def energy_table(study: Study, workload: str, pairs: Pairs = frames.ends) -> Table:
-    name = f"energy-{workload}" if pairs is frames.ends else f"energy-between-{workload}"
+def energy_table(study: Study, workload: str) -> Table:
     note = (
         "Joules of the GPU board per generated token, prompt included, geometric mean [95 % interval]; the energy of "
         "the CPU is not included. The board's counter moves about ten times a second."
     )
     why = _absent(study, "energy_joule")
-    return _compared(name, study, f"joule_per_token/{workload}", _rates(study, 1), note, why, pairs)
+    return _compared(
+        f"energy-{workload}", study, f"joule_per_token/{workload}", _rates(study, 1), note, why, frames.EVERY
+    )
 
 
 def host_table(study: Study) -> Table:

@@ -10,7 +10,7 @@ from moelib.base.neutral import markdown as neutral
 from moelib.base.stats import NONE, number, percent, span
 from moelib.evidence.table import Table, merged
 from moelib.laws import speed, vram
-from moelib.laws.law import HELD_OUT, AnyLaw, Domain, Law, Parameter, held_out, standing
+from moelib.laws.law import ANY_FITS, HELD_OUT, AnyLaw, Domain, Law, Parameter, held_out, standing
 from moelib.laws.speed import TimeLaw
 from moelib.study.study import Study
 
@@ -37,11 +37,11 @@ def decode_table(study: Study, workload: str) -> Table:
     laws = speed.decode(study.runs, workload) if _has(study, workload) else []
 
     def row(law: TimeLaw) -> dict[str, Any]:
-        per_layer = stats.estimate(_parameter(law, "cost").value, 1e3)
+        per_layer = stats.estimate(_parameter(law, "cost").value, 1e6)
         return {
             "machine": neutral(law.domain.machines[0][:SHORT]),
             **_gpu(law),
-            "per layer, ms": per_layer,
+            "per layer, µs": per_layer,
             **_bytes(law),
         }
 
@@ -145,7 +145,7 @@ def _row(law: Law, terms: dict[str, Any]) -> dict[str, Any]:
         "load mode": neutral(law.domain.load_mode),
         **terms,
         "error, %": f"{100 * off.median:.1f} ({100 * off.largest:.1f})" if off else NONE,
-        "without": HELD_OUT[kind],
+        "without": HELD_OUT[kind] if off else ANY_FITS,
     }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
+from typing import Any
 
 import pandas as pd
 
@@ -17,7 +18,19 @@ from moelib.base.neutral import markdown as neutral
 from moelib.base.stats import Estimate, number, percent
 from moelib.engine.client import WARM_UP
 from moelib.evidence import appendix
-from moelib.evidence.table import Table, Text, below_names, cite, cite_overhead, merged, reference, several_load_modes
+from moelib.evidence.small import ALIKE, FEW
+from moelib.evidence.table import (
+    Sources,
+    Table,
+    Text,
+    below_names,
+    cite,
+    cite_overhead,
+    load_modes_as_one,
+    merged,
+    reference,
+    several_load_modes,
+)
 from moelib.merge import setups
 from moelib.report import findings
 from moelib.study import frames, overhead
@@ -122,12 +135,8 @@ def _quality(study: Study) -> str:
 
 
 MIB = 1 << 20
-ALIKE = 1.05
-"""Two prompts differ by less in length: what differs more in TTFT is no matter of length."""
 ODD = 3.5
 """Robust standard deviations (1.4826 times the median distance from the median) beyond which a value is named."""
-FEW = 3
-"""Workloads, whose TTFT is read off their tables."""
 ODD_SHARE = 0.05
 """A value that is nearer to the median is not named: where values hardly vary, each is far in standard deviations."""
 
@@ -160,7 +169,8 @@ def vram_of(study: Study, model: str) -> Table:
     that are not known of any. An interval is that of VRAM: other parts vary with it or not at all."""
     runs = study.runs[study.runs["model"] == model]
     saved = {(c.quant, c.side): c.ratio for c in frames.comparisons(runs, "vram_bytes")}
-    rows, sources = [], []
+    rows: list[dict[str, Any]] = []
+    sources: list[Sources] = []
     for cells in zip(*(frames.summaries(runs, column) for column in PARTS.values()), strict=True):
         first, ratio = cells[0], saved.get((cells[0].quant, cells[0].side))
         row = {"quant": neutral(first.quant), "placement": placed(study, first.side)}
@@ -171,6 +181,7 @@ def vram_of(study: Study, model: str) -> Table:
         sources.append(cells[-2].sources)
     unknown = {name for name in PARTS if all(row[name] == stats.NONE for row in rows)} - {"VRAM"}
     rows = [{k: v for k, v in row.items() if k not in unknown} for row in rows]
+    rows, sources = load_modes_as_one(rows, sources)
     note = (
         "MiB (2²⁰ bytes), mean of the runs' peaks. *Weights*: by the file's header; *KV* cache, *compute* buffer: by "
         "the engine; *rest*: what the driver charges the process beyond these: the GPU's context, workspaces, code. "
@@ -207,6 +218,12 @@ class _Column:
 def _pairs(c: Comparison, column: str) -> dict[str, tuple[float, float]]:
     """By the run of the baseline, which the placements of a quant have in common."""
     return {run: (a, b) for run, a, b in zip(c.before["run_id"], c.before[column], c.after[column], strict=True)}
+
+
+def speeds(study: Study, workload: str) -> list[Text | Table]:
+    """`speed` of each model, below its name."""
+    models = study.runs["model"].unique()
+    return below_names("speed", {f"{model}, {workload}": speed(study, model, workload) for model in models})
 
 
 def speed(study: Study, model: str, workload: str) -> Table:
