@@ -2,13 +2,14 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from moelib.answers import contrasts
+from moelib.answers import claims, contrasts
 from moelib.base import stats
 
 QUANTS = ("Q4_K_M", "Q2_K", "Q8_0")
@@ -50,6 +51,16 @@ def test_the_family_is_the_placement_asked_for():
     alone, among = (contrasts.of_ratios(f, RATE, MOVED) for f in (frame, pd.concat([frame, *more])))
     assert [c.corrected for c in among] == [c.corrected for c in alone]
     assert max(c.corrected / c.p for c in alone) == pytest.approx(3)
+
+
+def test_an_interval_without_1_that_the_correction_leaves_undecided_says_so():
+    (c, *_) = contrasts.of_ratios(frame_of({"Q4_K_M": 0.2, "Q2_K": 0.25}), RATE, MOVED)
+    assert (c.is_told, c.told_alone) == (True, False)
+    lost = replace(c, p=0.03, corrected=0.06)
+    assert (lost.is_told, lost.told_alone) == (False, True)
+    assert not replace(c, p=0.06, corrected=0.06).told_alone
+    assert claims._facing(lost, "Q2_K")[0].endswith(", no longer told once corrected for the number of pairs.")
+    assert claims._facing(c, "Q2_K")[0].endswith("].")
 
 
 def test_one_round_decides_nothing():

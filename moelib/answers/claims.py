@@ -63,7 +63,8 @@ def _facing(c: Contrast, quant: str) -> tuple[str, float, Contrast]:
     """(sentence, ratio of the quant to the other one, the contrast)."""
     ratio, other = (c.ratio, c.second) if c.first == quant else (stats.inverse(c.ratio), c.first)
     machines = ", on different machines" if c.apart and c.column != "vram_bytes" else ""
-    return f"{neutral(c.model)}: {quant} / {neutral(other)} {stats.estimate(ratio)}{machines}.", ratio.value, c
+    alone = ", no longer told once corrected for the number of pairs" if c.told_alone else ""
+    return f"{neutral(c.model)}: {quant} / {neutral(other)} {stats.estimate(ratio)}{machines}{alone}.", ratio.value, c
 
 
 def _saves(study: Study, claim: str, quant: str) -> Answer:

@@ -54,6 +54,12 @@ class Contrast:
     sources: dict[str, str]
 
     @property
+    def told_alone(self) -> bool:
+        """Whether its interval excludes 1, and yet it is not told which side is larger: not with all pairs of the
+        family."""
+        return self.p is not None and self.p < ALPHA and not self.is_told
+
+    @property
     def is_told(self) -> bool:
         """Whether it is known which side is larger."""
         return self.ratio.n > 1 and (self.corrected is None or self.corrected < ALPHA)

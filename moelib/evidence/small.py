@@ -82,10 +82,10 @@ def _found(small: Study) -> Iterator[str]:
         return
     lengths = {w.prompt_tokens: name for name, w in small.workloads.items() if w.prompt_tokens is not None}
     if len(lengths) > FEW:
-        quantities = list(_by_length(dict(sorted(lengths.items()))))
+        quantities = _by_length(dict(sorted(lengths.items())))
     else:
         quantities = [_of_workload(q, small.parameters.workloads[-1]) for q in _asked(small)]
-    yield f"{', '.join(q.title for q in quantities)}."
+    yield f"{_and([q.title for q in quantities])}."
     by_file: dict[str, list[str]] = {}
     for of in zip(*(frames.summaries(small.runs, q.column) for q in quantities), strict=True):
         values = [_value(s, q) for s, q in zip(of, quantities, strict=True)]
@@ -104,11 +104,17 @@ def _of_workload(q: Quantity, workload: str) -> Quantity:
     return q._replace(title=q.title.format(neutral(workload)), column=q.column.format(workload))
 
 
-def _by_length(lengths: dict[int, str]) -> Iterator[Quantity]:
+def _by_length(lengths: dict[int, str]) -> list[Quantity]:
     """TTFT of the two prompts beside each other, if there are two, and of the longest."""
     beside = [n for pair in pairwise(lengths) if pair[1] <= ALIKE * pair[0] for n in pair]
-    for n in dict.fromkeys([*beside, max(lengths)]):
-        yield TTFT._replace(title=f"TTFT in ms of {n:,} prompt tokens", column=TTFT.column.format(lengths[n]))
+    of = {n: TTFT.column.format(lengths[n]) for n in dict.fromkeys([*beside, max(lengths)])}
+    titles = [f"TTFT in ms of a warm prompt of {min(of):,}", *(f"{n:,}" for n in list(of)[1:])]
+    titles[-1] += " tokens"
+    return [TTFT._replace(title=title, column=column) for title, column in zip(titles, of.values(), strict=True)]
+
+
+def _and(titles: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(titles[:-1]), titles[-1]]))
 
 
 def _value(s: Summary, q: Quantity) -> str:
