@@ -4,6 +4,7 @@ import gzip
 from dataclasses import replace
 from pathlib import Path
 
+import build_shimmy
 import pytest
 from conftest import REPO
 
@@ -268,3 +269,23 @@ def test_what_a_program_has_mapped_may_be_unknown(monkeypatch):
     child = type("Child", (), {"pid": 1, "argv": ["/x/shimmy", "serve"]})()
     _, untold = shimmy.Serving(runner, child, MODEL, {}, 1).files(None, 0.0)
     assert untold == {"engine_files": "not here"}
+
+
+@pytest.mark.parametrize(
+    ("names", "serves"),
+    [
+        (["libclang-cpp.so.14", "libclang_rt.asan-x86_64.so"], False),
+        (["libclang.so"], True),
+        (["libclang-14.so.1"], True),
+        (["libclang.so.1", "libclang-cpp.so.14"], True),
+        (["libclangBasic.a"], False),
+    ],
+)
+def test_libclang_is_not_taken_for_its_sister(tmp_path, monkeypatch, names, serves):
+    """Many systems have libclang-cpp alone, of which bindgen says after a minute that it is none."""
+    monkeypatch.delenv("LIBCLANG_PATH", raising=False)
+    folder = tmp_path / "llvm-14/lib"
+    folder.mkdir(parents=True)
+    for name in names:
+        (folder / name).touch()
+    assert build_shimmy.libclang(tmp_path) == (str(folder) if serves else None)

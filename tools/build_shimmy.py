@@ -38,16 +38,21 @@ version = "{version}"
 source = "{source}"
 checksum = "{checksum}"
 """
+IS_LIBCLANG = re.compile(r"libclang(-[\d.]+)?\.so(\.[\d.]+)?")
 FETCH_S, BUILD_S, LOG_BYTES = 600.0, 3600.0, 1 << 28
 CRATES = 320  # that are compiled, about: for the bar
 
 
-def libclang() -> str | None:
-    """The folder of libclang, which writes the bindings to llama.cpp; None where it is not found."""
+def libclang(lib: Path = Path("/usr/lib")) -> str | None:
+    """The folder of libclang, which writes the bindings to llama.cpp; None where it is not found.
+
+    Its C++ sister `libclang-cpp`, which many systems have alone, and the runtimes `libclang_rt` do not serve.
+    """
     if named := os.environ.get("LIBCLANG_PATH"):
         return named
-    found = sorted(Path("/usr/lib").glob("llvm-*/lib/libclang*.so*")) + sorted(Path("/usr/lib").glob("*/libclang*.so*"))
-    return str(found[-1].parent) if found else None
+    folders = [*sorted(lib.glob("*-linux-gnu")), *sorted(lib.glob("llvm-*/lib"))]
+    found = [f for f in folders if any(IS_LIBCLANG.fullmatch(p.name) for p in f.glob("libclang*"))]
+    return str(found[-1]) if found else None
 
 
 class LackingTools(ShimmyError):
