@@ -110,9 +110,9 @@ def test_what_is_lacking_is_one_sentence(small, models_folder):
     unknown = run(small, models_folder, "smok")
     assert unknown.returncode != 0
     assert "moelib: unknown study 'smok'; did you mean 'smoke'?" in unknown.stderr
-    unreached = subprocess.run(
-        [*argv(where="slurm"), "cpus=1"], cwd=small, env=env(small, models_folder) | {"SLURM_CONF": "/nowhere"}, **HOW
-    )
+    (empty := small / "slurm.conf").touch()  # where there is none, sinfo looks for it for a minute
+    lost = env(small, models_folder) | {"SLURM_CONF": str(empty)}
+    unreached = subprocess.run([*argv(where="slurm"), "cpus=1"], cwd=small, env=lost, **HOW)
     assert unreached.returncode != 0
     assert "moelib: no Slurm answers here (sinfo): submit where it does, or use the profile local" in unreached.stderr
     assert "rule source" not in unreached.stdout + unreached.stderr, "nothing was submitted"

@@ -75,7 +75,8 @@ def _note(study: Study) -> str:
     ]
     if several_load_modes(study.parameters.arms):
         sentences.append(
-            "Load mode *none* where a warm request then has its first token sooner in every placement, else *mmap*."
+            "Load mode *none* where a warm request then has its first token sooner in every placement that was run in "
+            "both; else, and of placements that were run in *mmap* alone, *mmap*."
         )
     return " ".join(sentences)
 
