@@ -191,3 +191,10 @@ def test_tables_are_markdown_with_provenance(h100):
         assert f"{len(table.sources)} sources" in text
         assert table.provenance()["kind"] == "table"
         assert len(table.rows) <= 12
+
+
+def test_what_has_a_law_of_its_own_is_not_said_to_have_none():
+    """Of Q4_K_M two placements alone were run, whose scatter leaves the GPU no time; Q2_K has its law."""
+    table = laws.ttft_table(study.Study.read(REPO / "outputs/local-12gib"), "mixed-512")
+    assert [row["quant"] for row in table.rows] == ["Q2_K"]
+    assert f"No law for phi-3.5-moe (Q4_K_M), load mode mmap: {speed.NO_TIME}." in table.note

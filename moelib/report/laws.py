@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from moelib.base import stats
@@ -168,9 +169,11 @@ def _untold(laws: Sequence[Law], told: Sequence[Law], what: str = "law") -> list
     missing: dict[str, list[Domain]] = {}
     for law in laws:
         stands = [t.domain for t in told if t.domain.load_mode == law.domain.load_mode]
-        pairs = {(m, q) for m in law.domain.models for q in law.domain.quants}
-        if law.reason and not pairs <= {(m, q) for d in stands for m in d.models for q in d.quants}:
-            missing.setdefault(law.reason, []).append(law.domain)
+        known = {(m, q) for d in stands for m in d.models for q in d.quants}
+        for model in law.domain.models if law.reason else ():
+            if quants := tuple(q for q in law.domain.quants if (model, q) not in known):
+                of_model = replace(law.domain, models=(model,), quants=quants)
+                missing.setdefault(str(law.reason), []).append(of_model)
     return [f"No {what} for {_names(domains)}: {neutral(reason)}." for reason, domains in missing.items()]
 
 
