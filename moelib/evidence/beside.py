@@ -4,7 +4,7 @@ from moelib.answers import beside
 from moelib.base import stats
 from moelib.base.neutral import code, markdown
 from moelib.catalogue.facts import SHIMMY_GENERATE
-from moelib.evidence.table import Sources, Table, Text, cite, heading
+from moelib.evidence.table import Sources, Table, Text, cite, cite_of, heading
 from moelib.study.study import Study
 
 PENALISED = {SHIMMY_GENERATE: " (of shimmy generate after a penalty for repeated ones, which cannot be turned off)"}
@@ -53,7 +53,7 @@ def _setup(study: Study) -> str:
 
 
 def _sources(p: beside.Pair, name: str) -> Sources:
-    return cite(p.mine) | {f"{name}/{k}": digest for k, digest in cite(p.its).items()}
+    return cite(p.mine) | cite_of(name, p.its)
 
 
 def _sentence(study: Study, other: Study, found: list[beside.Pair]) -> Text:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 from moelib.base import stats
 from moelib.base.neutral import markdown as neutral
-from moelib.base.stats import Estimate
-from moelib.catalogue.placement import Placement
-from moelib.evidence.table import Text, cite, heading, several_load_modes
+from moelib.base.stats import Estimate, Machines
+from moelib.evidence.table import Text, cite_of, heading, placed
 from moelib.study import frames
 from moelib.study import study as studies
 from moelib.study.frames import Summary
@@ -29,9 +28,10 @@ class Quantity(NamedTuple):
     column: str
     """Of the last workload, where it is one of a workload."""
     text: Callable[[Estimate], str]
+    mean: Callable[[Sequence[float], Machines], Estimate] = stats.geometric_mean
 
 
-VRAM = Quantity("VRAM", "vram_bytes", stats.sizes)
+VRAM = Quantity("VRAM", "vram_bytes", stats.sizes, stats.mean)
 RATE = Quantity("tokens/s of {}", "tokens_per_s/{}", stats.estimate)
 TTFT = Quantity("TTFT of warm {} in ms", "ttft_warm_s/{}", lambda e: stats.estimate(e, 1e3))
 LOAD = Quantity("load time in s", "load_s", stats.estimate)
@@ -61,7 +61,7 @@ def told(study: Study) -> list[Text]:
             lines.append(f"- {neutral(name)}: not measured yet.")
             continue
         lines.append(f"- **{neutral(small.title)}** ({_measured(small)}): {' '.join(_found(small))}")
-        sources |= {f"{name}/{run}": digest for run, digest in cite(small.used).items()}
+        sources |= cite_of(name, small.used)
     note = (
         "Each of one question, with a document of its own in `outputs/`. Means, [95 % intervals] over rounds; of "
         "times and speeds geometric ones."
@@ -80,22 +80,21 @@ def _found(small: Study) -> Iterator[str]:
     if small.runs.empty:
         yield "no round is complete."
         return
-    lengths = {w.prompt_tokens: name for name, w in small.workloads.items() if w.prompt_tokens is not None}
-    if len(lengths) > FEW:
-        quantities = _by_length(dict(sorted(lengths.items())))
-    else:
-        quantities = [_of_workload(q, small.parameters.workloads[-1]) for q in _asked(small)]
+    last, lengths = small.parameters.workloads[-1], prompt_lengths(small)
+    quantities = _by_length(lengths) if lengths else [_of_workload(q, last) for q in _asked(small)]
     yield f"{_and([q.title for q in quantities])}."
     by_file: dict[str, list[str]] = {}
     for of in zip(*(frames.summaries(small.runs, q.column) for q in quantities), strict=True):
         values = [_value(s, q) for s, q in zip(of, quantities, strict=True)]
-        by_file.setdefault(f"{of[0].model} {of[0].quant}", []).append(f"{_place(small, of[0])} {', '.join(values)}")
+        by_file.setdefault(f"{of[0].model} {of[0].quant}", []).append(
+            f"{placed(small, of[0].side)} {', '.join(values)}"
+        )
     for file, placements in by_file.items():
         yield f"{neutral(file)}: {'; '.join(placements)}."
 
 
 def _asked(small: Study) -> list[Quantity]:
-    placements = [Placement.parse(*side) for side in {s.side for s in frames.summaries(small.runs, "vram_bytes")}]
+    placements = [r.spec.placed for r in small.used]
     varied = [of for setting, of in ASKED.items() if len({getattr(p, setting) for p in placements}) > 1]
     return list(dict.fromkeys(q for of in varied or [OTHERS] for q in of))
 
@@ -104,9 +103,20 @@ def _of_workload(q: Quantity, workload: str) -> Quantity:
     return q._replace(title=q.title.format(neutral(workload)), column=q.column.format(workload))
 
 
-def _by_length(lengths: dict[int, str]) -> list[Quantity]:
+def prompt_lengths(study: Study) -> dict[int, str]:
+    """Tokens of a prompt -> its workload, the shortest first; empty of a study of few lengths."""
+    lengths = {w.prompt_tokens: name for name, w in study.workloads.items() if w.prompt_tokens is not None}
+    return dict(sorted(lengths.items())) if len(lengths) > FEW else {}
+
+
+def neighbours(lengths: Mapping[int, str]) -> list[tuple[int, int]]:
+    """Lengths that differ by so little that TTFT should not."""
+    return [(n, m) for n, m in pairwise(lengths) if m <= ALIKE * n]
+
+
+def _by_length(lengths: Mapping[int, str]) -> list[Quantity]:
     """TTFT of the two prompts beside each other, if there are two, and of the longest."""
-    beside = [n for pair in pairwise(lengths) if pair[1] <= ALIKE * pair[0] for n in pair]
+    beside = [n for pair in neighbours(lengths) for n in pair]
     of = {n: TTFT.column.format(lengths[n]) for n in dict.fromkeys([*beside, max(lengths)])}
     titles = [f"TTFT in ms of a warm prompt of {min(of):,}", *(f"{n:,}" for n in list(of)[1:])]
     titles[-1] += " tokens"
@@ -121,8 +131,4 @@ def _value(s: Summary, q: Quantity) -> str:
     values = list(s.runs[q.column])
     if not values:
         return stats.NONE
-    return q.text(s.value if s.value and q is VRAM else stats.geometric_mean(values, frames.machines(s.runs)))
-
-
-def _place(small: Study, s: Summary) -> str:
-    return ", ".join(s.side) if several_load_modes(small.parameters.arms) else s.side[0]
+    return q.text(q.mean(values, frames.machines(s.runs)))

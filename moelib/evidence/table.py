@@ -12,6 +12,7 @@ from moelib.base import files, neutral
 from moelib.catalogue.facts import Manifest
 from moelib.catalogue.params import PlacementMode
 from moelib.measure.run import Spec
+from moelib.study.frames import Side
 from moelib.study.overhead import Overhead
 from moelib.study.study import Study
 
@@ -31,6 +32,11 @@ def cite(records: Iterable[Record]) -> Sources:
     return {r.run_id: r.digest for r in records}
 
 
+def cite_of(name: str, records: Iterable[Record]) -> Sources:
+    """The records of another study, cited beside one's own."""
+    return {f"{name}/{run}": digest for run, digest in cite(records).items()}
+
+
 def reference(study: Study) -> str:
     """The placement that the others of a study are compared with: `baseline`, or what has most on the GPU; in words
     where that is another one in each cell."""
@@ -41,6 +47,12 @@ def reference(study: Study) -> str:
 def several_load_modes(of: Iterable[PlacementMode | Spec]) -> bool:
     """Whether these differ in their load mode: it is shown only then."""
     return len({one.load_mode for one in of}) > 1
+
+
+def placed(study: Study, side: Side) -> str:
+    """A placement, with its load mode where the study has several."""
+    placement, load_mode = side
+    return f"{placement}, {load_mode}" if several_load_modes(study.parameters.arms) else placement
 
 
 def load_modes_as_one(

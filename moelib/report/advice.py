@@ -119,11 +119,13 @@ def _measured(study: Study, model: str) -> list[Point]:
     return [p for p in found if p.model == model and not p.placement.cold]
 
 
-def _grid(
-    study: Study, model: str, found: Sequence[Point], predicted: bool = True
-) -> list[tuple[list[int], int, str, Choice | None]]:
-    """(cards, RAM, what it is best for, choice), neighbouring cards of one choice together, and of RAM the least."""
-    told: list[tuple[list[int], int, str, Choice | None]] = []
+_Answer = tuple[list[int], int, str, Choice | None]
+"""(cards, RAM, what it is best for, choice)."""
+
+
+def _grid(study: Study, model: str, found: Sequence[Point], predicted: bool = True) -> list[_Answer]:
+    """Neighbouring cards of one choice together, and of RAM the least."""
+    told: list[_Answer] = []
     mode = load_mode(study, model)
     finest = max((p.bits_per_weight for p in found), default=0.0)
     for aim in AIMS if found else ():
@@ -146,9 +148,7 @@ def _grid(
     return list(_once(told))
 
 
-def _once(
-    told: Sequence[tuple[list[int], int, str, Choice | None]],
-) -> Iterator[tuple[list[int], int, str, Choice | None]]:
+def _once(told: Sequence[_Answer]) -> Iterator[_Answer]:
     """Answers that are the same for both aims as one."""
     aims: dict[tuple[tuple[int, ...], int, str], list[str]] = {}
     for cards, ram, aim, choice in told:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -18,7 +17,7 @@ from moelib.base.neutral import markdown as neutral
 from moelib.base.stats import Estimate, number, percent
 from moelib.engine.client import WARM_UP
 from moelib.evidence import appendix
-from moelib.evidence.small import ALIKE, FEW
+from moelib.evidence.small import neighbours, prompt_lengths
 from moelib.evidence.table import (
     Sources,
     Table,
@@ -28,8 +27,8 @@ from moelib.evidence.table import (
     cite_overhead,
     load_modes_as_one,
     merged,
+    placed,
     reference,
-    several_load_modes,
 )
 from moelib.merge import setups
 from moelib.report import findings
@@ -139,12 +138,6 @@ ODD = 3.5
 """Robust standard deviations (1.4826 times the median distance from the median) beyond which a value is named."""
 ODD_SHARE = 0.05
 """A value that is nearer to the median is not named: where values hardly vary, each is far in standard deviations."""
-
-
-def placed(study: Study, side: Side) -> str:
-    """A placement, with its load mode where the study has several."""
-    placement, load_mode = side
-    return f"{placement}, {load_mode}" if several_load_modes(study.parameters.arms) else placement
 
 
 PARTS = {
@@ -263,10 +256,8 @@ def speed(study: Study, model: str, workload: str) -> Table:
 
 def by_prompt(study: Study) -> list[Table]:
     """TTFT of warm requests by the length of the prompt, of each model; empty for a study of few lengths."""
-    lengths = {w.prompt_tokens: name for name, w in study.workloads.items() if w.prompt_tokens is not None}
-    if len(lengths) <= FEW:
-        return []
-    return [_by_prompt(study, model, dict(sorted(lengths.items()))) for model in study.runs["model"].unique()]
+    lengths = prompt_lengths(study)
+    return [_by_prompt(study, model, lengths) for model in study.runs["model"].unique()] if lengths else []
 
 
 def _by_prompt(study: Study, model: str, lengths: dict[int, str]) -> Table:
@@ -277,12 +268,11 @@ def _by_prompt(study: Study, model: str, lengths: dict[int, str]) -> Table:
         row = {"quant": neutral(cells[0].quant), "placement": placed(study, cells[0].side)}
         for (head, column), s in zip(columns.items(), cells, strict=True):
             row[head] = number(stats.geometric_mean(list(s.runs[column])).value if len(s.runs) else None, 1e3)
-        for n, m in pairwise(lengths):
-            if m <= ALIKE * n:
-                two = [columns[str(n)], columns[str(m)]]
-                both = cells[0].runs.dropna(subset=two)
-                pairs = list(both[two].itertuples(index=False, name=None))
-                row[f"{m} / {n}"] = stats.estimate(stats.ratio(pairs, frames.machines(both)) if pairs else None)
+        for n, m in neighbours(lengths):
+            two = [columns[str(n)], columns[str(m)]]
+            both = cells[0].runs.dropna(subset=two)
+            pairs = list(both[two].itertuples(index=False, name=None))
+            row[f"{m} / {n}"] = stats.estimate(stats.ratio(pairs, frames.machines(both)) if pairs else None)
         rows.append(row)
         sources.append(merged(s.sources for s in cells))
     note = (
