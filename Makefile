@@ -84,11 +84,11 @@ docs: setup ## rebuild the document of STUDY from its records alone
 	@$(BIN)/moelib report $(STUDY)
 
 validation: setup ## rebuild docs/MOE-TECHNICAL-VALIDATION.md and the other committed studies' documents from their records
-	@$(BIN)/moelib report h100-twins --into docs
-	@for study in h100 h100-prompts h100-threads h100-least-vram two-gpus-alone two-gpus two-gpus-divided two-gpus-lone h200 h200-twins local-12gib trained demo-shimmy demo-shimmy-generate; do $(BIN)/moelib report $$study || exit 1; done
+	@$(BIN)/moelib report h200 --into docs
+	@for study in h100 h100-prompts h100-threads h100-least-vram h200-context h200-cold h100-twins h200-twins two-gpus-alone two-gpus two-gpus-divided two-gpus-lone local-12gib trained demo-shimmy demo-shimmy-generate; do $(BIN)/moelib report $$study || exit 1; done
 
 cards: setup ## rebuild the model cards of the committed studies from their records (NAMESPACE=user on the Hub)
-	@$(BIN)/moelib card h100-twins --namespace $(NAMESPACE)
+	@$(BIN)/moelib card h200 --namespace $(NAMESPACE)
 	@MOELIB_OUTPUTS=docs/example $(BIN)/moelib card demo --namespace $(NAMESPACE)
 
 residuals: engine ## rebuild docs/PLANNER.md, docs/PREVIEW.md, docs/QUALITY.md, docs/FLEET.md and docs/SHARING.md from the committed records behind them

@@ -1,6 +1,6 @@
 """moelib: what MoE CPU offloading buys and costs, measured so that it survives an audit.
 
-study = moelib.load("h100-twins")
+study = moelib.load("h200")
 study.runs.plot.scatter("vram_bytes", "tokens_per_s/long-512")
 moelib.compare(study.runs, "tokens_per_s/long-512")
 

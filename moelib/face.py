@@ -57,7 +57,7 @@ def compare(runs: pd.DataFrame, column: str, baseline: str | None = None) -> pd.
 
     baseline: by default the placement `baseline` or, where there is none, the one with most on the GPU.
 
-    runs: a frame of runs, such as `load("h100-twins").runs`. Raises FrameError where they cannot be compared.
+    runs: a frame of runs, such as `load("h200").runs`. Raises FrameError where they cannot be compared.
     """
     return frames.compare(runs, column, baseline)
 

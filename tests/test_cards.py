@@ -28,7 +28,7 @@ from moelib.study import study
 DEEPSEEK, TWIN = "deepseek-moe-16b-cpu-offload-gguf", "deepseek-moe-16b-random-weights"
 ROOT, QUANT = f"{TWIN}/README.md", f"{TWIN}/Q2_K.md"
 REAL_ROOT, REAL_QUANT = f"{DEEPSEEK}/README.md", f"{DEEPSEEK}/Q2_K.md"
-DOCUMENTS = {"full": REPO / "docs/provenance.json", "trained": REPO / "docs/example/demo/provenance.json"}
+DOCUMENTS = {"full": REPO / "outputs/h100-twins/provenance.json", "trained": REPO / "docs/example/demo/provenance.json"}
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +89,12 @@ def broken_by(pages, full, swept, page, old, new, document=None):
     of_folder = {name: text for name, text in pages.items() if name.startswith(f"{folder}/")}
     found = card_rules.broken(of_folder | {page: text}, full if folder == TWIN else swept, document)
     return {rule for _, rule, _ in found}
+
+
+def test_the_cards_of_the_documents_study_break_no_rule():
+    both = study.Study.read(REPO / "outputs/h200")
+    tables = json.loads((REPO / "docs/provenance.json").read_text(encoding="utf-8"))
+    assert card_rules.broken(cards.build(both, "acme"), both, tables) == []
 
 
 def test_the_cards_of_every_study_break_no_rule(full, demo, trained, real, swept, demo_pages, document):

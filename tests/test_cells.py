@@ -301,6 +301,32 @@ def test_pages_of_another_session_are_another_matter():
     assert "pages-steady" not in flagged(with_run(2, with_facts(runs[2], "host", ram_read_bytes_per_s=1e9), runs))
 
 
+def test_pages_of_a_file_that_a_cold_load_read_are_another_matter():
+    """Of SESSION the baselines are runs 0, 2 and 4, the last of them with other faults."""
+    runs = [
+        r.model_copy(update={"started_utc": s.started_utc})
+        for r, s in zip(touched(1_000_000, 1_000_000, 1_021_000), SESSION, strict=True)
+    ]
+
+    def cold(*numbers):
+        of = dict.fromkeys(numbers, "cpu-moe,cache=cold")
+        return [
+            r if i not in of else r.model_copy(update={"spec": replace(r.spec, placement=of[i])})
+            for i, r in enumerate(runs)
+        ]
+
+    def as_none(of):
+        return [
+            r.model_copy(update={"spec": replace(r.spec, load_mode="none")}) if r.spec.placement == "baseline" else r
+            for r in of
+        ]
+
+    assert "pages-steady" in flagged(runs)
+    assert "pages-steady" not in flagged(cold(3))  # between the second and the third
+    assert "pages-steady" in flagged(cold(1, 5))  # those that were read by the same load are still compared
+    assert "pages-steady" in flagged(as_none(cold(3)))  # what is not mapped takes faults of its own
+
+
 def test_a_gpus_idle_baseline_decodes_as_long_as_the_engine_says():
     """Where no CPU decodes, nothing holds a first token up; where they do, it may wait."""
 

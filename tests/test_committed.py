@@ -32,21 +32,15 @@ class Committed(NamedTuple):
 
 COMMITTED = {
     "demo": Committed(REPO / "docs/example/demo", REPO / "docs/example/demo"),
-    "h100-twins": Committed(REPO / "outputs/h100-twins", REPO / "docs"),
+    "h200": Committed(REPO / "outputs/h200", REPO / "docs"),
     **{
         name: Committed(REPO / "outputs" / name, REPO / "outputs" / name, cards=False)
         for name in (
-            *("h100", "h100-prompts", "h100-threads", "h100-least-vram", "h200"),
+            *("h100", "h100-prompts", "h100-threads", "h100-least-vram", "h200-context", "h200-cold"),
+            *("h100-twins", "h200-twins", "local-12gib", "trained", "demo-shimmy", "demo-shimmy-generate"),
             *("two-gpus-alone", "two-gpus", "two-gpus-lone", "two-gpus-divided"),
         )
     },
-    "h200-twins": Committed(REPO / "outputs/h200-twins", REPO / "outputs/h200-twins", cards=False),
-    "local-12gib": Committed(REPO / "outputs/local-12gib", REPO / "outputs/local-12gib", cards=False),
-    "demo-shimmy": Committed(REPO / "outputs/demo-shimmy", REPO / "outputs/demo-shimmy", cards=False),
-    "demo-shimmy-generate": Committed(
-        REPO / "outputs/demo-shimmy-generate", REPO / "outputs/demo-shimmy-generate", cards=False
-    ),
-    "trained": Committed(REPO / "outputs/trained", REPO / "outputs/trained", cards=False),
 }
 
 
@@ -104,7 +98,7 @@ def test_the_cards_are_rebuilt_byte_by_byte_and_have_no_fault(name):
 
 
 @pytest.mark.parametrize("harm", ["deleted", "changed"])
-@pytest.mark.parametrize("name", ["demo", "h100-twins", "h200-twins"], indirect=True)
+@pytest.mark.parametrize("name", ["demo", "h200", "h100-twins", "h200-twins"], indirect=True)
 def test_a_cited_record_that_is_gone_or_changed_shows(name, copy, tmp_path, harm, provenance):
     path = sorted((copy / "records").glob("*.json"))[-1]
     assert path.stem in provenance["sources"]
@@ -179,6 +173,12 @@ def test_what_an_endpoint_on_a_gpu_gave_follows_from_its_records():
 
 
 def test_the_study_of_the_document_is_whole():
+    results = study.Study.read(COMMITTED["h200"].study)
+    assert results.tally == {"planned": 138, "usable": 138, "valid": 138, "degraded": 0, "invalid": 0, "missing": 0}
+    assert results.problems == []
+
+
+def test_what_was_watched_lightly_is_degraded():
     results = study.Study.read(COMMITTED["h100-twins"].study)
     assert results.tally == {"planned": 90, "usable": 90, "valid": 57, "degraded": 33, "invalid": 0, "missing": 0}
     assert {reason for r in results.done for reason in r.reasons} == {"watched-lightly"}

@@ -39,7 +39,7 @@ def test_the_terms_of_a_token_are_those_that_the_runs_were_made_with(points):
     table = laws.decode_table(points, "prompt-512")
     mmap, none = table.rows
     assert mmap["model"] == "deepseek-moe-16b"
-    assert (mmap["quant"], mmap["load mode"], mmap["machine"]) == ("Q2_K, Q4_K_M, Q8_0", "mmap", "d" * 6)
+    assert (mmap["quant"], mmap["load mode"], mmap["host"]) == ("Q2_K, Q4_K_M, Q8_0", "mmap", "d" * 6)
     assert mmap["GPU time, ms"] == "3.00"
     assert mmap["per layer, µs"].startswith("200 [")
     assert mmap["bytes, GB/s"].startswith("80.0 [")
@@ -86,7 +86,7 @@ def test_the_committed_laws_are_few_rows_with_their_records(h100):
 
 def test_a_prompts_law_has_the_speed_of_the_bus_or_the_reason_why_not(h100, demo):
     table = laws.ttft_table(h100, "long-512")
-    assert [(r["load mode"], r["machines"]) for r in table.rows] == [("mmap", 2), ("none", 2)]
+    assert [(r["load mode"], r["hosts"]) for r in table.rows] == [("mmap", 2), ("none", 2)]
     assert table.rows[1]["bytes, GB/s"] == "53.8 [52.5, 55.3]"
     assert table.rows[1]["GPU time, ms"] == "39.1 to 128"
     assert table.note.startswith(

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from statistics import fmean
 
 import pytest
@@ -14,7 +15,7 @@ from moelib.evidence import small
 from moelib.study import plan as plans
 from moelib.study.study import Study
 
-NAMED = ("h100-prompts", "h100-threads", "h100-least-vram", "h100-context", "h100-cold")
+NAMED = ("h100-prompts", "h100-threads", "h100-least-vram", "h200-context", "h200-cold")
 
 
 def observed(study):
@@ -70,9 +71,34 @@ def test_prompts_are_told_by_the_step_and_the_longest(lines):
     assert re.search(rf"cpu-moe, none \d+ \[[\d, ]+\], {told} \[", line)
 
 
-def test_what_was_not_measured_says_so(lines):
-    assert lines[0]["h100-context"] == "- h100-context: not measured yet."
-    assert lines[0]["h100-cold"].endswith("no round is complete.")
+def test_contexts_are_told_by_vram_and_tokens_per_second(lines):
+    line = lines[0]["h200-context"]
+    assert "18 of 18 runs on NVIDIA H200): VRAM and tokens/s of mixed-512. phi-3.5-moe Q2_K: " in line
+    for (placement, _), of in observed("h200-context").items():
+        assert f"{placement} {fmean(o['memory']['value_bytes'] for o in of) / 2**30:.2f} GiB, " in line
+
+
+def test_cold_loads_are_told_by_how_long_they_take(lines):
+    line = lines[0]["h200-cold"]
+    assert "15 of 15 runs on NVIDIA H200): load time in s. deepseek-moe-16b Q4_K_M: " in line
+    for (placement, mode), of in observed("h200-cold").items():
+        told = number(math.exp(fmean(math.log(o["load_s"]) for o in of)))
+        assert re.search(rf"{placement}, {mode} {re.escape(told)} \[", line), (placement, mode)
+
+
+def test_what_was_not_measured_says_so(tmp_path, monkeypatch):
+    shutil.copytree(REPO / "outputs/h200-cold", tmp_path / "h200-cold")
+    first = min((tmp_path / "h200-cold/records").glob("*cpu-moe_mmap_b0*"))
+    for path in (tmp_path / "h200-cold/records").glob("*.json"):
+        if path != first:
+            path.unlink()
+    monkeypatch.setenv("MOELIB_OUTPUTS", str(tmp_path))
+    text = small.told(Study.read(REPO / "outputs/h100"))[1].text.splitlines()
+    assert "- h200-context: not measured yet." in text
+    assert text[-1].endswith("(h200-cold, 1 of 15 runs): no round is complete.")
+
+
+def test_a_study_that_names_none_tells_none():
     assert small.told(Study.read(REPO / "outputs/h100-threads")) == []
 
 

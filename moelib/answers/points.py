@@ -75,7 +75,8 @@ def _surely_less(a: Estimate | None, b: Estimate | None) -> bool:
 
 
 def measured(study: Study, workload: str) -> list[Point]:
-    """A point for each file and placement with a whole round, a manifest, and known VRAM and tokens/s."""
+    """A point for each file and placement with a whole round, a manifest, and known VRAM and tokens/s; none of a file
+    that was cold, which is no choice."""
     manifests = {(m.model, m.quant): m for m in study.manifests}
     names = (f"tokens_per_s/{workload}", f"ttft_warm_s/{workload}")
     lost = quality.by_file(study)
@@ -84,12 +85,13 @@ def measured(study: Study, workload: str) -> list[Point]:
         manifest = manifests.get((rate.model, rate.quant))
         vram = rate.runs["vram_needed_bytes"]
         loss = lost.get((rate.model, rate.quant))
-        if manifest and len(rate.runs) and vram.notna().all():
+        placement = Placement.parse(*rate.side)
+        if manifest and not placement.cold and len(rate.runs) and vram.notna().all():
             found.append(
                 Point(
                     rate.model,
                     rate.quant,
-                    Placement.parse(*rate.side),
+                    placement,
                     int(rate.runs["moved_layers"].iloc[0]),
                     float(vram.max()),
                     _ram(rate.runs["moved_bytes"].iloc[0], rate.runs["vram_weights_bytes"].iloc[0], manifest),
@@ -127,7 +129,7 @@ def between(points: Sequence[Point], vram_bytes: float) -> Iterator[Point]:
         if p.placement == Placement(p.placement.cpu_layers, p.placement.load_mode):  # no other setting
             groups.setdefault((p.model, p.quant, p.placement.load_mode), []).append(p)
     for group in groups.values():
-        dense = {p.placement.cpu_layers - p.moved_layers for p in group if _counts(p.placement)}
+        dense = {p.placement.cpu_layers - p.moved_layers for p in group if p.placement.is_between}
         ordered = sorted(group, key=lambda p: p.moved_layers)
         for before, after in itertools.pairwise(ordered):
             if not dense or not after.vram_bytes <= vram_bytes < before.vram_bytes:
@@ -136,11 +138,6 @@ def between(points: Sequence[Point], vram_bytes: float) -> Iterator[Point]:
             layers = math.ceil(before.moved_layers + share * (after.moved_layers - before.moved_layers))
             if before.moved_layers < layers < after.moved_layers:
                 yield _on_line(before, after, layers, layers + max(dense))
-
-
-def _counts(placement: Placement) -> bool:
-    """Whether it names a number of layers."""
-    return not placement.is_baseline and not placement.is_whole
 
 
 def _on_line(a: Point, b: Point, layers: int, n: float) -> Point:

@@ -259,13 +259,13 @@ def experts_copied(cell: Cell) -> Faults:
 @holds("cell", f"{FAULT_SHARE:.0%} or {FAULTS} faults apart")
 def pages_steady(cell: Cell) -> Faults:
     """The same work on the same memory touches about as many pages in every block of a session: how the system cached
-    the file is another matter in the next."""
-    sessions = defaultdict(list)
+    the file is another matter in the next, and after each cold load, which reads it anew."""
+    sessions, read_by = defaultdict(list), _read_by(cell.runs)
     for r in cell.runs:
         use = r.observation.host
         if use.minor_faults is not None and (use.major_faults or 0) < PAGING:
-            sessions[r.spec.label, _session(r)].append(use.minor_faults)
-    for (label, _), faults in sessions.items():
+            sessions[r.spec.label, _session(r), read_by.get(r.run_id)].append(use.minor_faults)
+    for (label, *_), faults in sessions.items():
         if max(faults) - min(faults) > max(FAULTS, FAULT_SHARE * max(faults)):
             yield f"{label}: {min(faults)} to {max(faults)} page faults"
     return f"{len(cell.runs)} runs"
@@ -281,6 +281,21 @@ def monitors_alike(cell: Cell) -> Faults:
             if not usual / MONITOR_TIMES - WATCH_ONCE_S <= spent <= usual * MONITOR_TIMES + WATCH_ONCE_S:
                 yield f"{label}: {spent:.3f} CPU seconds in {name}, {usual:.3f} in the median"
     return "alike"
+
+
+def _read_by(runs: Iterable[Record]) -> dict[str, str]:
+    """Run that maps the file -> the cold run that read it into its host's cache, if one did.
+
+    A file that was read is cached in other pieces than one that was mapped: mapping it then takes other faults.
+    """
+    last: dict[str | None, str] = {}
+    found = {}
+    for r in sorted(runs, key=lambda r: (r.started_utc, r.attempt)):
+        if r.spec.placed.cold:
+            last[r.host.host_id] = r.run_id
+        elif r.spec.load_mode != "none" and r.host.host_id in last:
+            found[r.run_id] = last[r.host.host_id]
+    return found
 
 
 def _session(r: Record) -> str:

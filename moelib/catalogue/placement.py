@@ -111,6 +111,11 @@ class Placement:
         return math.isinf(self.cpu_layers)
 
     @property
+    def is_between(self) -> bool:
+        """Whether it names a number of layers."""
+        return not self.is_baseline and not self.is_whole
+
+    @property
     def order(self) -> tuple[float, str, str]:
         """Sorts placements from the one with most on the GPU to the one with least."""
         return self.cpu_layers, str(self), self.load_mode

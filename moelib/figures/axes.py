@@ -5,15 +5,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from moelib.audit.record import Record
 from moelib.base.stats import Estimate
-from moelib.study.frames import Comparison
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#4D4D4D")
 """Of the placements in order: Okabe and Ito's, which colour-blind readers tell apart."""
@@ -25,41 +22,6 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 def nth(of: Sequence[str], name: Any, names: Iterable[Any]) -> str:
     """The one of `of` that belongs to `name`, by its place in `names`."""
     return of[list(names).index(name) % len(of)]
-
-
-def bars(data: pd.DataFrame, *, hue: str, hue_order: Sequence[str], ax: Axes, **how: Any) -> Axes:
-    """seaborn's bars of means, each of `hue_order` in its own colour and hatch, and every single value as a dot."""
-    colours = [nth(COLOURS, name, hue_order) for name in hue_order]
-    style = {"errorbar": None, "alpha": 0.75, "saturation": 1, "edgecolor": "white"}
-    how |= {"hue": hue, "hue_order": hue_order, "ax": ax, "legend": False}
-    sns.barplot(data, palette=colours, **style, **how)
-    for container, name in zip(ax.containers, hue_order, strict=False):
-        for bar in container:
-            bar.set_hatch(nth(HATCHES, name, hue_order))
-    dots = {"palette": ["#222222"] * len(hue_order), "dodge": True, "size": 3.2, "alpha": 0.8, "jitter": False}
-    sns.stripplot(data, **dots, **how)
-    return ax
-
-
-def arrows(
-    across: Sequence[Comparison], up: Sequence[Comparison], *, names: Sequence[str], ax: Axes, unit: float = 1
-) -> Axes:
-    """An arrow from the baseline to each other placement: `across` (over `unit`) against `up`, which belong together.
-
-    names: `placement/load mode` in order.
-    """
-    for x, y in zip(across, up, strict=True):
-        if not (x.baseline and x.value and y.baseline and y.value):
-            continue
-        start, end = (x.baseline.value / unit, y.baseline.value), (x.value.value / unit, y.value.value)
-        arrow = {"arrowstyle": "-|>", "color": "#999999", "shrinkA": 5, "shrinkB": 5}
-        ax.annotate("", xy=end, xytext=start, arrowprops=arrow)
-        for point, side in ((start, "/".join(x.against)), (end, "/".join(x.side))):
-            ax.plot(*point, nth(MARKERS, side, names), color=nth(COLOURS, side, names))
-        ax.annotate(x.quant, start, textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8)
-    ax.margins(0.15)
-    ax.set(xlim=(0, None), ylim=(0, None))
-    return ax
 
 
 def tokens_over_time(records: Iterable[Record], workload: str, *, colour: str, ax: Axes) -> Axes:

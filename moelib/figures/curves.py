@@ -211,7 +211,8 @@ def _cards(ax: Any, unit: float) -> None:
 @layout.styled
 def ttft_over_prompt(study: Study) -> Any:
     """TTFT of warm requests against the tokens of the prompt, over the study's workloads: a panel for each model and
-    quant, a line for each placement and load mode, dotted where it crosses the length at which experts are copied."""
+    quant, a line for each placement and load mode, dotted where it crosses the length at which experts are copied. What
+    is between a baseline and all experts on the CPU lies between their lines, and is left out where these are there."""
     frame = _by_prompt(study.runs)
     lengths = frame["tokens"].unique()
     if len(lengths) < 2:
@@ -253,6 +254,9 @@ def _by_prompt(runs: pd.DataFrame) -> pd.DataFrame:
     parts = [runs.assign(tokens=runs[f"prompt_tokens/{w}"], ttft=runs[f"ttft_warm_s/{w}"]) for w in workloads]
     frame = pd.concat(parts) if parts else runs.assign(tokens=0.0, ttft=0.0)
     frame = frame.assign(label=[f"{p}/{mode}" for p, mode in zip(frame["placement"], frame["load_mode"], strict=True)])
+    known = {name: Placement.parse(name) for name in frame["placement"].unique()}
+    if any(p.is_whole for p in known.values()):
+        frame = frame[~frame["placement"].isin([name for name, p in known.items() if p.is_between])]
     return frame.dropna(subset=["tokens", "ttft"])
 
 

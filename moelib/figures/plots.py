@@ -6,17 +6,14 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import pandas as pd
 from IPython.display import display
 
 from moelib.audit.record import Record
 from moelib.base import files, neutral
-from moelib.base.stats import byte_unit, values
+from moelib.base.stats import byte_unit
 from moelib.evidence import table
 from moelib.figures import axes, layout
 from moelib.figures.axes import COLOURS, nth
-from moelib.study import frames
-from moelib.study.study import Study
 
 DPI = 144
 
@@ -46,69 +43,6 @@ def _file_name(name: str) -> str:
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         return name
     return f"{re.sub(r'[^A-Za-z0-9]+', '-', name)[:60].strip('-') or 'figure'}-{files.digest(name)[:8]}"
-
-
-def _facets(study: Study, frame: pd.DataFrame, y: str, label: str) -> Any:
-    """Bars of means, with every single value as a dot."""
-    by_label = layout.placements(study)
-    names = list(by_label.values())
-    labels = [f"{p}/{mode}" for p, mode in zip(frame.placement, frame.load_mode, strict=True)]
-    frame = frame.assign(name=[by_label[label] for label in labels])
-    how: dict[str, Any] = {"x": "quant", "y": y, "hue": "name", "order": layout.by_bits(study), "hue_order": names}
-    models = [m for m in study.parameters.models if (frame.model == m).any()]
-    if not models:
-        return layout.empty(f"no complete round has {label}")
-    figure, panels = layout.panels(len(models))
-    for ax, model in zip(panels, models, strict=False):
-        axes.bars(frame[frame.model == model], ax=ax, **how)
-        ax.set(title=neutral.label(model), xlabel="", ylabel=label if ax is panels[0] else "")
-    layout.legend(figure, layout.bar_handles(names))
-    return figure
-
-
-@layout.styled
-def vram(study: Study) -> Any:
-    """Peak VRAM by quant and placement; one dot per run."""
-    frame = study.runs.dropna(subset="vram_bytes")
-    name, unit = byte_unit(frame.vram_bytes.max())
-    return _facets(study, frame.assign(y=frame.vram_bytes / unit), "y", f"VRAM, {name}")
-
-
-def _requests(study: Study, workload: str) -> pd.DataFrame:
-    return study.requests[study.requests["workload"] == workload]
-
-
-@layout.styled
-def speed(study: Study, workload: str) -> Any:
-    """tokens/s by quant and placement; one dot per request."""
-    return _facets(study, _requests(study, workload), "tokens_per_s", "tokens/s")
-
-
-@layout.styled
-def ttft(study: Study, workload: str) -> Any:
-    """TTFT of warm requests by quant and placement; one dot per request."""
-    frame = _requests(study, workload)
-    frame = frame[frame.request > 0]
-    return _facets(study, frame.assign(ms=frame.ttft_s * 1000), "ms", "TTFT, ms")
-
-
-@layout.styled
-def trade(study: Study, workload: str) -> Any:
-    """VRAM (across) against tokens/s (up): an arrow from the baseline to each placement with CPU offload."""
-    memory, rate = (frames.comparisons(study.runs, c) for c in ("vram_bytes", f"tokens_per_s/{workload}"))
-    known = [(m, r) for m, r in zip(memory, rate, strict=True) if m.baseline and r.baseline]
-    name, unit = byte_unit(max(values(m.baseline for m, _ in known), default=0))
-    models = [m for m in study.parameters.models if any(k.model == m for k, _ in known)]
-    by_label = layout.placements(study)
-    if not models:
-        return layout.empty("no complete round has both VRAM and tokens/s")
-    figure, panels = layout.panels(len(models), 3.8)
-    for ax, model in zip(panels, models, strict=False):
-        across, up = zip(*((m, r) for m, r in known if m.model == model), strict=True)
-        axes.arrows(across, up, names=list(by_label), ax=ax, unit=unit)
-        ax.set(title=neutral.label(model), xlabel=f"VRAM, {name}", ylabel="tokens/s" if ax is panels[0] else "")
-    layout.legend(figure, layout.point_handles(list(by_label.values()), marked=True))
-    return figure
 
 
 @layout.styled

@@ -114,9 +114,8 @@ def _gpu(study: Study) -> bool:
 
 
 def _measured(study: Study, model: str) -> list[Point]:
-    """What may be advised: that a file is cold is no choice."""
-    found = points.measured(study, study.parameters.workloads[-1])
-    return [p for p in found if p.model == model and not p.placement.cold]
+    """What may be advised."""
+    return [p for p in points.measured(study, study.parameters.workloads[-1]) if p.model == model]
 
 
 _Answer = tuple[list[int], int, str, Choice | None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,8 +25,8 @@ EXAMPLES = {"dual-channel DDR4, PCIe 3.0 x16": (50e9, 12e9), "dual-channel DDR5,
 MODE = "none"
 RATE, TTFT = "tokens/s, estimated", "TTFT in s, estimated"
 ERRORS = "error: median (largest) of what is predicted without what the last column names"
-SHORT = 6  # digits of a machine, which tell it from the others of a study
-WORDS = ("model", "quant", "load mode", "machine", "without")
+SHORT = 6  # digits of a host, which tell it from the others of a study
+WORDS = ("model", "quant", "load mode", "host", "without")
 """Columns that hold no numbers."""
 
 
@@ -40,7 +41,7 @@ def decode_table(study: Study, workload: str) -> Table:
     def row(law: TimeLaw) -> dict[str, Any]:
         per_layer = stats.estimate(_parameter(law, "cost").value, 1e6)
         return {
-            "machine": neutral(law.domain.machines[0][:SHORT]),
+            "host": neutral(law.domain.machines[0][:SHORT]),
             **_gpu(law),
             "per layer, µs": per_layer,
             **_bytes(law),
@@ -56,7 +57,7 @@ def ttft_table(study: Study, workload: str) -> Table:
     what = f"TTFT of a warm prompt of {neutral(workload)}: GPU time + {' or '.join(sorted(of))} / their speed"
 
     def row(law: TimeLaw) -> dict[str, Any]:
-        return {"machines": len(law.domain.machines), **_gpu(law), **_bytes(law)}
+        return {"hosts": len(law.domain.machines), **_gpu(law), **_bytes(law)}
 
     what = f"{what}.{_repeated(study, workload)}".removesuffix(".")
     return _table(f"laws-ttft-{workload}", what, study, laws, row, _no_law(study))
@@ -191,14 +192,16 @@ def _names(domains: Sequence[Domain]) -> str:
 
 
 def _unknown(told: Sequence[Law]) -> list[str]:
-    """A sentence for each reason why a term of a law that stands has no number; a context that none else was beside is
-    seen in the table."""
-    missing: dict[tuple[str, str], list[Domain]] = {}
+    """A sentence for each reason why a term of a law that stands has no number, with the host where others have laws of
+    the same; a context that none else was beside is seen in the table."""
+    hosts = Counter(law.domain.question for law in told)
+    missing: dict[tuple[str, str, str], list[Domain]] = {}
     for law in told:
+        on = f", on host {neutral(law.domain.machines[0][:SHORT])}" if hosts[law.domain.question] > 1 else ""
         for p in law.parameters:
             if p.value is None and p.reason and p.reason != vram.ONE_CONTEXT:
-                missing.setdefault((p.name, p.reason), []).append(law.domain)
-    return [f"No {neutral(name)} for {_names(of)}: {neutral(reason)}." for (name, reason), of in missing.items()]
+                missing.setdefault((p.name, p.reason, on), []).append(law.domain)
+    return [f"No {neutral(name)} for {_names(of)}{on}: {neutral(why)}." for (name, why, on), of in missing.items()]
 
 
 # a machine that nobody measured

@@ -143,7 +143,7 @@ ODD_SHARE = 0.05
 PARTS = {
     "weights": "vram_weights_bytes",
     "KV": "vram_cache_bytes",
-    "compute": "vram_compute_bytes",
+    "buffer": "vram_compute_bytes",
     "rest": "vram_rest_bytes",
     "VRAM": "vram_bytes",
     "device": "vram_growth_bytes",
@@ -176,7 +176,7 @@ def vram_of(study: Study, model: str) -> Table:
     rows = [{k: v for k, v in row.items() if k not in unknown} for row in rows]
     rows, sources = load_modes_as_one(rows, sources)
     note = (
-        "MiB (2²⁰ bytes), mean of the runs' peaks. *Weights*: by the file's header; *KV* cache, *compute* buffer: by "
+        "MiB (2²⁰ bytes), mean of the runs' peaks. *Weights*: by the file's header; *KV* cache, compute *buffer*: by "
         "the engine; *rest*: what the driver charges the process beyond these: the GPU's context, workspaces, code. "
         "*Device*: by how much the use of the whole GPU grew, page tables of pinned RAM with it. *Saved*: "
         f"of the VRAM that {reference(study)} takes. No interval where nothing varies."

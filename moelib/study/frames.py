@@ -138,7 +138,7 @@ def between(sides: Sequence[Side]) -> list[tuple[Side, Side]]:
     """Of `EVERY` those that keep the experts of some layers on the CPU, where another placement keeps all there."""
     every = [(pair, Placement.parse(*pair[1])) for pair in EVERY(sides)]
     ends = any(p.is_whole for _, p in every)
-    return [pair for pair, p in every if ends and not (p.is_whole or p.is_baseline)]
+    return [pair for pair, p in every if ends and p.is_between]
 
 
 def ends(sides: Sequence[Side]) -> list[tuple[Side, Side]]:
