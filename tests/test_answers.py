@@ -337,7 +337,7 @@ def test_what_to_run_says_it_card_by_card(full):
     assert [(r["card"], r["file"]) for r in deepseek.rows if r["for"] != "bits"] == [
         ("4 to 6", "Q2_K"),
         ("8", "Q2_K"),
-        ("from 12", "Q2_K, or Q4_K_M: not distinguishable"),  # which does not fit 8 GB
+        ("from 12", "Q2_K, or Q4_K_M: tied"),  # which does not fit 8 GB
     ]
 
 

@@ -29,8 +29,8 @@ COMMAND = "llama-server -m {file} -ngl 99 -c {context} -np 1 -fa on"
 """What every advised command begins with: the engine's settings of the measured runs that matter to others."""
 AIMS, BOTH = ("speed", "bits"), "both"
 """What a choice is best for."""
-TIE = "not distinguishable"
-"""Of files whose tokens/s cannot be told apart."""
+TIE = "tied"
+"""Of files whose tokens/s cannot be told apart; a short word, as a long one makes flags break."""
 NO_GPU = Table("what-to-run", [], [], why_empty="no GPU took part in this study, so no card is advised for.")
 SHARED = Table("what-to-run", [], [], why_empty="runs shared their host, so which is fastest is not known.")
 
@@ -71,7 +71,7 @@ def _note(study: Study) -> str:
         "RAM; VRAM (of the run that needed most) and RAM used (weights that are not in VRAM, and "
         f"{points.PROCESS_BYTES >> 20} MiB for the server) in GiB. Speeds are those of the machine measured, not of "
         "yours. *Predicted*: on a line between two measured placements, not run. "
-        f"*{TIE.capitalize()}*: the 95 % intervals of tokens/s overlap."
+        f"*{TIE.capitalize()}*: not distinguishable, as the 95 % intervals of tokens/s overlap."
     ]
     if several_load_modes(study.parameters.arms):
         sentences.append(
