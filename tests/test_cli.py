@@ -204,7 +204,7 @@ def test_a_misspelt_name_gets_the_nearest_one_or_the_list(argv, says):
         ("moelib study run demo --cell trained-phimoe/Q2", {"trained-phimoe/Q2_K", "trained-phimoe/Q2_K-imatrix"}),
         ("moelib quantize deep", {"deepseek-moe-16b"}),
         ("moelib quantize phi-3.5-moe IQ4", {"IQ4_NL", "IQ4_XS"}),
-        ("moelib audit h2", {"h200", "h200-twins"}),
+        ("moelib audit h200-", {"h200-cold", "h200-context", "h200-twins"}),
         ("moelib he", {"header"}),
         ("moelib header --j", {"--json"}),
     ],
