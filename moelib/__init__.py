@@ -1,8 +1,8 @@
 """moelib: what MoE CPU offloading buys and costs, measured so that it survives an audit.
 
 study = moelib.load("h200")
-study.runs.plot.scatter("vram_bytes", "tokens_per_s/long-512")
-moelib.compare(study.runs, "tokens_per_s/long-512")
+study.runs.plot.scatter("vram_bytes", "tokens_per_s/mixed-512")
+moelib.compare(study.runs, "tokens_per_s/mixed-512")
 
 file = moelib.quantize("deepseek-moe-16b", "Q2_K", scale="tiny")
 sweep = [moelib.run(file, placement) for placement in ("baseline", "cpu-moe")]

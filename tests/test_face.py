@@ -48,6 +48,16 @@ def test_the_face_is_what_completion_shows():
         moelib.lod  # noqa: B018
 
 
+def test_what_the_package_says_first_of_a_study_runs(monkeypatch):
+    monkeypatch.setenv("MOELIB_OUTPUTS", str(REPO / "outputs"))
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    *before, compared = moelib.__doc__.split("\n\n")[1].splitlines()
+    names = {"moelib": moelib}
+    exec("\n".join(before), names)
+    assert len(before) == 2
+    assert list(eval(compared, names)["study"].unique()) == [names["study"].name]
+
+
 def test_from_nothing_to_a_plot_in_four_lines(tmp_path):
     code = (
         "import matplotlib; matplotlib.use('Agg')\n"

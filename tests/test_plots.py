@@ -76,17 +76,6 @@ def test_figures_leave_the_sessions_settings_alone_and_are_not_changed_by_them(m
     assert shown[:half] == shown[half:]
 
 
-@pytest.mark.parametrize("name", FIGURES)
-def test_a_figure_without_data_says_why(name):
-    results = study.Study.read(REPO / "tests/fixtures/twins")
-    empty = changed(results)
-    empty.__dict__["statuses"] = {k: dataclasses.replace(s, rounds=()) for k, s in results.statuses.items()}
-    figure = FIGURES[name](empty)
-    (axis,) = figure.axes
-    assert re.match("no data: .*no(ne in a)? complete round", axis.texts[0].get_text())
-    figure.draw_without_rendering()
-
-
 def test_a_run_without_records_has_figures_that_say_so():
     failed = [record_of(status="failed")]
     for figure in (plots.vram_over_time([]), plots.tokens_over_time([], "x"), plots.vram_over_time(failed)):
@@ -105,9 +94,8 @@ def test_more_placements_than_colours_are_all_in_the_legend():
     runs = [with_spec(block[0], placement=a.placement) for a in modes]
     cell = next(iter(results.statuses))
     many.__dict__["statuses"] = {cell: dataclasses.replace(results.statuses[cell], rounds=(tuple(runs),))}
-    many.__dict__["runs"] = pd.concat(
-        [frames.runs(runs).assign(model=m, round=1) for m in results.parameters.models]
-    )  # several panels have a legend
+    alike = [frames.runs(runs).assign(model=m, round=1) for m in results.parameters.models]
+    many.__dict__["runs"] = pd.concat(alike)  # of several panels, which have a legend
     figure = curves.ttft_over_prompt(many)
     (legend,) = figure.legends
     assert [t.get_text() for t in legend.texts] == [a.placement for a in modes]

@@ -85,7 +85,7 @@ def empty(why: str) -> Any:
     return figure
 
 
-def bar_handles(names: Sequence[str], colours: Sequence[str] = COLOURS) -> list[Any]:
+def bar_handles(names: Sequence[str], colours: Sequence[str]) -> list[Any]:
     """Of a legend of bars."""
     style: dict[str, Any] = {"alpha": 0.75, "edgecolor": "white"}
     return [
